@@ -1,0 +1,204 @@
+"""Which example, noise, timestep and prior prompt each row gets: a pure function of named keys.
+
+Every draw is keyed by (seed, adapter id, concept token, step, row within the concept) on a counter-based
+generator (Philox) on the CPU. It never depends on the place in a pack, the rank, the device or what was drawn
+before, so packing, resuming and sharding cannot change what an adapter sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PriorPromptMode = Literal["token_removed", "class_noun", "empty", "mixture"]
+# Half of the mixture is the paper's own prior prompt; the empty prompt must be held too, or the unconditional
+# branch drifts and classifier-free guidance amplifies it; the rest guards prompts that never name the class.
+MIXTURE_TOKEN_REMOVED = 0.50
+MIXTURE_EMPTY = 0.25
+
+
+def keyed_generator(*key: str | int) -> np.random.Generator:
+    """Return a counter-based generator whose stream is a function of `key` alone."""
+    digest = hashlib.sha256("\x1f".join(str(part) for part in key).encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
+
+
+@dataclass(frozen=True, eq=False)
+class ConceptMaterial:
+    """All a training run needs of one concept: N views (images x crops), cached.
+
+    moments_NCHW: VAE mean and log variance of each view, [N, 2C, H, W].
+    prompts, removed_prompts: the caption of each view with and without the concept's token, N each.
+    """
+
+    token: str
+    class_noun: str
+    alpha: float
+    weight: float
+    moments_NCHW: Tensor
+    prompts: tuple[str, ...]
+    removed_prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterTask:
+    """One adapter's part of a pack: its concepts and everything that decides its draws.
+
+    draw_key: what keys the draws, the adapter's id unless a study pairs two adapters on equal draws.
+    rows: rows per concept and step. cat_fraction: the share p of rows that carry the CAT term, weight 1/p.
+    """
+
+    adapter_id: str
+    draw_key: str
+    seed: int
+    rows: int
+    cat_fraction: float
+    prior_prompt: PriorPromptMode
+    general_prompts: tuple[str, ...]
+    concepts: tuple[ConceptMaterial, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The rows of one step of a pack, in the order (adapter, concept, row).
+
+    adapter_B, concept_B: index of the adapter within the pack and of the concept within the adapter.
+    moments, posterior_noise, noise, timestep: VAE moments [B, 2C, H, W], the draws for z0 and e, and t.
+    identity_weight_B: weight_k / sum weight / rows_k: the identity rows' place in the adapter's loss.
+    cat_row_M: rows that also carry the CAT term, with prior_prompts (M) and cat_weight_M
+    (alpha_k * identity weight * rows / CAT rows).
+    """
+
+    adapter_B: Tensor
+    concept_B: Tensor
+    moments: Tensor
+    posterior_noise: Tensor
+    noise: Tensor
+    timestep_B: Tensor
+    prompts: tuple[str, ...]
+    identity_weight_B: Tensor
+    cat_row_M: Tensor
+    prior_prompts: tuple[str, ...]
+    cat_weight_M: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    adapter: int
+    concept: int
+    moments: Tensor
+    posterior_noise: Tensor
+    noise: Tensor
+    timestep: int
+    prompt: str
+    prior_prompt: str
+    identity_weight: float
+    cat_weight: float
+
+
+def draw_batch(tasks: Sequence[AdapterTask], step: int, num_timesteps: int, active: Sequence[bool]) -> Batch:
+    """Draw the rows of one step for all active adapters of a pack.
+
+    tasks: the pack. step: counted from 0. num_timesteps: T of the noise schedule. active: False for adapters that
+    were dropped. Raises ValueError when no adapter is active.
+    """
+    rows = [
+        row
+        for index, task in enumerate(tasks)
+        if active[index]
+        for row in _adapter_rows(task, index, step, num_timesteps)
+    ]
+    if not rows:
+        raise ValueError("every adapter of the pack was dropped")
+    cat = [i for i, row in enumerate(rows) if row.cat_weight > 0]
+    return Batch(
+        adapter_B=torch.tensor([row.adapter for row in rows]),
+        concept_B=torch.tensor([row.concept for row in rows]),
+        moments=torch.stack([row.moments for row in rows]),
+        posterior_noise=torch.stack([row.posterior_noise for row in rows]),
+        noise=torch.stack([row.noise for row in rows]),
+        timestep_B=torch.tensor([row.timestep for row in rows]),
+        prompts=tuple(row.prompt for row in rows),
+        identity_weight_B=torch.tensor([row.identity_weight for row in rows]),
+        cat_row_M=torch.tensor(cat, dtype=torch.long),
+        prior_prompts=tuple(rows[i].prior_prompt for i in cat),
+        cat_weight_M=torch.tensor([rows[i].cat_weight for i in cat]),
+    )
+
+
+def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) -> Iterator[_Row]:
+    total_weight = sum(concept.weight for concept in task.concepts)
+    cat_scale = _cat_scale(task, step)
+    position = 0
+    for k, concept in enumerate(task.concepts):
+        key = (task.seed, task.draw_key, concept.token)
+        # Stratified over the concept's rows: each t is uniform, together they cover the schedule evenly.
+        offset = keyed_generator(*key, step, "timestep").random()
+        for r in range(task.rows):
+            generator = keyed_generator(*key, step, r)
+            view = _view_index(key, step * task.rows + r, len(concept.prompts))
+            moments = concept.moments_NCHW[view]
+            shape = (moments.shape[0] // 2, *moments.shape[1:])
+            prior = _prior_prompt(task, concept, view, generator)
+            weight = concept.weight / total_weight / task.rows
+            yield _Row(
+                adapter=index,
+                concept=k,
+                moments=moments,
+                posterior_noise=_normal(generator, shape),
+                noise=_normal(generator, shape),
+                timestep=int(num_timesteps * ((offset + r) / task.rows % 1.0)),
+                prompt=concept.prompts[view],
+                prior_prompt=prior,
+                identity_weight=weight,
+                cat_weight=concept.alpha * weight * cat_scale[position],
+            )
+            position += 1
+
+
+def _view_index(key: tuple[str | int, ...], count: int, views: int) -> int:
+    """Walk through a fresh permutation of all views per epoch, so that every photo is seen equally often."""
+    epoch, place = divmod(count, views)
+    return int(keyed_generator(*key, "epoch", epoch).permutation(views)[place])
+
+
+def _cat_scale(task: AdapterTask, step: int) -> list[float]:
+    """Return 1/p for the rows that carry the CAT term this step and 0 for the others.
+
+    Only rows of concepts with alpha > 0 compete, so exactly round(p * candidates), at least one, are chosen.
+    """
+    rows = [k for k, concept in enumerate(task.concepts) for _ in range(task.rows)]
+    candidates = [i for i, k in enumerate(rows) if task.concepts[k].alpha > 0]
+    scale = [0.0] * len(rows)
+    if not candidates:
+        return scale
+    count = max(1, round(task.cat_fraction * len(candidates)))
+    chosen = keyed_generator(task.seed, task.draw_key, step, "cat_rows").permutation(len(candidates))[:count]
+    for c in chosen:
+        scale[candidates[c]] = len(candidates) / count
+    return scale
+
+
+def _prior_prompt(task: AdapterTask, concept: ConceptMaterial, view: int, generator: np.random.Generator) -> str:
+    u, general = generator.random(), int(generator.integers(max(1, len(task.general_prompts))))
+    match task.prior_prompt:
+        case "token_removed":
+            return concept.removed_prompts[view]
+        case "class_noun":
+            return f"a photo of a {concept.class_noun}"
+        case "empty":
+            return ""
+        case "mixture":
+            if u < MIXTURE_TOKEN_REMOVED or not task.general_prompts:
+                return concept.removed_prompts[view]
+            return "" if u < MIXTURE_TOKEN_REMOVED + MIXTURE_EMPTY else task.general_prompts[general]
+
+
+def _normal(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))

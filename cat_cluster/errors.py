@@ -1,0 +1,55 @@
+"""Errors a user can cause or act on: one small tree, and every message says what to do."""
+
+from __future__ import annotations
+
+
+class CatClusterError(Exception):
+    """Root of all expected errors; the command line prints the message alone and exits with code 1."""
+
+
+class SpecError(CatClusterError):
+    """A job spec has an unknown key, a bad value, or names something that is not there."""
+
+
+class ConceptError(CatClusterError):
+    """The images or captions of a concept cannot be used."""
+
+
+class BaseModelError(CatClusterError):
+    """A base model cannot be found, is of an unsupported family, or is damaged."""
+
+
+class AdapterFormatError(CatClusterError):
+    """An adapter file is damaged, not finite, or holds parts this project does not apply."""
+
+
+class AdapterMismatchError(CatClusterError):
+    """An adapter was trained on another base model or does not fit its layers."""
+
+
+class StoreError(CatClusterError):
+    """The object store refused, is unreachable, or ran out of space."""
+
+
+class ObjectNotFoundError(StoreError):
+    """No object is stored under the key."""
+
+
+class ObjectExistsError(StoreError):
+    """A write-once key is already taken."""
+
+
+class RegistryError(CatClusterError):
+    """A registry request cannot be carried out as asked."""
+
+
+class AdapterNotFoundError(RegistryError):
+    """No such adapter, revision or alias."""
+
+
+class CheckpointError(CatClusterError):
+    """A training checkpoint is missing, damaged, or belongs to another run."""
+
+
+class EvaluationError(CatClusterError):
+    """An evaluation cannot run: no judge, no prompts, or no images."""

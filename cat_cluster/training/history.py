@@ -1,0 +1,90 @@
+"""Loss curves of a pack: means per adapter and concept over bins of steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cat_cluster.batches import AdapterTask, Batch
+from cat_cluster.training.step import RowLosses
+
+HISTORY_POINTS = 100
+
+
+@dataclass(frozen=True)
+class ConceptLoss:
+    """Mean losses of one concept's rows; cat is None where no row carried the CAT term."""
+
+    identity: float
+    cat: float | None
+
+
+class History:
+    """Loss curves of a pack, kept as means over at most 100 bins of steps per concept."""
+
+    def __init__(self, tasks: Sequence[AdapterTask], steps: int) -> None:
+        self._tasks = tasks
+        self._bin = max(1, -(-steps // HISTORY_POINTS))
+        # adapter id -> token -> bin -> [identity sum, identity rows, cat sum, cat rows]
+        self._sums: dict[str, dict[str, dict[int, list[float]]]] = {
+            task.adapter_id: {concept.token: {} for concept in task.concepts} for task in tasks
+        }
+
+    def record(self, step: int, batch: Batch, losses: RowLosses) -> dict[str, dict[str, ConceptLoss]]:
+        """Add the losses of a step and return this step's means per adapter and token."""
+        identity, cat = losses.identity_B.tolist(), losses.cat_M.tolist()
+        cat_of = dict(zip(batch.cat_row_M.tolist(), cat, strict=True))
+        step_sums: dict[str, dict[str, list[float]]] = {}
+        rows = zip(batch.adapter_B.tolist(), batch.concept_B.tolist(), identity, strict=True)
+        for row, (adapter, concept, loss) in enumerate(rows):
+            task = self._tasks[adapter]
+            token = task.concepts[concept].token
+            sums = step_sums.setdefault(task.adapter_id, {}).setdefault(token, [0.0, 0.0, 0.0, 0.0])
+            sums[0] += loss
+            sums[1] += 1
+            if row in cat_of:
+                sums[2] += cat_of[row]
+                sums[3] += 1
+        bin_index = (step - 1) // self._bin
+        for adapter_id, tokens in step_sums.items():
+            for token, sums in tokens.items():
+                total = self._sums[adapter_id][token].setdefault(bin_index, [0.0, 0.0, 0.0, 0.0])
+                total[:] = [a + b for a, b in zip(total, sums, strict=True)]
+        return {a: {t: _means(sums) for t, sums in tokens.items()} for a, tokens in step_sums.items()}
+
+    def of(self, adapter_id: str) -> dict[str, Any]:
+        """Return the curves of an adapter: {"steps": [...], "<token>": {"identity": [...], "cat": [...]}}."""
+        curves: dict[str, Any] = {}
+        for token, bins in self._sums[adapter_id].items():
+            means = [_means(bins[index]) for index in sorted(bins)]
+            curves["steps"] = [(index + 1) * self._bin for index in sorted(bins)]
+            curves[token] = {
+                "identity": [_finite(mean.identity) for mean in means],
+                "cat": [_finite(mean.cat) for mean in means],
+            }
+        return curves
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the sums as JSON for a checkpoint."""
+        return {
+            a: {t: {str(i): sums for i, sums in bins.items()} for t, bins in tokens.items()}
+            for a, tokens in self._sums.items()
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Continue from the sums of a checkpoint."""
+        self._sums = {
+            a: {t: {int(i): list(sums) for i, sums in bins.items()} for t, bins in tokens.items()}
+            for a, tokens in saved.items()
+        }
+
+
+def _means(sums: Sequence[float]) -> ConceptLoss:
+    identity, identity_rows, cat, cat_rows = sums
+    return ConceptLoss(identity / identity_rows, cat / cat_rows if cat_rows else None)
+
+
+def _finite(loss: float | None) -> float | None:
+    return loss if loss is not None and math.isfinite(loss) else None

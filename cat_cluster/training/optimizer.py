@@ -1,0 +1,130 @@
+"""AdamW with one group per slot: rates, clipping and failure of an adapter are its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+ScheduleName = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class SlotSettings:
+    """What one slot's group is optimised with. max_grad_norm None = no clipping."""
+
+    learning_rate: float
+    weight_decay: float
+    max_grad_norm: float | None
+    lr_schedule: ScheduleName
+    warmup_steps: int
+    steps: int
+
+
+def learning_rate_at(settings: SlotSettings, step: int) -> float:
+    """Return the learning rate of step `step` (from 0): linear warm-up, then constant, linear or cosine to 0."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    match settings.lr_schedule:
+        case "constant":
+            factor = 1.0
+        case "linear":
+            factor = 1.0 - done
+        case "cosine":
+            factor = 0.5 * (1.0 + math.cos(math.pi * done))
+    return settings.learning_rate * factor
+
+
+class SlotAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) that clips each group by its own norm and drops a group whose gradient is not finite.
+
+    slots: one list of parameters and one settings each. A dropped group is never updated again and its reason is
+    kept in `dropped`; the other groups do the same arithmetic as if they were alone.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[tuple[Sequence[nn.Parameter], SlotSettings]],
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        groups = [{"params": list(parameters), "lr": settings.learning_rate} for parameters, settings in slots]
+        super().__init__(groups, {"lr": 0.0})
+        self.settings = [settings for _, settings in slots]
+        self.betas = betas
+        self.eps = eps
+        self.steps_done = 0
+        self.dropped: dict[int, str] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                self.state[parameter] = {"mean": zeros, "square": zeros.clone()}
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update every active slot once; a closure is not supported."""
+        if closure is not None:
+            raise ValueError("SlotAdamW takes no closure: compute the gradients before step()")
+        for slot, group in enumerate(self.param_groups):
+            if slot not in self.dropped:
+                self._step_slot(slot, group)
+        self.steps_done += 1
+
+    def drop(self, slot: int, reason: str) -> None:
+        """Stop updating a slot for good and keep the reason."""
+        self.dropped.setdefault(slot, reason)
+
+    def _step_slot(self, slot: int, group: dict[str, Any]) -> None:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
+        gradients = [p.grad for p in parameters]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        if not math.isfinite(norm):
+            self.drop(slot, f"gradient not finite at step {self.steps_done}")
+            return
+        settings = self.settings[slot]
+        if settings.max_grad_norm is not None and norm > settings.max_grad_norm:
+            gradients = list(torch._foreach_mul(gradients, settings.max_grad_norm / norm))
+        group["lr"] = learning_rate_at(settings, self.steps_done)
+        self._update(parameters, gradients, group["lr"], settings.weight_decay)
+
+    def _update(self, parameters: list[nn.Parameter], gradients: list[Tensor], lr: float, weight_decay: float) -> None:
+        beta1, beta2 = self.betas
+        count = self.steps_done + 1
+        means = [self.state[p]["mean"] for p in parameters]
+        squares = [self.state[p]["square"] for p in parameters]
+        torch._foreach_lerp_(means, gradients, 1.0 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, math.sqrt(1.0 - beta2**count))
+        torch._foreach_add_(denominators, self.eps)
+        torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
+        torch._foreach_addcdiv_(parameters, means, denominators, -lr / (1.0 - beta1**count))
+
+    def slot_state(self, slot: int) -> list[tuple[Tensor, Tensor]]:
+        """Return (mean, square) of each parameter of a slot, in parameter order."""
+        return [(self.state[p]["mean"], self.state[p]["square"]) for p in self.param_groups[slot]["params"]]
+
+    @torch.no_grad()
+    def restore(
+        self,
+        steps_done: int,
+        slots: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]],
+        dropped: Mapping[int, str],
+    ) -> None:
+        """Continue from (parameter, mean, square) per parameter of each slot, as a checkpoint holds them."""
+        self.steps_done = steps_done
+        self.dropped = dict(dropped)
+        for group, saved in zip(self.param_groups, slots, strict=True):
+            for parameter, (value, mean, square) in zip(group["params"], saved, strict=True):
+                parameter.copy_(value)
+                self.state[parameter]["mean"].copy_(mean)
+                self.state[parameter]["square"].copy_(square)

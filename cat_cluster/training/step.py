@@ -1,0 +1,124 @@
+"""One training step of a pack: noise the rows, predict with and without the token, add the losses, go backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.batches import Batch
+from cat_cluster.lora.bank import LoraBank
+from cat_cluster.losses import pack_loss, prediction_loss
+from cat_cluster.training.teacher import predict_base
+
+TextEncoder = Callable[[Sequence[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is computed.
+
+    min_snr_gamma: per adapter of the pack; None means w(t) = 1. joint_rows: the [y_T; y] rows ride in one U-Net
+    call (True) or in two, at half the activation memory. bf16: autocast of the U-Net calls; losses stay fp32.
+    """
+
+    min_snr_gamma: Sequence[float | None]
+    joint_rows: bool = True
+    bf16: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class RowLosses:
+    """The losses of each row of a step before their weights: identity_B, and cat_M of the CAT rows."""
+
+    identity_B: Tensor
+    cat_M: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _StudentRows:
+    """What the student is asked: B identity rows on y_T, then M CAT rows on y with the same z0, e and t.
+
+    noisy and target are [B+M, C, H, W], text [B+M, L, D]; loss_weight is w(t), row_weight the place in the loss.
+    """
+
+    noisy: Tensor
+    timestep: Tensor
+    text: Tensor
+    target: Tensor
+    slot: Tensor
+    loss_weight: Tensor
+    row_weight: Tensor
+
+
+def train_step(
+    base: BaseModel, bank: LoraBank, encode_text: TextEncoder, batch: Batch, settings: StepSettings
+) -> RowLosses:
+    """Accumulate the gradient of the pack loss into the bank's parameters and return each row's losses.
+
+    The rows of adapter a are bound to slot a + 1; the teacher's rows to slot 0, in a call before the student's.
+    """
+    rows = _student_rows(base, bank, encode_text, batch, settings)
+    identity_count, count = len(batch.prompts), len(rows.noisy)
+    ends = [count] if settings.joint_rows or count == identity_count else [identity_count, count]
+    losses, start = [], 0
+    for end in ends:
+        part = slice(start, end)
+        with bank.rows(rows.slot[part]):
+            with _autocast(base, settings):
+                prediction = base.unet(rows.noisy[part], rows.timestep[part], rows.text[part], return_dict=False)[0]
+            loss = prediction_loss(prediction, rows.target[part], rows.loss_weight[part])
+            pack_loss(loss, rows.row_weight[part]).backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.detach())
+        start = end
+    all_rows = torch.cat(losses)
+    return RowLosses(identity_B=all_rows[:identity_count], cat_M=all_rows[identity_count:])
+
+
+def _student_rows(
+    base: BaseModel, bank: LoraBank, encode_text: TextEncoder, batch: Batch, settings: StepSettings
+) -> _StudentRows:
+    device = base.device
+    noise, timestep = _move(batch.noise, device), _move(batch.timestep_B, device)
+    latents = base.sample_latents(_move(batch.moments, device), _move(batch.posterior_noise, device))
+    noisy = base.schedule.add_noise(latents, noise, timestep)
+    target = base.schedule.target(latents, noise, timestep)
+    text = encode_text(batch.prompts)
+    slot = batch.adapter_B + 1
+    loss_weight = _loss_weight(base, batch, settings)
+    row_weight = batch.identity_weight_B
+    if batch.prior_prompts:
+        cat = batch.cat_row_M
+        on_device = _move(cat, device)
+        prior_noisy, prior_timestep = noisy[on_device], timestep[on_device]
+        prior_text = encode_text(batch.prior_prompts)
+        with _autocast(base, settings):
+            teacher = predict_base(base.unet, bank, prior_noisy, prior_timestep, prior_text)
+        noisy, timestep = torch.cat([noisy, prior_noisy]), torch.cat([timestep, prior_timestep])
+        target, text = torch.cat([target, teacher.to(target.dtype)]), torch.cat([text, prior_text])
+        slot, loss_weight = torch.cat([slot, slot[cat]]), torch.cat([loss_weight, loss_weight[cat]])
+        row_weight = torch.cat([row_weight, batch.cat_weight_M])
+    return _StudentRows(noisy, timestep, text, target, slot, _move(loss_weight, device), _move(row_weight, device))
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _autocast(base: BaseModel, settings: StepSettings) -> AbstractContextManager[object]:
+    return torch.autocast(base.device.type, torch.bfloat16) if settings.bf16 else nullcontext()
+
+
+def _loss_weight(base: BaseModel, batch: Batch, settings: StepSettings) -> Tensor:
+    weight_B = torch.ones(len(batch.prompts))
+    for adapter, gamma in enumerate(settings.min_snr_gamma):
+        rows = batch.adapter_B == adapter
+        if gamma is not None and bool(rows.any()):
+            weight_B[rows] = base.schedule.loss_weight(batch.timestep_B[rows], gamma).float()
+    return weight_B

@@ -1,0 +1,1 @@
+"""Ray job entry points, example job specs and benchmarks; nobody imports this package."""

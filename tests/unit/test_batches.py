@@ -1,0 +1,143 @@
+"""Draws are functions of their keys: nothing else about a run may change them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cat_cluster.batches import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
+
+
+def concept(token: str, *, alpha: float = 1.0, weight: float = 1.0, views: int = 3) -> ConceptMaterial:
+    moments = torch.from_numpy(keyed_generator("moments", token).standard_normal((views, 8, 4, 4))).float()
+    prompts = tuple(f"a {token} cup {i}" for i in range(views))
+    return ConceptMaterial(token, "cup", alpha, weight, moments, prompts, tuple(f"a cup {i}" for i in range(views)))
+
+
+def task(
+    adapter_id: str = "mug", concepts: tuple[ConceptMaterial, ...] | None = None, **changes: object
+) -> AdapterTask:
+    values: dict[str, object] = {
+        "adapter_id": adapter_id,
+        "draw_key": adapter_id,
+        "seed": 0,
+        "rows": 4,
+        "cat_fraction": 1.0,
+        "prior_prompt": "mixture",
+        "general_prompts": ("a photo of a red car", "a photo of a blue fish"),
+        "concepts": concepts or (concept("sks"),),
+    }
+    return AdapterTask(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def rows_of(batch: Batch, adapter: int) -> list[tuple[object, ...]]:
+    cat = dict(
+        zip(batch.cat_row_M.tolist(), zip(batch.prior_prompts, batch.cat_weight_M.tolist(), strict=True), strict=True)
+    )
+    return [
+        (
+            batch.concept_B[i].item(),
+            batch.prompts[i],
+            batch.timestep_B[i].item(),
+            batch.noise[i].tolist(),
+            batch.posterior_noise[i].tolist(),
+            batch.moments[i].tolist(),
+            batch.identity_weight_B[i].item(),
+            cat.get(i),
+        )
+        for i in range(len(batch.prompts))
+        if batch.adapter_B[i] == adapter
+    ]
+
+
+def test_rows_do_not_depend_on_the_pack_or_on_dropped_neighbours() -> None:
+    mug, tea = task("mug"), task("tea", (concept("zwx"), concept("ohwx", alpha=3.0)), cat_fraction=0.5)
+    for step in (0, 7):
+        alone = rows_of(draw_batch([mug], step, 1000, [True]), 0)
+        assert alone == rows_of(draw_batch([tea, mug], step, 1000, [True, True]), 1)
+        assert alone == rows_of(draw_batch([tea, mug], step, 1000, [False, True]), 1)
+
+
+def test_another_step_seed_or_draw_key_gives_other_draws() -> None:
+    first = draw_batch([task()], 0, 1000, [True]).noise
+    for other in (task(seed=1), task(draw_key="other")):
+        assert not torch.equal(first, draw_batch([other], 0, 1000, [True]).noise)
+    assert not torch.equal(first, draw_batch([task()], 1, 1000, [True]).noise)
+
+
+def test_two_adapters_with_one_draw_key_see_equal_rows() -> None:
+    pair = [task("cat", draw_key="pair"), task("lora", (concept("sks", alpha=0.0),), draw_key="pair")]
+    batch = draw_batch(pair, 3, 1000, [True, True])
+    assert [row[:-1] for row in rows_of(batch, 0)] == [row[:-1] for row in rows_of(batch, 1)]
+    assert all(row[-1] is None for row in rows_of(batch, 1))
+
+
+def test_row_weights_add_up_to_the_loss_of_the_design() -> None:
+    """sum_k weight_k (identity_k + alpha_k cat_k) / sum_k weight_k, each term a mean over the concept's rows."""
+    concepts = (concept("sks", weight=3.0, alpha=2.0), concept("zwx", weight=1.0, alpha=0.5))
+    batch = draw_batch([task(concepts=concepts)], 0, 1000, [True])
+    for k, (share, alpha) in enumerate([(0.75, 2.0), (0.25, 0.5)]):
+        assert batch.identity_weight_B[batch.concept_B == k].sum().item() == pytest.approx(share)
+        cat = batch.concept_B[batch.cat_row_M] == k
+        assert batch.cat_weight_M[cat].sum().item() == pytest.approx(share * alpha)
+
+
+@given(fraction=st.floats(0.01, 1.0), step=st.integers(0, 500), rows=st.integers(1, 6))
+def test_cat_fraction_takes_exactly_its_share_of_rows(fraction: float, step: int, rows: int) -> None:
+    concepts = (concept("sks"), concept("zwx", alpha=0.0), concept("ohwx"))
+    batch = draw_batch([task(concepts=concepts, cat_fraction=fraction, rows=rows)], step, 1000, [True])
+    count = max(1, round(fraction * 2 * rows))
+    assert len(batch.prior_prompts) == len(batch.cat_row_M) == count
+    assert not (batch.concept_B[batch.cat_row_M] == 1).any()
+    scale = batch.cat_weight_M / batch.identity_weight_B[batch.cat_row_M]
+    torch.testing.assert_close(scale, torch.full((count,), 2 * rows / count))
+
+
+def test_alpha_zero_draws_no_prior_rows() -> None:
+    batch = draw_batch([task(concepts=(concept("sks", alpha=0.0),))], 0, 1000, [True])
+    assert batch.prior_prompts == () and len(batch.cat_row_M) == 0
+
+
+def test_every_view_is_seen_equally_often_and_timesteps_cover_the_schedule() -> None:
+    seen: dict[str, int] = {}
+    timesteps = []
+    for step in range(30):
+        batch = draw_batch([task(rows=2)], step, 1000, [True])
+        timesteps += batch.timestep_B.tolist()
+        for prompt in batch.prompts:
+            seen[prompt] = seen.get(prompt, 0) + 1
+    assert set(seen.values()) == {20}
+    assert min(timesteps) >= 0 and max(timesteps) < 1000
+    assert all(abs(a - b) == 500 for a, b in zip(timesteps[::2], timesteps[1::2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token_removed", {"removed": 1.0}),
+        ("class_noun", {"class": 1.0}),
+        ("empty", {"empty": 1.0}),
+        ("mixture", {"removed": 0.5, "empty": 0.25, "general": 0.25}),
+    ],
+)
+def test_prior_prompts_follow_their_mode(mode: str, expected: dict[str, float]) -> None:
+    counts: dict[str, int] = {}
+    for step in range(100):
+        for prompt in draw_batch([task(prior_prompt=mode, rows=8)], step, 1000, [True]).prior_prompts:
+            kind = {"": "empty", "a photo of a cup": "class"}.get(prompt, "removed" if "cup" in prompt else "general")
+            counts[kind] = counts.get(kind, 0) + 1
+    assert {kind: count / 800 for kind, count in counts.items()} == pytest.approx(expected, abs=0.06)
+
+
+def test_a_pack_without_active_adapters_is_refused() -> None:
+    with pytest.raises(ValueError, match="every adapter of the pack was dropped"):
+        draw_batch([task()], 0, 1000, [False])
+
+
+def test_material_is_immutable() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        task().seed = 3  # type: ignore[misc]

@@ -1,0 +1,110 @@
+"""SlotAdamW: torch.optim.AdamW per slot, clipped and dropped alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from cat_cluster.training.optimizer import SlotAdamW, SlotSettings, learning_rate_at
+
+
+def settings(**changes: object) -> SlotSettings:
+    values: dict[str, object] = {
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "lr_schedule": "constant",
+        "warmup_steps": 0,
+        "steps": 20,
+    }
+    return SlotSettings(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def parameters(seed: int) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(3, 4, generator=generator)), nn.Parameter(torch.randn(5, generator=generator))]
+
+
+def set_gradients(slot: list[nn.Parameter], seed: int, scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in slot:
+        parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_each_slot_does_what_torch_adamw_does_alone(max_grad_norm: float | None) -> None:
+    slots, twins = [parameters(1), parameters(2)], [parameters(1), parameters(2)]
+    rates = (1e-2, 3e-3)
+    ours = SlotAdamW(
+        [
+            (slot, settings(learning_rate=rate, max_grad_norm=max_grad_norm))
+            for slot, rate in zip(slots, rates, strict=True)
+        ]
+    )
+    theirs = [torch.optim.AdamW(twin, lr=rate, weight_decay=0.1) for twin, rate in zip(twins, rates, strict=True)]
+    for step in range(10):
+        for index in range(2):
+            set_gradients(slots[index], 10 * step + index, scale=10.0 ** (index + 1))
+            set_gradients(twins[index], 10 * step + index, scale=10.0 ** (index + 1))
+            if max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(twins[index], max_grad_norm)
+            theirs[index].step()
+        ours.step()
+    for slot, twin in zip(slots, twins, strict=True):
+        for a, b in zip(slot, twin, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_slot_with_a_bad_gradient_is_dropped_and_its_neighbour_does_not_notice(poison: float) -> None:
+    slots, alone = [parameters(1), parameters(2)], parameters(1)
+    ours = SlotAdamW([(slot, settings()) for slot in slots])
+    twin = SlotAdamW([(alone, settings())])
+    frozen: list[torch.Tensor] = []
+    for step in range(6):
+        set_gradients(slots[0], step)
+        set_gradients(alone, step)
+        set_gradients(slots[1], step, scale=1e4)
+        if step == 3:
+            slots[1][0].grad[1, 2] = poison  # type: ignore[index]
+            frozen = [p.detach().clone() for p in slots[1]]
+        ours.step()
+        twin.step()
+    assert ours.dropped == {1: "gradient not finite at step 3"}
+    assert all(torch.equal(a, b) for a, b in zip(slots[0], alone, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(slots[1], frozen, strict=True))
+
+
+def test_learning_rate_schedules() -> None:
+    linear = settings(lr_schedule="linear", warmup_steps=5, steps=25, learning_rate=1.0)
+    assert [learning_rate_at(linear, s) for s in (0, 4, 5, 15, 25)] == pytest.approx([0.2, 1.0, 1.0, 0.5, 0.0])
+    cosine = settings(lr_schedule="cosine", steps=10, learning_rate=2.0)
+    assert learning_rate_at(cosine, 5) == pytest.approx(1.0)
+    assert learning_rate_at(cosine, 2) == pytest.approx(1.0 + math.cos(0.2 * math.pi))
+    assert learning_rate_at(settings(learning_rate=0.3), 19) == 0.3
+
+
+def test_restore_continues_bit_for_bit() -> None:
+    first, second = parameters(1), parameters(9)
+    whole, resumed = SlotAdamW([(first, settings())]), SlotAdamW([(second, settings())])
+    for step in range(8):
+        if step == 4:
+            saved = [
+                (p.detach().clone(), mean.clone(), square.clone())
+                for p, (mean, square) in zip(first, whole.slot_state(0), strict=True)
+            ]
+            resumed.restore(4, [saved], {})
+        if step >= 4:
+            set_gradients(second, step)
+            resumed.step()
+        set_gradients(first, step)
+        whole.step()
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_closures_are_refused() -> None:
+    with pytest.raises(ValueError, match="closure"):
+        SlotAdamW([(parameters(1), settings())]).step(lambda: 0.0)
