@@ -1,0 +1,222 @@
+"""The LoRA bank: every adapted linear of a U-Net holds many adapters, and each row of a batch picks its own.
+
+Slot 0 is the zero adapter: a row bound to it is the base model's. A bank both trains (parameters per slot) and
+serves (weights loaded into a slot by a copy, no module surgery).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cat_cluster.errors import AdapterMismatchError
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+
+TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "cross_attention": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+    "attention_ff": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+}
+
+
+def adapted_layers(unet: UNet2DConditionModel, targets: str) -> tuple[str, ...]:
+    """Return the module paths of the linears that `targets` names, in module order (convolutions are left out)."""
+    if targets not in TARGETS:
+        raise ValueError(f"targets must be one of {', '.join(TARGETS)}, got {targets!r}")
+    return tuple(
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and ".attentions." in name and name.endswith(TARGETS[targets])
+    )
+
+
+@dataclass
+class _Binding:
+    """Which slot each row of the running forward uses; `used` are the slots with an adapter among them."""
+
+    slot_B: Tensor
+    any_adapter: bool
+
+
+class _BankLinear(nn.Module):
+    """base(x) + up_slot(row) @ down_slot(row) @ x, row by row."""
+
+    def __init__(self, base: nn.Linear, bank: LoraBank, name: str) -> None:
+        super().__init__()
+        self.base = base
+        self._bank = (bank,)  # in a tuple: the bank is no submodule
+        self._name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's output for rows x [B, T, in] or [B, in]."""
+        output: Tensor = self.base(x)
+        factors = self._bank[0].row_factors(self._name, len(x), x.device)
+        if factors is None:
+            return output
+        down_BRI, up_BOR = factors
+        rows = x if x.ndim == 3 else x.unsqueeze(1)
+        change = torch.bmm(torch.bmm(rows, down_BRI.to(rows.dtype).mT), up_BOR.to(rows.dtype).mT)
+        return output + change.view_as(output)
+
+
+class LoraBank:
+    """S adapter slots of rank up to R in every adapted linear of one U-Net; see the module docstring."""
+
+    def __init__(self, unet: UNet2DConditionModel, slots: int, rank: int, layers: Sequence[str]) -> None:
+        self.unet = unet
+        self.slots = slots
+        self.rank = rank
+        self.layers = tuple(layers)
+        self._slots: dict[int, dict[str, tuple[nn.Parameter, nn.Parameter]]] = {}
+        self._tables: dict[str, tuple[tuple[int, ...], Tensor, Tensor]] = {}
+        self._binding: _Binding | None = None
+        self._originals: dict[str, nn.Linear] = {}
+
+    @classmethod
+    def attach(cls, unet: UNet2DConditionModel, *, slots: int, rank: int, layers: Sequence[str]) -> LoraBank:
+        """Put a bank of `slots` usable slots (1..S) into the named linears of `unet`, in place.
+
+        Raises AdapterMismatchError for a name that is no linear of this U-Net.
+        """
+        bank = cls(unet, slots, rank, layers)
+        modules = dict(unet.named_modules())
+        for name in bank.layers:
+            if not isinstance(modules.get(name), nn.Linear):
+                raise AdapterMismatchError(f"{name} is not a linear layer of this U-Net: use the base it was trained on")
+        for name in bank.layers:
+            bank._originals[name] = modules[name]
+            _replace(unet, name, _BankLinear(modules[name], bank, name))
+        return bank
+
+    def detach(self) -> None:
+        """Put the original linears back; the U-Net is then as before `attach`."""
+        for name, original in self._originals.items():
+            _replace(self.unet, name, original)
+        self._originals.clear()
+
+    @contextmanager
+    def rows(self, slot_B: Tensor | Sequence[int]) -> Iterator[None]:
+        """Bind row i of every forward inside to slot slot_B[i]; the backward belongs inside too.
+
+        Gradient checkpointing recomputes forwards during the backward, under the binding of that moment.
+        """
+        if self._binding is not None:
+            raise RuntimeError("rows are already bound: leave the first `with bank.rows(...)` before the next")
+        slots = torch.as_tensor(slot_B, dtype=torch.long)
+        used = set(slots.tolist()) - {0}
+        unknown = used - self._slots.keys()
+        if unknown:
+            raise ValueError(f"no adapter in slot {sorted(unknown)}: load it first (this bank has slots 1..{self.slots})")
+        device = self._originals[self.layers[0]].weight.device
+        self._binding = _Binding(slots.to(device), bool(used))
+        try:
+            yield
+        finally:
+            self._binding = None
+
+    def row_factors(self, name: str, count: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Return this forward's down [B, R, in] and up [B, out, R] for a layer; None when all rows are base rows."""
+        binding = self._binding
+        if binding is None:
+            raise RuntimeError("no rows are bound: call the U-Net inside `with bank.rows(slots):`")
+        if count != len(binding.slot_B):
+            raise ValueError(f"the call has {count} rows and {len(binding.slot_B)} are bound: bind one slot per row")
+        if not binding.any_adapter:
+            return None
+        down, up = self._table(name)
+        return down.index_select(0, binding.slot_B), up.index_select(0, binding.slot_B)
+
+    def new_trainable(self, slot: int, weights: AdapterWeights) -> None:
+        """Start training in a slot from `weights`; its parameters have the adapter's own rank."""
+        self._set(slot, weights, strength=1.0, trainable=True)
+
+    def load(self, slot: int, weights: AdapterWeights, *, strength: float = 1.0) -> None:
+        """Put an adapter into a slot for inference; `strength` scales what it adds."""
+        self._set(slot, weights, strength=strength, trainable=False)
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot."""
+        self._check_slot(slot)
+        self._slots.pop(slot, None)
+        self._tables.clear()
+
+    def parameters(self, slot: int) -> list[nn.Parameter]:
+        """Return a slot's parameters in layer order, down before up."""
+        return [parameter for name in self._slots[slot] for parameter in self._slots[slot][name]]
+
+    def export(self, slot: int) -> AdapterWeights:
+        """Return a copy of a slot's weights at their true rank, fp32 on the CPU."""
+        return AdapterWeights(
+            {
+                name: LoraLayer(down.detach().float().cpu().clone(), up.detach().float().cpu().clone())
+                for name, (down, up) in self._slots[slot].items()
+            }
+        )
+
+    def _set(self, slot: int, weights: AdapterWeights, *, strength: float, trainable: bool) -> None:
+        self._check_slot(slot)
+        foreign = sorted(set(weights.layers) - set(self.layers))
+        if foreign:
+            raise AdapterMismatchError(f"{foreign[0]} is not adapted by this bank: attach it with the adapter's layers")
+        if weights.rank > self.rank:
+            raise AdapterMismatchError(f"the adapter has rank {weights.rank} and the bank {self.rank}: use a larger bank")
+        parameters = {}
+        for name in self.layers:
+            if name not in weights.layers:
+                continue
+            layer, linear = weights.layers[name], self._originals[name]
+            wanted, found = (linear.in_features, linear.out_features), (layer.down.shape[1], layer.up.shape[0])
+            if wanted != found:
+                raise AdapterMismatchError(f"{name} takes (in, out) {wanted} and the adapter has {found}: other base model")
+            place = {"device": linear.weight.device, "dtype": torch.float32}
+            parameters[name] = (
+                nn.Parameter(layer.down.to(**place).clone(), requires_grad=trainable),
+                nn.Parameter(strength * layer.up.to(**place), requires_grad=trainable),
+            )
+        self._slots[slot] = parameters
+        self._tables.clear()
+
+    def _check_slot(self, slot: int) -> None:
+        if not 1 <= slot <= self.slots:
+            raise ValueError(f"slot {slot} is not among this bank's slots 1..{self.slots} (slot 0 is the base)")
+
+    def _table(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return all slots of a layer, down [S+1, R, in] and up [S+1, out, R], row 0 zero."""
+        pairs = [self._slots.get(slot, {}).get(name) for slot in range(self.slots + 1)]
+        if torch.is_grad_enabled() and any(pair is not None and pair[0].requires_grad for pair in pairs):
+            return self._stack(name, pairs)
+        # Steps of inference share one stack; the version counters notice an optimiser step in between.
+        versions = tuple(-1 if pair is None else pair[0]._version + pair[1]._version for pair in pairs)
+        kept = self._tables.get(name)
+        if kept is None or kept[0] != versions:
+            with torch.no_grad():
+                kept = (versions, *self._stack(name, pairs))
+            self._tables[name] = kept
+        return kept[1], kept[2]
+
+    def _stack(self, name: str, pairs: Sequence[tuple[nn.Parameter, nn.Parameter] | None]) -> tuple[Tensor, Tensor]:
+        linear = self._originals[name]
+        zero_down = linear.weight.new_zeros((self.rank, linear.in_features), dtype=torch.float32)
+        zero_up = linear.weight.new_zeros((linear.out_features, self.rank), dtype=torch.float32)
+        downs, ups = [zero_down], [zero_up]
+        for pair in pairs[1:]:
+            if pair is None:
+                downs.append(zero_down)
+                ups.append(zero_up)
+                continue
+            down, up = pair
+            missing = self.rank - len(down)
+            downs.append(functional.pad(down, (0, 0, 0, missing)) if missing else down)
+            ups.append(functional.pad(up, (0, missing)) if missing else up)
+        return torch.stack(downs), torch.stack(ups)
+
+
+def _replace(unet: UNet2DConditionModel, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(unet.get_submodule(parent), child, module)

@@ -1,0 +1,180 @@
+"""Laws of packed training: company, interruption and failure of a neighbour do not change an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.batches import AdapterTask
+from cat_cluster.errors import CheckpointError
+from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.lora.formats import AdapterWeights
+from cat_cluster.methods import initial_weights
+from cat_cluster.store.local import LocalStore
+from cat_cluster.training.checkpoint import CheckpointStore
+from cat_cluster.training.loop import LoopSettings, PackMember, StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.optimizer import SlotSettings
+from tests.unit.training.test_step import concept, task
+
+STEPS = 20
+SETTINGS = LoopSettings(steps=STEPS, checkpoint_every=6)
+
+
+class Killed(Exception):
+    """Stands for a process that dies between two steps."""
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+def member(
+    base: BaseModel, one: AdapterTask, *, rank: int = 4, rate: float = 5e-3, clip: float | None = 1.0
+) -> PackMember:
+    layers = adapted_layers(base.unet, "attention")
+    initial = initial_weights(base.unet, layers, rank=rank, seed=one.seed, draw_key=one.draw_key)
+    return PackMember(one, SlotSettings(rate, 0.01, clip, "cosine", 3, STEPS), initial)
+
+
+def members(base: BaseModel) -> list[PackMember]:
+    joint = (concept(base, "zwx", alpha=1.0), concept(base, "ohwx", alpha=3.0, weight=2.0))
+    return [
+        member(base, task("mug", (concept(base, "sks", alpha=5.0),))),
+        member(base, task("tea", joint, cat_fraction=0.5), rank=2, rate=2e-3),
+        member(base, task("plain", (concept(base, "sks", alpha=0.0),), rows=3), rate=1e-2, clip=None),
+    ]
+
+
+def train(base: BaseModel, pack: list[PackMember], **options: object) -> dict[str, TrainedAdapter]:
+    bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
+    try:
+        return {one.adapter_id: one for one in train_pack(base, bank, pack, SETTINGS, **options)}  # type: ignore[arg-type]
+    finally:
+        bank.detach()
+
+
+def relative_error(found: AdapterWeights | None, wanted: AdapterWeights | None) -> float:
+    """max over layers of ||W - W_ref||_F / ||W_ref||_F with W = B A."""
+    assert found is not None and wanted is not None
+    errors = []
+    for name, reference in wanted.layers.items():
+        product = reference.up @ reference.down
+        errors.append(((found.layers[name].up @ found.layers[name].down - product).norm() / product.norm()).item())
+    return max(errors)
+
+
+def bit_equal(one: AdapterWeights | None, other: AdapterWeights | None) -> bool:
+    assert one is not None and other is not None
+    return all(
+        torch.equal(one.layers[n].down, other.layers[n].down) and torch.equal(one.layers[n].up, other.layers[n].up)
+        for n in one.layers
+    )
+
+
+def test_a_pack_gives_what_separate_runs_give(base: BaseModel) -> None:
+    packed = train(base, members(base))
+    for alone in members(base):
+        separate = train(base, [alone])[alone.task.adapter_id]
+        assert relative_error(packed[alone.task.adapter_id].weights, separate.weights) <= 1e-3
+    assert not bit_equal(packed["mug"].weights, packed["plain"].weights)
+
+
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(base: BaseModel, tmp_path: Path) -> None:
+    whole = train(base, members(base))
+    checkpoints = CheckpointStore(LocalStore(tmp_path), "runs/pack", "digest")
+    seen: list[int] = []
+
+    def die_at(step: int) -> object:
+        def on_step(report: StepReport) -> None:
+            seen.append(report.step)
+            if report.step == step:
+                raise Killed
+
+        return on_step
+
+    for step in (4, 9, 17):
+        with pytest.raises(Killed):
+            train(base, members(base), checkpoints=checkpoints, on_step=die_at(step))
+    resumed = train(base, members(base), checkpoints=checkpoints, on_step=die_at(-1))
+    assert seen == [*range(1, 5), *range(1, 10), *range(7, 18), *range(13, 21)]
+    for adapter_id, adapter in whole.items():
+        assert bit_equal(adapter.weights, resumed[adapter_id].weights)
+        assert adapter.history == resumed[adapter_id].history
+
+
+def test_a_nan_adapter_is_dropped_alone_and_stays_dropped_after_resuming(base: BaseModel, tmp_path: Path) -> None:
+    pack = members(base)
+    poisoned = concept(base, "zwx", alpha=1.0)
+    poisoned.moments_NCHW[1] = float("nan")
+    bad = member(base, task("bad", (poisoned,)))
+    company = train(base, [pack[0], bad, pack[2]], checkpoints=CheckpointStore(LocalStore(tmp_path), "runs/a", "d"))
+    alone = train(base, [pack[0], pack[2]])
+    assert company["bad"].weights is None
+    assert "gradient not finite at step" in (company["bad"].dropped or "")
+    for adapter_id in ("mug", "plain"):
+        assert company[adapter_id].dropped is None
+        assert relative_error(company[adapter_id].weights, alone[adapter_id].weights) <= 1e-3
+    again = train(base, [pack[0], bad, pack[2]], checkpoints=CheckpointStore(LocalStore(tmp_path), "runs/a", "d"))
+    assert again["bad"].dropped == company["bad"].dropped
+    assert bit_equal(again["mug"].weights, company["mug"].weights)
+
+
+def test_a_neighbour_with_a_huge_loss_changes_nothing(base: BaseModel) -> None:
+    loud = concept(base, "zwx", alpha=1.0)
+    loud.moments_NCHW[:, : base.latent_channels] *= 100.0  # 10,000 times the squared error
+    quiet = members(base)[0]
+    both = train(base, [quiet, member(base, task("loud", (loud,)))])
+    assert relative_error(both["mug"].weights, train(base, [quiet])["mug"].weights) <= 1e-3
+
+
+def test_training_ends_when_every_adapter_was_dropped(base: BaseModel) -> None:
+    poisoned = concept(base, "zwx", alpha=1.0)
+    poisoned.moments_NCHW[:] = float("nan")
+    steps: list[int] = []
+    result = train(base, [member(base, task("bad", (poisoned,)))], on_step=lambda report: steps.append(report.step))
+    assert steps == [1] and result["bad"].weights is None
+
+
+def test_reports_carry_losses_per_token(base: BaseModel) -> None:
+    reports: list[StepReport] = []
+    result = train(base, members(base), on_step=reports.append)
+    assert [report.step for report in reports] == list(range(1, STEPS + 1))
+    last = reports[-1].losses
+    assert set(last) == {"mug", "tea", "plain"} and set(last["tea"]) == {"zwx", "ohwx"}
+    assert last["plain"]["sks"].cat is None
+    curves = result["tea"].history
+    assert curves["steps"] == list(range(1, STEPS + 1)) and len(curves["ohwx"]["identity"]) == STEPS
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base: BaseModel, tmp_path: Path, damage: str) -> None:
+    whole = train(base, members(base), checkpoints=CheckpointStore(LocalStore(tmp_path), "runs/pack", "digest"))
+    newest = tmp_path / "runs" / "pack" / f"{STEPS:08d}.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    newest.write_bytes(bytes(data if damage == "flip" else data[: len(data) // 2]))
+    checkpoints = CheckpointStore(LocalStore(tmp_path), "runs/pack", "digest")
+    state = checkpoints.latest()
+    assert state is not None and state.step == 18
+    resumed = train(base, members(base), checkpoints=checkpoints)
+    assert bit_equal(resumed["mug"].weights, whole["mug"].weights)
+
+
+def test_checkpoints_of_other_adapters_or_none_readable_are_refused(base: BaseModel, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    checkpoints = CheckpointStore(store, "runs/pack", "digest")
+    assert checkpoints.latest() is None
+    train(base, members(base), checkpoints=checkpoints)
+    assert len(store.list("runs/pack/")) == 4
+    renamed = [replace(one, task=replace(one.task, adapter_id=f"{one.task.adapter_id}-2")) for one in members(base)]
+    with pytest.raises(CheckpointError, match="remove the checkpoint"):
+        train(base, renamed, checkpoints=checkpoints)
+    with pytest.raises(CheckpointError, match="belongs to another run"):
+        CheckpointStore(store, "runs/pack", "other").latest()
+    checkpoints.clear()
+    assert store.list("runs/pack/") == []

@@ -1,0 +1,209 @@
+"""A training step against a naive reference with a second frozen U-Net as teacher and PEFT as the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.batches import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
+from cat_cluster.latents import TextCache
+from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.methods import initial_weights
+from cat_cluster.training.step import RowLosses, StepSettings, train_step
+
+GENERAL = ("a photo of a red car", "a photo of a blue fish")
+
+
+def concept(base: BaseModel, token: str, *, alpha: float, weight: float = 1.0) -> ConceptMaterial:
+    shape = (2, 2 * base.latent_channels, base.latent_size, base.latent_size)
+    moments = torch.from_numpy(keyed_generator("moments", token).standard_normal(shape, dtype=np.float32))
+    return ConceptMaterial(
+        token, "cup", alpha, weight, moments, (f"a {token} cup", f"{token}, a cup in snow"), ("a cup", "a cup in snow")
+    )
+
+
+def task(adapter_id: str, concepts: tuple[ConceptMaterial, ...], **changes: Any) -> AdapterTask:
+    values: dict[str, Any] = {"seed": 3, "rows": 2, "cat_fraction": 1.0, "prior_prompt": "mixture"}
+    return AdapterTask(
+        adapter_id=adapter_id, draw_key=adapter_id, general_prompts=GENERAL, concepts=concepts, **{**values, **changes}
+    )
+
+
+def trained_weights(base: BaseModel, rank: int, seed: int) -> AdapterWeights:
+    """Weights whose B is not zero, as after some training."""
+    initial = initial_weights(base.unet, adapted_layers(base.unet, "attention"), rank=rank, seed=seed, draw_key="t")
+    generator = torch.Generator().manual_seed(seed)
+    return AdapterWeights(
+        {
+            name: LoraLayer(layer.down, 0.05 * torch.randn(layer.up.shape, generator=generator))
+            for name, layer in initial.layers.items()
+        }
+    )
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+@pytest.fixture
+def base_v(tiny_base_v_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_v_folder))
+
+
+def open_bank(base: BaseModel, weights: list[AdapterWeights], rank: int = 4) -> LoraBank:
+    bank = LoraBank.attach(base.unet, slots=len(weights), rank=rank, layers=adapted_layers(base.unet, "attention"))
+    for slot, one in enumerate(weights, start=1):
+        bank.new_trainable(slot, one)
+    return bank
+
+
+def gradients(bank: LoraBank, slot: int) -> list[Tensor]:
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in bank.parameters(slot)]
+
+
+def run(base: BaseModel, bank: LoraBank, batch: Batch, **changes: Any) -> RowLosses:
+    settings = StepSettings(**{"min_snr_gamma": [None] * 8, **changes})
+    return train_step(base, bank, TextCache(base), batch, settings)
+
+
+def naive_loss(
+    base: BaseModel, teacher: UNet2DConditionModel, one: AdapterTask, batch: Batch, gamma: float | None
+) -> Tensor:
+    """The design's equation with plain loops, three forwards per row and diffusers' own noising."""
+    scheduler = DDPMScheduler.from_config(dict(base.schedule.scheduler_config))
+    prior_of = dict(zip(batch.cat_row_M.tolist(), batch.prior_prompts, strict=True))
+    share = len([c for c in one.concepts if c.alpha > 0]) * one.rows / max(1, len(prior_of))
+    total = torch.zeros(())
+    for k, c in enumerate(one.concepts):
+        identity, cat = torch.zeros(()), torch.zeros(())
+        for i in [i for i in range(len(batch.prompts)) if int(batch.concept_B[i]) == k]:
+            mean, logvar = batch.moments[i : i + 1].chunk(2, dim=1)
+            z0 = (mean + (0.5 * logvar).exp() * batch.posterior_noise[i : i + 1]) * base.vae.config.scaling_factor
+            noise, t = batch.noise[i : i + 1], batch.timestep_B[i : i + 1]
+            noisy = scheduler.add_noise(z0, noise, t)
+            v_prediction = base.schedule.prediction_type == "v_prediction"
+            target = scheduler.get_velocity(z0, noise, t) if v_prediction else noise
+            alpha_bar = scheduler.alphas_cumprod[t].item()
+            snr = alpha_bar / (1 - alpha_bar)
+            w = 1.0 if gamma is None else min(snr, gamma) / (snr + 1 if v_prediction else snr)
+            student = base.unet(noisy, t, base.encode_text([batch.prompts[i]])).sample
+            identity = identity + w * (student - target).square().mean() / one.rows
+            if i in prior_of:
+                text = base.encode_text([prior_of[i]])
+                with torch.no_grad():
+                    frozen = teacher(noisy, t, text).sample
+                cat = cat + w * share * (base.unet(noisy, t, text).sample - frozen).square().mean() / one.rows
+        total = total + c.weight * (identity + c.alpha * cat)
+    return total / sum(c.weight for c in one.concepts)
+
+
+@pytest.mark.parametrize("joint_rows", [True, False])
+@pytest.mark.parametrize(("kind", "gamma", "fraction"), [("base", None, 1.0), ("base", 5.0, 0.5), ("base_v", 5.0, 1.0)])
+def test_the_step_equals_a_naive_three_forward_reference(
+    request: pytest.FixtureRequest, kind: str, gamma: float | None, fraction: float, joint_rows: bool
+) -> None:
+    base: BaseModel = request.getfixturevalue(kind)
+    concepts = (concept(base, "sks", alpha=2.0, weight=3.0), concept(base, "zwx", alpha=0.7))
+    one = task("tea", concepts, cat_fraction=fraction)
+    weights = trained_weights(base, 4, seed=1)
+    batch = draw_batch([one], 5, 1000, [True])
+    bank = open_bank(base, [weights])
+    run(base, bank, batch, min_snr_gamma=[gamma], joint_rows=joint_rows)
+    ours = gradients(bank, 1)
+    bank.detach()
+
+    teacher = UNet2DConditionModel.from_pretrained(base.folder / "unet")
+    base.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(weights.layers)))
+    for name, layer in weights.layers.items():
+        module = base.unet.get_submodule(name)
+        module.lora_A["default"].weight.data.copy_(layer.down)
+        module.lora_B["default"].weight.data.copy_(layer.up)
+    naive_loss(base, teacher, one, batch, gamma).backward()
+    theirs = [
+        getattr(base.unet.get_submodule(name), side)["default"].weight.grad
+        for name in weights.layers
+        for side in ("lora_A", "lora_B")
+    ]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-7)
+
+
+def test_cat_loss_and_gradient_are_exactly_zero_at_the_start(base: BaseModel) -> None:
+    """Student and teacher ride in calls of equal shape here, so equality is to the bit."""
+    layers = adapted_layers(base.unet, "attention")
+    bank = open_bank(base, [initial_weights(base.unet, layers, rank=4, seed=0, draw_key="mug")])
+    full = draw_batch([task("mug", (concept(base, "sks", alpha=5.0),))], 0, 1000, [True])
+    object.__setattr__(full, "identity_weight_B", torch.zeros_like(full.identity_weight_B))
+    losses = run(base, bank, full, joint_rows=False)
+    assert len(losses.cat_M) == 2 and torch.equal(losses.cat_M, torch.zeros(2))
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients(bank, 1))
+    assert (losses.identity_B > 0).all()
+
+
+@pytest.mark.parametrize("joint_rows", [True, False])
+def test_alpha_zero_is_plain_lora_to_the_bit(base: BaseModel, joint_rows: bool) -> None:
+    weights = trained_weights(base, 4, seed=2)
+    bank = open_bank(base, [weights])
+    batch = draw_batch([task("mug", (concept(base, "sks", alpha=0.0),))], 0, 1000, [True])
+    losses = run(base, bank, batch, joint_rows=joint_rows)
+    ours = gradients(bank, 1)
+    assert len(losses.cat_M) == 0
+    bank.detach()
+
+    bank = open_bank(base, [weights])
+    latents = base.sample_latents(batch.moments, batch.posterior_noise)
+    with bank.rows(batch.adapter_B + 1):
+        prediction = base.unet(
+            base.schedule.add_noise(latents, batch.noise, batch.timestep_B),
+            batch.timestep_B,
+            base.encode_text(list(batch.prompts)),
+        ).sample
+        plain = (prediction - batch.noise).square().flatten(1).mean(1)
+        (plain * batch.identity_weight_B).sum().backward()
+    assert torch.equal(losses.identity_B, plain.detach())
+    assert all(torch.equal(a, b) for a, b in zip(ours, gradients(bank, 1), strict=True))
+
+
+@pytest.mark.parametrize("poison", [float("nan"), 1e4])
+def test_a_poisoned_adapter_leaves_its_neighbours_gradient_unchanged(base: BaseModel, poison: float) -> None:
+    good, bad = task("good", (concept(base, "sks", alpha=1.0),)), task("bad", (concept(base, "zwx", alpha=1.0),))
+    weights = [trained_weights(base, 4, seed=1), trained_weights(base, 2, seed=2)]
+    found = []
+    for factor in (1.0, poison):
+        bank = open_bank(base, weights)
+        batch = draw_batch([good, bad], 0, 1000, [True, True])
+        batch.moments[batch.adapter_B == 1] *= factor
+        run(base, bank, batch)
+        found.append((gradients(bank, 1), gradients(bank, 2)))
+        bank.detach()
+    assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_gradient_checkpointing_and_bf16_are_the_same_step_up_to_rounding(base: BaseModel) -> None:
+    one = task("mug", (concept(base, "sks", alpha=2.0),))
+    batch = draw_batch([one], 0, 1000, [True])
+    found: dict[str, list[Tensor]] = {}
+    for name in ("plain", "checkpointed", "bf16"):
+        bank = open_bank(base, [trained_weights(base, 4, seed=1)])
+        if name == "checkpointed":
+            base.unet.train()
+            base.unet.enable_gradient_checkpointing()
+        run(base, bank, batch, bf16=name == "bf16")
+        base.unet.eval()
+        base.unet.disable_gradient_checkpointing()
+        found[name] = gradients(bank, 1)
+        bank.detach()
+    for plain, checkpointed, low in zip(*found.values(), strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-5, atol=1e-8)
+        assert (low - plain).norm() <= 0.1 * plain.norm() + 1e-6
