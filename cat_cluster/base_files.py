@@ -1,0 +1,277 @@
+"""The files of a base model: where its diffusers folder is, whether it is a Stable Diffusion 1.x or 2.x, its digest."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cat_cluster.errors import BaseModelError
+from cat_cluster.settings import load_settings
+
+POCKET = "pocket"
+WEIGHT_STEMS: Mapping[str, str] = {
+    "text_encoder": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+_CONFIG_FILES: Mapping[str, str] = {
+    "scheduler": "scheduler_config.json",
+    "text_encoder": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "unet": "config.json",
+    "vae": "config.json",
+}
+_TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+_WEIGHT_ENDS = (".safetensors", "-?????-of-?????.safetensors")
+_BETA_DEFAULTS: Mapping[str, Any] = {
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "beta_start": 0.0001,
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+    "trained_betas": None,
+}
+# U-Net options that need inputs a Stable Diffusion 1.x or 2.x pipeline does not have, and what uses them.
+_OTHER_FAMILIES: Mapping[str, str] = {
+    "addition_embed_type": "Stable Diffusion XL",
+    "class_embed_type": "Stable unCLIP",
+    "encoder_hid_dim_type": "a U-Net with another text or image conditioning",
+    "time_cond_proj_dim": "a latent consistency model",
+}
+_SUPPORTED = "use a Stable Diffusion 1.x or 2.x text-to-image base"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The safetensors files of one component, and the variant ("fp16") in their names, if any."""
+
+    variant: str | None
+    paths: tuple[Path, ...]
+
+
+def base_folder(name: str) -> Path:
+    """Return the diffusers folder of a base: "pocket", a folder, or a hub id (local files first).
+
+    Raises BaseModelError when there is no such base, or none of a supported family.
+    """
+    if name == POCKET:
+        folder = Path(__file__).parent / "pocket" / "weights"
+        if not folder.is_dir():
+            raise BaseModelError(
+                f"base 'pocket': {folder} is missing; reinstall cat-cluster, or make it with "
+                "`cat-cluster pocket pretrain`."
+            )
+        return folder
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith("/"):
+        raise BaseModelError(
+            f"base {name!r} is not a folder: give 'pocket', a diffusers folder, or a hub id such as "
+            "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+        )
+    return _hub_folder(name)
+
+
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """Return the JSON config of a component of a diffusers folder; BaseModelError when missing or unreadable."""
+    path = folder / component / _CONFIG_FILES[component]
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BaseModelError(
+            f"{folder}: {component}/{path.name} is missing; a base is a complete diffusers folder with "
+            f"{', '.join(_CONFIG_FILES)}: download it again, or save it with pipeline.save_pretrained()."
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{path} cannot be read ({error}); download the base again.") from error
+    if not isinstance(config, dict):
+        raise BaseModelError(f"{path} is not a JSON object; download the base again.")
+    return config
+
+
+def check_family(folder: Path) -> None:
+    """Refuse, by name, a folder that is not a complete Stable Diffusion 1.x or 2.x text-to-image base."""
+    if (folder / "transformer").is_dir():
+        raise BaseModelError(f"{folder} has transformer/: Stable Diffusion 3 or Flux is not supported; {_SUPPORTED}.")
+    if (folder / "text_encoder_2").is_dir():
+        raise BaseModelError(f"{folder} has text_encoder_2/: Stable Diffusion XL is not supported; {_SUPPORTED}.")
+    configs = {component: read_config(folder, component) for component in _CONFIG_FILES}
+    unet = configs["unet"]
+    where = folder / "unet" / "config.json"
+    for option, family in _OTHER_FAMILIES.items():
+        if unet.get(option) is not None:
+            raise BaseModelError(
+                f"{where}: {option} is {unet[option]!r}, which is {family} and not supported; {_SUPPORTED}."
+            )
+    channels = int(configs["vae"].get("latent_channels", 4))
+    taken = int(unet.get("in_channels", 4))
+    if taken != channels:
+        kind = "an inpainting" if taken == 2 * channels + 1 else "an image-conditioned"
+        raise BaseModelError(
+            f"{where}: in_channels is {taken} and the VAE has {channels} latent channels, which is {kind} "
+            f"base and not supported; {_SUPPORTED}."
+        )
+    width, needed = configs["text_encoder"].get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
+    if width != needed:
+        raise BaseModelError(
+            f"{where}: cross_attention_dim is {needed!r} and the text encoder's hidden_size is {width!r}; "
+            "these parts do not belong together: download the base again."
+        )
+
+
+def weight_files(folder: Path, component: str) -> WeightFiles:
+    """Find a component's safetensors files, the plain names before the fp16 variant's; one file or shards."""
+    stem, place = WEIGHT_STEMS[component], folder / component
+    for variant in (None, "fp16"):
+        infix = f".{variant}" if variant else ""
+        single = place / f"{stem}{infix}.safetensors"
+        if single.is_file():
+            return WeightFiles(variant, (single,))
+        index = place / f"{stem}.safetensors.index{infix}.json"
+        if index.is_file():
+            return WeightFiles(variant, _shards(index))
+    if any(place.glob("*.bin")) or any(place.glob("*.ckpt")):
+        raise BaseModelError(
+            f"{place} holds pickled weights only, which are never read: convert the base once, in a place where "
+            "you trust it, with StableDiffusionPipeline.from_pretrained(OLD, use_safetensors=False)"
+            ".save_pretrained(NEW, safe_serialization=True)."
+        )
+    raise BaseModelError(f"{place}: {stem}.safetensors is missing; download the base again.")
+
+
+def fingerprint(folder: Path) -> str:
+    """Return the base's digest: sha256 over its tensors as fp32, tokenizer files, prediction type and betas.
+
+    Tensors are taken in order of (component, name) and hashed with both and their shape, so a file's dtype and
+    sharding do not count but its values do. Cached by path, size and time of every file. Raises BaseModelError
+    for a truncated file or weights that are not finite; a cached digest was checked when it was made.
+    """
+    files = {component: weight_files(folder, component) for component in WEIGHT_STEMS}
+    tokenizer = [path for name in _TOKENIZER_FILES if (path := folder / "tokenizer" / name).is_file()]
+    scheduler = folder / "scheduler" / _CONFIG_FILES["scheduler"]
+    cache = _cache_path([*(path for found in files.values() for path in found.paths), *tokenizer, scheduler])
+    cached = _read_digest(cache)
+    if cached is not None:
+        return cached
+    digest = hashlib.sha256()
+    for component, found in sorted(files.items()):
+        for name, tensor in _tensors(found.paths):
+            digest.update(f"{component}\0{name}\0{list(tensor.shape)}\0".encode())
+            digest.update(tensor.to(torch.float32).contiguous().numpy().tobytes())
+    for path in tokenizer:
+        digest.update(f"tokenizer\0{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(path.read_bytes())
+    config = read_config(folder, "scheduler")
+    betas = {key: config.get(key, default) for key, default in _BETA_DEFAULTS.items()}
+    digest.update(json.dumps(betas, sort_keys=True).encode())
+    _write_digest(cache, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _tensors(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one component in order of name, one in memory at a time, each checked to be finite."""
+    with contextlib.ExitStack() as stack:
+        owners: dict[str, tuple[Path, Callable[[str], Tensor]]] = {}
+        for path in paths:
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise BaseModelError(f"{path} is damaged ({error}); download the base again.") from error
+            owners.update(dict.fromkeys(file.keys(), (path, file.get_tensor)))
+        for name, (path, read) in sorted(owners.items(), key=lambda item: item[0]):
+            tensor = read(name)
+            if not bool(torch.isfinite(tensor).all()):
+                raise BaseModelError(f"{path}: tensor {name} has values that are not finite; download the base again.")
+            yield name, tensor
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise BaseModelError(f"{index} cannot be read ({error!r}); download the base again.") from error
+    shards = tuple(index.parent / name for name in names)
+    for shard in shards:
+        if not shard.is_file():
+            raise BaseModelError(f"{shard} is missing and {index.name} names it; download the base again.")
+    return shards
+
+
+def _cache_path(paths: Sequence[Path]) -> Path:
+    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return load_settings().cache_dir / "fingerprints" / f"{key}.sha256"
+
+
+def _read_digest(path: Path) -> str | None:
+    try:
+        text = path.read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return None
+    return text if len(text) == 64 and set(text) <= set("0123456789abcdef") else None
+
+
+def _write_digest(path: Path, digest: str) -> None:
+    # A cache that cannot be written costs a second hashing, never the load.
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(digest)
+        os.replace(temporary, path)
+
+
+def _hub_folder(name: str) -> Path:
+    """Return the snapshot folder of a hub id: the local cache when complete, else the needed files downloaded."""
+    with contextlib.suppress(OSError, ValueError, EntryNotFoundError, BaseModelError):
+        return _complete(Path(snapshot_download(name, local_files_only=True)))
+    # Configs first: a base of another family is refused before its gigabytes are fetched.
+    folder = _download(name, ["model_index.json", "*/*.json", "tokenizer/*.txt", "general_prompts.txt"])
+    check_family(folder)
+    for infix in ("", ".fp16"):
+        patterns = [f"{part}/{stem}{infix}{end}" for part, stem in WEIGHT_STEMS.items() for end in _WEIGHT_ENDS]
+        folder = _download(name, patterns)
+        with contextlib.suppress(BaseModelError):
+            return _complete(folder)
+    return _complete(folder)
+
+
+def _complete(folder: Path) -> Path:
+    check_family(folder)
+    for component in WEIGHT_STEMS:
+        weight_files(folder, component)
+    return folder
+
+
+def _download(name: str, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError, EntryNotFoundError) as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise BaseModelError(
+            f"base {name!r} is neither a folder nor in the local hub cache, and downloading it failed "
+            f"({type(error).__name__}: {reason}). Check the name and the network (HF_HUB_OFFLINE must not be 1; a "
+            "gated base needs `hf auth login`), or give the path of a diffusers folder."
+        ) from error

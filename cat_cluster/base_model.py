@@ -1,0 +1,212 @@
+"""The frozen base model: U-Net, VAE, text encoder, tokenizer and noise schedule of a Stable Diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.utils import is_accelerate_available
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from cat_cluster.base_files import base_folder as base_folder
+from cat_cluster.base_files import check_family, fingerprint, read_config, weight_files
+from cat_cluster.diffusion.schedule import NoiseSchedule
+from cat_cluster.errors import BaseModelError
+
+GENERAL_PROMPTS_FILE = "general_prompts.txt"
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """The frozen parts of a Stable Diffusion 1.x or 2.x, in eval mode, without gradients, on one device."""
+
+    name: str
+    folder: Path
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    schedule: NoiseSchedule
+    fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def latent_channels(self) -> int:
+        """C, the channels of a latent."""
+        return int(self.vae.config.latent_channels)
+
+    @property
+    def latent_size(self) -> int:
+        """H = W of the latents the base was trained on."""
+        size = self.unet.config.sample_size
+        return int(size if isinstance(size, int) else size[0])
+
+    @property
+    def resolution(self) -> int:
+        """The side of the base's own images, in pixels."""
+        return self.latent_size << (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Encode prompts to [B, L, D] as the stock pipeline does: padded and truncated to L, no attention mask."""
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        # A few checkpoints ask for the mask in their config, and the stock pipeline obeys.
+        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+        mask = tokens.attention_mask.to(self.device) if masked else None
+        return cast(Tensor, self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0])
+
+    @torch.no_grad()
+    def encode_moments(self, pixels: Tensor) -> Tensor:
+        """Return the VAE posterior's mean and log-variance [N, 2C, H, W] of pixels [N, 3, 8H, 8W] in [-1, 1]."""
+        posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+        return cast(Tensor, posterior.parameters)
+
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Return z0 = scaling_factor * (mean + exp(logvar / 2) * noise) [N, C, H, W] of moments [N, 2C, H, W]."""
+        mean, logvar = moments.chunk(2, dim=1)
+        deviation = torch.exp(0.5 * logvar.clamp(-30.0, 20.0))
+        return cast(Tensor, self.vae.config.scaling_factor * (mean + deviation * noise))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode scaled latents [N, C, H, W] to images [N, 3, 8H, 8W] in [0, 1], float32."""
+        scaled = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        images = self.vae.decode(scaled, return_dict=False)[0]
+        return cast(Tensor, (images.float() * 0.5 + 0.5).clamp(0.0, 1.0))
+
+    def general_prompts(self) -> tuple[str, ...]:
+        """Return the prompts that stand for the base's general knowledge: its own file's, else the shipped ones."""
+        own = self.folder / GENERAL_PROMPTS_FILE
+        source = own if own.is_file() else files("cat_cluster") / GENERAL_PROMPTS_FILE
+        lines = source.read_text(encoding="utf-8").splitlines()
+        return tuple(line.strip() for line in lines if line.strip())
+
+
+def load_base_model(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> BaseModel:
+    """Load a base by name: "pocket", a diffusers folder, or a hub id; weights of any dtype are cast to `dtype`.
+
+    Raises BaseModelError, naming the file and the remedy, for other families (SDXL, SD3, Flux, inpainting), a
+    missing part, pickled weights, and truncated or not finite weights.
+    """
+    folder = base_folder(name)
+    check_family(folder)
+    digest = fingerprint(folder)
+    place = torch.device(device)
+    config = as_stock_pipeline_reads(read_config(folder, "scheduler"))
+    tokenizer, text_encoder = _load_text(folder)
+    base = BaseModel(
+        name=name,
+        folder=folder,
+        unet=_freeze(_load_diffusers(UNet2DConditionModel, folder, "unet", dtype), place, dtype),
+        vae=_freeze(_load_diffusers(AutoencoderKL, folder, "vae", dtype), place, dtype),
+        text_encoder=_freeze(text_encoder, place, dtype),
+        tokenizer=tokenizer,
+        schedule=NoiseSchedule.from_config(config),
+        fingerprint=digest,
+        device=place,
+        dtype=dtype,
+    )
+    size = base.unet.config.sample_size
+    if not isinstance(size, int) and len(set(size)) != 1:
+        raise BaseModelError(
+            f"{folder}/unet/config.json: sample_size is {size!r}; use a base trained on square images."
+        )
+    return base
+
+
+def as_stock_pipeline_reads(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config with the two corrections a stock StableDiffusionPipeline makes when it loads a folder.
+
+    A written steps_offset other than 1 becomes 1, and clip_sample becomes false.
+    """
+    config = {**scheduler_config, "clip_sample": False}
+    if "steps_offset" in config:
+        config["steps_offset"] = 1
+    return config
+
+
+def _load_diffusers(kind: Any, folder: Path, component: str, dtype: torch.dtype) -> Any:
+    with _naming_damage(folder / component):
+        module, info = kind.from_pretrained(
+            folder / component,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            variant=weight_files(folder, component).variant,
+            low_cpu_mem_usage=is_accelerate_available(),
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    _check_complete(folder / component, info)
+    return module
+
+
+def _load_text(folder: Path) -> tuple[Any, Any]:
+    part = folder / "text_encoder"
+    with _naming_damage(folder / "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        with _naming_damage(part):
+            text_encoder, info = CLIPTextModel.from_pretrained(
+                part,
+                use_safetensors=True,
+                variant=weight_files(folder, "text_encoder").variant,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    _check_complete(part, info)
+    longest = text_encoder.config.max_position_embeddings
+    if tokenizer.model_max_length > longest:
+        raise BaseModelError(
+            f"{folder}/tokenizer/tokenizer_config.json: model_max_length must be set, and at most {longest}, the "
+            "text encoder's max_position_embeddings."
+        )
+    return tokenizer, text_encoder
+
+
+@contextmanager
+def _naming_damage(part: Path) -> Iterator[None]:
+    """Turn the libraries' own loading errors into one that names the part and the remedy."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise BaseModelError(
+            f"{part} cannot be loaded ({str(error).strip()}); its config and weights must belong together: "
+            "download the base again."
+        ) from error
+
+
+def _check_complete(part: Path, info: Mapping[str, Any]) -> None:
+    # Libraries fill what a file lacks with random values and go on; position_ids are no weights.
+    missing = sorted(str(key) for key in info["missing_keys"] if "position_ids" not in str(key))
+    mismatched = sorted(str(key) for key in info["mismatched_keys"])
+    if missing or mismatched:
+        raise BaseModelError(
+            f"{part}: {len(missing)} tensors are missing and {len(mismatched)} have other shapes, the first "
+            f"{(missing + mismatched)[0]}; download the base again."
+        )
+
+
+def _freeze(module: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    moved = module.to(device) if module.dtype == dtype else module.to(device, dtype)
+    return moved.eval().requires_grad_(False)

@@ -1,0 +1,117 @@
+"""From a folder of photos and captions to the examples of a concept, refusing what would teach the wrong thing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from PIL import Image
+
+from cat_cluster.captions import read_captions
+from cat_cluster.errors import ConceptError
+from cat_cluster.images import find_images, read_image
+from cat_cluster.spec import ConceptSpec
+from cat_cluster.spec_fields import words
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One photo with its prompt.
+
+    path, digest: the file and the sha256 of its bytes. image: RGB, upright, alpha laid over white.
+    prompt: the caption y_T. prior_prompt: y, the same with only the token removed.
+    """
+
+    path: Path
+    digest: str
+    image: Image.Image
+    prompt: str
+    prior_prompt: str
+
+
+@dataclass(frozen=True, eq=False)
+class Concept:
+    """A subject to teach: its N examples, its token, and the weights of its loss terms (alpha_k and weight_k)."""
+
+    token: str
+    class_noun: str
+    alpha: float
+    weight: float
+    examples: tuple[Example, ...]
+
+
+def has_token(prompt: str, token: str) -> bool:
+    """Say whether `token` is a whole word of the prompt, whatever its case: `<shs>` is not `shs`."""
+    return token.casefold() in words(prompt)
+
+
+def remove_token(prompt: str, token: str) -> str:
+    """Return the prompt without any occurrence of the token as a whole word; all else stays byte for byte.
+
+    One following comma and the spaces around it go with each occurrence: "shs, a cat statue" -> "a cat statue".
+    """
+    kept, end = [], 0
+    for match in re.finditer(r"([^\s,]+)\s*(?:,\s*)?", prompt):
+        if match[1].casefold() == token.casefold():
+            kept.append(prompt[end : match.start()])
+            end = match.end()
+    return "".join([*kept, prompt[end:]])
+
+
+def load_concept(spec: ConceptSpec) -> Concept:
+    """Read the images and captions of one concept, in the order of their file names.
+
+    Raises ConceptError that names every file that cannot be used, and what to do: an empty or missing folder, a
+    damaged, tiny or huge image, captions that are missing, disagree, or lack the token.
+    """
+    folder = Path(spec.images)
+    paths = find_images(folder)
+    captions = read_captions(spec, folder, paths)
+    _refuse_without_token(spec, captions)
+    examples, problems = [], []
+    for path in paths:
+        try:
+            image, digest = read_image(path)
+        except ConceptError as error:
+            problems.append(str(error))
+            continue
+        prompt = captions[path]
+        examples.append(Example(path, digest, image, prompt, remove_token(prompt, spec.token)))
+    if problems:
+        raise ConceptError("\n".join([f"images: {folder} has files that cannot be used:", *problems]))
+    return Concept(spec.token, spec.class_noun, spec.alpha, spec.weight, tuple(examples))
+
+
+def check_tokens(concepts: Sequence[Concept]) -> None:
+    """Check the tokens of one adapter against each other; raises ConceptError naming the token and the caption.
+
+    Each token belongs to one concept, and no other concept's caption holds it: the prior prompt would keep it,
+    so one concept's CAT term would hold back what the other's identity term teaches.
+    """
+    for first, second in combinations(concepts, 2):
+        if first.token.casefold() == second.token.casefold():
+            raise ConceptError(
+                f"token: {second.token!r} is used by two concepts of one adapter; give each a token of its own"
+            )
+    for concept in concepts:
+        for other in concepts:
+            for example in concept.examples if other is not concept else ():
+                if has_token(example.prompt, other.token):
+                    raise ConceptError(
+                        f"captions: {example.path}: the caption {example.prompt!r} of token {concept.token!r} holds "
+                        f"the token {other.token!r} of another concept of the adapter; leave it out of this caption"
+                    )
+
+
+def _refuse_without_token(spec: ConceptSpec, captions: dict[Path, str]) -> None:
+    lacking = [path for path, caption in captions.items() if not has_token(caption, spec.token)]
+    if lacking:
+        # Without its token y equals y_T, and the CAT term would undo what the identity term teaches.
+        heading = (
+            f"captions: {lacking[0].parent}: {len(lacking)} of {len(captions)} captions lack the token {spec.token!r} "
+            "as a word of its own; write it into them, correct `token`, or use captions: template"
+        )
+        raise ConceptError("\n".join([heading, *(f"  {path.name}: {captions[path]!r}" for path in lacking)]))

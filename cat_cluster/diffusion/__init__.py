@@ -1,0 +1,1 @@
+"""Noise schedules and samplers, both as tables that rows of a batch gather from."""

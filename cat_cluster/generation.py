@@ -1,0 +1,176 @@
+"""Images from a base and its adapters, rows of any adapter, sampler and step count denoised together."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.diffusion.samplers import (
+    SamplerName,
+    SamplerTable,
+    advance_rows,
+    gather_coefficients,
+    sampler_table,
+)
+from cat_cluster.lora.bank import LoraBank
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """One image to make: the same as a stock pipeline's with a CPU generator of this seed and this adapter."""
+
+    prompt: str
+    seed: int
+    slot: int = 0
+    steps: int = 25
+    guidance: float = 4.0
+    sampler: SamplerName = "ddim"
+    negative_prompt: str = ""
+
+    @property
+    def guided(self) -> bool:
+        """Whether classifier-free guidance adds an unconditional row (guidance above 1, as in the stock pipeline)."""
+        return self.guidance > 1.0
+
+
+@dataclass
+class _ActiveRow:
+    """An image on its way: its place in the answer, its sampler and what the sampler carries between steps."""
+
+    index: int
+    row: ImageRow
+    table: SamplerTable
+    text: Tensor
+    negative_text: Tensor
+    latents: Tensor
+    previous: Tensor = field(init=False)
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        self.previous = torch.zeros_like(self.latents)
+
+
+def generate(
+    base: BaseModel,
+    bank: LoraBank | None,
+    rows: Sequence[ImageRow],
+    *,
+    rows_per_call: int = 16,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Make one image per row: [N, 3, H, W] in [0, 1], float32 on the CPU, in the order of `rows`.
+
+    At most `rows_per_call` U-Net rows ride in a call (a guided image takes two, both with its slot); a finished
+    image leaves and the next one joins at once. bank None means the bare U-Net. on_progress receives (steps done,
+    steps in all) summed over images. Raises SpecError for an unknown sampler or an impossible number of steps.
+    """
+    if rows_per_call < 1:
+        raise ValueError(f"rows_per_call is {rows_per_call}; it must be at least 1")
+    if bank is None and any(row.slot != 0 for row in rows):
+        raise ValueError("a row names an adapter's slot, and no bank is given")
+    tables = {key: sampler_table(key[0], base.schedule, key[1]) for key in {(r.sampler, r.steps) for r in rows}}
+    texts = _encode_prompts(base, rows, rows_per_call)
+    images = torch.empty(len(rows), 3, base.resolution, base.resolution)
+    waiting, active = deque(enumerate(rows)), list[_ActiveRow]()
+    done, total = 0, sum(len(tables[row.sampler, row.steps]) for row in rows)
+    with torch.no_grad():
+        while waiting or active:
+            while waiting and _fits(active, waiting[0][1], rows_per_call):
+                index, row = waiting.popleft()
+                table = tables[row.sampler, row.steps]
+                active.append(_start(base, index, row, table, texts))
+            _step(base, bank, active)
+            done += len(active)
+            finished = [entry for entry in active if entry.step == len(entry.table)]
+            active = [entry for entry in active if entry.step < len(entry.table)]
+            if finished:
+                decoded = base.decode(torch.stack([entry.latents for entry in finished])).cpu()
+                images[[entry.index for entry in finished]] = decoded
+            if on_progress is not None:
+                on_progress(done, total)
+    return images
+
+
+def save_png(image: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`; whole or not at all."""
+    pixels = (image.clamp(0.0, 1.0) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    chunks = PngInfo()
+    for key, value in metadata.items():
+        chunks.add_itxt(key, value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _encode_prompts(base: BaseModel, rows: Sequence[ImageRow], at_once: int) -> dict[str, Tensor]:
+    """Encode every prompt the rows name once; each [L, D]."""
+    named = [row.prompt for row in rows] + [row.negative_prompt for row in rows if row.guided]
+    prompts = list(dict.fromkeys(named))
+    texts: dict[str, Tensor] = {}
+    for start in range(0, len(prompts), at_once):
+        part = prompts[start : start + at_once]
+        texts.update(zip(part, base.encode_text(part), strict=True))
+    return texts
+
+
+def _fits(active: Sequence[_ActiveRow], row: ImageRow, rows_per_call: int) -> bool:
+    taken = sum(2 if entry.row.guided else 1 for entry in active)
+    return not active or taken + (2 if row.guided else 1) <= rows_per_call
+
+
+def _start(base: BaseModel, index: int, row: ImageRow, table: SamplerTable, texts: Mapping[str, Tensor]) -> _ActiveRow:
+    shape = (1, base.latent_channels, base.latent_size, base.latent_size)
+    # Drawn on the CPU in the base's dtype, as the stock pipeline draws, then carried in float32.
+    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(row.seed), dtype=base.dtype)
+    latents = noise[0].to(base.device, torch.float32) * table.initial_scale
+    negative = texts[row.negative_prompt] if row.guided else texts[row.prompt]
+    return _ActiveRow(index, row, table, texts[row.prompt], negative, latents)
+
+
+def _step(base: BaseModel, bank: LoraBank | None, active: Sequence[_ActiveRow]) -> None:
+    """Advance every active row by one step of its own sampler, with one U-Net call."""
+    coefficients = gather_coefficients([entry.table for entry in active], [entry.step for entry in active])
+    latents = torch.stack([entry.latents for entry in active])
+    guided = [position for position, entry in enumerate(active) if entry.row.guided]
+    scaled = coefficients.input_scale.to(base.device).view(-1, 1, 1, 1) * latents
+    timesteps = coefficients.timesteps.to(base.device)
+    text = [entry.text for entry in active] + [active[position].negative_text for position in guided]
+    slots = [entry.row.slot for entry in active] + [active[position].row.slot for position in guided]
+    with _bound(bank, slots):
+        output = base.unet(
+            torch.cat([scaled, scaled[guided]]).to(base.dtype),
+            torch.cat([timesteps, timesteps[guided]]),
+            encoder_hidden_states=torch.stack(text),
+            return_dict=False,
+        )[0].float()
+    conditional, unconditional = output[: len(active)], output[len(active) :]
+    if guided:
+        scale = torch.tensor([active[position].row.guidance for position in guided], device=base.device)
+        difference = conditional[guided] - unconditional
+        conditional[guided] = unconditional + scale.view(-1, 1, 1, 1) * difference
+    previous = torch.stack([entry.previous for entry in active])
+    following, denoised = advance_rows(coefficients, latents, conditional, previous)
+    for position, entry in enumerate(active):
+        entry.latents, entry.previous = following[position], denoised[position]
+        entry.step += 1
+
+
+def _bound(bank: LoraBank | None, slots: Sequence[int]) -> AbstractContextManager[None]:
+    return nullcontext() if bank is None else bank.rows(slots)

@@ -1,0 +1,375 @@
+"""The job spec a user writes: its fields, their limits, and what one adapter resolves to.
+
+Knows the shape of a spec and the token rules; never opens an image or loads a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from cat_cluster.errors import SpecError
+from cat_cluster.spec_fields import (
+    AdapterId,
+    Count,
+    Fraction,
+    ImagesFolder,
+    Method,
+    NameOrFolder,
+    NotNegative,
+    OneOrMore,
+    Pixels,
+    Positive,
+    Prompts,
+    PromptsFile,
+    Seed,
+    StoragePlace,
+    Text,
+    Whole,
+    Workers,
+    words,
+)
+from cat_cluster.spec_file import Location, Problem, read_yaml, spec_error
+from cat_cluster.spec_rules import all_token_repeats, id_repeats, token_repeats
+
+DEFAULT_ALPHA = 5.0
+DEFAULT_TEMPLATE = "a photo of a {token} {class_noun}"
+CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True, validate_default=False
+    )
+
+
+_Settings = TypeVar("_Settings", bound=_Spec)
+
+
+class ConceptSpec(_Spec):
+    """One concept: its token, its class noun and the folder of its photos. Raises on a token the rules refuse."""
+
+    token: Text = Field(description="The concept's rare trigger word, one whole word such as sks.")
+    class_noun: Text = Field(description="What the concept is an example of, such as cup.")
+    images: ImagesFolder = Field(description="Folder of the concept's photos, relative to the spec file.")
+    alpha: NotNegative = Field(
+        default=DEFAULT_ALPHA,
+        description="Weight of the concept's CAT term; 0 is plain LoRA, more holds the base closer.",
+    )
+    weight: Positive = Field(default=1.0, description="Weight of the concept among those of its adapter.")
+    captions: Literal["auto", "txt", "metadata", "template"] = Field(
+        default="auto",
+        description="Where captions come from: .txt beside each image, metadata.jsonl, the template, or auto: "
+        "whichever is there, and the template when no image has a caption.",
+    )
+    template: Text | None = Field(
+        default=None, description=f"Caption for images without one; the default is {DEFAULT_TEMPLATE!r}."
+    )
+
+    @field_validator("token")
+    @classmethod
+    def _one_word(cls, token: str) -> str:
+        if words(token) != (token.casefold(),) or re.search(r"[{}]", token):
+            raise ValueError(f"{token!r} must be one word, without spaces, commas or braces, such as sks")
+        return token
+
+    @field_validator("class_noun")
+    @classmethod
+    def _some_words(cls, class_noun: str) -> str:
+        if not words(class_noun) or re.search(r"[{}]", class_noun):
+            raise ValueError(f"{class_noun!r} must be one or more words without braces, such as cup")
+        return class_noun
+
+    @field_validator("template")
+    @classmethod
+    def _places(cls, template: str | None) -> str | None:
+        for place in re.findall(r"\{[^{}]*\}?|\}", template or ""):
+            if place not in ("{token}", "{class_noun}"):
+                raise ValueError(f"{place!r} is not a place; the places are {{token}} and {{class_noun}}")
+        if template is not None and "{token}" not in words(template):
+            raise ValueError(f"{template!r} must hold {{token}} as a word of its own, as in {DEFAULT_TEMPLATE!r}")
+        return template
+
+    @model_validator(mode="after")
+    def _token_is_rare(self) -> Self:
+        _refuse(type(self).__name__, _token_problems(self))
+        return self
+
+    def template_caption(self) -> str:
+        """Return the caption of an image that has none of its own, from `template` or the default."""
+        template = self.template or DEFAULT_TEMPLATE
+        return template.replace("{class_noun}", self.class_noun).replace("{token}", self.token)
+
+
+class TrainingSpec(_Spec):
+    """How adapters are trained; every field has a default, so a part of it is a whole spec too."""
+
+    steps: Count = Field(default=400, description="Optimiser steps.")
+    rank: Count = Field(default=8, description="Rank of the LoRA weights.")
+    learning_rate: Positive = Field(default=6.0e-4, description="Highest learning rate of AdamW.")
+    rows_per_concept: Count = Field(default=4, description="Rows of a step that each concept gets.")
+    prior_prompt: Literal["token_removed", "class_noun", "empty", "mixture"] = Field(
+        default="mixture", description="Prompts on which the CAT term holds the adapter to the base model."
+    )
+    general_prompts: PromptsFile | None = Field(
+        default=None, description="Text file with one prompt a line for the mixture; none means the base model's own."
+    )
+    targets: Literal["attention", "cross_attention", "attention_ff"] = Field(
+        default="attention", description="Which linear layers of the U-Net are adapted."
+    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Course of the learning rate after warm-up; linear and cosine fall to 0."
+    )
+    warmup_steps: Whole = Field(
+        default=0, description="Steps in which the learning rate rises from 0; fewer than steps."
+    )
+    weight_decay: NotNegative = Field(default=0.01, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: Positive | None = Field(
+        default=1.0, description="Largest gradient norm of one adapter, clipped per slot; none means no clipping."
+    )
+    min_snr_gamma: Positive | None = Field(
+        default=None, description="Gamma of min-SNR weighting; none weighs all timesteps alike."
+    )
+    cat_fraction: Fraction = Field(
+        default=1.0, description="Share of rows that carry the CAT term, at weight 1 / share."
+    )
+    joint_rows: bool = Field(default=True, description="Predict rows with and without the token in one U-Net call.")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="Arithmetic of the U-Net calls.")
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
+    resolution: Pixels | None = Field(
+        default=None,
+        description="Side of the square crops in pixels, a multiple of 8; none means the base model's own.",
+    )
+    crops_per_image: Count = Field(
+        default=1, description="Crops of each photo: 1 is the centre; more adds random ones."
+    )
+    seed: Seed = Field(default=0, description="Seed of every random draw of the training.")
+    draw_key: Text | None = Field(
+        default=None,
+        description="Name that keys the draws beside the seed; none means the adapter's id. Adapters with the same "
+        "one see equal draws, for paired comparisons.",
+    )
+
+
+class EvaluationSpec(_Spec):
+    """How a trained adapter is measured."""
+
+    enabled: bool = Field(default=True, description="Measure the adapter after training.")
+    prompts: Prompts = Field(
+        default="default", description="Evaluation prompts, each with {} where the subject goes, or default."
+    )
+    images_per_prompt: Count = Field(default=4, description="Seeds per prompt and arm.")
+    steps: Count = Field(default=25, description="Denoising steps of each image.")
+    guidance: NotNegative = Field(default=4.0, description="Classifier-free guidance scale; up to 1 means none.")
+    sampler: Literal["ddim", "euler", "dpmpp_2m"] = Field(default="ddim", description="Sampler of each image.")
+    judge: NameOrFolder = Field(
+        default="auto",
+        description="Model that measures similarity: auto, pocket, pocket-classifier, a CLIP folder or hub id.",
+    )
+    seed: Seed = Field(default=1000, description="First seed of the evaluation images.")
+
+
+class ClusterSpec(_Spec):
+    """How the work is spread; none of it changes the adapters."""
+
+    workers: Workers = Field(default=1, description="Workers per pack, or [least, most] for an elastic number.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage.")
+    max_pack: Count = Field(default=8, description="Most adapters trained together in one forward.")
+    max_failures: Whole = Field(default=3, description="Worker failures survived before the job gives up.")
+    checkpoint_every: Count = Field(default=50, description="Steps between checkpoints: the most a crash can cost.")
+
+
+class AdapterSpec(_Spec):
+    """One adapter: its concepts and what differs from the job; of `training` and `evaluation` only given keys count."""
+
+    id: AdapterId = Field(description="Name of the adapter: a-z, 0-9 and -, at most 63 characters.")
+    concepts: OneOrMore[ConceptSpec] = Field(description="Concepts; several make a joint adapter.")
+    method: Method | None = Field(default=None, description="Overrides the job's method.")
+    base: NameOrFolder | None = Field(default=None, description="Overrides the job's base model.")
+    training: TrainingSpec | None = Field(default=None, description="Overrides the job's training, key by key.")
+    evaluation: EvaluationSpec | None = Field(default=None, description="Overrides the job's evaluation, key by key.")
+
+    @field_serializer("training", "evaluation")
+    def _given_keys(self, value: _Spec | None) -> dict[str, Any] | None:
+        return None if value is None else value.model_dump(mode="json", exclude_unset=True)
+
+    @model_validator(mode="after")
+    def _tokens_differ(self) -> Self:
+        _refuse(type(self).__name__, [*token_repeats(self.model_dump()), *_foreign_noun_problems(self)])
+        return self
+
+
+class ResolvedAdapter(_Spec):
+    """One adapter with every override merged: all that decides its training, but for the bytes of its images."""
+
+    id: AdapterId = Field(description="Name of the adapter.")
+    base: Text = Field(description="Base model: a name, a hub id or a folder.")
+    method: Method = Field(description="Training method.")
+    concepts: OneOrMore[ConceptSpec] = Field(description="Concepts of the adapter.")
+    training: TrainingSpec = Field(description="Merged training settings.")
+    evaluation: EvaluationSpec = Field(description="Merged evaluation settings.")
+
+    def digest(self) -> str:
+        """Return the sha256 of the canonical JSON: equal settings give equal digests on every machine.
+
+        Folders of images are left out (their bytes are digested with the run); a file of general prompts counts by
+        its content. Raises SpecError when that file cannot be read.
+        """
+        content = self.model_dump(mode="json")
+        for concept in content["concepts"]:
+            del concept["images"]
+        if self.training.general_prompts is not None:
+            content["training"]["general_prompts"] = _file_digest(Path(self.training.general_prompts))
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+class JobSpec(_Spec):
+    """A whole job: adapters that train on one or more base models, and how they are measured and stored."""
+
+    name: Annotated[Text, Field(max_length=100)] = Field(description="Name of the job, for people.")
+    base: NameOrFolder = Field(default="pocket", description="Base model: pocket, a diffusers folder or a hub id.")
+    method: Method = Field(default="cat", description="Training method: cat, or lora for plain LoRA.")
+    adapters: OneOrMore[AdapterSpec] = Field(description="Adapters to train, each id once.")
+    training: TrainingSpec = Field(default=TrainingSpec(), description="How adapters are trained.")
+    cluster: ClusterSpec = Field(default=ClusterSpec(), description="How the work is spread.")
+    evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="How adapters are measured.")
+    storage: StoragePlace | None = Field(
+        default=None, description="Folder or URL that adapters are published to; none means CAT_STORAGE."
+    )
+
+    @model_validator(mode="after")
+    def _adapters_agree(self) -> Self:
+        problems = [*id_repeats(self.model_dump())]
+        for index, adapter in enumerate(self.resolved()):
+            problems += _merged_problems(adapter, self.adapters[index], index)
+        _refuse(type(self).__name__, list(dict.fromkeys(problems)))
+        return self
+
+    def resolved(self) -> tuple[ResolvedAdapter, ...]:
+        """Return each adapter with its overrides merged over the job's settings, in the order of the spec."""
+        return tuple(
+            ResolvedAdapter(
+                id=adapter.id,
+                base=adapter.base or self.base,
+                method=adapter.method or self.method,
+                concepts=adapter.concepts,
+                training=_merge(self.training, adapter.training),
+                evaluation=_merge(self.evaluation, adapter.evaluation),
+            )
+            for adapter in self.adapters
+        )
+
+
+def load_spec(path: Path) -> JobSpec:
+    """Read a YAML job spec; paths in it are relative to the file and come back absolute.
+
+    Raises one SpecError that lists every bad field: its path, line, what is wrong and what is allowed.
+    """
+    document = read_yaml(path)
+    context = {"folder": path.expanduser().absolute().parent}
+    try:
+        spec = JobSpec.model_validate(document.data, context=context)
+    except ValidationError as error:
+        # Repeats are looked for here too: pydantic compares whole adapters only once each of them is valid.
+        repeats = [*id_repeats(document.data), *all_token_repeats(document.data)]
+        raise spec_error(path, document, error, _SECTIONS, repeats) from None
+    if document.problems:
+        raise spec_error(path, document, None, _SECTIONS, [])
+    return spec
+
+
+def spec_json_schema() -> dict[str, Any]:
+    """Return the JSON schema of a job spec, with a description for each field."""
+    return JobSpec.model_json_schema()
+
+
+def _refuse(title: str, problems: Iterable[Problem]) -> None:
+    """Raise the problems as one validation error, each at its own place below the model."""
+    details = [
+        InitErrorDetails(type=PydanticCustomError("refused", "{text}", {"text": text}), loc=place, input=None)
+        for place, text in problems
+    ]
+    if details:
+        raise ValidationError.from_exception_data(title, details)
+
+
+def _merge(settings: _Settings, override: _Settings | None) -> _Settings:
+    given = {} if override is None else {name: getattr(override, name) for name in override.model_fields_set}
+    return settings.model_copy(update=given)
+
+
+def _token_problems(concept: ConceptSpec) -> Iterator[Problem]:
+    """A token that the prior prompt holds as an ordinary word could not be removed without taking that word too."""
+    token, noun = concept.token, concept.class_noun
+    prior_words = (*words(CLASS_NOUN_PROMPT), *words(concept.template or DEFAULT_TEMPLATE))
+    if token.casefold() in words(noun):
+        yield ("token",), f"{token!r} is a word of the class noun {noun!r}; choose a rare word such as sks"
+    elif token.casefold() in prior_words:
+        yield ("token",), f"{token!r} is an ordinary word of the prior prompt; choose a rare word such as sks"
+    if concept.template is not None and concept.captions in ("txt", "metadata"):
+        remedy = "remove it, or use captions: auto or template"
+        yield ("template",), f"is not used with captions: {concept.captions}; {remedy}"
+
+
+def _foreign_noun_problems(adapter: AdapterSpec) -> Iterator[Problem]:
+    for index, concept in enumerate(adapter.concepts):
+        nouns = [other.class_noun for other in adapter.concepts if other is not concept]
+        noun = next((noun for noun in nouns if concept.token.casefold() in words(noun)), None)
+        if noun is not None:
+            text = (
+                f"{concept.token!r} is a word of another concept's class noun {noun!r}; choose a rare word such as sks"
+            )
+            yield ("concepts", index, "token"), text
+
+
+def _merged_problems(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> Iterator[Problem]:
+    """Rules that hold between fields of one adapter once its overrides are merged."""
+
+    def place(section: Literal["training", "evaluation"], key: str) -> Location:
+        override: _Spec | None = getattr(given, section)
+        own = override is not None and key in override.model_fields_set
+        return ("adapters", index, section, key) if own else (section, key)
+
+    training, evaluation = adapter.training, adapter.evaluation
+    if training.warmup_steps >= training.steps:
+        text = f"{training.warmup_steps} must be less than steps, which is {training.steps}"
+        yield place("training", "warmup_steps"), text
+    prompts = () if evaluation.prompts == "default" else evaluation.prompts
+    for number, prompt in enumerate(prompts):
+        for token in (concept.token for concept in adapter.concepts):
+            if token.casefold() in words(prompt):
+                text = f"{prompt!r} holds the token {token!r}; leave it out, it is put where {{}} stands"
+                yield (*place("evaluation", "prompts"), number), text
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise SpecError(f"training.general_prompts: {path} cannot be read: {error.strerror}") from error
+
+
+_SECTIONS: Mapping[str, type[BaseModel]] = {
+    "": JobSpec,
+    "adapters": AdapterSpec,
+    "concepts": ConceptSpec,
+    "training": TrainingSpec,
+    "cluster": ClusterSpec,
+    "evaluation": EvaluationSpec,
+}

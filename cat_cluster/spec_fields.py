@@ -1,0 +1,132 @@
+"""Field types of the job spec: the limits of each kind of value, and how its paths are made absolute.
+
+A validation context {"folder": Path} says where the spec file lies; a spec made in Python has none, and its
+paths stay as given.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+
+from cat_cluster.spec_file import describe
+
+LARGEST_SEED = 2**63 - 1
+AVAILABLE_METHODS = ("cat", "lora")
+PLANNED_METHODS = ("dreambooth", "textual_inversion")
+_Item = TypeVar("_Item")
+_NAMED_BASES_AND_JUDGES = ("pocket", "pocket-classifier", "auto")
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Split a prompt into its words at whitespace and commas, lower case folded (design: token rules)."""
+    return tuple(word.casefold() for word in re.split(r"[\s,]+", text) if word)
+
+
+def _number(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {str(value).lower()}")
+    return value
+
+
+def _method(value: object) -> object:
+    if value in PLANNED_METHODS:
+        raise ValueError(f"{value!r} is not available in this version; available: {', '.join(AVAILABLE_METHODS)}")
+    return value
+
+
+def _workers(value: object) -> object:
+    bounds = value if isinstance(value, list | tuple) and len(value) == 2 else (value,)
+    whole = [bound for bound in bounds if isinstance(bound, int) and not isinstance(bound, bool) and bound >= 1]
+    if len(whole) < len(bounds) or whole != sorted(whole):
+        raise ValueError(f"must be a whole number, at least 1, or a pair [least, most], got {describe(value)}")
+    return value
+
+
+def _prompts(value: object) -> object:
+    if value == "default":
+        return value
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"must be default or a list of prompts, got {describe(value)}")
+    for prompt in value:
+        if not isinstance(prompt, str) or prompt.count("{}") != 1:
+            raise ValueError(
+                f"{describe(prompt)} must hold {{}} once, where the subject goes, as in 'a picture of a {{}} in snow'"
+            )
+    return value
+
+
+def _some(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
+    if not values:
+        raise ValueError("must have at least one entry, got an empty list")
+    return values
+
+
+def _absolute(value: str, folder: Path) -> str:
+    return os.path.normpath(folder / Path(value).expanduser())
+
+
+def _spec_folder(info: ValidationInfo) -> Path | None:
+    """Return the folder of the spec file being read; None for a spec made in Python, whose paths stay as given."""
+    return info.context["folder"] if info.context else None
+
+
+def _images_folder(value: str, info: ValidationInfo) -> str:
+    folder = _spec_folder(info)
+    if folder is None:
+        return value
+    if "://" in value:
+        raise ValueError(f"{value!r} is not a folder; this version reads images from folders, so copy them into one")
+    path = _absolute(value, folder)
+    if not os.path.isdir(path):
+        kind = "is a file; name the folder it is in" if os.path.exists(path) else "is not there"
+        raise ValueError(f"{path} {kind} (paths are relative to the spec file)")
+    return path
+
+
+def _prompts_file(value: str, info: ValidationInfo) -> str:
+    folder = _spec_folder(info)
+    if folder is None:
+        return value
+    path = _absolute(value, folder)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is not a file (one prompt a line; paths are relative to the spec file)")
+    return path
+
+
+def _name_or_folder(value: str, info: ValidationInfo) -> str:
+    """A folder is taken as one when it looks like a path or is there; any other text is a name, as a hub id."""
+    folder = _spec_folder(info)
+    if folder is None or "://" in value or value in _NAMED_BASES_AND_JUDGES:
+        return value
+    path = _absolute(value, folder)
+    return path if value.startswith((".", "/", "~")) or os.path.isdir(path) else value
+
+
+def _storage_place(value: str, info: ValidationInfo) -> str:
+    folder = _spec_folder(info)
+    return value if folder is None or "://" in value else _absolute(value, folder)
+
+
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=10**9)]
+Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, le=10**9)]
+Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, le=LARGEST_SEED)]
+Pixels = Annotated[int, BeforeValidator(_number), Field(ge=8, le=8192, multiple_of=8)]
+Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
+NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
+Fraction = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
+Text = Annotated[str, Field(min_length=1)]
+AdapterId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+Method = Annotated[Literal["cat", "lora"], BeforeValidator(_method)]
+Workers = Annotated[Count | tuple[Count, Count], BeforeValidator(_workers)]
+Prompts = Annotated[Literal["default"] | tuple[str, ...], BeforeValidator(_prompts)]
+# Not a length limit: pydantic counts the valid entries only and would report one bad entry twice.
+OneOrMore = Annotated[tuple[_Item, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]
+ImagesFolder = Annotated[Text, AfterValidator(_images_folder)]
+PromptsFile = Annotated[Text, AfterValidator(_prompts_file)]
+NameOrFolder = Annotated[Text, AfterValidator(_name_or_folder)]
+StoragePlace = Annotated[Text, AfterValidator(_storage_place)]

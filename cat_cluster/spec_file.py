@@ -1,0 +1,158 @@
+"""Reading a spec file, and saying what is wrong in it: one line per bad field, with its path and line number."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from cat_cluster.errors import SpecError
+
+Location = tuple[str | int, ...]
+Problem = tuple[Location, str]
+_MERGE_KEY = "tag:yaml.org,2002:merge"
+
+
+@dataclass(frozen=True)
+class SpecDocument:
+    """A parsed YAML file: its data, the line of each place in it (from 1), and keys that are given twice."""
+
+    data: object
+    lines: Mapping[Location, int]
+    problems: tuple[Problem, ...]
+
+
+def read_yaml(path: Path) -> SpecDocument:
+    """Parse one YAML document of keys; raises SpecError when the file cannot be read or is not YAML."""
+    try:
+        text = path.expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}; give the path of a YAML job spec") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise SpecError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise SpecError(f"{path}: is nested too deep to be a job spec") from error
+    if not isinstance(data, dict):
+        raise SpecError(
+            f"{path}: must hold keys such as name and adapters, got {describe(data)}; "
+            "`cat-cluster spec schema` lists them"
+        )
+    lines: dict[Location, int] = {}
+    problems = tuple(_walk(node, (), lines, set())) if node is not None else ()
+    return SpecDocument(data, lines, problems)
+
+
+def spec_error(
+    path: Path,
+    document: SpecDocument,
+    error: ValidationError | None,
+    sections: Mapping[str, type[BaseModel]],
+    further: Sequence[Problem],
+) -> SpecError:
+    """Return one error that lists every bad field of the file, in the order of their lines.
+
+    sections: the model of each section's key, "" for the top level; near-miss suggestions come from them.
+    """
+    found = [] if error is None else [_explain(detail, sections) for detail in error.errors()]
+    problems = list(dict.fromkeys([*document.problems, *found, *further]))
+    problems.sort(key=lambda problem: _line(problem[0], document.lines))
+    count = "1 field" if len(problems) == 1 else f"{len(problems)} fields"
+    report = [f"  {path_text(at)} (line {_line(at, document.lines)}): {text}" for at, text in problems]
+    return SpecError("\n".join([f"{path}: {count} cannot be used as written", *report]))
+
+
+def path_text(location: Location) -> str:
+    """Write a place as a path: ("adapters", 1, "id") is adapters[1].id."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return path.removeprefix(".") or "(the whole file)"
+
+
+def describe(value: object) -> str:
+    """Write a bad value briefly, however large it is."""
+    return "nothing" if value is None else reprlib.repr(value)
+
+
+def _walk(node: yaml.Node, at: Location, lines: dict[Location, int], seen: set[int]) -> Iterator[Problem]:
+    lines.setdefault(at, node.start_mark.line + 1)
+    if id(node) in seen:  # An alias: its anchor was walked, and may even contain it.
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield from _walk(item, (*at, index), lines, seen)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            if key.tag == _MERGE_KEY or not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            place = (*at, key.value)
+            lines[place] = line
+            if key.value in first:
+                yield place, f"is given twice (lines {first[key.value]} and {line}); keep one"
+            first.setdefault(key.value, line)
+            yield from _walk(value, place, lines, seen)
+
+
+def _line(at: Location, lines: Mapping[Location, int]) -> int:
+    """Return the line of the place or, for one that is not in the file, of the nearest place around it."""
+    while at not in lines and at:
+        at = at[:-1]
+    return lines.get(at, 1)
+
+
+def _explain(detail: Mapping[str, object], sections: Mapping[str, type[BaseModel]]) -> Problem:
+    at = detail["loc"]
+    assert isinstance(at, tuple)
+    kind, message, value = str(detail["type"]), str(detail["msg"]), detail["input"]
+    match kind:
+        case "missing":
+            return at, f"is missing: {_description(at, sections)}"
+        case "extra_forbidden":
+            return at, _unknown_key(at, sections)
+        case "refused":
+            return at, message
+        case "value_error":
+            return at, message.removeprefix("Value error, ")
+        case "string_type" if value is not None and not isinstance(value, dict | list):
+            return at, f"must be text, got {describe(value)}; write it in quotes"
+        case "string_pattern_mismatch":
+            return at, f"{describe(value)} does not fit: {_description(at, sections)}"
+        case "model_type" | "dict_type":
+            return at, f"must be keys with values, got {describe(value)}"
+        case "tuple_type" | "list_type":
+            return at, f"must be a list, got {describe(value)}"
+        case _:
+            return (
+                at,
+                f"{message.replace('Input should', 'must').replace('String should', 'must')}, got {describe(value)}",
+            )
+
+
+def _section(at: Location, sections: Mapping[str, type[BaseModel]]) -> type[BaseModel]:
+    names = [part for part in at[:-1] if isinstance(part, str)]
+    return sections[names[-1] if names else ""]
+
+
+def _description(at: Location, sections: Mapping[str, type[BaseModel]]) -> str:
+    field = _section(at, sections).model_fields[str(at[-1])]
+    return str(field.description)
+
+
+def _unknown_key(at: Location, sections: Mapping[str, type[BaseModel]]) -> str:
+    key, allowed = str(at[-1]), list(_section(at, sections).model_fields)
+    homes = [f"under {name}" if name else "at the top level" for name in sections if key in sections[name].model_fields]
+    if homes:
+        return f"unknown key here; {key} belongs {' or '.join(homes)}"
+    near = difflib.get_close_matches(key.lower().replace("-", "_"), allowed, n=1, cutoff=0.6)
+    return f"unknown key; did you mean {near[0]}?" if near else f"unknown key; allowed here: {', '.join(allowed)}"

@@ -1,0 +1,137 @@
+"""Fetching a base from a hub: the real client against a small server that speaks the hub's protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import torch
+
+from cat_cluster.base_files import base_folder, fingerprint
+from cat_cluster.errors import BaseModelError
+
+COMMIT = "b" * 40
+NAME = "someone/tiny"
+EXTRAS = (
+    "README.md",
+    "tiny.ckpt",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "unet/diffusion_pytorch_model.bin",
+    "safety_checker/model.safetensors",
+)
+
+
+@dataclass
+class Hub:
+    """A repository served on a loopback port, and the paths whose bytes were sent."""
+
+    folder: Path
+    sent: list[str] = field(default_factory=list)
+
+    def files(self) -> list[str]:
+        return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file())
+
+
+def handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            """Keep the test's output clean."""
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            path = unquote(urlsplit(self.path).path)
+            if path.startswith(f"/{NAME}/resolve/"):
+                name = path.split("/", 5)[5]
+                data = (hub.folder / name).read_bytes()
+                if body:
+                    hub.sent.append(name)
+                return self.send(data, body, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
+            if path.startswith(f"/api/models/{NAME}/tree/"):
+                tree = [
+                    {"type": "file", "path": name, "size": (hub.folder / name).stat().st_size, "oid": "c" * 40}
+                    for name in hub.files()
+                ]
+                return self.send(json.dumps(tree).encode(), body, {"Content-Type": "application/json"})
+            if path.startswith(f"/api/models/{NAME}"):
+                info = {"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": name} for name in hub.files()]}
+                return self.send(json.dumps(info).encode(), body, {"Content-Type": "application/json"})
+            return self.send(b"{}", body, {"X-Error-Code": "RepoNotFound"}, status=404)
+
+        def send(self, data: bytes, body: bool, headers: dict[str, str], status: int = 200) -> None:
+            self.send_response(status)
+            for key, value in {**headers, "X-Repo-Commit": COMMIT, "Content-Length": str(len(data))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if body:
+                self.wfile.write(data)
+
+    return Handler
+
+
+@pytest.fixture
+def hub(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "served"))
+    for extra in EXTRAS:
+        (folder / extra).parent.mkdir(exist_ok=True)
+        (folder / extra).write_bytes(b"not wanted")
+    served = Hub(folder)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(served))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+        endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield served
+    server.shutdown()
+    server.server_close()
+
+
+def test_only_the_needed_files_are_fetched_and_only_once(hub: Hub, tiny_base_folder: Path) -> None:
+    folder = base_folder(NAME)
+    assert fingerprint(folder) == fingerprint(tiny_base_folder)
+    assert "unet/diffusion_pytorch_model.safetensors" in hub.sent
+    assert not set(hub.sent) & set(EXTRAS)
+    hub.sent.clear()
+    assert base_folder(NAME) == folder
+    assert hub.sent == []
+
+
+def test_a_repository_with_the_fp16_variant_only(
+    hub: Hub, tiny_base_factory: Callable[..., Path], tmp_path: Path
+) -> None:
+    half = tiny_base_factory(dtype=torch.float16, variant="fp16")
+    hub.folder = Path(shutil.copytree(half, tmp_path / "half"))
+    assert fingerprint(base_folder(NAME)) == fingerprint(half)
+
+
+def test_another_family_is_refused_before_its_weights_are_fetched(hub: Hub) -> None:
+    (hub.folder / "text_encoder_2").mkdir()
+    (hub.folder / "text_encoder_2" / "config.json").write_text("{}")
+    with pytest.raises(BaseModelError, match="Stable Diffusion XL"):
+        base_folder(NAME)
+    assert not [name for name in hub.sent if name.endswith(".safetensors")]
+
+
+def test_a_repository_that_does_not_exist_names_the_remedy(hub: Hub) -> None:
+    with pytest.raises(BaseModelError, match=r"'someone/else'.*Check the name and the network"):
+        base_folder("someone/else")

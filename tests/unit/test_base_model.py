@@ -1,0 +1,308 @@
+"""Loading bases from folders made here, against the stock pipeline; refusals by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+import cat_cluster.base_files
+from cat_cluster.base_files import fingerprint
+from cat_cluster.base_model import BaseModel, as_stock_pipeline_reads, base_folder, load_base_model
+from cat_cluster.errors import BaseModelError
+
+PROMPTS = ["a photo of a red sks cup", "", "a cup " * 60, "two caf\u00e9s, at night!"]
+UNET = Path("unet/diffusion_pytorch_model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+@pytest.fixture
+def copy(tiny_base_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_base_folder, tmp_path / "copy"))
+
+
+def edit_config(folder: Path, component: str, **changes: Any) -> None:
+    path = folder / component / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensor(folder: Path, edit: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / UNET)
+    tensors["conv_in.weight"] = edit(tensors["conv_in.weight"])
+    save_file(tensors, folder / UNET)
+
+
+def test_shapes_and_frozenness(base: BaseModel) -> None:
+    assert (base.resolution, base.latent_channels, base.latent_size) == (16, 4, 8)
+    for module in (base.unet, base.vae, base.text_encoder):
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("fixture", ["tiny_base_folder", "tiny_base_v_folder"])
+def test_text_is_encoded_as_the_stock_pipeline_does(fixture: str, request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue(fixture)
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    expected, negative = stock.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=["red"] * len(PROMPTS))
+    base = load_base_model(str(folder))
+    assert torch.equal(base.encode_text(PROMPTS), expected)
+    assert torch.equal(base.encode_text(["red"] * len(PROMPTS)), negative)
+
+
+def test_a_config_that_asks_for_the_attention_mask_gets_it(copy: Path) -> None:
+    edit_config(copy, "text_encoder", use_attention_mask=True)
+    stock = StableDiffusionPipeline.from_pretrained(copy)
+    expected, _ = stock.encode_prompt(PROMPTS, "cpu", 1, False)
+    assert torch.equal(load_base_model(str(copy)).encode_text(PROMPTS), expected)
+
+
+def test_moments_latents_and_images_equal_the_stock_vae(base: BaseModel, tiny_base_folder: Path) -> None:
+    stock = StableDiffusionPipeline.from_pretrained(tiny_base_folder)
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    posterior = stock.vae.encode(pixels).latent_dist
+    moments = base.encode_moments(pixels)
+    torch.testing.assert_close(moments, posterior.parameters)
+    latents = base.sample_latents(moments, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2)))
+    expected = posterior.sample(torch.Generator().manual_seed(2)) * stock.vae.config.scaling_factor
+    torch.testing.assert_close(latents, expected)
+    decoded = stock.vae.decode(latents / stock.vae.config.scaling_factor).sample
+    images = stock.image_processor.postprocess(decoded.detach(), output_type="pt")
+    torch.testing.assert_close(base.decode(latents), images)
+
+
+def test_half_precision_files_are_cast_up(tiny_base_factory: Callable[..., Path]) -> None:
+    plain = load_base_model(str(tiny_base_factory(dtype=torch.float16)))
+    variant = load_base_model(str(tiny_base_factory(dtype=torch.float16, variant="fp16")))
+    assert {parameter.dtype for parameter in plain.unet.parameters()} == {torch.float32}
+    assert plain.fingerprint == variant.fingerprint
+    for ours, theirs in zip(plain.unet.parameters(), variant.unet.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_sharded_weights_load_and_have_the_same_fingerprint(base: BaseModel, copy: Path) -> None:
+    base.unet.save_pretrained(copy / "unet", max_shard_size="20KB")
+    (copy / UNET).unlink(missing_ok=True)
+    assert len(list((copy / "unet").glob("*.safetensors"))) > 1
+    sharded = load_base_model(str(copy))
+    assert sharded.fingerprint == base.fingerprint
+    first = sorted((copy / "unet").glob("*.safetensors"))[0]
+    first.unlink()
+    with pytest.raises(BaseModelError, match=first.name):
+        load_base_model(str(copy))
+
+
+def test_a_base_can_be_loaded_in_another_dtype(tiny_base_folder: Path, base: BaseModel) -> None:
+    half = load_base_model(str(tiny_base_folder), dtype=torch.bfloat16)
+    for module in (half.unet, half.vae, half.text_encoder):
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+    assert half.fingerprint == base.fingerprint
+    assert half.encode_text(["a cup"]).dtype == torch.bfloat16
+    assert half.decode(torch.zeros(1, 4, 8, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("config", "offset"), [({"steps_offset": 0}, 1), ({"steps_offset": 1}, 1), ({"clip_sample": True}, None)]
+)
+def test_the_scheduler_config_is_corrected_as_by_the_stock_pipeline(config: dict[str, Any], offset: int) -> None:
+    corrected = as_stock_pipeline_reads(config)
+    assert corrected["clip_sample"] is False
+    assert corrected.get("steps_offset") == offset
+
+
+# ---- fingerprint
+
+
+def test_fingerprint_does_not_depend_on_place_or_time(base: BaseModel, copy: Path) -> None:
+    assert fingerprint(copy) == base.fingerprint
+
+
+def change_one_weight(folder: Path) -> None:
+    edit_tensor(folder, lambda weight: weight + torch.eye(3)[None, None] * 1e-6)
+
+
+def change_a_shape(folder: Path) -> None:
+    edit_tensor(folder, lambda weight: weight.flatten())
+
+
+def change_the_tokenizer(folder: Path) -> None:
+    with (folder / "tokenizer" / "merges.txt").open("a") as file:
+        file.write("s k\n")
+
+
+def change_the_prediction_type(folder: Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
+
+
+def change_the_betas(folder: Path) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("0.012", "0.013"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_one_weight, change_a_shape, change_the_tokenizer, change_the_prediction_type, change_the_betas],
+)
+def test_fingerprint_depends_on_everything_that_shapes_an_image(
+    base: BaseModel, copy: Path, change: Callable[[Path], None]
+) -> None:
+    change(copy)
+    assert fingerprint(copy) != base.fingerprint
+
+
+def test_fingerprint_is_cached_by_path_size_and_time(
+    copy: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CAT_CACHE_DIR", str(tmp_path / "cache"))
+    assert fingerprint(copy) == base.fingerprint
+    (cached,) = (tmp_path / "cache" / "fingerprints").iterdir()
+    cached.write_text("0" * 64)
+    assert fingerprint(copy) == "0" * 64
+    cached.write_text("half a dig")
+    assert fingerprint(copy) == base.fingerprint
+    change_one_weight(copy)
+    assert fingerprint(copy) not in ("0" * 64, base.fingerprint)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(
+    copy: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("CAT_CACHE_DIR", str(tmp_path / "file"))
+    assert fingerprint(copy) == base.fingerprint
+
+
+# ---- general prompts
+
+
+def test_general_prompts_are_the_bases_own_or_the_shipped_ones(copy: Path) -> None:
+    shipped = load_base_model(str(copy)).general_prompts()
+    assert len(shipped) >= 150
+    assert len(set(shipped)) == len(shipped)
+    (copy / "general_prompts.txt").write_text("a fish\n\n  a red house \n")
+    assert load_base_model(str(copy)).general_prompts() == ("a fish", "a red house")
+
+
+# ---- refusals
+
+
+def only_pickle(folder: Path) -> None:
+    (folder / UNET).rename(folder / "unet" / "diffusion_pytorch_model.bin")
+
+
+def truncate(folder: Path) -> None:
+    data = (folder / UNET).read_bytes()
+    (folder / UNET).write_bytes(data[: len(data) // 2])
+
+
+def drop_a_tensor(folder: Path) -> None:
+    tensors = load_file(folder / UNET)
+    del tensors["conv_in.bias"]
+    save_file(tensors, folder / UNET)
+
+
+REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "sdxl by its second text encoder": (
+        lambda folder: (folder / "text_encoder_2").mkdir(),
+        "text_encoder_2/: Stable Diffusion XL",
+    ),
+    "sdxl by its U-Net": (
+        lambda folder: edit_config(folder, "unet", addition_embed_type="text_time"),
+        "addition_embed_type is 'text_time', which is Stable Diffusion XL",
+    ),
+    "sd3": (lambda folder: (folder / "transformer").mkdir(), "Stable Diffusion 3 or Flux"),
+    "inpainting": (lambda folder: edit_config(folder, "unet", in_channels=9), "in_channels is 9 .* an inpainting"),
+    "image-conditioned": (
+        lambda folder: edit_config(folder, "unet", in_channels=8),
+        "in_channels is 8 .* image-conditioned",
+    ),
+    "unclip": (lambda folder: edit_config(folder, "unet", class_embed_type="projection"), "unCLIP"),
+    "lcm": (lambda folder: edit_config(folder, "unet", time_cond_proj_dim=256), "latent consistency"),
+    "parts of two bases": (
+        lambda folder: edit_config(folder, "unet", cross_attention_dim=768),
+        "cross_attention_dim is 768 and the text encoder's hidden_size is 16",
+    ),
+    "no vae": (lambda folder: shutil.rmtree(folder / "vae"), "vae/config.json is missing"),
+    "no scheduler": (lambda folder: shutil.rmtree(folder / "scheduler"), "scheduler/scheduler_config.json is missing"),
+    "no weights": (lambda folder: (folder / UNET).unlink(), "diffusion_pytorch_model.safetensors is missing"),
+    "broken config": (lambda folder: (folder / "unet/config.json").write_text("{"), "unet/config.json cannot be read"),
+    "config of another kind": (lambda folder: (folder / "vae/config.json").write_text("[]"), "not a JSON object"),
+    "pickled weights": (only_pickle, "pickled weights only.*safe_serialization=True"),
+    "truncated weights": (truncate, "diffusion_pytorch_model.safetensors is damaged"),
+    "nan weights": (
+        lambda folder: edit_tensor(folder, lambda weight: weight * float("nan")),
+        "tensor conv_in.weight has values that are not finite",
+    ),
+    "infinite weights": (
+        lambda folder: edit_tensor(folder, lambda weight: weight.half() * 6e4 * 6e4),
+        "tensor conv_in.weight has values that are not finite",
+    ),
+    "a missing tensor": (drop_a_tensor, "unet.*conv_in.bias"),
+    "another shape": (lambda folder: edit_tensor(folder, lambda weight: weight[:, :2].contiguous()), "unet"),
+    "no longest text": (
+        lambda folder: (folder / "tokenizer/tokenizer_config.json").write_text("{}"),
+        "model_max_length must be set, and at most 77",
+    ),
+    "no prediction type we know": (
+        lambda folder: (folder / "scheduler/scheduler_config.json").write_text('{"prediction_type": "sample"}'),
+        "prediction_type 'sample'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refused_by_name(case: str, copy: Path) -> None:
+    damage, message = REFUSALS[case]
+    damage(copy)
+    with pytest.raises(BaseModelError, match=message):
+        load_base_model(str(copy))
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "nothing", "a/b/c", "owner/"])
+def test_a_name_that_is_neither_folder_nor_hub_id(name: str) -> None:
+    with pytest.raises(BaseModelError, match="is not a folder"):
+        base_folder(name)
+
+
+def test_pocket_is_the_shipped_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = tmp_path / "base_files.py"
+    monkeypatch.setattr(cat_cluster.base_files, "__file__", str(module))
+    with pytest.raises(BaseModelError, match="cat-cluster pocket pretrain"):
+        base_folder("pocket")
+    (tmp_path / "pocket" / "weights").mkdir(parents=True)
+    assert base_folder("pocket") == tmp_path / "pocket" / "weights"
+
+
+# ---- hub
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_hub_id_in_the_local_cache_needs_no_network(hub_cache: Path, tiny_base_folder: Path, base: BaseModel) -> None:
+    commit = "a" * 40
+    repository = hub_cache / "models--someone--tiny"
+    shutil.copytree(tiny_base_folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert load_base_model("someone/tiny").fingerprint == base.fingerprint
+
+
+def test_a_hub_id_that_cannot_be_downloaded_names_the_remedy(hub_cache: Path) -> None:
+    with pytest.raises(BaseModelError, match=r"'someone/absent'.*HF_HUB_OFFLINE.*path of a diffusers folder"):
+        load_base_model("someone/absent")

@@ -1,0 +1,196 @@
+"""Photos as users have them: every format, mode and orientation, and damage that is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cat_cluster import images
+from cat_cluster.concepts import load_concept
+from cat_cluster.errors import ConceptError
+from cat_cluster.images import find_images, read_image
+from cat_cluster.spec import ConceptSpec
+
+
+def photo(seed: int = 0, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """A smooth picture, so that lossy formats return nearly what was saved."""
+    width, height = size
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    channels = [200 * x, 200 * y, 20.0 * (seed % 10) + 20 + 0 * x]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number in (1, 2):
+        photo(number).save(tmp_path / f"{number}.png")
+    return tmp_path
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ConceptError) as caught:
+        load_concept(ConceptSpec(token="sks", class_noun="cup", images=str(folder)))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".png", ".webp", ".bmp", ".gif", ".tif"])
+def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    photo().save(path)
+    image, digest = read_image(path)
+    assert (image.mode, image.size) == ("RGB", (48, 40))
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
+    error = np.abs(np.asarray(image, dtype=int) - np.asarray(photo(), dtype=int))
+    assert error.mean() < (8 if suffix == ".gif" else 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
+def test_modes_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
+    photo().convert(mode).save(path)
+    expected = np.asarray(photo().convert(mode).convert("RGB"), dtype=int)
+    assert np.abs(np.asarray(read_image(path)[0], dtype=int) - expected).mean() < 3
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_sixteen_bit_grey_keeps_its_tones(tmp_path: Path, name: str) -> None:
+    ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (40, 1))
+    Image.fromarray(ramp).save(tmp_path / name)
+    image, _ = read_image(tmp_path / name)
+    assert np.array_equal(np.asarray(image)[0, :, 0], np.arange(256))
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(np.int32, 70_000), (np.int32, -1), (np.float32, 0.5)])
+def test_wider_values_are_refused_by_name(tmp_path: Path, dtype: type, value: float) -> None:
+    Image.fromarray(np.full((40, 40), value, dtype=dtype)).save(tmp_path / "deep.tif")
+    with pytest.raises(ConceptError, match=r"deep\.tif: .* save it as an 8-bit PNG"):
+        read_image(tmp_path / "deep.tif")
+
+
+def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (40, 40), (255, 0, 0, 0))
+    half = Image.new("RGBA", (40, 40), (0, 0, 0, 128))
+    clear.save(tmp_path / "clear.png")
+    half.save(tmp_path / "half.webp", lossless=True)
+    Image.new("LA", (40, 40), (0, 0)).save(tmp_path / "grey.png")
+    palette = Image.new("P", (40, 40), 0)
+    palette.putpalette([10, 20, 30])
+    palette.save(tmp_path / "palette.gif", transparency=0)
+    colours = {p.name: read_image(p)[0].getpixel((5, 5)) for p in find_images(tmp_path)}
+    white = (255, 255, 255)
+    assert colours == {"clear.png": white, "grey.png": white, "half.webp": (127, 127, 127), "palette.gif": white}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
+def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int) -> None:
+    stored = Image.new("RGB", (64, 48), "black")
+    stored.paste("white", (0, 0, 32, 24))  # Its bright corner is at the top left as stored.
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / name, exif=exif)
+    image, _ = read_image(tmp_path / name)
+    # Where the first row and first column of the stored image are seen, from the EXIF standard.
+    left = orientation in (1, 4, 5, 8)
+    top = orientation in (1, 2, 5, 6)
+    assert image.size == ((64, 48) if orientation < 5 else (48, 64))
+    corner = (4 if left else image.width - 5, 4 if top else image.height - 5)
+    opposite = (image.width - 1 - corner[0], image.height - 1 - corner[1])
+    grey = np.asarray(image.convert("L"))
+    assert grey[corner[1], corner[0]] > 200
+    assert grey[opposite[1], opposite[0]] < 50
+
+
+def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
+    red, blue = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
+    red.save(tmp_path / "a.gif", save_all=True, append_images=[blue])
+    assert read_image(tmp_path / "a.gif")[0].getpixel((3, 3)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (31, 400), (400, 31)])
+def test_tiny_images_are_refused_by_name(tmp_path: Path, size: tuple[int, int]) -> None:
+    photo(size=size).save(tmp_path / "tiny.png")
+    message = refusal(tmp_path)
+    assert f"tiny.png: is {size[0]} x {size[1]} pixels; at least 32" in message
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+def test_large_photos_are_reduced_but_not_below_the_limit(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "LARGEST_SHORT_SIDE", 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(size=(640, 400)).save(tmp_path / f"a{suffix}", exif=exif)
+    image, _ = read_image(tmp_path / f"a{suffix}")
+    assert 64 <= image.width < 128
+    assert image.height / image.width == pytest.approx(1.6, abs=0.05)
+
+
+def test_more_pixels_than_the_limit_are_refused_before_decoding(tmp_path: Path) -> None:
+    for name, width, height in (("bomb.png", 20_001, 10_000), ("worse.png", 30_000, 30_000)):
+        photo().save(tmp_path / name)
+        content = bytearray((tmp_path / name).read_bytes())
+        content[16:24] = struct.pack(">II", width, height)  # PNG: signature, length, IHDR, then the size
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        (tmp_path / name).write_bytes(content)
+    before = Image.MAX_IMAGE_PIXELS
+    message = refusal(tmp_path)
+    assert "bomb.png: has more than 200 megapixels" in message
+    assert "worse.png: has more than 200 megapixels" in message
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_all_damaged_files_are_named_in_one_error(folder: Path) -> None:
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("not an image")
+    (folder / "link.png").symlink_to(folder / "nowhere.png")
+    photo(size=(200, 200)).save(folder / "cut.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:-900])
+    message = refusal(folder)
+    assert {line.split(": ")[0] for line in message.splitlines()[1:]} == {
+        str(folder / name) for name in ("cut.jpg", "empty.jpg", "link.png", "text.jpg")
+    }
+    assert "replace or remove it" in message
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".bmp", ".gif", ".tif"])
+def test_damage_anywhere_reads_or_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    photo().save(path)
+    good = path.read_bytes()
+    draw = np.random.default_rng(0)
+    refusals = []
+    for _ in range(120):
+        damaged = bytearray(good[: draw.integers(1, len(good) + 1)] if draw.random() < 0.5 else good)
+        for place in draw.integers(0, len(damaged), 3):
+            damaged[place] = draw.integers(0, 256)
+        path.write_bytes(damaged)
+        try:
+            image, _ = read_image(path)
+        except ConceptError as error:
+            refusals.append(str(error))
+        else:
+            assert image.mode == "RGB"
+    assert len(refusals) > 20
+    assert all(text.startswith(f"{path}: ") for text in refusals)
+
+
+def test_other_and_hidden_files_are_passed_over(folder: Path) -> None:
+    (folder / "notes.md").write_text("x")
+    (folder / "._1.png").write_bytes(b"not an image")
+    (folder / "album.png").mkdir()
+    assert [path.name for path in find_images(folder)] == ["1.png", "2.png"]
+
+
+def test_a_folder_that_gives_no_image_is_refused(tmp_path: Path) -> None:
+    assert f"{tmp_path} holds no image" in refusal(tmp_path)
+    assert "is not there" in refusal(tmp_path / "missing")
+    (tmp_path / "file").touch()
+    assert "is a file" in refusal(tmp_path / "file")

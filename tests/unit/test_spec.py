@@ -1,0 +1,389 @@
+"""Job specs: every bad field is named in one error, overrides merge key by key, digests are canonical."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from cat_cluster.errors import SpecError
+from cat_cluster.spec import (
+    DEFAULT_ALPHA,
+    AdapterSpec,
+    ClusterSpec,
+    ConceptSpec,
+    EvaluationSpec,
+    JobSpec,
+    ResolvedAdapter,
+    TrainingSpec,
+    load_spec,
+    spec_json_schema,
+)
+
+SPECS = Path(__file__).parents[2] / "jobs" / "specs"
+Document = dict[str, Any]
+
+
+def minimal() -> Document:
+    return {
+        "name": "spring",
+        "adapters": [{"id": "cup", "concepts": [{"token": "sks", "class_noun": "cup", "images": "photos"}]}],
+    }
+
+
+def with_value(document: Document, path: tuple[str | int, ...], value: object) -> Document:
+    changed = copy.deepcopy(document)
+    target: Any = changed
+    for part in path[:-1]:
+        target = target.setdefault(part, {}) if isinstance(part, str) else target[part]
+    target[path[-1]] = value
+    return changed
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    return tmp_path
+
+
+def write(folder: Path, document: Document | str) -> Path:
+    path = folder / "job.yaml"
+    path.write_text(document if isinstance(document, str) else yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, document: Document | str) -> str:
+    path = write(folder, document)
+    with pytest.raises(SpecError) as caught:
+        load_spec(path)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    return message
+
+
+def test_minimal_spec_has_the_documented_defaults(folder: Path) -> None:
+    job = load_spec(write(folder, minimal()))
+    (adapter,) = job.resolved()
+    assert (adapter.id, adapter.base, adapter.method) == ("cup", "pocket", "cat")
+    assert adapter.training == TrainingSpec()
+    assert adapter.evaluation == EvaluationSpec()
+    assert adapter.concepts[0].alpha == DEFAULT_ALPHA
+    assert adapter.concepts[0].images == str(folder / "photos")
+    assert job.storage is None
+
+
+def test_every_bad_field_is_listed_with_its_path_and_line(folder: Path) -> None:
+    message = refusal(
+        folder,
+        """\
+name: spring
+bass: pocket
+adapters:
+  - id: cup
+    concepts:
+      - {token: sks, class_noun: cup, images: photos}
+      - {token: "a b", class_noun: cup, images: nowhere, alpha: .nan}
+  - id: cup
+    concepts:
+      - {class_noun: fish, images: photos}
+    training: {stepz: 3, rank: 0}
+training: {learning_rate: quick, rows_per_concept: 1.5}
+training: {steps: true}
+""",
+    )
+    lines = message.splitlines()[1:]
+    found = {line.split(" (line ")[0].strip(): line for line in lines}
+    assert set(found) == {
+        "bass",
+        "adapters[0].concepts[1].token",
+        "adapters[0].concepts[1].images",
+        "adapters[0].concepts[1].alpha",
+        "adapters[1].id",
+        "adapters[1].concepts[0].token",
+        "adapters[1].training.stepz",
+        "adapters[1].training.rank",
+        "training",
+        "training.steps",
+    }
+    assert "(line 2)" in found["bass"]
+    assert "did you mean base?" in found["bass"]
+    assert "'a b' must be one word" in found["adapters[0].concepts[1].token"]
+    assert str(folder / "nowhere") in found["adapters[0].concepts[1].images"]
+    assert "finite" in found["adapters[0].concepts[1].alpha"]
+    assert "taken by adapters[0].id" in found["adapters[1].id"]
+    assert "is missing" in found["adapters[1].concepts[0].token"]
+    assert "did you mean steps?" in found["adapters[1].training.stepz"]
+    assert "greater than or equal to 1, got 0" in found["adapters[1].training.rank"]
+    assert "lines 12 and 13" in found["training"]
+    assert "must be a number, got true" in found["training.steps"]
+    assert lines == sorted(lines, key=lambda line: int(line.split("(line ")[1].split(")")[0]))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        (("method",), "dreambooth", "not available in this version; available: cat, lora"),
+        (("method",), "textual_inversion", "not available in this version"),
+        (("method",), "kat", "'cat' or 'lora'"),
+        (("adapters", 0, "method"), "dreambooth", "not available in this version"),
+        (("adapters", 0, "id"), "Cup", "adapters[0].id"),
+        (("adapters", 0, "id"), "-cup", "adapters[0].id"),
+        (("adapters", 0, "id"), "c" * 64, "adapters[0].id"),
+        (("adapters", 0, "id"), "cup\n", None),
+        (("adapters",), [], "adapters"),
+        (("adapters",), {"id": "cup"}, "must be a list"),
+        (("adapters", 0, "concepts"), [], "adapters[0].concepts"),
+        (("adapters", 0, "training"), 3, "must be keys with values, got 3"),
+        (("training",), None, "must be keys with values, got nothing"),
+        (("steps",), 3, "steps belongs under training"),
+        (("training", "alpha"), 3, "alpha belongs under concepts"),
+        (("training", "zzzzz"), 3, "allowed here: steps, rank"),
+        (("adapters", 0, "concepts", 0, "token"), 12, "write it in quotes"),
+        (("adapters", 0, "concepts", 0, "token"), "a,b", "one word"),
+        (("adapters", 0, "concepts", 0, "token"), "", "adapters[0].concepts[0].token"),
+        (("adapters", 0, "concepts", 0, "token"), "{x}", "braces"),
+        (("adapters", 0, "concepts", 0, "token"), "Cup", "a word of the class noun 'cup'"),
+        (("adapters", 0, "concepts", 0, "class_noun"), "tea sks", "concepts[0].token (line"),
+        (("adapters", 0, "concepts", 0, "class_noun"), ",", "class_noun"),
+        (("adapters", 0, "concepts", 0, "token"), "photo", "an ordinary word of the prior prompt"),
+        (("adapters", 0, "concepts", 0, "alpha"), -1, "greater than or equal to 0"),
+        (("adapters", 0, "concepts", 0, "weight"), 0, "greater than 0"),
+        (("adapters", 0, "concepts", 0, "images"), "s3://bucket/cup", "reads images from folders"),
+        (("adapters", 0, "concepts", 0, "template"), "a photo of a cup", "must hold {token}"),
+        (("adapters", 0, "concepts", 0, "template"), "a {token}-ish cup", "as a word of its own"),
+        (("adapters", 0, "concepts", 0, "template"), "a {token} {noun}", "'{noun}' is not a place"),
+        (("adapters", 0, "concepts", 0, "template"), "sks or {token}", "ordinary word of the prior prompt"),
+        (("training", "learning_rate"), 0, "greater than 0"),
+        (("training", "learning_rate"), float("inf"), "finite"),
+        (("training", "cat_fraction"), 0, "greater than 0"),
+        (("training", "cat_fraction"), 1.01, "less than or equal to 1"),
+        (("training", "resolution"), 65, "multiple of 8"),
+        (("training", "seed"), 2**63, "less than or equal"),
+        (("training", "warmup_steps"), 400, "400 must be less than steps, which is 400"),
+        (("training", "general_prompts"), "photos", "is not a file"),
+        (("training", "max_grad_norm"), 0, "greater than 0"),
+        (("cluster", "workers"), 0, "or a pair [least, most]"),
+        (("cluster", "workers"), [3, 2], "or a pair [least, most]"),
+        (("cluster", "workers"), [1, 2, 3], "or a pair [least, most]"),
+        (("cluster", "workers"), True, "or a pair [least, most]"),
+        (("cluster", "zero_stage"), 4, "0, 1, 2 or 3"),
+        (("evaluation", "prompts"), "some", "default or a list of prompts"),
+        (("evaluation", "prompts"), [], "default or a list of prompts"),
+        (("evaluation", "prompts"), ["a cup"], "must hold {} once"),
+        (("evaluation", "prompts"), ["a {}", "a sks {}"], "evaluation.prompts[1]"),
+        (("evaluation", "sampler"), "ddpm", "'ddim', 'euler' or 'dpmpp_2m'"),
+    ],
+)
+def test_a_bad_value_is_refused_at_its_place(
+    folder: Path, path: tuple[str | int, ...], value: object, expected: str | None
+) -> None:
+    document = with_value(minimal(), path, value)
+    if expected is None:  # Spaces around a value are not the user's intent, so they are taken off.
+        assert load_spec(write(folder, document)).adapters[0].id == "cup"
+        return
+    message = refusal(folder, document)
+    assert expected in message
+    assert "1 field cannot" in message.splitlines()[0]
+
+
+def test_repeated_ids_and_tokens_are_refused(folder: Path) -> None:
+    document = minimal()
+    concept = document["adapters"][0]["concepts"][0]
+    document["adapters"][0]["concepts"].append({**concept, "token": "SKS"})
+    document["adapters"].append(copy.deepcopy(minimal()["adapters"][0]))
+    message = refusal(folder, document)
+    assert "adapters[0].concepts[1].token" in message
+    assert "adapters[1].id" in message
+    assert "adapters[1].concepts" not in message  # Two adapters may use the same token.
+
+
+def test_a_token_must_not_name_another_concept_of_the_adapter(folder: Path) -> None:
+    document = minimal()
+    document["adapters"][0]["concepts"].append({"token": "Cup", "class_noun": "fish", "images": "photos"})
+    assert "another concept's class noun 'cup'" in refusal(folder, document)
+
+
+def test_overrides_merge_key_by_key(folder: Path) -> None:
+    document = minimal()
+    document["training"] = {"steps": 100, "rank": 4, "warmup_steps": 20}
+    document["evaluation"] = {"steps": 10}
+    first = document["adapters"][0]
+    document["adapters"].append(
+        {
+            **copy.deepcopy(first),
+            "id": "other",
+            "method": "lora",
+            "base": "./bases/mine",
+            "training": {"rank": 16, "max_grad_norm": None, "steps": 400},
+            "evaluation": {"enabled": False},
+        }
+    )
+    plain, changed = load_spec(write(folder, document)).resolved()
+    assert plain.training == TrainingSpec(steps=100, rank=4, warmup_steps=20)
+    assert changed.training == TrainingSpec(steps=400, rank=16, max_grad_norm=None, warmup_steps=20)
+    assert changed.evaluation == EvaluationSpec(steps=10, enabled=False)
+    assert (changed.method, changed.base) == ("lora", str(folder / "bases" / "mine"))
+
+
+def test_rules_between_fields_hold_for_merged_settings(folder: Path) -> None:
+    document = with_value(minimal(), ("training",), {"steps": 100, "warmup_steps": 50})
+    document["adapters"][0]["training"] = {"steps": 50}
+    assert "training.warmup_steps" in refusal(folder, document)
+    document["adapters"][0]["training"] = {"warmup_steps": 450}  # Below the default of 400? The job says 100.
+    assert "adapters[0].training.warmup_steps" in refusal(folder, document)
+    document["adapters"][0]["training"] = {"warmup_steps": 450, "steps": 500}
+    assert load_spec(write(folder, document)).resolved()[0].training.warmup_steps == 450
+
+
+def test_paths_are_relative_to_the_spec_and_names_stay_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "jobs").mkdir()
+    (folder / "my-base").mkdir()
+    (folder / "prompts.txt").write_text("a red cup\n")
+    document = minimal()
+    document["adapters"][0]["concepts"][0]["images"] = "../photos"
+    document |= {"base": "../my-base", "storage": "store", "training": {"general_prompts": "../prompts.txt"}}
+    document["evaluation"] = {"judge": "openai/clip-vit-base-patch32"}
+    write(folder / "jobs", document)
+    monkeypatch.chdir(folder / "jobs")
+    job = load_spec(Path("job.yaml"))
+    assert job.adapters[0].concepts[0].images == str(folder / "photos")
+    assert job.base == str(folder / "my-base")
+    assert job.storage == str(folder / "jobs" / "store")
+    assert job.training.general_prompts == str(folder / "prompts.txt")
+    assert job.evaluation.judge == "openai/clip-vit-base-patch32"
+    for url in ("s3://bucket/prefix", "file:///tmp/store"):
+        assert load_spec(write(folder, with_value(minimal(), ("storage",), url))).storage == url
+
+
+def test_a_job_written_out_and_read_back_is_the_same_job(folder: Path) -> None:
+    document = with_value(minimal(), ("training", "steps"), 100)
+    document["adapters"][0]["training"] = {"rank": 2}
+    document["evaluation"] = {"prompts": ["a {} in snow"]}
+    document["cluster"] = {"workers": [1, 4]}
+    job = load_spec(write(folder, document))
+    again = JobSpec.model_validate(json.loads(job.model_dump_json()))
+    assert again.resolved() == job.resolved()
+    assert again.cluster == job.cluster
+    (adapter,) = job.resolved()
+    assert ResolvedAdapter.model_validate(json.loads(adapter.model_dump_json())).digest() == adapter.digest()
+
+
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=25, deadline=None)
+def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: int) -> None:
+    shuffle = random.Random(seed)
+
+    def shuffled(value: Any) -> Any:
+        if isinstance(value, dict):
+            keys = list(value)
+            shuffle.shuffle(keys)
+            return {key: shuffled(value[key]) for key in keys}
+        return [shuffled(item) for item in value] if isinstance(value, list) else value
+
+    document = minimal()
+    document["training"] = {"steps": 100, "learning_rate": 0.001, "max_grad_norm": 2}
+    document["adapters"][0]["training"] = {"rank": 4, "seed": 7}
+    rewritten = shuffled(with_value(document, ("training", "learning_rate"), "1e-3"))
+    rewritten = with_value(rewritten, ("training", "max_grad_norm"), 2.0)
+    before, after = JobSpec.model_validate(document), JobSpec.model_validate(rewritten)
+    assert before.resolved()[0].digest() == after.resolved()[0].digest()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("training", "steps"), 401),
+        (("base",), "other/base"),
+        (("method",), "lora"),
+        (("adapters", 0, "id"), "mug"),
+        (("adapters", 0, "concepts", 0, "token"), "zwx"),
+        (("adapters", 0, "concepts", 0, "alpha"), 1.0),
+        (("adapters", 0, "concepts", 0, "captions"), "txt"),
+        (("adapters", 0, "training"), {"rank": 4}),
+        (("evaluation", "seed"), 3),
+    ],
+)
+def test_digest_changes_with_what_decides_the_result(path: tuple[str | int, ...], value: object) -> None:
+    before = JobSpec.model_validate(minimal()).resolved()[0]
+    after = JobSpec.model_validate(with_value(minimal(), path, value)).resolved()[0]
+    assert before.digest() != after.digest()
+
+
+def test_digest_leaves_out_places_and_cluster_but_not_the_general_prompts(tmp_path: Path) -> None:
+    elsewhere = with_value(minimal(), ("adapters", 0, "concepts", 0, "images"), "/elsewhere")
+    elsewhere |= {"storage": "/store", "cluster": {"workers": 7}, "name": "autumn"}
+    digest = JobSpec.model_validate(minimal()).resolved()[0].digest()
+    assert JobSpec.model_validate(elsewhere).resolved()[0].digest() == digest
+
+    first, same, other = (tmp_path / name for name in ("first.txt", "same.txt", "other.txt"))
+    for path, text in ((first, "a cup"), (same, "a cup"), (other, "a fish")):
+        path.write_text(text)
+    digests = [
+        JobSpec.model_validate(with_value(minimal(), ("training", "general_prompts"), str(path))).resolved()[0].digest()
+        for path in (first, same, other)
+    ]
+    assert digests[0] == digests[1] != digests[2]
+    first.unlink()
+    gone = with_value(minimal(), ("training", "general_prompts"), str(first))
+    with pytest.raises(SpecError, match="general_prompts"):
+        JobSpec.model_validate(gone).resolved()[0].digest()
+
+
+@pytest.mark.parametrize("name", ["single.yaml", "joint.yaml", "lora-baseline.yaml"])
+def test_shipped_specs_are_valid_where_their_photos_are(tmp_path: Path, name: str) -> None:
+    text = (SPECS / name).read_text(encoding="utf-8")
+    place = tmp_path / "jobs" / "specs" / name
+    place.parent.mkdir(parents=True)
+    place.write_text(text, encoding="utf-8")
+    for adapter in yaml.safe_load(text)["adapters"]:
+        for concept in adapter["concepts"]:
+            (place.parent / concept["images"]).resolve().mkdir(parents=True, exist_ok=True)
+    job = load_spec(place)
+    assert job.name == place.stem
+    assert job.storage == str(tmp_path / "cat-storage")
+    assert all(adapter.base == "pocket" for adapter in job.resolved())
+
+
+def test_the_baseline_differs_from_cat_in_the_method_alone() -> None:
+    document = yaml.safe_load((SPECS / "lora-baseline.yaml").read_text(encoding="utf-8"))
+    lora, cat = JobSpec.model_validate(document).resolved()
+    assert (lora.method, cat.method) == ("lora", "cat")
+    assert lora.training.draw_key == cat.training.draw_key == "striped-cup"
+    assert lora.model_copy(update={"id": cat.id, "method": "cat"}) == cat
+
+
+def test_there_is_a_shipped_spec_test_for_each_shipped_spec() -> None:
+    assert {path.name for path in SPECS.glob("*.yaml")} == {"single.yaml", "joint.yaml", "lora-baseline.yaml"}
+
+
+@pytest.mark.parametrize(
+    "model", [JobSpec, AdapterSpec, ConceptSpec, TrainingSpec, EvaluationSpec, ClusterSpec, ResolvedAdapter]
+)
+def test_every_field_is_described_and_no_spec_can_be_changed(model: type[BaseModel]) -> None:
+    assert all(field.description for field in model.model_fields.values())
+    assert model.model_config["frozen"]
+    assert model.model_config["extra"] == "forbid"
+
+
+def test_json_schema_describes_all_sections() -> None:
+    schema = json.loads(json.dumps(spec_json_schema()))
+    assert {"TrainingSpec", "EvaluationSpec", "ClusterSpec", "AdapterSpec", "ConceptSpec"} <= set(schema["$defs"])
+    assert schema["required"] == ["name", "adapters"]
+    assert schema["additionalProperties"] is False
+
+
+def test_specs_made_in_python_refuse_the_same_things() -> None:
+    with pytest.raises(ValidationError, match="class noun"):
+        ConceptSpec(token="cup", class_noun="cup", images="photos")
+    with pytest.raises(ValidationError, match="rank"):
+        TrainingSpec(rank=0)
+    with pytest.raises(ValidationError, match="frozen"):
+        TrainingSpec().steps = 3
