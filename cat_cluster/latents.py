@@ -61,8 +61,8 @@ class LatentCache:
             pixels = torch.stack([crop_pixels(views[i][0], views[i][1], resolution) for i in missing])
             encoded = self.base.encode_moments(pixels).float().cpu()
             for i, moments in zip(missing, encoded, strict=True):
-                found[i] = moments.clone()
-                _write(paths[i], found[i])
+                found[i] = kept = moments.clone()
+                _write(paths[i], kept)
         return [moments for moments in found if moments is not None]
 
     def _path(self, example: Example, crop: int, resolution: int) -> Path | None:

@@ -67,7 +67,7 @@ class SlotAdamW(torch.optim.Optimizer):
                 self.state[parameter] = {"mean": zeros, "square": zeros.clone()}
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every active slot once; a closure is not supported."""
         if closure is not None:
             raise ValueError("SlotAdamW takes no closure: compute the gradients before step()")
@@ -106,8 +106,9 @@ class SlotAdamW(torch.optim.Optimizer):
         denominators = torch._foreach_sqrt(squares)
         torch._foreach_div_(denominators, math.sqrt(1.0 - beta2**count))
         torch._foreach_add_(denominators, self.eps)
-        torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
-        torch._foreach_addcdiv_(parameters, means, denominators, -lr / (1.0 - beta1**count))
+        values: list[Tensor] = list(parameters)
+        torch._foreach_mul_(values, 1.0 - lr * weight_decay)
+        torch._foreach_addcdiv_(values, means, denominators, -lr / (1.0 - beta1**count))
 
     def slot_state(self, slot: int) -> list[tuple[Tensor, Tensor]]:
         """Return (mean, square) of each parameter of a slot, in parameter order."""

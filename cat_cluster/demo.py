@@ -1,0 +1,119 @@
+"""The demo: teach the embedded base one particular object with plain LoRA and with CAT, and compare what each did."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+from PIL import Image
+from rich.table import Table
+
+from cat_cluster.errors import CatClusterError
+from cat_cluster.evaluation.recognition import DESIGN_FILE
+from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, write_report
+from cat_cluster.evaluation.results import Evaluation
+from cat_cluster.pocket import world
+from cat_cluster.published import evaluate_published
+from cat_cluster.registry import Registry
+from cat_cluster.settings import Settings
+from cat_cluster.spec import load_spec
+from cat_cluster.store import open_store
+from cat_cluster.workflow import AdapterResult, JobListener, choose_device, run_job
+
+CONCEPT = "striped-cup"
+TOKEN = "sks"
+PHOTOS = 6
+# LoRA and CAT see equal draws (one draw key), the same rank, rate and steps: the CAT term is the only difference.
+SPEC = {
+    "name": "demo",
+    "base": "pocket",
+    "training": {
+        "steps": 400,
+        "rank": 8,
+        "learning_rate": 6.0e-4,
+        "rows_per_concept": 4,
+        "cat_fraction": 0.5,
+        "draw_key": CONCEPT,
+    },
+    "evaluation": {"images_per_prompt": 4},
+    "storage": "registry",
+}
+SHOWN = ("kps", "base_drift", "identity_similarity", "identity_gain", "diversity_ratio")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """Where the demo's report and registry are, and the evaluations behind them."""
+
+    files: ReportFiles
+    storage: Path
+    lora: Evaluation
+    cat: Evaluation
+
+    def table(self) -> Table:
+        """The headline numbers for the terminal."""
+        table = Table(title="The same photos, steps and seeds; only the CAT term differs")
+        for heading in ("", "LoRA", "CAT", "better"):
+            table.add_column(heading, justify="left" if heading in ("", "better") else "right")
+        for metric in SHOWN:
+            lora, cat = self.lora.metrics[metric], self.cat.metrics[metric]
+            better = "lower" if metric == "base_drift" else "near 1" if metric == "diversity_ratio" else "higher"
+            table.add_row(metric, *(f"{value:.3f}" for value in (lora, cat) if value is not None), better)
+        return table
+
+
+def run_demo(out: Path, settings: Settings, listener: JobListener) -> DemoResult:
+    """Draw a concept's photos, train LoRA and CAT on them in one pack, measure, publish and report into `out`.
+
+    Running it again reuses what is published and writes the report anew. Raises CatClusterError when an adapter fails.
+    """
+    spec_path = write_spec(out)
+    job = load_spec(spec_path)
+    store = open_store(out / "registry")
+    listener.message(f"Drew {PHOTOS} photos of a concept the base has never seen: {out / 'photos' / CONCEPT}")
+    results = run_job(job, store, settings, listener)
+    failed = [result for result in results if result.outcome == "failed"]
+    if failed:
+        raise CatClusterError(f"adapter {failed[0].adapter_id} failed: {failed[0].reason}")
+    registry, device = Registry(store), choose_device(settings.device)
+    methods = []
+    for result in results:
+        evaluation = result.evaluation or evaluate_published(
+            registry, f"{result.adapter_id}@{result.revision}", device, listener, {}
+        )
+        methods.append(_method_result(result, evaluation))
+    report = ReportInput(title="CAT against plain LoRA on Pocket-SD", base_name="pocket", methods=tuple(methods))
+    files = write_report(out, report)
+    return DemoResult(files, out / "registry", methods[0].evaluation, methods[1].evaluation)
+
+
+def write_spec(out: Path) -> Path:
+    """Write the demo's photos with captions and its job spec, as a user would have them, and return the spec's path."""
+    folder = out / "photos" / CONCEPT
+    folder.mkdir(parents=True, exist_ok=True)
+    design = world.CONCEPTS[CONCEPT]
+    for n, (photo, scene) in enumerate(world.photos(design, PHOTOS, seed=0)):
+        Image.fromarray(photo).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"a photo of a {TOKEN} {design.object} {scene.place}\n", encoding="utf-8")
+    (folder / DESIGN_FILE).write_text(json.dumps(asdict(design), indent=2) + "\n", encoding="utf-8")
+    concept = {"token": TOKEN, "class_noun": design.object, "images": f"photos/{CONCEPT}"}
+    adapters = [
+        {"id": f"{CONCEPT}-lora", "method": "lora", "concepts": [concept]},
+        {"id": CONCEPT, "method": "cat", "concepts": [dict(concept)]},
+    ]
+    path = out / "spec.yaml"
+    path.write_text(yaml.safe_dump({**SPEC, "adapters": adapters}, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def _method_result(result: AdapterResult, evaluation: Evaluation) -> MethodResult:
+    manifest = result.manifest
+    assert manifest is not None  # every outcome but "failed" has one
+    return MethodResult(
+        method=manifest.method,
+        evaluation=evaluation,
+        history=manifest.training["history"],
+        facts={"adapter": manifest.name, "rank": str(manifest.rank), "steps": str(manifest.training["steps"])},
+    )

@@ -1,0 +1,158 @@
+"""Using what was published: an adapter's stored photos and samples, measuring it again, drawing with it."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.concepts import Concept, load_concept
+from cat_cluster.diffusion.samplers import SamplerName
+from cat_cluster.errors import EvaluationError
+from cat_cluster.evaluation.evaluate import Evaluator
+from cat_cluster.evaluation.recognition import DESIGN_FILE
+from cat_cluster.evaluation.results import Evaluation
+from cat_cluster.generation import ImageRow, generate, save_png
+from cat_cluster.lora.bank import LoraBank
+from cat_cluster.registry import Manifest, Registry
+from cat_cluster.spec import ConceptSpec, ResolvedAdapter
+
+PHOTO_SIDE = 512  # photos are kept for measuring, and every judge looks at less
+SAMPLES = 4
+
+
+class ImageListener(Protocol):
+    """Who is told how many images of an adapter are made."""
+
+    def images(self, adapter_id: str, done: int, total: int) -> None:
+        """`done` of `total` denoising steps are done."""
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """Images to draw: image i of `count` uses seed + i. adapter None means the base alone."""
+
+    prompt: str
+    adapter: str | None = None
+    base: str | None = None
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 4.0
+    sampler: SamplerName = "ddim"
+    strength: float = 1.0
+    count: int = 1
+
+
+def photo_objects(concepts: Sequence[Concept]) -> dict[str, bytes]:
+    """Return the photos an adapter was taught with, as objects of its revision: it can be measured anywhere later.
+
+    Names are photo-<concept index>-<photo index>.png; a pocket concept's design goes along.
+    """
+    objects = {}
+    for k, concept in enumerate(concepts):
+        for n, example in enumerate(concept.examples):
+            image = example.image.copy()
+            image.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)
+            objects[f"photo-{k}-{n:03d}.png"] = _png(image)
+        design = concept.examples[0].path.parent / DESIGN_FILE
+        if design.is_file():
+            objects[f"photo-{k}-{DESIGN_FILE}"] = design.read_bytes()
+    return objects
+
+
+def sample_objects(evaluation: Evaluation) -> dict[str, bytes]:
+    """Return a few pictures per concept for listings: with its token and, on the same seeds, without."""
+    objects = {}
+    for k, images in enumerate(evaluation.images):
+        for name, pictures in (("with", images.with_token), ("without", images.without_token)):
+            chosen = np.linspace(0, len(pictures) - 1, min(SAMPLES, len(pictures))).round().astype(int)
+            for n, index in enumerate(chosen):
+                objects[f"sample-{k}-{name}-{n}.png"] = _png(Image.fromarray(pictures[index]))
+    return objects
+
+
+def evaluate_published(
+    registry: Registry,
+    reference: str,
+    device: str,
+    listener: ImageListener,
+    changes: Mapping[str, Any],
+    base: BaseModel | None = None,
+) -> Evaluation:
+    """Measure a published adapter on its stored photos, with its own evaluation settings but for `changes`."""
+    manifest = registry.resolve(reference)
+    resolved = ResolvedAdapter.model_validate(manifest.spec)
+    base = base or load_base_model(manifest.base_name, device=device)
+    spec = type(resolved.evaluation).model_validate({**resolved.evaluation.model_dump(), **changes})
+    bank = _open_adapter(registry, manifest, base, strength=1.0)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            concepts = [
+                _stored_concept(registry, manifest, concept, k, Path(folder) / str(k))
+                for k, concept in enumerate(resolved.concepts)
+            ]
+            return Evaluator(base, bank).evaluate(
+                1, concepts, spec, on_progress=lambda done, total: listener.images(manifest.name, done, total)
+            )
+    finally:
+        bank.detach()
+
+
+def draw_images(
+    request: ImageRequest, out: Path, registry: Registry | None, device: str, listener: ImageListener
+) -> list[Path]:
+    """Draw the images of a request and write them as PNGs that carry their parameters; return the paths."""
+    manifest, bank = None, None
+    if request.adapter is not None:
+        if registry is None:
+            raise EvaluationError(f"adapter {request.adapter} needs a registry: give --storage")
+        manifest = registry.resolve(request.adapter)
+    base = load_base_model(request.base or ("pocket" if manifest is None else manifest.base_name), device=device)
+    if manifest is not None and registry is not None:
+        bank = _open_adapter(registry, manifest, base, strength=request.strength)
+    slot = 0 if bank is None else 1
+    rows = [
+        ImageRow(request.prompt, request.seed + i, slot, request.steps, request.guidance, request.sampler)
+        for i in range(request.count)
+    ]
+    name = base.name if manifest is None else manifest.name
+    images = generate(base, bank, rows, on_progress=lambda done, total: listener.images(name, done, total))
+    paths = []
+    for i, (row, image) in enumerate(zip(rows, images, strict=True)):
+        path = out if request.count == 1 else out.with_stem(f"{out.stem}-{i}")
+        parameters = {key: str(value) for key, value in asdict(row).items() if key != "slot"}
+        save_png(image, path, {**parameters, "model": name, "strength": str(request.strength)})
+        paths.append(path)
+    return paths
+
+
+def _open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, strength: float) -> LoraBank:
+    weights = registry.load_weights(manifest, base_fingerprint=base.fingerprint, unet=base.unet)
+    bank = LoraBank.attach(base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
+    bank.load(1, weights, strength=strength)
+    return bank
+
+
+def _stored_concept(registry: Registry, manifest: Manifest, spec: ConceptSpec, index: int, folder: Path) -> Concept:
+    folder.mkdir()
+    prefix = f"photo-{index}-"
+    for name in manifest.objects:
+        if name.startswith(prefix):
+            (folder / name.removeprefix(prefix)).write_bytes(registry.read_object(manifest, name))
+    if not any(folder.glob("*.png")):
+        raise EvaluationError(f"{manifest.name} holds no photos of {spec.token!r}: train its spec again to measure it")
+    stored = {"images": str(folder), "captions": "template", "template": None}
+    return load_concept(ConceptSpec.model_validate({**spec.model_dump(), **stored}))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
