@@ -202,11 +202,16 @@ def adapters_alias(
     adapter_id: Annotated[str, typer.Argument(metavar="ID", help="Adapter id.")],
     alias: Annotated[str, typer.Argument(help="Alias, for example prod.")],
     revision: Annotated[str | None, typer.Argument(help="Revision it shall name; none prints its history.")] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Take the alias away; its history stays.")] = False,
     storage: Storage = None,
 ) -> None:
-    """Move an alias to a revision, or print an alias's history."""
+    """Move an alias to a revision, take it away, or print its history (always printed)."""
     registry = _registry(storage)
-    if revision is not None:
+    if remove and revision is not None:
+        raise typer.BadParameter("give a revision or --remove, not both")
+    if remove:
+        registry.remove_alias(adapter_id, alias)
+    elif revision is not None:
         registry.set_alias(adapter_id, alias, revision)
     _print_json({"alias": alias, "history": [_jsonable(move) for move in registry.alias_history(adapter_id, alias)]})
 

@@ -114,6 +114,7 @@ def run_job(job: JobSpec, store: ObjectStore, settings: Settings, listener: JobL
         except AdapterNotFoundError:
             waiting.append(adapter)
             continue
+        registry.finish_publishing(manifest)
         results[adapter.resolved.id] = AdapterResult(
             adapter.resolved.id, adapter.revision, "already published", manifest=manifest
         )

@@ -1,0 +1,17 @@
+"""The registry: adapters with immutable revisions, movable aliases and verified loading, all in the object store."""
+
+from __future__ import annotations
+
+from cat_cluster.registry.aliases import AliasEntry
+from cat_cluster.registry.manifest import AdapterDraft, Manifest, revision_of
+from cat_cluster.registry.registry import AdapterSummary, Registry, VerifyReport
+
+__all__ = [
+    "AdapterDraft",
+    "AdapterSummary",
+    "AliasEntry",
+    "Manifest",
+    "Registry",
+    "VerifyReport",
+    "revision_of",
+]

@@ -1,0 +1,206 @@
+"""The manifest: all that is recorded about one revision of an adapter, and the digest that names the revision."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cat_cluster.errors import RegistryError
+from cat_cluster.lora.formats import AdapterWeights
+from cat_cluster.spec import ResolvedAdapter
+
+SCHEMA_VERSION = 1
+WEIGHTS = "weights"  # the name of the weights among a manifest's objects
+
+Status = Literal["published", "rejected"]
+
+
+@dataclass(frozen=True)
+class AdapterDraft:
+    """What training and evaluation hand over to be published.
+
+    image_digests: sha256 of every training image, in training order; samples: file name -> bytes of example pictures;
+    a draft whose quality gate failed has status "rejected" and never becomes `latest`.
+    """
+
+    adapter_id: str
+    resolved: ResolvedAdapter
+    base_name: str
+    base_fingerprint: str
+    image_digests: Sequence[str]
+    weights: AdapterWeights
+    training: Mapping[str, Any]
+    metrics: Mapping[str, Any] | None = None
+    judge: Mapping[str, Any] | None = None
+    reference: Mapping[str, Any] | None = None
+    samples: Mapping[str, bytes] = field(default_factory=dict)
+    status: Status = "published"
+
+
+class StoredObject(BaseModel):
+    """Where an object of a revision lies, its size in bytes and its digest."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str = Field(pattern=r"^objects/[0-9a-f]{64}(\.[A-Za-z0-9]{1,16})?$")
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ManifestConcept(BaseModel):
+    """A concept as it was trained: its token, class noun, CAT weight alpha and loss weight."""
+
+    model_config = ConfigDict(frozen=True)
+
+    token: str
+    class_noun: str
+    alpha: float
+    weight: float
+
+
+class Manifest(BaseModel):
+    """The immutable record of one revision; `checksum` is the sha256 of its other fields as canonical JSON."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: Literal[1]
+    adapter_id: str
+    revision: str
+    status: Status
+    created: str
+    base_name: str
+    base_fingerprint: str
+    method: str
+    rank: int
+    targets: str
+    concepts: tuple[ManifestConcept, ...]
+    spec: dict[str, Any]
+    image_digests: tuple[str, ...]
+    objects: dict[str, StoredObject]
+    training: dict[str, Any]
+    metrics: dict[str, Any] | None
+    judge: dict[str, Any] | None
+    reference: dict[str, Any] | None
+    samples: tuple[str, ...]
+    package_version: str
+    checksum: str
+
+    @property
+    def name(self) -> str:
+        """The revision's full reference, `id@r-...`."""
+        return f"{self.adapter_id}@{self.revision}"
+
+
+def package_version() -> str:
+    """Return the installed version of cat-cluster; RegistryError when only its source is on the path."""
+    try:
+        return importlib.metadata.version("cat-cluster")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise RegistryError(
+            "cat-cluster runs from source without being installed, so its version is unknown and revisions cannot be "
+            "named: run `pip install -e .` in its folder"
+        ) from error
+
+
+def revision_of(adapter_id: str, resolved: ResolvedAdapter, image_digests: Sequence[str], base_fingerprint: str) -> str:
+    """Return `r-` + 12 hex of sha256(adapter id, resolved spec, image bytes, base fingerprint, minor version)."""
+    identity = {
+        "adapter_id": adapter_id,
+        "base_fingerprint": base_fingerprint,
+        "image_digests": list(image_digests),
+        "minor_version": package_version().split(".")[:2],
+        "spec": resolved.digest(),
+    }
+    return f"r-{sha256(_canonical(identity))[:12]}"
+
+
+def manifest_bytes(draft: AdapterDraft, *, revision: str, created: str, objects: Mapping[str, StoredObject]) -> bytes:
+    """Return the manifest of a draft as the JSON that is stored; numbers that are not finite become null."""
+    resolved = draft.resolved
+    fields = {
+        "schema_version": SCHEMA_VERSION,
+        "adapter_id": draft.adapter_id,
+        "revision": revision,
+        "status": draft.status,
+        "created": created,
+        "base_name": draft.base_name,
+        "base_fingerprint": draft.base_fingerprint,
+        "method": resolved.method,
+        "rank": draft.weights.rank,
+        "targets": resolved.training.targets,
+        "concepts": [
+            {"token": c.token, "class_noun": c.class_noun, "alpha": c.alpha, "weight": c.weight}
+            for c in resolved.concepts
+        ],
+        "spec": resolved.model_dump(mode="json"),
+        "image_digests": list(draft.image_digests),
+        "objects": {name: stored.model_dump() for name, stored in objects.items()},
+        "training": draft.training,
+        "metrics": draft.metrics,
+        "judge": draft.judge,
+        "reference": draft.reference,
+        "samples": sorted(draft.samples),
+        "package_version": package_version(),
+    }
+    try:
+        plain = _plain(fields)
+    except TypeError as error:
+        raise RegistryError(f"the manifest of {draft.adapter_id} cannot be written as JSON: {error}") from error
+    plain["checksum"] = sha256(_canonical(plain))
+    return json.dumps(plain, indent=1, allow_nan=False, ensure_ascii=False).encode()
+
+
+def parse_manifest(data: bytes, *, key: str, adapter_id: str, revision: str) -> Manifest:
+    """Return the manifest stored under a key; RegistryError when it is damaged, newer, or of another revision."""
+    remedy = f"restore {key} from a backup, or delete {adapter_id}@{revision} and train its spec again"
+    try:
+        fields = json.loads(data)
+    except ValueError as error:
+        raise RegistryError(f"the manifest {key} is damaged (not JSON: {error}); {remedy}") from error
+    if not isinstance(fields, dict):
+        raise RegistryError(f"the manifest {key} is damaged (not a JSON object); {remedy}")
+    version = fields.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise RegistryError(
+            f"the manifest {key} has schema version {version}, this cat-cluster reads up to "
+            f"{SCHEMA_VERSION}: upgrade it"
+        )
+    if fields.get("checksum") != sha256(_canonical({k: v for k, v in fields.items() if k != "checksum"})):
+        raise RegistryError(f"the manifest {key} was changed after it was published (its checksum differs); {remedy}")
+    try:
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        bad = ", ".join(".".join(str(part) for part in problem["loc"]) for problem in error.errors())
+        raise RegistryError(f"the manifest {key} is damaged (fields {bad}); {remedy}") from error
+    if (manifest.adapter_id, manifest.revision) != (adapter_id, revision):
+        raise RegistryError(f"the manifest {key} belongs to {manifest.name}; {remedy}")
+    return manifest
+
+
+def sha256(data: bytes) -> str:
+    """Return the sha256 of the bytes in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def _canonical(value: object) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON's own types; a loss that became NaN is worth a null, not the loss of the whole adapter."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    raise TypeError(f"a {type(value).__name__} ({str(value)[:40]}) has no place in JSON; convert it first")

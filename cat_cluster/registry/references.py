@@ -1,0 +1,96 @@
+"""How users name adapters, and where the registry keeps what they name.
+
+A reference is `id` (its alias `latest`), `id@alias` or `id@r-<12 hex>`. Everything is matched here, whole, before
+any of it becomes part of a storage key.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from cat_cluster.errors import RegistryError
+
+LATEST = "latest"
+
+_ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_REVISION = re.compile(r"r-[0-9a-f]{12}")
+_ALIAS = re.compile(r"(?!r-)[a-z0-9][a-z0-9-]{0,62}")  # never to be taken for a revision
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,16}")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A parsed reference: one of `revision` and `alias` is set."""
+
+    adapter_id: str
+    revision: str | None
+    alias: str | None
+
+
+def parse_reference(text: str) -> Reference:
+    """Return the parts of `id`, `id@alias` or `id@r-...`; RegistryError for anything else."""
+    adapter_id, at, name = text.partition("@")
+    check_adapter_id(adapter_id)
+    if not at:
+        return Reference(adapter_id, None, LATEST)
+    if _REVISION.fullmatch(name):
+        return Reference(adapter_id, name, None)
+    if name.startswith("r-"):
+        check_revision(name)
+    return Reference(adapter_id, None, check_alias(name))
+
+
+def check_adapter_id(adapter_id: str) -> str:
+    """Return the adapter id if it is one, else raise RegistryError."""
+    if not _ADAPTER_ID.fullmatch(adapter_id):
+        raise RegistryError(
+            f"{adapter_id[:80]!r} is not an adapter id: use 1 to 63 of a-z, 0-9 and '-', not beginning with '-'"
+        )
+    return adapter_id
+
+
+def check_revision(revision: str) -> str:
+    """Return the revision if it is one, else raise RegistryError."""
+    if not _REVISION.fullmatch(revision):
+        raise RegistryError(
+            f"{revision[:80]!r} is not a revision: a revision is 'r-' and 12 hex digits, as `adapters show` prints it"
+        )
+    return revision
+
+
+def check_alias(alias: str) -> str:
+    """Return the alias if it is one, else raise RegistryError."""
+    if not _ALIAS.fullmatch(alias):
+        raise RegistryError(
+            f"{alias[:80]!r} is not an alias: use 1 to 63 of a-z, 0-9 and '-', not beginning with '-' or 'r-'"
+        )
+    return alias
+
+
+def manifest_key(adapter_id: str, revision: str) -> str:
+    """Return `adapters/<id>/<revision>/manifest.json`."""
+    return f"adapters/{check_adapter_id(adapter_id)}/{check_revision(revision)}/manifest.json"
+
+
+def split_manifest_key(key: str) -> tuple[str, str] | None:
+    """Return (adapter id, revision) of a manifest's key, None for any other key."""
+    parts = key.split("/")
+    if len(parts) != 4 or parts[0] != "adapters" or parts[3] != "manifest.json":
+        return None
+    if not _ADAPTER_ID.fullmatch(parts[1]) or not _REVISION.fullmatch(parts[2]):
+        return None
+    return parts[1], parts[2]
+
+
+def alias_prefix(adapter_id: str, alias: str) -> str:
+    """Return `aliases/<id>/<alias>/`, under which the alias's moves are numbered."""
+    return f"aliases/{check_adapter_id(adapter_id)}/{check_alias(alias)}/"
+
+
+def object_key(digest: str, suffix: str = "") -> str:
+    """Return `objects/<sha256><suffix>`; the suffix (".png") is dropped unless it is letters and digits."""
+    if not _DIGEST.fullmatch(digest):
+        raise RegistryError(f"{digest[:80]!r} is not a sha256: publish the adapter again")
+    return f"objects/{digest}{suffix if _SUFFIX.fullmatch(suffix) else ''}"

@@ -1,0 +1,352 @@
+"""Publish, resolve, list, verify and delete adapters; the object store is the only database."""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from diffusers import UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict
+
+from cat_cluster.errors import (
+    AdapterFormatError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    CatClusterError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    RegistryError,
+    StoreError,
+)
+from cat_cluster.lora.formats import AdapterWeights, check_fits, read_adapter
+from cat_cluster.registry.aliases import AliasBook, AliasEntry
+from cat_cluster.registry.catalogue import Catalogue
+from cat_cluster.registry.manifest import (
+    WEIGHTS,
+    AdapterDraft,
+    Manifest,
+    manifest_bytes,
+    parse_manifest,
+    revision_of,
+    sha256,
+)
+from cat_cluster.registry.objects import draft_objects
+from cat_cluster.registry.references import (
+    LATEST,
+    Reference,
+    check_adapter_id,
+    check_alias,
+    manifest_key,
+    parse_reference,
+)
+from cat_cluster.store.protocol import ObjectStore
+
+
+class AdapterSummary(BaseModel):
+    """One adapter in a listing: its revisions (newest first), its aliases, and the manifest that `latest` names.
+
+    damaged: revisions whose manifest cannot be read; `verify` says why.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    adapter_id: str
+    revisions: tuple[str, ...]
+    damaged: tuple[str, ...]
+    aliases: dict[str, str]
+    latest: Manifest | None
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `verify` found for one revision: how many objects it checked, and one sentence for each problem."""
+
+    adapter_id: str
+    revision: str
+    objects: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing is wrong."""
+        return not self.problems
+
+
+class Registry:
+    """The adapters in one object store.
+
+    A manifest is written last and once, so a revision is seen whole or not at all; aliases move by appending.
+    Any number of processes may share a store; none of them takes a lock.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.store = store
+        self._aliases = AliasBook(store)
+        self._catalogue = Catalogue(store)
+
+    def publish(self, draft: AdapterDraft) -> Manifest:
+        """Store a draft as a revision and move `latest` to it unless it is rejected; return its manifest.
+
+        A revision that is already there is returned as it is: what was published never changes.
+        Raises RegistryError or AdapterFormatError for a draft that cannot be published, StoreError when the store
+        refuses. After an error readers see nothing of it, or, if only the move failed, a whole revision without
+        `latest`; publishing again finishes it.
+        """
+        if draft.resolved.id != draft.adapter_id:
+            raise RegistryError(
+                f"the draft of {draft.adapter_id!r} carries the spec of {draft.resolved.id!r}: use one id"
+            )
+        adapter_id = draft.adapter_id
+        revision = revision_of(adapter_id, draft.resolved, draft.image_digests, draft.base_fingerprint)
+        is_there = self.store.exists(manifest_key(adapter_id, revision))
+        is_new = not is_there and self._store_revision(draft, revision)
+        manifest = self._catalogue.find(adapter_id, revision)
+        if is_new and manifest.status == "published":
+            self._aliases.move(
+                adapter_id, LATEST, revision, unless=lambda history: bool(history) and history[-1].revision == revision
+            )
+        elif not is_new:
+            self.finish_publishing(manifest)
+        return manifest
+
+    def finish_publishing(self, manifest: Manifest) -> None:
+        """Make the move of `latest` that a crash right after the manifest cut off; never take back a later one."""
+        if manifest.status == "published":
+            self._aliases.move(
+                manifest.adapter_id,
+                LATEST,
+                manifest.revision,
+                unless=lambda history: any(entry.revision == manifest.revision for entry in history),
+            )
+
+    def resolve(self, reference: str) -> Manifest:
+        """Return the manifest that `id`, `id@alias` or `id@r-...` names; AdapterNotFoundError lists near misses."""
+        parsed = parse_reference(reference)
+        return self._catalogue.find(parsed.adapter_id, self._revision_named(parsed))
+
+    def list(self) -> builtins.list[AdapterSummary]:
+        """Return every adapter, sorted by id; a damaged manifest is named in its summary and hides no other."""
+        return [self._summary(adapter_id) for adapter_id in self._catalogue.adapter_ids()]
+
+    def revisions(self, adapter_id: str) -> builtins.list[Manifest]:
+        """Return the manifests of an adapter's revisions, newest first: rejected ones too, damaged ones not."""
+        manifests, damaged = self._catalogue.readable(adapter_id)
+        if not manifests and not damaged:
+            raise self._catalogue.unknown_adapter(adapter_id)
+        return manifests
+
+    def aliases(self, adapter_id: str) -> dict[str, str]:
+        """Return alias -> revision of an adapter, removed aliases left out."""
+        current = {name: self._aliases.current(adapter_id, name) for name in self._aliases.names(adapter_id)}
+        return {name: entry.revision for name, entry in current.items() if entry and entry.revision}
+
+    def alias_history(self, adapter_id: str, alias: str) -> builtins.list[AliasEntry]:
+        """Return every move of an alias, oldest first; setting an earlier entry's revision again rolls back."""
+        return self._aliases.history(check_adapter_id(adapter_id), alias)
+
+    def set_alias(self, adapter_id: str, alias: str, revision: str) -> AliasEntry:
+        """Point an alias at a revision and return the move; a person may so name a rejected revision too."""
+        check_alias(alias)
+        self._catalogue.find(adapter_id, revision)
+        entry = self._moved(adapter_id, alias, revision)
+        if not self.store.exists(manifest_key(adapter_id, revision)):
+            # A delete came between: go back, unless somebody has moved the alias on already.
+            earlier = self._aliases.history(adapter_id, alias)[: entry.number - 1]
+            self._aliases.move(
+                adapter_id,
+                alias,
+                earlier[-1].revision if earlier else None,
+                unless=lambda history: len(history) > entry.number,
+            )
+            raise self._catalogue.unknown_revision(adapter_id, revision)
+        return entry
+
+    def remove_alias(self, adapter_id: str, alias: str) -> AliasEntry:
+        """Take an alias away and return that move; its history stays."""
+        if check_alias(alias) not in self.aliases(adapter_id):
+            raise self._unknown_alias(adapter_id, alias)
+        return self._moved(adapter_id, alias, None)
+
+    def delete(self, adapter_id: str, revision: str) -> builtins.list[str]:
+        """Remove a revision, then those of its objects that no other manifest names; return the keys of these.
+
+        Refused with RegistryError while an alias points at the revision. A revision whose manifest is damaged can be
+        deleted too, but leaves its objects behind, since nothing says which they are.
+        """
+        key = manifest_key(adapter_id, revision)
+        self._refuse_if_aliased(adapter_id, revision)
+        try:
+            data = self.store.get(key)
+        except ObjectNotFoundError:
+            raise self._catalogue.unknown_revision(adapter_id, revision) from None
+        objects: set[str] = set()
+        with suppress(RegistryError):
+            manifest = parse_manifest(data, key=key, adapter_id=adapter_id, revision=revision)
+            objects = {stored.key for stored in manifest.objects.values()}
+        self.store.delete(key)
+        try:
+            self._refuse_if_aliased(adapter_id, revision)
+        except RegistryError:
+            # An alias was moved here while the manifest was being removed: the alias wins.
+            with suppress(ObjectExistsError):
+                self.store.put(key, data, if_absent=True)
+            raise
+        return self._remove_unnamed(objects)
+
+    def read_object(self, manifest: Manifest, name: str) -> bytes:
+        """Return an object of a revision after checking its size and digest; AdapterFormatError if it was changed."""
+        if name not in manifest.objects:
+            raise RegistryError(f"{manifest.name} has no object {name!r}: it has {', '.join(sorted(manifest.objects))}")
+        stored = manifest.objects[name]
+        remedy = f"restore {stored.key} from a backup, or delete {manifest.name} and train its spec again"
+        try:
+            data = self.store.get(stored.key)
+        except ObjectNotFoundError as error:
+            raise ObjectNotFoundError(
+                f"{name} of {manifest.name} is missing from {self.store.url}; {remedy}"
+            ) from error
+        if len(data) != stored.size:
+            raise AdapterFormatError(
+                f"{name} of {manifest.name} is damaged: {stored.key} has {len(data)} bytes and must have "
+                f"{stored.size}; {remedy}"
+            )
+        if sha256(data) != stored.sha256:
+            raise AdapterFormatError(
+                f"{name} of {manifest.name} is damaged: the bytes of {stored.key} are not those that were published "
+                f"(sha256 differs); {remedy}"
+            )
+        return data
+
+    def load_weights(
+        self, manifest: Manifest, *, base_fingerprint: str | None = None, unet: UNet2DConditionModel | None = None
+    ) -> AdapterWeights:
+        """Return a revision's weights after checking base, digest, finiteness, rank and, given a U-Net, shapes.
+
+        Raises AdapterMismatchError for another base model, AdapterFormatError for damaged weights.
+        """
+        if base_fingerprint is not None and base_fingerprint != manifest.base_fingerprint:
+            raise AdapterMismatchError(
+                f"{manifest.name} was trained on base {manifest.base_name!r} (fingerprint "
+                f"{manifest.base_fingerprint[:12]}) and the base in use has fingerprint {base_fingerprint[:12]}: use "
+                f"base {manifest.base_name!r} as it was then, or train the adapter again on this one"
+            )
+        data = self.read_object(manifest, WEIGHTS)
+        try:
+            weights = read_adapter(data, unet=unet)
+            weights.check_finite()
+        except AdapterFormatError as error:
+            key = manifest.objects[WEIGHTS].key
+            raise AdapterFormatError(f"weights of {manifest.name} ({key}): {error}") from error
+        if weights.rank != manifest.rank:
+            raise AdapterFormatError(
+                f"weights of {manifest.name} have rank {weights.rank}, its manifest says {manifest.rank}: "
+                "delete the revision and train its spec again"
+            )
+        if unet is not None:
+            check_fits(weights, unet)
+        return weights
+
+    def verify(
+        self, reference: str, *, base_fingerprint: str | None = None, unet: UNet2DConditionModel | None = None
+    ) -> VerifyReport:
+        """Check a revision's manifest and every object of it, and report each problem instead of raising the first."""
+        parsed = parse_reference(reference)
+        revision = self._revision_named(parsed)
+        try:
+            manifest = self._catalogue.find(parsed.adapter_id, revision)
+        except AdapterNotFoundError:
+            raise
+        except RegistryError as error:
+            return VerifyReport(parsed.adapter_id, revision, 0, (str(error),))
+        problems = []
+        for name in sorted(manifest.objects.keys() | {WEIGHTS}):
+            try:
+                if name == WEIGHTS:
+                    self.load_weights(manifest, base_fingerprint=base_fingerprint, unet=unet)
+                else:
+                    self.read_object(manifest, name)
+            except CatClusterError as error:
+                problems.append(str(error))
+        return VerifyReport(parsed.adapter_id, revision, len(manifest.objects), tuple(problems))
+
+    def _store_revision(self, draft: AdapterDraft, revision: str) -> bool:
+        """Write a draft's objects and then its manifest; False when another publisher's manifest came first."""
+        contents = draft_objects(draft, revision)
+        objects = {name: stored for name, (stored, _) in contents.items()}
+        created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        data = manifest_bytes(draft, revision=revision, created=created, objects=objects)
+        keys = [stored.key for stored in objects.values()]
+        try:
+            for stored, content in contents.values():
+                self.store.put(stored.key, content)
+            self.store.put(manifest_key(draft.adapter_id, revision), data, if_absent=True)
+        except ObjectExistsError:
+            self._remove_unnamed(keys)
+            return False
+        except StoreError:
+            # Give back the space; if even that fails, what is left is invisible, and the first error is the news.
+            with suppress(StoreError):
+                self._remove_unnamed(keys)
+            raise
+        for stored, content in contents.values():
+            # A delete that began before our manifest was there may have taken an object that both name.
+            if not self.store.exists(stored.key):
+                self.store.put(stored.key, content)
+        return True
+
+    def _remove_unnamed(self, keys: Iterable[str]) -> builtins.list[str]:
+        """Delete those of the objects that no manifest names, and return their keys."""
+        named = self._catalogue.named_objects()
+        if named is None:
+            return []
+        removed: dict[str, bytes] = {}
+        for key in sorted(set(keys) - named):
+            with suppress(ObjectNotFoundError):
+                removed[key] = self.store.get(key)
+                self.store.delete(key)
+        # A manifest that appeared meanwhile gets its objects back; see the matching check in _store_revision.
+        named = self._catalogue.named_objects() if removed else set()
+        restored = {key for key in removed if named is None or key in named}
+        for key in restored:
+            self.store.put(key, removed[key])
+        return sorted(removed.keys() - restored)
+
+    def _moved(self, adapter_id: str, alias: str, revision: str | None) -> AliasEntry:
+        entry = self._aliases.move(adapter_id, alias, revision)
+        assert entry is not None  # only a move with a condition can be called off
+        return entry
+
+    def _refuse_if_aliased(self, adapter_id: str, revision: str) -> None:
+        pointing = sorted(name for name, target in self.aliases(adapter_id).items() if target == revision)
+        if pointing:
+            names = ", ".join(repr(name) for name in pointing)
+            raise RegistryError(
+                f"{adapter_id}@{revision} cannot be deleted while alias {names} points at it: point the alias at "
+                "another revision or remove the alias, then delete again"
+            )
+
+    def _revision_named(self, reference: Reference) -> str:
+        if reference.revision is not None:
+            return reference.revision
+        alias = reference.alias or LATEST
+        entry = self._aliases.current(reference.adapter_id, alias)
+        if entry is None or entry.revision is None:
+            raise self._unknown_alias(reference.adapter_id, alias)
+        return entry.revision
+
+    def _unknown_alias(self, adapter_id: str, alias: str) -> AdapterNotFoundError:
+        return self._catalogue.unknown_alias(adapter_id, alias, self.aliases(adapter_id))
+
+    def _summary(self, adapter_id: str) -> AdapterSummary:
+        manifests, damaged = self._catalogue.readable(adapter_id)
+        aliases = self.aliases(adapter_id)
+        return AdapterSummary(
+            adapter_id=adapter_id,
+            revisions=tuple(manifest.revision for manifest in manifests),
+            damaged=tuple(damaged),
+            aliases=aliases,
+            latest=next((manifest for manifest in manifests if manifest.revision == aliases.get(LATEST)), None),
+        )

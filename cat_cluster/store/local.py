@@ -1,0 +1,152 @@
+"""An object store in a folder: atomic, write-once where asked, and safe to share between processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, StoreError
+from cat_cluster.store.protocol import KeyList, check_key, check_prefix
+
+TEMPORARY_PREFIX = ".tmp-"  # no key begins a name with a dot, so a file left by a crash is never an object
+
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_OBJECT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class LocalStore:
+    """Objects as plain files under one folder; the first put makes the folder.
+
+    An object is written to a hidden file beside its place, synced to disk, and then renamed (or, write-once,
+    hard-linked) into place, so readers and crashes never see a part of it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser().resolve()
+        if self.folder.exists() and not self.folder.is_dir():
+            raise StoreError(f"storage {self.folder} is a file: give a folder, for example with --storage")
+
+    @property
+    def url(self) -> str:
+        """The folder as a file:// address."""
+        return self.folder.as_uri()
+
+    def get(self, key: str) -> bytes:
+        """Return the object's bytes; ObjectNotFoundError if there is none."""
+        path = self._path(key)
+        with self._explained("read", key):
+            return path.read_bytes()
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        """Store an object, replacing an older one; with `if_absent`, ObjectExistsError when the key is taken."""
+        path = self._path(key)
+        temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        with self._explained("write", key, size=len(data)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_synced(temporary, data)
+                if if_absent:
+                    self._link(temporary, path, key)
+                else:
+                    os.replace(temporary, path)
+            finally:
+                with suppress(FileNotFoundError):
+                    temporary.unlink()
+            _sync_folder(path.parent)
+
+    def exists(self, key: str) -> bool:
+        """Say whether an object is stored under the key."""
+        path = self._path(key)
+        with self._explained("read", key):
+            return path.is_file()
+
+    def list(self, prefix: str) -> KeyList:
+        """Return, sorted, every key that begins with the prefix ("" for all)."""
+        check_prefix(prefix)
+        # Only the deepest folder that the prefix names whole has to be walked.
+        parent = prefix.rpartition("/")[0]
+        start = self._path(parent) if parent else self.folder
+        return sorted(key for key in self._walk(start) if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        """Remove an object; a key without one is no error."""
+        path = self._path(key)
+        with suppress(ObjectNotFoundError), self._explained("delete", key):
+            path.unlink()
+
+    def size(self, key: str) -> int:
+        """Return the object's size in bytes; ObjectNotFoundError if there is none."""
+        path = self._path(key)
+        with self._explained("read", key):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+            return path.stat().st_size
+
+    def _path(self, key: str) -> Path:
+        path = self.folder / check_key(key)
+        # check_key leaves one way out of the folder: a symbolic link that somebody put into it.
+        if not path.resolve().is_relative_to(self.folder):
+            raise StoreError(f"{key} leads out of storage {self.folder}: remove the symbolic link on its way")
+        return path
+
+    def _walk(self, start: Path) -> Iterator[str]:
+        def refuse(error: OSError) -> None:
+            if error.errno not in _NO_OBJECT:
+                raise StoreError(f"cannot list storage folder {error.filename}: {error.strerror}") from error
+
+        for folder, subfolders, names in os.walk(start, onerror=refuse):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            for name in names:
+                if not name.startswith("."):
+                    yield (Path(folder) / name).relative_to(self.folder).as_posix()
+
+    def _link(self, temporary: Path, path: Path, key: str) -> None:
+        try:
+            os.link(temporary, path)
+        except FileExistsError as error:
+            raise ObjectExistsError(f"{key} is already in storage {self.folder}, and it is write-once") from error
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            raise StoreError(
+                f"cannot store {key}: the file system of {self.folder} has no hard links, which write-once objects "
+                "need; choose a storage folder on another file system (ext4, xfs, apfs, nfs)"
+            ) from error
+
+    @contextmanager
+    def _explained(self, action: str, key: str, *, size: int = 0) -> Iterator[None]:
+        """Turn an OSError into the StoreError that names the key, the folder and the remedy."""
+        try:
+            yield
+        except OSError as error:
+            if action != "write" and error.errno in _NO_OBJECT:
+                raise ObjectNotFoundError(f"no object {key} in storage {self.folder}") from error
+            reason = error.strerror or str(error)
+            remedy = f"check the permissions of {self.folder} or choose another storage folder"
+            if error.errno in _NO_SPACE:
+                remedy = (
+                    f"free {max(size / 1e6, 0.1):.1f} MB or more on the disk of {self.folder} (or raise the quota or "
+                    "file size limit), or choose another storage folder; nothing of this object was stored"
+                )
+            raise StoreError(f"cannot {action} {key} in storage {self.folder}: {reason}; {remedy}") from error
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in the folder survive a power cut; it has no effect on what readers see."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

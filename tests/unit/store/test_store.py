@@ -1,0 +1,50 @@
+"""Addresses of stores."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cat_cluster.errors import StoreError
+from cat_cluster.store import LocalStore, open_store
+
+
+def test_folders_and_file_addresses_open_the_same_store(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder #1?"
+    store = open_store(str(folder))
+    store.put("a/b", b"1")
+    assert open_store(folder).get("a/b") == b"1"
+    assert open_store(store.url).get("a/b") == b"1"
+    assert open_store(store.url.replace("file:///", "file://localhost/")).get("a/b") == b"1"
+
+
+def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    store = open_store("~/storage")
+    assert isinstance(store, LocalStore)
+    assert store.folder == tmp_path.resolve() / "storage"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/prefix", "S3://bucket", "https://x/y", "gs://bucket"])
+def test_other_addresses_are_refused_with_what_works(url: str) -> None:
+    with pytest.raises(StoreError, match=r"stores in folders.*give a folder"):
+        open_store(url)
+
+
+@pytest.mark.parametrize("url", ["", "  ", "a\0b", "file://", "file://host/data"])
+def test_addresses_that_name_no_folder_are_refused(url: str) -> None:
+    with pytest.raises(StoreError):
+        open_store(url)
+
+
+def test_a_file_is_no_storage(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(StoreError, match="is a file"):
+        open_store(str(file))
+
+
+def test_opening_makes_no_folder(tmp_path: Path) -> None:
+    assert open_store(str(tmp_path / "none")).list("") == []
+    assert not (tmp_path / "none").exists()

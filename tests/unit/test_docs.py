@@ -1,0 +1,176 @@
+"""What the documents say exists, exists: links, commands, spec fields, test files, examples."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+
+from cat_cluster.cli import app
+from cat_cluster.registry.manifest import Manifest
+from cat_cluster.spec import JobSpec, spec_json_schema
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+SECTIONS = {
+    "JobSpec": "job",
+    "AdapterSpec": "adapters[]",
+    "ConceptSpec": "adapters[].concepts[]",
+    "TrainingSpec": "training",
+    "EvaluationSpec": "evaluation",
+    "ClusterSpec": "cluster",
+}
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"`([^`\n]+)`")
+_SHELL_END = {"|", ">", ">>", "&&", "||", ";", "&"}
+
+
+def blocks(document: Path, *languages: str) -> Iterator[str]:
+    """Yield the fenced blocks of a document in these languages, without their indentation."""
+    for indent, language, body in _FENCE.findall(document.read_text(encoding="utf-8")):
+        if language in languages:
+            yield "\n".join(line.removeprefix(indent) for line in body.splitlines())
+
+
+def shell_lines(document: Path) -> Iterator[str]:
+    """Yield the commands of the shell blocks, continued lines joined."""
+    for block in blocks(document, "sh", "bash", "console", ""):
+        yield from (line.strip().removeprefix("$ ") for line in block.replace("\\\n", " ").splitlines())
+
+
+def command_words(line: str, program: str) -> list[str] | None:
+    """Return the words after `program` up to a pipe or redirection; None for another program's line."""
+    try:
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        words = list(lexer)
+    except ValueError:  # prose in an untyped block, with an apostrophe
+        return None
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        words = words[1:]
+    if not words or Path(words[0]).name != program:
+        return None
+    end = next((i for i, word in enumerate(words) if word in _SHELL_END), len(words))
+    return words[1:end]
+
+
+def parse_command(words: list[str], *, whole: bool) -> None:
+    """Find the command that `words` name and, if `whole`, let it parse its arguments; raises what is wrong."""
+    command: Any = typer.main.get_command(app)
+    rest = list(words)
+    while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
+        name = rest.pop(0)
+        assert name in command.commands, f"no command {name!r} in {' '.join(words)!r}"
+        command = command.commands[name]
+    options = {option for parameter in command.params for option in parameter.opts}
+    given = {word.partition("=")[0] for word in rest if word.startswith("--")} - {"--help"}
+    assert given <= options, f"{' '.join(words)!r} has no option {given - options}"
+    if whole:
+        assert not hasattr(command, "commands"), f"{' '.join(words)!r} is a group, not a command"
+        command.make_context(" ".join(words), rest)
+
+
+def documented(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=documented)
+def test_every_relative_link_resolves(document: Path) -> None:
+    links = [link for link in _LINK.findall(document.read_text(encoding="utf-8")) if "://" not in link]
+    missing = [link for link in links if not (document.parent / link.partition("#")[0]).exists()]
+    assert not missing, f"{documented(document)} links to what is not there: {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=documented)
+def test_every_command_line_parses(document: Path) -> None:
+    for line in shell_lines(document):
+        words = command_words(line, "cat-cluster")
+        if words is not None:
+            parse_command(words, whole=True)
+    for code in _INLINE.findall(document.read_text(encoding="utf-8")):
+        words = command_words(code, "cat-cluster")
+        if words:
+            parse_command([word for word in words if not word.isupper()], whole=False)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=documented)
+def test_every_make_target_exists(document: Path) -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    found = [command_words(line, "make") for line in shell_lines(document)]
+    found += [command_words(code, "make") for code in _INLINE.findall(document.read_text(encoding="utf-8"))]
+    named = {word for words in found if words for word in words if "=" not in word}
+    assert named <= targets, f"{documented(document)} names make targets that are not there: {named - targets}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=documented)
+def test_every_named_file_of_the_project_exists(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    named = {code for code in _INLINE.findall(text) if re.fullmatch(r"(tests|cat_cluster|jobs|docs|\.ci)/[\w./-]+", code)}
+    missing = sorted(name for name in named if not (ROOT / name).exists())
+    assert not missing, f"{documented(document)} names what is not there: {missing}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=documented)
+def test_examples_are_valid(document: Path) -> None:
+    for block in blocks(document, "yaml"):
+        data = yaml.safe_load(block)
+        if "adapters" in data:
+            JobSpec.model_validate(data)
+    for block in blocks(document, "json"):
+        json.loads(block)
+    for block in blocks(document, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cat_cluster"):
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def field_tables() -> dict[str, str]:
+    """Return the tables of docs/training.md as the schema has them: section -> Markdown."""
+    schema = spec_json_schema()
+    models = {**schema["$defs"], "JobSpec": schema}
+    tables = {}
+    for model, section in SECTIONS.items():
+        required = models[model].get("required", [])
+        rows = ["| field | default | what it is |", "|---|---|---|"]
+        for name, field in models[model]["properties"].items():
+            default = "required" if name in required else _default_text(field["default"])
+            rows.append(f"| `{name}` | {default} | {field['description']} |")
+        tables[section] = "\n".join(rows)
+    return tables
+
+
+def _default_text(value: object) -> str:
+    return "see below" if isinstance(value, dict) else f"`{json.dumps(value)}`"
+
+
+@pytest.mark.parametrize("section", SECTIONS.values())
+def test_the_spec_tables_are_those_of_the_schema(section: str) -> None:
+    table = field_tables()[section]
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert table in text, f"docs/training.md, table of {section}: put this in its place\n\n{table}\n"
+
+
+def test_every_manifest_field_is_documented() -> None:
+    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    missing = [name for name in Manifest.model_fields if f"`{name}`" not in text]
+    assert not missing, f"docs/adapters.md does not name {missing}"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    ["trane jobs/specs/single.yaml", "train", "train spec.yaml --no-such-option", "adapters", "generate --prompt cup"],
+)
+def test_the_check_itself_refuses_wrong_commands(bad: str) -> None:
+    with pytest.raises(Exception, match=r"."):
+        parse_command(bad.split(), whole=True)

@@ -1,0 +1,82 @@
+"""Caches: a hit equals a recomputation, and nothing stale or damaged is ever served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.concepts import Concept, load_concept
+from cat_cluster.latents import LatentCache, TextCache, crop_pixels
+from cat_cluster.spec import ConceptSpec
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+@pytest.fixture
+def concept(tmp_path: Path) -> Concept:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for n, size in enumerate([(40, 48), (64, 36)]):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{n}.png")
+    return load_concept(ConceptSpec(token="sks", class_noun="cup", images=str(folder)))
+
+
+def test_a_hit_equals_a_recomputation(base: BaseModel, concept: Concept, tmp_path: Path) -> None:
+    cache = LatentCache(base, tmp_path / "cache")
+    first = cache.material(concept, resolution=16, crops_per_image=3, alpha=2.0)
+    files = sorted((tmp_path / "cache" / "latents").iterdir())
+    assert len(files) == 6 == len(first.prompts)
+    again = cache.material(concept, resolution=16, crops_per_image=3, alpha=0.0)
+    never_kept = LatentCache(base).material(concept, resolution=16, crops_per_image=3, alpha=2.0)
+    assert torch.equal(first.moments_NCHW, again.moments_NCHW)
+    assert torch.equal(first.moments_NCHW, never_kept.moments_NCHW)
+    assert first.moments_NCHW.shape == (6, 2 * base.latent_channels, 8, 8)
+    assert first.prompts[0] == "a photo of a sks cup" and first.removed_prompts[0] == "a photo of a cup"
+
+
+def test_a_damaged_entry_is_computed_again(base: BaseModel, concept: Concept, tmp_path: Path) -> None:
+    cache = LatentCache(base, tmp_path / "cache")
+    first = cache.material(concept, resolution=16, crops_per_image=1, alpha=1.0)
+    for path in (tmp_path / "cache" / "latents").iterdir():
+        path.write_bytes(path.read_bytes()[:20])
+    assert torch.equal(
+        first.moments_NCHW, cache.material(concept, resolution=16, crops_per_image=1, alpha=1.0).moments_NCHW
+    )
+
+
+def test_another_size_is_another_entry(base: BaseModel, concept: Concept, tmp_path: Path) -> None:
+    cache = LatentCache(base, tmp_path / "cache")
+    small = cache.material(concept, resolution=16, crops_per_image=1, alpha=1.0)
+    large = cache.material(concept, resolution=32, crops_per_image=1, alpha=1.0)
+    assert small.moments_NCHW.shape[-1] * 2 == large.moments_NCHW.shape[-1]
+
+
+def test_the_first_crop_is_the_centre_square_and_others_are_keyed_by_the_photo(concept: Concept) -> None:
+    example = concept.examples[1]  # 36 wide, 64 high as PIL sees it: height 64 rows -> (width, height) = (36, 64)
+    width, height = example.image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    wanted = example.image.crop((left, top, left + side, top + side)).resize((24, 24), Image.Resampling.LANCZOS)
+    pixels = (crop_pixels(example, 0, 24) + 1.0) * 127.5
+    assert np.array_equal(pixels.round().permute(1, 2, 0).numpy().astype(np.uint8), np.asarray(wanted))
+    assert torch.equal(crop_pixels(example, 2, 24), crop_pixels(example, 2, 24))
+    assert not torch.equal(crop_pixels(example, 1, 24), crop_pixels(example, 2, 24))
+    assert crop_pixels(example, 1, 24).abs().max() <= 1.0
+
+
+def test_text_is_encoded_once_per_prompt_and_as_the_base_does(base: BaseModel) -> None:
+    cache = TextCache(base)
+    prompts = ["a photo of a cup", "", "a photo of a cup"]
+    found = cache(prompts)
+    for prompt, row in zip(prompts, found, strict=True):
+        torch.testing.assert_close(row, base.encode_text([prompt])[0], rtol=1e-5, atol=1e-6)
+    assert set(cache.embeddings) == {"", "a photo of a cup"}
