@@ -18,7 +18,7 @@ from cat_cluster.concepts import Concept, check_tokens, has_token, load_concept
 from cat_cluster.errors import AdapterNotFoundError, ConceptError, SpecError
 from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.evaluation.evaluate import Evaluator
-from cat_cluster.evaluation.features import is_pocket
+from cat_cluster.evaluation.features import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.latents import LatentCache
@@ -29,7 +29,7 @@ from cat_cluster.registry import AdapterDraft, Manifest, Registry, revision_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec import JobSpec, ResolvedAdapter
 from cat_cluster.store import ObjectStore
-from cat_cluster.training.checkpoint import CheckpointStore, run_digest
+from cat_cluster.training.checkpoint import CheckpointStore
 from cat_cluster.training.loop import LoopSettings, PackMember, StepReport, TrainedAdapter, train_pack
 from cat_cluster.training.optimizer import SlotSettings
 
@@ -119,16 +119,20 @@ def run_job(job: JobSpec, store: ObjectStore, settings: Settings, listener: JobL
             adapter.resolved.id, adapter.revision, "already published", manifest=manifest
         )
         listener.finished(results[adapter.resolved.id])
-    for pack in plan_packs(waiting, job.cluster.max_pack):
+    for pack in plan_packs(waiting, store, job.cluster.max_pack):
         for result in _run_pack(pack, job, registry, settings, listener):
             results[result.adapter_id] = result
     return [results[adapter.resolved.id] for adapter in prepared]
 
 
 def prepare(job: JobSpec, settings: Settings) -> list[PreparedAdapter]:
-    """Read the photos and the base models of a job. Raises the first error of the photos, naming the adapter."""
+    """Read the photos and the base models of a job and look for its judges, so that nothing is missed later.
+
+    Raises ConceptError naming the adapter, BaseModelError, or EvaluationError.
+    """
     device = choose_device(settings.device)
     bases: dict[str, BaseModel] = {}
+    judges_found: set[tuple[str, str]] = set()
     prepared = []
     for resolved in job.resolved():
         try:
@@ -138,7 +142,10 @@ def prepare(job: JobSpec, settings: Settings) -> list[PreparedAdapter]:
             raise ConceptError(f"adapter {resolved.id}: {error}") from error
         if resolved.base not in bases:
             bases[resolved.base] = load_base_model(resolved.base, device=device)
-        base = bases[resolved.base]
+        base, judge = bases[resolved.base], resolved.evaluation.judge
+        if resolved.evaluation.enabled and (resolved.base, judge) not in judges_found:
+            load_judges(judge, base)
+            judges_found.add((resolved.base, judge))
         revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint)
         prepared.append(PreparedAdapter(resolved, concepts, base, revision))
     return prepared
@@ -162,12 +169,24 @@ def choose_device(name: str) -> str:
     return name
 
 
-def plan_packs(adapters: Sequence[PreparedAdapter], max_pack: int) -> list[list[PreparedAdapter]]:
-    """Group adapters that can share a forward, at most `max_pack` together, in the order given."""
+def plan_packs(adapters: Sequence[PreparedAdapter], store: ObjectStore, max_pack: int) -> list[list[PreparedAdapter]]:
+    """Group adapters that can share a forward, at most `max_pack` together, in the order given.
+
+    Adapters of an interrupted job share a pack where they have a checkpoint of one step in common, so that nobody
+    is thrown back further than its own last checkpoints.
+    """
     groups: dict[tuple[object, ...], list[PreparedAdapter]] = {}
     for adapter in adapters:
         groups.setdefault(_pack_key(adapter), []).append(adapter)
-    return [group[i : i + max_pack] for group in groups.values() for i in range(0, len(group), max_pack)]
+    packs = []
+    for group in groups.values():
+        stands = {id(adapter): set(checkpoints_of(adapter, store).steps()) or {0} for adapter in group}
+        while group:
+            step = min(max(stands[id(adapter)]) for adapter in group)
+            together = [adapter for adapter in group if step in stands[id(adapter)]]
+            group = [adapter for adapter in group if step not in stands[id(adapter)]]
+            packs += [together[i : i + max_pack] for i in range(0, len(together), max_pack)]
+    return packs
 
 
 def _pack_key(adapter: PreparedAdapter) -> tuple[object, ...]:
@@ -187,7 +206,7 @@ def _run_pack(
     pack: Sequence[PreparedAdapter], job: JobSpec, registry: Registry, settings: Settings, listener: JobListener
 ) -> Iterator[AdapterResult]:
     base, training = pack[0].base, pack[0].resolved.training
-    checkpoints = pack_checkpoints(registry.store, pack)
+    checkpoints = [checkpoints_of(adapter, registry.store) for adapter in pack]
     with open_bank(base, pack) as bank:
         members = [pack_member(adapter, bank, settings.cache_dir) for adapter in pack]
         listener.pack_started([adapter.resolved.id for adapter in pack], training.steps)
@@ -210,9 +229,9 @@ def _run_pack(
         evaluator = Evaluator(base, bank)
         for slot, (adapter, result) in enumerate(zip(pack, trained, strict=True), start=1):
             outcome = _finish(adapter, result, slot, evaluator, registry, seconds, listener)
+            checkpoints[slot - 1].clear()
             listener.finished(outcome)
             yield outcome
-    checkpoints.clear()
 
 
 @contextmanager
@@ -227,10 +246,10 @@ def open_bank(base: BaseModel, pack: Sequence[PreparedAdapter]) -> Iterator[Lora
         bank.detach()
 
 
-def pack_checkpoints(store: ObjectStore, pack: Sequence[PreparedAdapter]) -> CheckpointStore:
-    """Return where the checkpoints of a pack are kept: under the digest of its adapters' revisions."""
-    digest = run_digest([adapter.revision for adapter in pack])
-    return CheckpointStore(store, f"runs/{digest}/checkpoints", digest)
+def checkpoints_of(adapter: PreparedAdapter, store: ObjectStore) -> CheckpointStore:
+    """Return where the checkpoints of an adapter are kept: under its revision, whatever it is packed with."""
+    name = f"{adapter.resolved.id}/{adapter.revision}"
+    return CheckpointStore(store, f"runs/{name}/checkpoints", name)
 
 
 def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None) -> PackMember:

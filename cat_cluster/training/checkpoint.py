@@ -1,4 +1,4 @@
-"""Training checkpoints in the object store: LoRA weights, moments, step, drops and history; free of world size.
+"""Training checkpoints in the object store, one series per adapter: free of world size and of the pack.
 
 A checkpoint is two objects, `<prefix>/<step>.safetensors` and, written last, `<prefix>/<step>.json`, which names
 the digest of the first: a reader that finds the marker finds a whole checkpoint, or says that it is damaged.
@@ -20,98 +20,84 @@ from cat_cluster.errors import CheckpointError, StoreError
 from cat_cluster.store.protocol import ObjectStore
 
 KEEP_CHECKPOINTS = 2
+_PARTS = ("value", "mean", "square")
 
 
 @dataclass(frozen=True, eq=False)
-class TrainingState:
-    """Where a pack stands after `step` steps.
+class AdapterState:
+    """Where an adapter stands after `step` steps.
 
-    slots: per adapter, per parameter in bank order: (value, first moment, second moment).
-    dropped: adapter id -> reason. history: what the loop has recorded so far (JSON).
+    parameters: per parameter in bank order (value, first moment, second moment). dropped: why training was given
+    up, if it was. history: what the loop has recorded so far (JSON).
     """
 
     step: int
-    adapter_ids: tuple[str, ...]
-    slots: tuple[tuple[tuple[Tensor, Tensor, Tensor], ...], ...]
-    dropped: dict[str, str] = field(default_factory=dict)
+    parameters: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    dropped: str | None = None
     history: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one pack, under `prefix` of a store; `run_digest` names what is being trained."""
+    """The checkpoints of one adapter revision under `prefix` of a store; `run` names what is being trained."""
 
     store: ObjectStore
     prefix: str
-    run_digest: str
+    run: str
 
-    def save(self, state: TrainingState) -> None:
+    def save(self, state: AdapterState) -> None:
         """Write a checkpoint, marker last, then remove all but the newest two."""
         tensors = {
-            f"{a}.{p}.{part}": tensor.detach().cpu().contiguous()
-            for a, slot in enumerate(state.slots)
-            for p, parts in enumerate(slot)
-            for part, tensor in zip(("value", "mean", "square"), parts, strict=True)
+            f"{n}.{part}": tensor.detach().cpu().contiguous()
+            for n, parts in enumerate(state.parameters)
+            for part, tensor in zip(_PARTS, parts, strict=True)
         }
         data = save(tensors)
         marker = {
-            "run_digest": self.run_digest,
+            "run": self.run,
             "step": state.step,
-            "adapter_ids": list(state.adapter_ids),
+            "parameters": len(state.parameters),
             "sha256": hashlib.sha256(data).hexdigest(),
             "dropped": state.dropped,
             "history": state.history,
         }
         self.store.put(self._key(state.step, "safetensors"), data)
         self.store.put(self._key(state.step, "json"), json.dumps(marker).encode())
-        for step in self._steps()[:-KEEP_CHECKPOINTS]:
+        for step in self.steps()[:-KEEP_CHECKPOINTS]:
             self._remove(step)
 
-    def latest(self) -> TrainingState | None:
-        """Return the newest whole checkpoint, or None. A damaged one is passed over for the one before it.
+    def steps(self) -> list[int]:
+        """Return the steps that have a checkpoint, oldest first; reading one may still find it damaged."""
+        names = [key.rsplit("/", 1)[-1] for key in self.store.list(f"{self.prefix}/")]
+        return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
 
-        Raises CheckpointError when checkpoints exist but none of them can be read.
-        """
-        problems = []
-        for step in reversed(self._steps()):
-            try:
-                return self._load(step)
-            except CheckpointError as error:
-                problems.append(str(error))
-        if problems:
-            raise CheckpointError(
-                f"no readable checkpoint under {self.store.url}/{self.prefix}: {'; '.join(problems)}. "
-                "Remove that prefix to train from the start."
-            )
-        return None
-
-    def clear(self) -> None:
-        """Remove every checkpoint of this pack, markers first."""
-        for step in self._steps():
-            self._remove(step)
-
-    def _load(self, step: int) -> TrainingState:
+    def load(self, step: int) -> AdapterState:
+        """Return a checkpoint. Raises CheckpointError when it is damaged or belongs to another run."""
+        remedy = f"remove {self.prefix} in {self.store.url} to train from the start"
         try:
             marker = json.loads(self.store.get(self._key(step, "json")))
             data = self.store.get(self._key(step, "safetensors"))
             if hashlib.sha256(data).hexdigest() != marker["sha256"]:
-                raise CheckpointError(f"checkpoint {step}: the tensors do not match their digest")
-            if marker["run_digest"] != self.run_digest:
-                raise CheckpointError(f"checkpoint {step} belongs to another run")
+                raise CheckpointError(f"checkpoint {step} is damaged: its tensors do not match their digest; {remedy}")
+            if marker["run"] != self.run:
+                raise CheckpointError(f"checkpoint {step} belongs to another run, {marker['run']}; {remedy}")
             tensors = load(data)
-            return TrainingState(
+            return AdapterState(
                 step=int(marker["step"]),
-                adapter_ids=tuple(marker["adapter_ids"]),
-                slots=_unflatten(tensors, len(marker["adapter_ids"])),
-                dropped=dict(marker["dropped"]),
+                parameters=tuple(
+                    (tensors[f"{n}.value"], tensors[f"{n}.mean"], tensors[f"{n}.square"])
+                    for n in range(marker["parameters"])
+                ),
+                dropped=marker["dropped"],
                 history=dict(marker["history"]),
             )
         except (StoreError, SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"checkpoint {step}: {error}") from error
+            raise CheckpointError(f"checkpoint {step} is damaged ({error}); {remedy}") from error
 
-    def _steps(self) -> list[int]:
-        names = [key.rsplit("/", 1)[-1] for key in self.store.list(f"{self.prefix}/")]
-        return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
+    def clear(self) -> None:
+        """Remove every checkpoint, markers first."""
+        for step in self.steps():
+            self._remove(step)
 
     def _remove(self, step: int) -> None:
         for suffix in ("json", "safetensors"):
@@ -121,14 +107,23 @@ class CheckpointStore:
         return f"{self.prefix}/{step:08d}.{suffix}"
 
 
-def _unflatten(tensors: dict[str, Tensor], adapters: int) -> tuple[tuple[tuple[Tensor, Tensor, Tensor], ...], ...]:
-    counts = [sum(name.startswith(f"{a}.") and name.endswith(".value") for name in tensors) for a in range(adapters)]
-    return tuple(
-        tuple((tensors[f"{a}.{p}.value"], tensors[f"{a}.{p}.mean"], tensors[f"{a}.{p}.square"]) for p in range(n))
-        for a, n in enumerate(counts)
-    )
+def load_newest(stores: Sequence[CheckpointStore]) -> list[AdapterState] | None:
+    """Return the states of the newest step that every adapter of a pack has whole, or None to start afresh.
 
-
-def run_digest(revisions: Sequence[str]) -> str:
-    """Return the identity of a pack: the digest of what each of its adapters will become, in pack order."""
-    return hashlib.sha256("\n".join(revisions).encode()).hexdigest()[:24]
+    A damaged checkpoint is passed over for the one before. Raises CheckpointError when some adapter has checkpoints
+    and no step is whole for all.
+    """
+    common = set.intersection(*(set(store.steps()) for store in stores)) if stores else set()
+    problem: CheckpointError | None = None
+    for step in sorted(common, reverse=True):
+        try:
+            return [store.load(step) for store in stores]
+        except CheckpointError as error:
+            problem = error
+    if problem is not None:
+        raise problem
+    if any(store.steps() for store in stores):
+        raise CheckpointError(
+            "the adapters of this pack stand at different steps: train those apart that have no checkpoint in common"
+        )
+    return None

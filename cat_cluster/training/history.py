@@ -66,19 +66,13 @@ class History:
             }
         return curves
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the sums as JSON for a checkpoint."""
-        return {
-            a: {t: {str(i): sums for i, sums in bins.items()} for t, bins in tokens.items()}
-            for a, tokens in self._sums.items()
-        }
+    def to_json(self, adapter_id: str) -> dict[str, Any]:
+        """Return an adapter's sums as JSON for its checkpoint."""
+        return {t: {str(i): sums for i, sums in bins.items()} for t, bins in self._sums[adapter_id].items()}
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
+    def restore(self, adapter_id: str, saved: Mapping[str, Any]) -> None:
         """Continue from the sums of a checkpoint."""
-        self._sums = {
-            a: {t: {int(i): list(sums) for i, sums in bins.items()} for t, bins in tokens.items()}
-            for a, tokens in saved.items()
-        }
+        self._sums[adapter_id] = {t: {int(i): list(sums) for i, sums in bins.items()} for t, bins in saved.items()}
 
 
 def _means(sums: Sequence[float]) -> ConceptLoss:

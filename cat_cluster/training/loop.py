@@ -9,11 +9,10 @@ from typing import Any
 
 from cat_cluster.base_model import BaseModel
 from cat_cluster.batches import AdapterTask, draw_batch
-from cat_cluster.errors import CheckpointError
 from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights
-from cat_cluster.training.checkpoint import CheckpointStore, TrainingState
+from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, load_newest
 from cat_cluster.training.history import ConceptLoss, History
 from cat_cluster.training.optimizer import SlotAdamW, SlotSettings
 from cat_cluster.training.step import StepSettings, train_step
@@ -71,19 +70,20 @@ def train_pack(
     members: Sequence[PackMember],
     settings: LoopSettings,
     *,
-    checkpoints: CheckpointStore | None = None,
+    checkpoints: Sequence[CheckpointStore] = (),
     on_step: Callable[[StepReport], None] | None = None,
 ) -> list[TrainedAdapter]:
     """Train every adapter of a pack in one U-Net forward per step and leave each in its slot (member i in i + 1).
 
-    An interrupted run continues from its last checkpoint and ends with the same adapters. Raises CheckpointError
-    when the stored checkpoint belongs to other adapters.
+    checkpoints: one series per member, or none. An interrupted run continues from the newest step that all members
+    have and ends with the same adapters. Raises CheckpointError when there is no such step.
     """
     tasks = [member.task for member in members]
     optimizer = _open_slots(bank, members)
     history = History(tasks, settings.steps)
-    if checkpoints is not None and (state := checkpoints.latest()) is not None:
-        _restore(state, tasks, optimizer, history)
+    states = load_newest(checkpoints)
+    if states is not None:
+        _restore(states, tasks, optimizer, history)
     if settings.gradient_checkpointing:
         base.unet.train()  # diffusers checkpoints only in training mode; an SD U-Net has no dropout to wake up
         base.unet.enable_gradient_checkpointing()
@@ -102,8 +102,9 @@ def train_pack(
             seconds = time.perf_counter() - started
             rows = len(batch.prompts) + len(batch.prior_prompts)
             on_step(StepReport(optimizer.steps_done, settings.steps, seconds, rows, recorded, dropped))
-        if checkpoints is not None and _due(optimizer.steps_done, settings):
-            checkpoints.save(_state(tasks, optimizer, history))
+        if _due(optimizer.steps_done, settings):
+            for slot, series in enumerate(checkpoints):
+                series.save(_state(slot, tasks[slot].adapter_id, optimizer, history))
     if settings.gradient_checkpointing:
         base.unet.disable_gradient_checkpointing()
         base.unet.eval()
@@ -124,28 +125,23 @@ def _dropped_by_id(tasks: Sequence[AdapterTask], optimizer: SlotAdamW) -> dict[s
     return {tasks[slot].adapter_id: reason for slot, reason in optimizer.dropped.items()}
 
 
-def _state(tasks: Sequence[AdapterTask], optimizer: SlotAdamW, history: History) -> TrainingState:
-    slots = tuple(
-        tuple(
-            (value.detach(), mean, square)
-            for value, (mean, square) in zip(group["params"], optimizer.slot_state(slot), strict=True)
-        )
-        for slot, group in enumerate(optimizer.param_groups)
+def _state(slot: int, adapter_id: str, optimizer: SlotAdamW, history: History) -> AdapterState:
+    moments = zip(optimizer.param_groups[slot]["params"], optimizer.slot_state(slot), strict=True)
+    return AdapterState(
+        step=optimizer.steps_done,
+        parameters=tuple((value.detach(), mean, square) for value, (mean, square) in moments),
+        dropped=optimizer.dropped.get(slot),
+        history=history.to_json(adapter_id),
     )
-    ids = tuple(task.adapter_id for task in tasks)
-    return TrainingState(optimizer.steps_done, ids, slots, _dropped_by_id(tasks, optimizer), history.to_json())
 
 
-def _restore(state: TrainingState, tasks: Sequence[AdapterTask], optimizer: SlotAdamW, history: History) -> None:
-    ids = [task.adapter_id for task in tasks]
-    if list(state.adapter_ids) != ids:
-        raise CheckpointError(
-            f"the checkpoint holds the adapters {list(state.adapter_ids)}, this pack trains {ids}: "
-            "train with the spec that wrote it, or remove the checkpoint"
-        )
-    dropped = {ids.index(adapter_id): reason for adapter_id, reason in state.dropped.items()}
-    optimizer.restore(state.step, state.slots, dropped)
-    history.restore(state.history)
+def _restore(
+    states: Sequence[AdapterState], tasks: Sequence[AdapterTask], optimizer: SlotAdamW, history: History
+) -> None:
+    dropped = {slot: state.dropped for slot, state in enumerate(states) if state.dropped is not None}
+    optimizer.restore(states[0].step, [state.parameters for state in states], dropped)
+    for task, state in zip(tasks, states, strict=True):
+        history.restore(task.adapter_id, state.history)
 
 
 def _results(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -90,11 +89,23 @@ def test_an_object_cannot_be_a_folder_too(tmp_path: Path) -> None:
     assert store.get("a") == b"1"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_read_only_folder_is_explained(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(StoreError, match="check the permissions"):
-        LocalStore(tmp_path).put("a", b"1")
+def test_a_read_only_folder_is_explained() -> None:
+    """Root may write anywhere, so the child becomes nobody first."""
+    script = """
+        import os, sys
+        from cat_cluster.store import LocalStore
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        LocalStore(sys.argv[1]).put("a", b"1")
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "store"
+        folder.mkdir()
+        folder.chmod(0o555)
+        Path(name).chmod(0o755)
+        done = run_python(script, folder, check=False)
+        assert done.returncode == 1
+        assert "check the permissions" in done.stderr.splitlines()[-1]
 
 
 def run_python(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -15,12 +15,21 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.methods import initial_weights
 from cat_cluster.store.local import LocalStore
-from cat_cluster.training.checkpoint import CheckpointStore
+from cat_cluster.training.checkpoint import CheckpointStore, load_newest
 from cat_cluster.training.loop import LoopSettings, PackMember, StepReport, TrainedAdapter, train_pack
 from cat_cluster.training.optimizer import SlotSettings
 from tests.unit.training.test_step import concept, task
 
 STEPS = 20
+
+
+def series(folder: Path, pack: list[PackMember]) -> list[CheckpointStore]:
+    """One series of checkpoints per adapter of a pack."""
+    store = LocalStore(folder)
+    ids = [one.task.adapter_id for one in pack]
+    return [CheckpointStore(store, f"runs/{adapter_id}", adapter_id) for adapter_id in ids]
+
+
 SETTINGS = LoopSettings(steps=STEPS, checkpoint_every=6)
 
 
@@ -60,7 +69,8 @@ def train(base: BaseModel, pack: list[PackMember], **options: object) -> dict[st
 
 def relative_error(found: AdapterWeights | None, wanted: AdapterWeights | None) -> float:
     """max over layers of ||W - W_ref||_F / ||W_ref||_F with W = B A."""
-    assert found is not None and wanted is not None
+    assert found is not None
+    assert wanted is not None
     errors = []
     for name, reference in wanted.layers.items():
         product = reference.up @ reference.down
@@ -69,7 +79,8 @@ def relative_error(found: AdapterWeights | None, wanted: AdapterWeights | None) 
 
 
 def bit_equal(one: AdapterWeights | None, other: AdapterWeights | None) -> bool:
-    assert one is not None and other is not None
+    assert one is not None
+    assert other is not None
     return all(
         torch.equal(one.layers[n].down, other.layers[n].down) and torch.equal(one.layers[n].up, other.layers[n].up)
         for n in one.layers
@@ -86,7 +97,7 @@ def test_a_pack_gives_what_separate_runs_give(base: BaseModel) -> None:
 
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(base: BaseModel, tmp_path: Path) -> None:
     whole = train(base, members(base))
-    checkpoints = CheckpointStore(LocalStore(tmp_path), "runs/pack", "digest")
+    checkpoints = series(tmp_path, members(base))
     seen: list[int] = []
 
     def die_at(step: int) -> object:
@@ -112,14 +123,15 @@ def test_a_nan_adapter_is_dropped_alone_and_stays_dropped_after_resuming(base: B
     poisoned = concept(base, "zwx", alpha=1.0)
     poisoned.moments_NCHW[1] = float("nan")
     bad = member(base, task("bad", (poisoned,)))
-    company = train(base, [pack[0], bad, pack[2]], checkpoints=CheckpointStore(LocalStore(tmp_path), "runs/a", "d"))
+    poisoned_pack = [pack[0], bad, pack[2]]
+    company = train(base, poisoned_pack, checkpoints=series(tmp_path, poisoned_pack))
     alone = train(base, [pack[0], pack[2]])
     assert company["bad"].weights is None
     assert "gradient not finite at step" in (company["bad"].dropped or "")
     for adapter_id in ("mug", "plain"):
         assert company[adapter_id].dropped is None
         assert relative_error(company[adapter_id].weights, alone[adapter_id].weights) <= 1e-3
-    again = train(base, [pack[0], bad, pack[2]], checkpoints=CheckpointStore(LocalStore(tmp_path), "runs/a", "d"))
+    again = train(base, poisoned_pack, checkpoints=series(tmp_path, poisoned_pack))
     assert again["bad"].dropped == company["bad"].dropped
     assert bit_equal(again["mug"].weights, company["mug"].weights)
 
@@ -137,7 +149,8 @@ def test_training_ends_when_every_adapter_was_dropped(base: BaseModel) -> None:
     poisoned.moments_NCHW[:] = float("nan")
     steps: list[int] = []
     result = train(base, [member(base, task("bad", (poisoned,)))], on_step=lambda report: steps.append(report.step))
-    assert steps == [1] and result["bad"].weights is None
+    assert steps == [1]
+    assert result["bad"].weights is None
 
 
 def test_reports_carry_losses_per_token(base: BaseModel) -> None:
@@ -145,36 +158,56 @@ def test_reports_carry_losses_per_token(base: BaseModel) -> None:
     result = train(base, members(base), on_step=reports.append)
     assert [report.step for report in reports] == list(range(1, STEPS + 1))
     last = reports[-1].losses
-    assert set(last) == {"mug", "tea", "plain"} and set(last["tea"]) == {"zwx", "ohwx"}
+    assert set(last) == {"mug", "tea", "plain"}
+    assert set(last["tea"]) == {"zwx", "ohwx"}
     assert last["plain"]["sks"].cat is None
     curves = result["tea"].history
-    assert curves["steps"] == list(range(1, STEPS + 1)) and len(curves["ohwx"]["identity"]) == STEPS
+    assert curves["steps"] == list(range(1, STEPS + 1))
+    assert len(curves["ohwx"]["identity"]) == STEPS
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base: BaseModel, tmp_path: Path, damage: str) -> None:
-    whole = train(base, members(base), checkpoints=CheckpointStore(LocalStore(tmp_path), "runs/pack", "digest"))
-    newest = tmp_path / "runs" / "pack" / f"{STEPS:08d}.safetensors"
+    checkpoints = series(tmp_path, members(base))
+    whole = train(base, members(base), checkpoints=checkpoints)
+    newest = tmp_path / "runs" / "tea" / f"{STEPS:08d}.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 0xFF
     newest.write_bytes(bytes(data if damage == "flip" else data[: len(data) // 2]))
-    checkpoints = CheckpointStore(LocalStore(tmp_path), "runs/pack", "digest")
-    state = checkpoints.latest()
-    assert state is not None and state.step == 18
+    states = load_newest(checkpoints)
+    assert states is not None
+    assert [state.step for state in states] == [18, 18, 18]
     resumed = train(base, members(base), checkpoints=checkpoints)
     assert bit_equal(resumed["mug"].weights, whole["mug"].weights)
 
 
-def test_checkpoints_of_other_adapters_or_none_readable_are_refused(base: BaseModel, tmp_path: Path) -> None:
-    store = LocalStore(tmp_path)
-    checkpoints = CheckpointStore(store, "runs/pack", "digest")
-    assert checkpoints.latest() is None
-    train(base, members(base), checkpoints=checkpoints)
-    assert len(store.list("runs/pack/")) == 4
-    renamed = [replace(one, task=replace(one.task, adapter_id=f"{one.task.adapter_id}-2")) for one in members(base)]
-    with pytest.raises(CheckpointError, match="remove the checkpoint"):
-        train(base, renamed, checkpoints=checkpoints)
+def test_an_adapter_resumes_in_other_company(base: BaseModel, tmp_path: Path) -> None:
+    """A checkpoint is the adapter's own: half its steps in a pack of three, the other half alone."""
+    pack = members(base)
+
+    def die(report: StepReport) -> None:
+        if report.step == 13:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(base, pack, checkpoints=series(tmp_path, pack), on_step=die)
+    steps: list[int] = []
+    alone = train(base, [pack[1]], checkpoints=series(tmp_path, [pack[1]]), on_step=lambda r: steps.append(r.step))
+    assert steps == list(range(13, 21))
+    assert relative_error(alone["tea"].weights, train(base, [members(base)[1]])["tea"].weights) <= 1e-3
+
+
+def test_checkpoints_that_do_not_belong_together_are_refused(base: BaseModel, tmp_path: Path) -> None:
+    pack = members(base)
+    checkpoints = series(tmp_path, pack)
+    assert load_newest(checkpoints) is None
+    train(base, pack, checkpoints=checkpoints)
+    assert [one.steps() for one in checkpoints] == [[18, 20]] * 3
     with pytest.raises(CheckpointError, match="belongs to another run"):
-        CheckpointStore(store, "runs/pack", "other").latest()
-    checkpoints.clear()
-    assert store.list("runs/pack/") == []
+        replace(checkpoints[0], run="other").load(20)
+    checkpoints[1].clear()
+    with pytest.raises(CheckpointError, match="different steps"):
+        train(base, pack, checkpoints=checkpoints)
+    for one in checkpoints:
+        one.clear()
+    assert LocalStore(tmp_path).list("runs/") == []

@@ -145,7 +145,8 @@ def test_cat_loss_and_gradient_are_exactly_zero_at_the_start(base: BaseModel) ->
     full = draw_batch([task("mug", (concept(base, "sks", alpha=5.0),))], 0, 1000, [True])
     object.__setattr__(full, "identity_weight_B", torch.zeros_like(full.identity_weight_B))
     losses = run(base, bank, full, joint_rows=False)
-    assert len(losses.cat_M) == 2 and torch.equal(losses.cat_M, torch.zeros(2))
+    assert len(losses.cat_M) == 2
+    assert torch.equal(losses.cat_M, torch.zeros(2))
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients(bank, 1))
     assert (losses.identity_B > 0).all()
 
