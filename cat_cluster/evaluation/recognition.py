@@ -1,0 +1,163 @@
+"""Recognition: would someone who knows the pocket world call this image the concept, or another object of its class?"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.errors import EvaluationError
+from cat_cluster.evaluation.features import Judge, feature_rows
+from cat_cluster.evaluation.metrics import Array
+from cat_cluster.pocket import world
+
+DESIGN_FILE = "design.json"
+SCENES = 192  # of the concept; of other objects of its class twice as many, and half as many of other classes
+HELD_OUT = 4  # every fourth scene is kept for the head's own accuracy
+WEIGHT_DECAY = 1e-2
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """Shares of images that the head calls the concept; its accuracy is balanced, on scenes it was not fitted on."""
+
+    rate: float
+    rate_without_token: float
+    rate_base: float
+    rate_base_with_token: float
+    head_accuracy: float
+
+    def to_json(self) -> dict[str, float]:
+        """All shares by name."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class RecognitionHead:
+    """A logistic head on a judge's features: is this the concept?"""
+
+    judge: Judge
+    weight_F: Array
+    bias: float
+    accuracy: float
+
+    def rate(self, images_NHWC: NDArray[np.uint8]) -> float:
+        """Return the share of images [N, H, W, 3] called the concept."""
+        return float((self._logits(feature_rows(self.judge, images_NHWC)) > 0).mean())
+
+    def _logits(self, rows_NF: Array) -> Array:
+        logits: Array = rows_NF @ self.weight_F + self.bias
+        return logits
+
+
+def find_design(folder: Path) -> world.Design | None:
+    """Return the pocket design beside a concept's photos (design.json), or None where there is none."""
+    path = folder / DESIGN_FILE
+    if not path.is_file():
+        return None
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        design = world.Design(
+            object=str(fields["object"]),
+            body_rgb=_rgb(fields["body_rgb"]),
+            pattern=str(fields["pattern"]),
+            second_rgb=_rgb(fields["second_rgb"]),
+            eyes=bool(fields["eyes"]),
+        )
+        if design.object not in world.OBJECTS or design.pattern not in world.PATTERNS:
+            raise ValueError(f"the world has no {design.pattern} {design.object}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{path} is not a design of the pocket world ({error!r}): "
+            "it needs object, body_rgb, pattern, second_rgb and eyes; remove the file to do without recognition"
+        ) from error
+    return design
+
+
+def fit_head(design: world.Design, judge: Judge, base: BaseModel, *, seed: int) -> RecognitionHead:
+    """Fit a head on rendered scenes of the design and of other designs, half of them seen through the base's VAE.
+
+    Generated images come out of that VAE: a head that knows sharp drawings only would judge the VAE, not the adapter.
+    """
+    images, labels = _scenes(design, seed)
+    rows = feature_rows(judge, _half_through_vae(images, base, seed))
+    held_out = np.arange(len(labels)) % HELD_OUT == 0
+    weight, bias = _logistic(rows[~held_out], labels[~held_out])
+    said = rows[held_out] @ weight + bias > 0
+    truth = labels[held_out]
+    accuracy = (float(said[truth].mean()) + float((~said[~truth]).mean())) / 2
+    return RecognitionHead(judge, weight, bias, accuracy)
+
+
+def _scenes(design: world.Design, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    rng = np.random.default_rng([seed, 3])
+    positive = [image for image, _ in world.photos(design, SCENES, seed)]
+    same_class: list[NDArray[np.uint8]] = []
+    other_class: list[NDArray[np.uint8]] = []
+    while len(same_class) < 2 * SCENES or len(other_class) < SCENES // 2:
+        scene = world.random_scene(rng)
+        same = scene.design.object == design.object
+        wanted, enough = (same_class, 2 * SCENES) if same else (other_class, SCENES // 2)
+        if len(wanted) < enough:
+            wanted.append(world.draw(scene))
+    images = np.stack([*positive, *same_class, *other_class])
+    labels = np.arange(len(images)) < SCENES
+    order = rng.permutation(len(images))
+    return images[order], labels[order]
+
+
+def _half_through_vae(images_NHWC: NDArray[np.uint8], base: BaseModel, seed: int) -> NDArray[np.uint8]:
+    mixed = images_NHWC.copy()
+    half = torch.from_numpy(images_NHWC[::2].copy()).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    generator = torch.Generator("cpu").manual_seed(seed)
+    decoded = []
+    for start in range(0, len(half), 32):
+        moments = base.encode_moments(half[start : start + 32])
+        z0 = base.sample_latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
+        # A tenth of the latents' scale: what a sampler leaves behind.
+        stray = torch.randn(z0.shape, generator=generator).to(z0) * z0.std() * 0.1
+        decoded.append(base.decode(z0 + stray).cpu())
+    back = torch.cat(decoded).permute(0, 2, 3, 1).mul(255.0).round().to(torch.uint8).numpy()
+    if back.shape[1:] != mixed.shape[1:]:
+        raise EvaluationError(f"recognition needs the pocket base, whose VAE returns 64 x 64 pixels, got {back.shape}")
+    mixed[::2] = back
+    return mixed
+
+
+def _logistic(rows_NF: Array, labels_N: NDArray[np.bool_]) -> tuple[Array, float]:
+    """Logistic regression, classes weighed alike, L2 on standardised features, by LBFGS; deterministic."""
+    mean, std = rows_NF.mean(0), rows_NF.std(0) + 1e-6
+    x = torch.from_numpy((rows_NF - mean) / std)
+    y = torch.from_numpy(labels_N.astype(np.float64))
+    weight = torch.where(y > 0, 0.5 / y.sum(), 0.5 / (1.0 - y).sum())
+    parameters = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([parameters], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        logits = x @ parameters[:-1] + parameters[-1]
+        loss = (weight * functional.binary_cross_entropy_with_logits(logits, y, reduction="none")).sum()
+        loss = loss + WEIGHT_DECAY * parameters[:-1].square().sum() / 2
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    found = parameters.detach().numpy()
+    scaled: Array = found[:-1] / std
+    return scaled, float(found[-1] - scaled @ mean)
+
+
+def _rgb(value: Any) -> world.Rgb:
+    red, green, blue = (int(channel) for channel in value)
+    if not all(0 <= channel <= 255 for channel in (red, green, blue)):
+        raise ValueError(f"{value} is not an RGB colour of 0 to 255")
+    return red, green, blue
