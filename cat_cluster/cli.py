@@ -114,7 +114,7 @@ def evaluate(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw; use the concept's token.")],
-    out: Annotated[Path, typer.Option(help="PNG file to write; -1, -2 ... are added when count > 1.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write; -0, -1 ... are added to its name when count > 1.")],
     adapter: Annotated[str | None, typer.Option(help="Adapter id, id@alias or id@revision. None: the base.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model. Default: the adapter's own, else pocket.")] = None,
     seed: Annotated[int, typer.Option(help="Seed; image i of several uses seed + i.")] = 0,

@@ -25,6 +25,7 @@ from cat_cluster.workflow import AdapterResult, JobListener, choose_device, run_
 CONCEPT = "striped-cup"
 TOKEN = "sks"
 PHOTOS = 6
+MORE_CONCEPTS = ("spotted-cup", "clown-fish")  # drawn for the example specs under jobs/specs, not trained here
 # LoRA and CAT see equal draws (one draw key), the same rank, rate and steps: the CAT term is the only difference.
 SPEC = {
     "name": "demo",
@@ -91,13 +92,10 @@ def run_demo(out: Path, settings: Settings, listener: JobListener) -> DemoResult
 
 def write_spec(out: Path) -> Path:
     """Write the demo's photos with captions and its job spec, as a user would have them, and return the spec's path."""
-    folder = out / "photos" / CONCEPT
-    folder.mkdir(parents=True, exist_ok=True)
     design = world.CONCEPTS[CONCEPT]
-    for n, (photo, scene) in enumerate(world.photos(design, PHOTOS, seed=0)):
-        Image.fromarray(photo).save(folder / f"{n}.png")
-        (folder / f"{n}.txt").write_text(f"a photo of a {TOKEN} {design.object} {scene.place}\n", encoding="utf-8")
-    (folder / DESIGN_FILE).write_text(json.dumps(asdict(design), indent=2) + "\n", encoding="utf-8")
+    draw_photos(out / "photos" / CONCEPT, design, TOKEN)
+    for name in MORE_CONCEPTS:
+        draw_photos(out / "photos" / name, world.CONCEPTS[name], None)
     concept = {"token": TOKEN, "class_noun": design.object, "images": f"photos/{CONCEPT}"}
     adapters = [
         {"id": f"{CONCEPT}-lora", "method": "lora", "concepts": [concept]},
@@ -106,6 +104,17 @@ def write_spec(out: Path) -> Path:
     path = out / "spec.yaml"
     path.write_text(yaml.safe_dump({**SPEC, "adapters": adapters}, sort_keys=False), encoding="utf-8")
     return path
+
+
+def draw_photos(folder: Path, design: world.Design, token: str | None) -> None:
+    """Draw the photos of a design, with captions where a token is given, and its design beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, (photo, scene) in enumerate(world.photos(design, PHOTOS, seed=0)):
+        Image.fromarray(photo).save(folder / f"{n}.png")
+        if token is not None:
+            caption = f"a photo of a {token} {design.object} {scene.place}\n"
+            (folder / f"{n}.txt").write_text(caption, encoding="utf-8")
+    (folder / DESIGN_FILE).write_text(json.dumps(asdict(design), indent=2) + "\n", encoding="utf-8")
 
 
 def _method_result(result: AdapterResult, evaluation: Evaluation) -> MethodResult:

@@ -15,7 +15,7 @@ import torch
 from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.batches import AdapterTask
 from cat_cluster.concepts import Concept, check_tokens, has_token, load_concept
-from cat_cluster.errors import AdapterNotFoundError, ConceptError, SpecError
+from cat_cluster.errors import AdapterNotFoundError, CatClusterError, ConceptError, SpecError
 from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.features import is_pocket, load_judges
@@ -228,8 +228,12 @@ def _run_pack(
         seconds = time.perf_counter() - started
         evaluator = Evaluator(base, bank)
         for slot, (adapter, result) in enumerate(zip(pack, trained, strict=True), start=1):
-            outcome = _finish(adapter, result, slot, evaluator, registry, seconds, listener)
-            checkpoints[slot - 1].clear()
+            try:
+                outcome = _finish(adapter, result, slot, evaluator, registry, seconds, listener)
+                checkpoints[slot - 1].clear()
+            except CatClusterError as error:
+                # Its checkpoints stay: the same job again measures and publishes it without training.
+                outcome = AdapterResult(adapter.resolved.id, adapter.revision, "failed", reason=str(error))
             listener.finished(outcome)
             yield outcome
 
@@ -312,7 +316,7 @@ def _finish(
     seconds: float,
     listener: JobListener,
 ) -> AdapterResult:
-    """Measure and publish one trained adapter; what goes wrong with it alone is its result, not an exception."""
+    """Measure and publish one trained adapter; raises CatClusterError when it cannot be measured or stored."""
     resolved = adapter.resolved
     if trained.weights is None:
         return AdapterResult(resolved.id, adapter.revision, "failed", reason=trained.dropped)

@@ -80,6 +80,12 @@ def parse_command(words: list[str], *, whole: bool) -> None:
         command.make_context(" ".join(words), rest)
 
 
+def anchors(document: Path) -> set[str]:
+    """Return the anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def documented(document: Path) -> str:
     return str(document.relative_to(ROOT))
 
@@ -87,7 +93,12 @@ def documented(document: Path) -> str:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=documented)
 def test_every_relative_link_resolves(document: Path) -> None:
     links = [link for link in _LINK.findall(document.read_text(encoding="utf-8")) if "://" not in link]
-    missing = [link for link in links if not (document.parent / link.partition("#")[0]).exists()]
+    missing = []
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = document.parent / file if file else document
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            missing.append(link)
     assert not missing, f"{documented(document)} links to what is not there: {missing}"
 
 
@@ -115,7 +126,8 @@ def test_every_make_target_exists(document: Path) -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=documented)
 def test_every_named_file_of_the_project_exists(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    named = {code for code in _INLINE.findall(text) if re.fullmatch(r"(tests|cat_cluster|jobs|docs|\.ci)/[\w./-]+", code)}
+    own = re.compile(r"(tests|cat_cluster|jobs|docs|\.ci)/[\w./-]+")
+    named = {code for code in _INLINE.findall(text) if own.fullmatch(code)}
     missing = sorted(name for name in named if not (ROOT / name).exists())
     assert not missing, f"{documented(document)} names what is not there: {missing}"
 
@@ -133,6 +145,11 @@ def test_examples_are_valid(document: Path) -> None:
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cat_cluster"):
                 module = importlib.import_module(node.module or "")
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def test_the_example_of_the_readme_is_the_shipped_spec() -> None:
+    shown = yaml.safe_load(next(blocks(ROOT / "README.md", "yaml")))
+    assert shown == yaml.safe_load((ROOT / "jobs" / "specs" / "single.yaml").read_text(encoding="utf-8"))
 
 
 def field_tables() -> dict[str, str]:
