@@ -303,8 +303,11 @@ def main() -> NoReturn:
 
 @contextmanager
 def _listener() -> Iterator[Any]:
+    from transformers.utils import logging
+
     from cat_cluster.terminal import TerminalListener
 
+    logging.disable_progress_bar()  # its bars for files that load in a moment would tear ours apart
     with TerminalListener(people) as listener:
         yield listener
 

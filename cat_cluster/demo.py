@@ -55,7 +55,7 @@ class DemoResult:
 
     def table(self) -> Table:
         """The headline numbers for the terminal."""
-        table = Table(title="The same photos, steps and seeds; only the CAT term differs")
+        table = Table(title="The same photos, steps and seeds; only the CAT term differs", min_width=60)
         for heading in ("", "LoRA", "CAT", "better"):
             table.add_column(heading, justify="left" if heading in ("", "better") else "right")
         for metric in SHOWN:

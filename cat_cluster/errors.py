@@ -51,5 +51,9 @@ class CheckpointError(CatClusterError):
     """A training checkpoint is missing, damaged, or belongs to another run."""
 
 
+class OutputError(CatClusterError):
+    """A file the user asked for cannot be written where they asked for it."""
+
+
 class EvaluationError(CatClusterError):
     """An evaluation cannot run: no judge, no prompts, or no images."""

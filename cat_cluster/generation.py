@@ -23,6 +23,7 @@ from cat_cluster.diffusion.samplers import (
     gather_coefficients,
     sampler_table,
 )
+from cat_cluster.errors import OutputError
 from cat_cluster.lora.bank import LoraBank
 
 
@@ -103,20 +104,26 @@ def generate(
 
 
 def save_png(image: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`; whole or not at all."""
+    """Write an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`; whole or not at all.
+
+    Raises OutputError naming the file when the place cannot be written or its disk is full.
+    """
     pixels = (image.clamp(0.0, 1.0) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     chunks = PngInfo()
     for key, value in metadata.items():
         chunks.add_itxt(key, value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}; free space or choose another place") from error
 
 
 def _encode_prompts(base: BaseModel, rows: Sequence[ImageRow], at_once: int) -> dict[str, Tensor]:

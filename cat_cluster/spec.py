@@ -121,7 +121,9 @@ class TrainingSpec(_Spec):
 
     steps: Count = Field(default=400, description="Optimiser steps.")
     rank: Count = Field(default=8, description="Rank of the LoRA weights.")
-    learning_rate: Positive = Field(default=6.0e-4, description="Highest learning rate of AdamW.")
+    learning_rate: Positive = Field(
+        default=6.0e-4, le=1.0e30, description="Highest learning rate of AdamW; a float32 step must hold it."
+    )
     rows_per_concept: Count = Field(default=4, description="Rows of a step that each concept gets.")
     prior_prompt: Literal["token_removed", "class_noun", "empty", "mixture"] = Field(
         default="mixture", description="Prompts on which the CAT term holds the adapter to the base model."

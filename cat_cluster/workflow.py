@@ -17,7 +17,7 @@ from cat_cluster.batches import AdapterTask
 from cat_cluster.concepts import Concept, check_tokens, has_token, load_concept
 from cat_cluster.errors import AdapterNotFoundError, CatClusterError, ConceptError, SpecError
 from cat_cluster.evaluation.bootstrap import METRICS
-from cat_cluster.evaluation.evaluate import Evaluator
+from cat_cluster.evaluation.evaluate import Evaluator, image_templates
 from cat_cluster.evaluation.features import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.evaluation.results import Evaluation
@@ -115,6 +115,7 @@ def run_job(job: JobSpec, store: ObjectStore, settings: Settings, listener: JobL
             waiting.append(adapter)
             continue
         registry.finish_publishing(manifest)
+        checkpoints_of(adapter, store).clear()  # a crash right after publishing leaves them behind
         results[adapter.resolved.id] = AdapterResult(
             adapter.resolved.id, adapter.revision, "already published", manifest=manifest
         )
@@ -143,9 +144,11 @@ def prepare(job: JobSpec, settings: Settings) -> list[PreparedAdapter]:
         if resolved.base not in bases:
             bases[resolved.base] = load_base_model(resolved.base, device=device)
         base, judge = bases[resolved.base], resolved.evaluation.judge
-        if resolved.evaluation.enabled and (resolved.base, judge) not in judges_found:
-            load_judges(judge, base)
-            judges_found.add((resolved.base, judge))
+        if resolved.evaluation.enabled:
+            image_templates(resolved.evaluation, base)
+            if (resolved.base, judge) not in judges_found:
+                load_judges(judge, base)
+                judges_found.add((resolved.base, judge))
         revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint)
         prepared.append(PreparedAdapter(resolved, concepts, base, revision))
     return prepared
@@ -173,14 +176,14 @@ def plan_packs(adapters: Sequence[PreparedAdapter], store: ObjectStore, max_pack
     """Group adapters that can share a forward, at most `max_pack` together, in the order given.
 
     Adapters of an interrupted job share a pack where they have a checkpoint of one step in common, so that nobody
-    is thrown back further than its own last checkpoints.
+    is thrown back further than its own last checkpoints. With fewer than it would keep, the start is one of them.
     """
     groups: dict[tuple[object, ...], list[PreparedAdapter]] = {}
     for adapter in adapters:
         groups.setdefault(_pack_key(adapter), []).append(adapter)
     packs = []
     for group in groups.values():
-        stands = {id(adapter): set(checkpoints_of(adapter, store).steps()) or {0} for adapter in group}
+        stands = {id(adapter): checkpoints_of(adapter, store).resumable() for adapter in group}
         while group:
             step = min(max(stands[id(adapter)]) for adapter in group)
             together = [adapter for adapter in group if step in stands[id(adapter)]]

@@ -84,6 +84,7 @@ class Evaluator:
     ) -> Evaluation:
         """Return images and scores of the adapter in `slot`; the same spec gives the same images and scores.
 
+        Raises EvaluationError without a judge or with fewer than two images, and for an adapter that diverged.
         All images go through one call of generate; on_progress gets what generate gives it (steps done, in all).
         """
         judges = self._judges_for(spec)
@@ -122,13 +123,7 @@ class Evaluator:
         return self._loaded[spec.judge]
 
     def _plan(self, concept: Concept, spec: EvaluationSpec) -> _Plan:
-        templates = evaluation_prompts(spec.prompts, pocket=is_pocket(self._base))
-        each = tuple(template for template in templates for _ in range(spec.images_per_prompt))
-        if len(each) < 2:
-            raise EvaluationError(
-                "an evaluation needs at least 2 images per concept: "
-                "raise evaluation.images_per_prompt or give more evaluation.prompts"
-            )
+        each = image_templates(spec, self._base)
         # A seed of its own for each image, not for each column of a prompt: more independent pairs.
         return _Plan(concept, each, tuple(range(spec.seed, spec.seed + len(each))))
 
@@ -174,7 +169,13 @@ class Evaluator:
 
     def _fisher(self, slot: int, images: ConceptImages) -> NDArray[np.float64]:
         pixels = torch.from_numpy(images.base_without).permute(0, 3, 1, 2).float() / 255.0
-        return fisher_drift(self._base, self._bank, slot, pixels, images.prompts, images.seeds)
+        drift = fisher_drift(self._base, self._bank, slot, pixels, images.prompts, images.seeds)
+        if not np.isfinite(drift).all():
+            raise EvaluationError(
+                f"with the adapter of {images.token!r} the U-Net's predictions are not finite: its training diverged; "
+                "train it again with a lower training.learning_rate"
+            )
+        return drift
 
     def _recognitions(
         self, concepts: Sequence[Concept], sets: Sequence[ConceptImages], judges: Sequence[Judge], seed: int
@@ -215,6 +216,18 @@ def evaluate_adapter(
 ) -> Evaluation:
     """Return images and scores of the one adapter in `slot`."""
     return Evaluator(base, bank, judges).evaluate(slot, concepts, spec)
+
+
+def image_templates(spec: EvaluationSpec, base: BaseModel) -> tuple[str, ...]:
+    """Return the prompt template of each image pair of a concept; EvaluationError when there are fewer than two."""
+    templates = evaluation_prompts(spec.prompts, pocket=is_pocket(base))
+    each = tuple(template for template in templates for _ in range(spec.images_per_prompt))
+    if len(each) < 2:
+        raise EvaluationError(
+            "an evaluation needs at least 2 images per concept: "
+            "raise evaluation.images_per_prompt or give more evaluation.prompts"
+        )
+    return each
 
 
 def _main_prompts(plan: _Plan) -> list[tuple[str, int]]:

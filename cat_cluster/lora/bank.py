@@ -32,13 +32,13 @@ def adapted_layers(unet: UNet2DConditionModel, targets: str) -> tuple[str, ...]:
     return tuple(
         name
         for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear) and ".attentions." in name and name.endswith(TARGETS[targets])
+        if isinstance(module, nn.Linear | _BankLinear) and ".attentions." in name and name.endswith(TARGETS[targets])
     )
 
 
 @dataclass
 class _Binding:
-    """Which slot each row of the running forward uses; `used` are the slots with an adapter among them."""
+    """Which slot each row of the running forward uses, and whether any of them is not slot 0."""
 
     slot_B: Tensor
     any_adapter: bool
@@ -50,19 +50,26 @@ class _BankLinear(nn.Module):
     def __init__(self, base: nn.Linear, bank: LoraBank, name: str) -> None:
         super().__init__()
         self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
         self._bank = (bank,)  # in a tuple: the bank is no submodule
         self._name = name
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for rows x [B, T, in] or [B, in]."""
         output: Tensor = self.base(x)
-        factors = self._bank[0].row_factors(self._name, len(x), x.device)
+        factors = self._bank[0].row_factors(self._name, len(x))
         if factors is None:
             return output
         down_BRI, up_BOR = factors
-        rows = x if x.ndim == 3 else x.unsqueeze(1)
-        change = torch.bmm(torch.bmm(rows, down_BRI.to(rows.dtype).mT), up_BOR.to(rows.dtype).mT)
-        return output + change.view_as(output)
+        if x.ndim == 2:
+            return _add_change(output.unsqueeze(1), x.unsqueeze(1), down_BRI, up_BOR).squeeze(1)
+        return _add_change(output, x, down_BRI, up_BOR)
+
+
+def _add_change(output_BTO: Tensor, x_BTI: Tensor, down_BRI: Tensor, up_BOR: Tensor) -> Tensor:
+    # One product per row, never one per group of rows: a row's arithmetic must not depend on its neighbours.
+    hidden_BTR = torch.bmm(x_BTI, down_BRI.to(x_BTI.dtype).mT)
+    return torch.baddbmm(output_BTO, hidden_BTR, up_BOR.to(hidden_BTR.dtype).mT)
 
 
 class LoraBank:
@@ -86,9 +93,13 @@ class LoraBank:
         """
         bank = cls(unet, slots, rank, layers)
         modules = dict(unet.named_modules())
+        if any(isinstance(module, _BankLinear) for module in modules.values()):
+            raise RuntimeError("this U-Net holds a bank already: detach that one first")
         for name in bank.layers:
             if not isinstance(modules.get(name), nn.Linear):
-                raise AdapterMismatchError(f"{name} is not a linear layer of this U-Net: use the base it was trained on")
+                raise AdapterMismatchError(
+                    f"{name} is not a linear layer of this U-Net: use the base it was trained on"
+                )
         for name in bank.layers:
             bank._originals[name] = modules[name]
             _replace(unet, name, _BankLinear(modules[name], bank, name))
@@ -112,7 +123,9 @@ class LoraBank:
         used = set(slots.tolist()) - {0}
         unknown = used - self._slots.keys()
         if unknown:
-            raise ValueError(f"no adapter in slot {sorted(unknown)}: load it first (this bank has slots 1..{self.slots})")
+            raise ValueError(
+                f"no adapter in slot {sorted(unknown)}: load it first (this bank has slots 1..{self.slots})"
+            )
         device = self._originals[self.layers[0]].weight.device
         self._binding = _Binding(slots.to(device), bool(used))
         try:
@@ -120,7 +133,7 @@ class LoraBank:
         finally:
             self._binding = None
 
-    def row_factors(self, name: str, count: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def row_factors(self, name: str, count: int) -> tuple[Tensor, Tensor] | None:
         """Return this forward's down [B, R, in] and up [B, out, R] for a layer; None when all rows are base rows."""
         binding = self._binding
         if binding is None:
@@ -165,7 +178,9 @@ class LoraBank:
         if foreign:
             raise AdapterMismatchError(f"{foreign[0]} is not adapted by this bank: attach it with the adapter's layers")
         if weights.rank > self.rank:
-            raise AdapterMismatchError(f"the adapter has rank {weights.rank} and the bank {self.rank}: use a larger bank")
+            raise AdapterMismatchError(
+                f"the adapter has rank {weights.rank} and the bank {self.rank}: use a larger bank"
+            )
         parameters = {}
         for name in self.layers:
             if name not in weights.layers:
@@ -173,11 +188,13 @@ class LoraBank:
             layer, linear = weights.layers[name], self._originals[name]
             wanted, found = (linear.in_features, linear.out_features), (layer.down.shape[1], layer.up.shape[0])
             if wanted != found:
-                raise AdapterMismatchError(f"{name} takes (in, out) {wanted} and the adapter has {found}: other base model")
-            place = {"device": linear.weight.device, "dtype": torch.float32}
+                raise AdapterMismatchError(
+                    f"{name} takes (in, out) {wanted} and the adapter has {found}: other base model"
+                )
+            down, up = (side.to(linear.weight.device, torch.float32) for side in (layer.down, layer.up))
             parameters[name] = (
-                nn.Parameter(layer.down.to(**place).clone(), requires_grad=trainable),
-                nn.Parameter(strength * layer.up.to(**place), requires_grad=trainable),
+                nn.Parameter(down.clone(), requires_grad=trainable),
+                nn.Parameter(strength * up, requires_grad=trainable),
             )
         self._slots[slot] = parameters
         self._tables.clear()

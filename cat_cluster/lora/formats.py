@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cat_cluster.errors import AdapterFormatError, AdapterMismatchError
+from cat_cluster.lora.peft_config import HEADER_KEY, check_config, config_for, parse_config, scale_of
 
 AdapterFormat = Literal["diffusers", "peft", "kohya"]
 
@@ -27,6 +27,7 @@ PEFT_CONFIG = "adapter_config.json"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 _PEFT_PREFIX = "base_model.model."
 _KOHYA_PREFIX = "lora_unet_"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +40,14 @@ class LoraLayer:
 
 @dataclass(frozen=True, eq=False)
 class AdapterWeights:
-    """An adapter: its layers by U-Net module path, such as down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q."""
+    """An adapter: its layers by U-Net module path, such as mid_block.attentions.0.transformer_blocks.0.attn1.to_q."""
 
     layers: Mapping[str, LoraLayer]
 
     @property
     def rank(self) -> int:
-        """The largest rank of any layer."""
-        return max(len(layer.down) for layer in self.layers.values())
+        """The largest rank of any layer; 0 without layers."""
+        return max((len(layer.down) for layer in self.layers.values()), default=0)
 
     def check_finite(self) -> None:
         """Raise AdapterFormatError, naming the layer, when a weight is NaN or infinite."""
@@ -69,7 +70,9 @@ def check_fits(weights: AdapterWeights, unet: UNet2DConditionModel) -> None:
     for name, layer in weights.layers.items():
         module = _module(unet, name)
         if not isinstance(module, nn.Linear):
-            raise AdapterMismatchError(f"layer {name} is not a linear layer of this base model: use the base it was made for")
+            raise AdapterMismatchError(
+                f"layer {name} is not a linear layer of this base model: use the base it was made for"
+            )
         wanted, found = (module.in_features, module.out_features), (layer.down.shape[1], layer.up.shape[0])
         if wanted != found:
             raise AdapterMismatchError(
@@ -82,7 +85,10 @@ def to_safetensors(weights: AdapterWeights, fmt: AdapterFormat, metadata: Mappin
     """Return the adapter as the bytes of a safetensors file; alpha equals the rank, so no scale is left to apply."""
     if fmt not in get_args(AdapterFormat):
         raise AdapterFormatError(f"format {fmt!r} is unknown: choose one of {', '.join(get_args(AdapterFormat))}")
+    if not weights.layers:
+        raise AdapterFormatError("an adapter without layers cannot be written: train it first")
     tensors: dict[str, Tensor] = {}
+    header = dict(metadata)
     for name, layer in weights.layers.items():
         down, up = layer.down.contiguous(), layer.up.contiguous()
         if fmt == "kohya":
@@ -92,29 +98,44 @@ def to_safetensors(weights: AdapterWeights, fmt: AdapterFormat, metadata: Mappin
         else:
             prefix = f"unet.{name}" if fmt == "diffusers" else f"{_PEFT_PREFIX}{name}"
             tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = down, up
-    return save(tensors, dict(metadata))
+    if fmt == "peft":  # so that the file alone says its scale, also where its adapter_config.json is not at hand
+        header[HEADER_KEY] = json.dumps(config_for(_ranks(weights)))
+    return _with_sorted_metadata(save(tensors, header))
+
+
+def _with_sorted_metadata(data: bytes) -> bytes:
+    """Write the metadata in order of its keys: safetensors writes them as its hash map has them, anew each process."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def write_adapter(
     weights: AdapterWeights, folder: Path, fmt: AdapterFormat, *, adapter_id: str, metadata: Mapping[str, str]
 ) -> Path:
     """Write an adapter to `folder` under the file name its format goes by, and return the path of the weights."""
-    names = {"diffusers": DIFFUSERS_WEIGHTS, "peft": PEFT_WEIGHTS, "kohya": f"{adapter_id}.safetensors"}
     data = to_safetensors(weights, fmt, metadata)
-    folder.mkdir(parents=True, exist_ok=True)
+    names = {"diffusers": DIFFUSERS_WEIGHTS, "peft": PEFT_WEIGHTS, "kohya": f"{adapter_id}.safetensors"}
     path = folder / names[fmt]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdapterFormatError(f"cannot make the folder {folder}: {error}; choose another") from error
     if fmt == "peft":
-        _write_whole(folder / PEFT_CONFIG, json.dumps(_peft_config(weights), indent=2).encode())
+        _write_whole(folder / PEFT_CONFIG, json.dumps(config_for(_ranks(weights)), indent=2).encode())
     _write_whole(path, data)
     return path
 
 
 def read_adapter(source: Path | bytes, *, unet: UNet2DConditionModel | None = None) -> AdapterWeights:
-    """Read an adapter of any of the three formats; a folder is searched for the file names of design.
+    """Read an adapter of any of the three formats; a folder is searched for the file names that write_adapter uses.
 
     Raises AdapterFormatError for a damaged file, one that is not safetensors, values that are not finite, and, by
-    name, for parts this project does not apply (text encoder, convolutions, DoRA, LoHa, LoKr). kohya files need
-    `unet`: their names write dots as underscores. With `unet` the shapes are checked too.
+    name, for parts this project does not apply (text encoder, convolutions, DoRA, LoHa, LoKr, biases). kohya files
+    need `unet`: their names write dots as underscores. With `unet` names and shapes are checked too.
     """
     name, data, config = _open(source)
     try:
@@ -124,110 +145,149 @@ def read_adapter(source: Path | bytes, *, unet: UNet2DConditionModel | None = No
             f"{name} is not a whole safetensors file ({error}): copy or export it again; pickle files are never read"
         ) from error
     _refuse_foreign(name, tensors)
+    if config is None:
+        config = _header_config(name, data)
+    if config is not None:
+        check_config(name, config)
+    elif any(key.startswith(_PEFT_PREFIX) for key in tensors):
+        raise AdapterFormatError(f"{name} is a PEFT file, whose scale is in {PEFT_CONFIG}: put that file beside it")
     weights = AdapterWeights(_collect(name, tensors, config, unet))
     if not weights.layers:
-        raise AdapterFormatError(f"{name} holds no LoRA layers of a U-Net")
+        raise AdapterFormatError(f"{name} holds no LoRA layers of a U-Net: choose another file")
     weights.check_finite()
     if unet is not None:
         check_fits(weights, unet)
     return weights
 
 
-def _open(source: Path | bytes) -> tuple[str, bytes, Mapping[str, Any]]:
+def _open(source: Path | bytes) -> tuple[str, bytes, dict[str, Any] | None]:
+    """Return what to call the source in messages, its bytes, and the adapter_config.json beside a PEFT file."""
     if isinstance(source, bytes):
-        return "the adapter file", source, {}
-    path = source
-    if path.is_dir():
-        found = [path / name for name in (DIFFUSERS_WEIGHTS, PEFT_WEIGHTS) if (path / name).is_file()]
-        found += sorted(path.glob("*.safetensors"))
-        if not found:
-            raise AdapterFormatError(f"{path} holds no .safetensors file; pickle files (.bin, .pt) are never read")
-        path = found[0]
-    if path.suffix in (".bin", ".pt", ".ckpt", ".pth", ".pkl"):
+        return "the adapter file", source, None
+    path = _weights_file(source) if source.is_dir() else source
+    if path.suffix in _PICKLE_SUFFIXES:
         raise AdapterFormatError(f"{path} is a pickle file, which can run code: convert it to safetensors first")
+    config_path = path.parent / PEFT_CONFIG
     try:
-        config_path = path.parent / PEFT_CONFIG
-        config = json.loads(config_path.read_text()) if path.name == PEFT_WEIGHTS and config_path.is_file() else {}
-        return str(path), path.read_bytes(), config
-    except (OSError, ValueError) as error:
-        raise AdapterFormatError(f"{path} cannot be read: {error}") from error
+        config = config_path.read_bytes() if path.name == PEFT_WEIGHTS and config_path.is_file() else None
+        return str(path), path.read_bytes(), None if config is None else parse_config(str(config_path), config)
+    except OSError as error:
+        raise AdapterFormatError(f"{path} cannot be read: {error}; check the path") from error
+
+
+def _weights_file(folder: Path) -> Path:
+    found = [folder / name for name in (DIFFUSERS_WEIGHTS, PEFT_WEIGHTS) if (folder / name).is_file()]
+    found = found or sorted(folder.glob("*.safetensors"))
+    if not found:
+        raise AdapterFormatError(f"{folder} holds no .safetensors file; pickle files (.bin, .pt) are never read")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise AdapterFormatError(f"{folder} holds several adapters ({names}): name one of the files")
+    return found[0]
+
+
+def _header_config(name: str, data: bytes) -> dict[str, Any] | None:
+    """Return the LoraConfig that newer diffusers writes into the safetensors header, if there is one."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    text = header.get("__metadata__", {}).get(HEADER_KEY)
+    return None if text is None else parse_config(f"{name}: {HEADER_KEY}", text)
+
+
+_FOREIGN = {
+    r"(^|[._])(text_encoder|text_model|text_projection)|lora_te\d?_|self_attn\.": "a text-encoder part",
+    r"dora_scale|magnitude_vector": "DoRA weights",
+    r"hada_": "LoHa weights",
+    r"lokr_": "LoKr weights",
+    r"lora_embedding_": "an embedding",
+    r"\.bias$": "a bias",
+}
 
 
 def _refuse_foreign(name: str, tensors: Mapping[str, Tensor]) -> None:
-    kinds = {
-        r"(^|\.)(text_encoder|text_model)|lora_te": "a text-encoder part",
-        r"dora_scale|magnitude_vector": "DoRA weights",
-        r"hada_": "LoHa weights",
-        r"lokr_": "LoKr weights",
-    }
     for key, tensor in tensors.items():
-        kind = next((kind for pattern, kind in kinds.items() if re.search(pattern, key)), None)
+        kind = next((kind for pattern, kind in _FOREIGN.items() if re.search(pattern, key)), None)
         if kind is None and tensor.ndim == 4:
             kind = "a convolution layer"
         if kind is not None:
-            raise AdapterFormatError(f"{name}: {key} is {kind}, which cat-cluster does not apply: use a plain U-Net LoRA")
+            raise AdapterFormatError(
+                f"{name}: {key} is {kind}, which cat-cluster does not apply: use a plain U-Net LoRA"
+            )
 
 
+# After the layer: PEFT's lora_A, diffusers' lora.down and lora_linear_layer.down, kohya's lora_down, and to_q_lora.down
+# of diffusers' first attention processors. Each has a twin for the up side.
 _KEY = re.compile(
-    r"(?P<layer>.+?)\.(?:lora_A|lora_down|lora\.down|lora_B|lora_up|lora\.up)(?:\.default)?\.weight"
+    r"(?P<layer>.+?)(?:\.lora_(?:(?P<A>A)|B)(?:\.default)?|[._]lora(?:_linear_layer)?[._](?:(?P<down>down)|up))\.weight"
 )
 
 
 def _collect(
-    name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], unet: UNet2DConditionModel | None
+    name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, unet: UNet2DConditionModel | None
 ) -> dict[str, LoraLayer]:
-    downs, ups, alphas = {}, {}, {}
+    alphas = {key.removesuffix(".alpha"): tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
+    downs: dict[str, Tensor] = {}
+    ups: dict[str, Tensor] = {}
+    kohya_names = None if unet is None else {path.replace(".", "_"): path for path, _ in unet.named_modules()}
+    paths: dict[str, str] = {}
     for key, tensor in tensors.items():
         if key.endswith(".alpha"):
-            alphas[key.removesuffix(".alpha")] = float(tensor)
             continue
         match = _KEY.fullmatch(key)
-        if match is None or tensor.ndim != 2:
-            raise AdapterFormatError(f"{name}: {key} is not a LoRA weight of a linear layer")
-        side = downs if re.search(r"lora_A|down", key[len(match["layer"]) :]) else ups
-        side[match["layer"]] = tensor.float()
-    kohya_names = None if unet is None else {n.replace(".", "_"): n for n, _ in unet.named_modules()}
+        if match is None or tensor.ndim != 2 or not tensor.is_floating_point():
+            raise AdapterFormatError(f"{name}: {key} is not a LoRA weight of a linear layer: use a plain U-Net LoRA")
+        side = downs if match["A"] or match["down"] else ups
+        path = _module_path(name, match["layer"], kohya_names)
+        if path in side:
+            raise AdapterFormatError(f"{name}: {key} and another key are the same weight of {path}: export it again")
+        side[path] = tensor.float()
+        paths[path] = match["layer"]
+    _check_pairs(name, downs, ups)
+    stray = sorted(alphas.keys() - set(paths.values()))
+    if stray:
+        raise AdapterFormatError(f"{name}: {stray[0]}.alpha has no LoRA weights beside it: export it again")
     layers = {}
-    for raw in sorted(downs.keys() | ups.keys()):
-        if raw not in downs or raw not in ups or len(downs[raw]) != ups[raw].shape[1]:
-            raise AdapterFormatError(f"{name}: layer {raw} lacks its down or up weight, or their ranks differ")
-        rank = len(downs[raw])
-        scale = alphas.get(raw, float(rank)) / rank * _peft_scale(config, rank)
-        layers[_module_path(name, raw, kohya_names)] = LoraLayer(downs[raw], ups[raw] * scale)
+    for path in sorted(paths):
+        rank, alpha = len(downs[path]), alphas.get(paths[path])
+        if alpha is not None:
+            scale = _alpha_value(name, paths[path], alpha) / rank
+        else:
+            scale = 1.0 if config is None else scale_of(name, config, path, rank)
+        layers[path] = LoraLayer(downs[path], ups[path] * scale)
     return layers
+
+
+def _check_pairs(name: str, downs: Mapping[str, Tensor], ups: Mapping[str, Tensor]) -> None:
+    for path in sorted(downs.keys() | ups.keys()):
+        if path not in downs or path not in ups:
+            raise AdapterFormatError(f"{name}: layer {path} lacks its {'up' if path in downs else 'down'} weight")
+        rank, other = len(downs[path]), ups[path].shape[1]
+        if rank != other or rank == 0:
+            raise AdapterFormatError(f"{name}: layer {path} has rank {rank} in its down weight and {other} in its up")
+
+
+def _alpha_value(name: str, layer: str, alpha: Tensor) -> float:
+    if alpha.numel() != 1:
+        raise AdapterFormatError(f"{name}: {layer}.alpha is not one number: export it again")
+    return float(alpha)
 
 
 def _module_path(name: str, raw: str, kohya_names: Mapping[str, str] | None) -> str:
     if not raw.startswith(_KOHYA_PREFIX):
-        return raw.removeprefix(_PEFT_PREFIX).removeprefix("unet.")
+        path = raw.removeprefix(_PEFT_PREFIX).removeprefix("unet.")
+        if ".processor." in path:
+            path = path.replace(".processor.", ".")
+            path = f"{path}.0" if path.endswith(".to_out") else path
+        return path
     if kohya_names is None:
         raise AdapterFormatError(f"{name} is a kohya file: reading it needs the base model, to tell its layers' names")
-    path = kohya_names.get(raw.removeprefix(_KOHYA_PREFIX))
-    if path is None:
+    known = kohya_names.get(raw.removeprefix(_KOHYA_PREFIX))
+    if known is None:
         raise AdapterMismatchError(f"{name}: {raw} is no layer of this base model: use the base it was made for")
-    return path
+    return known
 
 
-def _peft_scale(config: Mapping[str, Any], rank: int) -> float:
-    if not config:
-        return 1.0
-    alpha = float(config.get("lora_alpha", rank))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _peft_config(weights: AdapterWeights) -> dict[str, Any]:
-    ranks = {name: len(layer.down) for name, layer in weights.layers.items()}
-    return {
-        "peft_type": "LORA",
-        "r": weights.rank,
-        "lora_alpha": weights.rank,
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != weights.rank},
-        "alpha_pattern": {name: rank for name, rank in ranks.items() if rank != weights.rank},
-        "target_modules": sorted(weights.layers),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-    }
+def _ranks(weights: AdapterWeights) -> dict[str, int]:
+    return {name: len(layer.down) for name, layer in weights.layers.items()}
 
 
 def _module(unet: UNet2DConditionModel, name: str) -> nn.Module | None:
@@ -244,4 +304,3 @@ def _write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise AdapterFormatError(f"cannot write {path}: {error}; free space or choose another folder") from error
-

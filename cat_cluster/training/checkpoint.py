@@ -71,6 +71,11 @@ class CheckpointStore:
         names = [key.rsplit("/", 1)[-1] for key in self.store.list(f"{self.prefix}/")]
         return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
 
+    def resumable(self) -> set[int]:
+        """Return the steps training can go on from: those of the checkpoints, and 0 while there are fewer than two."""
+        steps = self.steps()
+        return set(steps) if len(steps) >= KEEP_CHECKPOINTS else {0, *steps}
+
     def load(self, step: int) -> AdapterState:
         """Return a checkpoint. Raises CheckpointError when it is damaged or belongs to another run."""
         remedy = f"remove {self.prefix} in {self.store.url} to train from the start"
@@ -95,9 +100,10 @@ class CheckpointStore:
             raise CheckpointError(f"checkpoint {step} is damaged ({error}); {remedy}") from error
 
     def clear(self) -> None:
-        """Remove every checkpoint, markers first."""
-        for step in self.steps():
-            self._remove(step)
+        """Remove every checkpoint, markers first, and what a crash left of one."""
+        keys = self.store.list(f"{self.prefix}/")
+        for key in sorted(keys, key=lambda key: not key.endswith(".json")):
+            self.store.delete(key)
 
     def _remove(self, step: int) -> None:
         for suffix in ("json", "safetensors"):
@@ -110,8 +116,8 @@ class CheckpointStore:
 def load_newest(stores: Sequence[CheckpointStore]) -> list[AdapterState] | None:
     """Return the states of the newest step that every adapter of a pack has whole, or None to start afresh.
 
-    A damaged checkpoint is passed over for the one before. Raises CheckpointError when some adapter has checkpoints
-    and no step is whole for all.
+    A damaged checkpoint is passed over for the one before. Raises CheckpointError when no step is whole for all and
+    some adapter is past its first checkpoint.
     """
     common = set.intersection(*(set(store.steps()) for store in stores)) if stores else set()
     problem: CheckpointError | None = None
@@ -122,7 +128,7 @@ def load_newest(stores: Sequence[CheckpointStore]) -> list[AdapterState] | None:
             problem = error
     if problem is not None:
         raise problem
-    if any(store.steps() for store in stores):
+    if any(0 not in store.resumable() for store in stores):
         raise CheckpointError(
             "the adapters of this pack stand at different steps: train those apart that have no checkpoint in common"
         )

@@ -1,0 +1,97 @@
+"""PEFT's LoRA settings beside or inside an adapter file: which scale they mean, and which parts are refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from cat_cluster.errors import AdapterFormatError
+
+HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps a LoraConfig in a safetensors header
+_PEFT_DEFAULT_ALPHA = 8.0  # LoraConfig's own default, for settings that leave it out
+
+# Settings under which an adapter is more than W + scale * up @ down, by what to call them.
+_REFUSED_FLAGS = {
+    "use_dora": "DoRA weights",
+    "use_qalora": "QALoRA weights",
+    "use_bdlora": "block-diagonal LoRA weights",
+    "lora_bias": "a trained bias",
+    "fan_in_fan_out": "transposed weights",
+    "modules_to_save": "whole trained modules",
+    "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained token embeddings",
+    "alora_invocation_tokens": "activated LoRA",
+    "target_parameters": "adapted bare parameters",
+    "arrow_config": "an Arrow router",
+}
+# These subtract the adapter's first value from the base weights: the file is right only beside that changed base.
+_REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def parse_config(where: str, text: str | bytes) -> dict[str, Any]:
+    """Return the settings in `text`, JSON of a LoraConfig; with diffusers' "unet." prefixes taken off."""
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise AdapterFormatError(f"{where} is not JSON ({error}): copy or export the adapter again") from error
+    if not isinstance(config, dict):
+        raise AdapterFormatError(f"{where} is not a JSON object: copy or export the adapter again")
+    of_unet = {key.removeprefix("unet."): value for key, value in config.items() if key.startswith("unet.")}
+    return of_unet or config
+
+
+def check_config(where: str, config: Mapping[str, Any]) -> None:
+    """Raise AdapterFormatError, naming the setting, for an adapter that is more than a scaled up @ down."""
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise AdapterFormatError(
+            f"{where}: peft_type is {kind}, which cat-cluster does not apply: use a plain U-Net LoRA"
+        )
+    found = next((flag for flag in _REFUSED_FLAGS if config.get(flag)), None)
+    if found is not None:
+        what = _REFUSED_FLAGS[found]
+        raise AdapterFormatError(
+            f"{where}: {found} means {what}, which cat-cluster does not apply: use a plain U-Net LoRA"
+        )
+    if config.get("bias", "none") != "none":
+        raise AdapterFormatError(
+            f"{where}: bias is {config['bias']!r}, trained biases are not applied: train with bias 'none'"
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_REFUSED_STARTS):
+        raise AdapterFormatError(
+            f"{where}: init_lora_weights {start!r} changes the base weights: convert the adapter to plain LoRA first"
+        )
+
+
+def scale_of(where: str, config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """Return what PEFT multiplies up @ down of a layer by: alpha / R, or alpha / sqrt(R) (rsLoRA, arXiv 2312.03732)."""
+    try:
+        patterns = config.get("alpha_pattern") or {}
+        own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), None)
+        alpha = float(config.get("lora_alpha", _PEFT_DEFAULT_ALPHA) if own is None else own)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise AdapterFormatError(
+            f"{where}: lora_alpha or alpha_pattern cannot be read ({error}): export the adapter again"
+        ) from error
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def config_for(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return the LoraConfig of an adapter whose scales are folded (alpha = rank), from the rank of each layer."""
+    rank = max(ranks.values())
+    others = {re.escape(name): own for name, own in ranks.items() if own != rank}
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }

@@ -1,0 +1,69 @@
+"""Fixtures of the integration tests: photos, a judge, a published adapter, the command line."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_jobs import CommandLine, Finished, adapter, run_process, write_judge, write_photos, write_spec
+
+
+@dataclass(frozen=True)
+class Published:
+    """A storage with one adapter in it, `cup` with the token sks, and the spec that made it."""
+
+    storage: Path
+    spec: Path
+    base: Path
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_photos(tmp_path_factory.mktemp("photos") / "cup")
+
+
+@pytest.fixture(scope="session")
+def judge_folder(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_judge(tmp_path_factory.mktemp("judge") / "clip", tiny_base_folder / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def first_run(
+    tiny_base_folder: Path, photos: Path, judge_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Published, Finished]:
+    """`cat-cluster train SPEC --storage URL --json` in a process of its own, measured; and how it ended."""
+    folder = tmp_path_factory.mktemp("published")
+    evaluation = {
+        "prompts": ["a picture of a {}", "a drawing of a {}"],
+        "images_per_prompt": 1,
+        "steps": 2,
+        "judge": str(judge_folder),
+    }
+    spec = write_spec(
+        folder / "spec.yaml",
+        tiny_base_folder,
+        [adapter("cup", photos)],
+        training={"steps": 6, "learning_rate": 0.3},
+        evaluation=evaluation,
+    )
+    storage = folder / "storage"
+    finished = run_process("train", spec, "--storage", storage.as_uri(), "--json")
+    return Published(storage, spec, tiny_base_folder), finished
+
+
+@pytest.fixture
+def published(first_run: tuple[Published, Finished], tmp_path: Path) -> Published:
+    """A copy of that storage for one test to do with as it likes."""
+    made, finished = first_run
+    assert finished.code == 0, finished.err
+    storage = tmp_path / "storage"
+    shutil.copytree(made.storage, storage)
+    return Published(storage, made.spec, made.base)

@@ -1,0 +1,55 @@
+"""Adapters with values in every layer, on the two tiny U-Nets: Stable Diffusion 1.x's and 2.x's kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+
+WeightsFactory = Callable[..., AdapterWeights]
+
+
+@pytest.fixture(params=["projections_by_convolution", "projections_by_linear"])
+def unet(request: pytest.FixtureRequest, tiny_base_folder: Path, tiny_base_v_folder: Path) -> UNet2DConditionModel:
+    """A frozen tiny U-Net of each kind; a test may change it, the next one reads it anew."""
+    folder = tiny_base_folder if request.param == "projections_by_convolution" else tiny_base_v_folder
+    return read_unet(folder)
+
+
+@pytest.fixture
+def one_unet(tiny_base_folder: Path) -> UNet2DConditionModel:
+    """The Stable Diffusion 1.x kind alone."""
+    return read_unet(tiny_base_folder)
+
+
+def read_unet(folder: Path) -> UNet2DConditionModel:
+    unet: UNet2DConditionModel = UNet2DConditionModel.from_pretrained(folder / "unet")
+    return unet.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def make_weights() -> WeightsFactory:
+    """Makes random weights for a U-Net; `ranks` are dealt out to the layers in turn."""
+
+    def make(
+        unet: UNet2DConditionModel, *, ranks: tuple[int, ...] = (4,), targets: str = "attention", seed: int = 0
+    ) -> AdapterWeights:
+        generator = torch.Generator().manual_seed(seed)
+        layers = {}
+        for index, name in enumerate(adapted_layers(unet, targets)):
+            linear, rank = unet.get_submodule(name), ranks[index % len(ranks)]
+            assert isinstance(linear, nn.Linear)
+            layers[name] = LoraLayer(
+                torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5,
+                0.3 * torch.randn(linear.out_features, rank, generator=generator),
+            )
+        return AdapterWeights(layers)
+
+    return make
