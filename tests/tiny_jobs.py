@@ -172,9 +172,7 @@ def relative_change(ours: AdapterWeights, theirs: AdapterWeights) -> float:
 def stored_files(storage: Path) -> dict[str, bytes]:
     """Every object of a store by key, and every other file in its folder, with its bytes."""
     return {
-        path.relative_to(storage).as_posix(): path.read_bytes()
-        for path in sorted(storage.rglob("*"))
-        if path.is_file()
+        path.relative_to(storage).as_posix(): path.read_bytes() for path in sorted(storage.rglob("*")) if path.is_file()
     }
 
 

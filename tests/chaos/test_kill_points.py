@@ -1,4 +1,4 @@
-"""A packed job killed at twelve points and started again each time; and a registry whose files are damaged at random."""
+"""A packed job killed twelve times and started again each time; a registry whose files are damaged at random."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -74,14 +74,15 @@ def start(*arguments: Path) -> ForkServerProcess:
     """Start an attempt; the server has imported torch already, so that it costs no seconds each time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cat_cluster.workflow"])
-    process = context.Process(target=attempt, args=arguments)
+    process = context.Process(target=attempt, args=arguments, daemon=True)
     process.start()
     return process
 
 
-def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
+def wait_for(line: str, journal: Path, process: ForkServerProcess) -> None:
+    """Wait until the attempt has written the line, or has ended."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition() and process.is_alive():
+    while process.is_alive() and not (journal.exists() and line in journal.read_text().split()):
         assert time.monotonic() < deadline, "the attempt makes no progress"
         time.sleep(0.001)
 
@@ -127,6 +128,7 @@ def write_job(folder: Path, base: Path) -> Path:
     return write_spec(folder / "spec.yaml", base, adapters, training=training, cluster=cluster)
 
 
+@pytest.mark.timeout(900)
 def test_a_packed_job_survives_twelve_kills(tiny_base_folder: Path, tmp_path: Path) -> None:
     spec, cache = write_job(tmp_path, tiny_base_folder), tmp_path / "cache"
     start(spec, tmp_path / "whole", cache, tmp_path / "whole.journal").join(PATIENCE_SECONDS)
@@ -143,7 +145,7 @@ def test_a_packed_job_survives_twelve_kills(tiny_base_folder: Path, tmp_path: Pa
         journal = tmp_path / f"{number}.journal"
         process = start(spec, storage, cache, journal)
         begun = "begin" if point <= reached else str(point)
-        wait_for(lambda path=journal, line=begun: path.exists() and line in path.read_text().split(), process)
+        wait_for(begun, journal, process)
         time.sleep(rng.uniform(0.0, 0.03))
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
@@ -243,8 +245,7 @@ def use(storage: Path, reference: str, right: Manifest, digest: str) -> bool:
         manifest = registry.resolve(reference)
         assert manifest == right
         assert registry.load_weights(manifest).digest() == digest
-    except CatClusterError as error:
-        assert str(error)
+    except CatClusterError:
         return True
     return False
 

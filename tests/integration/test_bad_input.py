@@ -311,9 +311,7 @@ def poison_with_right_digests(published: Published) -> str:
     return "not finite"
 
 
-@pytest.mark.parametrize(
-    "spoil", [truncate, tamper, remove, tamper_manifest, cut_manifest, poison_with_right_digests]
-)
+@pytest.mark.parametrize("spoil", [truncate, tamper, remove, tamper_manifest, cut_manifest, poison_with_right_digests])
 def test_a_damaged_adapter_is_refused_and_verify_says_why(
     published: Published, command: CommandLine, tmp_path: Path, spoil: Callable[[Published], str]
 ) -> None:

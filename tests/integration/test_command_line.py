@@ -246,6 +246,8 @@ def test_the_help_and_usage_errors_of_a_process() -> None:
 
 
 def test_json_documents_hold_no_nan(published: Published, command: CommandLine) -> None:
+    def refuse(name: str) -> None:
+        pytest.fail(f"{name} is no JSON")
+
     for arguments in (("adapters", "show", "cup"), ("adapters", "list", "--json")):
-        text = command(*arguments, "--storage", published.storage).out
-        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in {arguments}"))
+        json.loads(command(*arguments, "--storage", published.storage).out, parse_constant=refuse)

@@ -99,7 +99,8 @@ def test_cat_fraction_takes_exactly_its_share_of_rows(fraction: float, step: int
 
 def test_alpha_zero_draws_no_prior_rows() -> None:
     batch = draw_batch([task(concepts=(concept("sks", alpha=0.0),))], 0, 1000, [True])
-    assert batch.prior_prompts == () and len(batch.cat_row_M) == 0
+    assert batch.prior_prompts == ()
+    assert len(batch.cat_row_M) == 0
 
 
 def test_every_view_is_seen_equally_often_and_timesteps_cover_the_schedule() -> None:
@@ -111,7 +112,8 @@ def test_every_view_is_seen_equally_often_and_timesteps_cover_the_schedule() -> 
         for prompt in batch.prompts:
             seen[prompt] = seen.get(prompt, 0) + 1
     assert set(seen.values()) == {20}
-    assert min(timesteps) >= 0 and max(timesteps) < 1000
+    assert min(timesteps) >= 0
+    assert max(timesteps) < 1000
     assert all(abs(a - b) == 500 for a, b in zip(timesteps[::2], timesteps[1::2], strict=True))
 
 

@@ -40,7 +40,8 @@ def test_a_hit_equals_a_recomputation(base: BaseModel, concept: Concept, tmp_pat
     assert torch.equal(first.moments_NCHW, again.moments_NCHW)
     assert torch.equal(first.moments_NCHW, never_kept.moments_NCHW)
     assert first.moments_NCHW.shape == (6, 2 * base.latent_channels, 8, 8)
-    assert first.prompts[0] == "a photo of a sks cup" and first.removed_prompts[0] == "a photo of a cup"
+    assert first.prompts[0] == "a photo of a sks cup"
+    assert first.removed_prompts[0] == "a photo of a cup"
 
 
 def test_a_damaged_entry_is_computed_again(base: BaseModel, concept: Concept, tmp_path: Path) -> None:

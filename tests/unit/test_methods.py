@@ -25,7 +25,8 @@ def test_initial_weights_are_those_of_peft_in_law_and_keyed_by_name(tiny_base_fo
     weights = initial_weights(unet, layers, rank=4, seed=0, draw_key="mug")
     fewer = initial_weights(unet, layers[::-2], rank=4, seed=0, draw_key="mug")
     other = initial_weights(unet, layers, rank=4, seed=0, draw_key="tea")
-    assert weights.rank == 4 and set(weights.layers) == set(layers)
+    assert weights.rank == 4
+    assert set(weights.layers) == set(layers)
     for name, layer in weights.layers.items():
         bound = 1 / math.sqrt(unet.get_submodule(name).in_features)
         assert layer.down.abs().max() <= bound

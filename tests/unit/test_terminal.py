@@ -32,7 +32,8 @@ def test_progress_shows_steps_losses_per_token_and_outcomes() -> None:
     text = screen.getvalue()
     assert "2 adapters train together" in text
     assert "sks identity 0.2500 cat 0.00200" in text
-    assert "10/10" in text and "3/4" in text
+    assert "10/10" in text
+    assert "3/4" in text
     assert "dropped: gradient not finite at step 5" in text
     assert "published mug r-0123456789ab" in text
     assert "failed tea: gradient [x] not finite" in text
