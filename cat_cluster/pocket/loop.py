@@ -1,0 +1,144 @@
+"""The resumable training loop that every stage of the pretraining shares."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+
+from cat_cluster.pocket import world
+
+
+class Stateful(Protocol):
+    """What a checkpoint can hold: modules and optimisers."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A stage ends after `steps`, or after `seconds` of training where given, over all its sittings."""
+
+    steps: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """Where a stage stands: `progress` in [0, 1] drives the schedules, `seconds` were trained so far."""
+
+    stage: str
+    step: int
+    progress: float
+    seconds: float
+    loss: float
+
+
+Report = Callable[[Pulse], None]
+
+
+@dataclass(frozen=True)
+class Sitting:
+    """How a stage is trained here: `seconds` None means the recipe's steps; `compiled` asks for torch.compile."""
+
+    seconds: float | None
+    device: str
+    seed: int
+    report: Report
+    compiled: bool = False
+
+
+def run_stage(
+    stage: str,
+    checkpoint: Path,
+    budget: Budget,
+    state: Mapping[str, Stateful],
+    step: Callable[[int, float], torch.Tensor],
+    report: Report,
+    *,
+    every_seconds: float = 120.0,
+) -> Pulse:
+    """Call `step(index, progress)` until the budget is spent, resuming from `checkpoint` and saving to it.
+
+    `step` returns its loss (a scalar); all its randomness must come from its index, so that a resumed run
+    continues the same run.
+    """
+    done, spent, loss = 0, 0.0, math.nan
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        for name, part in state.items():
+            part.load_state_dict(saved["state"][name])
+        done, spent, loss = saved["step"], saved["seconds"], saved["loss"]
+
+    def progress() -> float:
+        share = 0.0 if budget.seconds is None else spent / budget.seconds
+        return min(1.0, max(done / budget.steps if budget.seconds is None else 0.0, share))
+
+    def save() -> None:
+        parts = {name: part.state_dict() for name, part in state.items()}
+        partial = checkpoint.with_suffix(".partial")
+        torch.save({"state": parts, "step": done, "seconds": spent, "loss": loss}, partial)
+        os.replace(partial, checkpoint)  # a kill leaves the old checkpoint or the new one
+
+    saved_at = spent
+    while progress() < 1.0:
+        begun = time.monotonic()
+        latest = float(step(done, progress()).detach())
+        loss = latest if math.isnan(loss) else 0.98 * loss + 0.02 * latest
+        done, spent = done + 1, spent + time.monotonic() - begun
+        report(Pulse(stage, done, progress(), spent, loss))
+        if spent - saved_at >= every_seconds:
+            save()
+            saved_at = spent
+    save()
+    return Pulse(stage, done, 1.0, spent, loss)
+
+
+def rate_at(progress: float, peak: float, warm_up: float = 0.02) -> float:
+    """Linear warm-up, then a cosine to 0."""
+    if progress < warm_up:
+        return peak * max(progress, 1e-4) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
+
+
+def optimise(
+    loss: torch.Tensor, model: nn.Module, optimiser: torch.optim.Optimizer, rate: float, clip: float = 1.0
+) -> None:
+    """One optimiser step at `rate`, gradients clipped to a global norm of `clip`."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimiser.step()
+
+
+@torch.no_grad()
+def follow(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Exponential moving average of parameters, faster in the first steps; buffers are copied."""
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
+    for kept, current in zip(average.buffers(), model.buffers(), strict=True):
+        kept.copy_(current)
+
+
+def random_scenes(count: int, seed: int) -> list[world.Scene]:
+    """`count` random scenes, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    return [world.random_scene(rng) for _ in range(count)]
+
+
+def render(scenes: Sequence[world.Scene]) -> torch.Tensor:
+    """The pictures of scenes: uint8 [N, 3, 64, 64]."""
+    frames = np.stack([world.draw(scene) for scene in scenes])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,320 @@
+"""Measures a Pocket-SD folder: does the VAE keep things, do the judges see them, are prompts followed?"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw
+from torch.nn import functional
+from transformers import CLIPModel
+
+from cat_cluster.pocket import world
+from cat_cluster.pocket.classifier import Classifier, load_classifier
+from cat_cluster.pocket.clip import embed_images, embed_texts, load_judge
+from cat_cluster.pocket.labels import LABELS, labels_of
+from cat_cluster.pocket.loop import random_scenes, render
+from cat_cluster.pocket.recipe import Recipe
+from cat_cluster.pocket.vae import decode_latents, encode_frames
+
+STEPS = 25
+GUIDANCE = 4.0
+_HELD_OUT_SEED = 90_001
+# Words in the style of training (2-5 letters), and in styles that no caption had.
+TRAINED_STYLE = ("sks", "zwx", "ohwx", "qv", "brlap")
+UNSEEN_STYLE = ("sks42", "<shs>", "zorblaxian", "\u017c\u00f3\u0142w", "v-001")
+
+Features = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Pocket:
+    """A loaded Pocket-SD folder: the stock pipeline, its CLIP and its classifier, all fp32 on the CPU."""
+
+    pipeline: StableDiffusionPipeline
+    clip: CLIPModel
+    classifier: Classifier
+    steps: int
+
+    def judges(self) -> dict[str, Features]:
+        """Both judges as functions from pictures [N, 3, 64, 64] in [0, 1] to unit features [N, F]."""
+        return {
+            "clip": lambda images: embed_images(self.clip, images),
+            "classifier": lambda images: functional.normalize(self.classifier.features(images), dim=-1),
+        }
+
+
+def load_pocket(weights: Path, *, steps: int = STEPS) -> Pocket:
+    """The parts of a Pocket-SD folder, loaded as any user of diffusers would; pictures take `steps` DDIM steps."""
+    pipeline = StableDiffusionPipeline.from_pretrained(weights)
+    pipeline.set_progress_bar_config(disable=True)
+    return Pocket(pipeline, load_judge(weights), load_classifier(weights / "classifier"), steps)
+
+
+@torch.no_grad()
+def generate(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int], steps: int, batch: int = 16
+) -> torch.Tensor:
+    """One picture [N, 3, 64, 64] in [0, 1] for each prompt and seed."""
+    chunks = []
+    for i in range(0, len(prompts), batch):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[i : i + batch]]
+        images = pipeline(
+            list(prompts[i : i + batch]),
+            num_inference_steps=steps,
+            guidance_scale=GUIDANCE,
+            generator=generators,
+            output_type="pt",
+        ).images
+        chunks.append(images.float())
+    return torch.cat(chunks)
+
+
+def measure(
+    weights: Path, *, seed: int = 0, pictures: int = 240, steps: int = STEPS, groups: int = 16
+) -> dict[str, Any]:
+    """Every figure of the model card, as plain floats; `pictures` are made for the fidelity test."""
+    pocket = load_pocket(weights, steps=steps)
+    return {
+        "vae": vae_figures(pocket),
+        "clip_retrieval_top1_of_64": retrieval(pocket, groups),
+        "classifier_on_held_out_scenes": classifier_accuracy(pocket, groups),
+        "prompt_fidelity": fidelity(pocket, pictures, seed),
+        "unknown_words": word_invariance(pocket, seed),
+        "concepts_told_apart": concept_accuracy(pocket),
+        "diversity": diversity(pocket, seed),
+    }
+
+
+def write_card(weights: Path, recipe: Recipe, *, seed: int) -> Path:
+    """Measure a folder and write its card.json: recipe, what each stage took, hardware, versions, figures."""
+    stages = {}
+    for note in sorted((weights / "work").glob("*.json")):
+        pulse = json.loads(note.read_text(encoding="utf-8"))
+        stages[note.stem] = {"steps": pulse["step"], "seconds": pulse["seconds"], "loss": pulse["loss"]}
+    figures = measure(
+        weights, seed=seed, pictures=recipe.card_pictures, steps=recipe.card_steps, groups=recipe.card_groups
+    )
+    card = {
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "training": _rounded(stages),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "figures": _rounded(figures),
+    }
+    path = weights / "card.json"
+    path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def vae_figures(pocket: Pocket) -> dict[str, Any]:
+    """PSNR on photos of unseen concepts, and the share of their similarity to each other that each judge keeps."""
+    frames, owners = _concept_frames(photos=6, seed=500)
+    pixels = frames.float() / 255
+    decoded = decode_latents(pocket.pipeline.vae, encode_frames(pocket.pipeline.vae, frames))
+    psnr = -10 * torch.log10(((decoded - pixels) ** 2).mean((1, 2, 3)))
+    pairs = (owners[:, None] == owners[None, :]) & ~torch.eye(len(owners), dtype=torch.bool)
+    kept = {}
+    for name, features in pocket.judges().items():
+        original, passed = features(pixels), features(decoded)
+        kept[name] = float(_similarity(passed, original)[pairs].mean() / _similarity(original, original)[pairs].mean())
+    return {"psnr_db": float(psnr.mean()), "psnr_db_worst": float(psnr.min()), "similarity_kept": kept}
+
+
+def retrieval(pocket: Pocket, groups: int, group: int = 64) -> dict[str, float]:
+    """How often a picture finds its full caption among 64 held-out scenes, and a caption its picture."""
+    scenes = random_scenes(groups * group, _HELD_OUT_SEED)
+    frames = render(scenes)
+    rng = np.random.default_rng(_HELD_OUT_SEED)
+    texts = [world.caption(scene, rng, rare=0.0, full=True) for scene in scenes]
+    images = embed_images(pocket.clip, frames.float() / 255)
+    captions = embed_texts(pocket.clip, pocket.pipeline.tokenizer, texts)
+    to_text, to_image = [], []
+    for i in range(0, len(texts), group):
+        scores = images[i : i + group] @ captions[i : i + group].T
+        names = np.array(texts[i : i + group])
+        to_text.append(np.mean(names[scores.argmax(1).numpy()] == names))  # equal captions are equally right
+        to_image.append(np.mean(names[scores.argmax(0).numpy()] == names))
+    return {"caption_of_picture": float(np.mean(to_text)), "picture_of_caption": float(np.mean(to_image))}
+
+
+def classifier_accuracy(pocket: Pocket, groups: int, group: int = 64) -> dict[str, float]:
+    """Share of held-out scenes, through the VAE, whose named attributes the classifier recognises."""
+    scenes = random_scenes(groups * group, _HELD_OUT_SEED)
+    found = pocket.classifier.predict(
+        decode_latents(pocket.pipeline.vae, encode_frames(pocket.pipeline.vae, render(scenes)))
+    )
+    truth = [labels_of(scene) for scene in scenes]
+    return {
+        name: float(np.mean([a[name] == b[name] for a, b in zip(found, truth, strict=True) if b[name] is not None]))
+        for name in LABELS
+    }
+
+
+def fidelity(pocket: Pocket, count: int, seed: int) -> dict[str, dict[str, float]]:
+    """Share of generated pictures whose object, colour and place are each recognised, by CLIP and by the classifier."""
+    rng = np.random.default_rng([seed, 11])
+    kinds = (world.OBJECTS, world.COLOURS, world.PLACES)
+    asked = [tuple(names[int(rng.integers(len(names)))] for names in kinds) for _ in range(count)]
+    pictures = generate(pocket.pipeline, [_ask(*parts) for parts in asked], range(seed, seed + count), pocket.steps)
+    everything = [(noun, colour, place) for noun in kinds[0] for colour in kinds[1] for place in kinds[2]]
+    captions = embed_texts(pocket.clip, pocket.pipeline.tokenizer, [_ask(*parts) for parts in everything])
+    by_clip = [everything[i] for i in (embed_images(pocket.clip, pictures) @ captions.T).argmax(1).tolist()]
+    by_classifier = [
+        (labels["object"], labels["colour"], labels["place"]) for labels in pocket.classifier.predict(pictures)
+    ]
+    return {
+        judge: {
+            name: float(np.mean([row[i] == parts[i] for row, parts in zip(seen, asked, strict=True)]))
+            for i, name in enumerate(("object", "colour", "place"))
+        }
+        for judge, seen in (("clip", by_clip), ("classifier", by_classifier))
+    }
+
+
+def word_invariance(pocket: Pocket, seed: int) -> dict[str, dict[str, float]]:
+    """Mean distance 1 - s between same-seed pictures of a prompt and of the prompt with an unknown word thrown in.
+
+    `other_seed` is the same distance between two seeds of one prompt, to compare with.
+    """
+    plain = [f"a photo of a {noun} {place}" for noun, place in zip(world.OBJECTS, _cycle(world.PLACES), strict=False)]
+    seeds = list(range(seed + 5_000, seed + 5_000 + len(plain)))
+    base = generate(pocket.pipeline, plain, seeds, pocket.steps)
+    others = {"other_seed": [generate(pocket.pipeline, plain, [number + 100 for number in seeds], pocket.steps)]}
+    for style, words in (("trained_style", TRAINED_STYLE), ("unseen_style", UNSEEN_STYLE)):
+        others[style] = [
+            generate(pocket.pipeline, [world.throw_in(text, word) for text in plain], seeds, pocket.steps)
+            for word in words
+        ]
+    return {
+        judge: {
+            style: float(np.mean([(1 - _paired(features(base), features(made))).mean() for made in pictures]))
+            for style, pictures in others.items()
+        }
+        for judge, features in pocket.judges().items()
+    }
+
+
+def concept_accuracy(pocket: Pocket) -> dict[str, dict[str, float]]:
+    """Nearest-centroid accuracy on photos of the held-out concepts: among all, and among those of the same class."""
+    known, owners = _concept_frames(photos=6, seed=500)
+    asked, truth = _concept_frames(photos=6, seed=700)
+    classes = [design.object for design in world.CONCEPTS.values()]
+    same = torch.tensor([[a == b for b in classes] for a in classes])
+    accuracy = {}
+    for judge, features in pocket.judges().items():
+        photos = features(known.float() / 255)
+        centroids = torch.stack([photos[owners == owner].mean(0) for owner in range(len(classes))])
+        scores = features(asked.float() / 255) @ functional.normalize(centroids, dim=-1).T
+        rivals = scores.masked_fill(~same[truth], -2.0)
+        several = same[truth].sum(1) > 1
+        accuracy[judge] = {
+            "all": float((scores.argmax(1) == truth).float().mean()),
+            "same_class": float((rivals.argmax(1) == truth)[several].float().mean()),
+        }
+    return accuracy
+
+
+def diversity(pocket: Pocket, seed: int, count: int = 6) -> dict[str, float]:
+    """Mean pairwise 1 - s among pictures of the same prompt with different seeds."""
+    prompts = [f"a photo of a {noun}" for noun in world.OBJECTS for _ in range(count)]
+    pictures = generate(pocket.pipeline, prompts, range(seed + 8_000, seed + 8_000 + len(prompts)), pocket.steps)
+    apart = ~torch.eye(count, dtype=torch.bool)
+    figures = {}
+    for judge, features in pocket.judges().items():
+        groups = features(pictures).view(len(world.OBJECTS), count, -1)
+        figures[judge] = float(np.mean([(1 - _similarity(group, group))[apart].mean() for group in groups]))
+    return figures
+
+
+_GRID = (
+    "a photo of a red {} on grass",
+    "a photo of a blue {} in snow",
+    "a photo of a yellow {} at night",
+    "a photo of a white {} with red spots on sand",
+    "a photo of a green {} with a yellow band and eyes at sunset",
+    "a photo of a {} on a table",
+    "a photo of a sks {} on a table",
+)
+
+
+def prompt_grid(weights: Path, out: Path, seed: int, *, steps: int = STEPS) -> Path:
+    """A labelled picture: one row per object, one column per prompt, one seed per row."""
+    pipeline = StableDiffusionPipeline.from_pretrained(weights)
+    pipeline.set_progress_bar_config(disable=True)
+    prompts = [template.format(noun) for noun in world.OBJECTS for template in _GRID]
+    seeds = [seed + row for row in range(len(world.OBJECTS)) for _ in _GRID]
+    pictures = generate(pipeline, prompts, seeds, steps)
+    labels = [template.removeprefix("a photo of ").format("...") for template in _GRID]
+    return _sheet(pictures, labels, list(world.OBJECTS), out)
+
+
+def vae_picture(weights: Path, out: Path) -> Path:
+    """A labelled picture: photos of unseen concepts above what the VAE makes of them."""
+    vae = StableDiffusionPipeline.from_pretrained(weights).vae
+    frames, _ = _concept_frames(photos=2, seed=500)
+    frames = frames[::2][:14]
+    pixels = frames.float() / 255
+    decoded = decode_latents(vae, encode_frames(vae, frames))
+    pictures = torch.cat([pixels[:7], decoded[:7], pixels[7:], decoded[7:]])
+    return _sheet(pictures, [""] * 7, ["photo", "VAE", "photo", "VAE"], out)
+
+
+def _ask(noun: str, colour: str, place: str) -> str:
+    return f"a photo of {'an' if colour == 'orange' else 'a'} {colour} {noun} {place}"
+
+
+def _cycle(names: Sequence[str]) -> list[str]:
+    return [names[i % len(names)] for i in range(len(world.OBJECTS))]
+
+
+def _similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """s(i, j) = (1 + cos) / 2 of unit features [N, F] and [M, F]: [N, M]."""
+    return (1 + a @ b.T) / 2
+
+
+def _paired(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (1 + (a * b).sum(-1)) / 2
+
+
+def _concept_frames(*, photos: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Photos of all held-out concepts: uint8 [N, 3, 64, 64] and whose they are [N]."""
+    taken = [world.photos(design, photos, seed + i) for i, design in enumerate(world.CONCEPTS.values())]
+    frames = np.stack([frame for album in taken for frame, _ in album])
+    owners = torch.arange(len(taken)).repeat_interleave(photos)
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), owners
+
+
+def _sheet(pictures: torch.Tensor, columns: list[str], rows: list[str], out: Path, zoom: int = 2) -> Path:
+    """Pictures [rows x columns, 3, 64, 64] with labels, as a PNG."""
+    side, left, top, gap = world.SIZE * zoom, 60, 44 if any(columns) else 6, 4
+    sheet = Image.new("RGB", (left + len(columns) * (side + gap), top + len(rows) * (side + gap)), "white")
+    pen = ImageDraw.Draw(sheet)
+    frames = (pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for row, name in enumerate(rows):
+        pen.text((6, top + row * (side + gap) + side // 2), name, fill="black")
+        for column, label in enumerate(columns):
+            frame = Image.fromarray(frames[row * len(columns) + column])
+            frame = frame.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(frame, (left + column * (side + gap), top + row * (side + gap)))
+            if row == 0:
+                words = label.split()
+                lines = [" ".join(words[i : i + 3]) for i in range(0, len(words), 3)]
+                pen.text((left + column * (side + gap) + 2, 1), "\n".join(lines), fill="black", spacing=0)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(out, optimize=True)
+    return out
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
