@@ -31,14 +31,17 @@ SPEC = {
     "name": "demo",
     "base": "pocket",
     "training": {
-        "steps": 400,
+        "steps": 420,
         "rank": 8,
-        "learning_rate": 6.0e-4,
+        "targets": "attention_ff",
+        "learning_rate": 2.0e-3,
+        "lr_schedule": "cosine",
+        "warmup_steps": 20,
         "rows_per_concept": 4,
         "cat_fraction": 0.5,
         "draw_key": CONCEPT,
     },
-    "evaluation": {"images_per_prompt": 4},
+    "evaluation": {"images_per_prompt": 3, "steps": 20},
     "storage": "registry",
 }
 SHOWN = ("kps", "base_drift", "identity_similarity", "identity_gain", "diversity_ratio")

@@ -47,7 +47,7 @@ from cat_cluster.spec_fields import (
 from cat_cluster.spec_file import Location, Problem, read_yaml, spec_error
 from cat_cluster.spec_rules import all_token_repeats, id_repeats, token_repeats
 
-DEFAULT_ALPHA = 5.0
+DEFAULT_ALPHA = 3.0
 DEFAULT_TEMPLATE = "a photo of a {token} {class_noun}"
 CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 

@@ -165,9 +165,18 @@ def assemble(
     shutil.copytree(tokenizer_folder, out / "tokenizer")
     save_judge(clip, out / "judge")
     save_classifier(classifier, out / "classifier")
+    _forget_paths(out)
     (out / "general_prompts.txt").write_text(
         "\n".join(general_prompts(recipe.general_prompts, seed)) + "\n", encoding="utf-8"
     )
+
+
+def _forget_paths(folder: Path) -> None:
+    """Take out of every config where its part was loaded from: that is this machine's business."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _stage(

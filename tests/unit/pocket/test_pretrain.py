@@ -64,6 +64,13 @@ def test_an_unfinished_folder_is_finished_from_its_stages(folder: Path, tmp_path
         assert (tmp_path / path.relative_to(folder)).read_bytes() == path.read_bytes()
 
 
+def test_no_config_tells_where_it_was_made(folder: Path) -> None:
+    pretrain_folder = str(folder)
+    configs = [path for path in folder.glob("*/*.json") if path.parent.name != "work"]
+    assert {"unet", "vae", "judge", "text_encoder"} <= {path.parent.name for path in configs}
+    assert not [path for path in configs if pretrain_folder in path.read_text(encoding="utf-8")]
+
+
 def test_each_stage_notes_its_steps(folder: Path) -> None:
     tiny = Recipe.tiny()
     done = {

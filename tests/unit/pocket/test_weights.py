@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from cat_cluster.pocket import quality, weights_path, world
 from cat_cluster.pocket.clip import tokenize
 from cat_cluster.pocket.pretrain import general_prompts
+from cat_cluster.pocket.recipe import Recipe
 from cat_cluster.pocket.words import word_positions
 
 
@@ -70,6 +72,9 @@ def test_the_card_describes_these_files() -> None:
     card = json.loads((weights_path() / "card.json").read_text(encoding="utf-8"))
     prompts = (weights_path() / "general_prompts.txt").read_text(encoding="utf-8").splitlines()
     assert prompts == general_prompts(card["recipe"]["general_prompts"], card["seed"])
+    assert card["recipe"] == json.loads(json.dumps(asdict(Recipe())))
+    for stage, note in card["training"].items():
+        assert note["steps"] == card["recipe"][f"{stage}_steps"]
     for judge in ("clip", "classifier"):
         fidelity = card["figures"]["prompt_fidelity"][judge]
         assert fidelity["object"] >= 0.95
