@@ -72,46 +72,54 @@ def pretrain(
             seconds = None if minutes is None else 60 * minutes * shares[stage] / sum(shares.values())
             return Sitting(seconds, device, seed, report, compile)
 
-        tokenizer = make_tokenizer(plan, work / "tokenizer", seed)
-        text = _stage(
-            work / "text",
-            CLIPModel.from_pretrained,
-            _save,
-            lambda path: train_text(plan, tokenizer, path, sitting("text")),
-        )
-        words = _stage(
-            work / "words",
-            CLIPModel.from_pretrained,
-            _save,
-            lambda path: train_words(plan, text, tokenizer, path, sitting("words")),
-        )
-        clip = _stage(
-            work / "clip",
-            CLIPModel.from_pretrained,
-            _save,
-            lambda path: train_clip(plan, words, tokenizer, path, sitting("clip")),
-        )
-        vae = _stage(
-            work / "vae",
-            AutoencoderKL.from_pretrained,
-            _save,
-            lambda path: train_vae(plan, path, sitting("vae")),
-        )
-        encoder = text_encoder(clip).to(device)
-        unet = _stage(
-            work / "unet",
-            UNet2DConditionModel.from_pretrained,
-            _save,
-            lambda path: train_unet(plan, vae.to(device), encoder, tokenizer, path, sitting("unet")),
-        )
-        classifier = _stage(
-            work / "classifier",
-            load_classifier,
-            save_classifier,
-            lambda path: train_classifier(plan, vae.to(device), path, sitting("classifier")),
-        )
+        clip, vae, unet, classifier = _run_stages(plan, work, device, sitting)
     assemble(out, plan, clip, work / "tokenizer", vae, unet, classifier, seed=seed)
     write_card(out, plan, seed=seed)
+
+
+def _run_stages(
+    plan: Recipe, work: Path, device: str, sitting: Callable[[str], Sitting]
+) -> tuple[CLIPModel, AutoencoderKL, UNet2DConditionModel, Classifier]:
+    """Train every part in the order in which they need each other, or take it from where it was left."""
+    tokenizer = make_tokenizer(plan, work / "tokenizer", sitting("text").seed)
+    text = _stage(
+        work / "text",
+        CLIPModel.from_pretrained,
+        _save,
+        lambda path: train_text(plan, tokenizer, path, sitting("text")),
+    )
+    words = _stage(
+        work / "words",
+        CLIPModel.from_pretrained,
+        _save,
+        lambda path: train_words(plan, text, tokenizer, path, sitting("words")),
+    )
+    clip = _stage(
+        work / "clip",
+        CLIPModel.from_pretrained,
+        _save,
+        lambda path: train_clip(plan, words, tokenizer, path, sitting("clip")),
+    )
+    vae = _stage(
+        work / "vae",
+        AutoencoderKL.from_pretrained,
+        _save,
+        lambda path: train_vae(plan, path, sitting("vae")),
+    )
+    encoder = text_encoder(clip).to(device)
+    unet = _stage(
+        work / "unet",
+        UNet2DConditionModel.from_pretrained,
+        _save,
+        lambda path: train_unet(plan, vae.to(device), encoder, tokenizer, path, sitting("unet")),
+    )
+    classifier = _stage(
+        work / "classifier",
+        load_classifier,
+        save_classifier,
+        lambda path: train_classifier(plan, vae.to(device), path, sitting("classifier")),
+    )
+    return clip, vae, unet, classifier
 
 
 def make_tokenizer(recipe: Recipe, folder: Path, seed: int) -> CLIPTokenizer:
