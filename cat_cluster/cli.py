@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -142,9 +143,9 @@ def adapters_list(storage: Storage = None, as_json: AsJson = False) -> None:
     if as_json:
         _print_json({"adapters": [_jsonable(summary) for summary in summaries]})
         return
-    table = Table()
-    for heading in ("adapter", "latest", "revisions", "tokens", "method", "KPS", "base drift"):
-        table.add_column(heading)
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("adapter", "latest", "revisions", "tokens", "method", "KPS", "drift"):
+        table.add_column(heading, no_wrap=heading == "latest", overflow="fold")
     for one in summaries:
         manifest = one.latest
         metrics = manifest.metrics if manifest is not None and manifest.metrics is not None else {}
