@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 from torch import Tensor
@@ -128,6 +130,23 @@ def load_base_model(name: str, *, device: str | torch.device = "cpu", dtype: tor
             f"{folder}/unet/config.json: sample_size is {size!r}; use a base trained on square images."
         )
     return base
+
+
+@contextmanager
+def compiled_blocks(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Run the U-Net's residual and transformer blocks through torch.compile inside; outside it is as before.
+
+    Regional: blocks of one kind and shape share their code, so it is ready in a fraction of the time that the whole
+    U-Net takes. A LoRA bank in the blocks hands its factors over as inputs: another adapter compiles nothing.
+    """
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock | ResnetBlock2D)]
+    for block in blocks:
+        block.compile(dynamic=False)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
 
 
 def as_stock_pipeline_reads(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:

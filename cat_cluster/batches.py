@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 PriorPromptMode = Literal["token_removed", "class_noun", "empty", "mixture"]
+AlphaSchedule = Literal["constant", "high_noise", "low_noise"]
 # Half of the mixture is the paper's own prior prompt; the empty prompt must be held too, or the unconditional
 # branch drifts and classifier-free guidance amplifies it; the rest guards prompts that never name the class.
 MIXTURE_TOKEN_REMOVED = 0.50
@@ -45,6 +47,11 @@ class ConceptMaterial:
     prompts: tuple[str, ...]
     removed_prompts: tuple[str, ...]
 
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """The sha256 of each view's moments, N."""
+        return tuple(hashlib.sha256(view.contiguous().numpy().tobytes()).hexdigest() for view in self.moments_NCHW)
+
 
 @dataclass(frozen=True, eq=False)
 class AdapterTask:
@@ -52,6 +59,8 @@ class AdapterTask:
 
     draw_key: what keys the draws, the adapter's id unless a study pairs two adapters on equal draws.
     rows: rows per concept and step. cat_fraction: the share p of rows that carry the CAT term, weight 1/p.
+    alpha_schedule: how alpha depends on the timestep. pool_size: M, the fixed draws per view that all rows come from;
+    None draws every row anew.
     """
 
     adapter_id: str
@@ -62,6 +71,20 @@ class AdapterTask:
     prior_prompt: PriorPromptMode
     general_prompts: tuple[str, ...]
     concepts: tuple[ConceptMaterial, ...]
+    alpha_schedule: AlphaSchedule = "constant"
+    pool_size: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """A draw (z0, e, t, y). key: empty, or of a pool's fixed draws all that the base's answer depends on."""
+
+    key: str
+    moments: Tensor
+    posterior_noise: Tensor
+    noise: Tensor
+    timestep: int
+    prior_prompt: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +95,7 @@ class Batch:
     moments, posterior_noise, noise, timestep: VAE moments [B, 2C, H, W], the draws for z0 and e, and t.
     identity_weight_B: weight_k / sum weight / rows_k: the identity rows' place in the adapter's loss.
     cat_row_M: rows that also carry the CAT term, with prior_prompts (M) and cat_weight_M
-    (alpha_k * identity weight * rows / CAT rows).
+    (alpha_k * a(t) * identity weight * rows / CAT rows). pool_keys (M): the row's pool entry, None without a pool.
     """
 
     adapter_B: Tensor
@@ -86,18 +109,15 @@ class Batch:
     cat_row_M: Tensor
     prior_prompts: tuple[str, ...]
     cat_weight_M: Tensor
+    pool_keys: tuple[str | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Row:
     adapter: int
     concept: int
-    moments: Tensor
-    posterior_noise: Tensor
-    noise: Tensor
-    timestep: int
+    draw: Draw
     prompt: str
-    prior_prompt: str
     identity_weight: float
     cat_weight: float
 
@@ -120,16 +140,36 @@ def draw_batch(tasks: Sequence[AdapterTask], step: int, num_timesteps: int, acti
     return Batch(
         adapter_B=torch.tensor([row.adapter for row in rows]),
         concept_B=torch.tensor([row.concept for row in rows]),
-        moments=torch.stack([row.moments for row in rows]),
-        posterior_noise=torch.stack([row.posterior_noise for row in rows]),
-        noise=torch.stack([row.noise for row in rows]),
-        timestep_B=torch.tensor([row.timestep for row in rows]),
+        moments=torch.stack([row.draw.moments for row in rows]),
+        posterior_noise=torch.stack([row.draw.posterior_noise for row in rows]),
+        noise=torch.stack([row.draw.noise for row in rows]),
+        timestep_B=torch.tensor([row.draw.timestep for row in rows]),
         prompts=tuple(row.prompt for row in rows),
         identity_weight_B=torch.tensor([row.identity_weight for row in rows]),
         cat_row_M=torch.tensor(cat, dtype=torch.long),
-        prior_prompts=tuple(rows[i].prior_prompt for i in cat),
+        prior_prompts=tuple(rows[i].draw.prior_prompt for i in cat),
         cat_weight_M=torch.tensor([rows[i].cat_weight for i in cat]),
+        pool_keys=tuple(rows[i].draw.key or None for i in cat),
     )
+
+
+def pool_entries(task: AdapterTask, num_timesteps: int) -> Iterator[Draw]:
+    """Yield all entries of the pools of a task's concepts whose CAT term counts, in a fixed order."""
+    for concept in task.concepts if task.pool_size is not None else ():
+        for view in range(len(concept.prompts)) if concept.alpha > 0 else ():
+            for entry in range(task.pool_size or 0):
+                yield _pool_draw(task, concept, view, entry, num_timesteps)
+
+
+def alpha_factor(schedule: AlphaSchedule, t: float) -> float:
+    """Return a(t), which alpha is multiplied with at t = timestep / T; its mean over the schedule is 1."""
+    match schedule:
+        case "constant":
+            return 1.0
+        case "high_noise":
+            return 2.0 * t
+        case "low_noise":
+            return 2.0 * (1.0 - t)
 
 
 def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) -> Iterator[_Row]:
@@ -141,25 +181,50 @@ def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) 
         # Stratified over the concept's rows: each t is uniform, together they cover the schedule evenly.
         offset = keyed_generator(*key, step, "timestep").random()
         for r in range(task.rows):
-            generator = keyed_generator(*key, step, r)
             view = _view_index(key, step * task.rows + r, len(concept.prompts))
-            moments = concept.moments_NCHW[view]
-            shape = (moments.shape[0] // 2, *moments.shape[1:])
-            prior = _prior_prompt(task, concept, view, generator)
+            place = (offset + r) / task.rows % 1.0
+            if task.pool_size is None:
+                draw = _draw(task, concept, view, int(num_timesteps * place), keyed_generator(*key, step, r))
+            else:
+                draw = _pool_draw(task, concept, view, int(task.pool_size * place), num_timesteps)
             weight = concept.weight / total_weight / task.rows
+            factor = alpha_factor(task.alpha_schedule, draw.timestep / num_timesteps)
             yield _Row(
                 adapter=index,
                 concept=k,
-                moments=moments,
-                posterior_noise=_normal(generator, shape),
-                noise=_normal(generator, shape),
-                timestep=int(num_timesteps * ((offset + r) / task.rows % 1.0)),
+                draw=draw,
                 prompt=concept.prompts[view],
-                prior_prompt=prior,
                 identity_weight=weight,
-                cat_weight=concept.alpha * weight * cat_scale[position],
+                cat_weight=concept.alpha * factor * weight * cat_scale[position],
             )
             position += 1
+
+
+def _draw(
+    task: AdapterTask, concept: ConceptMaterial, view: int, timestep: int, generator: np.random.Generator, key: str = ""
+) -> Draw:
+    moments = concept.moments_NCHW[view]
+    shape = (moments.shape[0] // 2, *moments.shape[1:])
+    prior = _prior_prompt(task, concept, view, generator)
+    return Draw(
+        key=key,
+        moments=moments,
+        posterior_noise=_normal(generator, shape),
+        noise=_normal(generator, shape),
+        timestep=timestep,
+        prior_prompt=prior,
+    )
+
+
+def _pool_draw(task: AdapterTask, concept: ConceptMaterial, view: int, entry: int, num_timesteps: int) -> Draw:
+    """Entry m of a view's pool; its timestep lies in the m-th of M equal strata, so a row's place still decides it."""
+    name = (task.seed, task.draw_key, concept.token, "pool", view, entry, task.pool_size or 0)
+    generator = keyed_generator(*name)
+    timestep = int(num_timesteps * (entry + generator.random()) / (task.pool_size or 1))
+    drawn = _draw(task, concept, view, timestep, generator)
+    # All that the base's answer depends on beside the base itself; adapters on equal draws share their entries.
+    content = (concept.digests[view], *name, timestep, drawn.prior_prompt)
+    return replace(drawn, key="\x1f".join(str(part) for part in content))
 
 
 def _view_index(key: tuple[str | int, ...], count: int, views: int) -> int:

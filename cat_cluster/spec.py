@@ -134,6 +134,10 @@ class TrainingSpec(_Spec):
     targets: Literal["attention", "cross_attention", "attention_ff"] = Field(
         default="attention", description="Which linear layers of the U-Net are adapted."
     )
+    blocks: Literal["all", "mid_up", "up"] = Field(
+        default="all",
+        description="Which blocks of the U-Net are adapted; the backward stops below the first adapted layer.",
+    )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="Course of the learning rate after warm-up; linear and cosine fall to 0."
     )
@@ -150,9 +154,26 @@ class TrainingSpec(_Spec):
     cat_fraction: Fraction = Field(
         default=1.0, description="Share of rows that carry the CAT term, at weight 1 / share."
     )
+    alpha_schedule: Literal["constant", "high_noise", "low_noise"] = Field(
+        default="constant",
+        description="How alpha depends on the timestep: the same everywhere, rising with the noise from 0 to twice "
+        "alpha, or falling with it.",
+    )
+    drift_budget: Positive | None = Field(
+        default=None,
+        description="Share of the identity loss that the CAT loss is held to by adjusting alpha; none keeps alpha.",
+    )
+    teacher: Literal["online", "pool"] = Field(
+        default="online",
+        description="Ask the base model in every step, or once about a pool of fixed draws that all rows come from.",
+    )
+    pool_size: Count = Field(default=64, description="Fixed draws per crop of a photo when teacher is pool.")
     joint_rows: bool = Field(default=True, description="Predict rows with and without the token in one U-Net call.")
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="Arithmetic of the U-Net calls.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
+    compile: bool = Field(
+        default=False, description="Compile the U-Net's blocks with torch.compile; needs a compiler, pays on a GPU."
+    )
     resolution: Pixels | None = Field(
         default=None,
         description="Side of the square crops in pixels, a multiple of 8; none means the base model's own.",

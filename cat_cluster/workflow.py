@@ -199,9 +199,11 @@ def _pack_key(adapter: PreparedAdapter) -> tuple[object, ...]:
         adapter.resolution,
         training.steps,
         training.targets,
+        training.blocks,
         training.precision,
         training.gradient_checkpointing,
         training.joint_rows,
+        training.compile,
     )
 
 
@@ -224,6 +226,7 @@ def _run_pack(
                 joint_rows=training.joint_rows,
                 bf16=training.precision == "bf16",
                 gradient_checkpointing=training.gradient_checkpointing,
+                compile=training.compile,
             ),
             checkpoints=checkpoints,
             on_step=listener.step,
@@ -244,7 +247,8 @@ def _run_pack(
 @contextmanager
 def open_bank(base: BaseModel, pack: Sequence[PreparedAdapter]) -> Iterator[LoraBank]:
     """Put a bank with one slot per adapter into the base's U-Net, and take it out again."""
-    layers = adapted_layers(base.unet, pack[0].resolved.training.targets)
+    training = pack[0].resolved.training
+    layers = adapted_layers(base.unet, training.targets, training.blocks)
     rank = max(adapter.resolved.training.rank for adapter in pack)
     bank = LoraBank.attach(base.unet, slots=len(pack), rank=rank, layers=layers)
     try:
@@ -282,6 +286,8 @@ def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None
             )
             for concept in adapter.concepts
         ),
+        alpha_schedule=training.alpha_schedule,
+        pool_size=training.pool_size if training.teacher == "pool" else None,
     )
     return PackMember(
         task=task,
@@ -295,6 +301,7 @@ def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None
         ),
         initial=initial_weights(base.unet, bank.layers, rank=training.rank, seed=training.seed, draw_key=draw_key),
         min_snr_gamma=training.min_snr_gamma,
+        drift_budget=training.drift_budget,
     )
 
 

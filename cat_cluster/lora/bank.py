@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -25,42 +24,54 @@ TARGETS = {
 }
 
 
-def adapted_layers(unet: UNet2DConditionModel, targets: str) -> tuple[str, ...]:
-    """Return the module paths of the linears that `targets` names, in module order (convolutions are left out)."""
+BLOCKS = {
+    "all": ("down_blocks.", "mid_block.", "up_blocks."),
+    "mid_up": ("mid_block.", "up_blocks."),
+    "up": ("up_blocks.",),
+}
+
+
+def adapted_layers(unet: UNet2DConditionModel, targets: str, blocks: str = "all") -> tuple[str, ...]:
+    """Return the module paths of the linears that `targets` names in `blocks`, in module order (no convolutions).
+
+    The forward runs down, mid, up. What lies before the first adapted layer needs no gradient, so its activations are
+    not kept and the backward ends there: `mid_up` and `up` train on the second part of the U-Net alone.
+    """
     if targets not in TARGETS:
         raise ValueError(f"targets must be one of {', '.join(TARGETS)}, got {targets!r}")
+    if blocks not in BLOCKS:
+        raise ValueError(f"blocks must be one of {', '.join(BLOCKS)}, got {blocks!r}")
     return tuple(
         name
         for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | _BankLinear) and ".attentions." in name and name.endswith(TARGETS[targets])
+        if isinstance(module, nn.Linear | _BankLinear)
+        and ".attentions." in name
+        and name.startswith(BLOCKS[blocks])
+        and name.endswith(TARGETS[targets])
     )
-
-
-@dataclass
-class _Binding:
-    """Which slot each row of the running forward uses, and whether any of them is not slot 0."""
-
-    slot_B: Tensor
-    any_adapter: bool
 
 
 class _BankLinear(nn.Module):
     """base(x) + up_slot(row) @ down_slot(row) @ x, row by row."""
 
-    def __init__(self, base: nn.Linear, bank: LoraBank, name: str) -> None:
+    def __init__(self, base: nn.Linear) -> None:
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
-        self._bank = (bank,)  # in a tuple: the bank is no submodule
-        self._name = name
+        # Set by the bank for the running forward. Plain attributes and no look-up: torch.compile takes them as inputs.
+        self.rows: int | None = None
+        self.factors: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for rows x [B, T, in] or [B, in]."""
         output: Tensor = self.base(x)
-        factors = self._bank[0].row_factors(self._name, len(x))
-        if factors is None:
+        if self.rows is None:
+            raise RuntimeError("no rows are bound: call the U-Net inside `with bank.rows(slots):`")
+        if len(x) != self.rows:
+            raise ValueError(f"the call has {len(x)} rows and {self.rows} are bound: bind one slot per row")
+        if self.factors is None:
             return output
-        down_BRI, up_BOR = factors
+        down_BRI, up_BOR = self.factors
         if x.ndim == 2:
             return _add_change(output.unsqueeze(1), x.unsqueeze(1), down_BRI, up_BOR).squeeze(1)
         return _add_change(output, x, down_BRI, up_BOR)
@@ -82,8 +93,9 @@ class LoraBank:
         self.layers = tuple(layers)
         self._slots: dict[int, dict[str, tuple[nn.Parameter, nn.Parameter]]] = {}
         self._tables: dict[str, tuple[tuple[int, ...], Tensor, Tensor]] = {}
-        self._binding: _Binding | None = None
+        self._bound = False
         self._originals: dict[str, nn.Linear] = {}
+        self._modules: dict[str, _BankLinear] = {}
 
     @classmethod
     def attach(cls, unet: UNet2DConditionModel, *, slots: int, rank: int, layers: Sequence[str]) -> LoraBank:
@@ -102,7 +114,8 @@ class LoraBank:
                 )
         for name in bank.layers:
             bank._originals[name] = modules[name]
-            _replace(unet, name, _BankLinear(modules[name], bank, name))
+            bank._modules[name] = _BankLinear(modules[name])
+            _replace(unet, name, bank._modules[name])
         return bank
 
     def detach(self) -> None:
@@ -110,6 +123,7 @@ class LoraBank:
         for name, original in self._originals.items():
             _replace(self.unet, name, original)
         self._originals.clear()
+        self._modules.clear()
 
     @contextmanager
     def rows(self, slot_B: Tensor | Sequence[int]) -> Iterator[None]:
@@ -117,7 +131,7 @@ class LoraBank:
 
         Gradient checkpointing recomputes forwards during the backward, under the binding of that moment.
         """
-        if self._binding is not None:
+        if self._bound:
             raise RuntimeError("rows are already bound: leave the first `with bank.rows(...)` before the next")
         slots = torch.as_tensor(slot_B, dtype=torch.long)
         used = set(slots.tolist()) - {0}
@@ -126,24 +140,23 @@ class LoraBank:
             raise ValueError(
                 f"no adapter in slot {sorted(unknown)}: load it first (this bank has slots 1..{self.slots})"
             )
-        device = self._originals[self.layers[0]].weight.device
-        self._binding = _Binding(slots.to(device), bool(used))
+        self._bound = True
         try:
+            self._bind(slots, any_adapter=bool(used))
             yield
         finally:
-            self._binding = None
+            for module in self._modules.values():
+                module.rows, module.factors = None, None
+            self._bound = False
 
-    def row_factors(self, name: str, count: int) -> tuple[Tensor, Tensor] | None:
-        """Return this forward's down [B, R, in] and up [B, out, R] for a layer; None when all rows are base rows."""
-        binding = self._binding
-        if binding is None:
-            raise RuntimeError("no rows are bound: call the U-Net inside `with bank.rows(slots):`")
-        if count != len(binding.slot_B):
-            raise ValueError(f"the call has {count} rows and {len(binding.slot_B)} are bound: bind one slot per row")
-        if not binding.any_adapter:
-            return None
-        down, up = self._table(name)
-        return down.index_select(0, binding.slot_B), up.index_select(0, binding.slot_B)
+    def _bind(self, slots: Tensor, *, any_adapter: bool) -> None:
+        """Give every layer this forward's down [B, R, in] and up [B, out, R]; none when all rows are base rows."""
+        slot_B = slots.to(self._originals[self.layers[0]].weight.device)
+        for name, module in self._modules.items():
+            module.rows = len(slots)
+            if any_adapter:
+                down, up = self._table(name)
+                module.factors = (down.index_select(0, slot_B), up.index_select(0, slot_B))
 
     def new_trainable(self, slot: int, weights: AdapterWeights) -> None:
         """Start training in a slot from `weights`; its parameters have the adapter's own rank."""

@@ -28,13 +28,14 @@ class AdapterState:
     """Where an adapter stands after `step` steps.
 
     parameters: per parameter in bank order (value, first moment, second moment). dropped: why training was given
-    up, if it was. history: what the loop has recorded so far (JSON).
+    up, if it was. history: what the loop has recorded so far (JSON). balance: how far a drift budget moved alpha.
     """
 
     step: int
     parameters: tuple[tuple[Tensor, Tensor, Tensor], ...]
     dropped: str | None = None
     history: dict[str, Any] = field(default_factory=dict)
+    balance: list[list[float | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class CheckpointStore:
             "sha256": hashlib.sha256(data).hexdigest(),
             "dropped": state.dropped,
             "history": state.history,
+            "balance": state.balance,
         }
         self.store.put(self._key(state.step, "safetensors"), data)
         self.store.put(self._key(state.step, "json"), json.dumps(marker).encode())
@@ -95,6 +97,7 @@ class CheckpointStore:
                 ),
                 dropped=marker["dropped"],
                 history=dict(marker["history"]),
+                balance=list(marker["balance"]),
             )
         except (StoreError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {step} is damaged ({error}); {remedy}") from error

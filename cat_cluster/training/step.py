@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -13,9 +13,7 @@ from cat_cluster.base_model import BaseModel
 from cat_cluster.batches import Batch
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.losses import pack_loss, prediction_loss
-from cat_cluster.training.teacher import predict_base
-
-TextEncoder = Callable[[Sequence[str]], Tensor]
+from cat_cluster.training.teacher import TeacherPool, TextEncoder, predict_base
 
 
 @dataclass(frozen=True)
@@ -56,20 +54,26 @@ class _StudentRows:
 
 
 def train_step(
-    base: BaseModel, bank: LoraBank, encode_text: TextEncoder, batch: Batch, settings: StepSettings
+    base: BaseModel,
+    bank: LoraBank,
+    encode_text: TextEncoder,
+    batch: Batch,
+    settings: StepSettings,
+    pool: TeacherPool | None = None,
 ) -> RowLosses:
     """Accumulate the gradient of the pack loss into the bank's parameters and return each row's losses.
 
-    The rows of adapter a are bound to slot a + 1; the teacher's rows to slot 0, in a call before the student's.
+    The rows of adapter a are bound to slot a + 1; the teacher's rows to slot 0, in a call before the student's. Rows
+    that were drawn from a pool take the teacher's answer from there: `pool` must have been filled with their tasks.
     """
-    rows = _student_rows(base, bank, encode_text, batch, settings)
+    rows = _student_rows(base, bank, encode_text, batch, settings, pool)
     identity_count, count = len(batch.prompts), len(rows.noisy)
     ends = [count] if settings.joint_rows or count == identity_count else [identity_count, count]
     losses, start = [], 0
     for end in ends:
         part = slice(start, end)
         with bank.rows(rows.slot[part]):
-            with _autocast(base, settings):
+            with autocast(base, bf16=settings.bf16):
                 prediction = base.unet(rows.noisy[part], rows.timestep[part], rows.text[part], return_dict=False)[0]
             loss = prediction_loss(prediction, rows.target[part], rows.loss_weight[part])
             pack_loss(loss, rows.row_weight[part]).backward()  # type: ignore[no-untyped-call]
@@ -80,7 +84,12 @@ def train_step(
 
 
 def _student_rows(
-    base: BaseModel, bank: LoraBank, encode_text: TextEncoder, batch: Batch, settings: StepSettings
+    base: BaseModel,
+    bank: LoraBank,
+    encode_text: TextEncoder,
+    batch: Batch,
+    settings: StepSettings,
+    pool: TeacherPool | None,
 ) -> _StudentRows:
     device = base.device
     noise, timestep = _move(batch.noise, device), _move(batch.timestep_B, device)
@@ -96,8 +105,11 @@ def _student_rows(
         on_device = _move(cat, device)
         prior_noisy, prior_timestep = noisy[on_device], timestep[on_device]
         prior_text = encode_text(batch.prior_prompts)
-        with _autocast(base, settings):
-            teacher = predict_base(base.unet, bank, prior_noisy, prior_timestep, prior_text)
+        with autocast(base, bf16=settings.bf16):
+            if pool is None:
+                teacher = predict_base(base.unet, bank, prior_noisy, prior_timestep, prior_text)
+            else:
+                teacher = pool.predict(base.unet, bank, prior_noisy, prior_timestep, prior_text, batch.pool_keys)
         noisy, timestep = torch.cat([noisy, prior_noisy]), torch.cat([timestep, prior_timestep])
         target, text = torch.cat([target, teacher.to(target.dtype)]), torch.cat([text, prior_text])
         slot, loss_weight = torch.cat([slot, slot[cat]]), torch.cat([loss_weight, loss_weight[cat]])
@@ -105,14 +117,15 @@ def _student_rows(
     return _StudentRows(noisy, timestep, text, target, slot, _move(loss_weight, device), _move(row_weight, device))
 
 
+def autocast(base: BaseModel, *, bf16: bool) -> AbstractContextManager[object]:
+    """The arithmetic of the U-Net calls: bfloat16 where that is asked for, else as the tensors are."""
+    return torch.autocast(base.device.type, torch.bfloat16) if bf16 else nullcontext()
+
+
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _autocast(base: BaseModel, settings: StepSettings) -> AbstractContextManager[object]:
-    return torch.autocast(base.device.type, torch.bfloat16) if settings.bf16 else nullcontext()
 
 
 def _loss_weight(base: BaseModel, batch: Batch, settings: StepSettings) -> Tensor:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from cat_cluster.base_model import BaseModel
+from cat_cluster.batches import AdapterTask, Draw, pool_entries
 from cat_cluster.lora.bank import LoraBank
+
+TextEncoder = Callable[[Sequence[str]], Tensor]
+ENTRIES_PER_CALL = 32
 
 
 @torch.no_grad()
@@ -21,3 +29,69 @@ def predict_base(
     with bank.rows([0] * len(noisy_BCHW)):
         prediction: Tensor = unet(noisy_BCHW, timestep_B, text_BLD, return_dict=False)[0]
     return prediction
+
+
+class TeacherPool:
+    """The base's predictions on the fixed draws of `teacher: pool`, computed once and kept on the CPU."""
+
+    def __init__(self) -> None:
+        self._predictions: dict[str, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._predictions)
+
+    def fill(
+        self,
+        base: BaseModel,
+        bank: LoraBank,
+        encode_text: TextEncoder,
+        tasks: Sequence[AdapterTask],
+        autocast: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        """Ask the teacher about every entry of the tasks' pools that is not known yet.
+
+        The calls depend on the tasks alone, not on how far training is: a resumed run gets the same predictions.
+        """
+        wanted = {entry.key: entry for task in tasks for entry in pool_entries(task, base.schedule.num_timesteps)}
+        entries = [entry for key, entry in wanted.items() if key not in self._predictions]
+        for start in range(0, len(entries), ENTRIES_PER_CALL):
+            chunk = entries[start : start + ENTRIES_PER_CALL]
+            with autocast():
+                predictions = _predict_entries(base, bank, encode_text, chunk).float().cpu()
+            # Copies: a view would keep the whole chunk alive.
+            self._predictions.update((entry.key, p.clone()) for entry, p in zip(chunk, predictions, strict=True))
+
+    def predict(
+        self,
+        unet: UNet2DConditionModel,
+        bank: LoraBank,
+        noisy_BCHW: Tensor,
+        timestep_B: Tensor,
+        text_BLD: Tensor,
+        keys: Sequence[str | None],
+    ) -> Tensor:
+        """Return the base's prediction of each row, [B, C, H, W]: the kept one for a key, a fresh one for None.
+
+        Raises KeyError for a key that was not filled.
+        """
+        fresh = [i for i, key in enumerate(keys) if key is None]
+        if len(fresh) == len(keys):
+            return predict_base(unet, bank, noisy_BCHW, timestep_B, text_BLD)
+        predictions = torch.empty_like(noisy_BCHW)
+        if fresh:
+            asked = predict_base(unet, bank, noisy_BCHW[fresh], timestep_B[fresh], text_BLD[fresh])
+            predictions[fresh] = asked.to(predictions.dtype)
+        known = [i for i, key in enumerate(keys) if key is not None]
+        kept = torch.stack([self._predictions[key] for key in keys if key is not None])
+        predictions[known] = kept.to(predictions)
+        return predictions
+
+
+def _predict_entries(base: BaseModel, bank: LoraBank, encode_text: TextEncoder, entries: Sequence[Draw]) -> Tensor:
+    moments, posterior_noise, noise = (
+        torch.stack([getattr(entry, name) for entry in entries]).to(base.device)
+        for name in ("moments", "posterior_noise", "noise")
+    )
+    timestep = torch.tensor([entry.timestep for entry in entries], device=base.device)
+    noisy = base.schedule.add_noise(base.sample_latents(moments, posterior_noise), noise, timestep)
+    return predict_base(base.unet, bank, noisy, timestep, encode_text([entry.prior_prompt for entry in entries]))

@@ -1,0 +1,199 @@
+"""Trials: many settings trained on the same concepts, seeds and draws, so that only the setting differs.
+
+A trial is what a user could write in a job spec; it runs through the same workflow, in packs, into a registry of its
+own. What the judges saw is kept beside it, so that an interrupted study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from cat_cluster.demo import draw_photos
+from cat_cluster.errors import CatClusterError
+from cat_cluster.evaluation.bootstrap import ConceptFeatures
+from cat_cluster.evaluation.recognition import Recognition
+from cat_cluster.pocket import world
+from cat_cluster.settings import Settings
+from cat_cluster.spec import JobSpec
+from cat_cluster.store import open_store
+from cat_cluster.terminal import TerminalListener
+from cat_cluster.workflow import AdapterResult, run_job
+
+SEEDS_APART = 100  # training seed s is judged on image seeds 1000 + 100 s and on: its pairs are its own
+_ARRAYS = ("without_NF", "with_NF", "base_without_NF", "base_with_NF", "photos_MF", "text_NF", "fisher_N")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A setting: method and alpha, and fields of the training spec that differ from the study's own."""
+
+    name: str
+    method: str = "cat"
+    alpha: float | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A concept to teach: a design of the pocket world, or a folder of real photos with captions."""
+
+    name: str
+    token: str
+    class_noun: str
+    folder: Path | None = None
+    captions: str = "auto"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The concepts of one adapter; several make it a joint one."""
+
+    name: str
+    concepts: tuple[Taught, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What became of one adapter: judge name -> token -> features; recognition, curves and its pack's seconds."""
+
+    judges: Mapping[str, Mapping[str, ConceptFeatures]]
+    recognition: Mapping[str, Mapping[str, float]]
+    leaks: Mapping[str, Any]
+    training: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all trials of a study share. training and evaluation: spec fields; max_pack: adapters in one forward."""
+
+    folder: Path
+    training: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    max_pack: int = 8
+
+    def run(
+        self, trials: Sequence[Trial], subjects: Sequence[Subject], seeds: Sequence[int], console: Console
+    ) -> dict[tuple[str, str, int], Measured]:
+        """Train and measure every trial on every subject and seed; returns {(trial, subject, seed): measured}.
+
+        Raises CatClusterError when an adapter fails. What an earlier call measured is read back.
+        """
+        cells = [(trial, subject, seed) for trial in trials for subject in subjects for seed in seeds]
+        missing = [cell for cell in cells if not self._path(*cell).exists()]
+        if missing:
+            job = JobSpec.model_validate(self._job(missing))
+            paths = {_adapter_id(*cell): self._path(*cell) for cell in missing}
+            with _Keeper(console, paths) as keeper:
+                results = run_job(job, open_store(self.folder / "registry"), Settings(), keeper)
+            failed = [result for result in results if result.outcome == "failed"]
+            if failed:
+                raise CatClusterError(f"{failed[0].adapter_id} failed: {failed[0].reason}")
+        return {
+            (trial.name, subject.name, seed): _read(self._path(trial, subject, seed)) for trial, subject, seed in cells
+        }
+
+    def _path(self, trial: Trial, subject: Subject, seed: int) -> Path:
+        return self.folder / "measured" / f"{_adapter_id(trial, subject, seed)}.npz"
+
+    def _job(self, cells: Sequence[tuple[Trial, Subject, int]]) -> dict[str, Any]:
+        return {
+            "name": self.folder.name,
+            "adapters": [self._adapter(*cell) for cell in cells],
+            "training": dict(self.training),
+            "evaluation": dict(self.evaluation),
+            "cluster": {"max_pack": self.max_pack, "checkpoint_every": 200},
+        }
+
+    def _adapter(self, trial: Trial, subject: Subject, seed: int) -> dict[str, Any]:
+        alpha = {} if trial.alpha is None else {"alpha": trial.alpha}
+        return {
+            "id": _adapter_id(trial, subject, seed),
+            "method": trial.method,
+            "concepts": [{**self._concept(concept), **alpha} for concept in subject.concepts],
+            "training": {**trial.training, "seed": seed, "draw_key": subject.name},
+            "evaluation": {"seed": 1000 + SEEDS_APART * seed},
+        }
+
+    def _concept(self, concept: Taught) -> dict[str, Any]:
+        folder = concept.folder
+        if folder is None:
+            folder = self.folder / "photos" / f"{concept.name}-{concept.token}"
+            if not folder.exists():
+                draw_photos(folder, world.CONCEPTS[concept.name], concept.token)
+        return {
+            "token": concept.token,
+            "class_noun": concept.class_noun,
+            "images": str(folder),
+            "captions": concept.captions,
+        }
+
+
+class _Keeper(TerminalListener):
+    """Shows progress, and keeps what the judges saw of each adapter as soon as it is published."""
+
+    def __init__(self, console: Console, paths: Mapping[str, Path]) -> None:
+        super().__init__(console)
+        self._paths = paths
+
+    def finished(self, result: AdapterResult) -> None:
+        super().finished(result)
+        if result.evaluation is not None and result.manifest is not None:
+            _write(self._paths[result.adapter_id], result)
+
+
+def pocket_subject(name: str, token: str = "sks") -> Subject:
+    """Return a subject of one design of the pocket world."""
+    return Subject(name, (Taught(name, token, world.CONCEPTS[name].object),))
+
+
+def _adapter_id(trial: Trial, subject: Subject, seed: int) -> str:
+    return f"{trial.name}-{subject.name}-s{seed}"
+
+
+def _write(path: Path, result: AdapterResult) -> None:
+    evaluation, manifest = result.evaluation, result.manifest
+    assert evaluation is not None
+    assert manifest is not None
+    arrays: dict[str, Any] = {}
+    for judge in evaluation.judges:
+        for concept in judge.concepts:
+            for name in _ARRAYS:
+                value = getattr(concept, name)
+                if value is not None:
+                    arrays[f"{judge.name}/{concept.token}/{name}"] = value
+    record = {
+        "recognition": {t: f.to_json() for t, f in evaluation.recognition.items() if isinstance(f, Recognition)},
+        "leaks": {judge.name: judge.leaks.to_json() for judge in evaluation.judges},
+        "training": dict(manifest.training),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, record=json.dumps(record), **arrays)
+    temporary.rename(path)
+
+
+def _read(path: Path) -> Measured:
+    with np.load(path) as stored:
+        record = json.loads(str(stored["record"]))
+        found: dict[str, dict[str, Any]] = {}
+        for key in stored.files:
+            if key != "record":
+                judge, token, name = key.split("/")
+                found.setdefault(judge, {}).setdefault(token, {})[name] = stored[key]
+    judges = {
+        judge: {token: _features(token, arrays) for token, arrays in tokens.items()} for judge, tokens in found.items()
+    }
+    return Measured(judges, record["recognition"], record["leaks"], record["training"])
+
+
+def _features(token: str, arrays: Mapping[str, Any]) -> ConceptFeatures:
+    return ConceptFeatures(
+        token=token, text_NF=arrays.get("text_NF"), **{n: arrays[n] for n in _ARRAYS if n != "text_NF"}
+    )
