@@ -162,7 +162,7 @@ def pool_entries(task: AdapterTask, num_timesteps: int) -> Iterator[Draw]:
 
 
 def alpha_factor(schedule: AlphaSchedule, t: float) -> float:
-    """Return a(t), which alpha is multiplied with at t = timestep / T; its mean over the schedule is 1."""
+    """Return a(t), which alpha is multiplied with at t = (timestep + 1/2) / T; its mean over the schedule is 1."""
     match schedule:
         case "constant":
             return 1.0
@@ -188,7 +188,7 @@ def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) 
             else:
                 draw = _pool_draw(task, concept, view, int(task.pool_size * place), num_timesteps)
             weight = concept.weight / total_weight / task.rows
-            factor = alpha_factor(task.alpha_schedule, draw.timestep / num_timesteps)
+            factor = alpha_factor(task.alpha_schedule, (draw.timestep + 0.5) / num_timesteps)
             yield _Row(
                 adapter=index,
                 concept=k,

@@ -198,6 +198,30 @@ def adapters_export(
     people.print(f"wrote {write_adapter(weights, out, fmt, adapter_id=manifest.adapter_id, metadata=metadata)}")
 
 
+@adapters_app.command("import")
+def adapters_import(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Adapter file (.safetensors), or the folder it is in.")],
+    adapter_id: Annotated[str, typer.Option("--id", help="Name it gets here: a-z, 0-9 and -.")],
+    token: Annotated[list[str], typer.Option(help="Trigger word it was taught; once per concept.")],
+    class_noun: Annotated[list[str], typer.Option(help="What each concept is an example of, such as cup.")],
+    photos: Annotated[list[Path] | None, typer.Option(help="Folder of each concept's photos, to measure it.")] = None,
+    base: Annotated[str, typer.Option(help="Base model it was made for.")] = "pocket",
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish an adapter that PEFT, diffusers or kohya made. With photos it is measured, as a trained one is."""
+    from cat_cluster.importing import ImportRequest, import_adapter
+
+    request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base)
+    with _listener() as listener:
+        manifest = import_adapter(request, _registry(storage), _device(), listener)
+    if as_json:
+        _print_json({"id": manifest.adapter_id, "revision": manifest.revision, "rank": manifest.rank})
+        return
+    measured = "measured" if manifest.metrics else "not measured: give --photos to measure it"
+    people.print(f"published {manifest.name}, rank {manifest.rank}, {measured}")
+
+
 @adapters_app.command("alias")
 def adapters_alias(
     adapter_id: Annotated[str, typer.Argument(metavar="ID", help="Adapter id.")],

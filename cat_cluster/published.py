@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,8 @@ from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.generation import ImageRow, generate, save_png
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.registry import Manifest, Registry
-from cat_cluster.spec import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec import ConceptSpec, EvaluationSpec
+from cat_cluster.spec_imported import ImportedConcept
 
 PHOTO_SIDE = 512  # photos are kept for measuring, and every judge looks at less
 SAMPLES = 4
@@ -48,6 +50,15 @@ class ImageRequest:
     sampler: SamplerName = "ddim"
     strength: float = 1.0
     count: int = 1
+
+
+def image_digests(concepts: Sequence[Concept]) -> list[str]:
+    """Return one sha256 per photo over its bytes and its caption: either changed makes another adapter."""
+    return [
+        hashlib.sha256(f"{example.digest} {example.prompt}".encode()).hexdigest()
+        for concept in concepts
+        for example in concept.examples
+    ]
 
 
 def photo_objects(concepts: Sequence[Concept]) -> dict[str, bytes]:
@@ -88,15 +99,16 @@ def evaluate_published(
 ) -> Evaluation:
     """Measure a published adapter on its stored photos, with its own evaluation settings but for `changes`."""
     manifest = registry.resolve(reference)
-    resolved = ResolvedAdapter.model_validate(manifest.spec)
+    settings = manifest.settings
     base = base or load_base_model(manifest.base_name, device=device)
-    spec = type(resolved.evaluation).model_validate({**resolved.evaluation.model_dump(), **changes})
+    spec = EvaluationSpec.model_validate({**settings.evaluation.model_dump(), **changes})
+    described: Sequence[ConceptSpec | ImportedConcept] = settings.concepts
     bank = _open_adapter(registry, manifest, base, strength=1.0)
     try:
         with tempfile.TemporaryDirectory() as folder:
             concepts = [
                 _stored_concept(registry, manifest, concept, k, Path(folder) / str(k))
-                for k, concept in enumerate(resolved.concepts)
+                for k, concept in enumerate(described)
             ]
             return Evaluator(base, bank).evaluate(
                 1, concepts, spec, on_progress=lambda done, total: listener.images(manifest.name, done, total)
@@ -140,16 +152,21 @@ def _open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, st
     return bank
 
 
-def _stored_concept(registry: Registry, manifest: Manifest, spec: ConceptSpec, index: int, folder: Path) -> Concept:
+def _stored_concept(
+    registry: Registry, manifest: Manifest, spec: ConceptSpec | ImportedConcept, index: int, folder: Path
+) -> Concept:
     folder.mkdir()
     prefix = f"photo-{index}-"
     for name in manifest.objects:
         if name.startswith(prefix):
             (folder / name.removeprefix(prefix)).write_bytes(registry.read_object(manifest, name))
     if not any(folder.glob("*.png")):
-        raise EvaluationError(f"{manifest.name} holds no photos of {spec.token!r}: train its spec again to measure it")
-    stored = {"images": str(folder), "captions": "template", "template": None}
-    return load_concept(ConceptSpec.model_validate({**spec.model_dump(), **stored}))
+        raise EvaluationError(
+            f"{manifest.name} holds no photos of {spec.token!r}: train its spec again, or import it again with --photos"
+        )
+    return load_concept(
+        ConceptSpec(token=spec.token, class_noun=spec.class_noun, images=str(folder), captions="template")
+    )
 
 
 def _png(image: Image.Image) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.latents import LatentCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.methods import effective_alpha, initial_weights
-from cat_cluster.published import photo_objects, sample_objects
+from cat_cluster.published import image_digests, photo_objects, sample_objects
 from cat_cluster.registry import AdapterDraft, Manifest, Registry, revision_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec import JobSpec, ResolvedAdapter
@@ -152,15 +151,6 @@ def prepare(job: JobSpec, settings: Settings) -> list[PreparedAdapter]:
         revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint)
         prepared.append(PreparedAdapter(resolved, concepts, base, revision))
     return prepared
-
-
-def image_digests(concepts: Sequence[Concept]) -> list[str]:
-    """Return one sha256 per photo over its bytes and its caption: either changed makes another adapter."""
-    return [
-        hashlib.sha256(f"{example.digest} {example.prompt}".encode()).hexdigest()
-        for concept in concepts
-        for example in concept.examples
-    ]
 
 
 def choose_device(name: str) -> str:

@@ -110,13 +110,24 @@ def score(metric: str, concepts: Sequence[ConceptFeatures]) -> float | None:
 
 
 def resample(concepts: Sequence[ConceptFeatures], *, draws: int = DRAWS, seed: int = 0) -> Resampled:
-    """Return estimates and bootstrap draws: concepts with replacement, then pairs with replacement within each."""
+    """Return estimates and bootstrap draws: concepts with replacement, then pairs with replacement within each.
+
+    Entries of one token are runs of one concept, such as seeds of its training: they are drawn between the two.
+    """
+    runs: dict[str, list[ConceptFeatures]] = {}
+    for concept in concepts:
+        runs.setdefault(concept.token, []).append(concept)
+    groups = list(runs.values())
     estimates = {metric: score(metric, concepts) for metric in METRICS}
     known = {metric: value for metric, value in estimates.items() if value is not None}
     rng = np.random.default_rng(seed)
     values = np.empty((draws, len(known)))
     for draw in range(draws):
-        chosen = [concepts[int(k)] for k in rng.integers(len(concepts), size=len(concepts))]
+        chosen = [
+            group[int(run)]
+            for group in (groups[int(k)] for k in rng.integers(len(groups), size=len(groups)))
+            for run in rng.integers(len(group), size=len(group))
+        ]
         sample = [concept.take(rng.integers(concept.count, size=concept.count)) for concept in chosen]
         values[draw] = [score(metric, sample) for metric in known]
     pairs = tuple((concept.token, concept.count) for concept in concepts)

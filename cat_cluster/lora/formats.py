@@ -164,15 +164,21 @@ def _open(source: Path | bytes) -> tuple[str, bytes, dict[str, Any] | None]:
     """Return what to call the source in messages, its bytes, and the adapter_config.json beside a PEFT file."""
     if isinstance(source, bytes):
         return "the adapter file", source, None
-    path = _weights_file(source) if source.is_dir() else source
-    if path.suffix in _PICKLE_SUFFIXES:
-        raise AdapterFormatError(f"{path} is a pickle file, which can run code: convert it to safetensors first")
+    path = find_weights(source)
     config_path = path.parent / PEFT_CONFIG
     try:
         config = config_path.read_bytes() if path.name == PEFT_WEIGHTS and config_path.is_file() else None
         return str(path), path.read_bytes(), None if config is None else parse_config(str(config_path), config)
     except OSError as error:
         raise AdapterFormatError(f"{path} cannot be read: {error}; check the path") from error
+
+
+def find_weights(source: Path) -> Path:
+    """Return the file of weights that a path means: itself, or the one in a folder. Raises AdapterFormatError."""
+    path = _weights_file(source) if source.is_dir() else source
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise AdapterFormatError(f"{path} is a pickle file, which can run code: convert it to safetensors first")
+    return path
 
 
 def _weights_file(folder: Path) -> Path:

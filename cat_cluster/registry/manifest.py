@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from cat_cluster.errors import RegistryError
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.spec import ResolvedAdapter
+from cat_cluster.spec_imported import ImportedAdapter
 
 SCHEMA_VERSION = 1
 WEIGHTS = "weights"  # the name of the weights among a manifest's objects
@@ -31,7 +32,7 @@ class AdapterDraft:
     """
 
     adapter_id: str
-    resolved: ResolvedAdapter
+    resolved: ResolvedAdapter | ImportedAdapter
     base_name: str
     base_fingerprint: str
     image_digests: Sequence[str]
@@ -55,14 +56,14 @@ class StoredObject(BaseModel):
 
 
 class ManifestConcept(BaseModel):
-    """A concept as it was trained: its token, class noun, CAT weight alpha and loss weight."""
+    """A concept as it was trained: its token, class noun, CAT weight alpha and loss weight (None: not known)."""
 
     model_config = ConfigDict(frozen=True)
 
     token: str
     class_noun: str
-    alpha: float
-    weight: float
+    alpha: float | None
+    weight: float | None
 
 
 class Manifest(BaseModel):
@@ -93,6 +94,13 @@ class Manifest(BaseModel):
     checksum: str
 
     @property
+    def settings(self) -> ResolvedAdapter | ImportedAdapter:
+        """What `spec` records: the settings of a trained adapter, or what is known of an imported one."""
+        if self.method == "imported":
+            return ImportedAdapter.model_validate(self.spec)
+        return ResolvedAdapter.model_validate(self.spec)
+
+    @property
     def name(self) -> str:
         """The revision's full reference, `id@r-...`."""
         return f"{self.adapter_id}@{self.revision}"
@@ -109,7 +117,9 @@ def package_version() -> str:
         ) from error
 
 
-def revision_of(adapter_id: str, resolved: ResolvedAdapter, image_digests: Sequence[str], base_fingerprint: str) -> str:
+def revision_of(
+    adapter_id: str, resolved: ResolvedAdapter | ImportedAdapter, image_digests: Sequence[str], base_fingerprint: str
+) -> str:
     """Return `r-` + 12 hex of sha256(adapter id, resolved spec, image bytes, base fingerprint, minor version)."""
     identity = {
         "adapter_id": adapter_id,
@@ -134,7 +144,7 @@ def manifest_bytes(draft: AdapterDraft, *, revision: str, created: str, objects:
         "base_fingerprint": draft.base_fingerprint,
         "method": resolved.method,
         "rank": draft.weights.rank,
-        "targets": resolved.training.targets,
+        "targets": "as imported" if isinstance(resolved, ImportedAdapter) else resolved.training.targets,
         "concepts": [
             {"token": c.token, "class_noun": c.class_noun, "alpha": c.alpha, "weight": c.weight}
             for c in resolved.concepts

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cat_cluster.batches import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
+from cat_cluster.batches import AdapterTask, AlphaSchedule, Batch, ConceptMaterial, draw_batch, keyed_generator
 
 
 def concept(token: str, *, alpha: float = 1.0, weight: float = 1.0, views: int = 3) -> ConceptMaterial:
@@ -95,6 +95,19 @@ def test_cat_fraction_takes_exactly_its_share_of_rows(fraction: float, step: int
     assert not (batch.concept_B[batch.cat_row_M] == 1).any()
     scale = batch.cat_weight_M / batch.identity_weight_B[batch.cat_row_M]
     torch.testing.assert_close(scale, torch.full((count,), 2 * rows / count))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "high_noise", "low_noise"])
+def test_an_alpha_schedule_moves_alpha_over_timesteps_and_keeps_its_mean(schedule: AlphaSchedule) -> None:
+    weights, timesteps = [], []
+    for step in range(200):
+        batch = draw_batch([task(alpha_schedule=schedule)], step, 1000, [True])
+        weights += (batch.cat_weight_M / batch.identity_weight_B).tolist()
+        timesteps += batch.timestep_B.tolist()
+    expected = {"constant": [1.0] * 800, "high_noise": [(t + 0.5) / 500 for t in timesteps]}
+    expected["low_noise"] = [2 - high for high in expected["high_noise"]]
+    assert weights == pytest.approx(expected[schedule], abs=1e-5)
+    assert sum(weights) / len(weights) == pytest.approx(1.0, abs=0.01)
 
 
 def test_alpha_zero_draws_no_prior_rows() -> None:

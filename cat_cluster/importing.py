@@ -1,0 +1,125 @@
+"""Adapters made by other tools: read from a file, checked against the base, measured if there are photos, published."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.concepts import Concept, check_tokens, load_concept
+from cat_cluster.errors import AdapterFormatError, SpecError
+from cat_cluster.evaluation.evaluate import Evaluator
+from cat_cluster.evaluation.results import Evaluation
+from cat_cluster.lora.bank import LoraBank
+from cat_cluster.lora.formats import AdapterWeights, find_weights, read_adapter
+from cat_cluster.published import ImageListener, image_digests, photo_objects, sample_objects
+from cat_cluster.registry import AdapterDraft, Manifest, Registry
+from cat_cluster.spec import ConceptSpec, EvaluationSpec
+from cat_cluster.spec_imported import ImportedAdapter
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """A file to import. tokens, class_nouns and, unless empty, photos (folders) have one entry per concept."""
+
+    file: Path
+    adapter_id: str
+    tokens: Sequence[str]
+    class_nouns: Sequence[str]
+    photos: Sequence[Path] = ()
+    base: str = "pocket"
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+
+
+def import_adapter(request: ImportRequest, registry: Registry, device: str, listener: ImageListener) -> Manifest:
+    """Publish an adapter of a diffusers, PEFT or kohya file and return its manifest; with photos it is measured too.
+
+    The same file under the same id and settings is published once. Raises SpecError for bad ids, tokens or numbers of
+    them, ConceptError for bad photos, AdapterFormatError by name for what this project does not apply, and
+    AdapterMismatchError when the file is of another base model.
+    """
+    path = find_weights(request.file)
+    imported = _described(request, path)
+    concepts = _concepts(request)
+    base = load_base_model(request.base, device=device)
+    weights = read_adapter(path, unet=base.unet)
+    evaluation = _measure(base, weights, concepts, imported, listener) if concepts else None
+    measures = None if evaluation is None else evaluation.to_json()
+    return registry.publish(
+        AdapterDraft(
+            adapter_id=imported.id,
+            resolved=imported,
+            base_name=base.name,
+            base_fingerprint=base.fingerprint,
+            image_digests=image_digests(concepts),
+            weights=weights,
+            training={"imported_from": imported.source},
+            metrics=measures,
+            judge=None if measures is None else measures["judge"],
+            reference=None if evaluation is None else evaluation.reference(),
+            samples={**photo_objects(concepts), **({} if evaluation is None else sample_objects(evaluation))},
+        )
+    )
+
+
+def _described(request: ImportRequest, path: Path) -> ImportedAdapter:
+    if len(request.tokens) != len(request.class_nouns):
+        raise SpecError(
+            f"{len(request.tokens)} tokens and {len(request.class_nouns)} class nouns: give one class noun per token"
+        )
+    if request.photos and len(request.photos) != len(request.tokens):
+        raise SpecError(
+            f"{len(request.tokens)} tokens and {len(request.photos)} folders of photos: give one folder per token, in "
+            "the order of the tokens, or none to publish without measuring"
+        )
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise AdapterFormatError(f"{path} cannot be read: {error}; check the path") from error
+    try:
+        return ImportedAdapter.model_validate(
+            {
+                "id": request.adapter_id,
+                "base": request.base,
+                "concepts": [
+                    {"token": token, "class_noun": noun}
+                    for token, noun in zip(request.tokens, request.class_nouns, strict=True)
+                ],
+                "evaluation": request.evaluation,
+                "source": path.name,
+                "source_sha256": hashlib.sha256(content).hexdigest(),
+            }
+        )
+    except ValidationError as error:
+        problems = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()]
+        raise SpecError("\n".join([f"{path.name} cannot be imported as asked:", *problems])) from error
+
+
+def _concepts(request: ImportRequest) -> tuple[Concept, ...]:
+    concepts = tuple(
+        load_concept(ConceptSpec(token=token, class_noun=noun, images=str(folder), captions="template"))
+        for token, noun, folder in zip(request.tokens, request.class_nouns, request.photos, strict=bool(request.photos))
+    )
+    check_tokens(concepts)
+    return concepts
+
+
+def _measure(
+    base: BaseModel,
+    weights: AdapterWeights,
+    concepts: Sequence[Concept],
+    imported: ImportedAdapter,
+    listener: ImageListener,
+) -> Evaluation:
+    bank = LoraBank.attach(base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
+    try:
+        bank.load(1, weights)
+        return Evaluator(base, bank).evaluate(
+            1, concepts, imported.evaluation, on_progress=lambda done, total: listener.images(imported.id, done, total)
+        )
+    finally:
+        bank.detach()

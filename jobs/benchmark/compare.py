@@ -1,0 +1,88 @@
+"""Comparisons of trials: every metric with its interval, and its paired ratio to plain LoRA on the same runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cat_cluster.evaluation.bootstrap import (
+    METRICS,
+    ConceptFeatures,
+    Interval,
+    Resampled,
+    paired_difference_interval,
+    paired_ratio_interval,
+    resample,
+)
+from jobs.benchmark.trials import Measured, Subject
+
+Cells = Mapping[tuple[str, str, int], Measured]
+
+
+def compare(
+    cells: Cells, trials: Sequence[str], subjects: Sequence[Subject], seeds: Sequence[int], against: str
+) -> Any:
+    """Return {judge: {trial: {metric: {estimate, interval, ratio, difference}}}} and recognition under `recognition`.
+
+    ratio and difference are to the trial `against`, paired over concepts, training seeds and image seeds. A trial that
+    was run on fewer seeds is compared on those.
+    """
+    found: dict[str, Any] = {}
+    for judge in next(iter(cells.values())).judges:
+        own = {
+            trial: tuple(seed for seed in seeds if all((trial, subject.name, seed) in cells for subject in subjects))
+            for trial in trials
+        }
+        # Each trial beside the other on the same seeds; what was drawn once is not drawn again.
+        keys = {(name, seeds_of) for trial, seeds_of in own.items() for name in (trial, against)}
+        drawn = {key: resample(_runs(cells, key[0], subjects, key[1], judge)) for key in keys}
+        found[judge] = {trial: _metrics(drawn[trial, own[trial]], drawn[against, own[trial]]) for trial in trials}
+    found["recognition"] = {trial: _recognition(cells, trial, subjects, seeds) for trial in trials}
+    return found
+
+
+def _runs(
+    cells: Cells, trial: str, subjects: Sequence[Subject], seeds: Sequence[int], judge: str
+) -> list[ConceptFeatures]:
+    """One entry per concept and training seed, named by the concept: runs of one concept are drawn together."""
+    return [
+        replace(cells[trial, subject.name, seed].judges[judge][concept.token], token=f"{subject.name}/{concept.name}")
+        for subject in subjects
+        for concept in subject.concepts
+        for seed in seeds
+    ]
+
+
+def _metrics(own: Resampled, other: Resampled) -> dict[str, Any]:
+    table = {}
+    for metric in METRICS:
+        interval = own.interval(metric)
+        if interval is not None:
+            table[metric] = {
+                "estimate": interval.estimate,
+                "interval": interval.ends(),
+                "ratio": _json(paired_ratio_interval(metric, own, other)),
+                "difference": _json(paired_difference_interval(metric, own, other)),
+            }
+    return table
+
+
+def _json(interval: Interval | None) -> list[float | None] | None:
+    return None if interval is None else [interval.estimate, *interval.ends()]
+
+
+def _recognition(cells: Cells, trial: str, subjects: Sequence[Subject], seeds: Sequence[int]) -> dict[str, Any] | None:
+    """Mean shares over concepts and seeds; None where no concept is of the pocket world."""
+    found = [
+        cells[trial, subject.name, seed].recognition[concept.token]
+        for subject in subjects
+        for concept in subject.concepts
+        for seed in seeds
+        if (trial, subject.name, seed) in cells and concept.token in cells[trial, subject.name, seed].recognition
+    ]
+    if not found:
+        return None
+    return {name: float(np.mean([one[name] for one in found])) for name in found[0]}

@@ -1,0 +1,81 @@
+"""Result files: what was measured, with the commit, the versions and the hardware it was measured on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "cat-cluster")
+
+
+def source_state() -> dict[str, Any]:
+    """Return the commit of the working tree and whether it differs from it."""
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": commit or "unknown", "dirty": commit is None or bool(changes)}
+
+
+def machine() -> dict[str, Any]:
+    """Return what the numbers depend on beside the code: processor, threads, GPU, Python and library versions."""
+    versions = {name: _version(name) for name in _PACKAGES}
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: version for name, version in versions.items() if version is not None},
+    }
+
+
+def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
+    """Write `<folder>/<name>.json`, the result below a head of commit, machine and time; return the path."""
+    head = {"benchmark": name, "measured": datetime.now(UTC).isoformat(timespec="seconds")}
+    document = {**head, **source_state(), "machine": machine(), **result}
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return path
+
+
+def read_result(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:
+    """Return a result file, or None where it was not measured yet."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return None
+    document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return document
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

@@ -1,0 +1,98 @@
+"""The study: CAT against plain LoRA on concepts that no setting was chosen by, alone, in joint adapters, and on photos.
+
+Both methods have the job spec's own defaults and equal draws; `lora` differs from `cat` in the CAT term alone. `paper`
+is the published recipe of that term: prior prompts with only the token removed, alpha 1, every row, no fixed draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cat_cluster.pocket import world
+from cat_cluster.spec import TrainingSpec
+from jobs.benchmark.compare import compare
+from jobs.benchmark.frontier import EVALUATION
+from jobs.benchmark.record import write_result
+from jobs.benchmark.trials import Bench, Subject, Taught, Trial, pocket_subject
+
+LORA, CAT = Trial("lora", "lora"), Trial("cat")
+PAPER = Trial("paper", alpha=1.0, training={"prior_prompt": "token_removed", "cat_fraction": 1.0, "teacher": "online"})
+CONCEPTS = (
+    "spotted-cup",
+    "checked-cup",
+    "dusk-fish",
+    "candy-house",
+    "ladybird-car",
+    "bee-boat",
+    "harlequin-star",
+    "spotted-flower",
+)
+JOINT = (
+    ("joint-one", ("spotted-cup", "dusk-fish", "ladybird-car", "spotted-flower")),
+    ("joint-two", ("checked-cup", "candy-house", "bee-boat", "harlequin-star")),
+)
+TOKENS = ("sks", "zwx", "ohwx", "qrv")
+SEEDS = (0, 1, 2)
+# Folder, token, class noun and captions of the paper's own photos, as they lie beside the project.
+PHOTOS = (
+    ("cat_statue", "shs", "statue", "txt"),
+    ("clock", "sts", "clock", "metadata"),
+    ("colorful_teapot", "scs", "teapot", "metadata"),
+    ("physics_mug", "cic", "mug", "metadata"),
+    ("round_bird", "usu", "bird", "metadata"),
+)
+
+
+def run(folder: Path, console: Console, photos: Path | None, parts: Sequence[str]) -> list[Path]:
+    """Run these parts (single, joint, photos) and write a result file for each; what was measured is kept in `folder`.
+
+    photos: the folder of the paper's concepts, for `photos`.
+    """
+    plans: dict[str, tuple[list[Trial], list[Subject], Sequence[int]]] = {
+        "single": ([LORA, CAT, PAPER], [pocket_subject(name) for name in CONCEPTS], SEEDS),
+        "joint": ([LORA, CAT], [_joint(name, concepts) for name, concepts in JOINT], SEEDS),
+    }
+    if photos is not None:
+        plans["photos"] = ([LORA, CAT], [_photographed(photos, *entry) for entry in PHOTOS], (0,))
+    bench = Bench(folder, {}, EVALUATION, max_pack=8)
+    return [_measure(bench, part, *plans[part], console) for part in parts]
+
+
+def _measure(
+    bench: Bench, part: str, trials: list[Trial], subjects: list[Subject], seeds: Sequence[int], console: Console
+) -> Path:
+    cells = bench.run(trials, subjects, seeds, console)
+    result: dict[str, Any] = {
+        "training": TrainingSpec().model_dump(mode="json"),
+        "evaluation": EVALUATION,
+        "subjects": {subject.name: [concept.name for concept in subject.concepts] for subject in subjects},
+        "seeds": list(seeds),
+        "trials": {t.name: {"method": t.method, "alpha": t.alpha, **t.training} for t in trials},
+        "judges": compare(cells, [trial.name for trial in trials], subjects, seeds, against=LORA.name),
+    }
+    if part == "joint":
+        result["leaks"] = {
+            f"{trial.name}/{subject.name}": cells[trial.name, subject.name, seeds[0]].leaks
+            for trial in trials
+            for subject in subjects
+        }
+    return write_result(f"study-{part}", result)
+
+
+def _joint(name: str, concepts: Sequence[str]) -> Subject:
+    return Subject(
+        name,
+        tuple(
+            Taught(concept, token, world.CONCEPTS[concept].object)
+            for concept, token in zip(concepts, TOKENS, strict=True)
+        ),
+    )
+
+
+def _photographed(photos: Path, name: str, token: str, class_noun: str, captions: str) -> Subject:
+    taught = Taught(name, token, class_noun, photos / name, captions)
+    return Subject(name.replace("_", "-"), (taught,))

@@ -1,0 +1,129 @@
+"""The teacher pool: its answers are the base's own, asked once, whatever else happens to the run."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.batches import AdapterTask, draw_batch, pool_entries
+from cat_cluster.latents import TextCache
+from cat_cluster.lora.bank import LoraBank
+from cat_cluster.training import teacher as teacher_module
+from cat_cluster.training.step import StepSettings, train_step
+from cat_cluster.training.teacher import TeacherPool
+from tests.unit.training.test_loop import bit_equal, member, relative_error, series, train
+from tests.unit.training.test_step import concept, gradients, open_bank, task, trained_weights
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+def filled(base: BaseModel, bank: LoraBank, *tasks: AdapterTask) -> TeacherPool:
+    pool = TeacherPool()
+    pool.fill(base, bank, TextCache(base), tasks, nullcontext)
+    return pool
+
+
+def test_a_step_from_the_pool_is_the_step_that_asks_the_teacher(base: BaseModel) -> None:
+    """Independent oracle: the same rows with their keys taken away, so that the teacher is asked about each."""
+    tea = task("tea", (concept(base, "sks", alpha=2.0), concept(base, "zwx", alpha=0.7)), cat_fraction=0.5, pool_size=3)
+    found = []
+    for keys in (True, False):
+        bank = open_bank(base, [trained_weights(base, 4, seed=1)])
+        pool = filled(base, bank, tea)
+        batch = draw_batch([tea], 5, 1000, [True])
+        assert all(batch.pool_keys)
+        if not keys:
+            batch = replace(batch, pool_keys=(None,) * len(batch.pool_keys))
+        losses = train_step(base, bank, TextCache(base), batch, StepSettings([None]), pool)
+        found.append((losses.cat_M, gradients(bank, 1)))
+        bank.detach()
+    assert (found[0][0] > 0).all()
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-8)
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
+
+
+def test_the_base_is_asked_once_about_each_entry_and_never_in_a_step(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    really = teacher_module.predict_base
+
+    def counting(unet, bank, noisy, timestep, text):  # type: ignore[no-untyped-def]
+        asked.append(len(noisy))
+        return really(unet, bank, noisy, timestep, text)
+
+    monkeypatch.setattr(teacher_module, "predict_base", counting)
+    pair = [
+        member(base, replace(task(name, (concept(base, "sks", alpha=alpha),), pool_size=4), draw_key="pair"))
+        for name, alpha in (("one", 2.0), ("two", 9.0), ("plain", 0.0))
+    ]
+    train(base, pair)
+    assert sum(asked) == 2 * 4, "two views of four entries, shared by adapters on equal draws; plain LoRA needs none"
+
+
+def test_entries_are_those_that_rows_are_drawn_from(base: BaseModel) -> None:
+    mug = task("mug", (concept(base, "sks", alpha=1.0),), rows=3, pool_size=5)
+    entries = {entry.key: entry for entry in pool_entries(mug, 1000)}
+    assert len(entries) == 2 * 5
+    seen = set()
+    for step in range(40):
+        batch = draw_batch([mug], step, 1000, [True])
+        for row, key in enumerate(batch.pool_keys):
+            assert key is not None
+            seen.add(key)
+            assert torch.equal(batch.noise[row], entries[key].noise)
+            assert int(batch.timestep_B[row]) == entries[key].timestep
+            assert batch.prior_prompts[row] == entries[key].prior_prompt
+    assert seen == set(entries)
+    strata = sorted(entry.timestep for entry in entries.values())
+    assert all(200 * (i // 2) <= t < 200 * (i // 2 + 1) for i, t in enumerate(strata))
+
+
+def test_keys_tell_apart_all_that_changes_the_answer(base: BaseModel) -> None:
+    mug = task("mug", (concept(base, "sks", alpha=1.0),), pool_size=2)
+    other_photos = replace(mug.concepts[0], moments_NCHW=mug.concepts[0].moments_NCHW + 1)
+    variants = [
+        mug,
+        replace(mug, seed=8),
+        replace(mug, draw_key="other"),
+        replace(mug, prior_prompt="class_noun"),
+        replace(mug, concepts=(other_photos,)),
+    ]
+    keys = [entry.key for one in variants for entry in pool_entries(one, 1000)]
+    assert len(set(keys)) == len(keys) == 4 * len(variants)
+    assert list(pool_entries(replace(mug, pool_size=None), 1000)) == []
+
+
+def test_packed_and_resumed_training_from_a_pool_keep_their_laws(base: BaseModel, tmp_path: Path) -> None:
+    def pack() -> list:  # type: ignore[type-arg]
+        return [
+            member(base, task("mug", (concept(base, "sks", alpha=5.0),), pool_size=3)),
+            member(base, task("tea", (concept(base, "zwx", alpha=1.0),), pool_size=6, cat_fraction=0.5), rank=2),
+            member(base, task("online", (concept(base, "ohwx", alpha=1.0),))),
+        ]
+
+    whole = train(base, pack())
+    for alone in pack():
+        separate = train(base, [alone])[alone.task.adapter_id]
+        assert relative_error(whole[alone.task.adapter_id].weights, separate.weights) <= 1e-3
+
+    class Killed(Exception):
+        pass
+
+    def die(report) -> None:  # type: ignore[no-untyped-def]
+        if report.step == 9:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(base, pack(), checkpoints=series(tmp_path, pack()), on_step=die)
+    resumed = train(base, pack(), checkpoints=series(tmp_path, pack()))
+    assert all(bit_equal(whole[name].weights, resumed[name].weights) for name in whole)
