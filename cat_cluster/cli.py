@@ -41,6 +41,8 @@ Storage = Annotated[
     str | None, typer.Option("--storage", help="Registry folder. Default: the spec's, else $CAT_STORAGE.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+JudgeOption = typer.Option(help="auto, pocket, pocket-classifier, a CLIP folder or hub id.")
+Judge = Annotated[str, JudgeOption]
 AdapterRef = Annotated[str, typer.Argument(metavar="ID", help="Adapter id, id@alias or id@revision.")]
 
 
@@ -89,7 +91,7 @@ def evaluate(
     adapter: AdapterRef,
     storage: Storage = None,
     images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Seeds per prompt.")] = None,
-    judge: Annotated[str | None, typer.Option(help="auto, pocket, pocket-classifier, a CLIP folder or hub id.")] = None,
+    judge: Annotated[str | None, JudgeOption] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a published adapter again: KPS, identity, drift from the base, leaks; with 95% intervals."""
@@ -206,13 +208,17 @@ def adapters_import(
     class_noun: Annotated[list[str], typer.Option(help="What each concept is an example of, such as cup.")],
     photos: Annotated[list[Path] | None, typer.Option(help="Folder of each concept's photos, to measure it.")] = None,
     base: Annotated[str, typer.Option(help="Base model it was made for.")] = "pocket",
+    images_per_prompt: Annotated[int, typer.Option(min=1, help="Seeds per prompt when it is measured.")] = 4,
+    judge: Judge = "auto",
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
     """Publish an adapter that PEFT, diffusers or kohya made. With photos it is measured, as a trained one is."""
     from cat_cluster.importing import ImportRequest, import_adapter
+    from cat_cluster.spec import EvaluationSpec
 
-    request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base)
+    evaluation = EvaluationSpec(images_per_prompt=images_per_prompt, judge=judge)
+    request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base, evaluation)
     with _listener() as listener:
         manifest = import_adapter(request, _registry(storage), _device(), listener)
     if as_json:

@@ -47,7 +47,7 @@ from cat_cluster.spec_fields import (
 from cat_cluster.spec_file import Location, Problem, read_yaml, spec_error
 from cat_cluster.spec_rules import all_token_repeats, id_repeats, token_repeats
 
-DEFAULT_ALPHA = 3.0
+DEFAULT_ALPHA = 5.0
 DEFAULT_TEMPLATE = "a photo of a {token} {class_noun}"
 CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 
@@ -119,10 +119,10 @@ class ConceptSpec(_Spec):
 class TrainingSpec(_Spec):
     """How adapters are trained; every field has a default, so a part of it is a whole spec too."""
 
-    steps: Count = Field(default=400, description="Optimiser steps.")
+    steps: Count = Field(default=300, description="Optimiser steps.")
     rank: Count = Field(default=8, description="Rank of the LoRA weights.")
     learning_rate: Positive = Field(
-        default=6.0e-4, le=1.0e30, description="Highest learning rate of AdamW; a float32 step must hold it."
+        default=2.0e-3, le=1.0e30, description="Highest learning rate of AdamW; a float32 step must hold it."
     )
     rows_per_concept: Count = Field(default=4, description="Rows of a step that each concept gets.")
     prior_prompt: Literal["token_removed", "class_noun", "empty", "mixture"] = Field(
@@ -132,17 +132,18 @@ class TrainingSpec(_Spec):
         default=None, description="Text file with one prompt a line for the mixture; none means the base model's own."
     )
     targets: Literal["attention", "cross_attention", "attention_ff"] = Field(
-        default="attention", description="Which linear layers of the U-Net are adapted."
+        default="attention_ff", description="Which linear layers of the U-Net are adapted."
     )
     blocks: Literal["all", "mid_up", "up"] = Field(
         default="all",
         description="Which blocks of the U-Net are adapted; the backward stops below the first adapted layer.",
     )
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="Course of the learning rate after warm-up; linear and cosine fall to 0."
+        default="cosine", description="Course of the learning rate after warm-up; linear and cosine fall to 0."
     )
-    warmup_steps: Whole = Field(
-        default=0, description="Steps in which the learning rate rises from 0; fewer than steps."
+    warmup_steps: Whole | None = Field(
+        default=None,
+        description="Steps in which the learning rate rises from 0, fewer than steps; none means a fifteenth of them.",
     )
     weight_decay: NotNegative = Field(default=0.01, description="Decoupled weight decay of AdamW.")
     max_grad_norm: Positive | None = Field(
@@ -152,7 +153,7 @@ class TrainingSpec(_Spec):
         default=None, description="Gamma of min-SNR weighting; none weighs all timesteps alike."
     )
     cat_fraction: Fraction = Field(
-        default=1.0, description="Share of rows that carry the CAT term, at weight 1 / share."
+        default=0.5, description="Share of rows that carry the CAT term, at weight 1 / share."
     )
     alpha_schedule: Literal["constant", "high_noise", "low_noise"] = Field(
         default="constant",
@@ -370,7 +371,7 @@ def _merged_problems(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -
         return ("adapters", index, section, key) if own else (section, key)
 
     training, evaluation = adapter.training, adapter.evaluation
-    if training.warmup_steps >= training.steps:
+    if training.warmup_steps is not None and training.warmup_steps >= training.steps:
         text = f"{training.warmup_steps} must be less than steps, which is {training.steps}"
         yield place("training", "warmup_steps"), text
     prompts = () if evaluation.prompts == "default" else evaluation.prompts

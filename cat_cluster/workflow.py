@@ -286,7 +286,7 @@ def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None
             weight_decay=training.weight_decay,
             max_grad_norm=training.max_grad_norm,
             lr_schedule=training.lr_schedule,
-            warmup_steps=training.warmup_steps,
+            warmup_steps=training.steps // 15 if training.warmup_steps is None else training.warmup_steps,
             steps=training.steps,
         ),
         initial=initial_weights(base.unet, bank.layers, rank=training.rank, seed=training.seed, draw_key=draw_key),

@@ -154,7 +154,10 @@ def read_adapter(source: Path | bytes, *, unet: UNet2DConditionModel | None = No
     weights = AdapterWeights(_collect(name, tensors, config, unet))
     if not weights.layers:
         raise AdapterFormatError(f"{name} holds no LoRA layers of a U-Net: choose another file")
-    weights.check_finite()
+    try:
+        weights.check_finite()
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{name}: {error}") from None
     if unet is not None:
         check_fits(weights, unet)
     return weights

@@ -1,0 +1,126 @@
+"""Packing: K adapters in one forward against K runs one after the other, and against a plain PEFT loop; peak memory."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from jobs.benchmark.levers import POOL
+from jobs.benchmark.record import ROOT, write_result
+from jobs.benchmark.reference import peft_step
+from jobs.benchmark.workbench import Levers, concept_task, pack_step, seconds_of, take_turns
+
+ADAPTERS = 8
+TRAINING_STEPS = 300  # of the concepts per hour; every way does equally many
+# The reference step in a pack: the same rows and the same loss. Then with the levers of the default spec.
+SAME = Levers(joint_rows=True)
+LEVERS = Levers(joint_rows=True, fraction=0.5, pool_size=POOL)
+MEMORY_ROWS = 4
+
+
+def run(console: Console, *, steps: int = 3, turns: int = 5, largest: int = 32) -> Path:
+    """Time 8 adapters in every way at 1, 2 and 4 rows per concept, then measure the peak memory of 1 .. 32 adapters."""
+    base = load_base_model("pocket")
+    rows = {}
+    for count in (1, 2, 4):
+        rows[str(count)] = _at(base, count, steps, turns)
+        console.print(f"{count} rows per concept: {json.dumps(rows[str(count)]['speed_up'])}")
+    memory = {}
+    for adapters in (k for k in (1, 2, 4, 8, 16, 32) if k <= largest):
+        peak = _peak_mib(adapters)
+        memory[str(adapters)] = {"peak_mib": peak, "per_concept_mib": peak / adapters}
+        console.print(f"{adapters} adapters: {peak:.0f} MiB")
+    return write_result(
+        "packing",
+        {"adapters": ADAPTERS, "training_steps": TRAINING_STEPS, "rows": rows, "memory": memory},
+    )
+
+
+def _at(base: BaseModel, rows: int, steps: int, turns: int) -> dict[str, Any]:
+    """Seconds per step of all 8 adapters, each way; one adapter's step counts 8 times where they run one by one."""
+    ways = {
+        "reference": _reference(base, rows, steps),
+        "sequential": _ours(base, 1, rows, SAME, steps),
+        "packed": _ours(base, ADAPTERS, rows, SAME, steps),
+        "sequential, levers": _ours(base, 1, rows, LEVERS, steps),
+        "packed, levers": _ours(base, ADAPTERS, rows, LEVERS, steps),
+    }
+    times = take_turns(ways, turns)
+
+    def faster(slow: str, fast: str) -> float:
+        return times[slow].ratio(times[fast])
+
+    # Filling the pool is part of training with it: counted into every step, 1/300 each.
+    fill = _fill_seconds(base, rows) / TRAINING_STEPS
+    with_fill = (times["packed, levers"].median + fill) / times["packed, levers"].median
+    return {
+        "step_seconds": {name: timed.median for name, timed in times.items()},
+        "pool_fill_seconds_per_step": fill,
+        "concepts_per_hour": {name: ADAPTERS * 3600 / (TRAINING_STEPS * timed.median) for name, timed in times.items()},
+        "speed_up": {
+            "packed over sequential": faster("sequential", "packed"),
+            "packed over reference": faster("reference", "packed"),
+            "packed with levers over reference": faster("reference", "packed, levers") / with_fill,
+        },
+    }
+
+
+def _ours(base: BaseModel, adapters: int, rows: int, levers: Levers, steps: int) -> Callable[[], float]:
+    tasks = [concept_task(base, f"adapter-{n}", rows, levers) for n in range(adapters)]
+
+    def measure() -> float:
+        with pack_step(base, tasks, levers) as step:
+            step()
+            return seconds_of(step, steps) * (ADAPTERS // adapters)
+
+    return measure
+
+
+def _reference(base: BaseModel, rows: int, steps: int) -> Callable[[], float]:
+    def measure() -> float:
+        with peft_step(base, rows, Levers()) as step:
+            step()
+            return seconds_of(step, steps) * ADAPTERS
+
+    return measure
+
+
+def _fill_seconds(base: BaseModel, rows: int) -> float:
+    tasks = [concept_task(base, f"adapter-{n}", rows, LEVERS) for n in range(ADAPTERS)]
+
+    def work() -> None:
+        with pack_step(base, tasks, LEVERS):
+            pass
+
+    return seconds_of(work, 1)
+
+
+def _peak_mib(adapters: int) -> float:
+    """The peak memory of a process of its own that trains a pack for two steps, MiB."""
+    command = [sys.executable, "-m", "jobs.benchmark.packing", str(adapters)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def _train_two_steps(adapters: int) -> float:
+    base = load_base_model("pocket")
+    tasks = [concept_task(base, f"adapter-{n}", MEMORY_ROWS, LEVERS) for n in range(adapters)]
+    with pack_step(base, tasks, LEVERS) as step:
+        step()
+        step()
+    if base.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{_train_two_steps(int(sys.argv[1]))}\n")

@@ -1,0 +1,64 @@
+"""The loop this project is measured against: one adapter at a time, PEFT in diffusers' U-Net, three forwards a step.
+
+Written as one would write it without this project, and kindly: latents and text embeddings are cached, the optimiser
+is torch's own, and the teacher is the same U-Net with its adapter disabled, under no_grad.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+
+import torch
+from diffusers import DDPMScheduler
+from peft import LoraConfig
+from torch.nn import functional
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.latents import TextCache
+from cat_cluster.lora.bank import adapted_layers
+from jobs.benchmark.workbench import OPTIMISER, RANK, Levers, Step, concept_task, synchronise
+
+
+@contextmanager
+def peft_step(base: BaseModel, rows: int, levers: Levers) -> Iterator[Step]:
+    """Put a PEFT adapter into the base's U-Net and give a function that does one step of CAT (or LoRA, alpha 0)."""
+    unet = base.unet
+    material = concept_task(base, "reference", rows, levers).concepts[0]
+    scheduler = DDPMScheduler.from_config(dict(base.schedule.scheduler_config))
+    encode = TextCache(base)
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(adapted_layers(unet, "attention_ff"))))
+    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=OPTIMISER.learning_rate, weight_decay=OPTIMISER.weight_decay)
+    generator, turns = torch.Generator().manual_seed(0), count()
+    general = base.general_prompts()
+
+    def step() -> None:
+        turn = next(turns)
+        views = [(turn * rows + row) % len(material.prompts) for row in range(rows)]
+        latents = base.sample_latents(material.moments_NCHW[views].to(base.device), torch.zeros(()))
+        noise = torch.randn(latents.shape, generator=generator).to(base.device)
+        timestep = torch.randint(0, base.schedule.num_timesteps, (rows,), generator=generator).to(base.device)
+        noisy = scheduler.add_noise(latents, noise, timestep)
+        prediction = unet(noisy, timestep, encode([material.prompts[view] for view in views])).sample
+        loss = functional.mse_loss(prediction.float(), noise)
+        if levers.alpha > 0:
+            prior = encode(
+                [(material.removed_prompts[view], "", general[turn % len(general)])[turn % 3] for view in views]
+            )
+            unet.disable_adapters()
+            with torch.no_grad():
+                teacher = unet(noisy, timestep, prior).sample
+            unet.enable_adapters()
+            loss = loss + levers.alpha * functional.mse_loss(unet(noisy, timestep, prior).sample.float(), teacher)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(parameters, OPTIMISER.max_grad_norm or 1.0)
+        optimizer.step()
+        synchronise(base)
+
+    try:
+        yield step
+    finally:
+        unet.delete_adapters("default")

@@ -1,0 +1,138 @@
+"""What the timing benchmarks share: tasks of drawn concepts, and variants timed turn by turn in one process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+
+import torch
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.batches import AdapterTask, ConceptMaterial, draw_batch
+from cat_cluster.latents import TextCache
+from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.methods import initial_weights
+from cat_cluster.training.optimizer import SlotAdamW, SlotSettings
+from cat_cluster.training.step import StepSettings, autocast, train_step
+from cat_cluster.training.teacher import TeacherPool
+
+PHOTOS = 6
+RANK = 8
+OPTIMISER = SlotSettings(2.0e-3, 0.01, 1.0, "cosine", 20, 1000)
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Levers:
+    """How a step is computed; the defaults are the reference: three calls, the teacher asked about every row."""
+
+    alpha: float = 3.0
+    joint_rows: bool = False
+    fraction: float = 1.0
+    pool_size: int | None = None
+    blocks: str = "all"
+    bf16: bool = False
+
+
+PLAIN_LORA = Levers(alpha=0.0)
+
+
+def concept_task(base: BaseModel, name: str, rows: int, levers: Levers) -> AdapterTask:
+    """Return the task of one concept with six made-up photos: a step's time does not depend on what they show."""
+    generator = torch.Generator().manual_seed(len(name))
+    shape = (PHOTOS, 2 * base.latent_channels, base.latent_size, base.latent_size)
+    places = ("on grass", "on sand", "in snow", "at night", "at sunset", "on a table")
+    concept = ConceptMaterial(
+        token="sks",
+        class_noun="cup",
+        alpha=levers.alpha,
+        weight=1.0,
+        moments_NCHW=torch.randn(shape, generator=generator),
+        prompts=tuple(f"a photo of a sks cup {place}" for place in places),
+        removed_prompts=tuple(f"a photo of a cup {place}" for place in places),
+    )
+    return AdapterTask(
+        adapter_id=name,
+        draw_key=name,
+        seed=0,
+        rows=rows,
+        cat_fraction=levers.fraction,
+        prior_prompt="mixture",
+        general_prompts=base.general_prompts(),
+        concepts=(concept,),
+        pool_size=levers.pool_size,
+    )
+
+
+@contextmanager
+def pack_step(base: BaseModel, tasks: Sequence[AdapterTask], levers: Levers) -> Iterator[Step]:
+    """Open a pack and give a function that does one whole step of it: draws, predictions, backward, optimiser.
+
+    The teacher's pool is filled before, as training does.
+    """
+    layers = adapted_layers(base.unet, "attention_ff", levers.blocks)
+    bank = LoraBank.attach(base.unet, slots=len(tasks), rank=RANK, layers=layers)
+    try:
+        for slot, task in enumerate(tasks, start=1):
+            bank.new_trainable(slot, initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=task.draw_key))
+        optimizer = SlotAdamW([(bank.parameters(slot), OPTIMISER) for slot in range(1, len(tasks) + 1)])
+        settings = StepSettings([None] * len(tasks), levers.joint_rows, levers.bf16)
+        encode, pool, steps = TextCache(base), TeacherPool(), count()
+        pool.fill(base, bank, encode, tasks, partial(autocast, base, bf16=levers.bf16))
+
+        def step() -> None:
+            batch = draw_batch(tasks, next(steps), base.schedule.num_timesteps, [True] * len(tasks))
+            optimizer.zero_grad(set_to_none=True)
+            train_step(base, bank, encode, batch, settings, pool)
+            optimizer.step()
+            synchronise(base)
+
+        yield step
+    finally:
+        bank.detach()
+
+
+def synchronise(base: BaseModel) -> None:
+    """Wait for the device, so that a clock read after it has seen the work."""
+    if base.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(work: Step, times: int) -> float:
+    """Return the seconds that one of `times` runs of `work` took, in the mean."""
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    return (time.perf_counter() - started) / times
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Seconds of one variant in each turn; turns of all variants alternate, so that a slow minute hits all alike."""
+
+    turns: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle turn, seconds."""
+        return statistics.median(self.turns)
+
+    def ratio(self, other: Timed) -> float:
+        """Return the median over turns of this variant's time over the other's in the same turn."""
+        return statistics.median(a / b for a, b in zip(self.turns, other.turns, strict=True))
+
+
+def take_turns(variants: Mapping[str, Callable[[], float]], turns: int) -> dict[str, Timed]:
+    """Let every variant measure itself once per turn (the first turn warms up and is not counted)."""
+    found: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(turns + 1):
+        for name, measure in variants.items():
+            seconds = measure()
+            if turn > 0:
+                found[name].append(seconds)
+    return {name: Timed(tuple(times)) for name, times in found.items()}
