@@ -32,13 +32,6 @@ SPEC = {
     "base": "pocket",
     "training": {
         "steps": 420,
-        "rank": 8,
-        "targets": "attention_ff",
-        "learning_rate": 2.0e-3,
-        "lr_schedule": "cosine",
-        "warmup_steps": 20,
-        "rows_per_concept": 4,
-        "cat_fraction": 0.5,
         "draw_key": CONCEPT,
     },
     "evaluation": {"images_per_prompt": 3, "steps": 20},

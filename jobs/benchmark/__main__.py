@@ -46,5 +46,23 @@ def study(
         people.print(f"wrote {path}")
 
 
+@app.command()
+def levers() -> None:
+    """Time a step with each lever beside plain LoRA (about ten minutes on 2 cores)."""
+    from jobs.benchmark.levers import run
+
+    people.print(f"wrote {run(people)}")
+
+
+@app.command()
+def packing(
+    size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
+) -> None:
+    """Time 8 adapters packed, one by one, and in a plain PEFT loop; and the memory of packs (about ten minutes)."""
+    from jobs.benchmark.packing import run
+
+    people.print(f"wrote {run(people, size)}")
+
+
 if __name__ == "__main__":
     app()

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +18,66 @@ from cat_cluster.base_model import BaseModel, load_base_model
 from jobs.benchmark.levers import POOL
 from jobs.benchmark.record import ROOT, write_result
 from jobs.benchmark.reference import peft_step
-from jobs.benchmark.workbench import Levers, concept_task, pack_step, seconds_of, take_turns
+from jobs.benchmark.workbench import Levers, concept_task, pack_step, sd15_sized_base, seconds_of, take_turns
 
 ADAPTERS = 8
 TRAINING_STEPS = 300  # of the concepts per hour; every way does equally many
-# The reference step in a pack: the same rows and the same loss. Then with the levers of the default spec.
-SAME = Levers(joint_rows=True)
-LEVERS = Levers(joint_rows=True, fraction=0.5, pool_size=POOL)
 MEMORY_ROWS = 4
 
 
-def run(console: Console, *, steps: int = 3, turns: int = 5, largest: int = 32) -> Path:
+@dataclass(frozen=True)
+class Size:
+    """A base model and the ways to train on it: `same` has the reference's rows and loss, `levers` those that pay."""
+
+    result: str
+    load: Callable[[], BaseModel]
+    same: Levers
+    levers: Levers
+
+
+SIZES = {
+    "pocket": Size(
+        "packing",
+        lambda: load_base_model("pocket"),
+        Levers(joint_rows=True),
+        Levers(joint_rows=True, fraction=0.5, pool_size=POOL),
+    ),
+    "sd15": Size(
+        "packing-gpu",
+        sd15_sized_base,
+        Levers(joint_rows=True, bf16=True),
+        Levers(joint_rows=True, fraction=0.5, pool_size=POOL, bf16=True, compile=True),
+    ),
+}
+
+
+def run(console: Console, size_name: str = "pocket", *, steps: int = 3, turns: int = 5, largest: int = 32) -> Path:
     """Time 8 adapters in every way at 1, 2 and 4 rows per concept, then measure the peak memory of 1 .. 32 adapters."""
-    base = load_base_model("pocket")
+    size = SIZES[size_name]
+    base = size.load()
     rows = {}
     for count in (1, 2, 4):
-        rows[str(count)] = _at(base, count, steps, turns)
+        rows[str(count)] = compare_ways(base, size, count, steps, turns)
         console.print(f"{count} rows per concept: {json.dumps(rows[str(count)]['speed_up'])}")
     memory = {}
     for adapters in (k for k in (1, 2, 4, 8, 16, 32) if k <= largest):
-        peak = _peak_mib(adapters)
+        peak = _peak_mib(size_name, adapters)
         memory[str(adapters)] = {"peak_mib": peak, "per_concept_mib": peak / adapters}
         console.print(f"{adapters} adapters: {peak:.0f} MiB")
     return write_result(
-        "packing",
+        size.result,
         {"adapters": ADAPTERS, "training_steps": TRAINING_STEPS, "rows": rows, "memory": memory},
     )
 
 
-def _at(base: BaseModel, rows: int, steps: int, turns: int) -> dict[str, Any]:
+def compare_ways(base: BaseModel, size: Size, rows: int, steps: int, turns: int) -> dict[str, Any]:
     """Seconds per step of all 8 adapters, each way; one adapter's step counts 8 times where they run one by one."""
     ways = {
-        "reference": _reference(base, rows, steps),
-        "sequential": _ours(base, 1, rows, SAME, steps),
-        "packed": _ours(base, ADAPTERS, rows, SAME, steps),
-        "sequential, levers": _ours(base, 1, rows, LEVERS, steps),
-        "packed, levers": _ours(base, ADAPTERS, rows, LEVERS, steps),
+        "reference": _reference(base, rows, size.same, steps),
+        "sequential": _ours(base, 1, rows, size.same, steps),
+        "packed": _ours(base, ADAPTERS, rows, size.same, steps),
+        "sequential, levers": _ours(base, 1, rows, size.levers, steps),
+        "packed, levers": _ours(base, ADAPTERS, rows, size.levers, steps),
     }
     times = take_turns(ways, turns)
 
@@ -60,7 +85,7 @@ def _at(base: BaseModel, rows: int, steps: int, turns: int) -> dict[str, Any]:
         return times[slow].ratio(times[fast])
 
     # Filling the pool is part of training with it: counted into every step, 1/300 each.
-    fill = _fill_seconds(base, rows) / TRAINING_STEPS
+    fill = _fill_seconds(base, rows, size.levers) / TRAINING_STEPS
     with_fill = (times["packed, levers"].median + fill) / times["packed, levers"].median
     return {
         "step_seconds": {name: timed.median for name, timed in times.items()},
@@ -85,36 +110,37 @@ def _ours(base: BaseModel, adapters: int, rows: int, levers: Levers, steps: int)
     return measure
 
 
-def _reference(base: BaseModel, rows: int, steps: int) -> Callable[[], float]:
+def _reference(base: BaseModel, rows: int, levers: Levers, steps: int) -> Callable[[], float]:
     def measure() -> float:
-        with peft_step(base, rows, Levers()) as step:
+        with peft_step(base, rows, levers) as step:
             step()
             return seconds_of(step, steps) * ADAPTERS
 
     return measure
 
 
-def _fill_seconds(base: BaseModel, rows: int) -> float:
-    tasks = [concept_task(base, f"adapter-{n}", rows, LEVERS) for n in range(ADAPTERS)]
+def _fill_seconds(base: BaseModel, rows: int, levers: Levers) -> float:
+    levers = replace(levers, compile=False)
+    tasks = [concept_task(base, f"adapter-{n}", rows, levers) for n in range(ADAPTERS)]
 
     def work() -> None:
-        with pack_step(base, tasks, LEVERS):
+        with pack_step(base, tasks, levers):
             pass
 
     return seconds_of(work, 1)
 
 
-def _peak_mib(adapters: int) -> float:
+def _peak_mib(size_name: str, adapters: int) -> float:
     """The peak memory of a process of its own that trains a pack for two steps, MiB."""
-    command = [sys.executable, "-m", "jobs.benchmark.packing", str(adapters)]
+    command = [sys.executable, "-m", "jobs.benchmark.packing", size_name, str(adapters)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
-def _train_two_steps(adapters: int) -> float:
-    base = load_base_model("pocket")
-    tasks = [concept_task(base, f"adapter-{n}", MEMORY_ROWS, LEVERS) for n in range(adapters)]
-    with pack_step(base, tasks, LEVERS) as step:
+def _train_two_steps(size_name: str, adapters: int) -> float:
+    base, levers = SIZES[size_name].load(), replace(SIZES[size_name].levers, compile=False)
+    tasks = [concept_task(base, f"adapter-{n}", MEMORY_ROWS, levers) for n in range(adapters)]
+    with pack_step(base, tasks, levers) as step:
         step()
         step()
     if base.device.type == "cuda":
@@ -123,4 +149,4 @@ def _train_two_steps(adapters: int) -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{_train_two_steps(int(sys.argv[1]))}\n")
+    sys.stdout.write(f"{_train_two_steps(sys.argv[1], int(sys.argv[2]))}\n")

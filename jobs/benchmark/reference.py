@@ -18,6 +18,7 @@ from torch.nn import functional
 from cat_cluster.base_model import BaseModel
 from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.training.step import autocast
 from jobs.benchmark.workbench import OPTIMISER, RANK, Levers, Step, concept_task, synchronise
 
 
@@ -41,17 +42,19 @@ def peft_step(base: BaseModel, rows: int, levers: Levers) -> Iterator[Step]:
         noise = torch.randn(latents.shape, generator=generator).to(base.device)
         timestep = torch.randint(0, base.schedule.num_timesteps, (rows,), generator=generator).to(base.device)
         noisy = scheduler.add_noise(latents, noise, timestep)
-        prediction = unet(noisy, timestep, encode([material.prompts[view] for view in views])).sample
+        with autocast(base, bf16=levers.bf16):
+            prediction = unet(noisy, timestep, encode([material.prompts[view] for view in views])).sample
         loss = functional.mse_loss(prediction.float(), noise)
         if levers.alpha > 0:
-            prior = encode(
-                [(material.removed_prompts[view], "", general[turn % len(general)])[turn % 3] for view in views]
-            )
+            other = ("", general[turn % len(general)])[turn % 4 // 2]
+            prior = encode([material.removed_prompts[view] if turn % 2 else other for view in views])
             unet.disable_adapters()
-            with torch.no_grad():
+            with torch.no_grad(), autocast(base, bf16=levers.bf16):
                 teacher = unet(noisy, timestep, prior).sample
             unet.enable_adapters()
-            loss = loss + levers.alpha * functional.mse_loss(unet(noisy, timestep, prior).sample.float(), teacher)
+            with autocast(base, bf16=levers.bf16):
+                student = unet(noisy, timestep, prior).sample
+            loss = loss + levers.alpha * functional.mse_loss(student.float(), teacher.float())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, OPTIMISER.max_grad_norm or 1.0)

@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from cat_cluster.pocket import world
-from cat_cluster.spec import TrainingSpec
+from cat_cluster.spec import DEFAULT_ALPHA, TrainingSpec
 from jobs.benchmark.compare import compare
 from jobs.benchmark.frontier import EVALUATION
 from jobs.benchmark.record import write_result
-from jobs.benchmark.trials import Bench, Subject, Taught, Trial, pocket_subject
+from jobs.benchmark.trials import Bench, Measured, Subject, Taught, Trial, pocket_subject
 
 LORA, CAT = Trial("lora", "lora"), Trial("cat")
 PAPER = Trial("paper", alpha=1.0, training={"prior_prompt": "token_removed", "cat_fraction": 1.0, "teacher": "online"})
@@ -52,31 +52,37 @@ def run(folder: Path, console: Console, photos: Path | None, parts: Sequence[str
 
     photos: the folder of the paper's concepts, for `photos`.
     """
-    plans: dict[str, tuple[list[Trial], list[Subject], Sequence[int]]] = {
-        "single": ([LORA, CAT, PAPER], [pocket_subject(name) for name in CONCEPTS], SEEDS),
-        "joint": ([LORA, CAT], [_joint(name, concepts) for name, concepts in JOINT], SEEDS),
+    pocket = [pocket_subject(name) for name in CONCEPTS]
+    plans: dict[str, tuple[list[Subject], dict[Trial, Sequence[int]]]] = {
+        "single": (pocket, {LORA: SEEDS, CAT: SEEDS, PAPER: SEEDS[:1]}),
+        "joint": ([_joint(name, concepts) for name, concepts in JOINT], {LORA: SEEDS, CAT: SEEDS}),
     }
     if photos is not None:
-        plans["photos"] = ([LORA, CAT], [_photographed(photos, *entry) for entry in PHOTOS], (0,))
+        plans["photos"] = ([_photographed(photos, *entry) for entry in PHOTOS], {LORA: SEEDS[:1], CAT: SEEDS[:1]})
     bench = Bench(folder, {}, EVALUATION, max_pack=8)
     return [_measure(bench, part, *plans[part], console) for part in parts]
 
 
 def _measure(
-    bench: Bench, part: str, trials: list[Trial], subjects: list[Subject], seeds: Sequence[int], console: Console
+    bench: Bench, part: str, subjects: list[Subject], trials: dict[Trial, Sequence[int]], console: Console
 ) -> Path:
-    cells = bench.run(trials, subjects, seeds, console)
+    cells: dict[tuple[str, str, int], Measured] = {}
+    for trial, seeds in trials.items():
+        cells |= bench.run([trial], subjects, seeds, console)
     result: dict[str, Any] = {
         "training": TrainingSpec().model_dump(mode="json"),
+        "default_alpha": DEFAULT_ALPHA,
         "evaluation": EVALUATION,
         "subjects": {subject.name: [concept.name for concept in subject.concepts] for subject in subjects},
-        "seeds": list(seeds),
-        "trials": {t.name: {"method": t.method, "alpha": t.alpha, **t.training} for t in trials},
-        "judges": compare(cells, [trial.name for trial in trials], subjects, seeds, against=LORA.name),
+        "trials": {
+            t.name: {"method": t.method, "alpha": t.alpha, "seeds": list(seeds), **t.training}
+            for t, seeds in trials.items()
+        },
+        "judges": compare(cells, [trial.name for trial in trials], subjects, SEEDS, against=LORA.name),
     }
     if part == "joint":
         result["leaks"] = {
-            f"{trial.name}/{subject.name}": cells[trial.name, subject.name, seeds[0]].leaks
+            f"{trial.name}/{subject.name}": cells[trial.name, subject.name, SEEDS[0]].leaks
             for trial in trials
             for subject in subjects
         }

@@ -30,7 +30,7 @@ SEEDS_APART = 100  # training seed s is judged on image seeds 1000 + 100 s and o
 _ARRAYS = ("without_NF", "with_NF", "base_without_NF", "base_with_NF", "photos_MF", "text_NF", "fisher_N")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trial:
     """A setting: method and alpha, and fields of the training spec that differ from the study's own."""
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from cat_cluster.base_model import BaseModel
+from cat_cluster.base_model import BaseModel, compiled_blocks, load_base_model
 from cat_cluster.batches import AdapterTask, ConceptMaterial, draw_batch
+from cat_cluster.errors import SpecError
 from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.methods import initial_weights
@@ -37,6 +41,7 @@ class Levers:
     pool_size: int | None = None
     blocks: str = "all"
     bf16: bool = False
+    compile: bool = False
 
 
 PLAIN_LORA = Levers(alpha=0.0)
@@ -69,6 +74,34 @@ def concept_task(base: BaseModel, name: str, rows: int, levers: Levers) -> Adapt
     )
 
 
+def sd15_sized_base() -> BaseModel:
+    """Return a base with the U-Net of Stable Diffusion 1.5's size, random weights, on the GPU: for timing alone.
+
+    Text encoder and VAE are small stand-ins of the right shapes: a step asks neither, once texts are cached. Raises
+    SpecError without a GPU.
+    """
+    if not torch.cuda.is_available():
+        raise SpecError("the size sd15 is measured on a GPU, and this torch sees none: use the size pocket")
+    pocket, device = load_base_model("pocket"), torch.device("cuda")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the other defaults are SD 1.5's own
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
+    text = CLIPTextConfig(
+        vocab_size=len(pocket.tokenizer), hidden_size=768, num_attention_heads=12, num_hidden_layers=1
+    )
+    tokenizer = copy(pocket.tokenizer)
+    tokenizer.model_max_length = 77
+    parts = (part.to(device).eval().requires_grad_(False) for part in (unet, vae, CLIPTextModel(text)))
+    unet, vae, text_encoder = parts
+    return replace(
+        pocket, name="sd15-sized", unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, device=device
+    )
+
+
 @contextmanager
 def pack_step(base: BaseModel, tasks: Sequence[AdapterTask], levers: Levers) -> Iterator[Step]:
     """Open a pack and give a function that does one whole step of it: draws, predictions, backward, optimiser.
@@ -77,7 +110,10 @@ def pack_step(base: BaseModel, tasks: Sequence[AdapterTask], levers: Levers) -> 
     """
     layers = adapted_layers(base.unet, "attention_ff", levers.blocks)
     bank = LoraBank.attach(base.unet, slots=len(tasks), rank=RANK, layers=layers)
-    try:
+    with ExitStack() as stack:
+        stack.callback(bank.detach)
+        if levers.compile:
+            stack.enter_context(compiled_blocks(base.unet))
         for slot, task in enumerate(tasks, start=1):
             bank.new_trainable(slot, initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=task.draw_key))
         optimizer = SlotAdamW([(bank.parameters(slot), OPTIMISER) for slot in range(1, len(tasks) + 1)])
@@ -93,8 +129,6 @@ def pack_step(base: BaseModel, tasks: Sequence[AdapterTask], levers: Levers) -> 
             synchronise(base)
 
         yield step
-    finally:
-        bank.detach()
 
 
 def synchronise(base: BaseModel) -> None:

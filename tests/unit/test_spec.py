@@ -167,7 +167,7 @@ training: {steps: true}
         (("training", "cat_fraction"), 1.01, "less than or equal to 1"),
         (("training", "resolution"), 65, "multiple of 8"),
         (("training", "seed"), 2**63, "less than or equal"),
-        (("training", "warmup_steps"), 400, "400 must be less than steps, which is 400"),
+        (("training", "warmup_steps"), 300, "300 must be less than steps, which is 300"),
         (("training", "general_prompts"), "photos", "is not a file"),
         (("training", "max_grad_norm"), 0, "greater than 0"),
         (("cluster", "workers"), 0, "or a pair [least, most]"),
@@ -237,10 +237,10 @@ def test_rules_between_fields_hold_for_merged_settings(folder: Path) -> None:
     document = with_value(minimal(), ("training",), {"steps": 100, "warmup_steps": 50})
     document["adapters"][0]["training"] = {"steps": 50}
     assert "training.warmup_steps" in refusal(folder, document)
-    document["adapters"][0]["training"] = {"warmup_steps": 450}  # Below the default of 400? The job says 100.
+    document["adapters"][0]["training"] = {"warmup_steps": 250}  # Below the default of 300? The job says 100.
     assert "adapters[0].training.warmup_steps" in refusal(folder, document)
-    document["adapters"][0]["training"] = {"warmup_steps": 450, "steps": 500}
-    assert load_spec(write(folder, document)).resolved()[0].training.warmup_steps == 450
+    document["adapters"][0]["training"] = {"warmup_steps": 250, "steps": 500}
+    assert load_spec(write(folder, document)).resolved()[0].training.warmup_steps == 250
 
 
 def test_paths_are_relative_to_the_spec_and_names_stay_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def test_what_is_published_comes_back(registry: Registry, make_draft: MakeDraft,
     assert (manifest.rank, manifest.method, manifest.targets, manifest.concepts[0].token) == (
         2,
         "cat",
-        "attention",
+        "attention_ff",
         "sks",
     )
     assert manifest.concepts[0].alpha == 2.0
