@@ -64,5 +64,14 @@ def packing(
     people.print(f"wrote {run(people, size)}")
 
 
+@app.command()
+def report() -> None:
+    """Write docs/benchmarks from the result files."""
+    from jobs.benchmark.report import write_pages
+
+    for path in write_pages():
+        people.print(f"wrote {path}")
+
+
 if __name__ == "__main__":
     app()

@@ -1,0 +1,137 @@
+"""The pictures of docs/benchmarks: the frontier, the study's ratios, and what packing gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_INK, _QUIET, _PAPER = "#20262d", "#66707a", "#ffffff"
+_LORA, _CAT, _MET, _MISSED = "#d97706", "#0f8b7e", "#0f8b7e", "#c2413b"
+_GROUPS = ("#0f8b7e", "#2f6fb0", "#7c5cd6", "#b0457b", "#6b7f1d", "#8a5a2b", "#3d8fa8", "#555f6a")
+_GOOD = {"base_drift": -1}  # lower is better; all others higher
+
+
+def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
+    """Identity gain against base drift of every trial, one panel per judge; both relative to plain LoRA."""
+    judges = [name for name in result["judges"] if name != "recognition"]
+    figure = Figure(figsize=(7.2 * len(judges), 5.6), dpi=130, layout="constrained", facecolor=_PAPER)
+    FigureCanvasAgg(figure)
+    colours = _colours(result["groups"])
+    for axes, judge in zip(figure.subplots(1, len(judges), squeeze=False)[0], judges, strict=True):
+        scores = result["judges"][judge]
+        alphas = [name for name in ("lora", *result["groups"].get("alpha", ())) if name in scores]
+        axes.plot(
+            [scores[name]["base_drift"]["estimate"] for name in alphas],
+            [scores[name]["identity_gain"]["estimate"] for name in alphas],
+            color=_QUIET,
+            linewidth=1,
+            alpha=0.6,
+            zorder=1,
+        )
+        for name, score in scores.items():
+            colour = _LORA if result["trials"][name]["method"] == "lora" else colours[name]
+            _cross(axes, score["base_drift"], score["identity_gain"], colour)
+            axes.annotate(
+                _short(name, result["trials"][name]),
+                (score["base_drift"]["estimate"], score["identity_gain"]["estimate"]),
+                textcoords="offset points",
+                xytext=(5, 4),
+                fontsize=7.5,
+                color=colour,
+            )
+        axes.set_xscale("log")
+        _style(axes, judge, "base drift (log; left is better)", "identity gain (higher is better)")
+    figure.savefig(path)
+
+
+def draw_study(
+    results: Mapping[str, Mapping[str, Any]], targets: Mapping[str, Sequence[tuple[str, float]]], path: Path
+) -> None:
+    """CAT over plain LoRA with 95% intervals and the figure each ratio should reach; a panel per part of the study."""
+    figure = Figure(figsize=(6.4 * len(results), 4.6), dpi=130, layout="constrained", facecolor=_PAPER)
+    FigureCanvasAgg(figure)
+    for axes, (part, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
+        judges = [name for name in result["judges"] if name != "recognition"]
+        rows = [(metric, goal, judge) for metric, goal in targets[part] for judge in judges]
+        for place, (metric, goal, judge) in enumerate(reversed(rows)):
+            ratio = result["judges"][judge]["cat"].get(metric, {}).get("ratio")
+            if ratio is None:
+                continue
+            estimate, low, high = (1e3 if value is None else max(value, 1e-3) for value in ratio)
+            met = estimate <= goal if _GOOD.get(metric) == -1 else estimate >= goal
+            axes.plot([low, high], [place, place], color=_MET if met else _MISSED, linewidth=2.4, alpha=0.5)
+            axes.plot(estimate, place, "o", color=_MET if met else _MISSED, markersize=7)
+            axes.plot(goal, place, "|", color=_INK, markersize=16, markeredgewidth=1.6)
+        axes.axvline(1.0, color=_QUIET, linewidth=0.8, linestyle=":")
+        axes.set_xscale("log")
+        axes.set_yticks(
+            range(len(rows)), [f"{metric.replace('_', ' ')}, {judge}" for metric, _, judge in reversed(rows)]
+        )
+        _style(axes, part, "CAT / plain LoRA (log); the bar is the figure to reach", "")
+    figure.savefig(path)
+
+
+def draw_packing(result: Mapping[str, Any], path: Path) -> None:
+    """Concepts per hour of each way at 1, 2 and 4 rows, and peak memory per concept over the size of the pack."""
+    figure = Figure(figsize=(12.4, 4.4), dpi=130, layout="constrained", facecolor=_PAPER)
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    ways = list(next(iter(result["rows"].values()))["concepts_per_hour"])
+    colours = ("#9aa3ab", "#d9a441", _CAT, "#c58b2a", "#0b5f56")
+    width = 0.8 / len(ways)
+    for i, way in enumerate(ways):
+        places = [n + (i - (len(ways) - 1) / 2) * width for n in range(len(result["rows"]))]
+        values = [entry["concepts_per_hour"][way] for entry in result["rows"].values()]
+        left.bar(places, values, width * 0.92, color=colours[i % len(colours)], label=way)
+    left.set_xticks(range(len(result["rows"])), list(result["rows"]))
+    left.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    _style(left, "Throughput", "rows per concept and step", "concepts / hour")
+    sizes = [int(k) for k in result["memory"]]
+    right.plot(
+        sizes, [entry["per_concept_mib"] for entry in result["memory"].values()], "o-", color=_CAT, label="per concept"
+    )
+    right.plot(
+        sizes, [entry["peak_mib"] for entry in result["memory"].values()], "o--", color=_LORA, label="the process"
+    )
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.set_xticks(sizes, [str(size) for size in sizes])
+    right.legend(frameon=False, fontsize=8, labelcolor=_INK)
+    _style(right, "Peak memory", "adapters in the pack", "MiB (log)")
+    figure.savefig(path)
+
+
+def _colours(groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for colour, names in zip(_GROUPS, groups.values(), strict=False):
+        for name in names:
+            found.setdefault(name, colour)
+    return found
+
+
+def _short(name: str, trial: Mapping[str, Any]) -> str:
+    own = {key: value for key, value in trial.items() if key not in ("method", "alpha")}
+    if trial["method"] == "lora":
+        return " ".join(["LoRA", *(f"{value} {key}" for key, value in own.items())])
+    text = [f"\N{GREEK SMALL LETTER ALPHA} {trial['alpha']:g}"] if not own else []
+    return " ".join([*text, *(f"{key.replace('_', ' ')} {value}" for key, value in own.items())])
+
+
+def _cross(axes: Any, x: Mapping[str, Any], y: Mapping[str, Any], colour: str) -> None:
+    axes.plot(x["interval"], [y["estimate"]] * 2, color=colour, linewidth=0.9, alpha=0.35)
+    axes.plot([x["estimate"]] * 2, y["interval"], color=colour, linewidth=0.9, alpha=0.35)
+    axes.plot(x["estimate"], y["estimate"], "o", color=colour, markersize=6)
+
+
+def _style(axes: Any, title: str, x: str, y: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=_INK, fontweight="bold")
+    axes.set_xlabel(x, color=_QUIET, fontsize=9)
+    axes.set_ylabel(y, color=_QUIET, fontsize=9)
+    axes.tick_params(colors=_QUIET, labelsize=8)
+    axes.grid(color=_QUIET, alpha=0.15, linewidth=0.7)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
