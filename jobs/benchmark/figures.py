@@ -11,41 +11,46 @@ from matplotlib.figure import Figure
 
 _INK, _QUIET, _PAPER = "#20262d", "#66707a", "#ffffff"
 _LORA, _CAT, _MET, _MISSED = "#d97706", "#0f8b7e", "#0f8b7e", "#c2413b"
-_GROUPS = ("#0f8b7e", "#2f6fb0", "#7c5cd6", "#b0457b", "#6b7f1d", "#8a5a2b", "#3d8fa8", "#555f6a")
+_SERIES = ("#0f8b7e", "#2f6fb0", "#7c5cd6", "#b0457b", "#6b7f1d", "#8a5a2b", "#3d8fa8", "#555f6a")
 _GOOD = {"base_drift": -1}  # lower is better; all others higher
 
 
 def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
-    """Identity gain against base drift of every trial, one panel per judge; both relative to plain LoRA."""
+    """Identity gain against base drift: a panel per group of trials and judge, plain LoRA in each of them."""
     judges = [name for name in result["judges"] if name != "recognition"]
-    figure = Figure(figsize=(7.2 * len(judges), 5.6), dpi=130, layout="constrained", facecolor=_PAPER)
+    groups = result["groups"]
+    columns = min(4, len(groups))
+    rows = -(-len(groups) // columns)
+    figure = Figure(figsize=(4.1 * columns, 3.3 * rows * len(judges)), dpi=110, layout="constrained", facecolor=_PAPER)
     FigureCanvasAgg(figure)
-    colours = _colours(result["groups"])
-    for axes, judge in zip(figure.subplots(1, len(judges), squeeze=False)[0], judges, strict=True):
-        scores = result["judges"][judge]
-        alphas = [name for name in ("lora", *result["groups"].get("alpha", ())) if name in scores]
-        axes.plot(
-            [scores[name]["base_drift"]["estimate"] for name in alphas],
-            [scores[name]["identity_gain"]["estimate"] for name in alphas],
-            color=_QUIET,
-            linewidth=1,
-            alpha=0.6,
-            zorder=1,
-        )
-        for name, score in scores.items():
-            colour = _LORA if result["trials"][name]["method"] == "lora" else colours[name]
-            _cross(axes, score["base_drift"], score["identity_gain"], colour)
-            axes.annotate(
-                _short(name, result["trials"][name]),
-                (score["base_drift"]["estimate"], score["identity_gain"]["estimate"]),
-                textcoords="offset points",
-                xytext=(5, 4),
-                fontsize=7.5,
-                color=colour,
-            )
-        axes.set_xscale("log")
-        _style(axes, judge, "base drift (log; left is better)", "identity gain (higher is better)")
+    panels = figure.subplots(rows * len(judges), columns, squeeze=False, sharex=True)
+    for number, judge in enumerate(judges):
+        for place in range(rows * columns):
+            axes = panels[number * rows + place // columns][place % columns]
+            if place >= len(groups):
+                axes.set_visible(False)
+                continue
+            group = list(groups)[place]
+            _frontier_panel(axes, result["judges"][judge], result["trials"], groups[group])
+            _style(axes, f"{group.replace('_', ' ')} ({judge})", "base drift (log)", "identity gain")
     figure.savefig(path)
+
+
+def _frontier_panel(
+    axes: Any, scores: Mapping[str, Any], trials: Mapping[str, Mapping[str, Any]], group: Sequence[str]
+) -> None:
+    for colour, name in zip((_LORA, *_SERIES), ["lora", *group], strict=False):
+        drift, gain = scores[name]["base_drift"], scores[name]["identity_gain"]
+        axes.plot(drift["interval"], [gain["estimate"]] * 2, color=colour, linewidth=0.9, alpha=0.3)
+        axes.plot([drift["estimate"]] * 2, gain["interval"], color=colour, linewidth=0.9, alpha=0.3)
+        axes.plot(drift["estimate"], gain["estimate"], "o", color=colour, markersize=5, label=_short(trials[name]))
+    axes.legend(frameon=False, fontsize=7.5, labelcolor=_INK, loc="lower left", handletextpad=0.2)
+    axes.set_xscale("log")
+    axes.set_xlim(0.003, 0.7)
+    axes.set_ylim(0.0, 1.35 * max(scores[name]["identity_gain"]["estimate"] for name in scores))
+    ticks = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
 
 
 def draw_study(
@@ -105,26 +110,12 @@ def draw_packing(result: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def _colours(groups: Mapping[str, Sequence[str]]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for colour, names in zip(_GROUPS, groups.values(), strict=False):
-        for name in names:
-            found.setdefault(name, colour)
-    return found
-
-
-def _short(name: str, trial: Mapping[str, Any]) -> str:
+def _short(trial: Mapping[str, Any]) -> str:
     own = {key: value for key, value in trial.items() if key not in ("method", "alpha")}
     if trial["method"] == "lora":
-        return " ".join(["LoRA", *(f"{value} {key}" for key, value in own.items())])
-    text = [f"\N{GREEK SMALL LETTER ALPHA} {trial['alpha']:g}"] if not own else []
-    return " ".join([*text, *(f"{key.replace('_', ' ')} {value}" for key, value in own.items())])
-
-
-def _cross(axes: Any, x: Mapping[str, Any], y: Mapping[str, Any], colour: str) -> None:
-    axes.plot(x["interval"], [y["estimate"]] * 2, color=colour, linewidth=0.9, alpha=0.35)
-    axes.plot([x["estimate"]] * 2, y["interval"], color=colour, linewidth=0.9, alpha=0.35)
-    axes.plot(x["estimate"], y["estimate"], "o", color=colour, markersize=6)
+        return " ".join(["LoRA", *(f"{key} {value}" for key, value in own.items())])
+    text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in own.items())
+    return text or f"\N{GREEK SMALL LETTER ALPHA} {trial['alpha']:g}"
 
 
 def _style(axes: Any, title: str, x: str, y: str) -> None:

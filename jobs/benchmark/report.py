@@ -91,7 +91,7 @@ def _study_page(study: Mapping[str, Mapping[str, Any]]) -> str:
     lines += [
         "No setting was chosen by these concepts ([the frontier](frontier.md) uses others). `cat` is the default of",
         f"the job spec (alpha {first['default_alpha']:g}; {', '.join(f'{name} {settings[name]}' for name in shown)});",
-        "`lora` is the same without the CAT term, on equal draws; `paper` has token_removed alone, alpha 1 on all rows.",
+        "`lora` is the same without the CAT term, on equal draws; `paper` has token_removed, alpha 1, all rows.",
         "Intervals: paired bootstrap over concepts, then training seeds, then image seeds.",
         "",
         "![Ratios of CAT to plain LoRA with their intervals, and the figures to reach](study.png)",
