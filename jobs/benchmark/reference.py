@@ -6,13 +6,13 @@ is torch's own, and the teacher is the same U-Net with its adapter disabled, und
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import deepcopy
 from itertools import count
 
 import torch
 from diffusers import DDPMScheduler
 from peft import LoraConfig
+from torch import nn
 from torch.nn import functional
 
 from cat_cluster.base_model import BaseModel
@@ -22,14 +22,14 @@ from cat_cluster.training.step import autocast
 from jobs.benchmark.workbench import OPTIMISER, RANK, Levers, Step, concept_task, synchronise
 
 
-@contextmanager
-def peft_step(base: BaseModel, rows: int, levers: Levers) -> Iterator[Step]:
-    """Put a PEFT adapter into the base's U-Net and give a function that does one step of CAT (or LoRA, alpha 0)."""
-    unet = base.unet
+def peft_step(base: BaseModel, rows: int, levers: Levers) -> tuple[Step, list[nn.Parameter]]:
+    """Return a function that does one step of CAT (LoRA with alpha 0) on a copy of the base's U-Net, and its weights."""
+    unet = deepcopy(base.unet)  # PEFT leaves its wrappers behind
+    layers = list(adapted_layers(unet, "attention_ff"))
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers))
     material = concept_task(base, "reference", rows, levers).concepts[0]
     scheduler = DDPMScheduler.from_config(dict(base.schedule.scheduler_config))
     encode = TextCache(base)
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(adapted_layers(unet, "attention_ff"))))
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=OPTIMISER.learning_rate, weight_decay=OPTIMISER.weight_decay)
     generator, turns = torch.Generator().manual_seed(0), count()
@@ -61,7 +61,4 @@ def peft_step(base: BaseModel, rows: int, levers: Levers) -> Iterator[Step]:
         optimizer.step()
         synchronise(base)
 
-    try:
-        yield step
-    finally:
-        unet.delete_adapters("default")
+    return step, parameters

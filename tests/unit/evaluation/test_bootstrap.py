@@ -165,3 +165,13 @@ def test_methods_that_saw_different_images_are_refused(other: ConceptFeatures) -
 
 def test_ends_are_plain_floats() -> None:
     assert Interval(1.0, 0.5, math.inf).ends() == [0.5, None]
+
+
+def test_runs_of_one_concept_are_drawn_within_it() -> None:
+    """Two concepts of three runs each: a draw has both concepts or one of them twice, never a third of one."""
+    runs = [
+        replace(concept(token, count=4), fisher_N=np.full(4, value)) for token, value in (("a", 0.0), ("b", 1.0)) * 3
+    ]
+    found = resample(runs, draws=200)
+    assert found.estimates["fisher_drift"] == 0.5
+    assert set(found.draws["fisher_drift"]) == {0.0, 0.5, 1.0}

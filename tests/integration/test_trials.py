@@ -1,0 +1,44 @@
+"""Trials of the study run through the real workflow, are kept, and are not trained twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cat_cluster.errors import CatClusterError
+from jobs.benchmark.compare import compare
+from jobs.benchmark.trials import Bench, Trial, pocket_subject
+
+TRAINING = {"steps": 4, "rank": 2, "rows_per_concept": 1}
+EVALUATION = {"images_per_prompt": 1, "steps": 2}
+
+
+def test_trials_are_trained_measured_and_kept(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, TRAINING, EVALUATION)
+    trials = [
+        Trial("lora", "lora"),
+        Trial("cat", alpha=3.0),
+        Trial("pool", training={"teacher": "pool", "pool_size": 2}),
+    ]
+    subjects = [pocket_subject("striped-cup")]
+    console = Console(stderr=True, quiet=True)
+    first = bench.run(trials, subjects, [0], console)
+    assert set(first) == {(trial.name, "striped-cup", 0) for trial in trials}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "measured").iterdir()}
+    assert len(kept) == 3
+    again = bench.run(trials, subjects, [0], console)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "measured").iterdir()} == kept
+    table = compare(again, [trial.name for trial in trials], subjects, [0], against="lora")
+    assert set(table) == {"pocket", "pocket-classifier", "recognition"}
+    assert table["pocket"]["cat"]["base_drift"]["estimate"] > 0
+    assert table == compare(first, [trial.name for trial in trials], subjects, [0], against="lora")
+
+
+def test_a_trial_that_fails_says_which(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, TRAINING, EVALUATION)
+    with pytest.raises(CatClusterError, match="wild-striped-cup-s0"):
+        bench.run(
+            [Trial("wild", training={"learning_rate": 1e30})], [pocket_subject("striped-cup")], [0], Console(quiet=True)
+        )

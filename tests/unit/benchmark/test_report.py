@@ -1,0 +1,64 @@
+"""docs/benchmarks says what the result files say, and calls a missed figure missed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jobs.benchmark.record import RESULTS, read_result, source_state, write_result
+from jobs.benchmark.report import AIMS, PAGES, page_texts, write_pages
+
+
+def test_the_committed_pages_are_those_of_the_committed_results() -> None:
+    for name, text in page_texts().items():
+        assert (PAGES / name).read_text(encoding="utf-8") == text, "run `python -m jobs.benchmark report`"
+    assert {path.name for path in PAGES.glob("*.md")} == set(page_texts())
+
+
+def test_every_result_says_where_it_comes_from() -> None:
+    found = sorted(RESULTS.glob("*.json"))
+    assert found
+    for path in found:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert {"benchmark", "measured", "commit", "dirty", "machine"} <= set(result)
+        assert result["benchmark"] == path.stem
+        assert {"processor", "cores", "threads", "gpu", "python", "versions"} <= set(result["machine"])
+
+
+def test_a_result_file_records_this_tree_and_machine(tmp_path: Path) -> None:
+    path = write_result("tried", {"ratio": 2.0}, tmp_path)
+    assert read_result("tried", tmp_path) == json.loads(path.read_text())
+    assert read_result("not-measured", tmp_path) is None
+    result = json.loads(path.read_text())
+    assert (result["ratio"], result["commit"]) == (2.0, source_state()["commit"])
+    assert result["machine"]["versions"]["torch"]
+
+
+@pytest.mark.parametrize(("factor", "missed"), [(1.0, False), (0.999, True)])
+def test_a_ratio_below_its_aim_is_called_missed(tmp_path: Path, factor: float, missed: bool) -> None:
+    score = {
+        metric: {"estimate": 0.5, "interval": [0.4, 0.6], "ratio": [aim, aim, aim], "difference": [0.0, 0.0, 0.0]}
+        for metric, aim in AIMS["single"]
+    }
+    score["identity_gain"]["ratio"] = [0.9 * factor] * 3
+    write_result(
+        "study-single",
+        {
+            "training": dict.fromkeys(
+                ("steps", "rank", "targets", "learning_rate", "rows_per_concept", "prior_prompt", "cat_fraction"), 1
+            )
+            | {"teacher": "online"},
+            "default_alpha": 5.0,
+            "subjects": {"cup": ["cup"]},
+            "trials": {"lora": {"seeds": [0]}, "cat": {"seeds": [0]}},
+            "judges": {"pocket": {"lora": score, "cat": score}, "recognition": {"lora": None, "cat": None}},
+        },
+        tmp_path,
+    )
+    pages = write_pages(tmp_path, tmp_path / "pages")
+    text = (tmp_path / "pages" / "study.md").read_text(encoding="utf-8")
+    assert ("**missed**" in text) is missed
+    assert (tmp_path / "pages" / "study.png").stat().st_size > 5_000
+    assert {path.name for path in pages} == {"README.md", "study.md"}

@@ -1,0 +1,67 @@
+"""The timing benchmarks really do what they time: steps that train, in turns, beside a loop that trains too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.lora.bank import adapted_layers
+from jobs.benchmark.levers import VARIANTS
+from jobs.benchmark.packing import SIZES, compare_ways
+from jobs.benchmark.reference import peft_step
+from jobs.benchmark.workbench import Levers, Timed, concept_task, pack_step, take_turns
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_every_variant_trains(base: BaseModel, name: str) -> None:
+    levers = VARIANTS[name]
+    with pack_step(base, [concept_task(base, "one", 2, levers), concept_task(base, "two", 2, levers)], levers) as step:
+        for _ in range(3):
+            step()
+    assert not any("lora" in parameter for parameter, _ in base.unet.named_parameters())
+
+
+def test_the_reference_loop_trains_its_adapter_and_leaves_the_unet_as_it_was(base: BaseModel) -> None:
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    step, parameters = peft_step(base, 2, Levers())
+    first = [parameter.detach().clone() for parameter in parameters]
+    for _ in range(4):
+        step()
+    assert len(parameters) == 2 * len(adapted_layers(base.unet, "attention_ff"))
+    assert not any(torch.equal(parameter, start) for parameter, start in zip(parameters, first, strict=True))
+    after = base.unet.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_ways_are_compared_in_turns(base: BaseModel) -> None:
+    found = compare_ways(base, SIZES["pocket"], 1, 1, 1)
+    assert set(found["step_seconds"]) == {"reference", "sequential", "packed", "sequential, levers", "packed, levers"}
+    assert all(seconds > 0 for seconds in found["step_seconds"].values())
+    assert set(found["speed_up"]) == {
+        "packed over sequential",
+        "packed over reference",
+        "packed with levers over reference",
+    }
+
+
+def test_turns_alternate_and_the_first_is_not_counted() -> None:
+    order: list[str] = []
+
+    def measure(name: str, seconds: list[float]) -> float:
+        order.append(name)
+        return seconds.pop(0)
+
+    slow, fast = [9.0, 2.0, 4.0], [9.0, 1.0, 1.0]
+    times = take_turns({"slow": lambda: measure("slow", slow), "fast": lambda: measure("fast", fast)}, 2)
+    assert order == ["slow", "fast"] * 3
+    assert times["slow"] == Timed((2.0, 4.0))
+    assert times["slow"].ratio(times["fast"]) == 3.0
