@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cat_cluster.errors import BaseModelError
+from cat_cluster.errors import BaseModelError, OutputError
+from cat_cluster.files import write_whole
 from cat_cluster.settings import load_settings
 
 POCKET = "pocket"
@@ -235,12 +234,8 @@ def _read_digest(path: Path) -> str | None:
 
 def _write_digest(path: Path, digest: str) -> None:
     # A cache that cannot be written costs a second hashing, never the load.
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(digest)
-        os.replace(temporary, path)
+    with contextlib.suppress(OutputError):
+        write_whole(path, digest.encode("ascii"))
 
 
 def _hub_folder(name: str) -> Path:

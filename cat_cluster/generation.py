@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from cat_cluster.diffusion.samplers import (
     gather_coefficients,
     sampler_table,
 )
-from cat_cluster.errors import OutputError
+from cat_cluster.files import write_whole
 from cat_cluster.lora.bank import LoraBank
 
 
@@ -112,18 +111,9 @@ def save_png(image: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
     chunks = PngInfo()
     for key, value in metadata.items():
         chunks.add_itxt(key, value)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                Image.fromarray(pixels).save(file, format="PNG", pnginfo=chunks)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}; free space or choose another place") from error
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=chunks)
+    write_whole(path, buffer.getvalue())
 
 
 def _encode_prompts(base: BaseModel, rows: Sequence[ImageRow], at_once: int) -> dict[str, Tensor]:

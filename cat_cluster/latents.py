@@ -7,7 +7,6 @@ recomputation and a changed photo or base can never be served a stale entry.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,12 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cat_cluster.base_model import BaseModel
 from cat_cluster.batches import ConceptMaterial, keyed_generator
 from cat_cluster.concepts import Concept, Example
+from cat_cluster.errors import OutputError
+from cat_cluster.files import write_whole
 
 ENCODE_IMAGES_AT_ONCE = 8
 
@@ -113,12 +114,6 @@ def _read(path: Path | None) -> Tensor | None:
 def _write(path: Path | None, moments: Tensor) -> None:
     if path is None:
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # A cache that cannot be written costs a second encoding, never the job.
-    with suppress(OSError, SafetensorError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({"moments": moments.contiguous()}, temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with suppress(OutputError):
+        write_whole(path, save({"moments": moments.contiguous()}))

@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from cat_cluster.evaluation.curves import draw_curves, method_colour
 from cat_cluster.evaluation.grid import Grid, concept_grid, draw_grids, thumbnail_png
 from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.evaluation.results import Evaluation, JudgeScores
+from cat_cluster.files import write_whole
 
 GRID_ROWS = 4  # of each concept in the PNG
 OPEN_ROWS = 6  # of each concept at once in the HTML; the others unfold
@@ -87,9 +87,9 @@ def write_report(out: Path, report: ReportInput) -> ReportFiles:
     picture = io.BytesIO()
     draw_grids(grids, report.title, rows=GRID_ROWS).save(picture, format="PNG", optimize=True)
     data = report_json(report)
-    _write(files.png, picture.getvalue())
-    _write(files.json, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
-    _write(files.html, _render(report, grids, data["comparison"]).encode())
+    write_whole(files.png, picture.getvalue())
+    write_whole(files.json, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+    write_whole(files.html, _render(report, grids, data["comparison"]).encode())
     return files
 
 
@@ -257,13 +257,3 @@ def _number(value: float | None) -> str:
 
 def _data_url(png: bytes) -> str:
     return f"data:image/png;base64,{base64.b64encode(png).decode()}"
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise EvaluationError(f"cannot write {path} ({error.strerror}): free space or choose another folder") from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from cat_cluster.errors import AdapterFormatError, AdapterMismatchError
+from cat_cluster.files import write_whole
 from cat_cluster.lora.peft_config import HEADER_KEY, check_config, config_for, parse_config, scale_of
 
 AdapterFormat = Literal["diffusers", "peft", "kohya"]
@@ -120,13 +120,9 @@ def write_adapter(
     data = to_safetensors(weights, fmt, metadata)
     names = {"diffusers": DIFFUSERS_WEIGHTS, "peft": PEFT_WEIGHTS, "kohya": f"{adapter_id}.safetensors"}
     path = folder / names[fmt]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise AdapterFormatError(f"cannot make the folder {folder}: {error}; choose another") from error
     if fmt == "peft":
-        _write_whole(folder / PEFT_CONFIG, json.dumps(config_for(_ranks(weights)), indent=2).encode())
-    _write_whole(path, data)
+        write_whole(folder / PEFT_CONFIG, json.dumps(config_for(_ranks(weights)), indent=2).encode())
+    write_whole(path, data)
     return path
 
 
@@ -303,13 +299,3 @@ def _module(unet: UNet2DConditionModel, name: str) -> nn.Module | None:
     """Return the linear at a path, looking through a bank that may sit there."""
     module = dict(unet.named_modules()).get(name)
     return getattr(module, "base", module) if module is not None else None
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise AdapterFormatError(f"cannot write {path}: {error}; free space or choose another folder") from error

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from cat_cluster.files import write_whole
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "cat-cluster")
@@ -42,9 +44,8 @@ def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -
     """Write `<folder>/<name>.json`, the result below a head of commit, machine and time; return the path."""
     head = {"benchmark": name, "measured": datetime.now(UTC).isoformat(timespec="seconds")}
     document = {**head, **source_state(), "machine": machine(), **result}
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     return path
 
 

@@ -23,7 +23,7 @@ from jobs.benchmark.workbench import OPTIMISER, RANK, Levers, Step, concept_task
 
 
 def peft_step(base: BaseModel, rows: int, levers: Levers) -> tuple[Step, list[nn.Parameter]]:
-    """Return a function that does one step of CAT (LoRA with alpha 0) on a copy of the base's U-Net, and its weights."""
+    """Return a function that does one step of CAT (LoRA at alpha 0) on a copy of the U-Net, and what it trains."""
     unet = deepcopy(base.unet)  # PEFT leaves its wrappers behind
     layers = list(adapted_layers(unet, "attention_ff"))
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers))

@@ -6,6 +6,7 @@ own. What the judges saw is kept beside it, so that an interrupted study goes on
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from cat_cluster.demo import draw_photos
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.bootstrap import ConceptFeatures
 from cat_cluster.evaluation.recognition import Recognition
+from cat_cluster.files import write_whole
 from cat_cluster.pocket import world
 from cat_cluster.settings import Settings
 from cat_cluster.spec import JobSpec
@@ -173,10 +175,9 @@ def _write(path: Path, result: AdapterResult) -> None:
         "leaks": {judge.name: judge.leaks.to_json() for judge in evaluation.judges},
         "training": dict(manifest.training),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, record=json.dumps(record), **arrays)
-    temporary.rename(path)
+    buffer = io.BytesIO()
+    np.savez(buffer, record=json.dumps(record), **arrays)
+    write_whole(path, buffer.getvalue())
 
 
 def _read(path: Path) -> Measured:

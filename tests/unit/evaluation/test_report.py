@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cat_cluster.errors import EvaluationError
+from cat_cluster.errors import EvaluationError, OutputError
 from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.evaluation.grid import concept_grid, draw_grids, thumbnail_png
 from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, report_json, write_report
@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_be_written_leaves_nothing_half_written(
     make_evaluation: MakeEvaluation, tmp_path: Path
 ) -> None:
     (tmp_path / "report.png").mkdir()
-    with pytest.raises(EvaluationError, match=r"report\.png"):
+    with pytest.raises(OutputError, match=r"report\.png"):
         write_report(tmp_path, two_methods(make_evaluation))
     assert [path.name for path in tmp_path.iterdir()] == ["report.png"]
 
