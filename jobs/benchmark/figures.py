@@ -17,8 +17,8 @@ _GOOD = {"base_drift": -1}  # lower is better; all others higher
 
 def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
     """Identity gain against base drift: a panel per group of trials and judge, plain LoRA in each of them."""
-    judges = [name for name in result["judges"] if name != "recognition"]
     groups = result["groups"]
+    judges = [name for name in next(iter(groups.values()))["judges"] if name != "recognition"]
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(4.1 * columns, 3.3 * rows * len(judges)), dpi=110, layout="constrained", facecolor=_PAPER)
@@ -30,16 +30,14 @@ def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
             if place >= len(groups):
                 axes.set_visible(False)
                 continue
-            group = list(groups)[place]
-            _frontier_panel(axes, result["judges"][judge], result["trials"], groups[group])
-            _style(axes, f"{group.replace('_', ' ')} ({judge})", "base drift (log)", "identity gain")
+            name = list(groups)[place]
+            _frontier_panel(axes, groups[name]["judges"][judge], groups[name]["trials"])
+            _style(axes, f"{name.replace('_', ' ')} ({judge})", "base drift (log)", "identity gain")
     figure.savefig(path)
 
 
-def _frontier_panel(
-    axes: Any, scores: Mapping[str, Any], trials: Mapping[str, Mapping[str, Any]], group: Sequence[str]
-) -> None:
-    for colour, name in zip((_LORA, *_SERIES), ["lora", *group], strict=False):
+def _frontier_panel(axes: Any, scores: Mapping[str, Any], trials: Mapping[str, Mapping[str, Any]]) -> None:
+    for colour, name in zip((_LORA, *_SERIES), trials, strict=False):
         drift, gain = scores[name]["base_drift"], scores[name]["identity_gain"]
         axes.plot(drift["interval"], [gain["estimate"]] * 2, color=colour, linewidth=0.9, alpha=0.3)
         axes.plot([drift["estimate"]] * 2, gain["interval"], color=colour, linewidth=0.9, alpha=0.3)

@@ -27,6 +27,7 @@ TRAINING = {
 }
 EVALUATION = {"images_per_prompt": 2, "steps": 20}
 CONCEPTS = ("striped-cup", "clown-fish", "checked-house")
+ON_ALL_CONCEPTS = ("alpha", "fraction", "teacher")  # the other groups are measured on the first two
 LORA = "lora"
 GROUPS: dict[str, tuple[Trial, ...]] = {
     "alpha": (
@@ -87,17 +88,17 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
 def run(folder: Path, console: Console, groups: Sequence[str] = tuple(GROUPS)) -> Path:
     """Train, measure and compare the trials of these groups, keeping what was measured in `folder`."""
     bench = Bench(folder, TRAINING, EVALUATION, max_pack=9)
-    subjects = [pocket_subject(name) for name in CONCEPTS]
-    trials = {LORA: Trial(LORA, LORA), **{trial.name: trial for name in groups for trial in GROUPS[name]}}
-    cells = bench.run(list(trials.values()), subjects, [0], console)
-    return write_result(
-        "frontier",
-        {
-            "setting": TRAINING,
-            "evaluation": EVALUATION,
-            "concepts": list(CONCEPTS),
-            "groups": {name: [trial.name for trial in GROUPS[name]] for name in groups},
-            "trials": {t.name: {"method": t.method, "alpha": t.alpha, **t.training} for t in trials.values()},
-            "judges": compare(cells, list(trials), subjects, [0], against=LORA),
-        },
-    )
+    lora, measured = Trial(LORA, LORA), {}
+    for name in groups:
+        trials = [lora, *GROUPS[name]]
+        concepts = CONCEPTS if name in ON_ALL_CONCEPTS else CONCEPTS[:2]
+        subjects = [pocket_subject(concept) for concept in concepts]
+        cells = bench.run(trials, subjects, [0], console)
+        measured[name] = {
+            "concepts": list(concepts),
+            "trials": {
+                trial.name: {"method": trial.method, "alpha": trial.alpha, **trial.training} for trial in trials
+            },
+            "judges": compare(cells, [trial.name for trial in trials], subjects, [0], against=LORA),
+        }
+    return write_result("frontier", {"setting": TRAINING, "evaluation": EVALUATION, "groups": measured})

@@ -165,27 +165,30 @@ def _frontier_page(result: Mapping[str, Any]) -> str:
     lines = [
         "# The frontier: what holding the base costs",
         "",
-        f"Concepts {', '.join(result['concepts'])}, one training seed, {_pairs(result)} image pairs a trial. Each",
-        "group varies one thing around the common setting: "
+        "One training seed; each group varies one thing around the common setting: "
         + ", ".join(f"{key} {value}" for key, value in result["setting"].items())
         + ". Differences of 0.02 are noise.",
         "",
         "![Identity gain against base drift of every trial](frontier.png)",
     ]
-    for group, names in result["groups"].items():
-        lines += ["", f"## {group}", ""]
-        trials = ["lora", *names]
-        for judge in _judges(result):
-            part = {**result, "judges": {judge: {name: result["judges"][judge][name] for name in trials}}}
-            part["judges"]["recognition"] = result["judges"]["recognition"]
-            lines += [f"Judge `{judge}`:", "", *_score_table(part, judge), ""]
-        changes = {name: {k: v for k, v in result["trials"][name].items() if k != "method"} for name in names}
-        lines += [f"- `{name}`: {', '.join(f'{k} {v}' for k, v in change.items())}" for name, change in changes.items()]
+    for name, group in result["groups"].items():
+        pairs = 6 * int(result["evaluation"]["images_per_prompt"]) * len(group["concepts"])
+        lines += [
+            "",
+            f"## {name.replace('_', ' ')}",
+            "",
+            f"{', '.join(group['concepts'])}; {pairs} image pairs a trial.",
+            "",
+        ]
+        for judge in _judges(group):
+            lines += [f"Judge `{judge}`:", "", *_score_table(group, judge), ""]
+        changes = {trial: {k: v for k, v in own.items() if k != "method"} for trial, own in group["trials"].items()}
+        lines += [
+            f"- `{trial}`: {', '.join(f'{k} {v}' for k, v in change.items())}"
+            for trial, change in changes.items()
+            if trial != "lora"
+        ]
     return "\n".join([*lines, "", _measured_on(result), ""])
-
-
-def _pairs(result: Mapping[str, Any]) -> int:
-    return 6 * int(result["evaluation"]["images_per_prompt"]) * len(result["concepts"])
 
 
 def _judges(result: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,8 @@ is the published recipe of that term: prior prompts with only the token removed,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,26 +54,37 @@ def run(folder: Path, console: Console, photos: Path | None, parts: Sequence[str
     photos: the folder of the paper's concepts, for `photos`.
     """
     pocket = [pocket_subject(name) for name in CONCEPTS]
-    plans: dict[str, tuple[list[Subject], dict[Trial, Sequence[int]]]] = {
-        "single": (pocket, {LORA: SEEDS, CAT: SEEDS, PAPER: SEEDS[:1]}),
-        "joint": ([_joint(name, concepts) for name, concepts in JOINT], {LORA: SEEDS, CAT: SEEDS}),
+    joint = [_joint(name, concepts) for name, concepts in JOINT]
+    plans = {
+        "single": _Plan(pocket, [([LORA, CAT], SEEDS), ([PAPER], SEEDS[:1])]),
+        "joint": _Plan(joint, [([LORA, CAT], SEEDS)], {"rows_per_concept": 2}, 1),
     }
     if photos is not None:
-        plans["photos"] = ([_photographed(photos, *entry) for entry in PHOTOS], {LORA: SEEDS[:1], CAT: SEEDS[:1]})
-    bench = Bench(folder, {}, EVALUATION, max_pack=8)
-    return [_measure(bench, part, *plans[part], console) for part in parts]
+        plans["photos"] = _Plan([_photographed(photos, *entry) for entry in PHOTOS], [([LORA, CAT], SEEDS[:1])])
+    return [_measure(folder, part, plans[part], console) for part in parts]
 
 
-def _measure(
-    bench: Bench, part: str, subjects: list[Subject], trials: dict[Trial, Sequence[int]], console: Console
-) -> Path:
+@dataclass(frozen=True)
+class _Plan:
+    """A part of the study: trials by seeds. A joint adapter has four concepts, so fewer rows and images of each."""
+
+    subjects: Sequence[Subject]
+    runs: Sequence[tuple[Sequence[Trial], Sequence[int]]]
+    training: Mapping[str, Any] = field(default_factory=dict)
+    images_per_prompt: int = 2
+
+
+def _measure(folder: Path, part: str, plan: _Plan, console: Console) -> Path:
+    evaluation = {**EVALUATION, "images_per_prompt": plan.images_per_prompt}
+    bench, subjects = Bench(folder, plan.training, evaluation, max_pack=8), plan.subjects
     cells: dict[tuple[str, str, int], Measured] = {}
-    for trial, seeds in trials.items():
-        cells |= bench.run([trial], subjects, seeds, console)
+    for some, seeds in plan.runs:
+        cells |= bench.run(some, subjects, seeds, console)
+    trials = {trial: seeds for some, seeds in plan.runs for trial in some}
     result: dict[str, Any] = {
-        "training": TrainingSpec().model_dump(mode="json"),
+        "training": TrainingSpec(**plan.training).model_dump(mode="json"),
         "default_alpha": DEFAULT_ALPHA,
-        "evaluation": EVALUATION,
+        "evaluation": evaluation,
         "subjects": {subject.name: [concept.name for concept in subject.concepts] for subject in subjects},
         "trials": {
             t.name: {"method": t.method, "alpha": t.alpha, "seeds": list(seeds), **t.training}

@@ -87,7 +87,8 @@ class Bench:
 
         Raises CatClusterError when an adapter fails. What an earlier call measured is read back.
         """
-        cells = [(trial, subject, seed) for trial in trials for subject in subjects for seed in seeds]
+        # Trials of one subject and seed ride together: they share the base's images and the judges' heads.
+        cells = [(trial, subject, seed) for subject in subjects for seed in seeds for trial in trials]
         missing = [cell for cell in cells if not self._path(*cell).exists()]
         if missing:
             job = JobSpec.model_validate(self._job(missing))
