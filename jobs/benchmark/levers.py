@@ -49,7 +49,7 @@ VARIANTS: dict[str, Levers] = {
 }
 
 
-def run(console: Console, *, rows: int = 4, steps: int = 3, turns: int = 7) -> Path:
+def run(console: Console, *, rows: int = 4, steps: int = 2, turns: int = 5) -> Path:
     """Time every variant with 1 and with 8 adapters, the LoRA layers themselves, and the fill of a pool."""
     base = load_base_model("pocket")
     packs = {}

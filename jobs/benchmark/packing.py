@@ -138,7 +138,7 @@ def _peak_mib(size_name: str, adapters: int) -> float:
 
 
 def _train_two_steps(size_name: str, adapters: int) -> float:
-    base, levers = SIZES[size_name].load(), replace(SIZES[size_name].levers, compile=False)
+    base, levers = SIZES[size_name].load(), replace(SIZES[size_name].levers, compile=False, pool_size=None)
     tasks = [concept_task(base, f"adapter-{n}", MEMORY_ROWS, levers) for n in range(adapters)]
     with pack_step(base, tasks, levers) as step:
         step()
