@@ -77,9 +77,9 @@ class AdapterTask:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """A draw (z0, e, t, y). key: empty, or of a pool's fixed draws all that the base's answer depends on."""
+    """A draw (z0, e, t, y). key: of a fixed draw of a pool, all that the base's answer depends on; None otherwise."""
 
-    key: str
+    key: str | None
     moments: Tensor
     posterior_noise: Tensor
     noise: Tensor
@@ -149,7 +149,7 @@ def draw_batch(tasks: Sequence[AdapterTask], step: int, num_timesteps: int, acti
         cat_row_M=torch.tensor(cat, dtype=torch.long),
         prior_prompts=tuple(rows[i].draw.prior_prompt for i in cat),
         cat_weight_M=torch.tensor([rows[i].cat_weight for i in cat]),
-        pool_keys=tuple(rows[i].draw.key or None for i in cat),
+        pool_keys=tuple(rows[i].draw.key for i in cat),
     )
 
 
@@ -201,13 +201,13 @@ def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) 
 
 
 def _draw(
-    task: AdapterTask, concept: ConceptMaterial, view: int, timestep: int, generator: np.random.Generator, key: str = ""
+    task: AdapterTask, concept: ConceptMaterial, view: int, timestep: int, generator: np.random.Generator
 ) -> Draw:
     moments = concept.moments_NCHW[view]
     shape = (moments.shape[0] // 2, *moments.shape[1:])
     prior = _prior_prompt(task, concept, view, generator)
     return Draw(
-        key=key,
+        key=None,
         moments=moments,
         posterior_noise=_normal(generator, shape),
         noise=_normal(generator, shape),

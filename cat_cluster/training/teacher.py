@@ -52,14 +52,15 @@ class TeacherPool:
 
         The calls depend on the tasks alone, not on how far training is: a resumed run gets the same predictions.
         """
-        wanted = {entry.key: entry for task in tasks for entry in pool_entries(task, base.schedule.num_timesteps)}
-        entries = [entry for key, entry in wanted.items() if key not in self._predictions]
-        for start in range(0, len(entries), ENTRIES_PER_CALL):
-            chunk = entries[start : start + ENTRIES_PER_CALL]
+        entries = (entry for task in tasks for entry in pool_entries(task, base.schedule.num_timesteps))
+        wanted = {entry.key: entry for entry in entries if entry.key is not None}
+        missing = [(key, entry) for key, entry in wanted.items() if key not in self._predictions]
+        for start in range(0, len(missing), ENTRIES_PER_CALL):
+            keys, chunk = zip(*missing[start : start + ENTRIES_PER_CALL], strict=True)
             with autocast():
                 predictions = _predict_entries(base, bank, encode_text, chunk).float().cpu()
             # Copies: a view would keep the whole chunk alive.
-            self._predictions.update((entry.key, p.clone()) for entry, p in zip(chunk, predictions, strict=True))
+            self._predictions.update(zip(keys, map(Tensor.clone, predictions), strict=True))
 
     def predict(
         self,
