@@ -41,7 +41,26 @@ def compare(
         drawn = {key: resample(_runs(cells, key[0], subjects, key[1], judge)) for key in keys}
         found[judge] = {trial: _metrics(drawn[trial, own[trial]], drawn[against, own[trial]]) for trial in trials}
     found["recognition"] = {trial: _recognition(cells, trial, subjects, seeds) for trial in trials}
+    found["prompts_followed"] = {trial: _prompts_followed(cells, trial, subjects, seeds) for trial in trials}
     return found
+
+
+def judges_of(table: Mapping[str, Any]) -> list[str]:
+    """Return the judges of a comparison, without the tables that stand beside them."""
+    return [name for name in table if name not in ("recognition", "prompts_followed")]
+
+
+def prompts_followed(concept: ConceptFeatures) -> float | None:
+    """Return the share of images with the token that are nearer to their own prompt than to any other of the set.
+
+    Prompt similarity falls when the concept is unlike its class noun, whatever else the image shows; that offset is the
+    same for every prompt and cancels here. None for a judge that cannot read.
+    """
+    if concept.text_NF is None:
+        return None
+    similar = concept.with_NF @ concept.text_NF.T
+    own = np.diagonal(similar)
+    return float((own >= similar.max(axis=1) - 1e-9).mean())
 
 
 def _runs(
@@ -72,6 +91,18 @@ def _metrics(own: Resampled, other: Resampled) -> dict[str, Any]:
 
 def _json(interval: Interval | None) -> list[float | None] | None:
     return None if interval is None else [interval.estimate, *interval.ends()]
+
+
+def _prompts_followed(cells: Cells, trial: str, subjects: Sequence[Subject], seeds: Sequence[int]) -> dict[str, float]:
+    """Mean share over concepts and seeds, for each judge that can read."""
+    found: dict[str, list[float]] = {}
+    for subject in subjects:
+        for seed in seeds:
+            if (trial, subject.name, seed) in cells:
+                for judge, concepts in cells[trial, subject.name, seed].judges.items():
+                    shares = [prompts_followed(concept) for concept in concepts.values()]
+                    found.setdefault(judge, []).extend(share for share in shares if share is not None)
+    return {judge: float(np.mean(shares)) for judge, shares in found.items() if shares}
 
 
 def _recognition(cells: Cells, trial: str, subjects: Sequence[Subject], seeds: Sequence[int]) -> dict[str, Any] | None:

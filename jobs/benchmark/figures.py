@@ -9,6 +9,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from jobs.benchmark.compare import judges_of
+
 _INK, _QUIET, _PAPER = "#20262d", "#66707a", "#ffffff"
 _LORA, _CAT, _MET, _MISSED = "#d97706", "#0f8b7e", "#0f8b7e", "#c2413b"
 _SERIES = ("#0f8b7e", "#2f6fb0", "#7c5cd6", "#b0457b", "#6b7f1d", "#8a5a2b", "#3d8fa8", "#555f6a")
@@ -18,7 +20,7 @@ _GOOD = {"base_drift": -1}  # lower is better; all others higher
 def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
     """Identity gain against base drift: a panel per group of trials and judge, plain LoRA in each of them."""
     groups = result["groups"]
-    judges = [name for name in next(iter(groups.values()))["judges"] if name != "recognition"]
+    judges = judges_of(next(iter(groups.values()))["judges"])
     columns = min(4, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(4.1 * columns, 3.3 * rows * len(judges)), dpi=110, layout="constrained", facecolor=_PAPER)
@@ -58,7 +60,7 @@ def draw_study(
     figure = Figure(figsize=(6.4 * len(results), 4.6), dpi=130, layout="constrained", facecolor=_PAPER)
     FigureCanvasAgg(figure)
     for axes, (part, result) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
-        judges = [name for name in result["judges"] if name != "recognition"]
+        judges = judges_of(result["judges"])
         rows = [(metric, goal, judge) for metric, goal in targets[part] for judge in judges]
         for place, (metric, goal, judge) in enumerate(reversed(rows)):
             ratio = result["judges"][judge]["cat"].get(metric, {}).get("ratio")

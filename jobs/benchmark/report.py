@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.benchmark.compare import judges_of
 from jobs.benchmark.figures import draw_frontier, draw_packing, draw_study
 from jobs.benchmark.record import RESULTS, ROOT, read_result
 
@@ -98,7 +99,7 @@ def _study_page(study: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     for part, result in study.items():
         lines += ["", f"## {part}", "", _part_facts(result), ""]
-        for judge in _judges(result):
+        for judge in judges_of(result["judges"]):
             lines += [f"Judge `{judge}`:", "", *_score_table(result, judge), ""]
         lines += _verdicts(part, result)
         lines += ["", _measured_on(result)]
@@ -135,21 +136,31 @@ def _ends(interval: Sequence[float | None]) -> str:
 
 
 def _verdicts(part: str, result: Mapping[str, Any]) -> list[str]:
-    lines = ["| CAT / plain LoRA | aim | " + " | ".join(_judges(result)) + " |"]
-    lines.append("|---" * (2 + len(_judges(result))) + "|")
+    lines = ["| CAT / plain LoRA | aim | " + " | ".join(judges_of(result["judges"])) + " |"]
+    lines.append("|---" * (2 + len(judges_of(result["judges"]))) + "|")
     for metric, aim in AIMS[part]:
         cells = []
-        for judge in _judges(result):
+        for judge in judges_of(result["judges"]):
             ratio = result["judges"][judge]["cat"].get(metric, {}).get("ratio")
             cells.append("-" if ratio is None else _judged(ratio, aim, lower=metric == "base_drift"))
         sign = "\N{LESS-THAN OR EQUAL TO}" if metric == "base_drift" else "\N{GREATER-THAN OR EQUAL TO}"
         lines.append(f"| {metric.replace('_', ' ')} | {sign} {aim:g}x | {' | '.join(cells)} |")
-    for judge in _judges(result):
+    for judge in judges_of(result["judges"]):
         difference = result["judges"][judge]["cat"].get("prompt_similarity", {}).get("difference")
         if difference is not None:
             estimate, low, high = difference
             verdict = "not lower" if high >= 0 else "**lower**"
             lines.append(f"\nPrompt similarity, `{judge}`: {estimate:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}.")
+    followed = {trial: shares for trial, shares in result["judges"]["prompts_followed"].items() if shares}
+    if followed:
+        shares = "; ".join(
+            f"{trial} {', '.join(f'{share:.0%} ({judge})' for judge, share in own.items())}"
+            for trial, own in followed.items()
+        )
+        lines.append(
+            "\nImages with the token that are nearer to their own prompt than to the other evaluation prompts, where "
+            f"the concept itself cancels: {shares}."
+        )
     return lines
 
 
@@ -180,7 +191,7 @@ def _frontier_page(result: Mapping[str, Any]) -> str:
             f"{', '.join(group['concepts'])}; {pairs} image pairs a trial.",
             "",
         ]
-        for judge in _judges(group):
+        for judge in judges_of(group["judges"]):
             lines += [f"Judge `{judge}`:", "", *_score_table(group, judge), ""]
         changes = {trial: {k: v for k, v in own.items() if k != "method"} for trial, own in group["trials"].items()}
         lines += [
@@ -189,10 +200,6 @@ def _frontier_page(result: Mapping[str, Any]) -> str:
             if trial != "lora"
         ]
     return "\n".join([*lines, "", _measured_on(result), ""])
-
-
-def _judges(result: Mapping[str, Any]) -> list[str]:
-    return [name for name in result["judges"] if name != "recognition"]
 
 
 def _levers_page(result: Mapping[str, Any]) -> str:

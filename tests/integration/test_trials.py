@@ -31,7 +31,7 @@ def test_trials_are_trained_measured_and_kept(tmp_path: Path) -> None:
     again = bench.run(trials, subjects, [0], console)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "measured").iterdir()} == kept
     table = compare(again, [trial.name for trial in trials], subjects, [0], against="lora")
-    assert set(table) == {"pocket", "pocket-classifier", "recognition"}
+    assert set(table) == {"pocket", "pocket-classifier", "recognition", "prompts_followed"}
     assert table["pocket"]["cat"]["base_drift"]["estimate"] > 0
     assert table == compare(first, [trial.name for trial in trials], subjects, [0], against="lora")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from cat_cluster.evaluation.bootstrap import ConceptFeatures, score
-from jobs.benchmark.compare import compare
+from jobs.benchmark.compare import compare, judges_of, prompts_followed
 from jobs.benchmark.trials import Measured, Subject, Taught
 
 SUBJECTS = [Subject(name, (Taught(name, "sks", "cup"),)) for name in ("cup", "fish", "car")]
@@ -62,3 +64,14 @@ def test_what_two_trials_share_cancels_in_their_ratio() -> None:
     assert found["late"]["fisher_drift"]["ratio"] == pytest.approx([2.0, 2.0, 2.0])
     low, high = found["cat"]["identity_gain"]["interval"]
     assert low < found["cat"]["identity_gain"]["estimate"] < high
+
+
+def test_an_image_follows_its_prompt_when_no_other_prompt_is_nearer() -> None:
+    """What all images share, such as an unusual concept, changes their similarity to every prompt alike."""
+    one = features(0, 1.0)
+    text = np.eye(8)[[0, 1, 2, 0, 1, 2]]
+    images = np.eye(8)[[0, 1, 0, 0, 2, 2]] + 5.0 * np.eye(8)[[7]]
+    followed = replace(one, text_NF=text, with_NF=images / np.linalg.norm(images, axis=1, keepdims=True))
+    assert prompts_followed(followed) == pytest.approx(4 / 6)
+    assert prompts_followed(replace(one, text_NF=None)) is None
+    assert judges_of(compare(CELLS, ["lora"], SUBJECTS, (0, 1), against="lora")) == ["judge"]

@@ -53,7 +53,11 @@ def test_a_ratio_below_its_aim_is_called_missed(tmp_path: Path, factor: float, m
             "default_alpha": 5.0,
             "subjects": {"cup": ["cup"]},
             "trials": {"lora": {"seeds": [0]}, "cat": {"seeds": [0]}},
-            "judges": {"pocket": {"lora": score, "cat": score}, "recognition": {"lora": None, "cat": None}},
+            "judges": {
+                "pocket": {"lora": score, "cat": score},
+                "recognition": {"lora": None, "cat": None},
+                "prompts_followed": {},
+            },
         },
         tmp_path,
     )
