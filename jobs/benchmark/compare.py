@@ -20,28 +20,29 @@ from cat_cluster.evaluation.bootstrap import (
 from jobs.benchmark.trials import Measured, Subject
 
 Cells = Mapping[tuple[str, str, int], Measured]
+Run = tuple[Subject, int]
 
 
 def compare(
     cells: Cells, trials: Sequence[str], subjects: Sequence[Subject], seeds: Sequence[int], against: str
 ) -> Any:
-    """Return {judge: {trial: {metric: {estimate, interval, ratio, difference}}}} and recognition under `recognition`.
+    """Return {judge: {trial: {metric: {estimate, interval, ratio, difference}}}} and tables beside the judges.
 
     ratio and difference are to the trial `against`, paired over concepts, training seeds and image seeds. A trial that
-    was run on fewer seeds is compared on those.
+    was run on fewer subjects or seeds is compared on those.
     """
+    runs = {
+        trial: tuple((s, seed) for s in subjects for seed in seeds if (trial, s.name, seed) in cells)
+        for trial in trials
+    }
     found: dict[str, Any] = {}
     for judge in next(iter(cells.values())).judges:
-        own = {
-            trial: tuple(seed for seed in seeds if all((trial, subject.name, seed) in cells for subject in subjects))
-            for trial in trials
-        }
-        # Each trial beside the other on the same seeds; what was drawn once is not drawn again.
-        keys = {(name, seeds_of) for trial, seeds_of in own.items() for name in (trial, against)}
-        drawn = {key: resample(_runs(cells, key[0], subjects, key[1], judge)) for key in keys}
-        found[judge] = {trial: _metrics(drawn[trial, own[trial]], drawn[against, own[trial]]) for trial in trials}
-    found["recognition"] = {trial: _recognition(cells, trial, subjects, seeds) for trial in trials}
-    found["prompts_followed"] = {trial: _prompts_followed(cells, trial, subjects, seeds) for trial in trials}
+        # Each trial beside the other on the same runs; what was drawn once is not drawn again.
+        keys = {(name, own) for trial, own in runs.items() for name in (trial, against)}
+        drawn = {key: resample(_runs(cells, key[0], key[1], judge)) for key in keys}
+        found[judge] = {trial: _metrics(drawn[trial, own], drawn[against, own]) for trial, own in runs.items()}
+    found["recognition"] = {trial: _recognition(cells, trial, own) for trial, own in runs.items()}
+    found["prompts_followed"] = {trial: _prompts_followed(cells, trial, own) for trial, own in runs.items()}
     return found
 
 
@@ -63,15 +64,12 @@ def prompts_followed(concept: ConceptFeatures) -> float | None:
     return float((own >= similar.max(axis=1) - 1e-9).mean())
 
 
-def _runs(
-    cells: Cells, trial: str, subjects: Sequence[Subject], seeds: Sequence[int], judge: str
-) -> list[ConceptFeatures]:
+def _runs(cells: Cells, trial: str, runs: Sequence[Run], judge: str) -> list[ConceptFeatures]:
     """One entry per concept and training seed, named by the concept: runs of one concept are drawn together."""
     return [
         replace(cells[trial, subject.name, seed].judges[judge][concept.token], token=f"{subject.name}/{concept.name}")
-        for subject in subjects
+        for subject, seed in runs
         for concept in subject.concepts
-        for seed in seeds
     ]
 
 
@@ -93,27 +91,19 @@ def _json(interval: Interval | None) -> list[float | None] | None:
     return None if interval is None else [interval.estimate, *interval.ends()]
 
 
-def _prompts_followed(cells: Cells, trial: str, subjects: Sequence[Subject], seeds: Sequence[int]) -> dict[str, float]:
+def _prompts_followed(cells: Cells, trial: str, runs: Sequence[Run]) -> dict[str, float]:
     """Mean share over concepts and seeds, for each judge that can read."""
     found: dict[str, list[float]] = {}
-    for subject in subjects:
-        for seed in seeds:
-            if (trial, subject.name, seed) in cells:
-                for judge, concepts in cells[trial, subject.name, seed].judges.items():
-                    shares = [prompts_followed(concept) for concept in concepts.values()]
-                    found.setdefault(judge, []).extend(share for share in shares if share is not None)
+    for subject, seed in runs:
+        for judge, concepts in cells[trial, subject.name, seed].judges.items():
+            shares = [prompts_followed(concept) for concept in concepts.values()]
+            found.setdefault(judge, []).extend(share for share in shares if share is not None)
     return {judge: float(np.mean(shares)) for judge, shares in found.items() if shares}
 
 
-def _recognition(cells: Cells, trial: str, subjects: Sequence[Subject], seeds: Sequence[int]) -> dict[str, Any] | None:
+def _recognition(cells: Cells, trial: str, runs: Sequence[Run]) -> dict[str, Any] | None:
     """Mean shares over concepts and seeds; None where no concept is of the pocket world."""
-    found = [
-        cells[trial, subject.name, seed].recognition[concept.token]
-        for subject in subjects
-        for concept in subject.concepts
-        for seed in seeds
-        if (trial, subject.name, seed) in cells and concept.token in cells[trial, subject.name, seed].recognition
-    ]
+    found = [one for subject, seed in runs for one in cells[trial, subject.name, seed].recognition.values()]
     if not found:
         return None
     return {name: float(np.mean([one[name] for one in found])) for name in found[0]}

@@ -89,16 +89,18 @@ def run(folder: Path, console: Console, groups: Sequence[str] = tuple(GROUPS)) -
     """Train, measure and compare the trials of these groups, keeping what was measured in `folder`."""
     bench = Bench(folder, TRAINING, EVALUATION, max_pack=9)
     lora, measured = Trial(LORA, LORA), {}
-    for name in groups:
-        trials = [lora, *GROUPS[name]]
-        concepts = CONCEPTS if name in ON_ALL_CONCEPTS else CONCEPTS[:2]
+    for concepts in (CONCEPTS, CONCEPTS[:2]):
+        names = [name for name in groups if (name in ON_ALL_CONCEPTS) == (concepts == CONCEPTS)]
         subjects = [pocket_subject(concept) for concept in concepts]
-        cells = bench.run(trials, subjects, [0], console)
-        measured[name] = {
-            "concepts": list(concepts),
-            "trials": {
-                trial.name: {"method": trial.method, "alpha": trial.alpha, **trial.training} for trial in trials
-            },
-            "judges": compare(cells, [trial.name for trial in trials], subjects, [0], against=LORA),
-        }
+        every = {trial.name: trial for name in names for trial in GROUPS[name]}
+        cells = bench.run([lora, *every.values()], subjects, [0], console)  # in one call: fuller packs
+        for name in names:
+            trials = [lora, *GROUPS[name]]
+            measured[name] = {
+                "concepts": list(concepts),
+                "trials": {
+                    trial.name: {"method": trial.method, "alpha": trial.alpha, **trial.training} for trial in trials
+                },
+                "judges": compare(cells, [trial.name for trial in trials], subjects, [0], against=LORA),
+            }
     return write_result("frontier", {"setting": TRAINING, "evaluation": EVALUATION, "groups": measured})

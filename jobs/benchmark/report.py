@@ -112,8 +112,11 @@ def _part_facts(result: Mapping[str, Any]) -> str:
         name if concepts == [name] or len(concepts) == 1 else f"{name} ({', '.join(concepts)})"
         for name, concepts in subjects.items()
     )
-    seeds = ", ".join(f"{name} {len(trial['seeds'])}" for name, trial in result["trials"].items())
-    return f"{len(subjects)} adapters per method and seed: {named}. Training seeds: {seeds}."
+    runs = ", ".join(
+        f"{name} {trial['subjects']} on {len(trial['seeds'])} training seed{'s' * (len(trial['seeds']) > 1)}"
+        for name, trial in result["trials"].items()
+    )
+    return f"Adapters: {named}. Trained: {runs}."
 
 
 def _score_table(result: Mapping[str, Any], judge: str) -> list[str]:

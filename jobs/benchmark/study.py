@@ -56,39 +56,41 @@ def run(folder: Path, console: Console, photos: Path | None, parts: Sequence[str
     pocket = [pocket_subject(name) for name in CONCEPTS]
     joint = [_joint(name, concepts) for name, concepts in JOINT]
     plans = {
-        "single": _Plan(pocket, [([LORA, CAT], SEEDS), ([PAPER], SEEDS[:1])]),
-        "joint": _Plan(joint, [([LORA, CAT], SEEDS)], {"rows_per_concept": 2}, 1),
+        "single": _Plan([([LORA, CAT], pocket, SEEDS), ([PAPER], pocket[::2], SEEDS[:1])]),
+        "joint": _Plan([([LORA, CAT], joint, SEEDS)], {"rows_per_concept": 2}, 1),
     }
     if photos is not None:
-        plans["photos"] = _Plan([_photographed(photos, *entry) for entry in PHOTOS], [([LORA, CAT], SEEDS[:1])])
+        plans["photos"] = _Plan([([LORA, CAT], [_photographed(photos, *entry) for entry in PHOTOS], SEEDS[:1])])
     return [_measure(folder, part, plans[part], console) for part in parts]
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """A part of the study: trials by seeds. A joint adapter has four concepts, so fewer rows and images of each."""
+    """A part of the study: trials on subjects and seeds, the first on all of them.
 
-    subjects: Sequence[Subject]
-    runs: Sequence[tuple[Sequence[Trial], Sequence[int]]]
+    A joint adapter has four concepts, so fewer rows and images of each.
+    """
+
+    runs: Sequence[tuple[Sequence[Trial], Sequence[Subject], Sequence[int]]]
     training: Mapping[str, Any] = field(default_factory=dict)
     images_per_prompt: int = 2
 
 
 def _measure(folder: Path, part: str, plan: _Plan, console: Console) -> Path:
     evaluation = {**EVALUATION, "images_per_prompt": plan.images_per_prompt}
-    bench, subjects = Bench(folder, plan.training, evaluation, max_pack=8), plan.subjects
+    bench, subjects = Bench(folder, plan.training, evaluation, max_pack=8), plan.runs[0][1]
     cells: dict[tuple[str, str, int], Measured] = {}
-    for some, seeds in plan.runs:
-        cells |= bench.run(some, subjects, seeds, console)
-    trials = {trial: seeds for some, seeds in plan.runs for trial in some}
+    for some, own, seeds in plan.runs:
+        cells |= bench.run(some, own, seeds, console)
+    trials = {trial: (own, seeds) for some, own, seeds in plan.runs for trial in some}
     result: dict[str, Any] = {
         "training": TrainingSpec(**plan.training).model_dump(mode="json"),
         "default_alpha": DEFAULT_ALPHA,
         "evaluation": evaluation,
         "subjects": {subject.name: [concept.name for concept in subject.concepts] for subject in subjects},
         "trials": {
-            t.name: {"method": t.method, "alpha": t.alpha, "seeds": list(seeds), **t.training}
-            for t, seeds in trials.items()
+            t.name: {"method": t.method, "alpha": t.alpha, "subjects": len(own), "seeds": list(seeds), **t.training}
+            for t, (own, seeds) in trials.items()
         },
         "judges": compare(cells, [trial.name for trial in trials], subjects, SEEDS, against=LORA.name),
     }

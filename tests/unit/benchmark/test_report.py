@@ -52,7 +52,7 @@ def test_a_ratio_below_its_aim_is_called_missed(tmp_path: Path, factor: float, m
             | {"teacher": "online"},
             "default_alpha": 5.0,
             "subjects": {"cup": ["cup"]},
-            "trials": {"lora": {"seeds": [0]}, "cat": {"seeds": [0]}},
+            "trials": {name: {"subjects": 1, "seeds": [0]} for name in ("lora", "cat")},
             "judges": {
                 "pocket": {"lora": score, "cat": score},
                 "recognition": {"lora": None, "cat": None},
