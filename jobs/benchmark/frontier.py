@@ -64,20 +64,17 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
     ),
     "budget": (
         Trial("cat-a3", alpha=3.0),
-        Trial("cat-b03", alpha=3.0, training={"drift_budget": 0.03}),
         Trial("cat-b01", alpha=3.0, training={"drift_budget": 0.01}),
     ),
     "targets": (
         Trial("cat-a3", alpha=3.0),
         Trial("cat-attention", alpha=3.0, training={"targets": "attention"}),
         Trial("cat-cross", alpha=3.0, training={"targets": "cross_attention"}),
-        Trial("cat-mid-up", alpha=3.0, training={"blocks": "mid_up"}),
         Trial("cat-up", alpha=3.0, training={"blocks": "up"}),
     ),
     "rank, rate, steps": (
         Trial("cat-a3", alpha=3.0),
         Trial("cat-r2", alpha=3.0, training={"rank": 2}),
-        Trial("cat-r32", alpha=3.0, training={"rank": 32}),
         Trial("cat-lr1", alpha=3.0, training={"learning_rate": 1.0e-3}),
         Trial("cat-420", alpha=3.0, training={"steps": 420}),
         Trial("lora-420", "lora", training={"steps": 420}),

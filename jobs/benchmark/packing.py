@@ -51,7 +51,7 @@ SIZES = {
 }
 
 
-def run(console: Console, size_name: str = "pocket", *, steps: int = 3, turns: int = 5, largest: int = 32) -> Path:
+def run(console: Console, size_name: str = "pocket", *, steps: int = 2, turns: int = 3, largest: int = 32) -> Path:
     """Time 8 adapters in every way at 1, 2 and 4 rows per concept, then measure the peak memory of 1 .. 32 adapters."""
     size = SIZES[size_name]
     base = size.load()
