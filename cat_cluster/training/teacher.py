@@ -37,9 +37,6 @@ class TeacherPool:
     def __init__(self) -> None:
         self._predictions: dict[str, Tensor] = {}
 
-    def __len__(self) -> int:
-        return len(self._predictions)
-
     def fill(
         self,
         base: BaseModel,

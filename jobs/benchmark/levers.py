@@ -15,6 +15,7 @@ from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.methods import initial_weights
 from cat_cluster.spec import TrainingSpec
+from cat_cluster.training.teacher import TeacherPool
 from jobs.benchmark.record import write_result
 from jobs.benchmark.reference import peft_step
 from jobs.benchmark.workbench import (
@@ -76,8 +77,10 @@ def run(console: Console, *, rows: int = 4, steps: int = 2, turns: int = 5) -> P
 def _variant(base: BaseModel, adapters: int, rows: int, levers: Levers, steps: int) -> Callable[[], float]:
     tasks = [concept_task(base, f"adapter-{n}", rows, levers) for n in range(adapters)]
 
+    pool = TeacherPool()
+
     def measure() -> float:
-        with pack_step(base, tasks, levers) as step:
+        with pack_step(base, tasks, levers, pool) as step:
             step()  # text embeddings and allocations
             return seconds_of(step, steps)
 

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.training.teacher import TeacherPool
 from jobs.benchmark.levers import POOL
 from jobs.benchmark.record import ROOT, write_result
 from jobs.benchmark.reference import peft_step
@@ -102,8 +103,10 @@ def compare_ways(base: BaseModel, size: Size, rows: int, steps: int, turns: int)
 def _ours(base: BaseModel, adapters: int, rows: int, levers: Levers, steps: int) -> Callable[[], float]:
     tasks = [concept_task(base, f"adapter-{n}", rows, levers) for n in range(adapters)]
 
+    pool = TeacherPool()
+
     def measure() -> float:
-        with pack_step(base, tasks, levers) as step:
+        with pack_step(base, tasks, levers, pool) as step:
             step()
             return seconds_of(step, steps) * (ADAPTERS // adapters)
 
@@ -121,13 +124,13 @@ def _reference(base: BaseModel, rows: int, levers: Levers, steps: int) -> Callab
 
 def _fill_seconds(base: BaseModel, rows: int, levers: Levers) -> float:
     levers = replace(levers, compile=False)
-    tasks = [concept_task(base, f"adapter-{n}", rows, levers) for n in range(ADAPTERS)]
+    task = concept_task(base, "adapter", rows, levers)
 
     def work() -> None:
-        with pack_step(base, tasks, levers):
+        with pack_step(base, [task], levers):
             pass
 
-    return seconds_of(work, 1)
+    return seconds_of(work, 1) * ADAPTERS
 
 
 def _peak_mib(size_name: str, adapters: int) -> float:

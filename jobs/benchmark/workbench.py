@@ -103,10 +103,12 @@ def sd15_sized_base() -> BaseModel:
 
 
 @contextmanager
-def pack_step(base: BaseModel, tasks: Sequence[AdapterTask], levers: Levers) -> Iterator[Step]:
+def pack_step(
+    base: BaseModel, tasks: Sequence[AdapterTask], levers: Levers, pool: TeacherPool | None = None
+) -> Iterator[Step]:
     """Open a pack and give a function that does one whole step of it: draws, predictions, backward, optimiser.
 
-    The teacher's pool is filled before, as training does.
+    The teacher's pool is filled before, as training does; one that is given keeps what it knows from turn to turn.
     """
     layers = adapted_layers(base.unet, "attention_ff", levers.blocks)
     bank = LoraBank.attach(base.unet, slots=len(tasks), rank=RANK, layers=layers)
@@ -118,7 +120,8 @@ def pack_step(base: BaseModel, tasks: Sequence[AdapterTask], levers: Levers) -> 
             bank.new_trainable(slot, initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=task.draw_key))
         optimizer = SlotAdamW([(bank.parameters(slot), OPTIMISER) for slot in range(1, len(tasks) + 1)])
         settings = StepSettings([None] * len(tasks), levers.joint_rows, levers.bf16)
-        encode, pool, steps = TextCache(base), TeacherPool(), count()
+        encode, steps = TextCache(base), count()
+        pool = TeacherPool() if pool is None else pool
         pool.fill(base, bank, encode, tasks, partial(autocast, base, bf16=levers.bf16))
 
         def step() -> None:
