@@ -69,7 +69,6 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
     "targets": (
         Trial("cat-a3", alpha=3.0),
         Trial("cat-attention", alpha=3.0, training={"targets": "attention"}),
-        Trial("cat-cross", alpha=3.0, training={"targets": "cross_attention"}),
         Trial("cat-up", alpha=3.0, training={"blocks": "up"}),
     ),
     "rank, rate, steps": (
@@ -84,7 +83,7 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
 
 def run(folder: Path, console: Console, groups: Sequence[str] = tuple(GROUPS)) -> Path:
     """Train, measure and compare the trials of these groups, keeping what was measured in `folder`."""
-    bench = Bench(folder, TRAINING, EVALUATION, max_pack=9)
+    bench = Bench(folder, TRAINING, EVALUATION, max_pack=14)
     lora, measured = Trial(LORA, LORA), {}
     for concepts in (CONCEPTS, CONCEPTS[:2]):
         names = [name for name in groups if (name in ON_ALL_CONCEPTS) == (concepts == CONCEPTS)]
