@@ -8,6 +8,7 @@ before, so packing, resuming and sharding cannot change what an adapter sees.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -236,18 +237,22 @@ def _view_index(key: tuple[str | int, ...], count: int, views: int) -> int:
 def _cat_scale(task: AdapterTask, step: int) -> list[float]:
     """Return 1/p for the rows that carry the CAT term this step and 0 for the others.
 
-    Only rows of concepts with alpha > 0 compete, so exactly round(p * candidates), at least one, are chosen.
+    Only rows of concepts with alpha > 0 compete. Where p * candidates is whole, so many are chosen in every step; else
+    the next whole number above or below, so that after any number of steps their share is p: with one row and p = 1/2
+    every second step has the term.
     """
     rows = [k for k, concept in enumerate(task.concepts) for _ in range(task.rows)]
     candidates = [i for i, k in enumerate(rows) if task.concepts[k].alpha > 0]
     scale = [0.0] * len(rows)
-    if not candidates:
-        return scale
-    count = max(1, round(task.cat_fraction * len(candidates)))
-    chosen = keyed_generator(task.seed, task.draw_key, step, "cat_rows").permutation(len(candidates))[:count]
-    for c in chosen:
-        scale[candidates[c]] = len(candidates) / count
+    wanted = task.cat_fraction * len(candidates)
+    count = _whole(wanted * (step + 1)) - _whole(wanted * step)
+    for c in keyed_generator(task.seed, task.draw_key, step, "cat_rows").permutation(len(candidates))[:count]:
+        scale[candidates[c]] = 1.0 / task.cat_fraction
     return scale
+
+
+def _whole(value: float) -> int:
+    return math.floor(value + 1e-6)  # a product that should be whole may come out a little below
 
 
 def _prior_prompt(task: AdapterTask, concept: ConceptMaterial, view: int, generator: np.random.Generator) -> str:
