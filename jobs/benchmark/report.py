@@ -154,7 +154,7 @@ def _verdicts(part: str, result: Mapping[str, Any]) -> list[str]:
             estimate, low, high = difference
             verdict = "not lower" if high >= 0 else "**lower**"
             lines.append(f"\nPrompt similarity, `{judge}`: {estimate:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}.")
-    followed = {trial: shares for trial, shares in result["judges"]["prompts_followed"].items() if shares}
+    followed = {trial: shares for trial, shares in result["judges"].get("prompts_followed", {}).items() if shares}
     if followed:
         shares = "; ".join(
             f"{trial} {', '.join(f'{share:.0%} ({judge})' for judge, share in own.items())}"
