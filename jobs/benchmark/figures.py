@@ -63,7 +63,7 @@ def draw_study(
         judges = judges_of(result["judges"])
         rows = [(metric, goal, judge) for metric, goal in targets[part] for judge in judges]
         for place, (metric, goal, judge) in enumerate(reversed(rows)):
-            ratio = result["judges"][judge]["cat"].get(metric, {}).get("ratio")
+            ratio = measured_for_aim(result["judges"][judge]["cat"], metric)
             if ratio is None:
                 continue
             estimate, low, high = (1e3 if value is None else max(value, 1e-3) for value in ratio)
@@ -78,6 +78,18 @@ def draw_study(
         )
         _style(axes, part, "CAT / plain LoRA (log); the bar is the figure to reach", "")
     figure.savefig(path)
+
+
+def measured_for_aim(scores: Mapping[str, Any], metric: str) -> list[float | None] | None:
+    """Return what an aim is held against, [estimate, low, high]: the ratio to plain LoRA.
+
+    diversity_ratio is a ratio itself, to the base, and stands for its own. None where a judge cannot tell.
+    """
+    if metric not in scores:
+        return None
+    score = scores[metric]
+    found: list[float | None] | None = score["ratio"]
+    return [score["estimate"], *score["interval"]] if metric == "diversity_ratio" else found
 
 
 def draw_packing(result: Mapping[str, Any], path: Path) -> None:

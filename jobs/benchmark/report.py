@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.benchmark.compare import judges_of
-from jobs.benchmark.figures import draw_frontier, draw_packing, draw_study
+from jobs.benchmark.figures import draw_frontier, draw_packing, draw_study, measured_for_aim
 from jobs.benchmark.record import RESULTS, ROOT, read_result
 
 PAGES = ROOT / "docs" / "benchmarks"
@@ -116,7 +116,11 @@ def _part_facts(result: Mapping[str, Any]) -> str:
         f"{name} {trial['subjects']} on {len(trial['seeds'])} training seed{'s' * (len(trial['seeds']) > 1)}"
         for name, trial in result["trials"].items()
     )
-    return f"Adapters: {named}. Trained: {runs}."
+    pairs = 6 * int(result["evaluation"]["images_per_prompt"])
+    return (
+        f"Adapters: {named}. Trained: {runs}; {result['training']['rows_per_concept']} rows per concept and step. "
+        f"{pairs} image pairs per concept and seed."
+    )
 
 
 def _score_table(result: Mapping[str, Any], judge: str) -> list[str]:
@@ -139,13 +143,13 @@ def _ends(interval: Sequence[float | None]) -> str:
 
 
 def _verdicts(part: str, result: Mapping[str, Any]) -> list[str]:
-    lines = ["| CAT / plain LoRA | aim | " + " | ".join(judges_of(result["judges"])) + " |"]
+    lines = ["| CAT / plain LoRA (diversity: CAT / base) | aim | " + " | ".join(judges_of(result["judges"])) + " |"]
     lines.append("|---" * (2 + len(judges_of(result["judges"]))) + "|")
     for metric, aim in AIMS[part]:
         cells = []
         for judge in judges_of(result["judges"]):
-            ratio = result["judges"][judge]["cat"].get(metric, {}).get("ratio")
-            cells.append("-" if ratio is None else _judged(ratio, aim, lower=metric == "base_drift"))
+            found = measured_for_aim(result["judges"][judge]["cat"], metric)
+            cells.append("-" if found is None else _judged(found, aim, lower=metric == "base_drift"))
         sign = "\N{LESS-THAN OR EQUAL TO}" if metric == "base_drift" else "\N{GREATER-THAN OR EQUAL TO}"
         lines.append(f"| {metric.replace('_', ' ')} | {sign} {aim:g}x | {' | '.join(cells)} |")
     for judge in judges_of(result["judges"]):

@@ -39,7 +39,7 @@ def test_a_result_file_records_this_tree_and_machine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("factor", "missed"), [(1.0, False), (0.999, True)])
 def test_a_ratio_below_its_aim_is_called_missed(tmp_path: Path, factor: float, missed: bool) -> None:
     score = {
-        metric: {"estimate": 0.5, "interval": [0.4, 0.6], "ratio": [aim, aim, aim], "difference": [0.0, 0.0, 0.0]}
+        metric: {"estimate": 0.95, "interval": [0.9, 1.0], "ratio": [aim, aim, aim], "difference": [0.0, 0.0, 0.0]}
         for metric, aim in AIMS["single"]
     }
     score["identity_gain"]["ratio"] = [0.9 * factor] * 3
@@ -51,6 +51,7 @@ def test_a_ratio_below_its_aim_is_called_missed(tmp_path: Path, factor: float, m
             )
             | {"teacher": "online"},
             "default_alpha": 5.0,
+            "evaluation": {"images_per_prompt": 1},
             "subjects": {"cup": ["cup"]},
             "trials": {name: {"subjects": 1, "seeds": [0]} for name in ("lora", "cat")},
             "judges": {
