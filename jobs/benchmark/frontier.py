@@ -69,7 +69,6 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
     "targets": (
         Trial("cat-a3", alpha=3.0),
         Trial("cat-attention", alpha=3.0, training={"targets": "attention"}),
-        Trial("cat-up", alpha=3.0, training={"blocks": "up"}),
     ),
     "rank, rate, steps": (
         Trial("cat-a3", alpha=3.0),

@@ -242,7 +242,7 @@ def _packing_page(result: Mapping[str, Any]) -> str:
         "",
         f"{result['adapters']} adapters, {result['training_steps']} steps each, one process. `reference` is a plain",
         "loop of PEFT and diffusers with the three forwards of CAT (`jobs/benchmark/reference.py`); `packed` and",
-        "`sequential` compute the same loss here; `levers` are a pool and half the rows. The pool's fill is counted.",
+        "`sequential` compute the same loss here; `levers` are a pool of 16 and half the rows, its fill counted.",
         "",
         "![Concepts per hour, and memory per concept](packing.png)",
         "",
