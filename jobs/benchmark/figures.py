@@ -14,7 +14,6 @@ from jobs.benchmark.compare import judges_of
 _INK, _QUIET, _PAPER = "#20262d", "#66707a", "#ffffff"
 _LORA, _CAT, _MET, _MISSED = "#d97706", "#0f8b7e", "#0f8b7e", "#c2413b"
 _SERIES = ("#0f8b7e", "#2f6fb0", "#7c5cd6", "#b0457b", "#6b7f1d", "#8a5a2b", "#3d8fa8", "#555f6a")
-_GOOD = {"base_drift": -1}  # lower is better; all others higher
 
 
 def draw_frontier(result: Mapping[str, Any], path: Path) -> None:
@@ -67,7 +66,7 @@ def draw_study(
             if ratio is None:
                 continue
             estimate, low, high = (1e3 if value is None else max(value, 1e-3) for value in ratio)
-            met = estimate <= goal if _GOOD.get(metric) == -1 else estimate >= goal
+            met = estimate <= goal if metric == "base_drift" else estimate >= goal
             axes.plot([low, high], [place, place], color=_MET if met else _MISSED, linewidth=2.4, alpha=0.5)
             axes.plot(estimate, place, "o", color=_MET if met else _MISSED, markersize=7)
             axes.plot(goal, place, "|", color=_INK, markersize=16, markeredgewidth=1.6)

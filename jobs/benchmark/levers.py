@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,7 @@ from jobs.benchmark.workbench import (
     take_turns,
 )
 
-DEFAULT = TrainingSpec()
-POOL = DEFAULT.pool_size
+POOL = TrainingSpec().pool_size
 LORA = "plain LoRA"
 VARIANTS: dict[str, Levers] = {
     LORA: PLAIN_LORA,
@@ -108,8 +106,7 @@ def _fill(base: BaseModel, rows: int) -> float:
 def _layers(base: BaseModel, turns: int) -> dict[str, Any]:
     """The bank itself: 16 rows of 8 adapters beside the bare U-Net, and 4 training rows of one beside PEFT."""
     forward = take_turns({"bare": lambda: _forward(base, 0), "bank": lambda: _forward(base, 8)}, turns)
-    with ExitStack() as stack:
-        step = stack.enter_context(pack_step(base, [concept_task(base, "one", 4, PLAIN_LORA)], PLAIN_LORA))
+    with pack_step(base, [concept_task(base, "one", 4, PLAIN_LORA)], PLAIN_LORA) as step:
         step()
         ours = Timed(tuple(seconds_of(step, 3) for _ in range(turns)))
     step, _ = peft_step(base, 4, PLAIN_LORA)

@@ -33,7 +33,7 @@ def write_pages(results: Path = RESULTS, pages: Path = PAGES) -> list[Path]:
     pages.mkdir(parents=True, exist_ok=True)
     texts = page_texts(results)
     frontier, packing = read_result("frontier", results), read_result("packing", results)
-    study = {part: found for part in STUDY_PARTS if (found := read_result(f"study-{part}", results)) is not None}
+    study = _read_study(results)
     if frontier:
         draw_frontier(frontier, pages / "frontier.png")
     if study:
@@ -47,7 +47,7 @@ def write_pages(results: Path = RESULTS, pages: Path = PAGES) -> list[Path]:
 
 def page_texts(results: Path = RESULTS) -> dict[str, str]:
     """Return file name -> Markdown of every page, without drawing anything."""
-    study = {part: found for part in STUDY_PARTS if (found := read_result(f"study-{part}", results)) is not None}
+    study = _read_study(results)
     frontier, levers, packing = (read_result(name, results) for name in ("frontier", "levers", "packing"))
     pages = {
         "study.md": _study_page(study) if study else None,
@@ -57,6 +57,10 @@ def page_texts(results: Path = RESULTS) -> dict[str, str]:
     }
     found = {name: text for name, text in pages.items() if text is not None}
     return {"README.md": _index(found), **found}
+
+
+def _read_study(results: Path) -> dict[str, dict[str, Any]]:
+    return {part: found for part in STUDY_PARTS if (found := read_result(f"study-{part}", results)) is not None}
 
 
 def _index(pages: Mapping[str, str]) -> str:
@@ -109,8 +113,7 @@ def _study_page(study: Mapping[str, Mapping[str, Any]]) -> str:
 def _part_facts(result: Mapping[str, Any]) -> str:
     subjects = result["subjects"]
     named = "; ".join(
-        name if concepts == [name] or len(concepts) == 1 else f"{name} ({', '.join(concepts)})"
-        for name, concepts in subjects.items()
+        name if len(concepts) == 1 else f"{name} ({', '.join(concepts)})" for name, concepts in subjects.items()
     )
     runs = ", ".join(
         f"{name} {trial['subjects']} on {len(trial['seeds'])} training seed{'s' * (len(trial['seeds']) > 1)}"
@@ -158,7 +161,7 @@ def _verdicts(part: str, result: Mapping[str, Any]) -> list[str]:
             estimate, low, high = difference
             verdict = "not lower" if high >= 0 else "**lower**"
             lines.append(f"\nPrompt similarity, `{judge}`: {estimate:+.3f} ({low:+.3f} to {high:+.3f}), {verdict}.")
-    followed = {trial: shares for trial, shares in result["judges"].get("prompts_followed", {}).items() if shares}
+    followed = {trial: shares for trial, shares in result["judges"]["prompts_followed"].items() if shares}
     if followed:
         shares = "; ".join(
             f"{trial} {', '.join(f'{share:.0%} ({judge})' for judge, share in own.items())}"

@@ -12,7 +12,7 @@ from cat_cluster.batches import draw_batch
 from cat_cluster.training.balance import LARGEST_SCALE, AlphaBalance
 from cat_cluster.training.history import ConceptLoss
 from cat_cluster.training.loop import StepReport
-from tests.unit.training.test_loop import bit_equal, member, series, train
+from tests.unit.training.test_loop import Killed, bit_equal, member, series, train
 from tests.unit.training.test_step import concept, task
 
 
@@ -66,9 +66,6 @@ def test_a_budget_acts_in_training_and_survives_an_interruption(base: BaseModel,
     assert reports[-1].alpha_scales["held"]["sks"] > 1.2
     assert set(reports[-1].alpha_scales) == {"held"}
     assert not bit_equal(whole["held"].weights, whole["free"].weights)
-
-    class Killed(Exception):
-        pass
 
     def die(report: StepReport) -> None:
         if report.step == 13:

@@ -16,7 +16,7 @@ from cat_cluster.lora.bank import LoraBank
 from cat_cluster.training import teacher as teacher_module
 from cat_cluster.training.step import StepSettings, train_step
 from cat_cluster.training.teacher import TeacherPool
-from tests.unit.training.test_loop import bit_equal, member, relative_error, series, train
+from tests.unit.training.test_loop import Killed, bit_equal, member, relative_error, series, train
 from tests.unit.training.test_step import concept, gradients, open_bank, task, trained_weights
 
 
@@ -115,9 +115,6 @@ def test_packed_and_resumed_training_from_a_pool_keep_their_laws(base: BaseModel
     for alone in pack():
         separate = train(base, [alone])[alone.task.adapter_id]
         assert relative_error(whole[alone.task.adapter_id].weights, separate.weights) <= 1e-3
-
-    class Killed(Exception):
-        pass
 
     def die(report) -> None:  # type: ignore[no-untyped-def]
         if report.step == 9:
