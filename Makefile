@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint chaos install clean
+.PHONY: demo test lint chaos s3 install clean
 
 install: $(STAMP)
 
@@ -32,6 +32,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# A real S3 server on loopback, to try things with; the first start installs it in a place of its own.
+s3: $(STAMP)
+	@$(BIN)/python -m tests.s3_server
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

@@ -154,6 +154,57 @@ def draw_batch(tasks: Sequence[AdapterTask], step: int, num_timesteps: int, acti
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The rows of a step that one worker computes: rows_B and cat_M are their places in the whole batch.
+
+    A worker without rows computes one that counts for nothing, so that all workers make the same calls; rows_B is
+    then empty and the batch has one row.
+    """
+
+    batch: Batch
+    rows_B: Tensor
+    cat_M: Tensor
+
+
+def shard_batch(batch: Batch, rank: int, world_size: int) -> Shard:
+    """Return the rows of worker `rank`: dealt out in turn, those with a CAT term first, so that work is even.
+
+    Weights stay those of the whole batch: the workers' gradients add up to its gradient.
+    """
+    count = len(batch.prompts)
+    if world_size == 1:
+        return Shard(batch, torch.arange(count), torch.arange(len(batch.prior_prompts)))
+    with_cat = set(batch.cat_row_M.tolist())
+    dealt = sorted(range(count), key=lambda row: (row not in with_cat, row))[rank::world_size]
+    rows = sorted(dealt)
+    if not rows:
+        idle = _take(batch, [0], [])
+        return Shard(replace(idle, identity_weight_B=torch.zeros(1)), torch.arange(0), torch.arange(0))
+    own = set(rows)
+    cat = [m for m, row in enumerate(batch.cat_row_M.tolist()) if row in own]
+    return Shard(_take(batch, rows, cat), torch.tensor(rows), torch.tensor(cat, dtype=torch.long))
+
+
+def _take(batch: Batch, rows: Sequence[int], cat: Sequence[int]) -> Batch:
+    place = {row: i for i, row in enumerate(rows)}
+    rows_B, cat_M = torch.tensor(rows), torch.tensor(cat, dtype=torch.long)
+    return Batch(
+        adapter_B=batch.adapter_B[rows_B],
+        concept_B=batch.concept_B[rows_B],
+        moments=batch.moments[rows_B],
+        posterior_noise=batch.posterior_noise[rows_B],
+        noise=batch.noise[rows_B],
+        timestep_B=batch.timestep_B[rows_B],
+        prompts=tuple(batch.prompts[row] for row in rows),
+        identity_weight_B=batch.identity_weight_B[rows_B],
+        cat_row_M=torch.tensor([place[int(row)] for row in batch.cat_row_M[cat_M]], dtype=torch.long),
+        prior_prompts=tuple(batch.prior_prompts[m] for m in cat),
+        cat_weight_M=batch.cat_weight_M[cat_M],
+        pool_keys=tuple(batch.pool_keys[m] for m in cat),
+    )
+
+
 def pool_entries(task: AdapterTask, num_timesteps: int) -> Iterator[Draw]:
     """Yield all entries of the pools of a task's concepts whose CAT term counts, in a fixed order."""
     for concept in task.concepts if task.pool_size is not None else ():

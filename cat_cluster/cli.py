@@ -68,18 +68,30 @@ def demo(
 def train(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML); see `cat-cluster spec schema`.")],
     storage: Storage = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster this machine is part of. Default: $RAY_ADDRESS, else Ray starts here.")
+    ] = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Train in this process, one pack after the other, without Ray.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train, measure and publish every adapter of a job spec. The same spec again resumes, or says it is done."""
     from cat_cluster.spec import load_spec
     from cat_cluster.store import open_store
-    from cat_cluster.workflow import run_job
 
     job = load_spec(spec)
     settings = load_settings()
     store = open_store(storage or job.storage or settings.storage)
     with _listener() as listener:
-        results = run_job(job, store, settings, listener)
+        if in_process:
+            from cat_cluster.workflow import run_job
+
+            results = run_job(job, store, settings, listener)
+        else:
+            from cat_cluster.cluster.driver import run_on_ray
+
+            results = run_on_ray(job, store.url, settings, listener, address=address)
     if as_json:
         _print_json({"adapters": [result.summary() for result in results], "storage": store.url})
     if any(result.outcome == "failed" for result in results):
@@ -215,7 +227,7 @@ def adapters_import(
 ) -> None:
     """Publish an adapter that PEFT, diffusers or kohya made. With photos it is measured, as a trained one is."""
     from cat_cluster.importing import ImportRequest, import_adapter
-    from cat_cluster.spec import EvaluationSpec
+    from cat_cluster.spec_sections import EvaluationSpec
 
     evaluation = EvaluationSpec(images_per_prompt=images_per_prompt, judge=judge)
     request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base, evaluation)
@@ -344,7 +356,7 @@ def _listener() -> Iterator[Any]:
 
 
 def _device() -> str:
-    from cat_cluster.workflow import choose_device
+    from cat_cluster.prepared import choose_device
 
     return choose_device(load_settings().device)
 

@@ -13,6 +13,7 @@ from PIL import Image
 from cat_cluster.captions import read_captions
 from cat_cluster.errors import ConceptError
 from cat_cluster.images import find_images, read_image
+from cat_cluster.inputs import local_images
 from cat_cluster.spec import ConceptSpec
 from cat_cluster.spec_fields import words
 
@@ -61,13 +62,15 @@ def remove_token(prompt: str, token: str) -> str:
     return "".join([*kept, prompt[end:]])
 
 
-def load_concept(spec: ConceptSpec) -> Concept:
+def load_concept(spec: ConceptSpec, cache_dir: Path | None = None) -> Concept:
     """Read the images and captions of one concept, in the order of their file names.
 
+    cache_dir: where photos from an s3:// address are kept; by default the cache of the settings.
     Raises ConceptError that names every file that cannot be used, and what to do: an empty or missing folder, a
-    damaged, tiny or huge image, captions that are missing, disagree, or lack the token.
+    damaged, tiny or huge image, an s3:// address that cannot be read, captions that are missing, disagree, or lack
+    the token.
     """
-    folder = Path(spec.images)
+    folder = local_images(spec.images, cache_dir)
     paths = find_images(folder)
     captions = read_captions(spec, folder, paths)
     _refuse_without_token(spec, captions)

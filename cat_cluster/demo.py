@@ -10,17 +10,19 @@ import yaml
 from PIL import Image
 from rich.table import Table
 
+from cat_cluster.cluster.driver import run_on_ray
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.recognition import DESIGN_FILE
 from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, write_report
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.pocket import world
+from cat_cluster.prepared import choose_device
 from cat_cluster.published import evaluate_published
 from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec import load_spec
 from cat_cluster.store import open_store
-from cat_cluster.workflow import AdapterResult, JobListener, choose_device, run_job
+from cat_cluster.workflow import AdapterResult, JobListener
 
 CONCEPT = "striped-cup"
 TOKEN = "sks"
@@ -34,6 +36,7 @@ SPEC = {
         "steps": 420,
         "draw_key": CONCEPT,
     },
+    "cluster": {"workers": 2, "max_pack": 2},
     "evaluation": {"images_per_prompt": 3, "steps": 20},
     "storage": "registry",
 }
@@ -64,13 +67,14 @@ class DemoResult:
 def run_demo(out: Path, settings: Settings, listener: JobListener) -> DemoResult:
     """Draw a concept's photos, train LoRA and CAT on them in one pack, measure, publish and report into `out`.
 
+    Training runs on a Ray of this machine with two workers.
     Running it again reuses what is published and writes the report anew. Raises CatClusterError when an adapter fails.
     """
     spec_path = write_spec(out)
     job = load_spec(spec_path)
     store = open_store(out / "registry")
     listener.message(f"Drew {PHOTOS} photos of a concept the base has never seen: {out / 'photos' / CONCEPT}")
-    results = run_job(job, store, settings, listener)
+    results = run_on_ray(job, store.url, settings, listener)
     failed = [result for result in results if result.outcome == "failed"]
     if failed:
         raise CatClusterError(f"adapter {failed[0].adapter_id} failed: {failed[0].reason}")

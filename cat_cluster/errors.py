@@ -51,6 +51,18 @@ class CheckpointError(CatClusterError):
     """A training checkpoint is missing, damaged, or belongs to another run."""
 
 
+class RunError(CatClusterError):
+    """A run cannot be found, read, started or stopped as asked."""
+
+
+class SupersededError(RunError):
+    """Another driver has taken over the run: this one must not write any more."""
+
+
+class ClusterError(CatClusterError):
+    """A Ray cluster cannot be reached, or refuses what was asked of it."""
+
+
 class OutputError(CatClusterError):
     """A file the user asked for cannot be written where they asked for it."""
 

@@ -12,61 +12,41 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_serializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cat_cluster.errors import SpecError
 from cat_cluster.spec_fields import (
     AdapterId,
-    Count,
-    Fraction,
     ImagesFolder,
     Method,
     NameOrFolder,
     NotNegative,
     OneOrMore,
-    Pixels,
     Positive,
-    Prompts,
-    PromptsFile,
-    Seed,
     StoragePlace,
     Text,
-    Whole,
-    Workers,
     words,
 )
 from cat_cluster.spec_file import Location, Problem, read_yaml, spec_error
 from cat_cluster.spec_rules import all_token_repeats, id_repeats, token_repeats
+from cat_cluster.spec_sections import ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
 
 DEFAULT_ALPHA = 5.0
 DEFAULT_TEMPLATE = "a photo of a {token} {class_noun}"
 CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 
-
-class _Spec(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True, validate_default=False
-    )
+_Settings = TypeVar("_Settings", bound=Section)
 
 
-_Settings = TypeVar("_Settings", bound=_Spec)
-
-
-class ConceptSpec(_Spec):
+class ConceptSpec(Section):
     """One concept: its token, its class noun and the folder of its photos. Raises on a token the rules refuse."""
 
     token: Text = Field(description="The concept's rare trigger word, one whole word such as sks.")
     class_noun: Text = Field(description="What the concept is an example of, such as cup.")
-    images: ImagesFolder = Field(description="Folder of the concept's photos, relative to the spec file.")
+    images: ImagesFolder = Field(
+        description="Folder of the concept's photos, relative to the spec file, or an s3:// address of them."
+    )
     alpha: NotNegative = Field(
         default=DEFAULT_ALPHA,
         description="Weight of the concept's CAT term; 0 is plain LoRA, more holds the base closer.",
@@ -116,109 +96,7 @@ class ConceptSpec(_Spec):
         return template.replace("{class_noun}", self.class_noun).replace("{token}", self.token)
 
 
-class TrainingSpec(_Spec):
-    """How adapters are trained; every field has a default, so a part of it is a whole spec too."""
-
-    steps: Count = Field(default=300, description="Optimiser steps.")
-    rank: Count = Field(default=8, description="Rank of the LoRA weights.")
-    learning_rate: Positive = Field(
-        default=2.0e-3, le=1.0e30, description="Highest learning rate of AdamW; a float32 step must hold it."
-    )
-    rows_per_concept: Count = Field(default=4, description="Rows of a step that each concept gets.")
-    prior_prompt: Literal["token_removed", "class_noun", "empty", "mixture"] = Field(
-        default="mixture", description="Prompts on which the CAT term holds the adapter to the base model."
-    )
-    general_prompts: PromptsFile | None = Field(
-        default=None, description="Text file with one prompt a line for the mixture; none means the base model's own."
-    )
-    targets: Literal["attention", "cross_attention", "attention_ff"] = Field(
-        default="attention_ff", description="Which linear layers of the U-Net are adapted."
-    )
-    blocks: Literal["all", "mid_up", "up"] = Field(
-        default="all",
-        description="Which blocks of the U-Net are adapted; the backward stops below the first adapted layer.",
-    )
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="Course of the learning rate after warm-up; linear and cosine fall to 0."
-    )
-    warmup_steps: Whole | None = Field(
-        default=None,
-        description="Steps in which the learning rate rises from 0, fewer than steps; none means a fifteenth of them.",
-    )
-    weight_decay: NotNegative = Field(default=0.01, description="Decoupled weight decay of AdamW.")
-    max_grad_norm: Positive | None = Field(
-        default=1.0, description="Largest gradient norm of one adapter, clipped per slot; none means no clipping."
-    )
-    min_snr_gamma: Positive | None = Field(
-        default=None, description="Gamma of min-SNR weighting; none weighs all timesteps alike."
-    )
-    cat_fraction: Fraction = Field(
-        default=0.5, description="Share of rows that carry the CAT term, at weight 1 / share."
-    )
-    alpha_schedule: Literal["constant", "high_noise", "low_noise"] = Field(
-        default="constant",
-        description="How alpha depends on the timestep: the same everywhere, rising with the noise from 0 to twice "
-        "alpha, or falling with it.",
-    )
-    drift_budget: Positive | None = Field(
-        default=None,
-        description="Share of the identity loss that the CAT loss is held to by adjusting alpha; none keeps alpha.",
-    )
-    teacher: Literal["online", "pool"] = Field(
-        default="online",
-        description="Ask the base model in every step, or once about a pool of fixed draws that all rows come from.",
-    )
-    pool_size: Count = Field(default=64, description="Fixed draws per crop of a photo when teacher is pool.")
-    joint_rows: bool = Field(default=True, description="Predict rows with and without the token in one U-Net call.")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="Arithmetic of the U-Net calls.")
-    gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
-    compile: bool = Field(
-        default=False, description="Compile the U-Net's blocks with torch.compile; needs a compiler, pays on a GPU."
-    )
-    resolution: Pixels | None = Field(
-        default=None,
-        description="Side of the square crops in pixels, a multiple of 8; none means the base model's own.",
-    )
-    crops_per_image: Count = Field(
-        default=1, description="Crops of each photo: 1 is the centre; more adds random ones."
-    )
-    seed: Seed = Field(default=0, description="Seed of every random draw of the training.")
-    draw_key: Text | None = Field(
-        default=None,
-        description="Name that keys the draws beside the seed; none means the adapter's id. Adapters with the same "
-        "one see equal draws, for paired comparisons.",
-    )
-
-
-class EvaluationSpec(_Spec):
-    """How a trained adapter is measured."""
-
-    enabled: bool = Field(default=True, description="Measure the adapter after training.")
-    prompts: Prompts = Field(
-        default="default", description="Evaluation prompts, each with {} where the subject goes, or default."
-    )
-    images_per_prompt: Count = Field(default=4, description="Seeds per prompt and arm.")
-    steps: Count = Field(default=25, description="Denoising steps of each image.")
-    guidance: NotNegative = Field(default=4.0, description="Classifier-free guidance scale; up to 1 means none.")
-    sampler: Literal["ddim", "euler", "dpmpp_2m"] = Field(default="ddim", description="Sampler of each image.")
-    judge: NameOrFolder = Field(
-        default="auto",
-        description="Model that measures similarity: auto, pocket, pocket-classifier, a CLIP folder or hub id.",
-    )
-    seed: Seed = Field(default=1000, description="First seed of the evaluation images.")
-
-
-class ClusterSpec(_Spec):
-    """How the work is spread; none of it changes the adapters."""
-
-    workers: Workers = Field(default=1, description="Workers per pack, or [least, most] for an elastic number.")
-    zero_stage: Literal[0, 1, 2, 3] = Field(default=2, description="DeepSpeed ZeRO stage.")
-    max_pack: Count = Field(default=8, description="Most adapters trained together in one forward.")
-    max_failures: Whole = Field(default=3, description="Worker failures survived before the job gives up.")
-    checkpoint_every: Count = Field(default=50, description="Steps between checkpoints: the most a crash can cost.")
-
-
-class AdapterSpec(_Spec):
+class AdapterSpec(Section):
     """One adapter: its concepts and what differs from the job; of `training` and `evaluation` only given keys count."""
 
     id: AdapterId = Field(description="Name of the adapter: a-z, 0-9 and -, at most 63 characters.")
@@ -229,7 +107,7 @@ class AdapterSpec(_Spec):
     evaluation: EvaluationSpec | None = Field(default=None, description="Overrides the job's evaluation, key by key.")
 
     @field_serializer("training", "evaluation")
-    def _given_keys(self, value: _Spec | None) -> dict[str, Any] | None:
+    def _given_keys(self, value: Section | None) -> dict[str, Any] | None:
         return None if value is None else value.model_dump(mode="json", exclude_unset=True)
 
     @model_validator(mode="after")
@@ -238,7 +116,7 @@ class AdapterSpec(_Spec):
         return self
 
 
-class ResolvedAdapter(_Spec):
+class ResolvedAdapter(Section):
     """One adapter with every override merged: all that decides its training, but for the bytes of its images."""
 
     id: AdapterId = Field(description="Name of the adapter.")
@@ -263,7 +141,7 @@ class ResolvedAdapter(_Spec):
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-class JobSpec(_Spec):
+class JobSpec(Section):
     """A whole job: adapters that train on one or more base models, and how they are measured and stored."""
 
     name: Annotated[Text, Field(max_length=100)] = Field(description="Name of the job, for people.")
@@ -273,6 +151,7 @@ class JobSpec(_Spec):
     training: TrainingSpec = Field(default=TrainingSpec(), description="How adapters are trained.")
     cluster: ClusterSpec = Field(default=ClusterSpec(), description="How the work is spread.")
     evaluation: EvaluationSpec = Field(default=EvaluationSpec(), description="How adapters are measured.")
+    monitoring: MonitoringSpec = Field(default=MonitoringSpec(), description="What is recorded while training.")
     storage: StoragePlace | None = Field(
         default=None, description="Folder or URL that adapters are published to; none means CAT_STORAGE."
     )
@@ -366,7 +245,7 @@ def _merged_problems(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -
     """Rules that hold between fields of one adapter once its overrides are merged."""
 
     def place(section: Literal["training", "evaluation"], key: str) -> Location:
-        override: _Spec | None = getattr(given, section)
+        override: Section | None = getattr(given, section)
         own = override is not None and key in override.model_fields_set
         return ("adapters", index, section, key) if own else (section, key)
 
@@ -374,6 +253,11 @@ def _merged_problems(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -
     if training.warmup_steps is not None and training.warmup_steps >= training.steps:
         text = f"{training.warmup_steps} must be less than steps, which is {training.steps}"
         yield place("training", "warmup_steps"), text
+    if evaluation.require is not None and not evaluation.enabled:
+        # At the adapter's own half of the contradiction, if it has one: the job's half may be right for the others.
+        own = [place("evaluation", key) for key in ("require", "enabled")]
+        where = next((found for found in own if found[0] == "adapters"), own[0])
+        yield where, "require needs an evaluation, and enabled is false; remove require, or set enabled to true"
     prompts = () if evaluation.prompts == "default" else evaluation.prompts
     for number, prompt in enumerate(prompts):
         for token in (concept.token for concept in adapter.concepts):
@@ -396,4 +280,5 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "training": TrainingSpec,
     "cluster": ClusterSpec,
     "evaluation": EvaluationSpec,
+    "monitoring": MonitoringSpec,
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -19,6 +20,18 @@ LARGEST_SEED = 2**63 - 1
 AVAILABLE_METHODS = ("cat", "lora")
 PLANNED_METHODS = ("dreambooth", "textual_inversion")
 _Item = TypeVar("_Item")
+GATE_METRICS = (
+    "kps",
+    "kps_all_pairs",
+    "identity_similarity",
+    "identity_gain",
+    "prompt_similarity",
+    "base_drift",
+    "fisher_drift",
+    "diversity_ratio",
+)
+CONDITION = re.compile(r"(>=|<=)\s*(-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)")
+_S3_ADDRESS = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/.*)?", re.DOTALL)
 _NAMED_BASES_AND_JUDGES = ("pocket", "pocket-classifier", "auto")
 
 
@@ -60,6 +73,23 @@ def _prompts(value: object) -> object:
     return value
 
 
+def _pack_size(value: object) -> object:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError(f"must be auto or a whole number, at least 1, got {describe(value)}")
+
+
+def _conditions(value: object) -> object:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"must map metrics to conditions, as in {{kps: '>=0.1'}}, got {describe(value)}")
+    for metric, condition in value.items():
+        if metric not in GATE_METRICS:
+            raise ValueError(f"{describe(metric)} is not a metric; the metrics are {', '.join(GATE_METRICS)}")
+        if not isinstance(condition, str) or not CONDITION.fullmatch(condition.strip()):
+            raise ValueError(f"{metric} has {describe(condition)}; write >= or <= and a number, as in '>=0.1'")
+    return value
+
+
 def _some(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
     if not values:
         raise ValueError("must have at least one entry, got an empty list")
@@ -80,12 +110,20 @@ def _images_folder(value: str, info: ValidationInfo) -> str:
     if folder is None:
         return value
     if "://" in value:
-        raise ValueError(f"{value!r} is not a folder; this version reads images from folders, so copy them into one")
+        return _s3_address(value, "images lie in a folder or under s3://bucket/prefix")
     path = _absolute(value, folder)
     if not os.path.isdir(path):
         kind = "is a file; name the folder it is in" if os.path.exists(path) else "is not there"
         raise ValueError(f"{path} {kind} (paths are relative to the spec file)")
     return path
+
+
+def _s3_address(value: str, remedy: str) -> str:
+    if not value.startswith("s3://"):
+        raise ValueError(f"{value!r} is of a kind that is not supported: {remedy}")
+    if not _S3_ADDRESS.fullmatch(value):
+        raise ValueError(f"{value!r} is not an S3 address; write s3://bucket/prefix")
+    return value
 
 
 def _prompts_file(value: str, info: ValidationInfo) -> str:
@@ -109,7 +147,11 @@ def _name_or_folder(value: str, info: ValidationInfo) -> str:
 
 def _storage_place(value: str, info: ValidationInfo) -> str:
     folder = _spec_folder(info)
-    return value if folder is None or "://" in value else _absolute(value, folder)
+    if folder is None or value.startswith("file://"):
+        return value
+    if "://" in value:
+        return _s3_address(value, "storage is a folder, file:///folder or s3://bucket/prefix")
+    return _absolute(value, folder)
 
 
 Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=10**9)]
@@ -123,6 +165,8 @@ Text = Annotated[str, Field(min_length=1)]
 AdapterId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Method = Annotated[Literal["cat", "lora"], BeforeValidator(_method)]
 Workers = Annotated[Count | tuple[Count, Count], BeforeValidator(_workers)]
+PackSize = Annotated[Literal["auto"] | Count, BeforeValidator(_pack_size)]
+Conditions = Annotated[dict[str, str], BeforeValidator(_conditions)]
 Prompts = Annotated[Literal["default"] | tuple[str, ...], BeforeValidator(_prompts)]
 # Not a length limit: pydantic counts the valid entries only and would report one bad entry twice.
 OneOrMore = Annotated[tuple[_Item, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]

@@ -8,8 +8,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cat_cluster.spec import ConceptSpec, EvaluationSpec
+from cat_cluster.spec import ConceptSpec
 from cat_cluster.spec_fields import AdapterId, OneOrMore, Text
+from cat_cluster.spec_sections import EvaluationSpec
 
 
 class ImportedConcept(BaseModel):

@@ -1,42 +1,37 @@
-"""A whole job on one machine: photos -> latents -> packs -> adapters -> measures -> registry."""
+"""A whole job in this process: photos -> latents -> packs -> adapters -> measures -> registry.
+
+The steps of a job are functions of their own, so that `cluster/driver.py` can spread them over a Ray cluster.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
-import torch
-
-from cat_cluster.base_model import BaseModel, load_base_model
-from cat_cluster.batches import AdapterTask
-from cat_cluster.concepts import Concept, check_tokens, has_token, load_concept
-from cat_cluster.errors import AdapterNotFoundError, CatClusterError, ConceptError, SpecError
+from cat_cluster.errors import AdapterNotFoundError, CatClusterError
 from cat_cluster.evaluation.bootstrap import METRICS
-from cat_cluster.evaluation.evaluate import Evaluator, image_templates
-from cat_cluster.evaluation.features import is_pocket, load_judges
-from cat_cluster.evaluation.prompts import evaluation_prompts, fill
+from cat_cluster.evaluation.evaluate import Evaluator
+from cat_cluster.evaluation.gates import check_gates
 from cat_cluster.evaluation.results import Evaluation
-from cat_cluster.latents import LatentCache
-from cat_cluster.lora.bank import LoraBank, adapted_layers
-from cat_cluster.methods import effective_alpha, initial_weights
-from cat_cluster.published import image_digests, photo_objects, sample_objects
-from cat_cluster.registry import AdapterDraft, Manifest, Registry, revision_of
+from cat_cluster.lora.bank import LoraBank
+from cat_cluster.prepared import PreparedAdapter, checkpoints_of, open_bank, pack_member, prepare
+from cat_cluster.published import photo_objects, sample_objects
+from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.settings import Settings
-from cat_cluster.spec import JobSpec, ResolvedAdapter
+from cat_cluster.spec import JobSpec
 from cat_cluster.store import ObjectStore
-from cat_cluster.training.checkpoint import CheckpointStore
-from cat_cluster.training.loop import LoopSettings, PackMember, StepReport, TrainedAdapter, train_pack
-from cat_cluster.training.optimizer import SlotSettings
+from cat_cluster.training.engine import EngineFactory, TorchEngine
+from cat_cluster.training.loop import LoopSettings, StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.memory import measured_pack_size
 
-Outcome = Literal["published", "already published", "failed"]
+Outcome = Literal["published", "already published", "rejected", "failed"]
 
 
 class JobListener(Protocol):
-    """Who is told how a job goes: the terminal, a test, later a run record."""
+    """Who is told how a job goes: the terminal, a test, a run's record."""
 
     def message(self, text: str) -> None:
         """A line for people."""
@@ -45,18 +40,21 @@ class JobListener(Protocol):
         """Training of a pack begins."""
 
     def step(self, report: StepReport) -> None:
-        """A step of the running pack is done."""
+        """A step of a running pack is done."""
 
     def images(self, adapter_id: str, done: int, total: int) -> None:
         """Evaluation images of an adapter are being made."""
 
     def finished(self, result: AdapterResult) -> None:
-        """An adapter is published, was already, or has failed."""
+        """An adapter is published, was already, was rejected by its gates, or has failed."""
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterResult:
-    """What became of one adapter of a job. reason: why it failed; evaluation: None unless measured in this run."""
+    """What became of one adapter of a job.
+
+    reason: why it failed or was rejected; evaluation: None unless measured in this run.
+    """
 
     adapter_id: str
     revision: str
@@ -77,26 +75,6 @@ class AdapterResult:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class PreparedAdapter:
-    """An adapter whose photos were read and whose identity is known."""
-
-    resolved: ResolvedAdapter
-    concepts: tuple[Concept, ...]
-    base: BaseModel
-    revision: str
-
-    @property
-    def image_digests(self) -> list[str]:
-        """One sha256 per photo over its bytes and its caption, in concept and file order."""
-        return image_digests(self.concepts)
-
-    @property
-    def resolution(self) -> int:
-        """Side of the square training crops in pixels."""
-        return self.resolved.training.resolution or self.base.resolution
-
-
 def run_job(job: JobSpec, store: ObjectStore, settings: Settings, listener: JobListener) -> list[AdapterResult]:
     """Train, measure and publish every adapter of a job; one that is already published is left as it is.
 
@@ -106,80 +84,71 @@ def run_job(job: JobSpec, store: ObjectStore, settings: Settings, listener: JobL
     prepared = prepare(job, settings)
     registry = Registry(store)
     results: dict[str, AdapterResult] = {}
+
+    def keep(result: AdapterResult) -> None:
+        results[result.adapter_id] = result
+        listener.finished(result)
+
     waiting = []
     for adapter in prepared:
-        try:
-            manifest = registry.resolve(f"{adapter.resolved.id}@{adapter.revision}")
-        except AdapterNotFoundError:
+        done = already_published(adapter, registry)
+        if done is None:
             waiting.append(adapter)
-            continue
-        registry.finish_publishing(manifest)
-        checkpoints_of(adapter, store).clear()  # a crash right after publishing leaves them behind
-        results[adapter.resolved.id] = AdapterResult(
-            adapter.resolved.id, adapter.revision, "already published", manifest=manifest
-        )
-        listener.finished(results[adapter.resolved.id])
-    for pack in plan_packs(waiting, store, job.cluster.max_pack):
-        for result in _run_pack(pack, job, registry, settings, listener):
-            results[result.adapter_id] = result
+        else:
+            keep(done)
+    for pack in plan_packs(waiting, store, lambda group: pack_size(group, job, settings)):
+        listener.pack_started([adapter.resolved.id for adapter in pack], pack[0].resolved.training.steps)
+        started = time.perf_counter()
+        trained = train_adapters(pack, job, store, settings, on_step=listener.step)
+        seconds = time.perf_counter() - started
+        for adapter, one in zip(pack, trained, strict=True):
+            keep(finish_adapter(adapter, one, registry, seconds, listener.images))
     return [results[adapter.resolved.id] for adapter in prepared]
 
 
-def prepare(job: JobSpec, settings: Settings) -> list[PreparedAdapter]:
-    """Read the photos and the base models of a job and look for its judges, so that nothing is missed later.
-
-    Raises ConceptError naming the adapter, BaseModelError, or EvaluationError.
-    """
-    device = choose_device(settings.device)
-    bases: dict[str, BaseModel] = {}
-    judges_found: set[tuple[str, str]] = set()
-    prepared = []
-    for resolved in job.resolved():
-        try:
-            concepts = tuple(load_concept(spec) for spec in resolved.concepts)
-            check_tokens(concepts)
-        except ConceptError as error:
-            raise ConceptError(f"adapter {resolved.id}: {error}") from error
-        if resolved.base not in bases:
-            bases[resolved.base] = load_base_model(resolved.base, device=device)
-        base, judge = bases[resolved.base], resolved.evaluation.judge
-        if resolved.evaluation.enabled:
-            image_templates(resolved.evaluation, base)
-            if (resolved.base, judge) not in judges_found:
-                load_judges(judge, base)
-                judges_found.add((resolved.base, judge))
-        revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint)
-        prepared.append(PreparedAdapter(resolved, concepts, base, revision))
-    return prepared
+def already_published(adapter: PreparedAdapter, registry: Registry) -> AdapterResult | None:
+    """Return the result of an adapter whose revision is in the registry, and finish what a crash cut off there."""
+    try:
+        manifest = registry.resolve(f"{adapter.resolved.id}@{adapter.revision}")
+    except AdapterNotFoundError:
+        return None
+    registry.finish_publishing(manifest)
+    checkpoints_of(adapter, registry.store).clear()  # a crash right after publishing leaves them behind
+    outcome: Outcome = "already published" if manifest.status == "published" else "rejected"
+    reason = None if outcome == "already published" else "its gates failed when it was measured"
+    return AdapterResult(adapter.resolved.id, adapter.revision, outcome, reason, manifest)
 
 
-def choose_device(name: str) -> str:
-    """Return the torch device for a setting: `auto` means CUDA where there is one, else the CPU."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise SpecError(f"device {name!r}: this torch sees no CUDA device; set CAT_DEVICE=cpu or auto")
-    return name
-
-
-def plan_packs(adapters: Sequence[PreparedAdapter], store: ObjectStore, max_pack: int) -> list[list[PreparedAdapter]]:
-    """Group adapters that can share a forward, at most `max_pack` together, in the order given.
+def plan_packs(
+    adapters: Sequence[PreparedAdapter],
+    store: ObjectStore,
+    largest: Callable[[Sequence[PreparedAdapter]], int],
+) -> list[list[PreparedAdapter]]:
+    """Group adapters that can share a forward into packs of even size, at most `largest(group)` together.
 
     Adapters of an interrupted job share a pack where they have a checkpoint of one step in common, so that nobody
     is thrown back further than its own last checkpoints. With fewer than it would keep, the start is one of them.
+    Within a group those of like rank come together, since a bank pads all to its largest rank.
     """
     groups: dict[tuple[object, ...], list[PreparedAdapter]] = {}
     for adapter in adapters:
         groups.setdefault(_pack_key(adapter), []).append(adapter)
     packs = []
     for group in groups.values():
+        limit = largest(group)
         stands = {id(adapter): checkpoints_of(adapter, store).resumable() for adapter in group}
         while group:
             step = min(max(stands[id(adapter)]) for adapter in group)
             together = [adapter for adapter in group if step in stands[id(adapter)]]
             group = [adapter for adapter in group if step not in stands[id(adapter)]]
-            packs += [together[i : i + max_pack] for i in range(0, len(together), max_pack)]
+            packs += _even_parts(sorted(together, key=lambda adapter: adapter.resolved.training.rank), limit)
     return packs
+
+
+def _even_parts(adapters: Sequence[PreparedAdapter], limit: int) -> list[list[PreparedAdapter]]:
+    count = -(-len(adapters) // limit)
+    ends = [len(adapters) * part // count for part in range(count + 1)]
+    return [list(adapters[start:end]) for start, end in pairwise(ends)]
 
 
 def _pack_key(adapter: PreparedAdapter) -> tuple[object, ...]:
@@ -197,137 +166,106 @@ def _pack_key(adapter: PreparedAdapter) -> tuple[object, ...]:
     )
 
 
-def _run_pack(
-    pack: Sequence[PreparedAdapter], job: JobSpec, registry: Registry, settings: Settings, listener: JobListener
-) -> Iterator[AdapterResult]:
-    base, training = pack[0].base, pack[0].resolved.training
-    checkpoints = [checkpoints_of(adapter, registry.store) for adapter in pack]
-    with open_bank(base, pack) as bank:
+def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings) -> int:
+    """Return how many adapters of a group are trained together: the spec's number, or what memory allows here."""
+    wanted = job.cluster.max_pack
+    if wanted != "auto":
+        return wanted
+    if len(group) == 1:
+        return 1
+    # The most demanding adapters stand for all: a pack of them is the largest that can come about.
+    heaviest = sorted(group, key=lambda one: (one.resolved.training.rank, one.rows))[-2:]
+    with open_bank(heaviest[0].base, heaviest) as bank:
+        members = [pack_member(adapter, bank, settings.cache_dir) for adapter in heaviest]
+        return measured_pack_size(heaviest[0].base, bank, members, loop_settings(heaviest[0], job))
+
+
+def train_adapters(
+    pack: Sequence[PreparedAdapter],
+    job: JobSpec,
+    store: ObjectStore,
+    settings: Settings,
+    *,
+    on_step: Callable[[StepReport], None],
+    on_checkpoint: Callable[[float, int], None] | None = None,
+    make_engine: EngineFactory = TorchEngine,
+    on_bank: Callable[[LoraBank], None] | None = None,
+) -> list[TrainedAdapter]:
+    """Train the adapters of one pack together, from their last common checkpoint on.
+
+    on_checkpoint is told of each stored checkpoint: seconds and bytes. on_bank is given the bank when it is open, with
+    adapter i of the pack in slot i + 1 from the first step on.
+    """
+    with open_bank(pack[0].base, pack) as bank:
         members = [pack_member(adapter, bank, settings.cache_dir) for adapter in pack]
-        listener.pack_started([adapter.resolved.id for adapter in pack], training.steps)
-        started = time.perf_counter()
-        trained = train_pack(
-            base,
+        if on_bank is not None:
+            on_bank(bank)
+        return train_pack(
+            pack[0].base,
             bank,
             members,
-            LoopSettings(
-                steps=training.steps,
-                checkpoint_every=job.cluster.checkpoint_every,
-                joint_rows=training.joint_rows,
-                bf16=training.precision == "bf16",
-                gradient_checkpointing=training.gradient_checkpointing,
-                compile=training.compile,
-            ),
-            checkpoints=checkpoints,
-            on_step=listener.step,
+            loop_settings(pack[0], job),
+            checkpoints=[replace(checkpoints_of(adapter, store), on_saved=on_checkpoint) for adapter in pack],
+            on_step=on_step,
+            make_engine=make_engine,
         )
-        seconds = time.perf_counter() - started
-        evaluator = Evaluator(base, bank)
-        for slot, (adapter, result) in enumerate(zip(pack, trained, strict=True), start=1):
-            try:
-                outcome = _finish(adapter, result, slot, evaluator, registry, seconds, listener)
-                checkpoints[slot - 1].clear()
-            except CatClusterError as error:
-                # Its checkpoints stay: the same job again measures and publishes it without training.
-                outcome = AdapterResult(adapter.resolved.id, adapter.revision, "failed", reason=str(error))
-            listener.finished(outcome)
-            yield outcome
 
 
-@contextmanager
-def open_bank(base: BaseModel, pack: Sequence[PreparedAdapter]) -> Iterator[LoraBank]:
-    """Put a bank with one slot per adapter into the base's U-Net, and take it out again."""
-    training = pack[0].resolved.training
-    layers = adapted_layers(base.unet, training.targets, training.blocks)
-    rank = max(adapter.resolved.training.rank for adapter in pack)
-    bank = LoraBank.attach(base.unet, slots=len(pack), rank=rank, layers=layers)
+def loop_settings(adapter: PreparedAdapter, job: JobSpec) -> LoopSettings:
+    """Return what all adapters of a pack share, from any one of them."""
+    training = adapter.resolved.training
+    return LoopSettings(
+        steps=training.steps,
+        checkpoint_every=job.cluster.checkpoint_every,
+        joint_rows=training.joint_rows,
+        bf16=training.precision == "bf16",
+        gradient_checkpointing=training.gradient_checkpointing,
+        compile=training.compile,
+    )
+
+
+def finish_adapter(
+    adapter: PreparedAdapter,
+    trained: TrainedAdapter,
+    registry: Registry,
+    seconds: float,
+    on_images: Callable[[str, int, int], None],
+) -> AdapterResult:
+    """Measure a trained adapter, check its gates and publish it; seconds: how long its pack trained.
+
+    An adapter that cannot be measured or stored has failed, and its checkpoints stay: the same job again measures
+    and publishes it without training.
+    """
     try:
-        yield bank
-    finally:
-        bank.detach()
-
-
-def checkpoints_of(adapter: PreparedAdapter, store: ObjectStore) -> CheckpointStore:
-    """Return where the checkpoints of an adapter are kept: under its revision, whatever it is packed with."""
-    name = f"{adapter.resolved.id}/{adapter.revision}"
-    return CheckpointStore(store, f"runs/{name}/checkpoints", name)
-
-
-def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None) -> PackMember:
-    """Encode an adapter's photos and settle its draws, its optimiser and the weights it starts from."""
-    resolved, base = adapter.resolved, adapter.base
-    training = resolved.training
-    draw_key = training.draw_key or resolved.id
-    cache = LatentCache(base, cache_dir)
-    task = AdapterTask(
-        adapter_id=resolved.id,
-        draw_key=draw_key,
-        seed=training.seed,
-        rows=training.rows_per_concept,
-        cat_fraction=training.cat_fraction,
-        prior_prompt=training.prior_prompt,
-        general_prompts=_general_prompts(adapter),
-        concepts=tuple(
-            cache.material(
-                concept,
-                resolution=adapter.resolution,
-                crops_per_image=training.crops_per_image,
-                alpha=effective_alpha(resolved.method, concept.alpha),
-            )
-            for concept in adapter.concepts
-        ),
-        alpha_schedule=training.alpha_schedule,
-        pool_size=training.pool_size if training.teacher == "pool" else None,
-    )
-    return PackMember(
-        task=task,
-        optimiser=SlotSettings(
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            lr_schedule=training.lr_schedule,
-            warmup_steps=training.steps // 15 if training.warmup_steps is None else training.warmup_steps,
-            steps=training.steps,
-        ),
-        initial=initial_weights(base.unet, bank.layers, rank=training.rank, seed=training.seed, draw_key=draw_key),
-        min_snr_gamma=training.min_snr_gamma,
-        drift_budget=training.drift_budget,
-    )
-
-
-def _general_prompts(adapter: PreparedAdapter) -> tuple[str, ...]:
-    """The general part of the prior-prompt mixture, without prompts that are judged on or hold a token."""
-    training, evaluation = adapter.resolved.training, adapter.resolved.evaluation
-    prompts = adapter.base.general_prompts()
-    if training.general_prompts is not None:
-        prompts = _read_prompts(Path(training.general_prompts))
-    templates = evaluation_prompts(evaluation.prompts, pocket=is_pocket(adapter.base))
-    judged = {fill(template, concept.class_noun, None) for template in templates for concept in adapter.concepts}
-    tokens = [concept.token for concept in adapter.concepts]
-    return tuple(p for p in prompts if p not in judged and not any(has_token(p, token) for token in tokens))
+        result = _finish(adapter, trained, registry, seconds, on_images)
+        checkpoints_of(adapter, registry.store).clear()
+    except CatClusterError as error:
+        result = AdapterResult(adapter.resolved.id, adapter.revision, "failed", reason=str(error))
+    return result
 
 
 def _finish(
     adapter: PreparedAdapter,
     trained: TrainedAdapter,
-    slot: int,
-    evaluator: Evaluator,
     registry: Registry,
     seconds: float,
-    listener: JobListener,
+    on_images: Callable[[str, int, int], None],
 ) -> AdapterResult:
-    """Measure and publish one trained adapter; raises CatClusterError when it cannot be measured or stored."""
     resolved = adapter.resolved
     if trained.weights is None:
         return AdapterResult(resolved.id, adapter.revision, "failed", reason=trained.dropped)
     evaluation = None
     if resolved.evaluation.enabled:
-        evaluation = evaluator.evaluate(
-            slot,
-            adapter.concepts,
-            resolved.evaluation,
-            on_progress=lambda done, total: listener.images(resolved.id, done, total),
-        )
+        with open_bank(adapter.base, [adapter]) as bank:
+            bank.load(1, trained.weights)
+            evaluation = Evaluator(adapter.base, bank).evaluate(
+                1,
+                adapter.concepts,
+                resolved.evaluation,
+                on_progress=lambda done, total: on_images(resolved.id, done, total),
+            )
+    measured = None if evaluation is None else evaluation.to_json()
+    failures = check_gates(resolved.evaluation.require, measured or {})
     draft = AdapterDraft(
         adapter_id=resolved.id,
         resolved=resolved,
@@ -336,21 +274,13 @@ def _finish(
         image_digests=adapter.image_digests,
         weights=trained.weights,
         training={"steps": resolved.training.steps, "pack_seconds": round(seconds, 2), "history": trained.history},
-        metrics=None if evaluation is None else evaluation.to_json(),
-        judge=None if evaluation is None else evaluation.to_json()["judge"],
+        metrics=measured,
+        judge=None if measured is None else measured["judge"],
         reference=None if evaluation is None else evaluation.reference(),
         samples={**photo_objects(adapter.concepts), **({} if evaluation is None else sample_objects(evaluation))},
+        status="rejected" if failures else "published",
     )
     manifest = registry.publish(draft)
-    return AdapterResult(resolved.id, adapter.revision, "published", manifest=manifest, evaluation=evaluation)
-
-
-def _read_prompts(path: Path) -> tuple[str, ...]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"training.general_prompts: {path} cannot be read as UTF-8 text: {error}") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise SpecError(f"training.general_prompts: {path} holds no prompt: write one a line, or leave the field out")
-    return prompts
+    outcome: Outcome = "rejected" if failures else "published"
+    reason = "; ".join(failures) or None
+    return AdapterResult(resolved.id, adapter.revision, outcome, reason, manifest, evaluation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests.s3_server import S3Server, ServerUnavailableError
 
 TinyBaseFactory = Callable[..., Path]
 
@@ -54,6 +57,33 @@ def _small_and_offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
         patch.setenv("CAT_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("HF_HUB_OFFLINE", "1")
         yield
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """A real S3 server on loopback, for the whole session; CI may not do without it."""
+    server = S3Server()
+    try:
+        server.start()
+    except ServerUnavailableError as error:
+        if os.environ.get("CI") == "true":
+            pytest.fail(f"no S3 server: {error}")
+        pytest.skip(f"no S3 server: {error}")
+    with server:
+        yield server
+
+
+@pytest.fixture
+def s3_bucket(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Address of an empty bucket, with the AWS variables set for it and no other AWS settings in reach."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return s3_server.create_bucket(f"test-{uuid.uuid4().hex[:12]}")
 
 
 @pytest.fixture(scope="session")

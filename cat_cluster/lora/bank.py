@@ -172,6 +172,11 @@ class LoraBank:
         self._slots.pop(slot, None)
         self._tables.clear()
 
+    @property
+    def occupied(self) -> tuple[int, ...]:
+        """The slots that hold an adapter, in order."""
+        return tuple(sorted(self._slots))
+
     def parameters(self, slot: int) -> list[nn.Parameter]:
         """Return a slot's parameters in layer order, down before up."""
         return [parameter for name in self._slots[slot] for parameter in self._slots[slot][name]]

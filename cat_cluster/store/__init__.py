@@ -1,4 +1,4 @@
-"""Object stores: one protocol, and the folder behind it."""
+"""Object stores: one protocol, and the folder or the S3 bucket behind it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def open_store(url: str | Path) -> ObjectStore:
-    """Return the store at a folder path or a file:// address; any other address raises StoreError."""
+    """Return the store at a folder path, a file:// or an s3:// address; any other address raises StoreError.
+
+    It is not touched yet: `check_access()` says whether it can be used.
+    """
     text = str(url)
     if not text.strip() or "\0" in text:
         raise StoreError("the storage is empty or not a path: give a folder, for example ./cat-storage")
     scheme = _SCHEME.match(text)
     if scheme is None:
         return LocalStore(text)
+    if scheme[1].lower() == "s3":
+        from cat_cluster.store.s3 import S3Store  # folders need no boto3
+
+        return S3Store(f"s3://{text[scheme.end() :]}")
     if scheme[1].lower() != "file":
         raise StoreError(
-            f"storage {text}: this version stores in folders, not in {scheme[1]}://; "
-            "give a folder path or a file:// address"
+            f"storage {text}: {scheme[1]}:// is not supported; give a folder path, a file:// or an s3:// address"
         )
     host, slash, path = text[scheme.end() :].partition("/")
     if host not in ("", "localhost") or not slash:

@@ -87,6 +87,12 @@ class LocalStore:
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
             return path.stat().st_size
 
+    def check_access(self) -> None:
+        """Make the folder, write and remove a probe; raises StoreError when the folder cannot be used."""
+        key = f"access-probe-{uuid.uuid4().hex}"
+        self.put(key, b"1", if_absent=True)
+        self.delete(key)
+
     def _path(self, key: str) -> Path:
         path = self.folder / check_key(key)
         # check_key leaves one way out of the folder: a symbolic link that somebody put into it.

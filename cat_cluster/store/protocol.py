@@ -43,6 +43,9 @@ class ObjectStore(Protocol):
     def size(self, key: str) -> int:
         """Return the object's size in bytes; ObjectNotFoundError if there is none."""
 
+    def check_access(self) -> None:
+        """Write and remove a probe, so that a store that cannot be used is a StoreError before any work begins."""
+
 
 def check_key(key: str) -> str:
     """Return the key if every store can hold it, else raise StoreError.

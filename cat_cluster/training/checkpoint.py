@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError
@@ -20,6 +23,7 @@ from cat_cluster.errors import CheckpointError, StoreError
 from cat_cluster.store.protocol import ObjectStore
 
 KEEP_CHECKPOINTS = 2
+WRITERS = 4  # threads; a write waits for the store, not for the processor
 _PARTS = ("value", "mean", "square")
 
 
@@ -40,14 +44,19 @@ class AdapterState:
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one adapter revision under `prefix` of a store; `run` names what is being trained."""
+    """The checkpoints of one adapter revision under `prefix` of a store; `run` names what is being trained.
+
+    on_saved is told of each stored checkpoint: the seconds it took and its bytes.
+    """
 
     store: ObjectStore
     prefix: str
     run: str
+    on_saved: Callable[[float, int], None] | None = None
 
     def save(self, state: AdapterState) -> None:
         """Write a checkpoint, marker last, then remove all but the newest two."""
+        started = time.perf_counter()
         tensors = {
             f"{n}.{part}": tensor.detach().cpu().contiguous()
             for n, parts in enumerate(state.parameters)
@@ -67,6 +76,8 @@ class CheckpointStore:
         self.store.put(self._key(state.step, "json"), json.dumps(marker).encode())
         for step in self.steps()[:-KEEP_CHECKPOINTS]:
             self._remove(step)
+        if self.on_saved is not None:
+            self.on_saved(time.perf_counter() - started, len(data))
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, oldest first; reading one may still find it damaged."""
@@ -114,6 +125,71 @@ class CheckpointStore:
 
     def _key(self, step: int, suffix: str) -> str:
         return f"{self.prefix}/{step:08d}.{suffix}"
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a pack while training goes on; a context manager that ends with all of them stored.
+
+    They are taken twice as often as `checkpoint_every` asks, and a new one waits until the one before is stored: at
+    any moment the newest stored one is at most `checkpoint_every` steps old.
+    """
+
+    def __init__(self, series: Sequence[CheckpointStore], checkpoint_every: int) -> None:
+        """series: one per adapter; none where this worker writes nothing. checkpoint_every: in steps."""
+        self._series = tuple(series)
+        self._interval = max(1, checkpoint_every // 2)
+        self._wait_at_once = checkpoint_every == 1
+        self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="checkpoint") if self._series else None
+        self._writing: list[Future[None]] = []
+
+    def due(self, step: int) -> bool:
+        """Say whether a checkpoint is to be taken after `step` steps."""
+        return step % self._interval == 0
+
+    def save(self, states: Sequence[AdapterState]) -> None:
+        """Copy the adapters' states and write them in the background.
+
+        Raises StoreError when the checkpoint before could not be stored.
+        """
+        if self._threads is None:
+            return
+        self.wait()
+        copies = [_copied(state) for state in states]
+        self._writing = [
+            self._threads.submit(series.save, state) for series, state in zip(self._series, copies, strict=True)
+        ]
+        if self._wait_at_once:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until all that was handed over is stored; raises the first error."""
+        writing, self._writing = self._writing, []
+        errors = [error for future in writing if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            if self._threads is not None:
+                self._threads.shutdown(wait=True)
+
+
+def _copied(state: AdapterState) -> AdapterState:
+    return replace(
+        state,
+        parameters=tuple(
+            (value.detach().to("cpu", copy=True), mean.to("cpu", copy=True), square.to("cpu", copy=True))
+            for value, mean, square in state.parameters
+        ),
+    )
 
 
 def load_newest(stores: Sequence[CheckpointStore]) -> list[AdapterState] | None:

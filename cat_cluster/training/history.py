@@ -26,7 +26,7 @@ class History:
 
     def __init__(self, tasks: Sequence[AdapterTask], steps: int) -> None:
         self._tasks = tasks
-        self._bin = max(1, -(-steps // HISTORY_POINTS))
+        self._bin = _bin_size(steps)
         # adapter id -> token -> bin -> [identity sum, identity rows, cat sum, cat rows]
         self._sums: dict[str, dict[str, dict[int, list[float]]]] = {
             task.adapter_id: {concept.token: {} for concept in task.concepts} for task in tasks
@@ -56,15 +56,7 @@ class History:
 
     def of(self, adapter_id: str) -> dict[str, Any]:
         """Return the curves of an adapter: {"steps": [...], "<token>": {"identity": [...], "cat": [...]}}."""
-        curves: dict[str, Any] = {}
-        for token, bins in self._sums[adapter_id].items():
-            means = [_means(bins[index]) for index in sorted(bins)]
-            curves["steps"] = [(index + 1) * self._bin for index in sorted(bins)]
-            curves[token] = {
-                "identity": [_finite(mean.identity) for mean in means],
-                "cat": [_finite(mean.cat) for mean in means],
-            }
-        return curves
+        return _curves(self._sums[adapter_id], self._bin)
 
     def to_json(self, adapter_id: str) -> dict[str, Any]:
         """Return an adapter's sums as JSON for its checkpoint."""
@@ -72,7 +64,32 @@ class History:
 
     def restore(self, adapter_id: str, saved: Mapping[str, Any]) -> None:
         """Continue from the sums of a checkpoint."""
-        self._sums[adapter_id] = {t: {int(i): list(sums) for i, sums in bins.items()} for t, bins in saved.items()}
+        self._sums[adapter_id] = _sums_from(saved)
+
+
+def curves(saved: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """Return the curves, as `History.of` does, of the sums that a checkpoint of a run of `steps` steps holds."""
+    return _curves(_sums_from(saved), _bin_size(steps))
+
+
+def _bin_size(steps: int) -> int:
+    return max(1, -(-steps // HISTORY_POINTS))
+
+
+def _sums_from(saved: Mapping[str, Any]) -> dict[str, dict[int, list[float]]]:
+    return {token: {int(i): list(sums) for i, sums in bins.items()} for token, bins in saved.items()}
+
+
+def _curves(tokens: Mapping[str, Mapping[int, Sequence[float]]], bin_size: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for token, bins in tokens.items():
+        means = [_means(bins[index]) for index in sorted(bins)]
+        found["steps"] = [(index + 1) * bin_size for index in sorted(bins)]
+        found[token] = {
+            "identity": [_finite(mean.identity) for mean in means],
+            "cat": [_finite(mean.cat) for mean in means],
+        }
+    return found
 
 
 def _means(sums: Sequence[float]) -> ConceptLoss:

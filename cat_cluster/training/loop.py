@@ -1,4 +1,4 @@
-"""The training loop of one pack on one machine. It knows no Ray, no registry and no screen."""
+"""The training loop of one pack, the same on one worker and on many. It knows no Ray, no registry and no screen."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from cat_cluster.base_model import BaseModel, compiled_blocks
-from cat_cluster.batches import AdapterTask, Batch, draw_batch
+from cat_cluster.batches import AdapterTask, Batch, Shard, draw_batch, shard_batch
 from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.training.balance import AlphaBalance
-from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, load_newest
+from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest
+from cat_cluster.training.engine import Engine, EngineFactory, TorchEngine, autocast
 from cat_cluster.training.history import ConceptLoss, History
-from cat_cluster.training.optimizer import SlotAdamW, SlotSettings
-from cat_cluster.training.step import RowLosses, StepSettings, autocast, train_step
+from cat_cluster.training.optimizer import SlotSettings
+from cat_cluster.training.step import RowLosses, StepSettings, train_step
 from cat_cluster.training.teacher import TeacherPool
 
 
@@ -35,7 +39,7 @@ class PackMember:
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """What all adapters of a pack share. checkpoint_every counts steps."""
+    """What all adapters of a pack share. checkpoint_every: the most steps that an interruption may cost."""
 
     steps: int
     checkpoint_every: int
@@ -50,6 +54,7 @@ class StepReport:
     """Progress after a step: losses[adapter id][token]; seconds is this step's wall time.
 
     alpha_scales: adapter id -> token -> the factor a drift budget puts on alpha; adapters without one are absent.
+    teacher_known, teacher_asked: predictions of the base that came from a pool, and that it was asked for.
     """
 
     step: int
@@ -59,6 +64,8 @@ class StepReport:
     losses: dict[str, dict[str, ConceptLoss]]
     dropped: dict[str, str]
     alpha_scales: dict[str, dict[str, float]] = field(default_factory=dict)
+    teacher_known: int = 0
+    teacher_asked: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,32 +89,45 @@ def train_pack(
     *,
     checkpoints: Sequence[CheckpointStore] = (),
     on_step: Callable[[StepReport], None] | None = None,
+    make_engine: EngineFactory = TorchEngine,
 ) -> list[TrainedAdapter]:
     """Train every adapter of a pack in one U-Net forward per step and leave each in its slot (member i in i + 1).
 
     checkpoints: one series per member, or none. An interrupted run continues from the newest step that all members
-    have and ends with the same adapters. Raises CheckpointError when there is no such step.
+    have and ends with the same adapters, on any number of workers and with any engine. Called by all workers of a
+    pack together; on_step is called on each, checkpoints are written by the first.
+    Raises CheckpointError when there is no common step, StoreError when a checkpoint cannot be stored.
     """
-    run = _Run.open(bank, members, settings, checkpoints)
-    optimizer, tasks = run.optimizer, run.tasks
+    run = _Run.open(base, bank, members, settings, checkpoints, make_engine)
+    engine, optimizer, tasks = run.engine, run.engine.optimizer, run.tasks
     encode_text, pool = TextCache(base), TeacherPool()
     step_settings = StepSettings([m.min_snr_gamma for m in members], settings.joint_rows, settings.bf16)
-    with _prepared(base, settings):
+    writer = CheckpointWriter(checkpoints if engine.rank == 0 else (), settings.checkpoint_every)
+    with writer, _prepared(base, settings):
         pool.fill(base, bank, encode_text, tasks, partial(autocast, base, bf16=settings.bf16))
-        while optimizer.steps_done < settings.steps and len(optimizer.dropped) < len(members):
+        while not run.finished:
             started = time.perf_counter()
             active = [slot not in optimizer.dropped for slot in range(len(members))]
-            batch = draw_batch(tasks, optimizer.steps_done, base.schedule.num_timesteps, active)
-            optimizer.zero_grad(set_to_none=True)
-            losses = train_step(base, bank, encode_text, run.balance.weigh(batch), step_settings, pool)
-            optimizer.step()
-            report = run.record(batch, losses, settings.steps, started)
+            batch = run.balance.weigh(draw_batch(tasks, optimizer.steps_done, base.schedule.num_timesteps, active))
+            part = shard_batch(batch, engine.rank, engine.world_size)
+            losses = train_step(base, bank, encode_text, part.batch, step_settings, engine, pool)
+            engine.step()
+            report = run.record(batch, _all_losses(engine, batch, part, losses), started)
+            if checkpoints and (writer.due(report.step) or run.finished):
+                writer.save([run.state(slot) for slot in range(len(members))])
             if on_step is not None:
                 on_step(report)
-            if _due(optimizer.steps_done, settings):
-                for slot, series in enumerate(checkpoints):
-                    series.save(run.state(slot))
     return run.results(bank)
+
+
+def _all_losses(engine: Engine, batch: Batch, part: Shard, losses: RowLosses) -> RowLosses:
+    """Return the losses of all workers' rows, in the order of the whole batch, on the CPU."""
+    count = len(batch.prompts)
+    values = torch.zeros(count + len(batch.prior_prompts), device=losses.identity_B.device)
+    places = torch.cat([part.rows_B, count + part.cat_M]).to(values.device)
+    values[places] = torch.cat([losses.identity_B[: len(part.rows_B)], losses.cat_M])
+    values = engine.sum(values).cpu()
+    return RowLosses(identity_B=values[:count], cat_M=values[count:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,70 +135,82 @@ class _Run:
     """What changes from step to step, and is saved and restored together."""
 
     tasks: list[AdapterTask]
-    optimizer: SlotAdamW
+    steps: int
+    engine: Engine
     history: History
     balance: AlphaBalance
 
     @classmethod
     def open(
         cls,
+        base: BaseModel,
         bank: LoraBank,
         members: Sequence[PackMember],
         settings: LoopSettings,
         checkpoints: Sequence[CheckpointStore],
+        make_engine: EngineFactory,
     ) -> _Run:
         """Start every member in its slot, or where its newest common checkpoint left it."""
+        states = load_newest(checkpoints)
         for index, member in enumerate(members):
             bank.new_trainable(index + 1, member.initial)
-        optimizer = SlotAdamW([(bank.parameters(i + 1), member.optimiser) for i, member in enumerate(members)])
+            if states is not None:
+                _set_values(bank, index + 1, [value for value, _, _ in states[index].parameters])
+        # An engine may shard what it is given: the values must be in place before, the moments go in with it.
+        slots = [(bank.parameters(i + 1), member.optimiser) for i, member in enumerate(members)]
+        moments = None if states is None else [[parts[1:] for parts in state.parameters] for state in states]
+        engine = make_engine(base, slots, moments, settings.bf16)
         tasks = [member.task for member in members]
         tokens = [[concept.token for concept in task.concepts] for task in tasks]
         balance = AlphaBalance([member.drift_budget for member in members], tokens)
-        run = cls(tasks, optimizer, History(tasks, settings.steps), balance)
-        states = load_newest(checkpoints)
+        run = cls(tasks, settings.steps, engine, History(tasks, settings.steps), balance)
         if states is not None:
-            run._restore(states)
+            dropped = {slot: state.dropped for slot, state in enumerate(states) if state.dropped is not None}
+            engine.optimizer.resume(states[0].step, dropped)
+            for slot, (task, state) in enumerate(zip(tasks, states, strict=True)):
+                run.history.restore(task.adapter_id, state.history)
+                run.balance.restore(slot, state.balance)
         return run
 
-    def record(self, batch: Batch, losses: RowLosses, steps: int, started: float) -> StepReport:
+    @property
+    def finished(self) -> bool:
+        """True when all steps are done, or no adapter is left to train."""
+        optimizer = self.engine.optimizer
+        return optimizer.steps_done >= self.steps or len(optimizer.dropped) == len(self.tasks)
+
+    def record(self, batch: Batch, losses: RowLosses, started: float) -> StepReport:
         """Take in the losses of the step that was just done and report it."""
-        done = self.optimizer.steps_done
+        done = self.engine.optimizer.steps_done
         recorded = self.history.record(done, batch, losses)
         for adapter, task in enumerate(self.tasks):
             self.balance.update(adapter, recorded.get(task.adapter_id, {}))
         return StepReport(
             step=done,
-            steps=steps,
+            steps=self.steps,
             seconds=time.perf_counter() - started,
             rows=len(batch.prompts) + len(batch.prior_prompts),
             losses=recorded,
-            dropped={self.tasks[slot].adapter_id: reason for slot, reason in self.optimizer.dropped.items()},
+            dropped={self.tasks[slot].adapter_id: reason for slot, reason in self.engine.optimizer.dropped.items()},
             alpha_scales={
                 task.adapter_id: scales for i, task in enumerate(self.tasks) if (scales := self.balance.scales(i))
             },
+            teacher_known=sum(key is not None for key in batch.pool_keys),
+            teacher_asked=sum(key is None for key in batch.pool_keys),
         )
 
     def state(self, slot: int) -> AdapterState:
         """Return all that one adapter needs to go on from here."""
-        moments = zip(self.optimizer.param_groups[slot]["params"], self.optimizer.slot_state(slot), strict=True)
         return AdapterState(
-            step=self.optimizer.steps_done,
-            parameters=tuple((value.detach(), mean, square) for value, (mean, square) in moments),
-            dropped=self.optimizer.dropped.get(slot),
+            step=self.engine.optimizer.steps_done,
+            parameters=tuple(self.engine.slot_state(slot)),
+            dropped=self.engine.optimizer.dropped.get(slot),
             history=self.history.to_json(self.tasks[slot].adapter_id),
             balance=self.balance.to_json(slot),
         )
 
-    def _restore(self, states: Sequence[AdapterState]) -> None:
-        dropped = {slot: state.dropped for slot, state in enumerate(states) if state.dropped is not None}
-        self.optimizer.restore(states[0].step, [state.parameters for state in states], dropped)
-        for slot, (task, state) in enumerate(zip(self.tasks, states, strict=True)):
-            self.history.restore(task.adapter_id, state.history)
-            self.balance.restore(slot, state.balance)
-
     def results(self, bank: LoraBank) -> list[TrainedAdapter]:
         """Return what became of each adapter."""
-        dropped = self.optimizer.dropped
+        dropped = self.engine.optimizer.dropped
         return [
             TrainedAdapter(
                 adapter_id=task.adapter_id,
@@ -206,5 +238,7 @@ def _prepared(base: BaseModel, settings: LoopSettings) -> Iterator[None]:
             base.unet.eval()
 
 
-def _due(step: int, settings: LoopSettings) -> bool:
-    return step % settings.checkpoint_every == 0 or step == settings.steps
+@torch.no_grad()
+def _set_values(bank: LoraBank, slot: int, values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(bank.parameters(slot), values, strict=True):
+        parameter.copy_(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +44,9 @@ class SlotAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) that clips each group by its own norm and drops a group whose gradient is not finite.
 
     slots: one list of parameters and one settings each. A dropped group is never updated again and its reason is
-    kept in `dropped`; the other groups do the same arithmetic as if they were alone.
+    kept in `dropped`; the other groups do the same arithmetic as if they were alone. An engine that shards the
+    groups puts its shards in the place of their parameters and gives `sum_over_shards`; whoever takes steps calls
+    `step` (once, or once per group) and then `finish_step`.
     """
 
     def __init__(
@@ -54,26 +56,29 @@ class SlotAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
-        groups = [{"params": list(parameters), "lr": settings.learning_rate} for parameters, settings in slots]
+        groups = [
+            {"params": list(parameters), "lr": settings.learning_rate, "slot": slot}
+            for slot, (parameters, settings) in enumerate(slots)
+        ]
         super().__init__(groups, {"lr": 0.0})
         self.settings = [settings for _, settings in slots]
         self.betas = betas
         self.eps = eps
         self.steps_done = 0
         self.dropped: dict[int, str] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                zeros = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                self.state[parameter] = {"mean": zeros, "square": zeros.clone()}
+        self.sum_over_shards: Callable[[Tensor], Tensor] | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every active slot once; a closure is not supported."""
+        """Update the active slots among the present groups; a closure is not supported."""
         if closure is not None:
             raise ValueError("SlotAdamW takes no closure: compute the gradients before step()")
-        for slot, group in enumerate(self.param_groups):
-            if slot not in self.dropped:
-                self._step_slot(slot, group)
+        for group in self.param_groups:
+            if group["slot"] not in self.dropped:
+                self._step_slot(group["slot"], group)
+
+    def finish_step(self) -> None:
+        """Count the step: every group has been updated."""
         self.steps_done += 1
 
     def drop(self, slot: int, reason: str) -> None:
@@ -85,7 +90,7 @@ class SlotAdamW(torch.optim.Optimizer):
         if not parameters:
             return
         gradients = [p.grad for p in parameters]
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        norm = self._norm(gradients)
         if not math.isfinite(norm):
             self.drop(slot, f"gradient not finite at step {self.steps_done}")
             return
@@ -95,11 +100,14 @@ class SlotAdamW(torch.optim.Optimizer):
         group["lr"] = learning_rate_at(settings, self.steps_done)
         self._update(parameters, gradients, group["lr"], settings.weight_decay)
 
+    def _norm(self, gradients: list[Tensor]) -> float:
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return float(norm if self.sum_over_shards is None else self.sum_over_shards(norm.square()).sqrt())
+
     def _update(self, parameters: list[nn.Parameter], gradients: list[Tensor], lr: float, weight_decay: float) -> None:
         beta1, beta2 = self.betas
         count = self.steps_done + 1
-        means = [self.state[p]["mean"] for p in parameters]
-        squares = [self.state[p]["square"] for p in parameters]
+        means, squares = map(list, zip(*(self.moments(p) for p in parameters), strict=True))
         torch._foreach_lerp_(means, gradients, 1.0 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
@@ -110,22 +118,15 @@ class SlotAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(values, 1.0 - lr * weight_decay)
         torch._foreach_addcdiv_(values, means, denominators, -lr / (1.0 - beta1**count))
 
-    def slot_state(self, slot: int) -> list[tuple[Tensor, Tensor]]:
-        """Return (mean, square) of each parameter of a slot, in parameter order."""
-        return [(self.state[p]["mean"], self.state[p]["square"]) for p in self.param_groups[slot]["params"]]
+    def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (mean, square) of a parameter or of the shard in its place: zeros until its first update."""
+        state = self.state[parameter]
+        if not state:
+            state["mean"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["square"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        return state["mean"], state["square"]
 
-    @torch.no_grad()
-    def restore(
-        self,
-        steps_done: int,
-        slots: Sequence[Sequence[tuple[Tensor, Tensor, Tensor]]],
-        dropped: Mapping[int, str],
-    ) -> None:
-        """Continue from (parameter, mean, square) per parameter of each slot, as a checkpoint holds them."""
+    def resume(self, steps_done: int, dropped: Mapping[int, str]) -> None:
+        """Continue after `steps_done` steps with the slots that were dropped; the moments are the engine's to set."""
         self.steps_done = steps_done
         self.dropped = dict(dropped)
-        for group, saved in zip(self.param_groups, slots, strict=True):
-            for parameter, (value, mean, square) in zip(group["params"], saved, strict=True):
-                parameter.copy_(value)
-                self.state[parameter]["mean"].copy_(mean)
-                self.state[parameter]["square"].copy_(square)

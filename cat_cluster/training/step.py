@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,8 @@ from cat_cluster.base_model import BaseModel
 from cat_cluster.batches import Batch
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.losses import pack_loss, prediction_loss
-from cat_cluster.training.teacher import TeacherPool, TextEncoder, predict_base
+from cat_cluster.training.engine import Engine, autocast
+from cat_cluster.training.teacher import TeacherPool, TextEncoder
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,11 @@ class RowLosses:
 
 
 @dataclass(frozen=True, eq=False)
-class _StudentRows:
-    """What the student is asked: B identity rows on y_T, then M CAT rows on y with the same z0, e and t.
+class _Rows:
+    """What the U-Net is asked: B identity rows on y_T, then M CAT rows on y with the same z0, e and t.
 
     noisy and target are [B+M, C, H, W], text [B+M, L, D]; loss_weight is w(t), row_weight the place in the loss.
+    asked: CAT rows whose target the base is still to be asked for, in the student's own call.
     """
 
     noisy: Tensor
@@ -51,6 +52,7 @@ class _StudentRows:
     slot: Tensor
     loss_weight: Tensor
     row_weight: Tensor
+    asked: Tensor
 
 
 def train_step(
@@ -59,38 +61,52 @@ def train_step(
     encode_text: TextEncoder,
     batch: Batch,
     settings: StepSettings,
+    engine: Engine,
     pool: TeacherPool | None = None,
 ) -> RowLosses:
-    """Accumulate the gradient of the pack loss into the bank's parameters and return each row's losses.
+    """Add this batch's gradient of the pack loss to the bank's parameters and return each row's losses.
 
-    The rows of adapter a are bound to slot a + 1; the teacher's rows to slot 0, in a call before the student's. Rows
-    that were drawn from a pool take the teacher's answer from there: `pool` must have been filled with their tasks.
+    The rows of adapter a are bound to slot a + 1, the teacher's rows to slot 0: in a call before the student's, or in
+    the same one with their output detached, as the engine wants it. Rows that were drawn from a pool take the
+    teacher's answer from there: `pool` must have been filled with their tasks.
     """
-    rows = _student_rows(base, bank, encode_text, batch, settings, pool)
-    identity_count, count = len(batch.prompts), len(rows.noisy)
-    ends = [count] if settings.joint_rows or count == identity_count else [identity_count, count]
+    rows = _rows(base, bank, encode_text, batch, settings, pool or TeacherPool(), joined=engine.joined_teacher)
+    identity_count, count = len(batch.prompts), len(rows.slot)
+    parted = not settings.joint_rows and not engine.joined_teacher and count > identity_count
     losses, start = [], 0
-    for end in ends:
-        part = slice(start, end)
-        with bank.rows(rows.slot[part]):
-            with autocast(base, bf16=settings.bf16):
-                prediction = base.unet(rows.noisy[part], rows.timestep[part], rows.text[part], return_dict=False)[0]
-            loss = prediction_loss(prediction, rows.target[part], rows.loss_weight[part])
-            pack_loss(loss, rows.row_weight[part]).backward()  # type: ignore[no-untyped-call]
-        losses.append(loss.detach())
+    for end in [identity_count, count] if parted else [count]:
+        losses.append(_backward(bank, engine, rows, slice(start, end)))
         start = end
     all_rows = torch.cat(losses)
     return RowLosses(identity_B=all_rows[:identity_count], cat_M=all_rows[identity_count:])
 
 
-def _student_rows(
+def _backward(bank: LoraBank, engine: Engine, rows: _Rows, part: slice) -> Tensor:
+    """Go forward and backward on some of the rows and return their losses; rows.asked are answered on the way."""
+    noisy, timestep, text, target = (x[part] for x in (rows.noisy, rows.timestep, rows.text, rows.target))
+    slot, asked, count = rows.slot[part], rows.asked, len(target)
+    if len(asked):
+        noisy, timestep, text = (torch.cat([x, x[asked]]) for x in (noisy, timestep, text))
+        slot = torch.cat([slot, torch.zeros(len(asked), dtype=slot.dtype)])
+    with bank.rows(slot):
+        prediction = engine.predict(noisy, timestep, text)
+        if len(asked):
+            target = target.index_copy(0, asked, prediction[count:].detach().to(target.dtype))
+        loss = prediction_loss(prediction[:count], target, rows.loss_weight[part])
+        engine.backward(pack_loss(loss, rows.row_weight[part]))
+    return loss.detach()
+
+
+def _rows(
     base: BaseModel,
     bank: LoraBank,
     encode_text: TextEncoder,
     batch: Batch,
     settings: StepSettings,
-    pool: TeacherPool | None,
-) -> _StudentRows:
+    pool: TeacherPool,
+    *,
+    joined: bool,
+) -> _Rows:
     device = base.device
     noise, timestep = _move(batch.noise, device), _move(batch.timestep_B, device)
     latents = base.sample_latents(_move(batch.moments, device), _move(batch.posterior_noise, device))
@@ -100,26 +116,32 @@ def _student_rows(
     slot = batch.adapter_B + 1
     loss_weight = _loss_weight(base, batch, settings)
     row_weight = batch.identity_weight_B
+    asked = torch.empty(0, dtype=torch.long)
     if batch.prior_prompts:
         cat = batch.cat_row_M
         on_device = _move(cat, device)
         prior_noisy, prior_timestep = noisy[on_device], timestep[on_device]
         prior_text = encode_text(batch.prior_prompts)
-        with autocast(base, bf16=settings.bf16):
-            if pool is None:
-                teacher = predict_base(base.unet, bank, prior_noisy, prior_timestep, prior_text)
-            else:
+        if joined:
+            teacher = pool.known(prior_noisy, batch.pool_keys)
+            asked = torch.tensor([len(slot) + m for m, key in enumerate(batch.pool_keys) if key is None])
+        else:
+            with autocast(base, bf16=settings.bf16):
                 teacher = pool.predict(base.unet, bank, prior_noisy, prior_timestep, prior_text, batch.pool_keys)
         noisy, timestep = torch.cat([noisy, prior_noisy]), torch.cat([timestep, prior_timestep])
         target, text = torch.cat([target, teacher.to(target.dtype)]), torch.cat([text, prior_text])
         slot, loss_weight = torch.cat([slot, slot[cat]]), torch.cat([loss_weight, loss_weight[cat]])
         row_weight = torch.cat([row_weight, batch.cat_weight_M])
-    return _StudentRows(noisy, timestep, text, target, slot, _move(loss_weight, device), _move(row_weight, device))
-
-
-def autocast(base: BaseModel, *, bf16: bool) -> AbstractContextManager[object]:
-    """The arithmetic of the U-Net calls: bfloat16 where that is asked for, else as the tensors are."""
-    return torch.autocast(base.device.type, torch.bfloat16) if bf16 else nullcontext()
+    return _Rows(
+        noisy=noisy,
+        timestep=timestep,
+        text=text,
+        target=target,
+        slot=slot,
+        loss_weight=_move(loss_weight, device),
+        row_weight=_move(row_weight, device),
+        asked=_move(asked.long(), device),
+    )
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

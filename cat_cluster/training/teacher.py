@@ -75,13 +75,19 @@ class TeacherPool:
         fresh = [i for i, key in enumerate(keys) if key is None]
         if len(fresh) == len(keys):
             return predict_base(unet, bank, noisy_BCHW, timestep_B, text_BLD)
-        predictions = torch.empty_like(noisy_BCHW)
+        predictions = self.known(noisy_BCHW, keys)
         if fresh:
             asked = predict_base(unet, bank, noisy_BCHW[fresh], timestep_B[fresh], text_BLD[fresh])
             predictions[fresh] = asked.to(predictions.dtype)
+        return predictions
+
+    def known(self, like_BCHW: Tensor, keys: Sequence[str | None]) -> Tensor:
+        """Return the kept prediction of each row with a key and zeros for the others, shaped and placed as `like`."""
+        predictions = torch.zeros_like(like_BCHW)
         known = [i for i, key in enumerate(keys) if key is not None]
-        kept = torch.stack([self._predictions[key] for key in keys if key is not None])
-        predictions[known] = kept.to(predictions)
+        if known:
+            kept = torch.stack([self._predictions[key] for key in keys if key is not None])
+            predictions[known] = kept.to(predictions)
         return predictions
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from cat_cluster.base_model import BaseModel
 from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import adapted_layers
-from cat_cluster.training.step import autocast
+from cat_cluster.training.engine import autocast
 from jobs.benchmark.workbench import OPTIMISER, RANK, Levers, Step, concept_task, synchronise
 
 

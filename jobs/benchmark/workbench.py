@@ -21,8 +21,9 @@ from cat_cluster.errors import SpecError
 from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.methods import initial_weights
-from cat_cluster.training.optimizer import SlotAdamW, SlotSettings
-from cat_cluster.training.step import StepSettings, autocast, train_step
+from cat_cluster.training.engine import TorchEngine, autocast
+from cat_cluster.training.optimizer import SlotSettings
+from cat_cluster.training.step import StepSettings, train_step
 from cat_cluster.training.teacher import TeacherPool
 
 PHOTOS = 6
@@ -118,7 +119,8 @@ def pack_step(
             stack.enter_context(compiled_blocks(base.unet))
         for slot, task in enumerate(tasks, start=1):
             bank.new_trainable(slot, initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=task.draw_key))
-        optimizer = SlotAdamW([(bank.parameters(slot), OPTIMISER) for slot in range(1, len(tasks) + 1)])
+        slots = [(bank.parameters(slot), OPTIMISER) for slot in range(1, len(tasks) + 1)]
+        engine = TorchEngine(base, slots, None, levers.bf16)
         settings = StepSettings([None] * len(tasks), levers.joint_rows, levers.bf16)
         encode, steps = TextCache(base), count()
         pool = TeacherPool() if pool is None else pool
@@ -126,9 +128,8 @@ def pack_step(
 
         def step() -> None:
             batch = draw_batch(tasks, next(steps), base.schedule.num_timesteps, [True] * len(tasks))
-            optimizer.zero_grad(set_to_none=True)
-            train_step(base, bank, encode, batch, settings, pool)
-            optimizer.step()
+            train_step(base, bank, encode, batch, settings, engine, pool)
+            engine.step()
             synchronise(base)
 
         yield step

@@ -55,7 +55,7 @@ def first_run(
         evaluation=evaluation,
     )
     storage = folder / "storage"
-    finished = run_process("train", spec, "--storage", storage.as_uri(), "--json")
+    finished = run_process("train", "--in-process", spec, "--storage", storage.as_uri(), "--json")
     return Published(storage, spec, tiny_base_folder), finished
 
 

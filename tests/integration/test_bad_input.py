@@ -86,7 +86,7 @@ def test_a_bad_field_is_named_by_its_path(
 ) -> None:
     spec = spec_with(tmp_path / "spec.yaml", tiny_base_folder, photos, place, value)
     storage = tmp_path / "storage"
-    assert_refused(command("train", spec, "--storage", storage, "--json"), "spec.yaml", *parts)
+    assert_refused(command("train", "--in-process", spec, "--storage", storage, "--json"), "spec.yaml", *parts)
     assert_refused(command("spec", "check", spec, "--json"), "spec.yaml", *parts)
     assert not storage.exists()
 
@@ -101,7 +101,7 @@ def test_a_file_that_is_no_spec(command: CommandLine, tmp_path: Path, content: b
     spec = tmp_path / "spec.yaml"
     if content is not None:
         spec.write_bytes(content)
-    assert_refused(command("train", spec, "--json"), "spec.yaml")
+    assert_refused(command("train", "--in-process", spec, "--json"), "spec.yaml")
 
 
 def no_photos(folder: Path) -> None:
@@ -150,7 +150,7 @@ def test_bad_photos_of_one_adapter_stop_the_job_before_it_starts(
     spoil(bad)
     spec = write_spec(tmp_path / "spec.yaml", tiny_base_folder, [adapter("good", photos), adapter("bad", bad)])
     storage = tmp_path / "storage"
-    assert_refused(command("train", spec, "--storage", storage, "--json"), "bad-cup", *parts)
+    assert_refused(command("train", "--in-process", spec, "--storage", storage, "--json"), "bad-cup", *parts)
     assert_refused(command("spec", "check", spec, "--json"), "bad-cup", *parts)
     assert not storage.exists(), "the good adapter was begun"
 
@@ -203,7 +203,7 @@ def test_an_unusable_base_folder(
     spoil(base)
     spec = write_spec(tmp_path / "spec.yaml", base, [adapter("cup", photos)])
     storage = tmp_path / "storage"
-    assert_refused(command("train", spec, "--storage", storage, "--json"), "spoilt-base", *parts)
+    assert_refused(command("train", "--in-process", spec, "--storage", storage, "--json"), "spoilt-base", *parts)
     out = tmp_path / "out.png"
     assert_refused(command("generate", "--base", base, "--prompt", "a cup", "--out", out), "spoilt-base", *parts)
     assert not storage.exists()
@@ -219,7 +219,7 @@ def test_a_judge_that_is_not_there_is_refused_before_training(
         tmp_path / "spec.yaml", tiny_base_folder, [adapter("cup", photos)], evaluation={"judge": str(judge)}
     )
     storage = tmp_path / "storage"
-    assert_refused(command("train", spec, "--storage", storage, "--json"), "no-judge")
+    assert_refused(command("train", "--in-process", spec, "--storage", storage, "--json"), "no-judge")
     assert not storage.exists(), "training was begun for nothing"
 
 
@@ -229,7 +229,7 @@ def test_too_few_evaluation_images_are_refused_before_training(
     evaluation = {"judge": str(judge_folder), "prompts": ["a {}"], "images_per_prompt": 1}
     spec = write_spec(tmp_path / "spec.yaml", tiny_base_folder, [adapter("cup", photos)], evaluation=evaluation)
     storage = tmp_path / "storage"
-    assert_refused(command("train", spec, "--storage", storage, "--json"), "evaluation.images_per_prompt")
+    assert_refused(command("train", "--in-process", spec, "--storage", storage, "--json"), "evaluation.images_per_prompt")
     assert not storage.exists(), "training was begun for nothing"
 
 
@@ -351,7 +351,7 @@ def test_places_that_cannot_be_written(published: Published, command: CommandLin
     assert_refused(command(*picture, *storage), str(blocked))
     export = ("adapters", "export", "cup", "--format", "diffusers", "--out", blocked / "deep")
     assert_refused(command(*export, *storage), str(blocked))
-    assert_refused(command("train", published.spec, "--storage", blocked, "--json"), str(blocked))
+    assert_refused(command("train", "--in-process", published.spec, "--storage", blocked, "--json"), str(blocked))
     assert_refused(command("adapters", "list", "--json", "--storage", "s3://bucket/prefix"), "s3")
 
 
@@ -359,11 +359,11 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     command: CommandLine, tiny_base_folder: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = write_spec(tmp_path / "spec.yaml", tiny_base_folder, [adapter("cup", photos)])
-    assert command("train", spec, "--storage", tmp_path / "one", "--json").code == 0
+    assert command("train", "--in-process", spec, "--storage", tmp_path / "one", "--json").code == 0
     blocked = tmp_path / "file"
     blocked.write_text("x")
     monkeypatch.setenv("CAT_CACHE_DIR", str(blocked / "cache"))
-    finished = command("train", spec, "--storage", tmp_path / "two", "--json")
+    finished = command("train", "--in-process", spec, "--storage", tmp_path / "two", "--json")
     assert finished.code == 0, finished.err
     assert published_weights(tmp_path / "two", "cup").digest() == published_weights(tmp_path / "one", "cup").digest()
 
@@ -376,7 +376,7 @@ def test_a_disk_full_while_publishing_shows_nothing_and_costs_no_training(
     spec = write_spec(tmp_path / "spec.yaml", tiny_base_folder, [adapter("cup", photos)])
     storage = tmp_path / "storage"
     with largest_file(300_000):
-        full = command("train", spec, "--storage", storage, "--json")
+        full = command("train", "--in-process", spec, "--storage", storage, "--json")
     assert full.code == 1
     [one] = full.json()["adapters"]
     assert one["outcome"] == "failed"
@@ -393,9 +393,9 @@ def test_a_disk_full_while_publishing_shows_nothing_and_costs_no_training(
 
     with monkeypatch.context() as patch:
         patch.setattr("cat_cluster.training.loop.train_step", no_step)
-        again = command("train", spec, "--storage", storage, "--json")
+        again = command("train", "--in-process", spec, "--storage", storage, "--json")
     assert again.code == 0, again.err
-    command("train", spec, "--storage", tmp_path / "roomy", "--json")
+    command("train", "--in-process", spec, "--storage", tmp_path / "roomy", "--json")
     assert published_weights(storage, "cup").digest() == published_weights(tmp_path / "roomy", "cup").digest()
     assert not [key for key in stored_files(storage) if key.startswith("runs/")]
 
@@ -406,10 +406,10 @@ def test_a_disk_full_while_checkpointing(
     spec = write_spec(tmp_path / "spec.yaml", tiny_base_folder, [adapter("cup", photos)])
     storage = tmp_path / "storage"
     with largest_file(8_000):
-        full = command("train", spec, "--storage", storage, "--json")
+        full = command("train", "--in-process", spec, "--storage", storage, "--json")
     assert_refused(full, "checkpoints", "free", "MB")
     assert stored_files(storage) == {}
-    assert command("train", spec, "--storage", storage, "--json").code == 0
+    assert command("train", "--in-process", spec, "--storage", storage, "--json").code == 0
 
 
 def test_a_disk_full_while_drawing_and_exporting(published: Published, command: CommandLine, tmp_path: Path) -> None:
@@ -439,7 +439,7 @@ def test_an_adapter_that_diverges_in_its_last_step_does_not_take_the_job_with_it
         evaluation={"judge": str(judge_folder), "prompts": ["a {}"], "images_per_prompt": 2, "steps": 2},
     )
     storage = tmp_path / "storage"
-    finished = command("train", spec, "--storage", storage, "--json")
+    finished = command("train", "--in-process", spec, "--storage", storage, "--json")
     outcomes = {one["id"]: one for one in finished.json()["adapters"]}
     assert outcomes["bad"]["outcome"] == "failed", finished.out
     assert "not finite" in outcomes["bad"]["reason"]
@@ -449,6 +449,6 @@ def test_an_adapter_that_diverges_in_its_last_step_does_not_take_the_job_with_it
     assert command("adapters", "list", "--storage", storage).code == 0
 
     unmeasured = write_spec(tmp_path / "unmeasured.yaml", tiny_base_folder, [bad], training={"steps": 1})
-    assert command("train", unmeasured, "--storage", storage, "--json").code == 0
+    assert command("train", "--in-process", unmeasured, "--storage", storage, "--json").code == 0
     judge = ("--judge", str(judge_folder), "--images-per-prompt", "1")
     assert_refused(command("evaluate", "bad", "--json", *judge, "--storage", storage), "not finite", "learning_rate")

@@ -50,7 +50,7 @@ def test_train_in_a_process_prints_one_document_and_publishes(first_run: tuple[P
 
 def test_train_again_changes_nothing_and_says_so(published: Published, command: CommandLine) -> None:
     before = stored_files(published.storage)
-    finished = command("train", published.spec, "--storage", published.storage, "--json")
+    finished = command("train", "--in-process", published.spec, "--storage", published.storage, "--json")
     assert finished.code == 0
     [one] = finished.json()["adapters"]
     assert one["outcome"] == "already published"
@@ -64,7 +64,7 @@ def test_a_changed_spec_makes_a_new_revision_and_latest_moves(
 ) -> None:
     old = open_registry(published.storage).resolve("cup")
     spec = write_spec(tmp_path / "changed.yaml", published.base, [adapter("cup", photos)], storage="storage")
-    finished = command("train", spec, "--json")  # the storage is the spec's own, relative to the spec file
+    finished = command("train", "--in-process", spec, "--json")  # the storage is the spec's own, relative to the spec file
     assert finished.code == 0
     [one] = finished.json()["adapters"]
     registry = open_registry(published.storage)
@@ -86,7 +86,7 @@ def test_changed_photos_make_a_new_revision(
     spec = published.spec.read_text().replace(str(photos), str(folder))
     (tmp_path / "spec.yaml").write_text(spec)
     before = open_registry(published.storage).resolve("cup").revision
-    finished = command("train", tmp_path / "spec.yaml", "--storage", published.storage, "--json")
+    finished = command("train", "--in-process", tmp_path / "spec.yaml", "--storage", published.storage, "--json")
     assert finished.json()["adapters"][0]["revision"] != before
 
 
@@ -131,7 +131,7 @@ def test_delete_takes_an_unnamed_revision_and_its_objects(
     storage = ("--storage", str(published.storage))
     old = open_registry(published.storage).resolve("cup")
     spec = write_spec(tmp_path / "changed.yaml", published.base, [adapter("cup", photos)])
-    new = command("train", spec, "--json", *storage).json()["adapters"][0]["revision"]
+    new = command("train", "--in-process", spec, "--json", *storage).json()["adapters"][0]["revision"]
     finished = command("adapters", "delete", "cup", old.revision, *storage)
     assert (finished.code, finished.out) == (0, "")
     registry = open_registry(published.storage)
@@ -236,7 +236,7 @@ def test_the_storage_comes_from_the_environment(
 
 def test_the_help_and_usage_errors_of_a_process() -> None:
     """A mistyped option ends with 2, as in any command line; neither needs torch, so both come at once."""
-    wrong = run_process("train", "spec.yaml", "--storag", "x")
+    wrong = run_process("train", "--in-process", "spec.yaml", "--storag", "x")
     assert (wrong.code, wrong.out) == (2, "")
     assert "--storag" in wrong.err
     assert "Traceback" not in wrong.err

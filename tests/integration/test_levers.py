@@ -30,7 +30,7 @@ def test_each_lever_changes_what_it_should_and_nothing_else(
         evaluation={"enabled": False},
     )
     storage = tmp_path / "storage"
-    finished = command("train", spec, "--storage", storage, "--json")
+    finished = command("train", "--in-process", spec, "--storage", storage, "--json")
     assert finished.code == 0, finished.err
     weights = {name: published_weights(storage, name) for name in LEVERS}
     digests = {name: one.digest() for name, one in weights.items()}

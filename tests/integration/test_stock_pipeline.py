@@ -116,7 +116,7 @@ def test_an_adapter_of_pocket_draws_our_picture_in_a_stock_pipeline(command: Com
     training = {"steps": 4, "learning_rate": 0.01}
     spec = write_spec(tmp_path / "spec.yaml", "pocket", [adapter("cup", photos)], training=training)
     storage = tmp_path / "storage"
-    trained = command("train", spec, "--storage", storage, "--json")
+    trained = command("train", "--in-process", spec, "--storage", storage, "--json")
     assert trained.code == 0, trained.err
     shown = json.loads(command("adapters", "show", "cup", "--storage", storage).out)
     assert shown["base_name"] == "pocket"

@@ -28,6 +28,7 @@ SECTIONS = {
     "TrainingSpec": "training",
     "EvaluationSpec": "evaluation",
     "ClusterSpec": "cluster",
+    "MonitoringSpec": "monitoring",
 }
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)

@@ -34,6 +34,11 @@ def set_gradients(slot: list[nn.Parameter], seed: int, scale: float = 1.0) -> No
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
 
 
+def take_step(optimizer: SlotAdamW) -> None:
+    optimizer.step()
+    optimizer.finish_step()
+
+
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_each_slot_does_what_torch_adamw_does_alone(max_grad_norm: float | None) -> None:
     slots, twins = [parameters(1), parameters(2)], [parameters(1), parameters(2)]
@@ -52,7 +57,7 @@ def test_each_slot_does_what_torch_adamw_does_alone(max_grad_norm: float | None)
             if max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(twins[index], max_grad_norm)
             theirs[index].step()
-        ours.step()
+        take_step(ours)
     for slot, twin in zip(slots, twins, strict=True):
         for a, b in zip(slot, twin, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -71,8 +76,8 @@ def test_a_slot_with_a_bad_gradient_is_dropped_and_its_neighbour_does_not_notice
         if step == 3:
             slots[1][0].grad[1, 2] = poison  # type: ignore[index]
             frozen = [p.detach().clone() for p in slots[1]]
-        ours.step()
-        twin.step()
+        take_step(ours)
+        take_step(twin)
     assert ours.dropped == {1: "gradient not finite at step 3"}
     assert all(torch.equal(a, b) for a, b in zip(slots[0], alone, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(slots[1], frozen, strict=True))
@@ -92,16 +97,17 @@ def test_restore_continues_bit_for_bit() -> None:
     whole, resumed = SlotAdamW([(first, settings())]), SlotAdamW([(second, settings())])
     for step in range(8):
         if step == 4:
-            saved = [
-                (p.detach().clone(), mean.clone(), square.clone())
-                for p, (mean, square) in zip(first, whole.slot_state(0), strict=True)
-            ]
-            resumed.restore(4, [saved], {})
+            saved = [(p.detach().clone(), *(moment.clone() for moment in whole.moments(p))) for p in first]
+            resumed.resume(4, {})
+            for parameter, (value, *moments) in zip(second, saved, strict=True):
+                parameter.data.copy_(value)
+                for kept, moment in zip(resumed.moments(parameter), moments, strict=True):
+                    kept.copy_(moment)
         if step >= 4:
             set_gradients(second, step)
-            resumed.step()
+            take_step(resumed)
         set_gradients(first, step)
-        whole.step()
+        take_step(whole)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

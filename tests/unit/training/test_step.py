@@ -18,6 +18,8 @@ from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.methods import initial_weights
+from cat_cluster.training.engine import TorchEngine
+from cat_cluster.training.optimizer import SlotSettings
 from cat_cluster.training.step import RowLosses, StepSettings, train_step
 
 GENERAL = ("a photo of a red car", "a photo of a blue fish")
@@ -67,13 +69,18 @@ def open_bank(base: BaseModel, weights: list[AdapterWeights], rank: int = 4) -> 
     return bank
 
 
+def open_engine(base: BaseModel, bank: LoraBank, *, bf16: bool = False) -> TorchEngine:
+    slots = [(bank.parameters(slot), SlotSettings(1e-3, 0.0, None, "constant", 0, 10)) for slot in bank.occupied]
+    return TorchEngine(base, slots, None, bf16)
+
+
 def gradients(bank: LoraBank, slot: int) -> list[Tensor]:
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in bank.parameters(slot)]
 
 
 def run(base: BaseModel, bank: LoraBank, batch: Batch, **changes: Any) -> RowLosses:
     settings = StepSettings(**{"min_snr_gamma": [None] * 8, **changes})
-    return train_step(base, bank, TextCache(base), batch, settings)
+    return train_step(base, bank, TextCache(base), batch, settings, open_engine(base, bank, bf16=settings.bf16))
 
 
 def naive_loss(

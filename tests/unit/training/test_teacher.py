@@ -17,7 +17,7 @@ from cat_cluster.training import teacher as teacher_module
 from cat_cluster.training.step import StepSettings, train_step
 from cat_cluster.training.teacher import TeacherPool
 from tests.unit.training.test_loop import Killed, bit_equal, member, relative_error, series, train
-from tests.unit.training.test_step import concept, gradients, open_bank, task, trained_weights
+from tests.unit.training.test_step import concept, gradients, open_bank, open_engine, task, trained_weights
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_a_step_from_the_pool_is_the_step_that_asks_the_teacher(base: BaseModel)
         assert all(batch.pool_keys)
         if not keys:
             batch = replace(batch, pool_keys=(None,) * len(batch.pool_keys))
-        losses = train_step(base, bank, TextCache(base), batch, StepSettings([None]), pool)
+        losses = train_step(base, bank, TextCache(base), batch, StepSettings([None]), open_engine(base, bank), pool)
         found.append((losses.cat_M, gradients(bank, 1)))
         bank.detach()
     assert (found[0][0] > 0).all()

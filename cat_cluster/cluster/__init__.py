@@ -1,0 +1,1 @@
+"""Training on a cluster: Ray and DeepSpeed, and what plans the work."""

@@ -1,0 +1,60 @@
+"""Following a run from afar: through the store, which outlives the connection to the cluster and the cluster."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, last_job_status
+from cat_cluster.errors import ClusterError, RunError, StoreError
+from cat_cluster.run_progress import RunProgress, is_alive
+from cat_cluster.runs import Run
+
+POLL_SECONDS = 1.0
+ASK_SECONDS = 5.0  # between questions to Ray about a run whose driver is silent
+
+
+class Watcher(Protocol):
+    """Who is shown a run that is followed."""
+
+    def show(self, progress: RunProgress) -> None:
+        """How the run stands now."""
+
+    def message(self, text: str) -> None:
+        """A line for people."""
+
+
+def follow_run(run: Run, watcher: Watcher, cluster: RayCluster | None = None) -> RunProgress:
+    """Show the run until it ends, and return how it ended.
+
+    A store or a cluster out of reach is told and asked again. With a cluster, a driver that died without a word is
+    noticed: RunError says so. RunError also when the run's record is missing or damaged.
+    """
+    told = ""
+    asked = time.monotonic()
+    while True:
+        try:
+            progress = run.progress()
+            watcher.show(progress)
+            if progress.ended:
+                return progress
+            if is_alive(progress):
+                told = ""
+            elif cluster is not None and time.monotonic() - asked >= ASK_SECONDS:
+                asked = time.monotonic()
+                _refuse_dead(run, cluster)
+        except (StoreError, ClusterError) as error:
+            if str(error) != told:
+                told = str(error)
+                watcher.message(f"{told}; trying again")
+        time.sleep(POLL_SECONDS)
+
+
+def _refuse_dead(run: Run, cluster: RayCluster) -> None:
+    status = last_job_status(cluster, run.run_id)
+    if status is None or status in LIVE or run.progress().ended:
+        return
+    raise RunError(
+        f"the Ray job of {run.run_id} has ended ({status}) without a word from its driver: "
+        f"`cat-cluster jobs logs {run.run_id} --address {cluster.address}` shows why; submit the job again to go on"
+    )

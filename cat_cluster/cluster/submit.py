@@ -1,0 +1,251 @@
+"""Handing a job to a Ray cluster: once per run, with its photos where the cluster can read them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, connect, explained, stop_jobs
+from cat_cluster.errors import ClusterError, ConceptError, RunError, SpecError
+from cat_cluster.inputs import store_images
+from cat_cluster.run_progress import RunProgress, is_alive
+from cat_cluster.runs import Run, run_id_of
+from cat_cluster.spec import AdapterSpec, JobSpec
+from cat_cluster.store import ObjectStore
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+MAX_SUBMISSIONS = 1000  # ids tried for one attempt: each taken one is a job that ended before it claimed the attempt
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What became of a submission: the run, and the id of its new Ray job or None when the run was already done."""
+
+    run_id: str
+    outcome: Literal["submitted", "already done"]
+    job: str | None
+    storage: str
+
+
+def submit_run(
+    job: JobSpec,
+    store: ObjectStore,
+    cluster: RayCluster,
+    *,
+    runtime_env: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Submission:
+    """Start a job on a Ray cluster, or say that its run is done; what an earlier attempt has stored is not done again.
+
+    force: also start when the run is done or has a driver, which is then superseded. Raises SpecError for a storage
+    the cluster cannot see, ConceptError for photos, RunError when a driver is at work, ClusterError, StoreError.
+    """
+    _refuse_unseen_storage(job, store, cluster)
+    store.check_access()
+    run = Run(store, run_id_of(job, _image_digests(job)))
+    before = _progress_or_none(run, damaged_ok=force)
+    if before is not None and not force:
+        if before.state == "done" and _still_published(before, store):
+            return Submission(run.run_id, "already done", None, store.url)
+        _refuse_alive(run, before)
+    client = connect(cluster)
+    run.write_spec(_with_stored_images(job, store).model_copy(update={"storage": store.url}))
+    run.withdraw_stop()
+    run.write_progress(RunProgress.begin(run.run_id, job, state="waiting", attempt=run.last_attempt() + 1))
+    try:
+        submission_id = _start(client, run, job, cluster, runtime_env or {}, force=force)
+    except (ClusterError, SpecError):
+        _put_back(run, before)
+        raise
+    return Submission(run.run_id, "submitted", submission_id, store.url)
+
+
+def stop_run(run: Run, cluster: RayCluster | None = None) -> tuple[int, list[str]]:
+    """Ask the run's attempt to stop, and Ray to stop its jobs when a cluster is given.
+
+    Returns the attempt and the ids of those jobs. Raises RunError when the run has ended, and ClusterError, with the
+    request standing: a driver that lives sees it.
+    """
+    progress = run.progress()
+    if progress.ended:
+        raise RunError(f"{run.run_id} is already {progress.state}: there is nothing to stop")
+    attempt = max(progress.attempt, run.last_attempt())
+    run.request_stop(attempt)
+    jobs = [] if cluster is None else stop_jobs(cluster, run.run_id)
+    if jobs and run.progress().state == "waiting":  # no driver has begun that could say so itself
+        run.write_progress(run.progress().changed(state="stopped"))
+    return attempt, jobs
+
+
+def read_runtime_env(
+    file: Path | None = None, env: Sequence[str] = (), pass_env: Sequence[str] = (), image: str | None = None
+) -> dict[str, Any]:
+    """Return Ray's runtime environment from a YAML or JSON file, KEY=VALUE pairs, names of variables to copy, an image.
+
+    Nothing of this shell's environment goes along but the variables named. Raises SpecError.
+    """
+    content: Any = {}
+    if file is not None:
+        try:
+            content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise SpecError(f"--runtime-env {file}: cannot be read as YAML or JSON: {error}") from error
+    variables = content.get("env_vars") or {} if isinstance(content, dict) else None
+    if not isinstance(variables, dict):
+        raise SpecError(f"--runtime-env {file}: must hold the keys of a Ray runtime environment, such as env_vars, pip")
+    for pair in env:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise SpecError(f"--env {pair}: write it as NAME=VALUE, or use --pass-env NAME to copy one of this shell's")
+        variables = {**variables, name: value}
+    for name in pass_env:
+        if name not in os.environ:
+            raise SpecError(f"--pass-env {name}: this shell has no such variable; set it, or leave the option out")
+        variables = {**variables, name: os.environ[name]}
+    return {
+        **content,
+        **({"env_vars": variables} if variables else {}),
+        **({} if image is None else {"image_uri": image}),
+    }
+
+
+def _refuse_unseen_storage(job: JobSpec, store: ObjectStore, cluster: RayCluster) -> None:
+    if cluster.is_loopback:
+        return
+    if store.url.startswith("file:"):
+        raise SpecError(
+            f"storage: {store.url} is a folder of this machine, and the cluster at {cluster.address} cannot see it; "
+            "use a bucket that both reach, as in storage: s3://bucket/prefix or --storage s3://bucket/prefix"
+        )
+    for adapter in job.resolved():
+        if adapter.training.general_prompts is not None:
+            raise SpecError(
+                f"training.general_prompts: {adapter.training.general_prompts} is a file of this machine, and the "
+                f"cluster at {cluster.address} cannot see it; leave the field out (adapter {adapter.id})"
+            )
+
+
+def _image_digests(job: JobSpec) -> list[list[str]]:
+    """Read every photo and caption of the job, which also refuses those that training would."""
+    from cat_cluster.concepts import check_tokens, load_concept
+    from cat_cluster.published import image_digests
+
+    digests = []
+    for adapter in job.adapters:
+        try:
+            concepts = [load_concept(concept) for concept in adapter.concepts]
+            check_tokens(concepts)
+        except ConceptError as error:
+            raise ConceptError(f"adapter {adapter.id}: {error}") from error
+        digests.append(image_digests(concepts))
+    return digests
+
+
+def _progress_or_none(run: Run, *, damaged_ok: bool) -> RunProgress | None:
+    if not run.store.exists(run.key("progress.json")):
+        return None
+    try:
+        return run.progress()
+    except RunError:
+        if damaged_ok:
+            return None
+        raise
+
+
+def _still_published(progress: RunProgress, store: ObjectStore) -> bool:
+    """Say whether the adapters of a run that is done are still there: one may have been deleted since."""
+    from cat_cluster.registry.references import manifest_key
+
+    return all(
+        adapter.revision is not None and store.exists(manifest_key(adapter.id, adapter.revision))
+        for adapter in progress.adapters
+    )
+
+
+def _refuse_alive(run: Run, progress: RunProgress) -> None:
+    if is_alive(progress):
+        claim = run.claim_of(progress.attempt)
+        where = "" if claim is None else f" on {claim.host}"
+        raise RunError(
+            f"{run.run_id} is running: attempt {progress.attempt}{where} last wrote {progress.silent_seconds():.0f} s "
+            f"ago; follow it with `{_follow(run)}`, or take it over with --force"
+        )
+
+
+def _with_stored_images(job: JobSpec, store: ObjectStore) -> JobSpec:
+    """Return the job with its photos in the storage, unless that is a folder: then the cluster is this machine."""
+    if store.url.startswith("file:"):
+        return job
+
+    def stored(adapter: AdapterSpec) -> AdapterSpec:
+        concepts = tuple(
+            concept
+            if "://" in concept.images
+            else concept.model_copy(update={"images": store_images(Path(concept.images), store)})
+            for concept in adapter.concepts
+        )
+        return adapter.model_copy(update={"concepts": concepts})
+
+    return job.model_copy(update={"adapters": tuple(stored(adapter) for adapter in job.adapters)})
+
+
+def _start(
+    client: JobSubmissionClient,
+    run: Run,
+    job: JobSpec,
+    cluster: RayCluster,
+    runtime_env: Mapping[str, Any],
+    *,
+    force: bool,
+) -> str:
+    """Start the Ray job under the first free id from `<run id>-<next attempt>` on, so that two clients start one."""
+    attempt = run.last_attempt() + 1
+    for number in range(attempt, attempt + MAX_SUBMISSIONS):
+        submission_id = f"{run.run_id}-{number}"
+        try:
+            with explained(cluster):
+                client.submit_job(
+                    entrypoint=f"python -m jobs.train --storage {shlex.quote(run.store.url)} --run {run.run_id}",
+                    submission_id=submission_id,
+                    runtime_env=dict(runtime_env),
+                    metadata={"run_id": run.run_id, "name": job.name, "attempt": str(attempt)},
+                    entrypoint_num_cpus=0,
+                )
+            return submission_id
+        except (ValueError, TypeError) as error:
+            raise SpecError(f"--runtime-env, --env or --image: Ray refuses them: {error}") from error
+        except ClusterError as error:
+            if not _is_taken(error):
+                raise
+        with explained(cluster):
+            status = client.get_job_status(submission_id).value
+        if status in LIVE and not force:
+            raise RunError(
+                f"{run.run_id} is already submitted: its Ray job {submission_id} is {status}; follow it with "
+                f"`{_follow(run)}`, or submit once more with --force"
+            )
+    raise RunError(f"{run.run_id} has used up {MAX_SUBMISSIONS} ids on {cluster.address}: start the cluster anew")
+
+
+def _is_taken(error: ClusterError) -> bool:
+    return "already exists" in str(error.__cause__)
+
+
+def _follow(run: Run) -> str:
+    return f"cat-cluster jobs status {run.run_id} --wait --storage {run.store.url}"
+
+
+def _put_back(run: Run, before: RunProgress | None) -> None:
+    """Undo the record of a submission that started nothing."""
+    if before is None:
+        run.store.delete(run.key("progress.json"))
+    else:
+        run.write_progress(before)

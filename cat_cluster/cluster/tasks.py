@@ -1,0 +1,95 @@
+"""Ray tasks beside the training: how large a pack may be, and measuring and publishing one trained adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import torch
+
+from cat_cluster import telemetry
+from cat_cluster.cluster.ray_metrics import RayBackend
+from cat_cluster.errors import CatClusterError, CheckpointError
+from cat_cluster.prepared import PreparedAdapter, checkpoints_of, prepare_adapter, trained_adapter
+from cat_cluster.registry import Registry
+from cat_cluster.runs import open_fenced_store
+from cat_cluster.settings import Settings
+from cat_cluster.spec import JobSpec, ResolvedAdapter
+from cat_cluster.workflow import AdapterResult, finish_adapter, pack_size
+
+EVALUATION_RETRIES = 3  # of a task whose process or machine is lost
+IMAGE_EVENT_SECONDS = 0.25
+
+
+def pack_size_on_ray(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings, *, on_gpus: bool) -> int:
+    """Return how many adapters of a group are trained together; `auto` is measured where workers run."""
+    if job.cluster.max_pack != "auto" or len(group) == 1:
+        return pack_size(group, job, settings)
+    adapters = [adapter.resolved for adapter in group]
+    task = ray.remote(_pack_size).options(num_cpus=1, num_gpus=1 if on_gpus else 0)
+    size: int = ray.get(task.remote(adapters, job, settings))
+    return size
+
+
+def evaluate_on_ray(
+    adapter: PreparedAdapter,
+    settings: Settings,
+    *,
+    storage: str,
+    run_id: str,
+    attempt: int,
+    seconds: float,
+    board: Any,
+    on_gpus: bool,
+) -> Any:
+    """Start measuring and publishing an adapter whose training is done; return the reference of its AdapterResult."""
+    task = ray.remote(_evaluate).options(
+        num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=EVALUATION_RETRIES, name=f"evaluate {adapter.resolved.id}"
+    )
+    return task.remote(adapter.resolved, adapter.revision, settings, storage, run_id, attempt, seconds, board)
+
+
+def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, settings: Settings) -> int:
+    torch.set_num_threads(1)
+    bases: dict[str, Any] = {}
+    return pack_size([prepare_adapter(adapter, settings, bases) for adapter in adapters], job, settings)
+
+
+def _evaluate(
+    resolved: ResolvedAdapter,
+    revision: str,
+    settings: Settings,
+    storage: str,
+    run_id: str,
+    attempt: int,
+    seconds: float,
+    board: Any,
+) -> AdapterResult:
+    torch.set_num_threads(1)
+    metrics = telemetry.Metrics(RayBackend())
+    told = 0.0
+
+    def on_images(adapter_id: str, done: int, total: int) -> None:
+        nonlocal told
+        if done == total or time.monotonic() - told >= IMAGE_EVENT_SECONDS:
+            told = time.monotonic()
+            board.put.remote(("images", adapter_id, done, total))
+
+    started = time.perf_counter()
+    store = open_fenced_store(storage, run_id, attempt)
+    try:
+        adapter = prepare_adapter(resolved, settings, {})
+        if adapter.revision != revision:
+            raise CheckpointError("its photos or its base changed while it was trained: submit the job again")
+        series = checkpoints_of(adapter, store)
+        steps = series.steps()
+        if not steps:
+            raise CheckpointError("its checkpoints are gone from the store: submit the job again")
+        trained = trained_adapter(adapter, series.load(steps[-1]))
+        result = finish_adapter(adapter, trained, Registry(store), seconds, on_images)
+    except CatClusterError as error:
+        result = AdapterResult(resolved.id, revision, "failed", reason=str(error))
+    metrics.observe(telemetry.EVALUATION_SECONDS, time.perf_counter() - started)
+    return result

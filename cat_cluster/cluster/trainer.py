@@ -1,0 +1,160 @@
+"""One pack on Ray Train: what each worker does, and how the group is started and restarted."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+from torch import distributed
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.cluster.monitor import PackMonitor
+from cat_cluster.cluster.zero import zero_engine
+from cat_cluster.errors import CatClusterError, CheckpointError
+from cat_cluster.prepared import PreparedAdapter, prepare_adapter
+from cat_cluster.runs import open_fenced_store
+from cat_cluster.settings import Settings
+from cat_cluster.spec import JobSpec, ResolvedAdapter
+from cat_cluster.training.engine import TorchEngine
+from cat_cluster.workflow import train_adapters
+
+COLLECTIVE_SECONDS = 1800
+
+
+@dataclass(frozen=True, eq=False)
+class PackOrder:
+    """All that the workers of a pack are told. board: the driver's actor that takes events; number: the pack's own."""
+
+    number: int
+    job: JobSpec
+    adapters: tuple[tuple[ResolvedAdapter, str], ...]
+    storage: str
+    run_id: str
+    attempt: int
+    settings: Settings
+    board: Any
+    workers: int | tuple[int, int]
+    on_gpus: bool
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The adapters' ids."""
+        return tuple(resolved.id for resolved, _ in self.adapters)
+
+
+def train_on_ray(order: PackOrder) -> None:
+    """Train a pack on its workers and return when each adapter's last checkpoint is in the store.
+
+    A lost worker costs a restart from there, at most `max_failures` times. Raises CatClusterError with the reason
+    of the last failure.
+    """
+    with tempfile.TemporaryDirectory(prefix="cat-cluster-") as folder:
+        trainer = ray.train.torch.TorchTrainer(
+            _work,
+            train_loop_config={"order": order},
+            scaling_config=ray.train.ScalingConfig(num_workers=order.workers, use_gpu=order.on_gpus),
+            torch_config=ray.train.torch.TorchConfig(timeout_s=COLLECTIVE_SECONDS),
+            run_config=ray.train.RunConfig(
+                # Ray is given no checkpoint: on every start a worker goes on from the store's.
+                name=f"{order.run_id}-{order.attempt}-{order.number}",
+                storage_path=folder,
+                failure_config=ray.train.FailureConfig(max_failures=order.job.cluster.max_failures),
+            ),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise CatClusterError(_reason(error)) from error
+
+
+def workers_of(job: JobSpec, pack: Sequence[PreparedAdapter]) -> int | tuple[int, int]:
+    """Return how many workers a pack gets: as the spec says, but no more than it has rows in a step."""
+    rows = sum(adapter.rows for adapter in pack)
+    workers = job.cluster.workers
+    if isinstance(workers, int):
+        return min(workers, rows)
+    least, most = (min(bound, rows) for bound in workers)
+    return least if least == most else (least, most)
+
+
+def _work(config: dict[str, Any]) -> None:
+    """What every worker of a pack runs, from the start or after a restart."""
+    order: PackOrder = config["order"]
+    if not order.on_gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(_threads(order))
+    settings = order.settings
+    if order.on_gpus:
+        settings = settings.model_copy(update={"device": str(ray.train.torch.get_device())})
+    store = open_fenced_store(order.storage, order.run_id, order.attempt)
+    first = distributed.get_rank() == 0
+    pack, failed = _prepare(order, settings)
+    if first:
+        for adapter_id, reason in failed.items():
+            ray.get(order.board.put.remote(("failed", adapter_id, reason)))
+    if not pack:
+        return
+    stage = order.job.cluster.zero_stage
+    with PackMonitor(order.job, pack, store, order.board, order.run_id, writes=first) as monitor:
+        train_adapters(
+            pack,
+            order.job,
+            store,
+            settings,
+            on_step=monitor.step,
+            on_checkpoint=monitor.checkpoint,
+            make_engine=TorchEngine if stage is None else zero_engine(stage),
+            on_bank=monitor.open_bank,
+        )
+
+
+def _prepare(order: PackOrder, settings: Settings) -> tuple[list[PreparedAdapter], dict[str, str]]:
+    """Read every adapter's photos; one that cannot be used on any worker fails on all, and the others go on."""
+    bases: dict[str, BaseModel] = {}
+    pack: list[PreparedAdapter] = []
+    failed: dict[str, str] = {}
+    for resolved, revision in order.adapters:
+        try:
+            adapter = prepare_adapter(resolved, settings, bases)
+            if adapter.revision != revision:
+                raise CheckpointError("its photos or its base changed after the job was checked: submit the job again")
+        except CatClusterError as error:
+            failed[resolved.id] = str(error)
+        else:
+            pack.append(adapter)
+    known: list[dict[str, str]] = [{} for _ in range(distributed.get_world_size())]
+    distributed.all_gather_object(known, failed)
+    for others in known:
+        failed = {**others, **failed}
+    return [adapter for adapter in pack if adapter.resolved.id not in failed], failed
+
+
+def _threads(order: PackOrder) -> int:
+    """Share the processors of the machine among its workers."""
+    here = int(ray.train.get_context().get_local_world_size())
+    return max(1, (os.cpu_count() or 1) // max(here, 1))
+
+
+def _reason(error: ray.train.TrainingFailedError) -> str:
+    """Return the first worker's own error in one line; the whole trace is in the job's log."""
+    failures = getattr(error, "worker_failures", None) or {}
+    causes = [cause for _, cause in sorted(failures.items())] or [error]
+    expected = [cause for cause in causes if isinstance(_root(cause), CatClusterError)]
+    root = _root((expected or causes)[0])
+    text = str(root).strip() or type(root).__name__
+    return text if isinstance(root, CatClusterError) else f"training stopped: {type(root).__name__}: {text[-500:]}"
+
+
+def _root(error: BaseException) -> BaseException:
+    for name in ("cause", "_base_exc", "__cause__"):
+        inner = getattr(error, name, None)
+        if isinstance(inner, BaseException):
+            return _root(inner)
+    return error

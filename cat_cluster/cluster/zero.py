@@ -1,0 +1,218 @@
+"""The engine that DeepSpeed shards: ZeRO stages 0 to 3 over the workers of a pack. The only user of deepspeed.
+
+Stage 0 replicates all; 1 and 2 shard the optimiser's moments (and the summed gradients); 3 shards the frozen base
+too, and its step is one forward and one backward, with the teacher's rows in the student's call.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.errors import CatClusterError
+from cat_cluster.training.engine import EngineFactory, Moments, Slots, SlotState, autocast
+from cat_cluster.training.optimizer import SlotAdamW
+
+TESTED = "0.19"  # parts of DeepSpeed that are not its public interface are used as they are in this version
+LARGEST_NORM = 1e18  # of a tensor's gradient; the square of a larger one is no float32
+
+
+class ZeroEngine:
+    """One worker of a pack under DeepSpeed; the process group must be there."""
+
+    def __init__(self, base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool, *, stage: int) -> None:
+        """slots: parameters and settings of each slot, values in place; they and the U-Net are the engine's from now.
+
+        moments: (mean, square) per parameter of a resumed run. stage: ZeRO stage, 0 to 3.
+        """
+        self.rank = distributed.get_rank()
+        self.world_size = distributed.get_world_size()
+        self.joined_teacher = stage == 3
+        self.optimizer = SlotAdamW(slots)
+        self._stage = stage
+        self._slots = [list(parameters) for parameters, _ in slots]
+        self._sizes = [[parameter.numel() for parameter in parameters] for parameters in self._slots]
+        self._shapes = [[parameter.shape for parameter in parameters] for parameters in self._slots]
+        self._not_finite = torch.zeros(len(slots), device=base.device)
+        largest = max(size for sizes in self._sizes for size in sizes)
+        with _without_compiler():
+            import deepspeed
+
+            self._engine, *_ = deepspeed.initialize(
+                model=_Student(base, [p for parameters in self._slots for p in parameters], bf16, sharded=stage == 3),
+                optimizer=self.optimizer,
+                config=_config(stage, largest),
+                dist_init_required=False,
+            )
+        if stage in (1, 2, 3):
+            self.optimizer.sum_over_shards = self.sum
+        if stage == 3:
+            # DeepSpeed gathers what stays whole after each step; the first forward needs it before.
+            whole = self._engine.optimizer.persistent_parameters
+            whole[0].all_gather(whole)
+            self._guard_norms()
+        if moments is not None:
+            self._set_moments(moments)
+
+    def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
+        """Return the student's prediction [B, C, H, W]; the rows are bound to their slots by the caller."""
+        prediction: Tensor = self._engine(noisy_BCHW, timestep_B, text_BLD)
+        return prediction
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of this worker's part of the loss; DeepSpeed takes the mean over workers, we the sum."""
+        self._engine.backward(loss * self.world_size)
+
+    def step(self) -> None:
+        """Update every active slot once, and forget the gradients, which were summed in the backward."""
+        if self._stage == 3:
+            # DeepSpeed would skip the whole step for one bad slot: its gradients were set to 0 on the way, and all
+            # workers agree here that it is dropped.
+            for slot in self.sum(self._not_finite.clone()).nonzero().flatten().tolist():
+                self.optimizer.drop(slot, f"gradient not finite at step {self.optimizer.steps_done}")
+            self._not_finite.zero_()
+        self._engine.step()
+        self.optimizer.finish_step()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of the workers' tensors."""
+        distributed.all_reduce(values)
+        return values
+
+    def slot_state(self, slot: int) -> SlotState:
+        """Return (value, mean, square) of each parameter of a slot, whole, in parameter order."""
+        moments = zip(*(self._whole(slot, part) for part in (0, 1)), strict=True)
+        return [(p.detach(), mean, square) for p, (mean, square) in zip(self._slots[slot], moments, strict=True)]
+
+    def _whole(self, slot: int, part: int) -> list[Tensor]:
+        """Gather a moment (0 the mean, 1 the square) of every parameter of a slot from all workers."""
+        if self._stage == 0:
+            return [self.optimizer.moments(parameter)[part] for parameter in self._slots[slot]]
+        shard = self.optimizer.moments(self._shard(slot))[part]
+        gathered = shard.new_empty(self.world_size * shard.numel())
+        distributed.all_gather_into_tensor(gathered, shard.contiguous())
+        if self._stage < 3:
+            flat = gathered
+            pieces = torch.split(flat[: sum(self._sizes[slot])], self._sizes[slot])
+        else:
+            # Each parameter is cut into equal parts of its own, so a worker's shard holds a part of every one.
+            by_worker = gathered.view(self.world_size, -1)
+            parts = torch.split(by_worker, [-(-size // self.world_size) for size in self._sizes[slot]], dim=1)
+            pieces = tuple(whole.reshape(-1)[:size] for whole, size in zip(parts, self._sizes[slot], strict=True))
+        return [piece.view(shape) for piece, shape in zip(pieces, self._shapes[slot], strict=True)]
+
+    def _set_moments(self, moments: Moments) -> None:
+        for slot, saved in enumerate(moments):
+            for part in (0, 1):
+                tensors = [moment[part] for moment in saved]
+                if self._stage == 0:
+                    for parameter, value in zip(self._slots[slot], tensors, strict=True):
+                        self.optimizer.moments(parameter)[part].copy_(value)
+                else:
+                    self.optimizer.moments(self._shard(slot))[part].copy_(self._cut(slot, tensors))
+
+    def _cut(self, slot: int, tensors: Sequence[Tensor]) -> Tensor:
+        """Return this worker's shard of a slot's tensors, flat, as DeepSpeed cuts the parameters."""
+        if self._stage < 3:
+            shard = self._shard(slot)
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+            padded = nn.functional.pad(flat, (0, shard.numel() * self.world_size - flat.numel()))
+            return padded[self.rank * shard.numel() : (self.rank + 1) * shard.numel()]
+        parts = []
+        for tensor in tensors:
+            size = -(-tensor.numel() // self.world_size)
+            padded = nn.functional.pad(tensor.reshape(-1), (0, size * self.world_size - tensor.numel()))
+            parts.append(padded[self.rank * size : (self.rank + 1) * size])
+        return torch.cat(parts)
+
+    def _shard(self, slot: int) -> Tensor:
+        """The flat parameter that stands for a slot's group on this worker."""
+        zero = self._engine.optimizer
+        flat: Tensor = (zero.single_partition_of_fp32_groups if self._stage < 3 else zero.fp32_partitioned_groups_flat)[
+            slot
+        ]
+        return flat
+
+    def _guard_norms(self) -> None:
+        def guard(slot: int, gradient: Tensor) -> Tensor:
+            if bool(torch.linalg.vector_norm(gradient) < LARGEST_NORM):  # false for a NaN too
+                return gradient
+            self._not_finite[slot] = 1.0
+            return torch.zeros_like(gradient)
+
+        for slot, parameters in enumerate(self._slots):
+            for parameter in parameters:
+                parameter.register_hook(functools.partial(guard, slot))  # type: ignore[no-untyped-call]
+
+
+def zero_engine(stage: int) -> EngineFactory:
+    """Return the maker of engines of one ZeRO stage."""
+
+    def make(base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> ZeroEngine:
+        return ZeroEngine(base, slots, moments, bf16, stage=stage)
+
+    return make
+
+
+class _Student(nn.Module):
+    """The module that DeepSpeed sees: the bank's parameters and, where it is to be sharded, the U-Net."""
+
+    def __init__(self, base: BaseModel, parameters: Sequence[nn.Parameter], bf16: bool, *, sharded: bool) -> None:
+        super().__init__()
+        if sharded:
+            # DeepSpeed cuts flat memory, in which channels-last weights would come back in another order.
+            self.unet = base.unet.to(memory_format=torch.contiguous_format)
+        self._call = (base.unet,)  # in a tuple it is no submodule, and DeepSpeed leaves the replicated base alone
+        self.adapters = nn.ParameterList(parameters)
+        self._arithmetic = functools.partial(autocast, base, bf16=bf16)
+
+    def forward(self, noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """Return the prediction [B, C, H, W]."""
+        with self._arithmetic():
+            prediction: Tensor = self._call[0](noisy, timestep, text, return_dict=False)[0]
+        return prediction
+
+
+def _config(stage: int, largest_parameter: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage in (1, 2):
+        # Norms are per slot: DeepSpeed's global one would let a bad slot skip the step of all.
+        zero["compute_grad_norm"] = False
+    if stage == 3:
+        # The adapters' tensors stay whole on every worker; what is larger, nearly all of the base, is sharded.
+        zero["stage3_param_persistence_threshold"] = largest_parameter + 1
+        zero["log_trace_cache_warnings"] = True  # a step that does not repeat the one before loses its prefetch
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": zero,
+        "wall_clock_breakdown": False,
+    }
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Keep DeepSpeed from building C++ parts at run time: none of them is needed here.
+
+    `__compatible_ops__` is no public interface; another version than the tested one must be looked at first.
+    """
+    version = importlib.metadata.version("deepspeed")
+    if not version.startswith(f"{TESTED}."):
+        raise CatClusterError(
+            f"cluster.zero_stage needs deepspeed {TESTED}.x and finds {version}: install that one, or leave "
+            "zero_stage out for plain torch"
+        )
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__ = {}
+    yield

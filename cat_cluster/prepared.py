@@ -1,0 +1,199 @@
+"""What training needs of each adapter of a job: photos read, base loaded, identity and draws settled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.batches import AdapterTask
+from cat_cluster.concepts import Concept, check_tokens, has_token, load_concept
+from cat_cluster.errors import ConceptError, SpecError
+from cat_cluster.evaluation.evaluate import image_templates
+from cat_cluster.evaluation.features import is_pocket, load_judges
+from cat_cluster.evaluation.prompts import evaluation_prompts, fill
+from cat_cluster.latents import LatentCache
+from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.methods import effective_alpha, initial_weights
+from cat_cluster.published import image_digests
+from cat_cluster.registry import revision_of
+from cat_cluster.settings import Settings
+from cat_cluster.spec import JobSpec, ResolvedAdapter
+from cat_cluster.store import ObjectStore
+from cat_cluster.training.checkpoint import AdapterState, CheckpointStore
+from cat_cluster.training.history import curves
+from cat_cluster.training.loop import PackMember, TrainedAdapter
+from cat_cluster.training.optimizer import SlotSettings
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedAdapter:
+    """An adapter whose photos were read and whose identity is known."""
+
+    resolved: ResolvedAdapter
+    concepts: tuple[Concept, ...]
+    base: BaseModel
+    revision: str
+
+    @property
+    def image_digests(self) -> list[str]:
+        """One sha256 per photo over its bytes and its caption, in concept and file order."""
+        return image_digests(self.concepts)
+
+    @property
+    def rows(self) -> int:
+        """Identity rows of a step."""
+        return len(self.concepts) * self.resolved.training.rows_per_concept
+
+    @property
+    def resolution(self) -> int:
+        """Side of the square training crops in pixels."""
+        return self.resolved.training.resolution or self.base.resolution
+
+
+def prepare(job: JobSpec, settings: Settings) -> list[PreparedAdapter]:
+    """Read the photos and the base models of a job and look for its judges, so that nothing is missed later.
+
+    Raises ConceptError naming the adapter, BaseModelError, or EvaluationError.
+    """
+    bases: dict[str, BaseModel] = {}
+    judges_found: set[tuple[str, str]] = set()
+    prepared = []
+    for resolved in job.resolved():
+        adapter = prepare_adapter(resolved, settings, bases)
+        judge = resolved.evaluation.judge
+        if resolved.evaluation.enabled:
+            image_templates(resolved.evaluation, adapter.base)
+            if (resolved.base, judge) not in judges_found:
+                load_judges(judge, adapter.base)
+                judges_found.add((resolved.base, judge))
+        prepared.append(adapter)
+    return prepared
+
+
+def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[str, BaseModel]) -> PreparedAdapter:
+    """Read one adapter's photos and its base model; `bases` keeps the loaded ones by name.
+
+    Raises ConceptError naming the adapter, or BaseModelError.
+    """
+    try:
+        concepts = tuple(load_concept(spec, settings.cache_dir) for spec in resolved.concepts)
+        check_tokens(concepts)
+    except ConceptError as error:
+        raise ConceptError(f"adapter {resolved.id}: {error}") from error
+    if resolved.base not in bases:
+        bases[resolved.base] = load_base_model(resolved.base, device=choose_device(settings.device))
+    base = bases[resolved.base]
+    revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint)
+    return PreparedAdapter(resolved, concepts, base, revision)
+
+
+def choose_device(name: str) -> str:
+    """Return the torch device for a setting: `auto` means CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SpecError(f"device {name!r}: this torch sees no CUDA device; set CAT_DEVICE=cpu or auto")
+    return name
+
+
+@contextmanager
+def open_bank(base: BaseModel, pack: Sequence[PreparedAdapter]) -> Iterator[LoraBank]:
+    """Put a bank with one slot per adapter into the base's U-Net, and take it out again."""
+    training = pack[0].resolved.training
+    layers = adapted_layers(base.unet, training.targets, training.blocks)
+    rank = max(adapter.resolved.training.rank for adapter in pack)
+    bank = LoraBank.attach(base.unet, slots=len(pack), rank=rank, layers=layers)
+    try:
+        yield bank
+    finally:
+        bank.detach()
+
+
+def checkpoints_of(adapter: PreparedAdapter, store: ObjectStore) -> CheckpointStore:
+    """Return where the checkpoints of an adapter are kept: under its revision, whatever it is packed with."""
+    name = f"{adapter.resolved.id}/{adapter.revision}"
+    return CheckpointStore(store, f"runs/{name}/checkpoints", name)
+
+
+def trained_adapter(adapter: PreparedAdapter, state: AdapterState) -> TrainedAdapter:
+    """Return what training left in an adapter's last checkpoint."""
+    training, unet = adapter.resolved.training, adapter.base.unet
+    weights = None
+    if state.dropped is None:
+        values = [value for value, _, _ in state.parameters]
+        layers = adapted_layers(unet, training.targets, training.blocks)
+        pairs = zip(layers, values[::2], values[1::2], strict=True)
+        weights = AdapterWeights({name: LoraLayer(down, up) for name, down, up in pairs})
+    history = curves(state.history, training.steps)
+    return TrainedAdapter(adapter.resolved.id, weights, state.dropped, history)
+
+
+def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None) -> PackMember:
+    """Encode an adapter's photos and settle its draws, its optimiser and the weights it starts from."""
+    resolved, base = adapter.resolved, adapter.base
+    training = resolved.training
+    draw_key = training.draw_key or resolved.id
+    cache = LatentCache(base, cache_dir)
+    task = AdapterTask(
+        adapter_id=resolved.id,
+        draw_key=draw_key,
+        seed=training.seed,
+        rows=training.rows_per_concept,
+        cat_fraction=training.cat_fraction,
+        prior_prompt=training.prior_prompt,
+        general_prompts=_general_prompts(adapter),
+        concepts=tuple(
+            cache.material(
+                concept,
+                resolution=adapter.resolution,
+                crops_per_image=training.crops_per_image,
+                alpha=effective_alpha(resolved.method, concept.alpha),
+            )
+            for concept in adapter.concepts
+        ),
+        alpha_schedule=training.alpha_schedule,
+        pool_size=training.pool_size if training.teacher == "pool" else None,
+    )
+    return PackMember(
+        task=task,
+        optimiser=SlotSettings(
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm,
+            lr_schedule=training.lr_schedule,
+            warmup_steps=training.steps // 15 if training.warmup_steps is None else training.warmup_steps,
+            steps=training.steps,
+        ),
+        initial=initial_weights(base.unet, bank.layers, rank=training.rank, seed=training.seed, draw_key=draw_key),
+        min_snr_gamma=training.min_snr_gamma,
+        drift_budget=training.drift_budget,
+    )
+
+
+def _general_prompts(adapter: PreparedAdapter) -> tuple[str, ...]:
+    """The general part of the prior-prompt mixture, without prompts that are judged on or hold a token."""
+    training, evaluation = adapter.resolved.training, adapter.resolved.evaluation
+    prompts = adapter.base.general_prompts()
+    if training.general_prompts is not None:
+        prompts = _read_prompts(Path(training.general_prompts))
+    templates = evaluation_prompts(evaluation.prompts, pocket=is_pocket(adapter.base))
+    judged = {fill(template, concept.class_noun, None) for template in templates for concept in adapter.concepts}
+    tokens = [concept.token for concept in adapter.concepts]
+    return tuple(p for p in prompts if p not in judged and not any(has_token(p, token) for token in tokens))
+
+
+def _read_prompts(path: Path) -> tuple[str, ...]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"training.general_prompts: {path} cannot be read as UTF-8 text: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise SpecError(f"training.general_prompts: {path} holds no prompt: write one a line, or leave the field out")
+    return prompts

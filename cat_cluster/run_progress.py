@@ -1,0 +1,118 @@
+"""How a run stands: the record that its driver keeps in the store and that everybody else reads."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from cat_cluster.spec import JobSpec
+
+HEARTBEAT_SECONDS = 10.0  # a driver writes its record at least this often
+MISSED_HEARTBEATS = 6  # so many in a row, and the driver counts as lost: a minute covers a slow store and skewed clocks
+
+RunState = Literal["waiting", "running", "done", "failed", "stopped"]
+AdapterState = Literal[
+    "waiting", "training", "evaluating", "published", "already published", "rejected", "failed"
+]  # fmt: skip
+ENDED_RUN: tuple[RunState, ...] = ("done", "failed", "stopped")
+ENDED_ADAPTER: tuple[AdapterState, ...] = ("published", "already published", "rejected", "failed")
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN: a loss or metric that is not finite is recorded as none."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+Measure = Annotated[float | None, AfterValidator(_finite)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+    def changed(self, **changes: Any) -> Self:
+        """Return a copy with some fields replaced; the new values are validated."""
+        return type(self).model_validate({**dict(self), **changes})
+
+
+class TokenLoss(_Record):
+    """The last losses of one token; cat is None where no row carried the CAT term."""
+
+    identity: Measure
+    cat: Measure = None
+
+
+class AdapterProgress(_Record):
+    """How one adapter of a run stands: step of steps, last losses by token, metrics once it is measured."""
+
+    id: str
+    revision: str | None = None
+    state: AdapterState = "waiting"
+    step: int = 0
+    steps: int = 0
+    losses: dict[str, TokenLoss] = Field(default_factory=dict)
+    reason: str | None = None
+    metrics: dict[str, Measure] = Field(default_factory=dict)
+
+
+class RunProgress(_Record):
+    """How a run stands. attempt: the attempt that writes the record, or will; times are ISO 8601 in UTC.
+
+    started: when that attempt began (of a waiting run: when it was submitted). reason: why the run as a whole failed.
+    """
+
+    run_id: str
+    name: str
+    state: RunState
+    attempt: int
+    started: str
+    updated: str
+    adapters: tuple[AdapterProgress, ...]
+    reason: str | None = None
+
+    @classmethod
+    def begin(cls, run_id: str, job: JobSpec, *, state: RunState, attempt: int) -> RunProgress:
+        """Return the first record of an attempt: no adapter has begun."""
+        now = timestamp()
+        adapters = tuple(AdapterProgress(id=one.id, steps=one.training.steps) for one in job.resolved())
+        return cls(
+            run_id=run_id, name=job.name, state=state, attempt=attempt, started=now, updated=now, adapters=adapters
+        )
+
+    @property
+    def ended(self) -> bool:
+        """Whether no driver works on the run any more."""
+        return self.state in ENDED_RUN
+
+    def adapter(self, adapter_id: str) -> AdapterProgress:
+        """Return how an adapter stands; KeyError if it is none of the run's."""
+        for adapter in self.adapters:
+            if adapter.id == adapter_id:
+                return adapter
+        raise KeyError(adapter_id)
+
+    def with_adapter(self, adapter_id: str, **changes: Any) -> RunProgress:
+        """Return the record with some fields of one adapter replaced; KeyError if it is none of the run's."""
+        changed = self.adapter(adapter_id).changed(**changes)
+        return self.changed(adapters=tuple(changed if one.id == adapter_id else one for one in self.adapters))
+
+    def outcome(self) -> RunState:
+        """Return what the adapters make of the run that ends now: done when each ended and none failed."""
+        good = all(adapter.state in ENDED_ADAPTER and adapter.state != "failed" for adapter in self.adapters)
+        return "done" if good else "failed"
+
+    def silent_seconds(self, now: datetime | None = None) -> float:
+        """Return the seconds since the record was last written, as far as the two machines' clocks agree."""
+        return ((now or datetime.now(UTC)) - datetime.fromisoformat(self.updated)).total_seconds()
+
+
+def is_alive(progress: RunProgress, now: datetime | None = None) -> bool:
+    """Say whether a driver works on the run: its record says so, and it was written within the last minute."""
+    return progress.state == "running" and progress.silent_seconds(now) < HEARTBEAT_SECONDS * MISSED_HEARTBEATS
+
+
+def timestamp() -> str:
+    """Return the present as ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

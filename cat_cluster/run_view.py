@@ -1,0 +1,133 @@
+"""What a person sees of runs: tables of how they stand, and live bars while one goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cat_cluster.run_progress import ENDED_ADAPTER, AdapterProgress, RunProgress, is_alive
+
+_COLOURS = {"failed": "red", "stopped": "red", "rejected": "yellow"}
+_STAGES = {"waiting": "wait", "training": "train", "evaluating": "measure", "failed": "failed"}
+_SHOWN_METRICS = ("kps", "identity_gain", "base_drift")
+
+
+def state_text(progress: RunProgress) -> str:
+    """Return the run's state, and for how long a driver that should be at work has been silent."""
+    if progress.state != "running" or is_alive(progress):
+        return progress.state
+    return f"running, silent for {progress.silent_seconds():.0f} s"
+
+
+def runs_table(runs: Sequence[RunProgress]) -> Table:
+    """Return a table of runs, one row each."""
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("run", "name", "state", "attempt", "started (UTC)", "adapters ended"):
+        table.add_column(heading, no_wrap=heading in ("run", "started (UTC)"), overflow="fold")
+    for run in runs:
+        ended = sum(adapter.state in ENDED_ADAPTER for adapter in run.adapters)
+        started = run.started[:16].replace("T", " ")
+        state = _coloured(run.state, state_text(run))
+        table.add_row(run.run_id, escape(run.name), state, str(run.attempt), started, f"{ended} of {len(run.adapters)}")
+    return table
+
+
+def adapters_table(progress: RunProgress) -> Table:
+    """Return a table of a run's adapters: state, step, losses, and the metrics or what went wrong."""
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("adapter", "state", "step", "losses", "result"):
+        table.add_column(heading, overflow="fold")
+    for adapter in progress.adapters:
+        metrics = ", ".join(
+            f"{name} {value:.3f}" for name in _SHOWN_METRICS if (value := adapter.metrics.get(name)) is not None
+        )
+        result = [escape(part) for part in (adapter.revision, adapter.reason, metrics) if part]
+        state = _coloured(adapter.state, adapter.state)
+        table.add_row(
+            adapter.id, state, f"{adapter.step}/{adapter.steps}", _losses_text(adapter) or "-", "; ".join(result) or "-"
+        )
+    return table
+
+
+class RunBars:
+    """A Watcher that draws one progress bar per adapter, and a line when one ends. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=12),  # all of it fits 80 columns
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[detail]}"),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._ended: set[str] = set()
+        self._state: tuple[str, int] | None = None
+
+    def __enter__(self) -> RunBars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def message(self, text: str) -> None:
+        """Print a line above the bars."""
+        self._progress.console.print(escape(text))
+
+    def show(self, progress: RunProgress) -> None:
+        """Move the bars to where the run stands."""
+        for adapter in progress.adapters:
+            if adapter.state in ENDED_ADAPTER and adapter.id not in self._ended:
+                self._ended.add(adapter.id)
+                self._progress.console.print(_end_line(adapter))
+            if adapter.state != "waiting":
+                self._move(adapter)
+        state = (progress.state, progress.attempt)
+        if state != self._state:
+            self._state = state
+            reason = f": {escape(progress.reason)}" if progress.reason else ""
+            self._progress.console.print(
+                f"{progress.run_id} {_coloured(progress.state, progress.state)}, attempt {progress.attempt}{reason}",
+                soft_wrap=True,
+            )
+
+    def _move(self, adapter: AdapterProgress) -> None:
+        stage = _STAGES.get(adapter.state, "done")
+        if adapter.id not in self._tasks:
+            self._tasks[adapter.id] = self._progress.add_task("", total=adapter.steps, detail="")
+        self._progress.update(
+            self._tasks[adapter.id],
+            description=f"{stage:<8}{adapter.id}",
+            completed=adapter.step,
+            total=adapter.steps,
+            detail=_losses_text(adapter),
+        )
+
+
+def _end_line(adapter: AdapterProgress) -> str:
+    rest = f": {escape(adapter.reason)}" if adapter.reason else f" {adapter.revision or ''}"
+    return f"{_coloured(adapter.state, adapter.state)} {adapter.id}{rest}"
+
+
+def _losses_text(adapter: AdapterProgress) -> str:
+    parts = []
+    for token, loss in adapter.losses.items():
+        identity = "-" if loss.identity is None else f"{loss.identity:.4f}"
+        cat = "" if loss.cat is None else f" cat {loss.cat:.5f}"
+        parts.append(f"[cyan]{escape(token)}[/cyan] identity {identity}{cat}")
+    return "  ".join(parts)
+
+
+def _coloured(state: str, text: str) -> str:
+    colour = _COLOURS.get(state, "green")
+    return f"[{colour}]{escape(text)}[/{colour}]"

@@ -1,0 +1,113 @@
+"""Writing how a run stands while it runs: few writes, a heartbeat, and an end to every record."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any
+
+from cat_cluster.errors import StoreError, SupersededError
+from cat_cluster.run_progress import HEARTBEAT_SECONDS, RunProgress, timestamp
+from cat_cluster.runs import Attempt, FencedStore
+
+WRITE_SECONDS = 2.0
+
+
+class ProgressWriter:
+    """Keeps the record of a running attempt in the store up to date. A context manager; threads may share it.
+
+    Changes are written every `interval` seconds, a change of any state at once, and a heartbeat when nothing changes.
+    A store that fails is asked again at the next turn: progress is not worth a training. Once another driver has
+    taken over, the next call raises SupersededError. On leaving, a run that has no end yet gets one: done or failed
+    by its adapters, stopped by KeyboardInterrupt or SystemExit (what Ray makes of SIGTERM), failed by any other error.
+    """
+
+    def __init__(self, attempt: Attempt, progress: RunProgress, *, interval: float = WRITE_SECONDS) -> None:
+        self._store = FencedStore(attempt)
+        self._key = attempt.run.key("progress.json")
+        self._progress = progress.changed(attempt=attempt.number)
+        self._interval = interval
+        self._changes, self._written = 1, 0  # how many there were, and how many of them the store has
+        self._written_at = time.monotonic()
+        self._superseded: SupersededError | None = None
+        self._changing = threading.Lock()
+        self._writing = threading.Lock()  # apart from the other: a training step must not wait for a slow store
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._keep_writing, name="run-progress", daemon=True)
+
+    @property
+    def progress(self) -> RunProgress:
+        """The newest record, written or not."""
+        return self._progress
+
+    def update(self, **changes: Any) -> None:
+        """Change fields of the run's record."""
+        self._change(lambda progress: progress.changed(**changes))
+
+    def adapter(self, adapter_id: str, **changes: Any) -> None:
+        """Change fields of one adapter; KeyError if it is none of the run's."""
+        self._change(lambda progress: progress.with_adapter(adapter_id, **changes))
+
+    def __enter__(self) -> ProgressWriter:
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leaving.set()
+        self._thread.join()
+        if error is None:
+            self._refuse_superseded()
+            self._end(self._progress.outcome())
+        elif not isinstance(error, SupersededError):
+            with suppress(StoreError, SupersededError):  # the first error is the one to tell
+                if isinstance(error, KeyboardInterrupt | SystemExit):
+                    self._end("stopped")
+                else:
+                    self._end("failed", f"{type(error).__name__}: {error}")
+
+    def _end(self, state: str, reason: str | None = None) -> None:
+        if not self._progress.ended:
+            self._progress = self._progress.changed(state=state, reason=reason)
+        self._write()
+
+    def _change(self, change: Callable[[RunProgress], RunProgress]) -> None:
+        self._refuse_superseded()
+        with self._changing:
+            before, self._progress = self._progress, change(self._progress)
+            self._changes += 1
+        if _states(before) != _states(self._progress):
+            with suppress(StoreError):
+                self._write()
+
+    def _keep_writing(self) -> None:
+        while self._superseded is None and not self._leaving.wait(self._interval):
+            late = time.monotonic() - self._written_at >= HEARTBEAT_SECONDS - self._interval
+            if late or self._changes != self._written:
+                with suppress(StoreError, SupersededError):
+                    self._write()
+
+    def _write(self) -> None:
+        """Write the newest record; raises StoreError, and SupersededError now and from then on."""
+        with self._writing:
+            with self._changing:
+                changes, progress = self._changes, self._progress
+            try:
+                self._store.put(self._key, progress.changed(updated=timestamp()).model_dump_json().encode())
+            except SupersededError as error:
+                self._superseded = error
+                raise
+            self._written, self._written_at = changes, time.monotonic()
+
+    def _refuse_superseded(self) -> None:
+        if self._superseded is not None:
+            raise SupersededError(str(self._superseded))
+
+
+def _states(progress: RunProgress) -> tuple[str, ...]:
+    return (progress.state, *(adapter.state for adapter in progress.adapters))

@@ -1,0 +1,258 @@
+"""A run's identity, attempts, claims and progress, kept in the object store: it outlives client, driver and cluster.
+
+Under `runs/<run id>/`: `spec.json` is the job to run; `attempts/<8-digit n>.json` is written once by the driver that
+claims attempt n; `progress.json` is how the run stands; `stop.json` names an attempt that is asked to stop. A driver
+that sees attempt n + 1 has been superseded, and its next write is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, RunError, SupersededError
+from cat_cluster.run_progress import RunProgress, timestamp
+from cat_cluster.spec import JobSpec
+from cat_cluster.store import ObjectStore, open_store
+from cat_cluster.store.protocol import KeyList
+
+MAX_CLAIMS = 1000  # each lost race is another driver's success, so this many means a store that lies
+
+_RUN_ID = re.compile(r"run-[0-9a-f]{12}")
+_RECORD = re.compile(r"runs/(run-[0-9a-f]{12})/progress\.json")
+_CLAIM = re.compile(r"([0-9]{8})\.json")
+
+
+def run_id_of(job: JobSpec, image_digests: Sequence[Sequence[str]]) -> str:
+    """Return `run-` + 12 hex of what the run makes: every resolved adapter and the digests of its images.
+
+    image_digests: per adapter, in the order of the spec. How the work is spread or watched, where photos and results
+    lie, the job's name and the order of its adapters make no other run. Raises SpecError as ResolvedAdapter.digest.
+    """
+    parts = sorted([adapter.digest(), *digests] for adapter, digests in zip(job.resolved(), image_digests, strict=True))
+    return f"run-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
+
+
+def check_run_id(run_id: str) -> str:
+    """Return the run id if it is one, else raise RunError."""
+    if not _RUN_ID.fullmatch(run_id):
+        raise RunError(f"{run_id[:80]!r} is not a run: a run is 'run-' and 12 hex digits, as `jobs list` prints it")
+    return run_id
+
+
+class Claim(BaseModel):
+    """Who claimed an attempt: a nonce of the driver's own, its machine, its process, when, and its Ray job if any."""
+
+    model_config = ConfigDict(frozen=True)
+
+    nonce: str
+    host: str
+    pid: int
+    time: str
+    job: str | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run in a store; raises RunError for an id that is none."""
+
+    store: ObjectStore
+    run_id: str
+
+    def __post_init__(self) -> None:
+        check_run_id(self.run_id)
+
+    def write_spec(self, job: JobSpec) -> None:
+        """Store the job to run; one that is there gives way, as equal runs differ only in how the work is spread."""
+        data = job.model_dump_json(indent=1).encode()
+        with suppress(ObjectNotFoundError):
+            if self.store.get(self.key("spec.json")) == data:
+                return
+        self.store.put(self.key("spec.json"), data)
+
+    def read_spec(self) -> JobSpec:
+        """Return the job to run; RunError when the store has none, or one this version cannot read."""
+        try:
+            return JobSpec.model_validate_json(self.store.get(self.key("spec.json")))
+        except ObjectNotFoundError:
+            raise RunError(
+                f"storage {self.store.url} has no run {self.run_id}: give the storage it was submitted with, one that "
+                "this machine sees too (a folder of another machine is another folder), or submit the job again"
+            ) from None
+        except ValidationError as error:
+            raise RunError(
+                f"the job spec of {self.run_id} in storage {self.store.url} is damaged or of another version "
+                f"({error.error_count()} bad fields, first: {error.errors()[0]['msg']}): submit the job again"
+            ) from error
+
+    def claim(self, job: str | None = None) -> Attempt:
+        """Claim the next attempt, which supersedes all before it. job: the id of the Ray job that runs the driver."""
+        claim = Claim(nonce=uuid.uuid4().hex, host=socket.gethostname(), pid=os.getpid(), time=timestamp(), job=job)
+        data = claim.model_dump_json().encode()
+        first = self.last_attempt() + 1
+        for number in range(first, first + MAX_CLAIMS):
+            with suppress(ObjectExistsError):
+                self.store.put(self._attempt_key(number), data, if_absent=True)
+            # Read back even after a refusal: a store may report a put that its own retry had already made.
+            found = self.claim_of(number)
+            if found is not None and found.nonce == claim.nonce:
+                return Attempt(self, number)
+        raise RunError(
+            f"no attempt of {self.run_id} could be claimed in {MAX_CLAIMS} tries: stop the other drivers, "
+            "then try again"
+        )
+
+    def last_attempt(self) -> int:
+        """Return the highest claimed attempt, 0 if there is none."""
+        names = [_CLAIM.fullmatch(key.rsplit("/", 1)[-1]) for key in self.store.list(self.key("attempts/"))]
+        return max((int(name[1]) for name in names if name), default=0)
+
+    def claim_of(self, number: int) -> Claim | None:
+        """Return who claimed an attempt; None when nobody did or the record is damaged."""
+        try:
+            return Claim.model_validate_json(self.store.get(self._attempt_key(number)))
+        except (ObjectNotFoundError, ValidationError):
+            return None
+
+    def is_claimed(self, number: int) -> bool:
+        """Say whether an attempt was claimed: one look at one key."""
+        return self.store.exists(self._attempt_key(number))
+
+    def progress(self) -> RunProgress:
+        """Return how the run stands; RunError when the store knows no such run, or its record is damaged."""
+        try:
+            return RunProgress.model_validate_json(self.store.get(self.key("progress.json")))
+        except ObjectNotFoundError:
+            raise RunError(
+                f"no run {self.run_id} in storage {self.store.url}: `cat-cluster jobs list` shows its runs; "
+                "give --storage if it is in another"
+            ) from None
+        except ValidationError as error:
+            raise RunError(
+                f"the progress record of {self.run_id} in storage {self.store.url} is damaged: submit the job again "
+                "with --force, it goes on from its checkpoints"
+            ) from error
+
+    def write_progress(self, progress: RunProgress) -> None:
+        """Replace the record of how the run stands, for one who drives no attempt: a driver has a ProgressWriter."""
+        self.store.put(self.key("progress.json"), progress.model_dump_json().encode())
+
+    def request_stop(self, attempt: int) -> None:
+        """Ask an attempt, and any before it, to stop; its driver looks for this between steps."""
+        self.store.put(self.key("stop.json"), json.dumps({"attempt": attempt, "time": timestamp()}).encode())
+
+    def withdraw_stop(self) -> None:
+        """Take a request to stop back, so that a new attempt is not stopped by the request to an old one."""
+        self.store.delete(self.key("stop.json"))
+
+    def key(self, name: str) -> str:
+        """Return the storage key of one of the run's objects."""
+        return f"runs/{self.run_id}/{name}"
+
+    def _attempt_key(self, number: int) -> str:
+        return self.key(f"attempts/{number:08d}.json")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One driver's hold on a run, lost as soon as a higher attempt is claimed."""
+
+    run: Run
+    number: int
+
+    def is_current(self) -> bool:
+        """Say whether no other driver has taken over."""
+        return not self.run.is_claimed(self.number + 1)
+
+    def check(self) -> None:
+        """Raise SupersededError if another driver has taken over."""
+        if not self.is_current():
+            raise SupersededError(
+                f"another driver has taken over run {self.run.run_id}: this one, attempt {self.number}, stops without "
+                "writing any more; follow the run with `cat-cluster jobs status`"
+            )
+
+    def stop_requested(self) -> bool:
+        """Say whether somebody asked this attempt to stop."""
+        try:
+            named = json.loads(self.run.store.get(self.run.key("stop.json")))["attempt"]
+            return int(named) >= self.number
+        except (ObjectNotFoundError, ValueError, KeyError, TypeError):
+            return False  # a request that nobody can read stops nothing
+
+
+class FencedStore:
+    """A store whose writes are refused, with SupersededError, once another driver has taken over the run.
+
+    Reads pass through. Ray workers can be handed one, or open their own with open_fenced_store. The look and the
+    write are two requests: a write already on its way when the takeover happens still arrives.
+    """
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._store = attempt.run.store
+
+    @property
+    def url(self) -> str:
+        """The address of the store behind."""
+        return self._store.url
+
+    def get(self, key: str) -> bytes:
+        """Return the object's bytes; ObjectNotFoundError if there is none."""
+        return self._store.get(key)
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        """Store an object as the store behind does; SupersededError if the attempt is not the last."""
+        self._attempt.check()
+        self._store.put(key, data, if_absent=if_absent)
+
+    def exists(self, key: str) -> bool:
+        """Say whether an object is stored under the key."""
+        return self._store.exists(key)
+
+    def list(self, prefix: str) -> KeyList:
+        """Return, sorted, every key that begins with the prefix ("" for all)."""
+        return self._store.list(prefix)
+
+    def delete(self, key: str) -> None:
+        """Remove an object; SupersededError if the attempt is not the last."""
+        self._attempt.check()
+        self._store.delete(key)
+
+    def size(self, key: str) -> int:
+        """Return the object's size in bytes; ObjectNotFoundError if there is none."""
+        return self._store.size(key)
+
+    def check_access(self) -> None:
+        """Write and remove a probe, so that a store that cannot be used is a StoreError before any work begins."""
+        self._attempt.check()
+        self._store.check_access()
+
+
+def open_fenced_store(url: str, run_id: str, attempt: int) -> FencedStore:
+    """Return the store at the address, fenced for an attempt that somebody else holds: what a Ray worker opens."""
+    return FencedStore(Attempt(Run(open_store(url), run_id), attempt))
+
+
+def list_runs(store: ObjectStore) -> tuple[list[RunProgress], list[str]]:
+    """Return how each run of a store stands, newest first, and the ids of those whose record cannot be read."""
+    runs, damaged = [], []
+    for match in map(_RECORD.fullmatch, store.list("runs/run-")):
+        if match is None:
+            continue
+        try:
+            runs.append(RunProgress.model_validate_json(store.get(match[0])))
+        except ObjectNotFoundError:
+            continue  # removed since it was listed
+        except ValidationError:
+            damaged.append(match[1])
+    return sorted(runs, key=lambda run: (run.started, run.run_id), reverse=True), damaged

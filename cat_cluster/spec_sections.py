@@ -1,0 +1,153 @@
+"""The sections of a job spec that say how to train, measure, watch and spread the work; every field has a default."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cat_cluster.spec_fields import (
+    Conditions,
+    Count,
+    Fraction,
+    NameOrFolder,
+    NotNegative,
+    PackSize,
+    Pixels,
+    Positive,
+    Prompts,
+    PromptsFile,
+    Seed,
+    Text,
+    Whole,
+    Workers,
+)
+
+
+class Section(BaseModel):
+    """A part of a spec: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True, validate_default=False
+    )
+
+
+class TrainingSpec(Section):
+    """How adapters are trained; every field has a default, so a part of it is a whole spec too."""
+
+    steps: Count = Field(default=300, description="Optimiser steps.")
+    rank: Count = Field(default=8, description="Rank of the LoRA weights.")
+    learning_rate: Positive = Field(
+        default=2.0e-3, le=1.0e30, description="Highest learning rate of AdamW; a float32 step must hold it."
+    )
+    rows_per_concept: Count = Field(default=4, description="Rows of a step that each concept gets.")
+    prior_prompt: Literal["token_removed", "class_noun", "empty", "mixture"] = Field(
+        default="mixture", description="Prompts on which the CAT term holds the adapter to the base model."
+    )
+    general_prompts: PromptsFile | None = Field(
+        default=None, description="Text file with one prompt a line for the mixture; none means the base model's own."
+    )
+    targets: Literal["attention", "cross_attention", "attention_ff"] = Field(
+        default="attention_ff", description="Which linear layers of the U-Net are adapted."
+    )
+    blocks: Literal["all", "mid_up", "up"] = Field(
+        default="all",
+        description="Which blocks of the U-Net are adapted; the backward stops below the first adapted layer.",
+    )
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="Course of the learning rate after warm-up; linear and cosine fall to 0."
+    )
+    warmup_steps: Whole | None = Field(
+        default=None,
+        description="Steps in which the learning rate rises from 0, fewer than steps; none means a fifteenth of them.",
+    )
+    weight_decay: NotNegative = Field(default=0.01, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: Positive | None = Field(
+        default=1.0, description="Largest gradient norm of one adapter, clipped per slot; none means no clipping."
+    )
+    min_snr_gamma: Positive | None = Field(
+        default=None, description="Gamma of min-SNR weighting; none weighs all timesteps alike."
+    )
+    cat_fraction: Fraction = Field(
+        default=0.5, description="Share of rows that carry the CAT term, at weight 1 / share."
+    )
+    alpha_schedule: Literal["constant", "high_noise", "low_noise"] = Field(
+        default="constant",
+        description="How alpha depends on the timestep: the same everywhere, rising with the noise from 0 to twice "
+        "alpha, or falling with it.",
+    )
+    drift_budget: Positive | None = Field(
+        default=None,
+        description="Share of the identity loss that the CAT loss is held to by adjusting alpha; none keeps alpha.",
+    )
+    teacher: Literal["online", "pool"] = Field(
+        default="online",
+        description="Ask the base model in every step, or once about a pool of fixed draws that all rows come from.",
+    )
+    pool_size: Count = Field(default=64, description="Fixed draws per crop of a photo when teacher is pool.")
+    joint_rows: bool = Field(default=True, description="Predict rows with and without the token in one U-Net call.")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="Arithmetic of the U-Net calls.")
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
+    compile: bool = Field(
+        default=False, description="Compile the U-Net's blocks with torch.compile; needs a compiler, pays on a GPU."
+    )
+    resolution: Pixels | None = Field(
+        default=None,
+        description="Side of the square crops in pixels, a multiple of 8; none means the base model's own.",
+    )
+    crops_per_image: Count = Field(
+        default=1, description="Crops of each photo: 1 is the centre; more adds random ones."
+    )
+    seed: Seed = Field(default=0, description="Seed of every random draw of the training.")
+    draw_key: Text | None = Field(
+        default=None,
+        description="Name that keys the draws beside the seed; none means the adapter's id. Adapters with the same "
+        "one see equal draws, for paired comparisons.",
+    )
+
+
+class EvaluationSpec(Section):
+    """How a trained adapter is measured."""
+
+    enabled: bool = Field(default=True, description="Measure the adapter after training.")
+    prompts: Prompts = Field(
+        default="default", description="Evaluation prompts, each with {} where the subject goes, or default."
+    )
+    images_per_prompt: Count = Field(default=4, description="Seeds per prompt and arm.")
+    steps: Count = Field(default=25, description="Denoising steps of each image.")
+    guidance: NotNegative = Field(default=4.0, description="Classifier-free guidance scale; up to 1 means none.")
+    sampler: Literal["ddim", "euler", "dpmpp_2m"] = Field(default="ddim", description="Sampler of each image.")
+    judge: NameOrFolder = Field(
+        default="auto",
+        description="Model that measures similarity: auto, pocket, pocket-classifier, a CLIP folder or hub id.",
+    )
+    seed: Seed = Field(default=1000, description="First seed of the evaluation images.")
+    require: Conditions | None = Field(
+        default=None,
+        description='Gates, metric to condition, as in {kps: ">=0.1", base_drift: "<=0.12"}; an adapter that fails '
+        "one is stored as rejected, without alias.",
+    )
+
+
+class ClusterSpec(Section):
+    """How the work is spread; none of it changes the adapters."""
+
+    workers: Workers = Field(default=1, description="Workers per pack, or [least, most] for an elastic number.")
+    zero_stage: Literal[0, 1, 2, 3] | None = Field(
+        default=None,
+        description="DeepSpeed ZeRO stage: 3 shards the base over the workers; none is plain data-parallel torch.",
+    )
+    max_pack: PackSize = Field(
+        default="auto", description="Most adapters trained together in one forward; auto measures what memory allows."
+    )
+    max_failures: Whole = Field(default=3, description="Lost workers that a pack survives before it counts as failed.")
+    checkpoint_every: Count = Field(default=50, description="The most steps that an interruption may cost.")
+
+
+class MonitoringSpec(Section):
+    """What is recorded while training, beside the metrics; none of it changes the adapters."""
+
+    tensorboard: bool = Field(default=False, description="Write TensorBoard event files into the run's folder.")
+    samples_every: Count | None = Field(
+        default=None, description="Steps between sample grids of every adapter; none draws none."
+    )

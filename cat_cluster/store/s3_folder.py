@@ -1,0 +1,89 @@
+"""Copying what a user keeps under an s3:// prefix into a local folder, whatever its objects are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from cat_cluster.errors import StoreError
+from cat_cluster.store.s3 import RETRY_SECONDS, S3Bucket, StoredKey, split_url
+
+_FILES_AT_ONCE = 8
+
+
+class S3Folder:
+    """The objects directly or deeper under an s3:// prefix, as files with relative names; it only reads."""
+
+    def __init__(
+        self, url: str, *, retry_seconds: float = RETRY_SECONDS, on_retry: Callable[[Exception], None] | None = None
+    ) -> None:
+        name, prefix = split_url(url)
+        self.url = f"s3://{name}/{prefix}".rstrip("/")
+        self._bucket = S3Bucket(name, self.url, retry_seconds=retry_seconds, on_retry=on_retry)
+        self._base = f"{prefix}/" if prefix else ""
+
+    def files(self, wanted: Callable[[str], bool] = lambda name: True, *, deep: bool = True) -> dict[str, StoredKey]:
+        """Return the objects whose relative name is wanted, by that name, sorted; not `deep`: only the direct ones.
+
+        Raises StoreError when there are none, or when a wanted name cannot be a file below a folder.
+        """
+        found = {}
+        for entry in self._bucket.keys(self._base, deep=deep):
+            name = entry.key.removeprefix(self._base)
+            # Consoles mark a folder with an empty object whose name ends in a slash.
+            if name and not name.endswith("/") and wanted(name):
+                found[_checked(name, self.url)] = entry
+        if not found:
+            raise StoreError(f"{self.url} holds nothing that could be used; check the bucket and the prefix")
+        return dict(sorted(found.items()))
+
+    def copy(self, files: Mapping[str, StoredKey], folder: Path) -> list[Path]:
+        """Write objects that `files()` returned into a folder, several at a time, and return the files' paths.
+
+        Raises StoreError when an object has changed since it was listed, or the folder cannot be written.
+        """
+
+        def fetch(name: str) -> Path:
+            entry = files[name]
+            data, answer = self._bucket.read(entry.key, entry.key)
+            if answer["ETag"] != entry.etag:
+                raise StoreError(f"{entry.key} in {self.url} was changed while it was read; try again")
+            path = folder / name
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            except OSError as error:
+                raise StoreError(
+                    f"cannot write {path}: {error.strerror}; free space or choose another folder"
+                ) from error
+            return path
+
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            try:
+                return list(pool.map(fetch, files))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of one object below the prefix; ObjectNotFoundError if there is none."""
+        return self._bucket.read(f"{self._base}{name}", name)[0]
+
+
+def download_prefix(url: str, folder: Path) -> Sequence[Path]:
+    """Copy every object directly or deeper under an s3:// prefix into a folder and return the files' paths.
+
+    Raises StoreError when there is none, or one with a name that would leave the folder.
+    """
+    source = S3Folder(url)
+    return source.copy(source.files(), folder)
+
+
+def _checked(name: str, url: str) -> str:
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name:
+        raise StoreError(
+            f"the object {name!r} in {url} cannot be a file below a folder; rename it without '..', empty names and "
+            "backslashes"
+        )
+    return name

@@ -1,0 +1,142 @@
+"""Listeners of the training loop: what a step reports becomes metrics, or curves in TensorBoard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from cat_cluster.errors import OutputError
+from cat_cluster.telemetry import (
+    CAT_LOSS,
+    CHECKPOINT_BYTES,
+    CHECKPOINT_SECONDS,
+    DROPPED_ADAPTERS,
+    IDENTITY_LOSS,
+    ROWS,
+    ROWS_PER_SECOND,
+    STEPS,
+    STEPS_PER_SECOND,
+    TEACHER_CACHE,
+    Metrics,
+)
+from cat_cluster.training.loop import StepReport
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class TrainingMetrics:
+    """Fills the metrics of training from the reports of the loop."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def step(self, report: StepReport) -> None:
+        """Take in a step. An adapter counts as dropped in the step that dropped it, not again after a resume."""
+        metrics = self._metrics
+        metrics.inc(STEPS)
+        metrics.inc(ROWS, report.rows)
+        if report.seconds > 0.0:
+            metrics.set(STEPS_PER_SECOND, 1.0 / report.seconds)
+            metrics.set(ROWS_PER_SECOND, report.rows / report.seconds)
+        metrics.inc(TEACHER_CACHE, report.teacher_known, result="hit")
+        metrics.inc(TEACHER_CACHE, report.teacher_asked, result="miss")
+        for adapter, tokens in report.losses.items():
+            for token, loss in tokens.items():
+                metrics.set(IDENTITY_LOSS, loss.identity, adapter=adapter, token=token)
+                if loss.cat is not None:
+                    metrics.set(CAT_LOSS, loss.cat, adapter=adapter, token=token)
+        # A dropped adapter gets no rows, so the only report with both its losses and its reason is this one.
+        metrics.inc(DROPPED_ADAPTERS, sum(adapter in report.losses for adapter in report.dropped))
+
+    def checkpoint(self, seconds: float, size: int) -> None:
+        """Take in that a checkpoint of `size` bytes was stored in `seconds`."""
+        self._metrics.observe(CHECKPOINT_SECONDS, seconds)
+        self._metrics.inc(CHECKPOINT_BYTES, size)
+
+
+class TensorBoardRecorder:
+    """Writes TensorBoard event files: losses and alpha scales per adapter and token, speed, and sample images.
+
+    Each run of the loop writes a file of its own, which begins by taking back all steps from its first one on: after
+    a resume TensorBoard shows every step once, as it was done last, as long as all files are in one folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is made at once, and a file in it with the first step or image.
+
+        This and all that writes raise OutputError when the place cannot be written or its disk is full; what was
+        still in memory is then lost, and the next step begins another file.
+        """
+        self._folder = folder
+        self._open_writer: SummaryWriter | None = None
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def step(self, report: StepReport) -> None:
+        """Add the values of a step to the curves."""
+        with self._writing():
+            writer = self._writer(report.step)
+            for tag, value in _scalars(report):
+                writer.add_scalar(tag, value, report.step)
+
+    def images(self, adapter_id: str, step: int, image: Image.Image) -> None:
+        """Add a picture of an adapter after `step` steps."""
+        pixels = np.asarray(image.convert("RGB"))
+        with self._writing():
+            self._writer(step).add_image(f"samples/{adapter_id}", pixels, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Write what is still in memory to the file."""
+        if self._open_writer is not None:
+            with self._writing():
+                self._open_writer.flush()
+
+    def close(self) -> None:
+        """Finish the file; a later step begins another one."""
+        writer, self._open_writer = self._open_writer, None
+        if writer is not None:
+            with self._writing():
+                writer.close()
+
+    def files(self) -> dict[str, bytes]:
+        """Return every event file of the folder by name, this run's with all that was recorded so far."""
+        self.flush()
+        return {path.name: path.read_bytes() for path in sorted(self._folder.glob("events.out.tfevents.*"))}
+
+    def _writer(self, first_step: int) -> SummaryWriter:
+        if self._open_writer is None:
+            # Imported here: only a job that asks for TensorBoard pays for loading it.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._open_writer = SummaryWriter(str(self._folder), purge_step=first_step)
+        return self._open_writer
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._open_writer = None  # it has given up; the next step begins another file
+            message = f"cannot write TensorBoard files in {self._folder}: {error.strerror}"
+            raise OutputError(f"{message}; free space, or set monitoring.tensorboard to false") from error
+
+
+def _scalars(report: StepReport) -> Iterator[tuple[str, float]]:
+    # TensorBoard puts what has the same first word side by side: a loss of all adapters, not all curves of one.
+    for adapter, tokens in report.losses.items():
+        for token, loss in tokens.items():
+            yield f"identity_loss/{adapter}/{token}", loss.identity
+            if loss.cat is not None:
+                yield f"cat_loss/{adapter}/{token}", loss.cat
+    for adapter, scales in report.alpha_scales.items():
+        for token, scale in scales.items():
+            yield f"alpha_scale/{adapter}/{token}", scale
+    if report.seconds > 0.0:
+        yield "speed/steps_per_second", 1.0 / report.seconds
+        yield "speed/rows_per_second", report.rows / report.seconds

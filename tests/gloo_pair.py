@@ -1,0 +1,177 @@
+"""Two workers of one pack as two gloo processes, for every engine: `python -m tests.gloo_pair RANK PORT FOLDER`.
+
+Writes FOLDER/<rank>.pt; tests/integration/test_zero.py starts the pair and holds the results to the laws.
+"""
+
+from __future__ import annotations
+
+import gc
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.training.engine import EngineFactory, Moments, Slots, TorchEngine
+from cat_cluster.training.loop import LoopSettings, PackMember, StepReport, TrainedAdapter, train_pack
+from tests.unit.training.test_loop import STEPS, Killed, member, members, series, train
+from tests.unit.training.test_step import concept, task
+
+STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
+DIE_AT = 13
+
+
+def engine(stage: int | None) -> EngineFactory:
+    """Plain torch, or a ZeRO stage."""
+    from cat_cluster.cluster.zero import zero_engine
+
+    return TorchEngine if stage is None else zero_engine(stage)
+
+
+def weights(trained: dict[str, TrainedAdapter]) -> dict[str, Any]:
+    """Adapter -> why it was dropped, or its layers."""
+    return {
+        name: one.dropped or {layer: (pair.down, pair.up) for layer, pair in one.weights.layers.items()}
+        for name, one in trained.items()
+        if one.weights is not None or one.dropped is not None
+    }
+
+
+def gradients(base: BaseModel, pack: list[PackMember], make: EngineFactory) -> dict[str, list[torch.Tensor]]:
+    """The whole gradient of the first step: AdamW's mean after it is (1 - beta_1) times the unclipped gradient."""
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def remember(base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> Any:
+        made = make(base, [(p, replace(settings, max_grad_norm=None)) for p, settings in slots], moments, bf16)
+        held.append(made)
+        return made
+
+    held: list[Any] = []
+    bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
+    train_pack(base, bank, pack, LoopSettings(steps=1, checkpoint_every=10), make_engine=remember)
+    for slot, one in enumerate(pack):
+        found[one.task.adapter_id] = [mean.clone() / 0.1 for _, mean, _ in held[0].slot_state(slot)]
+    return found
+
+
+def poisoned(base: BaseModel) -> list[PackMember]:
+    """A pack whose second adapter has photos of NaN."""
+    bad = concept(base, "zwx", alpha=1.0)
+    bad.moments_NCHW[1] = float("nan")
+    return [members(base)[0], member(base, task("bad", (bad,))), members(base)[2]]
+
+
+def one_row(base: BaseModel) -> list[PackMember]:
+    """A pack with fewer rows than workers."""
+    return [member(base, task("single", (concept(base, "sks", alpha=5.0),), rows=1))]
+
+
+def die(report: StepReport) -> None:
+    """End the run as a kill would, on both workers."""
+    if report.step == DIE_AT:
+        raise Killed
+
+
+@contextmanager
+def counted_invalidations() -> Iterator[list[str]]:
+    """Collect what DeepSpeed prints of traces that did not repeat."""
+    lines: list[str] = []
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        yield lines
+    lines += [line for line in printed.getvalue().splitlines() if "Invalidate trace" in line]
+
+
+def run(rank: int, folder: Path) -> dict[str, Any]:
+    """Everything that the tests ask of the pair."""
+    base_folder = str(folder / "base")
+    results: dict[str, Any] = {}
+
+    def fresh() -> BaseModel:
+        gc.collect()  # what ZeRO-3 has sharded stays sharded: each turn has a base of its own
+        return load_base_model(base_folder)
+
+    for stage in STAGES:
+        make, base = engine(stage), fresh()
+        with counted_invalidations() as lines:
+            results["trained", stage] = weights(train(base, members(base), make_engine=make))
+        results["invalidations", stage] = len(lines)
+        base = fresh()
+        results["gradients", stage] = gradients(base, members(base), make)
+        base = fresh()
+        results["poisoned", stage] = weights(train(base, poisoned(base), make_engine=make))
+        base = fresh()
+        results["one row", stage] = weights(train(base, one_row(base), make_engine=make))
+    for before, after in ((3, 2), (1, 3), (None, 3), (2, None), (0, 1)):
+        checkpoints = series(folder / f"resumed-{before}-{after}", members(base))
+        try:
+            base = fresh()
+            train(base, members(base), checkpoints=checkpoints, on_step=die, make_engine=engine(before))
+        except Killed:
+            distributed.barrier()
+        base = fresh()
+        seen: list[int] = []
+        note = partial(_note, seen)
+        trained = train(base, members(base), checkpoints=checkpoints, on_step=note, make_engine=engine(after))
+        results["resumed", before, after] = weights(trained)
+        results["first step", before, after] = seen[0]
+    # A pair dies half way and leaves its checkpoints to one process alone.
+    base = fresh()
+    try:
+        train(
+            base, members(base), checkpoints=series(folder / "alone", members(base)), on_step=die, make_engine=engine(2)
+        )
+    except Killed:
+        distributed.barrier()
+    with counted_invalidations() as lines:
+        base = fresh()
+        pack = members(base)
+        bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
+        train_pack(base, bank, pack, LoopSettings(steps=6, checkpoint_every=10), make_engine=_changing_calls)
+    results["control"] = len(lines)
+    return results
+
+
+def _note(seen: list[int], report: StepReport) -> None:
+    seen.append(report.step)
+
+
+def _changing_calls(base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> Any:
+    """ZeRO-3 with the teacher in a call of its own after three steps: a control, to see that the count counts."""
+    made: Any = engine(3)(base, slots, moments, bf16)
+    step = made.step
+
+    def step_and_change() -> None:
+        step()
+        made.joined_teacher = made.optimizer.steps_done < 3
+
+    made.step = step_and_change
+    return made
+
+
+def main() -> None:
+    """Be one worker of the pair."""
+    rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        DS_ACCELERATOR="cpu", PATH="",
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.save(run(rank, folder), folder / f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    assert STEPS == 20
+    main()

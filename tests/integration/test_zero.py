@@ -1,0 +1,150 @@
+"""The laws of training on two workers: plain torch and every ZeRO stage give the adapters of the local loop."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.cluster import zero
+from cat_cluster.errors import CatClusterError
+from cat_cluster.training.engine import TorchEngine
+from tests import gloo_pair
+from tests.unit.training.test_loop import members, series, train
+
+STAGES = gloo_pair.STAGES
+LAW = 1e-3  # ||W - W_ref|| / ||W_ref|| after 20 steps (design, section 4)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pair")
+    shutil.copytree(tiny_base_folder, folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> list[dict[Any, Any]]:
+    """What both workers found; they have no compiler on their path."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.gloo_pair", str(rank), port, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")},
+        )
+        for rank in (0, 1)
+    ]
+    outputs = [worker.communicate(timeout=280)[0] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(output[-3000:] for output in outputs)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> BaseModel:
+    return load_base_model(str(folder / "base"))
+
+
+@pytest.fixture(scope="module")
+def local(base: BaseModel) -> dict[str, Any]:
+    return gloo_pair.weights(train(base, members(base)))
+
+
+def worst(found: dict[str, Any], wanted: dict[str, Any]) -> float:
+    """The largest relative change of W = B A over all layers of all adapters."""
+    assert found.keys() == wanted.keys()
+    changes = []
+    for adapter_id, layers in wanted.items():
+        for name, (down, up) in layers.items():
+            ours_down, ours_up = found[adapter_id][name]
+            changes.append(float((ours_up @ ours_down - up @ down).norm() / (up @ down).norm()))
+    return max(changes)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_workers_give_the_adapters_of_the_local_loop(
+    pair: list[dict[Any, Any]], local: dict[str, Any], stage: int | None
+) -> None:
+    for found in pair:
+        assert worst(found["trained", stage], local) <= LAW
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_gradient_of_uneven_rows_is_that_of_one_worker(
+    pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
+) -> None:
+    """Nine rows on two workers, compared before AdamW, which hides a wrong scale."""
+    assert sum(len(one.task.concepts) * one.task.rows for one in members(base)) % 2 == 1
+    fresh = load_base_model(str(base.folder))
+    wanted = gloo_pair.gradients(fresh, members(fresh), TorchEngine)
+    for found in pair:
+        for adapter_id, gradients in wanted.items():
+            for ours, theirs in zip(found["gradients", stage][adapter_id], gradients, strict=True):
+                assert float((ours - theirs).norm()) <= 1e-4 * float(theirs.norm()) + 1e-9
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_slot_with_a_bad_gradient_is_dropped_on_all_workers_and_alone(
+    pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
+) -> None:
+    healthy = gloo_pair.weights(train(base, [members(base)[0], members(base)[2]]))
+    for found in pair:
+        after = dict(found["poisoned", stage])
+        assert "gradient not finite at step" in after.pop("bad")
+        assert worst(after, healthy) <= LAW
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_worker_without_rows_takes_part(pair: list[dict[Any, Any]], base: BaseModel, stage: int | None) -> None:
+    alone = gloo_pair.weights(train(base, gloo_pair.one_row(base)))
+    for found in pair:
+        assert worst(found["one row", stage], alone) <= LAW
+
+
+@pytest.mark.parametrize(("before", "after"), [(3, 2), (1, 3), (None, 3), (2, None), (0, 1)])
+def test_a_run_is_resumed_at_another_stage(
+    pair: list[dict[Any, Any]], local: dict[str, Any], before: int | None, after: int | None
+) -> None:
+    for found in pair:
+        assert worst(found["resumed", before, after], local) <= LAW
+        assert found["first step", before, after] == 13, "it began anew, or further back than its last checkpoint"
+
+
+def test_a_run_of_two_workers_is_resumed_by_one(
+    pair: list[dict[Any, Any]], base: BaseModel, local: dict[str, Any], folder: Path
+) -> None:
+    assert pair
+    seen: list[int] = []
+    checkpoints = series(folder / "alone", members(base))
+    resumed = train(base, members(base), checkpoints=checkpoints, on_step=lambda report: seen.append(report.step))
+    assert seen == list(range(13, 21))
+    assert worst(gloo_pair.weights(resumed), local) <= LAW
+
+
+def test_zero_3_repeats_its_trace(pair: list[dict[Any, Any]]) -> None:
+    """One forward and one backward a step: nothing is invalidated, and a change would be noticed."""
+    assert pair[0]["invalidations", 3] == 0
+    assert pair[0]["control"] > 0, "the count sees nothing, so its zero says nothing"
+
+
+def test_nothing_is_compiled(pair: list[dict[Any, Any]], folder: Path) -> None:
+    assert pair
+    assert not (folder / "extensions").exists()
+
+
+def test_another_deepspeed_than_the_tested_one_is_refused(monkeypatch: pytest.MonkeyPatch, base: BaseModel) -> None:
+    monkeypatch.setattr(zero, "TESTED", "0.1")
+    with pytest.raises(CatClusterError, match=r"needs deepspeed 0\.1\.x"), zero._without_compiler():
+        pass

@@ -1,0 +1,65 @@
+"""The registry in an S3 bucket behaves as in a folder: published, found, verified, raced for, damaged, deleted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from cat_cluster.errors import AdapterFormatError, AdapterNotFoundError
+from cat_cluster.registry import AdapterDraft, Registry
+from cat_cluster.store import open_store
+
+MakeDraft = Callable[..., AdapterDraft]
+
+
+@pytest.fixture
+def url(s3_bucket: str) -> str:
+    return f"{s3_bucket}/prod"
+
+
+def test_what_is_published_comes_back_to_another_reader(
+    url: str, make_draft: MakeDraft, unet: UNet2DConditionModel
+) -> None:
+    draft = make_draft()
+    published = Registry(open_store(url)).publish(draft)
+    registry = Registry(open_store(url))
+    manifest = registry.resolve("cup")
+    assert manifest == published == registry.resolve(published.name)
+    weights = registry.load_weights(manifest, base_fingerprint=draft.base_fingerprint, unet=unet)
+    assert all(torch.equal(layer.up, draft.weights.layers[name].up) for name, layer in weights.layers.items())
+    assert registry.verify("cup", base_fingerprint=draft.base_fingerprint, unet=unet).ok
+    with pytest.raises(AdapterNotFoundError, match=url):
+        registry.resolve("mug")
+
+
+def test_of_two_that_publish_one_revision_both_see_the_same_and_no_move_is_lost(
+    url: str, make_draft: MakeDraft
+) -> None:
+    drafts = [make_draft(), make_draft(weights=make_draft(seed=9).weights)]
+
+    def work(draft: AdapterDraft) -> tuple[str, list[int]]:
+        registry = Registry(open_store(url))
+        manifest = registry.publish(draft)
+        moves = [registry.set_alias("cup", "prod", manifest.revision).number for _ in range(6)]
+        return manifest.model_dump_json(), moves
+
+    with ThreadPoolExecutor(2) as pool:
+        (one, one_moves), (other, other_moves) = pool.map(work, drafts)
+    assert one == other
+    assert sorted([*one_moves, *other_moves]) == list(range(1, 13))
+
+
+def test_damaged_weights_are_refused_and_a_revision_can_be_deleted(url: str, make_draft: MakeDraft) -> None:
+    registry = Registry(open_store(url))
+    manifest = registry.publish(make_draft())
+    key = manifest.objects["weights"].key
+    registry.store.put(key, registry.store.get(key)[:-1] + b"\0")
+    with pytest.raises(AdapterFormatError, match=key):
+        registry.read_object(manifest, "weights")
+    registry.set_alias("cup", "latest", registry.publish(make_draft(seed=1)).revision)
+    registry.delete("cup", manifest.revision)
+    assert key not in registry.store.list("")

@@ -1,0 +1,189 @@
+"""Recorders: what the loop reports is what the metrics and TensorBoard show, each step once, also after a resume."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.errors import OutputError
+from cat_cluster.store.protocol import check_key
+from cat_cluster.telemetry import Metrics, PrometheusBackend
+from cat_cluster.training.history import ConceptLoss
+from cat_cluster.training.loop import StepReport
+from cat_cluster.training.recorders import TensorBoardRecorder, TrainingMetrics
+from tests.tiny_jobs import largest_file
+from tests.unit.training.test_loop import STEPS, members, train
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+def report(step: int, *, loss: float = 0.5, attempt: float = 0.0) -> StepReport:
+    losses = {
+        "mug": {"sks": ConceptLoss(loss, 0.25)},
+        "tea": {"zwx": ConceptLoss(attempt, None), "<shs>": ConceptLoss(0.125, 0.75)},
+    }
+    return StepReport(step, 20, 0.5, 6, losses, {}, {"mug": {"sks": 2.0}})
+
+
+def curves(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def curve(folder: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in curves(folder).Scalars(tag)]
+
+
+def series(backend: PrometheusBackend) -> dict[tuple[str, ...], float]:
+    families = text_string_to_metric_families(backend.exposition().decode())
+    return {(one.name, *one.labels.values()): one.value for family in families for one in family.samples}
+
+
+def test_a_report_fills_the_metrics() -> None:
+    backend = PrometheusBackend()
+    recorder = TrainingMetrics(Metrics(backend))
+    recorder.step(report(1, loss=0.9))
+    recorder.step(report(2))
+    found = series(backend)
+    assert found["cat_training_steps_total",] == 2.0
+    assert found["cat_training_rows_total",] == 12.0
+    assert found["cat_training_steps_per_second",] == 2.0
+    assert found["cat_training_rows_per_second",] == 12.0
+    assert found["cat_training_identity_loss", "mug", "sks"] == 0.5
+    assert found["cat_training_cat_loss", "tea", "<shs>"] == 0.75
+    assert ("cat_training_cat_loss", "tea", "zwx") not in found
+
+
+def test_a_drop_counts_once_and_not_again_after_a_resume(base: BaseModel) -> None:
+    backend = PrometheusBackend()
+    recorder = TrainingMetrics(Metrics(backend))
+    pack = members(base)
+    pack[0].task.concepts[0].moments_NCHW[:] = float("nan")
+    reports: list[StepReport] = []
+    train(base, pack, on_step=lambda one: (recorder.step(one), reports.append(one)))
+    assert [set(one.dropped) for one in reports] == [{"mug"}] * STEPS
+    assert series(backend)["cat_training_dropped_adapters_total",] == 1.0
+    resumed = PrometheusBackend()
+    TrainingMetrics(Metrics(resumed)).step(reports[7])
+    assert series(resumed)["cat_training_dropped_adapters_total",] == 0.0
+
+
+def test_tensorboard_shows_what_the_loop_reports(base: BaseModel, tmp_path: Path) -> None:
+    recorder = TensorBoardRecorder(tmp_path)
+    reports: list[StepReport] = []
+    train(base, members(base), on_step=lambda one: (recorder.step(one), reports.append(one)))
+    recorder.close()
+    wanted = {
+        *(f"{loss}/{of}" for loss in ("identity_loss", "cat_loss") for of in ("mug/sks", "tea/zwx", "tea/ohwx")),
+        "identity_loss/plain/sks",
+        "speed/steps_per_second",
+        "speed/rows_per_second",
+    }
+    assert set(curves(tmp_path).Tags()["scalars"]) == wanted
+    shown = curve(tmp_path, "identity_loss/tea/ohwx")
+    assert shown == [(one.step, pytest.approx(one.losses["tea"]["ohwx"].identity)) for one in reports]
+
+
+def test_scales_speed_and_tokens_of_any_letters_are_kept(tmp_path: Path) -> None:
+    recorder = TensorBoardRecorder(tmp_path / "made" / "here")
+    recorder.step(report(1))
+    recorder.flush()
+    folder = tmp_path / "made" / "here"
+    assert curve(folder, "alpha_scale/mug/sks") == [(1, 2.0)]
+    assert curve(folder, "cat_loss/tea/<shs>") == [(1, 0.75)]
+    assert curve(folder, "speed/steps_per_second") == [(1, 2.0)]
+    assert curve(folder, "speed/rows_per_second") == [(1, 12.0)]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["same-folder", "fetched-from-the-store"])
+def test_after_a_resume_every_step_is_shown_once(tmp_path: Path, elsewhere: bool) -> None:
+    first, second = tmp_path / "first", tmp_path / "second" if elsewhere else tmp_path / "first"
+    killed = TensorBoardRecorder(first)
+    for step in range(1, 10):
+        killed.step(report(step, attempt=1.0))
+    picture = Image.new("RGB", (8, 8), "red")
+    killed.images("mug", 3, picture)
+    killed.images("mug", 9, picture)
+    uploaded = killed.files()
+    killed.close()
+    resumed = TensorBoardRecorder(second)
+    for step in range(6, 13):
+        resumed.step(report(step, attempt=2.0))
+    resumed.images("mug", 9, Image.new("RGB", (8, 8), "blue"))
+    uploaded |= resumed.files()
+    assert len(uploaded) == 2
+    assert all(check_key(f"runs/cup/tensorboard/{name}") for name in uploaded)
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    for name, data in uploaded.items():
+        (shown / name).write_bytes(data)
+    wanted = [(step, 1.0) for step in range(1, 6)] + [(step, 2.0) for step in range(6, 13)]
+    assert curve(shown, "identity_loss/tea/zwx") == wanted
+    assert [event.step for event in curves(shown).Images("samples/mug")] == [3, 9]
+
+
+def test_files_hold_all_that_was_recorded_so_far(tmp_path: Path) -> None:
+    recorder = TensorBoardRecorder(tmp_path)
+    assert recorder.files() == {}
+    recorder.flush()
+    recorder.close()
+    recorder.step(report(1))
+    (one,) = recorder.files().items()
+    recorder.step(report(2))
+    (two,) = recorder.files().items()
+    assert one[0] == two[0]
+    assert two[1].startswith(one[1])
+    assert len(two[1]) > len(one[1])
+    recorder.close()
+    recorder.close()
+    assert recorder.files() == dict([two])
+
+
+def test_a_picture_is_kept_as_it_is(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
+    recorder = TensorBoardRecorder(tmp_path)
+    recorder.images("mug", 4, Image.fromarray(pixels))
+    recorder.close()
+    (event,) = curves(tmp_path).Images("samples/mug")
+    assert (event.step, event.width, event.height) == (4, 20, 30)
+    (tmp_path / "shown.png").write_bytes(event.encoded_image_string)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "shown.png")), pixels)
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write TensorBoard files in .*file/tensorboard"):
+        TensorBoardRecorder(tmp_path / "file" / "tensorboard")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of TensorBoard's own thread
+def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+    recorder = TensorBoardRecorder(tmp_path / "small")
+    recorder.step(report(1))
+
+    def go_on() -> None:
+        for step in range(2, 100):
+            recorder.step(report(step))
+            recorder.flush()
+
+    with largest_file(1000), pytest.raises(OutputError, match=r"small.*free space"):
+        go_on()
+    recorder.step(report(200))
+    recorder.close()
+    steps = [step for step, _ in curve(tmp_path / "small", "alpha_scale/mug/sks")]
+    assert (steps[0], steps[-1]) == (1, 200)
+
+
+def test_tensorboard_is_loaded_by_those_who_use_it_only() -> None:
+    code = "import sys, cat_cluster.training.recorders; sys.exit('tensorboard' in sys.modules or 'ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
