@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from cat_cluster.cli_jobs import mount
 from cat_cluster.errors import CatClusterError
 from cat_cluster.settings import load_settings
 
@@ -34,6 +35,7 @@ app.add_typer(adapters_app, name="adapters")
 app.add_typer(base_app, name="base")
 app.add_typer(pocket_app, name="pocket")
 app.add_typer(spec_app, name="spec")
+mount(app)
 
 people = Console(stderr=True)
 
@@ -69,7 +71,7 @@ def train(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML); see `cat-cluster spec schema`.")],
     storage: Storage = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster this machine is part of. Default: $RAY_ADDRESS, else Ray starts here.")
+        str | None, typer.Option(help="Ray cluster this machine is in. Default: $RAY_ADDRESS, else Ray starts here.")
     ] = None,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Train in this process, one pack after the other, without Ray.")

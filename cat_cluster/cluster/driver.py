@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cat_cluster import telemetry
 from cat_cluster.cluster.ray_jobs import current_job
 from cat_cluster.cluster.ray_metrics import RayBackend
-from cat_cluster.cluster.session import ClusterSize, check_cluster, ray_session
+from cat_cluster.cluster.session import PACK_THREAD, ClusterSize, check_cluster, ray_session
 from cat_cluster.cluster.tasks import evaluate_on_ray, pack_size_on_ray
 from cat_cluster.cluster.trainer import PackOrder, train_on_ray, workers_of
 from cat_cluster.errors import CatClusterError
@@ -86,7 +86,7 @@ class _Pack:
     thread: threading.Thread | None = None
 
     def start(self) -> None:
-        self.thread = threading.Thread(target=self._train, name=f"pack-{self.order.number}", daemon=True)
+        self.thread = threading.Thread(target=self._train, name=f"{PACK_THREAD}{self.order.number}", daemon=True)
         self.thread.start()
 
     def _train(self) -> None:
@@ -145,7 +145,10 @@ class _Driver:
             done = already_published(adapter, self._registry)
             if done is not None:
                 self._keep(done)
-            elif self._is_trained(adapter):
+                continue
+            stored = checkpoints_of(adapter, self._registry.store).steps()
+            self._writer.adapter(adapter.resolved.id, step=max(stored, default=0))
+            if adapter.resolved.training.steps in stored:
                 self._measure(adapter, 0.0)
             else:
                 untrained.append(adapter)
@@ -155,14 +158,11 @@ class _Driver:
             lambda group: pack_size_on_ray(group, self._job, self._settings, on_gpus=self._size.on_gpus),
         )
         self._waiting.extend(packs)
-        if packs:
+        if len(packs) > 1:
             self._listener.message(
-                f"{len(untrained)} adapters in {len(packs)} packs, {self._side_by_side()} at a time, on "
-                f"{self._size.workers} {'GPUs' if self._size.on_gpus else 'CPUs'}"
+                f"{len(untrained)} adapters in {len(packs)} packs, {min(len(packs), self._side_by_side())} at a time, "
+                f"on {self._size.workers} {'GPUs' if self._size.on_gpus else 'CPUs'}"
             )
-
-    def _is_trained(self, adapter: PreparedAdapter) -> bool:
-        return adapter.resolved.training.steps in checkpoints_of(adapter, self._registry.store).steps()
 
     def _side_by_side(self) -> int:
         workers = self._job.cluster.workers

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import ray
 from cat_cluster.errors import ClusterError, SpecError
 from cat_cluster.spec import JobSpec
 
+PACK_THREAD = "pack-"  # begins the names of the threads that train packs
 START_SECONDS = 3600  # a worker group may wait for pods to start, or for evaluations that hold its processors
 
 
@@ -57,7 +59,9 @@ def ray_session(address: str | None = None) -> Iterator[ClusterSize]:
         resources = ray.cluster_resources()
         yield ClusterSize(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
     finally:
-        if not joined:
+        # With a pack still inside, a shutdown would end this process at once, before it has said why it stops: then
+        # Ray goes with the process.
+        if not joined and not any(thread.name.startswith(PACK_THREAD) for thread in threading.enumerate()):
             ray.shutdown()
 
 

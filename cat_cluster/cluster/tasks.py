@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import torch
+from transformers.utils import logging as transformers_logging
 
 from cat_cluster import telemetry
 from cat_cluster.cluster.ray_metrics import RayBackend
@@ -68,6 +69,7 @@ def _evaluate(
     board: Any,
 ) -> AdapterResult:
     torch.set_num_threads(1)
+    transformers_logging.disable_progress_bar()  # its bars for files that load in a moment would fill the job's log
     metrics = telemetry.Metrics(RayBackend())
     told = 0.0
 

@@ -51,7 +51,7 @@ def _peak_bytes(base: BaseModel, bank: LoraBank, members: Sequence[PackMember], 
         return torch.cuda.max_memory_allocated(base.device) - before
     before = _reset_peak()
     train_pack(base, bank, members, settings)
-    return max(0, _peak_resident() - before)
+    return max(0, peak_resident() - before)
 
 
 def _reset_peak() -> int:
@@ -61,7 +61,8 @@ def _reset_peak() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def _peak_resident() -> int:
+def peak_resident() -> int:
+    """Return the most bytes of memory that this process has held at once, since its last reset."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

@@ -75,17 +75,17 @@ def concept_task(base: BaseModel, name: str, rows: int, levers: Levers) -> Adapt
     )
 
 
-def sd15_sized_base() -> BaseModel:
-    """Return a base with the U-Net of Stable Diffusion 1.5's size, random weights, on the GPU: for timing alone.
+def sd15_sized_base(*, on: str = "cuda", latent_size: int = 64) -> BaseModel:
+    """Return a base with the U-Net of Stable Diffusion 1.5's size, random weights, for measuring alone.
 
     Text encoder and VAE are small stand-ins of the right shapes: a step asks neither, once texts are cached. Raises
-    SpecError without a GPU.
+    SpecError for a GPU that is not there.
     """
-    if not torch.cuda.is_available():
+    if on == "cuda" and not torch.cuda.is_available():
         raise SpecError("the size sd15 is measured on a GPU, and this torch sees none: use the size pocket")
-    pocket, device = load_base_model("pocket"), torch.device("cuda")
+    pocket, device = load_base_model("pocket"), torch.device(on)
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)  # the other defaults are SD 1.5's own
+    unet = UNet2DConditionModel(sample_size=latent_size, cross_attention_dim=768)  # the other defaults are SD 1.5's own
     vae = AutoencoderKL(
         block_out_channels=(32, 32, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 4,

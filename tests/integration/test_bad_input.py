@@ -229,7 +229,8 @@ def test_too_few_evaluation_images_are_refused_before_training(
     evaluation = {"judge": str(judge_folder), "prompts": ["a {}"], "images_per_prompt": 1}
     spec = write_spec(tmp_path / "spec.yaml", tiny_base_folder, [adapter("cup", photos)], evaluation=evaluation)
     storage = tmp_path / "storage"
-    assert_refused(command("train", "--in-process", spec, "--storage", storage, "--json"), "evaluation.images_per_prompt")
+    finished = command("train", "--in-process", spec, "--storage", storage, "--json")
+    assert_refused(finished, "evaluation.images_per_prompt")
     assert not storage.exists(), "training was begun for nothing"
 
 

@@ -64,7 +64,8 @@ def test_a_changed_spec_makes_a_new_revision_and_latest_moves(
 ) -> None:
     old = open_registry(published.storage).resolve("cup")
     spec = write_spec(tmp_path / "changed.yaml", published.base, [adapter("cup", photos)], storage="storage")
-    finished = command("train", "--in-process", spec, "--json")  # the storage is the spec's own, relative to the spec file
+    # The storage is the spec's own, relative to the spec file.
+    finished = command("train", "--in-process", spec, "--json")
     assert finished.code == 0
     [one] = finished.json()["adapters"]
     registry = open_registry(published.storage)

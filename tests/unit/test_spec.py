@@ -156,7 +156,11 @@ training: {steps: true}
         (("adapters", 0, "concepts", 0, "token"), "photo", "an ordinary word of the prior prompt"),
         (("adapters", 0, "concepts", 0, "alpha"), -1, "greater than or equal to 0"),
         (("adapters", 0, "concepts", 0, "weight"), 0, "greater than 0"),
-        (("adapters", 0, "concepts", 0, "images"), "gs://bucket/cup", "not supported: images lie in a folder or under s3://"),
+        (
+            ("adapters", 0, "concepts", 0, "images"),
+            "gs://bucket/cup",
+            "not supported: images lie in a folder or under s3://",
+        ),
         (("adapters", 0, "concepts", 0, "template"), "a photo of a cup", "must hold {token}"),
         (("adapters", 0, "concepts", 0, "template"), "a {token}-ish cup", "as a word of its own"),
         (("adapters", 0, "concepts", 0, "template"), "a {token} {noun}", "'{noun}' is not a place"),

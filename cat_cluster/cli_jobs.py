@@ -1,0 +1,235 @@
+"""Commands for jobs on a Ray cluster: `submit`, and `jobs list|status|logs|stop` for what became of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cat_cluster.run_progress import RunProgress, is_alive
+from cat_cluster.runs import Run, list_runs
+from cat_cluster.settings import load_settings
+from cat_cluster.store import ObjectStore, open_store
+
+# Ray takes a second to import and the photos' readers more: commands import what they need.
+
+jobs_app = typer.Typer(no_args_is_help=True, help="Runs on a Ray cluster: how they stand, their logs, stopping them.")
+people = Console(stderr=True)
+
+Storage = Annotated[
+    str | None, typer.Option("--storage", help="Folder or s3:// address. Default: the spec's, else $CAT_STORAGE.")
+]
+StoreOption = Annotated[
+    str | None, typer.Option("--storage", help="Storage the job was submitted with. Default: $CAT_STORAGE.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."),
+]
+Token = Annotated[
+    str | None,
+    typer.Option("--token", help="Token of the cluster. Default: $RAY_AUTH_TOKEN or the file $RAY_AUTH_TOKEN_PATH."),
+]
+CaFile = Annotated[
+    Path | None, typer.Option("--ca", exists=True, dir_okay=False, help="Certificates to trust for an https address.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="Run, as `jobs list` prints it.")]
+
+
+def mount(app: typer.Typer) -> None:
+    """Add the commands of this file to the command line."""
+    app.command()(submit)
+    app.add_typer(jobs_app, name="jobs")
+
+
+def submit(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML); see `cat-cluster spec schema`.")],
+    address: Annotated[
+        str,
+        typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."),
+    ],
+    storage: Storage = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; exit 1 if it fails.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start also when the run is done, or take it over from its driver.")
+    ] = False,
+    token: Token = None,
+    ca: CaFile = None,
+    runtime_env: Annotated[
+        Path | None, typer.Option(help="Ray runtime environment of the job, a YAML or JSON file.")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Environment variable of the job; may be repeated.")
+    ] = None,
+    pass_env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Variable of this shell to copy into the job's; the dashboard shows it."),
+    ] = None,
+    image: Annotated[str | None, typer.Option(metavar="URI", help="Container image the job runs in.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a job spec on a Ray cluster. The same spec again resumes, or says that it is running or done."""
+    from cat_cluster.cluster.ray_jobs import open_cluster
+    from cat_cluster.cluster.submit import read_runtime_env, submit_run
+    from cat_cluster.spec import load_spec
+
+    job = load_spec(spec)
+    cluster = open_cluster(address, token, ca)
+    store = open_store(storage or job.storage or load_settings().storage)
+    environment = read_runtime_env(runtime_env, env or (), pass_env or (), image)
+    submission = submit_run(job, store, cluster, runtime_env=environment, force=force)
+    run = Run(store, submission.run_id)
+    if submission.outcome == "already done":
+        people.print(f"{run.run_id} is already done; --force runs it again", soft_wrap=True)
+    else:
+        people.print(f"submitted {run.run_id} as Ray job {submission.job}", soft_wrap=True)
+    if wait:
+        _follow(run, address, token, ca, as_json=as_json)
+        return
+    if as_json:
+        record = {"run_id": run.run_id, "outcome": submission.outcome, "job": submission.job, "storage": store.url}
+        _print_json(record)
+    elif submission.job is not None:
+        people.print(f"follow it  {_follow_command(run, address)}", soft_wrap=True, markup=False)
+
+
+@jobs_app.command("list")
+def jobs_list(storage: StoreOption = None, as_json: AsJson = False) -> None:
+    """List the runs of a storage, newest first."""
+    from cat_cluster.run_view import runs_table
+
+    store = _store(storage)
+    runs, damaged = list_runs(store)
+    for run_id in damaged:
+        people.print(f"[red]the record of {run_id} is damaged[/red]: submit its job again with --force", soft_wrap=True)
+    if as_json:
+        _print_json({"runs": [_run_json(run) for run in runs], "damaged": damaged})
+    elif runs:
+        Console().print(runs_table(runs))
+    else:
+        people.print(f"no runs in storage {store.url}; give --storage if they are in another", soft_wrap=True)
+
+
+@jobs_app.command("status")
+def jobs_status(
+    run_id: RunId,
+    storage: StoreOption = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; exit 1 if it fails.")] = False,
+    address: Address = None,
+    token: Token = None,
+    ca: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how a run stands: per adapter its state, step, losses, metrics or what went wrong. Asks the storage alone;
+    with --wait and --address also the cluster, when the driver falls silent."""
+    from cat_cluster.run_view import adapters_table, state_text
+
+    run = Run(_store(storage), run_id)
+    if wait:
+        _follow(run, address, token, ca, as_json=as_json)
+        return
+    progress = run.progress()
+    if as_json:
+        _print_json(_run_json(progress))
+        return
+    console = Console()
+    console.print(f"{progress.run_id} ({progress.name})", markup=False, highlight=False)
+    reason = f": {progress.reason}" if progress.reason else ""
+    console.print(
+        f"{state_text(progress)}, attempt {progress.attempt}{reason}", markup=False, highlight=False, soft_wrap=True
+    )
+    console.print(adapters_table(progress))
+
+
+@jobs_app.command("logs")
+def jobs_logs(
+    run_id: RunId,
+    address: Annotated[
+        str,
+        typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."),
+    ],
+    token: Token = None,
+    ca: CaFile = None,
+) -> None:
+    """Print the log of a run's last Ray job on the cluster."""
+    from cat_cluster.cluster.ray_jobs import job_logs, open_cluster
+    from cat_cluster.errors import ClusterError
+    from cat_cluster.runs import check_run_id
+
+    check_run_id(run_id)
+    try:
+        typer.echo(job_logs(open_cluster(address, token, ca), run_id), nl=False)
+    except ClusterError as error:
+        raise ClusterError(
+            f"{error}\nThe log lives and dies with the cluster; how the run stands is in the storage: "
+            f"`cat-cluster jobs status {run_id}`"
+        ) from error
+
+
+@jobs_app.command("stop")
+def jobs_stop(
+    run_id: RunId,
+    storage: StoreOption = None,
+    address: Address = None,
+    token: Token = None,
+    ca: CaFile = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask a run to stop; with --address its Ray jobs are stopped too. Submitting the job again goes on from there."""
+    from cat_cluster.cluster.ray_jobs import open_cluster
+    from cat_cluster.cluster.submit import stop_run
+
+    run = Run(_store(storage), run_id)
+    attempt, jobs = stop_run(run, None if address is None else open_cluster(address, token, ca))
+    if as_json:
+        _print_json({"run_id": run_id, "attempt": attempt, "jobs": jobs})
+        return
+    people.print(f"asked attempt {attempt} of {run_id} to stop", soft_wrap=True)
+    for job in jobs:
+        people.print(f"stopping Ray job {job}", soft_wrap=True)
+
+
+def _follow(run: Run, address: str | None, token: str | None, ca: Path | None, *, as_json: bool) -> None:
+    """Show a run until it ends; exit code 1 when it failed or was stopped, 130 when the user has seen enough."""
+    from cat_cluster.cluster.follow import follow_run
+    from cat_cluster.cluster.ray_jobs import open_cluster
+    from cat_cluster.run_view import RunBars
+
+    cluster = None if address is None else open_cluster(address, token, ca)
+    try:
+        with RunBars(people) as bars:
+            progress = follow_run(run, bars, cluster)
+    except KeyboardInterrupt:
+        people.print("\ndetached; the run goes on", soft_wrap=True)
+        people.print(f"follow it  {_follow_command(run, address)}", soft_wrap=True, markup=False)
+        people.print(f"stop it    cat-cluster jobs stop {run.run_id}{_options(run, address)}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    if as_json:
+        _print_json(_run_json(progress))
+    if progress.state != "done":
+        raise typer.Exit(1)
+
+
+def _follow_command(run: Run, address: str | None) -> str:
+    return f"cat-cluster jobs status {run.run_id} --wait{_options(run, address)}"
+
+
+def _options(run: Run, address: str | None) -> str:
+    return f" --storage {run.store.url}" + (f" --address {address}" if address else "")
+
+
+def _run_json(progress: RunProgress) -> dict[str, Any]:
+    return {**progress.model_dump(mode="json"), "alive": is_alive(progress)}
+
+
+def _store(storage: str | None) -> ObjectStore:
+    return open_store(storage or load_settings().storage)
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,231 @@
+"""What the cluster costs and gains: engines and Ray against the bare loop, checkpoints, sharding, batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from cat_cluster.base_model import load_base_model
+from cat_cluster.demo import draw_photos
+from cat_cluster.errors import CatClusterError
+from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.pocket import world
+from cat_cluster.store import open_store
+from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter
+from cat_cluster.training.engine import TorchEngine
+from jobs.benchmark.pair import ADAPTERS, LEVERS, STAGES, STEPS, WARM, step_seconds
+from jobs.benchmark.record import write_result
+from jobs.benchmark.workbench import concept_task, pack_step, take_turns
+
+PARTS = ("steps", "ray", "checkpoints", "sharding", "batch")
+CHECKPOINT_EVERY = 50  # the spec's default
+CHECKPOINT_ADAPTERS = 8
+BATCH, SINGLES = 20, 5
+PATIENCE_SECONDS = 3600
+
+
+def run(console: Console, parts: Sequence[str]) -> list[Path]:
+    """Measure the parts and write a result file for each; raises CatClusterError for an unknown part."""
+    measures = {
+        "steps": measure_steps,
+        "ray": measure_ray,
+        "checkpoints": measure_checkpoints,
+        "sharding": measure_sharding,
+        "batch": measure_batch,
+    }
+    unknown = sorted(set(parts) - measures.keys())
+    if unknown:
+        raise CatClusterError(f"no part {unknown[0]!r}: the parts are {', '.join(PARTS)}")
+    paths = []
+    for part in parts:
+        console.print(f"measuring {part}")
+        paths.append(write_result(f"cluster-{part}", measures[part](console)))
+    return paths
+
+
+def measure_steps(console: Console) -> dict[str, Any]:
+    """Two workers of one thread each: a step with every engine, against one process with both threads."""
+    torch.set_num_threads(2)
+    whole = step_seconds(load_base_model("pocket"), ADAPTERS, 4, TorchEngine, WARM + STEPS)
+    alone = 1e3 * statistics.median(whole[WARM:])
+    turns = run_pair("steps")[0]
+    bare = turns["torch"]
+    engines = {
+        name: {
+            "step_ms": statistics.median(values),
+            "to_torch": statistics.median(a / b for a, b in zip(values, bare, strict=True)),
+        }
+        for name, values in turns.items()
+    }
+    console.print(engines)
+    return {"adapters": ADAPTERS, "rows_per_concept": 4, "one_process_two_threads_ms": alone, "engines": engines}
+
+
+def measure_ray(console: Console) -> dict[str, Any]:
+    """The same pack through Ray Train: a step of its workers, and what a start costs."""
+    found: dict[str, Any] = {}
+    for name in ("torch", "zero 2", "zero 3"):
+        with tempfile.TemporaryDirectory() as folder:
+            changes = {"workers": 2, "zero_stage": STAGES[name], "max_pack": ADAPTERS, "checkpoint_every": 10**6}
+            spec = write_spec(Path(folder), ADAPTERS, steps=60, cluster=changes, evaluation={"enabled": False})
+            found[name] = train_timed(spec, Path(folder) / "storage")
+            console.print(f"{name}: {found[name]}")
+    return {"adapters": ADAPTERS, "rows_per_concept": 4, "engines": found}
+
+
+def measure_checkpoints(console: Console) -> dict[str, Any]:
+    """Fifty steps of a pack with its checkpoints, in the background, against fifty without, in turns."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+    base = load_base_model("pocket")
+    tasks = [concept_task(base, f"c{n}", 4, LEVERS) for n in range(CHECKPOINT_ADAPTERS)]
+    storage = os.environ.get("CAT_STORAGE")
+    with tempfile.TemporaryDirectory() as folder, pack_step(base, tasks, LEVERS) as step:
+        store = open_store(storage or folder)
+        series = [CheckpointStore(store, f"runs/benchmark/{task.adapter_id}", task.adapter_id) for task in tasks]
+        states = checkpoint_states(base)
+        writer = CheckpointWriter(series, CHECKPOINT_EVERY)
+        done = 0
+
+        def train(saving: bool) -> float:
+            nonlocal done
+            started = time.perf_counter()
+            for number in range(1, CHECKPOINT_EVERY + 1):
+                step()
+                done += 1
+                if saving and writer.due(number):
+                    writer.save([AdapterState(done, state) for state in states])
+            return time.perf_counter() - started
+
+        with writer:
+            turns = take_turns({"without": lambda: train(False), "with": lambda: train(True)}, 4)
+        for one in series:
+            one.clear()
+    ratio = turns["with"].ratio(turns["without"])
+    size = sum(t.numel() * t.element_size() for state in states for parts in state for t in parts)
+    result = {
+        "adapters": CHECKPOINT_ADAPTERS,
+        "steps": CHECKPOINT_EVERY,
+        "checkpoints": 2,
+        "store": store.url.split(":")[0],
+        "checkpoint_mib": size / 2**20,
+        "seconds_without": turns["without"].median,
+        "ratio": ratio,
+        "turns": {name: list(timed.turns) for name, timed in turns.items()},
+    }
+    console.print(result)
+    return result
+
+
+def checkpoint_states(base: Any) -> list[tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]]:
+    """Parameters and moments of the size that the pack's adapters have."""
+    layers = [base.unet.get_submodule(name) for name in adapted_layers(base.unet, "attention_ff")]
+    linears = [getattr(layer, "base", layer) for layer in layers]
+    shapes = [shape for one in linears for shape in ((8, one.in_features), (one.out_features, 8))]
+    one = tuple((torch.randn(shape), torch.randn(shape), torch.rand(shape)) for shape in shapes)
+    return [one] * CHECKPOINT_ADAPTERS
+
+
+def measure_sharding(console: Console) -> dict[str, Any]:
+    """What each of two workers holds of the base under ZeRO 2 and 3, pocket and of the size of SD 1.5."""
+    found: dict[str, Any] = {}
+    for size in ("pocket", "sd15"):
+        stages = {stage: run_pair(f"{size}-{stage}") for stage in (2, 3)}
+        resident = {stage: max(one["resident_base_mib"] for one in pair) for stage, pair in stages.items()}
+        found[size] = {
+            "ratio": resident[3] / resident[2],
+            **{f"zero {stage}": pair for stage, pair in stages.items()},
+        }
+        console.print({size: {"ratio": found[size]["ratio"], "resident": resident}})
+    return {"adapters": ADAPTERS, "rows_per_concept": 1, "latent_size": 16, "sizes": found}
+
+
+def measure_batch(console: Console) -> dict[str, Any]:
+    """Twenty concepts in one job on two workers, against jobs of one concept each, start-up included."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        common: dict[str, Any] = {"steps": 100, "evaluation": {"images_per_prompt": 1, "steps": 10}}
+        spec = write_spec(folder / "batch", BATCH, cluster={"workers": 2}, **common)
+        batch = train_timed(spec, folder / "batch" / "storage")
+        console.print(f"{BATCH} concepts in one job: {batch}")
+        singles = []
+        for number in range(SINGLES):
+            place = folder / f"single-{number}"
+            spec = write_spec(place, 1, first=number, cluster={"workers": 2}, **common)
+            singles.append(train_timed(spec, place / "storage"))
+            console.print(f"single {number}: {singles[-1]}")
+    each = statistics.mean(single["seconds"] for single in singles)
+    return {
+        "concepts": BATCH,
+        "training_steps": common["steps"],
+        "batch": batch,
+        "singles": singles,
+        "seconds_per_single": each,
+        "speed_up": BATCH * each / batch["seconds"],
+    }
+
+
+def run_pair(part: str) -> list[dict[str, Any]]:
+    """Run both workers of jobs/benchmark/pair.py to their end and return what each measured."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+        probe.close()
+        files = [Path(folder) / f"{rank}.json" for rank in (0, 1)]
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-m", "jobs.benchmark.pair", part, str(rank), port, str(file)],
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            for rank, file in enumerate(files)
+        ]
+        codes = [worker.wait(PATIENCE_SECONDS) for worker in workers]
+        if codes != [0, 0]:
+            raise CatClusterError(f"a worker of the pair ended with {codes}")
+        return [json.loads(file.read_text()) for file in files]
+
+
+def write_spec(folder: Path, concepts: int, *, steps: int, first: int = 0, **sections: Any) -> Path:
+    """Draw the photos of some concepts and write the job spec that teaches each as an adapter of its own."""
+    designs = list(world.CONCEPTS.values())
+    adapters = []
+    for number in range(first, first + concepts):
+        design = designs[number % len(designs)]
+        draw_photos(folder / f"photos-{number}", design, None)
+        concept = {"token": "sks", "class_noun": design.object, "images": str(folder / f"photos-{number}")}
+        adapters.append({"id": f"concept-{number}", "concepts": [concept], "training": {"seed": number}})
+    path = folder / "spec.yaml"
+    path.write_text(
+        yaml.safe_dump({"name": "benchmark", "adapters": adapters, "training": {"steps": steps}, **sections})
+    )
+    return path
+
+
+def train_timed(spec: Path, storage: Path) -> dict[str, Any]:
+    """Submit a job as a user does, in a process of its own, and return its wall time and its mean step."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        ["cat-cluster", "train", str(spec), "--storage", str(storage), "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+        check=False,
+    )
+    seconds = time.perf_counter() - started
+    if done.returncode != 0:
+        raise CatClusterError(f"the job failed: {done.stderr[-2000:]}")
+    adapters = json.loads(done.stdout)["adapters"]
+    return {"seconds": seconds, "published": sum(one["outcome"] == "published" for one in adapters)}

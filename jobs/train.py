@@ -1,0 +1,143 @@
+"""Entry point of the Ray job that drives a run: `python -m jobs.train --storage URL --run RUN_ID`, or with a SPEC file.
+
+It says how training goes in plain lines, for `cat-cluster jobs logs`; exit code 0 only if no adapter failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from cat_cluster.errors import CatClusterError, SupersededError
+from cat_cluster.run_progress import RunState
+from cat_cluster.runs import Run
+from cat_cluster.settings import load_settings
+from cat_cluster.spec import JobSpec, load_spec
+from cat_cluster.store import open_store
+
+if TYPE_CHECKING:
+    from cat_cluster.training.loop import StepReport
+    from cat_cluster.workflow import AdapterResult
+
+LINE_SECONDS = 10.0  # between two lines about the steps of a pack
+
+
+class LogListener:
+    """A JobListener that writes one line with the time for each event, and one in ten seconds for steps."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+
+    def message(self, text: str) -> None:
+        """Write a line."""
+        say(text)
+
+    def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None:
+        """Say which adapters train together."""
+        say(f"training {', '.join(adapter_ids)}: {steps} steps")
+
+    def step(self, report: StepReport) -> None:
+        """Write the step and the losses of each token, not at every step."""
+        if time.monotonic() - self._last < LINE_SECONDS and report.step not in (1, report.steps):
+            return
+        self._last = time.monotonic()
+        losses = "; ".join(
+            f"{adapter_id} {token} identity {loss.identity:.4f}" + ("" if loss.cat is None else f" cat {loss.cat:.5f}")
+            for adapter_id, tokens in report.losses.items()
+            for token, loss in tokens.items()
+        )
+        dropped = "".join(f"; dropped {adapter_id}: {reason}" for adapter_id, reason in report.dropped.items())
+        say(f"step {report.step}/{report.steps}: {losses}{dropped}")
+
+    def images(self, adapter_id: str, done: int, total: int) -> None:
+        """Say when measuring an adapter is done."""
+        if done == total:
+            say(f"measured {adapter_id}")
+
+    def finished(self, result: AdapterResult) -> None:
+        """Say what became of an adapter."""
+        say(f"{result.outcome} {result.adapter_id}: {result.reason or result.revision}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job and return the exit code."""
+    options = _options(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    run = None
+    try:
+        settings = load_settings()
+        if options.run is not None:
+            run = Run(open_store(options.storage or settings.storage), options.run)
+            job, storage = run.read_spec(), run.store.url
+        else:
+            job = load_spec(options.spec)
+            storage = open_store(options.storage or job.storage or settings.storage).url
+        return _train(job, storage)
+    except CatClusterError as error:
+        say(f"error: {error}")
+        if not isinstance(error, SupersededError):
+            _record_end(run, "failed", str(error))
+        return 1
+    except (KeyboardInterrupt, SystemExit):  # Ray's own answer to SIGTERM, once a driver has joined it, is SystemExit
+        say("stopped; submit the job again to go on from the last checkpoint")
+        _record_end(run, "stopped")
+        return 130
+    except Exception as error:
+        _record_end(run, "failed", f"{type(error).__name__}: {error}")
+        raise
+
+
+def say(text: str) -> None:
+    """Write one line with the time, at once: the log is read while it grows."""
+    sys.stdout.write(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}\n")
+    sys.stdout.flush()
+
+
+def _train(job: JobSpec, storage: str) -> int:
+    from transformers.utils import logging
+
+    from cat_cluster.cluster.driver import run_on_ray
+
+    logging.disable_progress_bar()  # a log is no place for bars
+    say(f"{job.name}: adapters {', '.join(adapter.id for adapter in job.adapters)}; storage {storage}")
+    results = run_on_ray(job, storage, load_settings(), LogListener())
+    failed = [result.adapter_id for result in results if result.outcome == "failed"]
+    say(f"{len(results) - len(failed)} of {len(results)} adapters are done")
+    return 1 if failed else 0
+
+
+def _record_end(run: Run | None, state: RunState, reason: str | None = None) -> None:
+    """Let those who wait know of an end that came before the driver had a record of its own to write."""
+    if run is None:
+        return
+    with suppress(CatClusterError):
+        progress = run.progress()
+        if progress.state == "waiting":
+            run.write_progress(progress.changed(state=state, reason=reason))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop as Ctrl-C does, once: what follows is tidying up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m jobs.train", description="Drive a training run on this cluster.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", help="run whose job spec is in the storage")
+    what.add_argument("spec", nargs="?", type=Path, help="job spec (YAML)")
+    parser.add_argument("--storage", help="folder or s3:// address; default: the spec's, else $CAT_STORAGE")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What a person sees of runs in the store."""
+
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime, timedelta
+
+from rich.console import Console, RenderableType
+
+from cat_cluster.run_progress import AdapterProgress, RunProgress, TokenLoss
+from cat_cluster.run_view import RunBars, adapters_table, runs_table, state_text
+
+NOW = datetime.now(UTC)
+RUN = RunProgress(
+    run_id="run-0123456789ab",
+    name="spring [sale]",
+    state="running",
+    attempt=2,
+    started=NOW.isoformat(),
+    updated=NOW.isoformat(),
+    adapters=(AdapterProgress(id="cup", steps=10), AdapterProgress(id="tea", steps=10)),
+)
+
+
+def shown(what: RenderableType) -> str:
+    screen = io.StringIO()
+    Console(file=screen, width=160).print(what)
+    return screen.getvalue()
+
+
+def test_a_run_whose_driver_is_silent_looks_like_it() -> None:
+    silent = RUN.changed(updated=(NOW - timedelta(minutes=5)).isoformat())
+    assert state_text(RUN) == "running"
+    assert state_text(silent).startswith("running, silent for 30")
+    assert state_text(silent.changed(state="failed")) == "failed"
+    text = shown(runs_table([RUN, silent.with_adapter("cup", state="failed")]))
+    assert text.count("spring [sale]") == 2
+    assert "0 of 2" in text
+    assert "1 of 2" in text
+
+
+def test_adapters_show_losses_metrics_and_reasons() -> None:
+    losses = {"[sks]": TokenLoss(identity=0.25, cat=0.002), "zwx": TokenLoss(identity=None)}
+    run = RUN.with_adapter("cup", state="training", step=3, losses=losses)
+    run = run.with_adapter("tea", state="rejected", revision="r-0123456789ab", reason="kps [0]", metrics={"kps": 0.01})
+    text = shown(adapters_table(run))
+    for part in ("3/10", "[sks] identity 0.2500 cat 0.00200", "zwx identity -", "r-0123456789ab; kps [0]; kps 0.010"):
+        assert part in text
+
+
+def test_bars_move_and_each_end_is_told_once() -> None:
+    screen = io.StringIO()
+    with RunBars(Console(file=screen, width=160, force_terminal=False)) as bars:
+        bars.show(RUN.changed(state="waiting"))
+        run = RUN.with_adapter("cup", state="training", step=4, losses={"sks": TokenLoss(identity=0.5)})
+        bars.show(run)
+        bars.message("no answer [yet]")
+        run = run.with_adapter("cup", state="published", step=10, revision="r-0123456789ab")
+        run = run.with_adapter("tea", state="failed", step=7, reason="gradient [x] not finite")
+        bars.show(run)
+        bars.show(run)
+        bars.show(run.changed(state="failed", reason="one adapter failed"))
+    text = screen.getvalue()
+    for part in (
+        "run-0123456789ab waiting, attempt 2",
+        "run-0123456789ab failed, attempt 2: one adapter failed",
+        "no answer [yet]",
+        "published cup r-0123456789ab",
+        "failed tea: gradient [x] not finite",
+    ):
+        assert text.count(part) == 1, text
+    assert "10/10" in text
+    assert "7/10" in text
