@@ -27,7 +27,6 @@ from cat_cluster.workflow import AdapterResult, JobListener
 CONCEPT = "striped-cup"
 TOKEN = "sks"
 PHOTOS = 6
-MORE_CONCEPTS = ("spotted-cup", "clown-fish")  # drawn for the example specs under jobs/specs, not trained here
 # LoRA and CAT see equal draws (one draw key), the same rank, rate and steps: the CAT term is the only difference.
 SPEC = {
     "name": "demo",
@@ -94,8 +93,9 @@ def write_spec(out: Path) -> Path:
     """Write the demo's photos with captions and its job spec, as a user would have them, and return the spec's path."""
     design = world.CONCEPTS[CONCEPT]
     draw_photos(out / "photos" / CONCEPT, design, TOKEN)
-    for name in MORE_CONCEPTS:
-        draw_photos(out / "photos" / name, world.CONCEPTS[name], None)
+    for name, other in world.CONCEPTS.items():  # for the example specs under jobs/specs; not trained here
+        if name != CONCEPT:
+            draw_photos(out / "photos" / name, other, None)
     concept = {"token": TOKEN, "class_noun": design.object, "images": f"photos/{CONCEPT}"}
     adapters = [
         {"id": f"{CONCEPT}-lora", "method": "lora", "concepts": [concept]},

@@ -13,7 +13,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -238,9 +238,11 @@ class FencedStore:
         self._store.check_access()
 
 
-def open_fenced_store(url: str, run_id: str, attempt: int) -> FencedStore:
+def open_fenced_store(
+    url: str, run_id: str, attempt: int, *, on_retry: Callable[[str], None] | None = None
+) -> FencedStore:
     """Return the store at the address, fenced for an attempt that somebody else holds: what a Ray worker opens."""
-    return FencedStore(Attempt(Run(open_store(url), run_id), attempt))
+    return FencedStore(Attempt(Run(open_store(url, on_retry=on_retry), run_id), attempt))
 
 
 def list_runs(store: ObjectStore) -> tuple[list[RunProgress], list[str]]:

@@ -38,7 +38,7 @@ class LabelSpec:
 LABELS: Mapping[str, LabelSpec] = {
     "adapter": LabelSpec("Adapter id.", pattern=r"[a-z0-9][a-z0-9-]{0,62}"),
     "token": LabelSpec("Token of the concept within its adapter.", pattern=r"[^\s,{}]+"),
-    "operation": LabelSpec("What was asked of the store.", ("get", "put", "exists", "list", "delete", "size")),
+    "operation": LabelSpec("What was asked of the store.", ("read", "write", "list", "delete")),
     "result": LabelSpec("hit: the prediction was kept; miss: the base model was asked.", ("hit", "miss")),
     "state": LabelSpec(
         "Where an adapter of the job stands.",

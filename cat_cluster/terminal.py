@@ -15,6 +15,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from cat_cluster.training.history import ConceptLoss
 from cat_cluster.training.loop import StepReport
@@ -31,7 +32,7 @@ class TerminalListener:
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=12),  # all of it fits 80 columns
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[detail]}"),
             console=console,

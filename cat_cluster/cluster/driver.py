@@ -34,6 +34,7 @@ from cat_cluster.store import open_store
 from cat_cluster.workflow import AdapterResult, JobListener, already_published, plan_packs
 
 POLL_SECONDS = 0.1
+HALT_SECONDS = 10.0  # that a pack's thread has to end in when the driver leaves early
 WATCH_SECONDS = 2.0  # between two looks whether the attempt still stands and nobody asked it to stop
 
 
@@ -84,6 +85,8 @@ class _Pack:
     started: float = field(default_factory=time.perf_counter)
     error: CatClusterError | None = None
     thread: threading.Thread | None = None
+    controller: Any = None
+    halted: bool = False
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self._train, name=f"{PACK_THREAD}{self.order.number}", daemon=True)
@@ -91,11 +94,22 @@ class _Pack:
 
     def _train(self) -> None:
         try:
-            train_on_ray(self.order)
+            train_on_ray(self.order, self._control)
         except CatClusterError as error:
             self.error = error
         except Exception as error:  # Ray is gone or refuses: the adapters' record must say so all the same
             self.error = CatClusterError(f"{type(error).__name__}: {str(error).strip()[-500:]}")
+
+    def _control(self, controller: Any) -> None:
+        self.controller = controller
+        if self.halted:
+            ray.kill(controller)
+
+    def halt(self) -> None:
+        """End the workers; Ray may be shut down when the thread has ended."""
+        self.halted = True
+        if self.controller is not None:
+            ray.kill(self.controller)
 
     @property
     def done(self) -> bool:
@@ -128,15 +142,26 @@ class _Driver:
     def run(self, prepared: Sequence[PreparedAdapter]) -> list[AdapterResult]:
         """Bring every adapter to its end and return the results in the order given."""
         self._plan(prepared)
-        while self._waiting or self._running or self._measuring:
-            while self._waiting and len(self._running) < self._side_by_side():
-                self._start(self._waiting.popleft())
-            self._take_events()
-            for pack in [pack for pack in self._running.values() if pack.done]:
-                self._end(pack)
-            self._take_results()
-            self._watch()
+        try:
+            while self._waiting or self._running or self._measuring:
+                while self._waiting and len(self._running) < self._side_by_side():
+                    self._start(self._waiting.popleft())
+                self._take_events()
+                for pack in [pack for pack in self._running.values() if pack.done]:
+                    self._end(pack)
+                self._take_results()
+                self._watch()
+        finally:
+            self._halt()
         return [self._results[adapter.resolved.id] for adapter in prepared]
+
+    def _halt(self) -> None:
+        """End the packs that still train; none does unless the driver leaves early."""
+        for pack in self._running.values():
+            pack.halt()
+        for pack in self._running.values():
+            if pack.thread is not None:
+                pack.thread.join(HALT_SECONDS)
 
     def _plan(self, prepared: Sequence[PreparedAdapter]) -> None:
         untrained = []

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.evaluation.samples import SampleGrids
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.prepared import PreparedAdapter
@@ -32,6 +31,7 @@ class PackMonitor:
         pack: Sequence[PreparedAdapter],
         store: ObjectStore,
         board: Any,
+        metrics: Metrics,
         run_id: str,
         *,
         writes: bool,
@@ -42,7 +42,7 @@ class PackMonitor:
         self._grids: Callable[[int], None] | None = None
         self._folder = f"runs/{run_id}"
         self._store = store
-        self._metrics = TrainingMetrics(Metrics(RayBackend()))
+        self._metrics = TrainingMetrics(metrics)
         self._events: tempfile.TemporaryDirectory[str] | None = None
         self._tensorboard: TensorBoardRecorder | None = None
         if writes and job.monitoring.tensorboard:

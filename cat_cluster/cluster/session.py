@@ -50,10 +50,12 @@ def ray_session(address: str | None = None) -> Iterator[ClusterSize]:
         address = address or os.environ.get("RAY_ADDRESS")
         try:
             _join(address)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ClusterError(
-                f"no Ray cluster at {address}: {reason}; check the address, or leave it out to start Ray here"
+                f"no Ray cluster at {address}: {reason}; check the address (host:port of the head, not of its "
+                "dashboard), and RAY_AUTH_MODE=token with RAY_AUTH_TOKEN if it asks for a token; or leave it out to "
+                "start Ray here"
             ) from error
     try:
         resources = ray.cluster_resources()
@@ -68,12 +70,26 @@ def ray_session(address: str | None = None) -> Iterator[ClusterSize]:
 def _join(address: str | None) -> None:
     quiet = {"logging_level": logging.ERROR, "configure_logging": True}
     if address is not None:
-        ray.init(address=address, **quiet)
+        with _asking_once():
+            ray.init(address=address, **quiet)
         return
     # Ray asks for a token by default and would write one into the home directory: ours is this process's alone.
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(address="local", include_dashboard=False, log_to_driver=False, **quiet)
+
+
+@contextmanager
+def _asking_once() -> Iterator[None]:
+    """Let Ray ask a cluster for its 40 seconds once, not 20 times, which a mistyped address would cost otherwise."""
+    name = "RAY_gcs_server_port_wait_time_s"  # read as a number of attempts where a process joins
+    before = os.environ.get(name)
+    os.environ.setdefault(name, "1")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def _settings_of_train() -> None:

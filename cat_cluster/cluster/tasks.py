@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -55,7 +56,11 @@ def evaluate_on_ray(
 def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, settings: Settings) -> int:
     torch.set_num_threads(1)
     bases: dict[str, Any] = {}
-    return pack_size([prepare_adapter(adapter, settings, bases) for adapter in adapters], job, settings)
+    usable = []
+    for adapter in adapters:
+        with suppress(CatClusterError):  # what turned bad since the job was checked fails with its pack, by name
+            usable.append(prepare_adapter(adapter, settings, bases))
+    return pack_size(usable, job, settings) if usable else 1
 
 
 def _evaluate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,21 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
 from torch import distributed
 
 from cat_cluster.base_model import BaseModel
 from cat_cluster.cluster.monitor import PackMonitor
+from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.errors import CatClusterError, CheckpointError
 from cat_cluster.prepared import PreparedAdapter, prepare_adapter
-from cat_cluster.runs import open_fenced_store
+from cat_cluster.runs import Attempt, FencedStore, Run
 from cat_cluster.settings import Settings
 from cat_cluster.spec import JobSpec, ResolvedAdapter
+from cat_cluster.store import open_store
+from cat_cluster.telemetry import STORE_RETRIES, Metrics
 from cat_cluster.training.engine import TorchEngine
 from cat_cluster.workflow import train_adapters
 
@@ -49,14 +54,32 @@ class PackOrder:
         return tuple(resolved.id for resolved, _ in self.adapters)
 
 
-def train_on_ray(order: PackOrder) -> None:
+class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
+    """A trainer that tells which actor controls its run.
+
+    Ray ends the whole process, with no word, when it is shut down while a thread waits for a result: a driver that
+    leaves early must end that actor first, and Ray names it nowhere.
+    """
+
+    on_controller: Callable[[Any], None]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
+        options = {"num_cpus": 0, "label_selector": here, "runtime_env": {"env_vars": get_env_vars_to_propagate()}}
+        controller = ray.remote(**options)(TrainController).remote(**arguments)
+        self.on_controller(controller)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
+
+
+def train_on_ray(order: PackOrder, on_controller: Callable[[Any], None]) -> None:
     """Train a pack on its workers and return when each adapter's last checkpoint is in the store.
 
-    A lost worker costs a restart from there, at most `max_failures` times. Raises CatClusterError with the reason
-    of the last failure.
+    A lost worker costs a restart from there, at most `max_failures` times. on_controller is given the actor that
+    controls the run; killing it ends the pack. Raises CatClusterError with the reason of the last failure.
     """
     with tempfile.TemporaryDirectory(prefix="cat-cluster-") as folder:
-        trainer = ray.train.torch.TorchTrainer(
+        trainer = _Trainer(
             _work,
             train_loop_config={"order": order},
             scaling_config=ray.train.ScalingConfig(num_workers=order.workers, use_gpu=order.on_gpus),
@@ -68,6 +91,7 @@ def train_on_ray(order: PackOrder) -> None:
                 failure_config=ray.train.FailureConfig(max_failures=order.job.cluster.max_failures),
             ),
         )
+        trainer.on_controller = on_controller
         try:
             trainer.fit()
         except ray.train.TrainingFailedError as error:
@@ -93,8 +117,15 @@ def _work(config: dict[str, Any]) -> None:
     settings = order.settings
     if order.on_gpus:
         settings = settings.model_copy(update={"device": str(ray.train.torch.get_device())})
-    store = open_fenced_store(order.storage, order.run_id, order.attempt)
+    metrics = Metrics(RayBackend())
+    place = open_store(order.storage, on_retry=lambda operation: metrics.inc(STORE_RETRIES, operation=operation))
+    attempt = Attempt(Run(place, order.run_id), order.attempt)
+    store = FencedStore(attempt)
     first = distributed.get_rank() == 0
+    superseded = [first and not attempt.is_current()]
+    distributed.broadcast_object_list(superseded)
+    if superseded[0]:
+        return  # an error would have Ray start the workers again and again, until the driver looks
     pack, failed = _prepare(order, settings)
     if first:
         for adapter_id, reason in failed.items():
@@ -102,7 +133,7 @@ def _work(config: dict[str, Any]) -> None:
     if not pack:
         return
     stage = order.job.cluster.zero_stage
-    with PackMonitor(order.job, pack, store, order.board, order.run_id, writes=first) as monitor:
+    with PackMonitor(order.job, pack, store, order.board, metrics, order.run_id, writes=first) as monitor:
         train_adapters(
             pack,
             order.job,

@@ -63,7 +63,7 @@ class S3Bucket:
     """
 
     def __init__(
-        self, name: str, url: str, *, retry_seconds: float, on_retry: Callable[[Exception], None] | None = None
+        self, name: str, url: str, *, retry_seconds: float, on_retry: Callable[[str], None] | None = None
     ) -> None:
         self.name, self.url, self.retry_seconds = name, url, retry_seconds
         self.retries = 0
@@ -74,8 +74,15 @@ class S3Bucket:
     def run(self, action: str, key: str, call: Callable[[Any], _Result]) -> _Result:
         """Return what `call(client)` returns; raises StoreError. `action` and `key` are for its message."""
         client = self.client(action, key)
+
+        def count(_: Exception) -> None:
+            with self._counting:
+                self.retries += 1
+            if self._on_retry is not None:
+                self._on_retry(action)
+
         try:
-            return with_retries(lambda: call(client), passing=may_pass, budget=self.retry_seconds, on_retry=self._count)
+            return with_retries(lambda: call(client), passing=may_pass, budget=self.retry_seconds, on_retry=count)
         except S3_ERRORS as error:
             raise self._explained(error, action, key, client.meta.endpoint_url) from error
 
@@ -123,18 +130,12 @@ class S3Bucket:
     def _explained(self, error: Exception, action: str, key: str, endpoint: str) -> StoreError:
         return explain(error, action=action, key=key, url=self.url, endpoint=endpoint, waited=self.retry_seconds)
 
-    def _count(self, error: Exception) -> None:
-        with self._counting:
-            self.retries += 1
-        if self._on_retry is not None:
-            self._on_retry(error)
-
 
 class S3Store:
     """Objects under a prefix of a bucket; the bucket must be there.
 
     url: s3://bucket/prefix. retry_seconds: how long a failing request is tried again. page_size: keys per listing
-    request. on_retry: called with the error before each new try; it must be picklable where the store is pickled.
+    request. on_retry: called with read, write, list or delete before each new try; picklable where the store is.
     Objects that others put under the prefix with names that no store accepts are not seen.
     """
 
@@ -144,7 +145,7 @@ class S3Store:
         *,
         retry_seconds: float = RETRY_SECONDS,
         page_size: int = PAGE_SIZE,
-        on_retry: Callable[[Exception], None] | None = None,
+        on_retry: Callable[[str], None] | None = None,
     ) -> None:
         bucket, prefix = split_url(url)
         if prefix:

@@ -16,7 +16,7 @@ class S3Folder:
     """The objects directly or deeper under an s3:// prefix, as files with relative names; it only reads."""
 
     def __init__(
-        self, url: str, *, retry_seconds: float = RETRY_SECONDS, on_retry: Callable[[Exception], None] | None = None
+        self, url: str, *, retry_seconds: float = RETRY_SECONDS, on_retry: Callable[[str], None] | None = None
     ) -> None:
         name, prefix = split_url(url)
         self.url = f"s3://{name}/{prefix}".rstrip("/")

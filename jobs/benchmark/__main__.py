@@ -65,6 +65,17 @@ def packing(
 
 
 @app.command()
+def cluster(
+    only: Annotated[list[str] | None, typer.Option(help="steps, ray, checkpoints, sharding, batch; none: all.")] = None,
+) -> None:
+    """Measure what workers, ZeRO, Ray, checkpoints and batches cost and gain (about forty minutes on 2 cores)."""
+    from jobs.benchmark.cluster import PARTS, run
+
+    for path in run(people, only or PARTS):
+        people.print(f"wrote {path}")
+
+
+@app.command()
 def report() -> None:
     """Write docs/benchmarks from the result files."""
     from jobs.benchmark.report import write_pages

@@ -30,7 +30,8 @@ from jobs.benchmark.pair import ADAPTERS, LEVERS, STAGES, STEPS, WARM, step_seco
 from jobs.benchmark.record import write_result
 from jobs.benchmark.workbench import concept_task, pack_step, take_turns
 
-PARTS = ("steps", "ray", "checkpoints", "sharding", "batch")
+PARTS = ("steps", "checkpoints", "sharding", "batch")
+RAY_STEPS = 60
 CHECKPOINT_EVERY = 50  # the spec's default
 CHECKPOINT_ADAPTERS = 8
 BATCH, SINGLES = 20, 5
@@ -41,7 +42,6 @@ def run(console: Console, parts: Sequence[str]) -> list[Path]:
     """Measure the parts and write a result file for each; raises CatClusterError for an unknown part."""
     measures = {
         "steps": measure_steps,
-        "ray": measure_ray,
         "checkpoints": measure_checkpoints,
         "sharding": measure_sharding,
         "batch": measure_batch,
@@ -57,33 +57,54 @@ def run(console: Console, parts: Sequence[str]) -> list[Path]:
 
 
 def measure_steps(console: Console) -> dict[str, Any]:
-    """Two workers of one thread each: a step with every engine, against one process with both threads."""
+    """Two workers of one thread each: a step with every engine, bare and through Ray; and one process with both."""
     torch.set_num_threads(2)
     whole = step_seconds(load_base_model("pocket"), ADAPTERS, 4, TorchEngine, WARM + STEPS)
-    alone = 1e3 * statistics.median(whole[WARM:])
     turns = run_pair("steps")[0]
-    bare = turns["torch"]
     engines = {
         name: {
             "step_ms": statistics.median(values),
-            "to_torch": statistics.median(a / b for a, b in zip(values, bare, strict=True)),
+            "to_torch": statistics.median(a / b for a, b in zip(values, turns["torch"], strict=True)),
         }
         for name, values in turns.items()
     }
     console.print(engines)
-    return {"adapters": ADAPTERS, "rows_per_concept": 4, "one_process_two_threads_ms": alone, "engines": engines}
+    ray = {name: through_ray(name, engines[name]["step_ms"]) for name in ("torch", "zero 2", "zero 3")}
+    console.print(ray)
+    return {
+        "adapters": ADAPTERS,
+        "rows_per_concept": 4,
+        "one_process_two_threads_ms": 1e3 * statistics.median(whole[WARM:]),
+        "engines": engines,
+        "ray_steps": RAY_STEPS,
+        "ray": ray,
+    }
 
 
-def measure_ray(console: Console) -> dict[str, Any]:
-    """The same pack through Ray Train: a step of its workers, and what a start costs."""
-    found: dict[str, Any] = {}
-    for name in ("torch", "zero 2", "zero 3"):
-        with tempfile.TemporaryDirectory() as folder:
-            changes = {"workers": 2, "zero_stage": STAGES[name], "max_pack": ADAPTERS, "checkpoint_every": 10**6}
-            spec = write_spec(Path(folder), ADAPTERS, steps=60, cluster=changes, evaluation={"enabled": False})
-            found[name] = train_timed(spec, Path(folder) / "storage")
-            console.print(f"{name}: {found[name]}")
-    return {"adapters": ADAPTERS, "rows_per_concept": 4, "engines": found}
+def through_ray(engine: str, bare_ms: float) -> dict[str, float]:
+    """The same pack as a job on a Ray of its own: a step of its workers, and the seconds that are around the steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        cluster = {"workers": 2, "zero_stage": STAGES[engine], "max_pack": ADAPTERS, "checkpoint_every": 10**6}
+        spec = write_spec(Path(folder), ADAPTERS, steps=RAY_STEPS, cluster=cluster, evaluation={"enabled": False})
+        started = time.perf_counter()
+        step_ms = 1e3 * statistics.median(steps_through_ray(spec, f"file://{folder}/storage")[WARM:])
+        seconds = time.perf_counter() - started
+    around = seconds - RAY_STEPS * step_ms / 1e3
+    return {"step_ms": step_ms, "to_bare": step_ms / bare_ms, "seconds": seconds, "around": around}
+
+
+def steps_through_ray(spec: Path, storage: str) -> list[float]:
+    """Run a job on a Ray of its own, in a process of its own, and return the seconds of the steps it reported."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "jobs.benchmark.timed_job", str(spec), storage],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise CatClusterError(f"the job failed: {done.stderr[-2000:]}")
+    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
 
 
 def measure_checkpoints(console: Console) -> dict[str, Any]:

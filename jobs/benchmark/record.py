@@ -18,7 +18,7 @@ from cat_cluster.files import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "cat-cluster")
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy", "ray", "deepspeed", "boto3", "cat-cluster")
 
 
 def source_state() -> dict[str, Any]:
@@ -47,6 +47,15 @@ def write_result(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -
     path = folder / f"{name}.json"
     write_whole(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
     return path
+
+
+def measured_on(result: Mapping[str, Any]) -> str:
+    """Return the line below a table that says when, at which commit and on what it was measured."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    dirty = " with uncommitted changes" if result["dirty"] else ""
+    hardware = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
+    return f"Measured {result['measured'][:10]} at {result['commit'][:12]}{dirty}, {hardware}; {versions}."
 
 
 def read_result(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.benchmark.cluster import PARTS
+from jobs.benchmark.cluster_page import cluster_page
 from jobs.benchmark.compare import judges_of
 from jobs.benchmark.figures import draw_frontier, draw_packing, draw_study, measured_for_aim
-from jobs.benchmark.record import RESULTS, ROOT, read_result
+from jobs.benchmark.record import RESULTS, ROOT, measured_on, read_result
 
 PAGES = ROOT / "docs" / "benchmarks"
 STUDY_PARTS = ("single", "joint", "photos")
@@ -49,7 +51,9 @@ def page_texts(results: Path = RESULTS) -> dict[str, str]:
     """Return file name -> Markdown of every page, without drawing anything."""
     study = _read_study(results)
     frontier, levers, packing = (read_result(name, results) for name in ("frontier", "levers", "packing"))
+    cluster = {part: found for part in PARTS if (found := read_result(f"cluster-{part}", results)) is not None}
     pages = {
+        "cluster.md": cluster_page(cluster) if cluster else None,
         "study.md": _study_page(study) if study else None,
         "frontier.md": _frontier_page(frontier) if frontier else None,
         "levers.md": _levers_page(levers) if levers else None,
@@ -72,20 +76,12 @@ def _index(pages: Mapping[str, str]) -> str:
             "Every page here is made by `python -m jobs.benchmark report` from the result files in",
             "`jobs/benchmark/results`, which record the commit, the versions and the machine. Timings are ratios",
             "measured turn by turn in one process. To measure again: `python -m jobs.benchmark levers` (or `packing`,",
-            "`frontier`, `study`), then `report`.",
+            "`cluster`, `frontier`, `study`), then `report`.",
             "",
             *rows,
             "",
         ]
     )
-
-
-def _measured_on(result: Mapping[str, Any]) -> str:
-    machine = result["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    dirty = " with uncommitted changes" if result["dirty"] else ""
-    hardware = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
-    return f"Measured {result['measured'][:10]} at {result['commit'][:12]}{dirty}, {hardware}; {versions}."
 
 
 def _study_page(study: Mapping[str, Mapping[str, Any]]) -> str:
@@ -106,7 +102,7 @@ def _study_page(study: Mapping[str, Mapping[str, Any]]) -> str:
         for judge in judges_of(result["judges"]):
             lines += [f"Judge `{judge}`:", "", *_score_table(result, judge), ""]
         lines += _verdicts(part, result)
-        lines += ["", _measured_on(result)]
+        lines += ["", measured_on(result)]
     return "\n".join([*lines, ""])
 
 
@@ -209,7 +205,7 @@ def _frontier_page(result: Mapping[str, Any]) -> str:
             for trial, change in changes.items()
             if trial != "lora"
         ]
-    return "\n".join([*lines, "", _measured_on(result), ""])
+    return "\n".join([*lines, "", measured_on(result), ""])
 
 
 def _levers_page(result: Mapping[str, Any]) -> str:
@@ -233,7 +229,7 @@ def _levers_page(result: Mapping[str, Any]) -> str:
         f"- The bank: a forward of 16 rows of 8 adapters takes {layers['forward_to_bare']:.2f}x the bare U-Net's; a",
         f"  LoRA step of one adapter takes {layers['training_step_to_peft']:.2f}x that of PEFT with torch's AdamW.",
         "",
-        _measured_on(result),
+        measured_on(result),
         "",
     ]
     return "\n".join(lines)
@@ -260,4 +256,4 @@ def _packing_page(result: Mapping[str, Any]) -> str:
     lines += [
         f"| {k} | {entry['peak_mib']:.0f} | {entry['per_concept_mib']:.0f} |" for k, entry in result["memory"].items()
     ]
-    return "\n".join([*lines, "", _measured_on(result), ""])
+    return "\n".join([*lines, "", measured_on(result), ""])

@@ -70,11 +70,12 @@ def test_an_unreachable_endpoint_is_tried_again_and_named(s3_bucket: str, monkey
         unused.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{unused.getsockname()[1]}"
         monkeypatch.setenv("AWS_ENDPOINT_URL", address)
-        errors: list[Exception] = []
-        store = S3Store(s3_bucket, retry_seconds=1, on_retry=errors.append)
+        asked: list[str] = []
+        store = S3Store(s3_bucket, retry_seconds=1, on_retry=asked.append)
         with pytest.raises(StoreError, match=f"{address} cannot be reached .*tried again for 1 s.*AWS_ENDPOINT_URL"):
             store.put("a", b"1")
-    assert store.retries == len(errors) > 1
+    assert store.retries == len(asked) > 1
+    assert set(asked) == {"write"}
 
 
 def test_a_server_that_never_answers_is_given_up(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -347,7 +347,16 @@ def test_digest_leaves_out_places_and_cluster_but_not_the_general_prompts(tmp_pa
         JobSpec.model_validate(gone).resolved()[0].digest()
 
 
-@pytest.mark.parametrize("name", ["single.yaml", "joint.yaml", "lora-baseline.yaml"])
+SHIPPED = {
+    "single.yaml": "pocket",
+    "joint.yaml": "pocket",
+    "lora-baseline.yaml": "pocket",
+    "batch.yaml": "pocket",
+    "sd15-gpu.yaml": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_specs_are_valid_where_their_photos_are(tmp_path: Path, name: str) -> None:
     text = (SPECS / name).read_text(encoding="utf-8")
     place = tmp_path / "jobs" / "specs" / name
@@ -358,8 +367,13 @@ def test_shipped_specs_are_valid_where_their_photos_are(tmp_path: Path, name: st
             (place.parent / concept["images"]).resolve().mkdir(parents=True, exist_ok=True)
     job = load_spec(place)
     assert job.name == place.stem
-    assert job.storage == str(tmp_path / "cat-storage")
-    assert all(adapter.base == "pocket" for adapter in job.resolved())
+    assert job.storage in (str(tmp_path / "cat-storage"), "s3://adapters/prod")
+    assert {adapter.base for adapter in job.resolved()} == {SHIPPED[name]}
+
+
+def test_the_batch_has_twenty_concepts() -> None:
+    job = JobSpec.model_validate(yaml.safe_load((SPECS / "batch.yaml").read_text(encoding="utf-8")))
+    assert sum(len(adapter.concepts) for adapter in job.adapters) == 20
 
 
 def test_the_baseline_differs_from_cat_in_the_method_alone() -> None:
@@ -371,7 +385,7 @@ def test_the_baseline_differs_from_cat_in_the_method_alone() -> None:
 
 
 def test_there_is_a_shipped_spec_test_for_each_shipped_spec() -> None:
-    assert {path.name for path in SPECS.glob("*.yaml")} == {"single.yaml", "joint.yaml", "lora-baseline.yaml"}
+    assert {path.name for path in SPECS.glob("*.yaml")} == SHIPPED.keys()
 
 
 @pytest.mark.parametrize(

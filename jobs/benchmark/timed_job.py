@@ -1,0 +1,43 @@
+"""A job on a Ray of its own whose steps are timed: `python -m jobs.benchmark.timed_job SPEC STORAGE` prints them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cat_cluster.cluster.driver import run_on_ray
+from cat_cluster.settings import load_settings
+from cat_cluster.spec import load_spec
+from cat_cluster.training.loop import StepReport
+from cat_cluster.workflow import AdapterResult
+
+
+class Stopwatch:
+    """A JobListener that keeps the seconds of the steps it is told of."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def message(self, text: str) -> None:
+        """Not kept."""
+
+    def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None:
+        """Not kept."""
+
+    def step(self, report: StepReport) -> None:
+        """Keep a step's seconds."""
+        self.seconds.append(report.seconds)
+
+    def images(self, adapter_id: str, done: int, total: int) -> None:
+        """Not kept."""
+
+    def finished(self, result: AdapterResult) -> None:
+        """Not kept."""
+
+
+if __name__ == "__main__":
+    watch = Stopwatch()
+    run_on_ray(load_spec(Path(sys.argv[1])), sys.argv[2], load_settings(), watch)
+    sys.stdout.write(json.dumps(watch.seconds) + "\n")

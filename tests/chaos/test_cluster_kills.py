@@ -1,0 +1,193 @@
+"""Distributed training on a real Ray cluster and a real S3 server, while workers, drivers, nodes and servers die."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.chaos.cluster_jobs import Process, Site, Watcher, check_published, suspended, train_whole
+from tests.s3_server import S3Server
+from tests.tiny_jobs import adapter, write_photos, write_spec
+
+pytestmark = pytest.mark.chaos
+
+CHECKPOINT_EVERY = 8
+ADAPTERS = ("bowl", "cup", "mug")
+STEPS = 120
+WORKER_KILLS, DRIVER_KILLS, NODE_KILLS, OUTAGES = 7, 4, 3, 6
+SURVIVES = 50  # max_failures: no kill here may be the one too many
+
+
+@pytest.fixture
+def make_site(tiny_base_folder: Path, tmp_path: Path, s3_bucket: str) -> Iterator[Any]:
+    sites = []
+
+    def make(*, adapters: int, steps: int, stage: int | None, name: str = "site") -> Site:
+        folder = tmp_path / name
+        members = [
+            adapter(one, write_photos(folder / one, seed=number), training={"rank": 2 + number, "seed": number})
+            for number, one in enumerate(ADAPTERS[:adapters])
+        ]
+        spec = write_spec(
+            folder / "spec.yaml",
+            tiny_base_folder,
+            members,
+            training={"steps": steps, "learning_rate": 0.005, "lr_schedule": "cosine", "warmup_steps": 4},
+            cluster={
+                "workers": 2,
+                "zero_stage": stage,
+                "max_pack": 3,
+                "max_failures": SURVIVES,
+                "checkpoint_every": CHECKPOINT_EVERY,
+            },
+        )
+        sites.append(Site(folder, spec, f"{s3_bucket}/{name}"))
+        return sites[-1]
+
+    yield make
+    for site in sites:
+        site.clean()
+
+
+def kill_a_worker(driver: Process, rng: random.Random) -> bool:
+    """End one of the two workers, whatever it is doing; False when there is none."""
+    workers = driver.workers()
+    if not workers:
+        return False
+    with suppress(psutil.NoSuchProcess):
+        rng.choice(workers).kill()
+        return True
+    return False
+
+
+def fail_for_a_while(server: S3Server, rng: random.Random) -> bool:
+    """Take one of the server's processes away for some seconds: refused connections, or answers of 503."""
+    name = rng.choice(["proxy", "object", "container"])
+    server.kill(name)
+    time.sleep(rng.uniform(1.0, 4.0))
+    server.restart(name)
+    return True
+
+
+@pytest.mark.timeout(900)
+def test_a_job_survives_killed_workers_killed_drivers_and_outages_of_its_storage(
+    make_site: Any, s3_server: S3Server
+) -> None:
+    """Seventeen disturbances of one job of three adapters at random steps, some before the first step after a start."""
+    rng = random.Random(20)
+    site = make_site(adapters=3, steps=STEPS, stage=2)
+    whole = train_whole(site.spec, site.folder / "whole")
+    kinds = ["worker"] * WORKER_KILLS + ["driver"] * (DRIVER_KILLS - 1) + ["storage"] * OUTAGES
+    rng.shuffle(kinds)
+    plan = [*zip(sorted(rng.sample(range(2, STEPS), len(kinds))), kinds, strict=True), (STEPS, "driver")]
+    done = dict.fromkeys(kinds, 0)
+    with Watcher(site.store) as watcher:
+        driver = site.drive()
+        for step, kind in plan:
+            early = kind == "worker" and rng.random() < 0.3  # as soon as there is a worker, not at its step
+            assert site.await_true(driver.workers, driver) if early else site.await_step(step, driver), driver.said()
+            time.sleep(rng.uniform(0.0, 0.2))
+            if kind == "worker":
+                done[kind] += kill_a_worker(driver, rng)
+            elif kind == "storage":
+                done[kind] += fail_for_a_while(s3_server, rng)
+            else:
+                driver.kill()
+                done[kind] += 1
+                driver = site.drive()
+        assert driver.end() == 0, driver.said()
+    assert done == {"worker": WORKER_KILLS, "driver": DRIVER_KILLS, "storage": OUTAGES}
+    assert watcher.looks > len(plan)
+    assert watcher.problems == []
+    redone = site.journal.redone()
+    assert len(redone) >= (WORKER_KILLS + DRIVER_KILLS) // 2, "the kills met nobody at work"
+    assert all(0 <= steps <= CHECKPOINT_EVERY for steps in redone), redone
+    check_published(site.store, whole, ADAPTERS)
+
+
+@pytest.mark.timeout(900)
+def test_a_job_survives_lost_nodes(make_site: Any) -> None:
+    """Each node holds a worker; the one beside the head loses its power three times and is replaced."""
+    rng = random.Random(3)
+    site = make_site(adapters=2, steps=STEPS // 2, stage=None)
+    whole = train_whole(site.spec, site.folder / "whole")
+    cluster, address = site.cluster(1, 1)
+    with Watcher(site.store) as watcher:
+        driver = site.drive(address)
+        for step in sorted(rng.sample(range(2, STEPS // 2), NODE_KILLS)):
+            assert site.await_step(step, driver), driver.said()
+            assert cluster.send("kill") == "done"
+            time.sleep(rng.uniform(0.0, 1.0))
+            assert cluster.send("add 1") == "done"
+        assert driver.end() == 0, driver.said()
+    assert watcher.problems == []
+    redone = site.journal.redone()
+    assert len(redone) >= 1
+    assert all(0 <= steps <= CHECKPOINT_EVERY for steps in redone), redone
+    check_published(site.store, whole, ADAPTERS[:2])
+
+
+@pytest.mark.timeout(600)
+def test_of_two_drivers_of_one_run_one_wins(make_site: Any) -> None:
+    """Started at the same moment, each with a Ray of its own: the later claim holds, the other says so and ends."""
+    site = make_site(adapters=2, steps=24, stage=None)
+    whole = train_whole(site.spec, site.folder / "whole")
+    with Watcher(site.store) as watcher:
+        drivers = [site.drive(), site.drive()]
+        codes = [driver.end() for driver in drivers]
+    assert sorted(codes) == [0, 1], [driver.said() for driver in drivers]
+    loser = drivers[codes.index(1)]
+    assert "another driver has taken over" in loser.said()
+    assert "Traceback" not in loser.said()
+    assert watcher.problems == []
+    assert site.run().last_attempt() == 2
+    assert site.run().progress().state == "done"
+    check_published(site.store, whole, ADAPTERS[:2])
+
+
+@pytest.mark.timeout(600)
+def test_a_driver_that_was_held_up_writes_nothing_after_another_took_over(make_site: Any) -> None:
+    """On one cluster: the first driver stands still with its workers at work, the second finishes the job."""
+    site = make_site(adapters=2, steps=60, stage=None)
+    whole = train_whole(site.spec, site.folder / "whole")
+    _, address = site.cluster(2)
+    first = site.drive(address)
+    assert site.await_step(10, first), first.said()
+    with suspended(first.family()):
+        second = site.drive(address)
+        assert second.end() == 0, second.said()
+        before = site.objects()
+    assert first.end() == 1, first.said()
+    assert "another driver has taken over" in first.said()
+    time.sleep(5)
+    assert site.objects() == before
+    assert site.run().progress().attempt == 2
+    check_published(site.store, whole, ADAPTERS[:2])
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_is_asked_to_stop_does_and_can_go_on(make_site: Any) -> None:
+    site = make_site(adapters=2, steps=60, stage=None)
+    whole = train_whole(site.spec, site.folder / "whole")
+    _, address = site.cluster(2)
+    driver = site.drive(address)
+    assert site.await_step(20, driver), driver.said()
+    site.run().request_stop(1)
+    assert driver.end(20) == 130, driver.said()
+    assert "interrupted" in driver.said()
+    assert site.run().progress().state == "stopped"
+    stopped_at = site.journal.reached()
+    assert 20 <= stopped_at < 60
+    again = site.drive(address)
+    assert again.end() == 0, again.said()
+    (redone,) = site.journal.redone()
+    assert 0 <= redone <= CHECKPOINT_EVERY
+    assert site.run().progress().state == "done"
+    check_published(site.store, whole, ADAPTERS[:2])

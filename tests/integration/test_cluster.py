@@ -1,0 +1,337 @@
+"""Whole jobs on Ray: the adapters of the local loop, failures that stay alone, gates, monitoring, early errors.
+
+All jobs run one after another in one process (tests/ray_jobs.py), the refused ones beside it; the tests read what
+they left. The storage in S3 is copied to a folder, so that all are read alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cat_cluster.evaluation.bootstrap import METRICS
+from cat_cluster.run_progress import RunProgress
+from cat_cluster.store import open_store
+from tests import ray_plan
+from tests.ray_plan import CHECKPOINT_BYTES_TOTAL, GOOD, MEASURED, STEPS, STEPS_TOTAL
+from tests.s3_server import S3Server
+from tests.tiny_jobs import (
+    Finished,
+    adapter,
+    assert_refused,
+    open_registry,
+    published_weights,
+    relative_change,
+    start_process,
+    stored_files,
+    write_photos,
+    write_spec,
+)
+
+pytestmark = pytest.mark.timeout(600)
+
+ROOT = Path(__file__).parents[2]
+LAW = 1e-3  # ||W - W_ref|| / ||W_ref|| after 20 steps (design, section 4)
+JOBS_SECONDS, REFUSAL_SECONDS = 500, 120
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Where each job kept its adapters, and how it ended."""
+
+    folder: Path
+    results: dict[str, dict[str, Any]]
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        if name not in self.results:
+            pytest.skip("no S3 server")
+        return self.results[name]
+
+    def adapters(self, name: str) -> dict[str, dict[str, Any]]:
+        """The adapters in the job's JSON, by id."""
+        return {one["id"]: one for one in json.loads(self[name]["out"])["adapters"]}
+
+    def progress(self, name: str) -> RunProgress:
+        """The record of the one run in the job's storage."""
+        (record,) = (self.folder / name).glob("runs/run-*/progress.json")
+        return RunProgress.model_validate_json(record.read_bytes())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photos of all concepts, and what the jobs make of them."""
+    folder = tmp_path_factory.mktemp("cluster")
+    for seed, name in enumerate(["cup", "mug", "spoilt", *GOOD]):
+        write_photos(folder / "photos" / name, seed=seed)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bucket(request: pytest.FixtureRequest) -> Iterator[str | None]:
+    """An empty bucket with the AWS variables set for it as long as the module runs; None where there is no server."""
+    try:
+        server: S3Server = request.getfixturevalue("s3_server")
+    except pytest.skip.Exception:
+        yield None
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        nothing = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+        for name, value in {**server.environment, **nothing, "AWS_EC2_METADATA_DISABLED": "true"}.items():
+            patch.setenv(name, value)
+        yield server.create_bucket(f"cluster-{uuid.uuid4().hex[:12]}")
+
+
+@pytest.fixture(scope="module")
+def ray_folder() -> Iterator[Path]:
+    """A folder for Ray, not one of pytest's: the paths of its sockets must stay under 108 characters."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def plan(folder: Path, tiny_base_folder: Path, judge_folder: Path, bucket: str | None) -> list[dict[str, Any]]:
+    return ray_plan.write_plan(folder, tiny_base_folder, judge_folder, bucket)
+
+
+@pytest.fixture(scope="module")
+def jobs(folder: Path, plan: list[dict[str, Any]], refusals: object, bucket: str | None, ray_folder: Path) -> Jobs:
+    """All jobs, done."""
+    (folder / "plan.json").write_text(json.dumps(plan))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    extensions = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.ray_jobs", str(folder / "plan.json"), str(folder / "results.json")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=JOBS_SECONDS,
+        env={**environment, **extensions, "OMP_NUM_THREADS": "1", "RAY_TMPDIR": str(ray_folder)},
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    if bucket is not None:
+        store = open_store(f"{bucket}/prod")
+        for key in store.list(""):
+            (folder / "s3" / key).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "s3" / key).write_bytes(store.get(key))
+    return Jobs(folder, json.loads((folder / "results.json").read_text()))
+
+
+WAYS = ("apart", "batch", "zero 3", "s3")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_training_gives_the_adapter_of_the_local_loop(jobs: Jobs, way: str) -> None:
+    """One worker and two, plain torch, ZeRO 2 and 3, elastic; alone and packed; photos and adapters in S3."""
+    assert jobs[way]["packs"], jobs[way]["err"]
+    ours, theirs = (open_registry(jobs.folder / name).resolve("cup") for name in (way, "local"))
+    assert ours.revision == theirs.revision == jobs.adapters(way)["cup"]["revision"]
+    ours_weights, theirs_weights = (published_weights(jobs.folder / name, "cup") for name in (way, "local"))
+    assert relative_change(ours_weights, theirs_weights) <= LAW
+    assert ours.training["history"]["steps"] == theirs.training["history"]["steps"]
+
+
+def test_the_jobs_were_spread_as_their_specs_say(jobs: Jobs) -> None:
+    assert jobs["apart"]["packs"] == [{"ids": ["cup"], "workers": 1}, {"ids": ["mug"], "workers": 1}]
+    (pack,) = jobs["batch"]["packs"]
+    assert (len(pack["ids"]), pack["workers"]) == (22, 2)
+    assert jobs["zero 3"]["packs"] == [{"ids": ["cup"], "workers": 2}]
+    assert jobs["s3"]["packs"] == [{"ids": ["cup"], "workers": [1, 2]}]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_but_the_registry_and_the_runs_record_is_left(jobs: Jobs, way: str) -> None:
+    assert jobs[way]
+    keys = stored_files(jobs.folder / way)
+    assert not [key for key in keys if "checkpoints" in key]
+    runs = {key.split("/")[2] for key in keys if key.startswith("runs/")}
+    assert runs <= {"spec.json", "attempts", "progress.json", "tensorboard", "samples"}
+    assert {key.split("/")[0] for key in keys} <= {"runs", "adapters", "aliases", "objects"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_task_measures_what_the_process_measures(jobs: Jobs, way: str) -> None:
+    ours, theirs = (jobs.adapters(name)["cup"]["metrics"] for name in (way, "local"))
+    assert set(ours) == set(theirs) == set(METRICS)
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert jobs.progress(way).adapter("cup").metrics == pytest.approx(ours)
+
+
+def test_of_a_batch_the_bad_ones_fail_alone(jobs: Jobs) -> None:
+    outcomes, record = jobs.adapters("batch"), jobs.progress("batch")
+    assert jobs["batch"]["code"] == 1
+    assert (record.state, record.reason, record.attempt) == ("failed", None, 1)
+    published = {"cup", *GOOD}
+    assert {one for one in outcomes if outcomes[one]["outcome"] == "published"} == published
+    assert {one.adapter_id for one in open_registry(jobs.folder / "batch").list()} == {*published, "mug"}
+    for name in published:
+        standing, manifest = record.adapter(name), open_registry(jobs.folder / "batch").resolve(name)
+        assert (standing.state, standing.step, standing.reason) == ("published", STEPS, None)
+        assert standing.revision == manifest.revision == outcomes[name]["revision"]
+        assert open_registry(jobs.folder / "batch").verify(name).problems == ()
+        assert set(standing.losses) == {concept.token for concept in manifest.concepts}
+    scores = {name: outcomes[name]["metrics"] for name in ("cup", *GOOD[:MEASURED])}
+    assert all(set(one) == set(METRICS) for one in scores.values())
+    assert len({one["kps"] for one in scores.values()}) == len(scores), "each has its own"
+    assert outcomes[GOOD[MEASURED]]["metrics"] == {}
+
+
+def test_an_adapter_that_diverges_says_so(jobs: Jobs) -> None:
+    outcome, standing = jobs.adapters("batch")["diverging"], jobs.progress("batch").adapter("diverging")
+    assert (outcome["outcome"], standing.state) == ("failed", "failed")
+    assert "not finite at step 1" in outcome["reason"]
+    assert standing.reason == outcome["reason"]
+    assert "failed diverging" in jobs["batch"]["err"]
+
+
+def test_photos_that_turn_bad_after_the_check_are_named(jobs: Jobs) -> None:
+    outcome, standing = jobs.adapters("batch")["spoilt"], jobs.progress("batch").adapter("spoilt")
+    assert (outcome["outcome"], standing.state) == ("failed", "failed")
+    assert outcome["reason"].startswith("adapter spoilt: images:")
+    assert "1.png: is not a readable image" in outcome["reason"]
+    assert standing.reason == outcome["reason"]
+    assert "Traceback" not in jobs["batch"]["err"]
+
+
+def test_the_same_job_again_is_already_done(jobs: Jobs) -> None:
+    again, record = jobs.adapters("apart again"), jobs.progress("apart")
+    assert jobs["apart again"]["code"] == 0
+    assert jobs["apart again"]["packs"] == []
+    assert (again["cup"]["outcome"], again["mug"]["outcome"]) == ("already published", "rejected")
+    assert again["cup"]["metrics"] == jobs.adapters("apart")["cup"]["metrics"]
+    assert (record.state, record.attempt) == ("done", 2)
+    assert [(one.state, one.step) for one in record.adapters] == [("already published", 0), ("rejected", 0)]
+
+
+def test_what_is_trained_and_not_published_is_only_measured(jobs: Jobs) -> None:
+    before = jobs.adapters("unpublished")
+    assert [one["outcome"] for one in before.values()] == ["failed", "failed"]
+    assert all("the store is away" in one["reason"] for one in before.values())
+    after = jobs.adapters("published")
+    assert jobs["published"]["packs"] == []
+    assert (after["cup"]["outcome"], after["mug"]["outcome"]) == ("published", "rejected")
+    assert jobs.progress("unpublished").state == "done"
+    ours, theirs = (published_weights(jobs.folder / name, "cup") for name in ("unpublished", "local"))
+    assert ours.digest() == theirs.digest()
+    assert not [key for key in stored_files(jobs.folder / "unpublished") if "checkpoints" in key]
+
+
+@pytest.mark.parametrize("name", ["apart", "batch", "unpublished"])
+def test_an_adapter_that_fails_its_gate_is_rejected(jobs: Jobs, name: str) -> None:
+    outcome = jobs.adapters("published" if name == "unpublished" else name)["mug"]
+    standing, registry = jobs.progress(name).adapter("mug"), open_registry(jobs.folder / name)
+    assert (outcome["outcome"], standing.state) == ("rejected", "rejected")
+    if name != "apart":  # there the job has run again since, and tells it shorter
+        assert standing.reason == outcome["reason"]
+    assert outcome["reason"].startswith("kps is ")
+    assert outcome["reason"].endswith("it must be >= 2")
+    (manifest,) = registry.revisions("mug")
+    assert (manifest.status, manifest.revision) == ("rejected", outcome["revision"])
+    assert [(one.latest, dict(one.aliases)) for one in registry.list() if one.adapter_id == "mug"] == [(None, {})]
+
+
+def test_a_rejected_adapter_is_no_failure_of_the_job(jobs: Jobs) -> None:
+    assert jobs["apart"]["code"] == jobs["published"]["code"] == 0
+    assert jobs.progress("apart").state == "done"
+
+
+def test_a_job_leaves_curves_and_pictures(jobs: Jobs) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert jobs["apart"]
+    (run,) = (jobs.folder / "apart" / "runs").glob("run-*")
+    for name, token in (("cup", "sks"), ("mug", "zwx")):
+        curves = EventAccumulator(str(run / "tensorboard" / name)).Reload()
+        assert {f"{kind}_loss/{name}/{token}" for kind in ("identity", "cat")} <= set(curves.Tags()["scalars"])
+        assert [point.step for point in curves.Scalars(f"identity_loss/{name}/{token}")] == list(range(1, STEPS + 1))
+        assert curves.Tags()["images"] == [f"samples/{name}"]
+        pictures = sorted((run / "samples" / name).iterdir())
+        assert [picture.name for picture in pictures] == [f"{step:08d}.png" for step in (5, 10, 15, 20)]
+        for picture in pictures:
+            with Image.open(picture) as image:
+                image.load()
+                assert min(image.size) >= 16
+
+
+def test_the_nodes_metrics_tell_of_the_job(jobs: Jobs) -> None:
+    lines = [line.rsplit(" ", 1) for line in jobs["apart"]["metrics"].splitlines() if not line.startswith("#")]
+    found: dict[str, float] = {}
+    for series, value in lines:
+        name = series.split("{")[0]
+        found[name] = found.get(name, 0.0) + float(value)
+    assert found[STEPS_TOTAL] == 2 * STEPS
+    assert found[CHECKPOINT_BYTES_TOTAL] > 0
+    assert found["ray_cat_checkpoint_seconds_count"] == 2 * STEPS // 2, "one each two steps, of each adapter"
+    assert found["ray_cat_evaluation_seconds_count"] == 2
+    assert {"ray_cat_packs_running", "ray_cat_adapters", "ray_cat_training_identity_loss"} <= found.keys()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A job that must be refused: what its error names, the storage that must stay empty, and its process."""
+
+    parts: tuple[str, ...]
+    storage: str | None
+    process: subprocess.Popen[str]
+
+
+@pytest.fixture(scope="module")
+def refusals(
+    folder: Path, tiny_base_folder: Path, bucket: str | None, ray_folder: Path
+) -> Iterator[Mapping[str, Refusal]]:
+    """Jobs that are refused, started all at once: some have to wait long for an answer that does not come."""
+
+    def start(name: str, *parts: str, to: str | None = None, to_address: str | None = None, **given: Any) -> Refusal:
+        environment = given.pop("environment", {})
+        spec = write_spec(
+            folder / f"{name}.yaml", tiny_base_folder, [adapter("cup", folder / "photos" / "cup")], **given
+        )
+        storage = to or (folder / name).as_uri()
+        address = () if to_address is None else ("--address", to_address)
+        process = start_process(
+            "train", spec, "--storage", storage, "--json", *address, RAY_TMPDIR=str(ray_folder / "r"), **environment
+        )
+        return Refusal(parts, None if name in ("bucket", "endpoint") else storage, process)
+
+    started = {
+        "workers": start(
+            "workers", "cluster.workers: 4096 workers need as many", "ask for at most", cluster={"workers": 4096}
+        ),
+        "address": start("address", "no Ray cluster at 127.0.0.1:1", "check the address", to_address="127.0.0.1:1"),
+    }
+    if bucket is not None:
+        wrong, away = {"AWS_SECRET_ACCESS_KEY": "wrong"}, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
+        started |= {
+            "bucket": start("bucket", "no-such-bucket", to="s3://no-such-bucket/prod"),
+            "secret": start("secret", bucket, "AWS_SECRET_ACCESS_KEY", to=f"{bucket}/secret", environment=wrong),
+            "endpoint": start("endpoint", "http://127.0.0.1:1", to=f"{bucket}/endpoint", environment=away),
+        }
+    yield started
+    for refusal in started.values():
+        refusal.process.kill()
+        refusal.process.communicate()
+
+
+@pytest.mark.parametrize("name", ["workers", "bucket", "secret", "endpoint", "address"])
+def test_what_cannot_work_is_refused_before_training(refusals: Mapping[str, Refusal], name: str) -> None:
+    if name not in refusals:
+        pytest.skip("no S3 server")
+    refusal = refusals[name]
+    out, err = refusal.process.communicate(timeout=REFUSAL_SECONDS)
+    assert_refused(Finished(refusal.process.returncode, out, err), *refusal.parts)
+    if refusal.storage is not None:
+        assert open_store(refusal.storage).list("") == []

@@ -1,0 +1,129 @@
+"""Several commands one after another in one process, which starts Ray once: `python -m tests.ray_jobs PLAN RESULTS`.
+
+PLAN is a JSON list of commands, RESULTS what became of each by name. In a process of its own because Ray reads how it
+authenticates when it is imported, and once for all commands because starting Ray costs more than most of them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ.setdefault("RAY_AUTH_TOKEN", "a-token-of-the-tests-that-guards-nothing")
+
+import ray
+
+from cat_cluster.cli import main
+from cat_cluster.cluster import driver
+from cat_cluster.cluster.trainer import PackOrder
+from cat_cluster.errors import StoreError
+from cat_cluster.registry import Registry
+
+CPUS = 2
+METRICS_SECONDS = 20.0
+
+
+def start_ray() -> None:
+    """Start the Ray that all commands after this use, with metrics reported often."""
+    ray.init(
+        num_cpus=CPUS,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=100 * 2**20,
+        logging_level="ERROR",
+        _system_config={"metrics_report_interval_ms": 500, "idle_worker_killing_time_threshold_ms": 600000},
+    )
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """Run `cat-cluster` in this process: its exit code, its output, and which packs went to workers."""
+    packs: list[dict[str, Any]] = []
+    train_on_ray = driver.train_on_ray
+
+    def noted(order: PackOrder, *given: Any) -> None:
+        packs.append({"ids": order.ids, "workers": order.workers})
+        train_on_ray(order, *given)
+
+    out, err, started, code = io.StringIO(), io.StringIO(), time.monotonic(), 0
+    with (
+        patch.object(driver, "train_on_ray", noted),
+        patch.object(sys, "argv", ["cat-cluster", *arguments]),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    seconds = time.monotonic() - started
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "packs": packs, "seconds": seconds}
+
+
+@contextmanager
+def damaged_after_check(path: Path) -> Iterator[None]:
+    """Let a photo turn bad once the driver has read it and before any worker does."""
+    prepare = driver.prepare
+
+    def prepare_then_damage(*given: Any) -> Any:
+        prepared = prepare(*given)
+        path.write_bytes(b"no image any more")
+        return prepared
+
+    with patch.object(driver, "prepare", prepare_then_damage):
+        yield
+
+
+@contextmanager
+def store_away() -> Iterator[None]:
+    """Let every publication in this process fail, so that only the checkpoints are stored."""
+    with patch.object(Registry, "publish", side_effect=StoreError("the store is away")):
+        yield
+
+
+def scrape(wanted: Mapping[str, float]) -> str:
+    """The node's metrics, as soon as each wanted one is there with its value or more, or after a while without."""
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + METRICS_SECONDS
+    while True:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            text = answer.read().decode()
+        lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
+        found = {name: sum(float(value) for key, value in lines if key.split("{")[0] == name) for name in wanted}
+        if all(found[name] >= value for name, value in wanted.items()) or time.monotonic() > deadline:
+            return text
+        time.sleep(0.25)
+
+
+def run_plan(plan: list[dict[str, Any]]) -> dict[str, Any]:
+    """Run the commands in their order; those before the first one that needs Ray go without."""
+    results = {}
+    for one in plan:
+        if "--in-process" not in one["arguments"] and not ray.is_initialized():
+            start_ray()
+        with ExitStack() as stack:
+            if "damage" in one:
+                stack.enter_context(damaged_after_check(Path(one["damage"])))
+            if one.get("store_away"):
+                stack.enter_context(store_away())
+            results[one["name"]] = run(one["arguments"])
+        if "metrics" in one:
+            results[one["name"]]["metrics"] = scrape(one["metrics"])
+    return results
+
+
+if __name__ == "__main__":
+    plan_file, results_file = map(Path, sys.argv[1:])
+    try:
+        results_file.write_text(json.dumps(run_plan(json.loads(plan_file.read_text()))))
+    finally:
+        ray.shutdown()

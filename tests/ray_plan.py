@@ -1,0 +1,101 @@
+"""The jobs of tests/integration/test_cluster.py: every way to train the same adapter, and a batch with bad ones in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cat_cluster.store import open_store
+from tests.tiny_jobs import adapter, write_spec
+
+STEPS = 20
+GOOD = tuple(f"good-{n}" for n in range(18))
+MEASURED = 4  # of these
+STEPS_TOTAL, CHECKPOINT_BYTES_TOTAL = "ray_cat_training_steps_total", "ray_cat_checkpoint_bytes_total"
+
+
+def cup(folder: Path, judge: Path, images: str | None = None) -> dict[str, Any]:
+    """The adapter that every way of training must make alike, measured."""
+    return adapter("cup", folder / "photos" / "cup", evaluation=measured(judge)) | (
+        {} if images is None else {"concepts": [{"token": "sks", "class_noun": "cup", "images": images}]}
+    )
+
+
+def mug(folder: Path, judge: Path) -> dict[str, Any]:
+    """An adapter that is trained and fails its gate."""
+    return adapter(
+        "mug",
+        folder / "photos" / "mug",
+        token="zwx",
+        training={"rank": 3, "seed": 4},
+        evaluation={**measured(judge), "require": {"kps": ">=2"}},
+    )
+
+
+def measured(judge: Path) -> dict[str, Any]:
+    prompts = ["a picture of a {}", "a drawing of a {}"]
+    return {"enabled": True, "prompts": prompts, "images_per_prompt": 1, "steps": 2, "judge": str(judge)}
+
+
+def batch(folder: Path, judge: Path) -> list[dict[str, Any]]:
+    """Twenty concepts that are fine, one whose training diverges, and one whose photos turn bad after the check."""
+    photos = folder / "photos"
+    good = [
+        adapter(
+            name,
+            photos / name,
+            token=("sks", "zwx", "ohwx")[n % 3],
+            training={"rank": 2 + n % 3, "seed": n},
+            evaluation=measured(judge) if n < MEASURED else {"enabled": False},
+        )
+        for n, name in enumerate(GOOD)
+    ]
+    diverging = adapter("diverging", photos / "mug", training={"learning_rate": 1e30})
+    return [
+        *good[:9],
+        diverging,
+        cup(folder, judge),
+        adapter("spoilt", photos / "spoilt"),
+        mug(folder, judge),
+        *good[9:],
+    ]
+
+
+def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> list[dict[str, Any]]:
+    """Write the specs of all jobs, each to train alike, and return the jobs in their order; without a bucket none in S3.
+
+    folder: has `photos`, and the name of each job is its storage.
+    """
+
+    def job(name: str, adapters: list[dict[str, Any]], *arguments: str, **changes: Any) -> dict[str, Any]:
+        storage = changes.pop("to", str(folder / name))
+        hooks = {key: changes.pop(key) for key in ("damage", "store_away", "metrics") if key in changes}
+        training = {"steps": STEPS, "learning_rate": 0.005}
+        spec = write_spec(folder / f"{name}.yaml", base, adapters, training=training, **changes)
+        return {"name": name, "arguments": ["train", str(spec), "--storage", storage, "--json", *arguments], **hooks}
+
+    both = [cup(folder, judge), mug(folder, judge)]
+    spoilt = folder / "photos" / "spoilt" / "1.png"
+    apart = job(
+        "apart",
+        both,
+        cluster={"workers": 1, "max_pack": 1, "checkpoint_every": 4},
+        monitoring={"tensorboard": True, "samples_every": 5},
+        metrics={STEPS_TOTAL: 2 * STEPS, CHECKPOINT_BYTES_TOTAL: 1},
+    )
+    jobs = [
+        job("local", both, "--in-process"),
+        job("unpublished", both, "--in-process", store_away=True),
+        apart,
+        {"name": "apart again", "arguments": apart["arguments"]},
+        job("batch", batch(folder, judge), cluster={"workers": 2}, damage=str(spoilt)),
+        {"name": "published", "arguments": job("unpublished", both)["arguments"]},
+        job("zero 3", both[:1], cluster={"workers": 2, "zero_stage": 3}),
+    ]
+    if bucket is not None:
+        images = open_store(f"{bucket}/concepts/cup")
+        for path in (folder / "photos" / "cup").iterdir():
+            images.put(path.name, path.read_bytes())
+        far = [cup(folder, judge, images.url)]
+        jobs.append(job("s3", far, cluster={"workers": [1, 2], "zero_stage": 2}, to=f"{bucket}/prod"))
+    return jobs

@@ -1,0 +1,172 @@
+"""Which adapters train together, and how many at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.prepared import PreparedAdapter
+from cat_cluster.settings import Settings
+from cat_cluster.spec import JobSpec
+from cat_cluster.store import LocalStore
+from cat_cluster.training import memory
+from cat_cluster.training.loop import LoopSettings
+from cat_cluster.workflow import pack_size, plan_packs
+from tests.unit.training.test_loop import members
+
+RANKS, STEPS, BASES = (8, 2, 4, 16), (30, 20), ("one", "other")
+MEGABYTE = 2**20
+
+
+def job_of(adapters: Sequence[dict[str, Any]], **cluster: Any) -> JobSpec:
+    concepts = [{"token": "sks", "class_noun": "cup", "images": "photos"}]
+    return JobSpec.model_validate(
+        {"name": "packs", "adapters": [{"concepts": concepts, **one} for one in adapters], "cluster": cluster}
+    )
+
+
+def prepared(job: JobSpec) -> list[PreparedAdapter]:
+    """The adapters of a job without photos, and with the name of a base in place of one."""
+    return [
+        PreparedAdapter(one, (), SimpleNamespace(fingerprint=one.base, resolution=16), f"r-{one.id}")  # type: ignore[arg-type]
+        for one in job.resolved()
+    ]
+
+
+@pytest.fixture
+def fifty() -> list[PreparedAdapter]:
+    """Two bases, two numbers of steps, four ranks, in no order."""
+    return prepared(
+        job_of(
+            [
+                {
+                    "id": f"a-{n}",
+                    "base": BASES[n % 3 % 2],
+                    "training": {"rank": RANKS[n % 4], "steps": STEPS[n % 7 % 2]},
+                }
+                for n in range(50)
+            ]
+        )
+    )
+
+
+def kind(adapter: PreparedAdapter) -> tuple[str, int]:
+    return adapter.base.fingerprint, adapter.resolved.training.steps
+
+
+@pytest.mark.parametrize("limit", [1, 3, 8, 32, 50])
+def test_packs_are_even_and_of_one_base_and_one_number_of_steps(
+    fifty: list[PreparedAdapter], tmp_path: Path, limit: int
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    def largest(group: Sequence[PreparedAdapter]) -> int:
+        asked.append(kind(group[0]))
+        return limit
+
+    packs = plan_packs(fifty, LocalStore(tmp_path), largest)
+    assert sorted(one.resolved.id for pack in packs for one in pack) == sorted(one.resolved.id for one in fifty)
+    kinds = {kind(one) for one in fifty}
+    assert len(kinds) == 4
+    assert sorted(asked) == sorted(kinds), "the limit is asked for once per group"
+    for one in kinds:
+        sizes = [len(pack) for pack in packs if kind(pack[0]) == one]
+        assert max(sizes) <= limit
+        assert max(sizes) - min(sizes) <= 1
+        assert len(sizes) == -(-sum(sizes) // limit), "no more packs than it takes"
+    assert all(len({kind(one) for one in pack}) == 1 for pack in packs)
+
+
+def test_adapters_of_like_rank_come_together(fifty: list[PreparedAdapter], tmp_path: Path) -> None:
+    packs = plan_packs(fifty, LocalStore(tmp_path), lambda _: 4)
+    for one in {kind(adapter) for adapter in fifty}:
+        ranks = [adapter.resolved.training.rank for pack in packs if kind(pack[0]) == one for adapter in pack]
+        assert len(set(ranks)) > 1
+        assert ranks == sorted(ranks)
+
+
+def test_adapters_of_an_interrupted_job_meet_at_a_step_they_have_in_common(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    adapters = prepared(job_of([{"id": name, "training": {"steps": 20}} for name in ("new", "late", "early", "both")]))
+    for name, steps in {"late": (12, 18), "early": (6, 12), "both": (12, 18)}.items():
+        for step in steps:
+            store.put(f"runs/{name}/r-{name}/checkpoints/{step:08d}.json", b"{}")
+    packs = plan_packs(adapters, store, lambda _: 8)
+    assert sorted(sorted(one.resolved.id for one in pack) for pack in packs) == [["both", "early", "late"], ["new"]]
+
+
+def test_what_cannot_share_a_forward_is_kept_apart(tmp_path: Path) -> None:
+    changes: list[dict[str, Any]] = [
+        {},
+        {"targets": "attention"},
+        {"blocks": "up"},
+        {"precision": "bf16"},
+        {"gradient_checkpointing": True},
+        {"joint_rows": False},
+        {"compile": True},
+        {"resolution": 24},
+    ]
+    apart = prepared(job_of([{"id": f"a-{n}", "training": change} for n, change in enumerate(changes)]))
+    assert [len(pack) for pack in plan_packs(apart, LocalStore(tmp_path), lambda _: 8)] == [1] * len(changes)
+    # These are each adapter's own business.
+    mixed: list[dict[str, Any]] = [{}, {"rank": 2}, {"learning_rate": 0.1}, {"rows_per_concept": 1}, {"seed": 5}]
+    together = prepared(job_of([{"id": f"b-{n}", "training": change} for n, change in enumerate(mixed)]))
+    assert [len(pack) for pack in plan_packs(together, LocalStore(tmp_path), lambda _: 8)] == [len(mixed)]
+
+
+def test_the_spec_may_say_how_many_train_together(tmp_path: Path) -> None:
+    ids = [{"id": f"a-{n}"} for n in range(3)]
+    settings = Settings(cache_dir=tmp_path)
+    for wanted in (1, 2, 40):
+        job = job_of(ids, max_pack=wanted)
+        assert pack_size(prepared(job), job, settings) == wanted
+    automatic = job_of(ids)
+    assert pack_size(prepared(automatic)[:1], automatic, settings) == 1, "of one nothing is measured"
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+@pytest.fixture
+def bank(base: BaseModel) -> Iterator[LoraBank]:
+    bank = LoraBank.attach(base.unet, slots=2, rank=4, layers=adapted_layers(base.unet, "attention"))
+    yield bank
+    bank.detach()
+
+
+def test_the_measured_size_is_between_one_and_the_largest(
+    base: BaseModel, bank: LoraBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = LoopSettings(steps=20, checkpoint_every=6)
+    sizes = []
+    for free in (0, 10**18):
+        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
+        sizes.append(memory.measured_pack_size(base, bank, members(base)[:2], settings))
+    assert sizes == [1, memory.LARGEST_PACK]
+
+
+def test_free_memory_is_what_this_machine_can_give() -> None:
+    assert 0 < memory.free_bytes(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
+def test_the_measured_size_grows_with_the_free_memory(
+    base: BaseModel, bank: LoraBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One adapter takes 100 MB and each further one 40 MB, of the share of the free memory that is used."""
+    used = {1: 100 * MEGABYTE, 2: 140 * MEGABYTE}
+    monkeypatch.setattr(memory, "_peak_bytes", lambda _base, _bank, pack, _settings: used[len(pack)])
+    wanted = {50: 1, 100: 1, 139: 1, 141: 2, 301: 6, 10_000: memory.LARGEST_PACK}
+    for megabytes, size in wanted.items():
+        free = megabytes * MEGABYTE / memory.SHARE
+        monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
+        assert memory.measured_pack_size(base, bank, members(base)[:2], LoopSettings(20, 6)) == size
