@@ -166,8 +166,11 @@ def _pack_key(adapter: PreparedAdapter) -> tuple[object, ...]:
     )
 
 
-def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings) -> int:
-    """Return how many adapters of a group are trained together: the spec's number, or what memory allows here."""
+def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings, *, shared_by: int = 1) -> int:
+    """Return how many adapters of a group are trained together: the spec's number, or what memory allows here.
+
+    shared_by: packs that train at once in this memory.
+    """
     wanted = job.cluster.max_pack
     if wanted != "auto":
         return wanted
@@ -177,7 +180,8 @@ def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings
     heaviest = sorted(group, key=lambda one: (one.resolved.training.rank, one.rows))[-2:]
     with open_bank(heaviest[0].base, heaviest) as bank:
         members = [pack_member(adapter, bank, settings.cache_dir) for adapter in heaviest]
-        return measured_pack_size(heaviest[0].base, bank, members, loop_settings(heaviest[0], job))
+        shared = loop_settings(heaviest[0], job)
+        return measured_pack_size(heaviest[0].base, bank, members, shared, shared_by=shared_by)
 
 
 def train_adapters(

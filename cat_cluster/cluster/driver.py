@@ -180,7 +180,13 @@ class _Driver:
         packs = plan_packs(
             untrained,
             self._registry.store,
-            lambda group: pack_size_on_ray(group, self._job, self._settings, on_gpus=self._size.on_gpus),
+            lambda group: pack_size_on_ray(
+                group,
+                self._job,
+                self._settings,
+                on_gpus=self._size.on_gpus,
+                side_by_side=self._side_by_side(),
+            ),
         )
         self._waiting.extend(packs)
         if len(packs) > 1:

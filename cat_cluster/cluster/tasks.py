@@ -25,13 +25,15 @@ EVALUATION_RETRIES = 3  # of a task whose process or machine is lost
 IMAGE_EVENT_SECONDS = 0.25
 
 
-def pack_size_on_ray(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings, *, on_gpus: bool) -> int:
+def pack_size_on_ray(
+    group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings, *, on_gpus: bool, side_by_side: int
+) -> int:
     """Return how many adapters of a group are trained together; `auto` is measured where workers run."""
     if job.cluster.max_pack != "auto" or len(group) == 1:
         return pack_size(group, job, settings)
     adapters = [adapter.resolved for adapter in group]
     task = ray.remote(_pack_size).options(num_cpus=1, num_gpus=1 if on_gpus else 0)
-    size: int = ray.get(task.remote(adapters, job, settings))
+    size: int = ray.get(task.remote(adapters, job, settings, 1 if on_gpus else side_by_side))
     return size
 
 
@@ -53,14 +55,14 @@ def evaluate_on_ray(
     return task.remote(adapter.resolved, adapter.revision, settings, storage, run_id, attempt, seconds, board)
 
 
-def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, settings: Settings) -> int:
+def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, settings: Settings, shared_by: int) -> int:
     torch.set_num_threads(1)
     bases: dict[str, Any] = {}
     usable = []
     for adapter in adapters:
         with suppress(CatClusterError):  # what turned bad since the job was checked fails with its pack, by name
             usable.append(prepare_adapter(adapter, settings, bases))
-    return pack_size(usable, job, settings) if usable else 1
+    return pack_size(usable, job, settings, shared_by=shared_by) if usable else 1
 
 
 def _evaluate(

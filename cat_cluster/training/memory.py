@@ -19,16 +19,19 @@ LARGEST_PACK = 32  # beyond it rows hardly get cheaper, and an interruption cost
 SHARE = 0.7  # of the free memory; allocators fragment and other processes live too
 
 
-def measured_pack_size(base: BaseModel, bank: LoraBank, members: Sequence[PackMember], settings: LoopSettings) -> int:
+def measured_pack_size(
+    base: BaseModel, bank: LoraBank, members: Sequence[PackMember], settings: LoopSettings, *, shared_by: int = 1
+) -> int:
     """Return the largest pack of adapters like `members` (two) whose step fits the memory that is free now.
 
     A step's peak is taken as a + b K for K adapters: measured at K = 1 and 2, solved for the free memory, 1 to 32.
+    shared_by: packs that train at once in that memory.
     """
     short = replace(settings, steps=1)
     _peak_bytes(base, bank, members[:1], short)  # the first step warms caches and allocators; it is not counted
     one, two = (_peak_bytes(base, bank, members[:count], short) for count in (1, 2))
     each = max(two - one, 1)
-    return max(1, min(LARGEST_PACK, 1 + int((SHARE * free_bytes(base.device) - one) / each)))
+    return max(1, min(LARGEST_PACK, 1 + int((SHARE * free_bytes(base.device) / shared_by - one) / each)))
 
 
 def free_bytes(device: torch.device) -> int:
