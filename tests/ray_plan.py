@@ -1,4 +1,4 @@
-"""The jobs of tests/integration/test_cluster.py: every way to train the same adapter, and a batch with bad ones in it."""
+"""The jobs of tests/integration/test_cluster.py: every way to train one adapter, and a batch with bad ones in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from tests.tiny_jobs import adapter, write_spec
 STEPS = 20
 GOOD = tuple(f"good-{n}" for n in range(18))
 MEASURED = 4  # of these
-STEPS_TOTAL, CHECKPOINT_BYTES_TOTAL = "ray_cat_training_steps_total", "ray_cat_checkpoint_bytes_total"
+# What the node must show after the first job; a checkpoint is taken twice as often as asked.
+METRICS = {
+    "ray_cat_training_steps_total": 2 * STEPS,
+    "ray_cat_checkpoint_bytes_total": 1,
+    "ray_cat_checkpoint_seconds_count": 2 * STEPS // 2,
+    "ray_cat_evaluation_seconds_count": 2,
+}
 
 
 def cup(folder: Path, judge: Path, images: str | None = None) -> dict[str, Any]:
@@ -62,7 +68,7 @@ def batch(folder: Path, judge: Path) -> list[dict[str, Any]]:
 
 
 def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> list[dict[str, Any]]:
-    """Write the specs of all jobs, each to train alike, and return the jobs in their order; without a bucket none in S3.
+    """Write the specs of all jobs, each to train alike, and return the jobs in order; none in S3 without a bucket.
 
     folder: has `photos`, and the name of each job is its storage.
     """
@@ -81,7 +87,7 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
         both,
         cluster={"workers": 1, "max_pack": 1, "checkpoint_every": 4},
         monitoring={"tensorboard": True, "samples_every": 5},
-        metrics={STEPS_TOTAL: 2 * STEPS, CHECKPOINT_BYTES_TOTAL: 1},
+        metrics=METRICS,
     )
     jobs = [
         job("local", both, "--in-process"),

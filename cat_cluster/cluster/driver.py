@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cat_cluster import telemetry
+from cat_cluster.cluster.board import Board
 from cat_cluster.cluster.ray_jobs import current_job
 from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.cluster.session import PACK_THREAD, ClusterSize, check_cluster, ray_session
@@ -36,22 +36,6 @@ from cat_cluster.workflow import AdapterResult, JobListener, already_published, 
 POLL_SECONDS = 0.1
 HALT_SECONDS = 10.0  # that a pack's thread has to end in when the driver leaves early
 WATCH_SECONDS = 2.0  # between two looks whether the attempt still stands and nobody asked it to stop
-
-
-class Board:
-    """An actor that takes what workers and tasks have to tell until the driver asks."""
-
-    def __init__(self) -> None:
-        self._events: list[tuple[Any, ...]] = []
-
-    def put(self, event: tuple[Any, ...]) -> None:
-        """Take an event."""
-        self._events.append(event)
-
-    def take(self) -> list[tuple[Any, ...]]:
-        """Give all events since the last time."""
-        events, self._events = self._events, []
-        return events
 
 
 def run_on_ray(
@@ -136,8 +120,7 @@ class _Driver:
         self._packs = 0
         self._watched = time.monotonic()
         self._metrics = telemetry.Metrics(RayBackend())
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._board = Board.start()
 
     def run(self, prepared: Sequence[PreparedAdapter]) -> list[AdapterResult]:
         """Bring every adapter to its end and return the results in the order given."""
@@ -180,13 +163,7 @@ class _Driver:
         packs = plan_packs(
             untrained,
             self._registry.store,
-            lambda group: pack_size_on_ray(
-                group,
-                self._job,
-                self._settings,
-                on_gpus=self._size.on_gpus,
-                side_by_side=self._side_by_side(),
-            ),
+            self._pack_size,
         )
         self._waiting.extend(packs)
         if len(packs) > 1:
@@ -194,6 +171,14 @@ class _Driver:
                 f"{len(untrained)} adapters in {len(packs)} packs, {min(len(packs), self._side_by_side())} at a time, "
                 f"on {self._size.workers} {'GPUs' if self._size.on_gpus else 'CPUs'}"
             )
+
+    def _pack_size(self, group: Sequence[PreparedAdapter]) -> int:
+        on_gpus, together = self._size.on_gpus, self._side_by_side()
+        try:
+            return pack_size_on_ray(group, self._job, self._settings, on_gpus=on_gpus, side_by_side=together)
+        except ray.exceptions.RayError as error:
+            self._listener.message(f"measuring what memory allows failed ({type(error).__name__}): packs of one")
+            return 1
 
     def _side_by_side(self) -> int:
         workers = self._job.cluster.workers
@@ -227,7 +212,7 @@ class _Driver:
         self._count()
 
     def _take_events(self) -> None:
-        for kind, *event in ray.get(self._board.take.remote()):
+        for kind, *event in self._board.take():
             if kind == "step":
                 (report,) = event
                 self._listener.step(report)

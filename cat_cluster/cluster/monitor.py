@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
+from cat_cluster.cluster.board import Board
 from cat_cluster.evaluation.samples import SampleGrids
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.prepared import PreparedAdapter
@@ -30,7 +30,7 @@ class PackMonitor:
         job: JobSpec,
         pack: Sequence[PreparedAdapter],
         store: ObjectStore,
-        board: Any,
+        board: Board,
         metrics: Metrics,
         run_id: str,
         *,
@@ -85,7 +85,7 @@ class PackMonitor:
             now = time.monotonic()
             if now - self._told >= REPORT_SECONDS or report.step in (1, report.steps):
                 self._told = now
-                self._board.put.remote(("step", report))
+                self._board.tell("step", report)
         every = self._job.monitoring.samples_every
         if self._grids is not None and every is not None and report.step % every == 0:
             self._grids(report.step)

@@ -44,9 +44,9 @@ def ray_session(address: str | None = None) -> Iterator[ClusterSize]:
 
     A Ray that this process has joined already is used and left as it is. Raises ClusterError when none answers.
     """
+    _settings_of_train()
     joined = ray.is_initialized()
     if not joined:
-        _settings_of_train()
         address = address or os.environ.get("RAY_ADDRESS")
         try:
             _join(address)

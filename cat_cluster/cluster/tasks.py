@@ -12,6 +12,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from cat_cluster import telemetry
+from cat_cluster.cluster.board import Board
 from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.errors import CatClusterError, CheckpointError
 from cat_cluster.prepared import PreparedAdapter, checkpoints_of, prepare_adapter, trained_adapter
@@ -45,7 +46,7 @@ def evaluate_on_ray(
     run_id: str,
     attempt: int,
     seconds: float,
-    board: Any,
+    board: Board,
     on_gpus: bool,
 ) -> Any:
     """Start measuring and publishing an adapter whose training is done; return the reference of its AdapterResult."""
@@ -73,7 +74,7 @@ def _evaluate(
     run_id: str,
     attempt: int,
     seconds: float,
-    board: Any,
+    board: Board,
 ) -> AdapterResult:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()  # its bars for files that load in a moment would fill the job's log
@@ -84,7 +85,7 @@ def _evaluate(
         nonlocal told
         if done == total or time.monotonic() - told >= IMAGE_EVENT_SECONDS:
             told = time.monotonic()
-            board.put.remote(("images", adapter_id, done, total))
+            board.tell("images", adapter_id, done, total)
 
     started = time.perf_counter()
     store = open_fenced_store(storage, run_id, attempt)

@@ -12,11 +12,13 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 from torch import distributed
 
 from cat_cluster.base_model import BaseModel
+from cat_cluster.cluster.board import Board
 from cat_cluster.cluster.monitor import PackMonitor
 from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.cluster.zero import zero_engine
@@ -35,7 +37,7 @@ COLLECTIVE_SECONDS = 1800
 
 @dataclass(frozen=True, eq=False)
 class PackOrder:
-    """All that the workers of a pack are told. board: the driver's actor that takes events; number: the pack's own."""
+    """All that the workers of a pack are told. board: where the driver looks for word; number: the pack's own."""
 
     number: int
     job: JobSpec
@@ -44,7 +46,7 @@ class PackOrder:
     run_id: str
     attempt: int
     settings: Settings
-    board: Any
+    board: Board
     workers: int | tuple[int, int]
     on_gpus: bool
 
@@ -62,6 +64,10 @@ class _Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]
     """
 
     on_controller: Callable[[Any], None]
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # Ray would start a process that manages datasets, of which there are none: seconds of a small machine.
+        return [one for one in super()._create_default_callbacks() if not isinstance(one, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
@@ -129,7 +135,7 @@ def _work(config: dict[str, Any]) -> None:
     pack, failed = _prepare(order, settings)
     if first:
         for adapter_id, reason in failed.items():
-            ray.get(order.board.put.remote(("failed", adapter_id, reason)))
+            order.board.tell("failed", adapter_id, reason, wait=True)
     if not pack:
         return
     stage = order.job.cluster.zero_stage

@@ -108,9 +108,17 @@ class Process:
         found = []
         for process in self.family():
             with suppress(psutil.Error):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith(WORKER):
+                if "".join(process.cmdline()[:1]).startswith(WORKER):
                     found.append(process)
         return found
+
+    def await_true(self, condition: Callable[[], object], pause: float = 0.02) -> None:
+        """Wait until the condition holds; fails when the process ends first."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert self.popen.poll() is None, f"has ended:\n{self.said()[-3000:]}"
+            assert time.monotonic() < deadline, f"no progress:\n{self.said()[-3000:]}"
+            time.sleep(pause)
 
     def said(self) -> str:
         """What the process has written."""
@@ -169,19 +177,9 @@ class Site:
         assert address, process.said()[-3000:]
         return process, address
 
-    def await_true(self, condition: Callable[[], object], process: Process) -> bool:
-        """Wait until the condition holds (True) or the process has ended (False)."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while process.popen.poll() is None:
-            if condition():
-                return True
-            assert time.monotonic() < deadline, f"no progress:\n{process.said()[-3000:]}"
-            time.sleep(0.01)
-        return False
-
-    def await_step(self, step: int, process: Process) -> bool:
-        """Wait until any worker has finished the step, or the driver has ended (False)."""
-        return self.await_true(lambda: self.journal.reached() >= step, process)
+    def await_step(self, step: int, driver: Process) -> None:
+        """Wait until any worker has finished the step."""
+        driver.await_true(lambda: self.journal.reached() >= step)
 
     def run(self) -> Run:
         """The one run of the storage."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.chaos.cluster_jobs import Process, Site, Watcher, check_published, suspended, train_whole
+from tests.chaos.cluster_jobs import Journal, Process, Site, Watcher, check_published, suspended, train_whole
 from tests.s3_server import S3Server
 from tests.tiny_jobs import adapter, write_photos, write_spec
 
@@ -56,24 +55,30 @@ def make_site(tiny_base_folder: Path, tmp_path: Path, s3_bucket: str) -> Iterato
         site.clean()
 
 
-def kill_a_worker(driver: Process, rng: random.Random) -> bool:
-    """End one of the two workers, whatever it is doing; False when there is none."""
-    workers = driver.workers()
-    if not workers:
-        return False
-    with suppress(psutil.NoSuchProcess):
-        rng.choice(workers).kill()
-        return True
-    return False
+class WorkerKiller:
+    """Ends training workers, each of another group: the others of a group end with the one that was killed."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+        self._doomed: set[psutil.Process] = set()
+        self.early = 0
+
+    def kill(self, driver: Process, journal: Journal) -> None:
+        """Wait for workers and end one with SIGKILL, whatever it is doing."""
+        driver.await_true(lambda: set(driver.workers()) - self._doomed, pause=0.2)
+        workers = set(driver.workers())
+        victim = self._rng.choice(sorted(workers - self._doomed, key=lambda worker: worker.pid))
+        victim.kill()
+        self._doomed |= workers
+        self.early += victim.pid not in {note.pid for note in journal.notes()}
 
 
-def fail_for_a_while(server: S3Server, rng: random.Random) -> bool:
+def fail_for_a_while(server: S3Server, rng: random.Random) -> None:
     """Take one of the server's processes away for some seconds: refused connections, or answers of 503."""
     name = rng.choice(["proxy", "object", "container"])
     server.kill(name)
     time.sleep(rng.uniform(1.0, 4.0))
     server.restart(name)
-    return True
 
 
 @pytest.mark.timeout(900)
@@ -86,29 +91,29 @@ def test_a_job_survives_killed_workers_killed_drivers_and_outages_of_its_storage
     whole = train_whole(site.spec, site.folder / "whole")
     kinds = ["worker"] * WORKER_KILLS + ["driver"] * (DRIVER_KILLS - 1) + ["storage"] * OUTAGES
     rng.shuffle(kinds)
+    # The last driver dies between the last step and the last publishing.
     plan = [*zip(sorted(rng.sample(range(2, STEPS), len(kinds))), kinds, strict=True), (STEPS, "driver")]
-    done = dict.fromkeys(kinds, 0)
+    workers = WorkerKiller(rng)
     with Watcher(site.store) as watcher:
         driver = site.drive()
         for step, kind in plan:
-            early = kind == "worker" and rng.random() < 0.3  # as soon as there is a worker, not at its step
-            assert site.await_true(driver.workers, driver) if early else site.await_step(step, driver), driver.said()
+            if rng.random() < 0.8:  # else at once, which is while the workers start where the last one killed any
+                site.await_step(step, driver)
             time.sleep(rng.uniform(0.0, 0.2))
             if kind == "worker":
-                done[kind] += kill_a_worker(driver, rng)
+                workers.kill(driver, site.journal)
             elif kind == "storage":
-                done[kind] += fail_for_a_while(s3_server, rng)
+                fail_for_a_while(s3_server, rng)
             else:
                 driver.kill()
-                done[kind] += 1
                 driver = site.drive()
         assert driver.end() == 0, driver.said()
-    assert done == {"worker": WORKER_KILLS, "driver": DRIVER_KILLS, "storage": OUTAGES}
     assert watcher.looks > len(plan)
     assert watcher.problems == []
     redone = site.journal.redone()
+    print(f"steps done again after a start: {redone}; workers killed before their first step: {workers.early}")
     assert len(redone) >= (WORKER_KILLS + DRIVER_KILLS) // 2, "the kills met nobody at work"
-    assert all(0 <= steps <= CHECKPOINT_EVERY for steps in redone), redone
+    assert all(-1 <= steps <= CHECKPOINT_EVERY for steps in redone), redone
     check_published(site.store, whole, ADAPTERS)
 
 
@@ -122,7 +127,7 @@ def test_a_job_survives_lost_nodes(make_site: Any) -> None:
     with Watcher(site.store) as watcher:
         driver = site.drive(address)
         for step in sorted(rng.sample(range(2, STEPS // 2), NODE_KILLS)):
-            assert site.await_step(step, driver), driver.said()
+            site.await_step(step, driver)
             assert cluster.send("kill") == "done"
             time.sleep(rng.uniform(0.0, 1.0))
             assert cluster.send("add 1") == "done"
@@ -130,7 +135,7 @@ def test_a_job_survives_lost_nodes(make_site: Any) -> None:
     assert watcher.problems == []
     redone = site.journal.redone()
     assert len(redone) >= 1
-    assert all(0 <= steps <= CHECKPOINT_EVERY for steps in redone), redone
+    assert all(-1 <= steps <= CHECKPOINT_EVERY for steps in redone), redone
     check_published(site.store, whole, ADAPTERS[:2])
 
 
@@ -159,11 +164,14 @@ def test_a_driver_that_was_held_up_writes_nothing_after_another_took_over(make_s
     whole = train_whole(site.spec, site.folder / "whole")
     _, address = site.cluster(2)
     first = site.drive(address)
-    assert site.await_step(10, first), first.said()
+    site.await_step(10, first)
     with suspended(first.family()):
         second = site.drive(address)
         assert second.end() == 0, second.said()
         before = site.objects()
+    # Its workers were refused their next checkpoint, and started no more.
+    (redone,) = site.journal.redone()
+    assert -1 <= redone <= CHECKPOINT_EVERY
     assert first.end() == 1, first.said()
     assert "another driver has taken over" in first.said()
     time.sleep(5)
@@ -178,16 +186,16 @@ def test_a_run_that_is_asked_to_stop_does_and_can_go_on(make_site: Any) -> None:
     whole = train_whole(site.spec, site.folder / "whole")
     _, address = site.cluster(2)
     driver = site.drive(address)
-    assert site.await_step(20, driver), driver.said()
+    site.await_step(20, driver)
     site.run().request_stop(1)
     assert driver.end(20) == 130, driver.said()
-    assert "interrupted" in driver.said()
+    assert "Traceback" not in driver.said()
     assert site.run().progress().state == "stopped"
     stopped_at = site.journal.reached()
     assert 20 <= stopped_at < 60
     again = site.drive(address)
     assert again.end() == 0, again.said()
     (redone,) = site.journal.redone()
-    assert 0 <= redone <= CHECKPOINT_EVERY
+    assert -1 <= redone <= CHECKPOINT_EVERY
     assert site.run().progress().state == "done"
     check_published(site.store, whole, ADAPTERS[:2])

@@ -25,7 +25,7 @@ from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.run_progress import RunProgress
 from cat_cluster.store import open_store
 from tests import ray_plan
-from tests.ray_plan import CHECKPOINT_BYTES_TOTAL, GOOD, MEASURED, STEPS, STEPS_TOTAL
+from tests.ray_plan import GOOD, MEASURED, STEPS
 from tests.s3_server import S3Server
 from tests.tiny_jobs import (
     Finished,
@@ -273,10 +273,9 @@ def test_the_nodes_metrics_tell_of_the_job(jobs: Jobs) -> None:
     for series, value in lines:
         name = series.split("{")[0]
         found[name] = found.get(name, 0.0) + float(value)
-    assert found[STEPS_TOTAL] == 2 * STEPS
-    assert found[CHECKPOINT_BYTES_TOTAL] > 0
-    assert found["ray_cat_checkpoint_seconds_count"] == 2 * STEPS // 2, "one each two steps, of each adapter"
-    assert found["ray_cat_evaluation_seconds_count"] == 2
+    assert found["ray_cat_checkpoint_bytes_total"] > 10_000
+    exact = {name: value for name, value in ray_plan.METRICS.items() if name != "ray_cat_checkpoint_bytes_total"}
+    assert {name: found.get(name) for name in exact} == exact
     assert {"ray_cat_packs_running", "ray_cat_adapters", "ray_cat_training_identity_loss"} <= found.keys()
 
 
