@@ -159,17 +159,19 @@ def test_of_two_drivers_of_one_run_one_wins(make_site: Any) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_driver_that_was_held_up_writes_nothing_after_another_took_over(make_site: Any) -> None:
-    """On one cluster: the first driver stands still with its workers at work, the second finishes the job."""
+    """On one cluster: the first driver stands still, its workers go on; the second finishes the job."""
     site = make_site(adapters=2, steps=60, stage=None)
     whole = train_whole(site.spec, site.folder / "whole")
-    _, address = site.cluster(2)
+    cluster, address = site.cluster(2)
     first = site.drive(address)
     site.await_step(10, first)
     with suspended(first.family()):
-        second = site.drive(address)
+        with suspended(cluster.workers()):  # or they would be through before the second driver has read its spec
+            second = site.drive(address)
+            second.await_true(lambda: site.run().last_attempt() == 2, pause=0.2)
         assert second.end() == 0, second.said()
         before = site.objects()
-    # Its workers were refused their next checkpoint, and started no more.
+    # The first driver's workers were refused their next checkpoint and went no further.
     (redone,) = site.journal.redone()
     assert -1 <= redone <= CHECKPOINT_EVERY
     assert first.end() == 1, first.said()
