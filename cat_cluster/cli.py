@@ -38,6 +38,7 @@ app.add_typer(spec_app, name="spec")
 mount(app)
 
 people = Console(stderr=True)
+INTERRUPTED = 130
 
 Storage = Annotated[
     str | None, typer.Option("--storage", help="Registry folder. Default: the spec's, else $CAT_STORAGE.")
@@ -340,9 +341,10 @@ def main() -> NoReturn:
         people.print("[bold red]error[/bold red]", end=" ")
         people.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        people.print("interrupted; run the same command again to continue")
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # Typer turns the interrupt of a command into its exit code
+            people.print("interrupted; run the same command again to continue")
+        raise
     sys.exit(0)
 
 

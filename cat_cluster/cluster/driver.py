@@ -221,6 +221,8 @@ class _Driver:
                     self._writer.adapter(adapter_id, step=report.step, losses=tokens)
             elif kind == "images":
                 self._listener.images(*event)
+            elif kind == "message":
+                self._listener.message(*event)
             elif kind == "failed":
                 self._fail(*event)
 

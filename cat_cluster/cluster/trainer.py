@@ -21,6 +21,7 @@ from cat_cluster.base_model import BaseModel
 from cat_cluster.cluster.board import Board
 from cat_cluster.cluster.monitor import PackMonitor
 from cat_cluster.cluster.ray_metrics import RayBackend
+from cat_cluster.cluster.restarts import RestartNotice
 from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.errors import CatClusterError, CheckpointError
 from cat_cluster.prepared import PreparedAdapter, prepare_adapter
@@ -84,6 +85,7 @@ def train_on_ray(order: PackOrder, on_controller: Callable[[Any], None]) -> None
     A lost worker costs a restart from there, at most `max_failures` times. on_controller is given the actor that
     controls the run; killing it ends the pack. Raises CatClusterError with the reason of the last failure.
     """
+    failures = order.job.cluster.max_failures
     with tempfile.TemporaryDirectory(prefix="cat-cluster-") as folder:
         trainer = _Trainer(
             _work,
@@ -94,7 +96,8 @@ def train_on_ray(order: PackOrder, on_controller: Callable[[Any], None]) -> None
                 # Ray is given no checkpoint: on every start a worker goes on from the store's.
                 name=f"{order.run_id}-{order.attempt}-{order.number}",
                 storage_path=folder,
-                failure_config=ray.train.FailureConfig(max_failures=order.job.cluster.max_failures),
+                failure_config=ray.train.FailureConfig(max_failures=failures),
+                callbacks=[RestartNotice(order.board, order.ids, failures)],
             ),
         )
         trainer.on_controller = on_controller

@@ -33,7 +33,7 @@ from jobs.benchmark.workbench import concept_task, pack_step, take_turns
 PARTS = ("steps", "checkpoints", "sharding", "batch")
 RAY_STEPS = 60
 CHECKPOINT_EVERY = 50  # the spec's default
-CHECKPOINT_ADAPTERS = 8
+CHECKPOINT_ADAPTERS = 4
 BATCH, SINGLES = 20, 3
 BATCHES = ((1, 300), (4, 100))  # rows per concept, steps
 PATIENCE_SECONDS = 3600
@@ -111,7 +111,6 @@ def steps_through_ray(spec: Path, storage: str) -> list[float]:
 
 def measure_checkpoints(console: Console) -> dict[str, Any]:
     """Fifty steps of a pack with its checkpoints, in the background, against fifty without, in turns."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
     base = load_base_model("pocket")
     tasks = [concept_task(base, f"c{n}", 4, LEVERS) for n in range(CHECKPOINT_ADAPTERS)]
     storage = os.environ.get("CAT_STORAGE")
