@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 
 from cat_cluster.errors import AdapterNotFoundError, CatClusterError
 from cat_cluster.evaluation.bootstrap import METRICS
-from cat_cluster.evaluation.evaluate import Evaluator
+from cat_cluster.evaluation.evaluate import EvaluationMemory, Evaluator
 from cat_cluster.evaluation.gates import check_gates
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
@@ -84,6 +84,7 @@ def run_job(job: JobSpec, store: ObjectStore, settings: Settings, listener: JobL
     prepared = prepare(job, settings)
     registry = Registry(store)
     results: dict[str, AdapterResult] = {}
+    memories: dict[str, EvaluationMemory] = {}
 
     def keep(result: AdapterResult) -> None:
         results[result.adapter_id] = result
@@ -102,7 +103,8 @@ def run_job(job: JobSpec, store: ObjectStore, settings: Settings, listener: JobL
         trained = train_adapters(pack, job, store, settings, on_step=listener.step)
         seconds = time.perf_counter() - started
         for adapter, one in zip(pack, trained, strict=True):
-            keep(finish_adapter(adapter, one, registry, seconds, listener.images))
+            memory = memories.setdefault(adapter.base.fingerprint, EvaluationMemory())
+            keep(finish_adapter(adapter, one, registry, seconds, listener.images, memory))
     return [results[adapter.resolved.id] for adapter in prepared]
 
 
@@ -234,14 +236,17 @@ def finish_adapter(
     registry: Registry,
     seconds: float,
     on_images: Callable[[str, int, int], None],
+    memory: EvaluationMemory,
 ) -> AdapterResult:
     """Measure a trained adapter, check its gates and publish it; seconds: how long its pack trained.
+
+    memory: what measuring other adapters of the same base has found already.
 
     An adapter that cannot be measured or stored has failed, and its checkpoints stay: the same job again measures
     and publishes it without training.
     """
     try:
-        result = _finish(adapter, trained, registry, seconds, on_images)
+        result = _finish(adapter, trained, registry, seconds, on_images, memory)
         checkpoints_of(adapter, registry.store).clear()
     except CatClusterError as error:
         result = AdapterResult(adapter.resolved.id, adapter.revision, "failed", reason=str(error))
@@ -254,6 +259,7 @@ def _finish(
     registry: Registry,
     seconds: float,
     on_images: Callable[[str, int, int], None],
+    memory: EvaluationMemory,
 ) -> AdapterResult:
     resolved = adapter.resolved
     if trained.weights is None:
@@ -262,7 +268,7 @@ def _finish(
     if resolved.evaluation.enabled:
         with open_bank(adapter.base, [adapter]) as bank:
             bank.load(1, trained.weights)
-            evaluation = Evaluator(adapter.base, bank).evaluate(
+            evaluation = Evaluator(adapter.base, bank, memory=memory).evaluate(
                 1,
                 adapter.concepts,
                 resolved.evaluation,

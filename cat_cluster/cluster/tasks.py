@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -12,9 +13,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from cat_cluster import telemetry
+from cat_cluster.base_model import BaseModel
 from cat_cluster.cluster.board import Board
 from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.errors import CatClusterError, CheckpointError
+from cat_cluster.evaluation.evaluate import EvaluationMemory
 from cat_cluster.prepared import PreparedAdapter, checkpoints_of, prepare_adapter, trained_adapter
 from cat_cluster.registry import Registry
 from cat_cluster.runs import open_fenced_store
@@ -90,7 +93,7 @@ def _evaluate(
     started = time.perf_counter()
     store = open_fenced_store(storage, run_id, attempt)
     try:
-        adapter = prepare_adapter(resolved, settings, {})
+        adapter = _kept.prepare(resolved, settings)
         if adapter.revision != revision:
             raise CheckpointError("its photos or its base changed while it was trained: submit the job again")
         series = checkpoints_of(adapter, store)
@@ -98,8 +101,26 @@ def _evaluate(
         if not steps:
             raise CheckpointError("its checkpoints are gone from the store: submit the job again")
         trained = trained_adapter(adapter, series.load(steps[-1]))
-        result = finish_adapter(adapter, trained, Registry(store), seconds, on_images)
+        result = finish_adapter(adapter, trained, Registry(store), seconds, on_images, _kept.memory)
     except CatClusterError as error:
         result = AdapterResult(resolved.id, revision, "failed", reason=str(error))
     metrics.observe(telemetry.EVALUATION_SECONDS, time.perf_counter() - started)
     return result
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What a process keeps from one task to the next, of which Ray gives it many: the base and what is known of it."""
+
+    bases: dict[str, BaseModel] = field(default_factory=dict)
+    memory: EvaluationMemory = field(default_factory=EvaluationMemory)
+
+    def prepare(self, resolved: ResolvedAdapter, settings: Settings) -> PreparedAdapter:
+        """Read an adapter's photos, and its base unless the task before had the same."""
+        if resolved.base not in self.bases:
+            self.bases.clear()
+            self.memory = EvaluationMemory()
+        return prepare_adapter(resolved, settings, self.bases)
+
+
+_kept = _Kept()

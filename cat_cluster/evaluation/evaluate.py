@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from cat_cluster.spec_sections import EvaluationSpec
 Images = NDArray[np.uint8]
 Progress = Callable[[int, int], None]
 LEAK_IMAGES = 8  # per cell of the leak matrix
+MEMORY_BYTES = 256 * 2**20  # of base images kept from one adapter to the next
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,20 @@ class _Plan:
         return tuple(by_image[:LEAK_IMAGES])
 
 
+@dataclass(frozen=True, eq=False)
+class EvaluationMemory:
+    """What measurements of adapters of one base have in common: judges, images of the bare base, recognition heads."""
+
+    judges: dict[str, tuple[Judge, ...]] = field(default_factory=dict)
+    base_images: dict[ImageRow, Images] = field(default_factory=dict)
+    heads: dict[tuple[world.Design, int], RecognitionHead] = field(default_factory=dict)
+
+    def trim(self) -> None:
+        """Forget the images when they have become many; they can be made again."""
+        if sum(image.nbytes for image in self.base_images.values()) > MEMORY_BYTES:
+            self.base_images.clear()
+
+
 class Evaluator:
     """Measures the adapters of one bank; images of the bare base model are made once and shared between them."""
 
@@ -64,15 +79,19 @@ class Evaluator:
         judges: Sequence[Judge] | None = None,
         *,
         rows_per_call: int = 16,
+        memory: EvaluationMemory | None = None,
     ) -> None:
-        """`judges` overrides those that each evaluation spec names; the first is the one whose scores stand first."""
+        """`judges` overrides those that each evaluation spec names; the first is the one whose scores stand first.
+
+        memory: what other evaluators of the same base, and the same `judges`, have found already.
+        """
         self._base = base
         self._bank = bank
         self._judges = None if judges is None else tuple(judges)
-        self._loaded: dict[str, tuple[Judge, ...]] = {}
         self._rows_per_call = rows_per_call
-        self._base_images: dict[ImageRow, Images] = {}
-        self._heads: dict[tuple[world.Design, int], RecognitionHead] = {}
+        self._memory = EvaluationMemory() if memory is None else memory
+        self._loaded, self._heads = self._memory.judges, self._memory.heads
+        self._base_images = self._memory.base_images
 
     def evaluate(
         self,
@@ -87,6 +106,7 @@ class Evaluator:
         Raises EvaluationError without a judge or with fewer than two images, and for an adapter that diverged.
         All images go through one call of generate; on_progress gets what generate gives it (steps done, in all).
         """
+        self._memory.trim()
         judges = self._judges_for(spec)
         plans = [self._plan(concept, spec) for concept in concepts]
         pairs = {plan.concept.token: plan.leak_pairs(spec.images_per_prompt) for plan in plans}
