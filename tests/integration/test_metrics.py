@@ -50,7 +50,7 @@ def test_what_a_process_records_is_at_the_metrics_port_of_its_node(metrics_url: 
         ("ray_cat_training_steps_total",): 2.0,
         ("ray_cat_training_dropped_adapters_total",): 3.0,
         ("ray_cat_packs_running",): 2.0,
-        ("ray_cat_store_retries_total", "get"): 2.0,
+        ("ray_cat_store_retries_total", "read"): 2.0,
         ("ray_cat_checkpoint_seconds_count",): 1.0,
         ("ray_cat_checkpoint_seconds_bucket", "1.0"): 0.0,
         ("ray_cat_checkpoint_seconds_bucket", "2.5"): 1.0,
