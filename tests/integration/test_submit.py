@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import json
 import os
@@ -351,7 +352,10 @@ def test_following_ends_with_the_run_and_ctrl_c_only_detaches(refused: JobSpec, 
     arguments = [sys.executable, "-c", code, "jobs", "status", run.run_id, "--wait", "--storage", store.url]
 
     def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A shell that puts the tests into the background has them ignore interrupts, and children inherit that.
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        pipe = subprocess.PIPE
+        return subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, preexec_fn=heed)
 
     detached, follower = start(), start()
     time.sleep(4)
