@@ -95,7 +95,9 @@ def _evaluate(
     try:
         adapter = _kept.prepare(resolved, settings)
         if adapter.revision != revision:
-            raise CheckpointError("its photos or its base changed while it was trained: submit the job again")
+            raise CheckpointError(
+                "its photos, its base or cat-cluster itself changed while it was trained: submit it again"
+            )
         series = checkpoints_of(adapter, store)
         steps = series.steps()
         if not steps:

@@ -164,7 +164,9 @@ def _prepare(order: PackOrder, settings: Settings) -> tuple[list[PreparedAdapter
         try:
             adapter = prepare_adapter(resolved, settings, bases)
             if adapter.revision != revision:
-                raise CheckpointError("its photos or its base changed after the job was checked: submit the job again")
+                raise CheckpointError(
+                    "its photos, its base or cat-cluster itself changed after the job was checked: submit it again"
+                )
         except CatClusterError as error:
             failed[resolved.id] = str(error)
         else:

@@ -34,8 +34,8 @@ PARTS = ("steps", "checkpoints", "sharding", "batch")
 RAY_STEPS = 60
 CHECKPOINT_EVERY = 50  # the spec's default
 CHECKPOINT_ADAPTERS = 4
-BATCH, SINGLES = 20, 2
-BATCHES = ((1, 300),)  # rows per concept, steps
+BATCH, SINGLES = 20, 1
+BATCHES = ((1, 100),)  # rows per concept, steps
 PATIENCE_SECONDS = 3600
 
 
