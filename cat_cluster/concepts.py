@@ -88,6 +88,16 @@ def load_concept(spec: ConceptSpec, cache_dir: Path | None = None) -> Concept:
     return Concept(spec.token, spec.class_noun, spec.alpha, spec.weight, tuple(examples))
 
 
+def load_concepts(adapter_id: str, specs: Sequence[ConceptSpec], cache_dir: Path | None = None) -> tuple[Concept, ...]:
+    """Read all concepts of an adapter and check their tokens; raises ConceptError naming the adapter too."""
+    try:
+        concepts = tuple(load_concept(spec, cache_dir) for spec in specs)
+        check_tokens(concepts)
+    except ConceptError as error:
+        raise ConceptError(f"adapter {adapter_id}: {error}") from error
+    return concepts
+
+
 def check_tokens(concepts: Sequence[Concept]) -> None:
     """Check the tokens of one adapter against each other; raises ConceptError naming the token and the caption.
 

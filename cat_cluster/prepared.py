@@ -11,8 +11,8 @@ import torch
 
 from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.batches import AdapterTask
-from cat_cluster.concepts import Concept, check_tokens, has_token, load_concept
-from cat_cluster.errors import ConceptError, SpecError
+from cat_cluster.concepts import Concept, has_token, load_concepts
+from cat_cluster.errors import CheckpointError, SpecError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.features import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
@@ -81,16 +81,24 @@ def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[s
 
     Raises ConceptError naming the adapter, or BaseModelError.
     """
-    try:
-        concepts = tuple(load_concept(spec, settings.cache_dir) for spec in resolved.concepts)
-        check_tokens(concepts)
-    except ConceptError as error:
-        raise ConceptError(f"adapter {resolved.id}: {error}") from error
+    concepts = load_concepts(resolved.id, resolved.concepts, settings.cache_dir)
     if resolved.base not in bases:
         bases[resolved.base] = load_base_model(resolved.base, device=choose_device(settings.device))
     base = bases[resolved.base]
     revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint)
     return PreparedAdapter(resolved, concepts, base, revision)
+
+
+def prepare_again(
+    resolved: ResolvedAdapter, revision: str, settings: Settings, bases: dict[str, BaseModel]
+) -> PreparedAdapter:
+    """Read an adapter that was checked elsewhere; CheckpointError if it is not the `revision` it was there."""
+    adapter = prepare_adapter(resolved, settings, bases)
+    if adapter.revision != revision:
+        raise CheckpointError(
+            "its photos, its base or cat-cluster itself changed after the job was checked: submit it again"
+        )
+    return adapter
 
 
 def choose_device(name: str) -> str:

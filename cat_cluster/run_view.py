@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.table import Table
 
+from cat_cluster.bars import Bars
 from cat_cluster.run_progress import ENDED_ADAPTER, AdapterProgress, RunProgress, is_alive
 
 _COLOURS = {"failed": "red", "stopped": "red", "rejected": "yellow"}
@@ -55,34 +55,14 @@ def adapters_table(progress: RunProgress) -> Table:
     return table
 
 
-class RunBars:
+class RunBars(Bars):
     """A Watcher that draws one progress bar per adapter, and a line when one ends. A context manager."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=12),  # all of it fits 80 columns
-            MofNCompleteColumn(),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[detail]}"),
-            console=console,
-        )
+        super().__init__(console)
         self._tasks: dict[str, TaskID] = {}
         self._ended: set[str] = set()
         self._state: tuple[str, int] | None = None
-
-    def __enter__(self) -> RunBars:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def message(self, text: str) -> None:
-        """Print a line above the bars."""
-        self._progress.console.print(escape(text))
 
     def show(self, progress: RunProgress) -> None:
         """Move the bars to where the run stands."""

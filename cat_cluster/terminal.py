@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
     TaskID,
-    TextColumn,
-    TimeRemainingColumn,
 )
-from rich.table import Column
 
+from cat_cluster.bars import Bars
 from cat_cluster.training.history import ConceptLoss
 from cat_cluster.training.loop import StepReport
 from cat_cluster.workflow import AdapterResult
@@ -24,34 +18,14 @@ from cat_cluster.workflow import AdapterResult
 LOSS_SMOOTHING = 0.05
 
 
-class TerminalListener:
+class TerminalListener(Bars):
     """A JobListener that draws progress bars: steps, smoothed losses per token, time left. A context manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=12),  # all of it fits 80 columns
-            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=9)),
-            TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[detail]}"),
-            console=console,
-        )
+        super().__init__(console)
         self._tasks: dict[tuple[str, str], TaskID] = {}
         self._smoothed: dict[tuple[str, str], ConceptLoss] = {}
-
-    def __enter__(self) -> TerminalListener:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-
-    def message(self, text: str) -> None:
-        """Print a line above the bars."""
-        self._progress.console.print(escape(text))
 
     def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None:
         """Open a training bar for each adapter of the pack."""

@@ -160,11 +160,7 @@ class _Driver:
                 self._measure(adapter, 0.0)
             else:
                 untrained.append(adapter)
-        packs = plan_packs(
-            untrained,
-            self._registry.store,
-            self._pack_size,
-        )
+        packs = plan_packs(untrained, self._registry.store, self._pack_size)
         self._waiting.extend(packs)
         if len(packs) > 1:
             self._listener.message(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, connect, explained, stop_jobs
-from cat_cluster.errors import ClusterError, ConceptError, RunError, SpecError
+from cat_cluster.errors import ClusterError, RunError, SpecError
 from cat_cluster.inputs import store_images
 from cat_cluster.run_progress import RunProgress, is_alive
 from cat_cluster.runs import Run, run_id_of
@@ -135,18 +135,10 @@ def _refuse_unseen_storage(job: JobSpec, store: ObjectStore, cluster: RayCluster
 
 def _image_digests(job: JobSpec) -> list[list[str]]:
     """Read every photo and caption of the job, which also refuses those that training would."""
-    from cat_cluster.concepts import check_tokens, load_concept
+    from cat_cluster.concepts import load_concepts
     from cat_cluster.published import image_digests
 
-    digests = []
-    for adapter in job.adapters:
-        try:
-            concepts = [load_concept(concept) for concept in adapter.concepts]
-            check_tokens(concepts)
-        except ConceptError as error:
-            raise ConceptError(f"adapter {adapter.id}: {error}") from error
-        digests.append(image_digests(concepts))
-    return digests
+    return [image_digests(load_concepts(adapter.id, adapter.concepts)) for adapter in job.adapters]
 
 
 def _progress_or_none(run: Run, *, damaged_ok: bool) -> RunProgress | None:

@@ -18,7 +18,7 @@ from cat_cluster.cluster.board import Board
 from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.errors import CatClusterError, CheckpointError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
-from cat_cluster.prepared import PreparedAdapter, checkpoints_of, prepare_adapter, trained_adapter
+from cat_cluster.prepared import PreparedAdapter, checkpoints_of, prepare_adapter, prepare_again, trained_adapter
 from cat_cluster.registry import Registry
 from cat_cluster.runs import open_fenced_store
 from cat_cluster.settings import Settings
@@ -93,11 +93,7 @@ def _evaluate(
     started = time.perf_counter()
     store = open_fenced_store(storage, run_id, attempt)
     try:
-        adapter = _kept.prepare(resolved, settings)
-        if adapter.revision != revision:
-            raise CheckpointError(
-                "its photos, its base or cat-cluster itself changed while it was trained: submit it again"
-            )
+        adapter = _kept.prepare(resolved, revision, settings)
         series = checkpoints_of(adapter, store)
         steps = series.steps()
         if not steps:
@@ -117,12 +113,12 @@ class _Kept:
     bases: dict[str, BaseModel] = field(default_factory=dict)
     memory: EvaluationMemory = field(default_factory=EvaluationMemory)
 
-    def prepare(self, resolved: ResolvedAdapter, settings: Settings) -> PreparedAdapter:
+    def prepare(self, resolved: ResolvedAdapter, revision: str, settings: Settings) -> PreparedAdapter:
         """Read an adapter's photos, and its base unless the task before had the same."""
         if resolved.base not in self.bases:
             self.bases.clear()
             self.memory = EvaluationMemory()
-        return prepare_adapter(resolved, settings, self.bases)
+        return prepare_again(resolved, revision, settings, self.bases)
 
 
 _kept = _Kept()

@@ -23,8 +23,8 @@ from cat_cluster.cluster.monitor import PackMonitor
 from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.cluster.restarts import RestartNotice
 from cat_cluster.cluster.zero import zero_engine
-from cat_cluster.errors import CatClusterError, CheckpointError
-from cat_cluster.prepared import PreparedAdapter, prepare_adapter
+from cat_cluster.errors import CatClusterError
+from cat_cluster.prepared import PreparedAdapter, prepare_again
 from cat_cluster.runs import Attempt, FencedStore, Run
 from cat_cluster.settings import Settings
 from cat_cluster.spec import JobSpec, ResolvedAdapter
@@ -162,15 +162,9 @@ def _prepare(order: PackOrder, settings: Settings) -> tuple[list[PreparedAdapter
     failed: dict[str, str] = {}
     for resolved, revision in order.adapters:
         try:
-            adapter = prepare_adapter(resolved, settings, bases)
-            if adapter.revision != revision:
-                raise CheckpointError(
-                    "its photos, its base or cat-cluster itself changed after the job was checked: submit it again"
-                )
+            pack.append(prepare_again(resolved, revision, settings, bases))
         except CatClusterError as error:
             failed[resolved.id] = str(error)
-        else:
-            pack.append(adapter)
     known: list[dict[str, str]] = [{} for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(known, failed)
     for others in known:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,15 +41,15 @@ class ZeroEngine:
         self._shapes = [[parameter.shape for parameter in parameters] for parameters in self._slots]
         self._not_finite = torch.zeros(len(slots), device=base.device)
         largest = max(size for sizes in self._sizes for size in sizes)
-        with _without_compiler():
-            import deepspeed
+        _do_without_compiler()
+        import deepspeed
 
-            self._engine, *_ = deepspeed.initialize(
-                model=_Student(base, [p for parameters in self._slots for p in parameters], bf16, sharded=stage == 3),
-                optimizer=self.optimizer,
-                config=_config(stage, largest),
-                dist_init_required=False,
-            )
+        self._engine, *_ = deepspeed.initialize(
+            model=_Student(base, [p for parameters in self._slots for p in parameters], bf16, sharded=stage == 3),
+            optimizer=self.optimizer,
+            config=_config(stage, largest),
+            dist_init_required=False,
+        )
         if stage in (1, 2, 3):
             self.optimizer.sum_over_shards = self.sum
         if stage == 3:
@@ -99,8 +98,7 @@ class ZeroEngine:
         gathered = shard.new_empty(self.world_size * shard.numel())
         distributed.all_gather_into_tensor(gathered, shard.contiguous())
         if self._stage < 3:
-            flat = gathered
-            pieces = torch.split(flat[: sum(self._sizes[slot])], self._sizes[slot])
+            pieces = torch.split(gathered[: sum(self._sizes[slot])], self._sizes[slot])
         else:
             # Each parameter is cut into equal parts of its own, so a worker's shard holds a part of every one.
             by_worker = gathered.view(self.world_size, -1)
@@ -199,8 +197,7 @@ def _config(stage: int, largest_parameter: int) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _without_compiler() -> Iterator[None]:
+def _do_without_compiler() -> None:
     """Keep DeepSpeed from building C++ parts at run time: none of them is needed here.
 
     `__compatible_ops__` is no public interface; another version than the tested one must be looked at first.
@@ -215,4 +212,3 @@ def _without_compiler() -> Iterator[None]:
 
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__ = {}
-    yield
