@@ -69,3 +69,31 @@ class OutputError(CatClusterError):
 
 class EvaluationError(CatClusterError):
     """An evaluation cannot run: no judge, no prompts, or no images."""
+
+
+class ServingError(CatClusterError):
+    """A serving request cannot be carried out."""
+
+
+class OverloadedError(ServingError):
+    """The service has no room for the request now; `retry_after` says in how many seconds to ask again."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(ServingError):
+    """The request's deadline passed before its images were done."""
+
+
+class CancelledRequestError(ServingError):
+    """Whoever asked has gone, or asked for the work to stop."""
+
+
+class QuarantinedError(ServingError):
+    """The revision is quarantined: its drift alarm took it out of service."""
+
+
+class EngineStoppedError(ServingError):
+    """The engine is stopping or has failed; another replica, or a restart, will answer."""

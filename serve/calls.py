@@ -1,0 +1,108 @@
+"""What an ingress and an engine say to each other: plain, picklable values, whichever process each is in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from cat_cluster.diffusion.samplers import SamplerName
+
+AdminAction = Literal["load", "unload", "pin", "unpin", "prefetch", "probe", "release"]
+
+
+@dataclass(frozen=True)
+class ImageCall:
+    """A request for `count` images of one model: image i uses seed + i.
+
+    model: an adapter reference (`id`, `id@alias`, `id@r-...`), or None for the base. size: (width, height) in pixels,
+    None for the base's own. previews: partial images per image. deadline_s: seconds from now. progress: send Progress.
+    """
+
+    request_id: str
+    prompt: str
+    model: str | None = None
+    negative_prompt: str = ""
+    count: int = 1
+    size: tuple[int, int] | None = None
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 4.0
+    sampler: SamplerName = "ddim"
+    strength: float = 1.0
+    previews: int = 0
+    progress: bool = False
+    deadline_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The call waits for rows; `model` is what serves it (`id@r-...`, or the base's name), `note` says if not as asked.
+
+    drift: the drift state of the revision ("ok", "warning", "alarm", "unknown").
+    """
+
+    model: str
+    drift: str = "unknown"
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Image `index` has done `step` of `steps` denoising steps."""
+
+    index: int
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A cheap picture (PNG bytes) of image `index` after `step` of `steps`; `number` counts an image's previews."""
+
+    index: int
+    number: int
+    step: int
+    steps: int
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Image `index` is done: PNG bytes that carry its parameters. `facts`: wait and denoising times, batch sizes."""
+
+    index: int
+    seed: int
+    png: bytes
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """The call ends here: `kind` is the name of a class in cat_cluster.errors, `message` says what to do."""
+
+    kind: str
+    message: str
+    retry_after: float | None = None
+
+
+Event = Accepted | Progress | Preview | Finished | Failed
+
+
+class EngineClient(Protocol):
+    """An engine as an ingress sees it: in this process, or a Ray Serve deployment behind a handle."""
+
+    def generate(self, call: ImageCall) -> AsyncIterator[Event]:
+        """Yield Accepted, then events of the images, until each is Finished or one Failed ends the call.
+
+        Closing the iterator cancels what is left at the next step.
+        """
+
+    async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
+        """Act on an adapter in every engine; raises CatClusterError."""
+
+    async def status(self) -> dict[str, Any]:
+        """Return the engine's state as JSON; see Service.status."""
+
+    async def metrics(self) -> bytes:
+        """Return the engine's metrics in Prometheus' text format."""

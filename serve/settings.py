@@ -1,0 +1,87 @@
+"""Settings of the service: one frozen document that `serve deploy`, the command line and tests all give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Policy = Literal["annotate", "fallback", "quarantine"]
+
+
+class ProbeSettings(BaseModel):
+    """When adapters are probed for drift, and what an alarm does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = Field(default=True, description="Probe adapters while serving.")
+    share: float = Field(default=0.01, gt=0, le=0.5, description="Share of row-steps that probes are given under load.")
+    live_share: float = Field(
+        default=0.1, ge=0, le=1, description="Share of finished user images with a token that are probed."
+    )
+    canonical_every_s: float = Field(
+        default=600.0, gt=0, description="Seconds between canonical probes of a resident adapter."
+    )
+    tolerance: float = Field(
+        default=0.01, gt=0, description="Largest change of a canonical pair's score that is not a fault."
+    )
+    policy: Policy = Field(
+        default="annotate",
+        description="What an alarm does: annotate answers, fall back to the previous revision, or quarantine.",
+    )
+
+
+class ServeSettings(BaseModel):
+    """How one service serves; every field has a default. API keys are secrets and come from CAT_API_KEYS alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str = Field(default="pocket", description="Base model: pocket, a diffusers folder, or a hub id.")
+    storage: str = Field(default="./cat-storage", description="Registry: a folder or an s3:// address.")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$", description="Device of the engine.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto", description="Arithmetic of the base: auto is bf16 on a GPU and fp32 elsewhere."
+    )
+    compile: bool = Field(default=False, description="Compile the U-Net's blocks; swapping adapters compiles nothing.")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the U-Net; none: all cores.")
+    max_rows: int = Field(
+        default=16, ge=2, le=256, description="Most U-Net rows in one call; a guided image takes two."
+    )
+    row_buckets: tuple[int, ...] | None = Field(
+        default=None, description="Sizes a call is padded to; none: every even number on a CPU, a few on a GPU."
+    )
+    sizes: tuple[str, ...] | None = Field(
+        default=None, description="Image sizes served, as WxH; none: the base's own, portrait and landscape."
+    )
+    slots: int = Field(default=16, ge=1, le=4096, description="Adapters held on the device at once.")
+    max_rank: int = Field(default=16, ge=1, le=256, description="Largest rank of an adapter that is served.")
+    targets: Literal["attention", "cross_attention", "attention_ff"] = Field(
+        default="attention_ff", description="Layers that adapters may change."
+    )
+    host_mib: int = Field(default=1024, ge=1, description="MiB of adapters kept in host memory.")
+    disk_cache: Path | None = Field(default=None, description="Folder of downloaded adapters; none: no disk tier.")
+    disk_mib: int = Field(default=4096, ge=1, description="MiB of adapters kept in the disk cache.")
+    alias_ttl_s: float = Field(default=2.0, ge=0, description="Seconds after which an alias is looked up again.")
+    missing_ttl_s: float = Field(default=5.0, ge=0, description="Seconds for which an unknown adapter stays unknown.")
+    load_timeout_s: float = Field(default=30.0, gt=0, description="Longest wait for an adapter to load.")
+    pins: tuple[str, ...] = Field(default=(), description="Adapters loaded at start and never evicted.")
+    max_steps: int = Field(default=100, ge=1, le=1000, description="Most denoising steps of an image.")
+    max_waiting: int = Field(default=256, ge=1, description="Images waiting and running before requests are refused.")
+    deadline_s: float = Field(default=120.0, gt=0, description="Seconds after which a request is given up.")
+    images_per_key: int = Field(default=64, ge=1, description="Images in flight of one API key, per ingress process.")
+    requests_per_minute: int | None = Field(
+        default=None, ge=1, description="Requests a minute of one API key, per ingress process; none: no limit."
+    )
+    max_body_bytes: int = Field(default=65536, ge=1024, description="Largest request body.")
+    probes: ProbeSettings = Field(default=ProbeSettings(), description="Drift probes.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> ServeSettings:
+        if len(self.pins) >= self.slots:
+            raise ValueError(f"pins: {len(self.pins)} adapters cannot be pinned in {self.slots} slots; raise slots")
+        if self.row_buckets is not None and (
+            list(self.row_buckets) != sorted({*self.row_buckets}) or self.row_buckets[-1] != self.max_rows
+        ):
+            raise ValueError(f"row_buckets must rise and end at max_rows ({self.max_rows})")
+        return self
