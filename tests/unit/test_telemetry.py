@@ -21,6 +21,7 @@ from cat_cluster.telemetry import (
     IDENTITY_LOSS,
     LABELS,
     PACKS_RUNNING,
+    SERVING_METRICS,
     STEPS,
     STORE_RETRIES,
     TRAINING_METRICS,
@@ -49,11 +50,12 @@ def value(backend: PrometheusBackend, name: str, **labels: str) -> float | None:
 
 
 def test_names_are_unique_and_well_formed() -> None:
-    names = [spec.name for spec in TRAINING_METRICS]
+    every = {*TRAINING_METRICS, *SERVING_METRICS}
+    names = [spec.name for spec in every]
     assert len(set(names)) == len(names)
     defined = {value for value in vars(telemetry).values() if isinstance(value, MetricSpec)}
-    assert defined == set(TRAINING_METRICS)
-    for spec in TRAINING_METRICS:
+    assert defined == every
+    for spec in every:
         assert re.fullmatch(r"cat_[a-z_]+", spec.name)
         assert spec.name.endswith("_total") == (spec.kind == "counter")
         assert not spec.name.endswith(("_count", "_sum", "_bucket", "_created", "_info"))
