@@ -360,7 +360,7 @@ def _listener() -> Iterator[Any]:
 
 
 def _device() -> str:
-    from cat_cluster.prepared import choose_device
+    from cat_cluster.base_model import choose_device
 
     return choose_device(load_settings().device)
 

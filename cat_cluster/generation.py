@@ -102,18 +102,34 @@ def generate(
     return images
 
 
-def save_png(image: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`; whole or not at all.
+def initial_latents(base: BaseModel, seed: int, table: SamplerTable, size: tuple[int, int] | None = None) -> Tensor:
+    """Return a stock pipeline's first latents [C, H, W] of a seed, float32; size: latent (H, W), None: the base's own.
 
-    Raises OutputError naming the file when the place cannot be written or its disk is full.
+    Drawn on the CPU in the base's dtype, as the stock pipeline draws, then carried in float32.
     """
+    height, width = size or (base.latent_size, base.latent_size)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn((1, base.latent_channels, height, width), generator=generator, dtype=base.dtype)
+    return noise[0].to(base.device, torch.float32) * table.initial_scale
+
+
+def png_bytes(image: Tensor, metadata: Mapping[str, str]) -> bytes:
+    """Return an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`."""
     pixels = (image.clamp(0.0, 1.0) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     chunks = PngInfo()
     for key, value in metadata.items():
         chunks.add_itxt(key, value)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=chunks)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def save_png(image: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`; whole or not at all.
+
+    Raises OutputError naming the file when the place cannot be written or its disk is full.
+    """
+    write_whole(path, png_bytes(image, metadata))
 
 
 def _encode_prompts(base: BaseModel, rows: Sequence[ImageRow], at_once: int) -> dict[str, Tensor]:
@@ -133,12 +149,8 @@ def _fits(active: Sequence[_ActiveRow], row: ImageRow, rows_per_call: int) -> bo
 
 
 def _start(base: BaseModel, index: int, row: ImageRow, table: SamplerTable, texts: Mapping[str, Tensor]) -> _ActiveRow:
-    shape = (1, base.latent_channels, base.latent_size, base.latent_size)
-    # Drawn on the CPU in the base's dtype, as the stock pipeline draws, then carried in float32.
-    noise = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(row.seed), dtype=base.dtype)
-    latents = noise[0].to(base.device, torch.float32) * table.initial_scale
     negative = texts[row.negative_prompt] if row.guided else texts[row.prompt]
-    return _ActiveRow(index, row, table, texts[row.prompt], negative, latents)
+    return _ActiveRow(index, row, table, texts[row.prompt], negative, initial_latents(base, row.seed, table))
 
 
 def _step(base: BaseModel, bank: LoraBank | None, active: Sequence[_ActiveRow]) -> None:

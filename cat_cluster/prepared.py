@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.base_model import BaseModel, choose_device, load_base_model
 from cat_cluster.batches import AdapterTask
 from cat_cluster.concepts import Concept, has_token, load_concepts
 from cat_cluster.errors import CheckpointError, SpecError
@@ -99,15 +97,6 @@ def prepare_again(
             "its photos, its base or cat-cluster itself changed after the job was checked: submit it again"
         )
     return adapter
-
-
-def choose_device(name: str) -> str:
-    """Return the torch device for a setting: `auto` means CUDA where there is one, else the CPU."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise SpecError(f"device {name!r}: this torch sees no CUDA device; set CAT_DEVICE=cpu or auto")
-    return name
 
 
 @contextmanager

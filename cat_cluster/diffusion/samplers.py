@@ -118,10 +118,12 @@ def sampler_table(name: SamplerName, schedule: NoiseSchedule, steps: int) -> Sam
     return table
 
 
-def gather_coefficients(tables: Sequence[SamplerTable], steps: Sequence[int]) -> RowCoefficients:
-    """Gather row b's coefficients from tables[b] at steps[b]; B rows, on the CPU."""
+def gather_coefficients(
+    tables: Sequence[SamplerTable], steps: Sequence[int], device: torch.device | str = "cpu"
+) -> RowCoefficients:
+    """Gather row b's coefficients from tables[b] at steps[b]; B rows, in one copy to `device`."""
     rows = torch.stack([table.packed[step] for table, step in zip(tables, steps, strict=True)])
-    return RowCoefficients(*rows.unbind(dim=1))
+    return RowCoefficients(*rows.to(device, non_blocking=True).unbind(dim=1))
 
 
 def advance_rows(

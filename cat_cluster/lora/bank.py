@@ -115,13 +115,13 @@ class LoraBank:
         for name in bank.layers:
             bank._originals[name] = modules[name]
             bank._modules[name] = _BankLinear(modules[name])
-            _replace(unet, name, bank._modules[name])
+            replace_module(unet, name, bank._modules[name])
         return bank
 
     def detach(self) -> None:
         """Put the original linears back; the U-Net is then as before `attach`."""
         for name, original in self._originals.items():
-            _replace(self.unet, name, original)
+            replace_module(self.unet, name, original)
         self._originals.clear()
         self._modules.clear()
 
@@ -252,6 +252,7 @@ class LoraBank:
         return torch.stack(downs), torch.stack(ups)
 
 
-def _replace(unet: UNet2DConditionModel, name: str, module: nn.Module) -> None:
+def replace_module(unet: UNet2DConditionModel, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the U-Net's submodule at a path."""
     parent, _, child = name.rpartition(".")
     setattr(unet.get_submodule(parent), child, module)

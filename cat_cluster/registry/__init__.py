@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cat_cluster.registry.aliases import AliasEntry
 from cat_cluster.registry.manifest import AdapterDraft, Manifest, revision_of
+from cat_cluster.registry.quarantine import Quarantine
 from cat_cluster.registry.registry import AdapterSummary, Registry, VerifyReport
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "AdapterSummary",
     "AliasEntry",
     "Manifest",
+    "Quarantine",
     "Registry",
     "VerifyReport",
     "revision_of",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import dropwhile
 
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, RegistryError
 from cat_cluster.registry.references import alias_prefix, check_adapter_id, check_alias
@@ -30,7 +31,7 @@ class AliasBook:
     """The aliases of a registry: move n is `aliases/<id>/<alias>/<n, 8 digits>.json`, written once.
 
     A writer puts its nonce in the entry and reads the entry back; a foreign nonce is a lost race, and it tries
-    n + 1. Readers look for entries after the last one they know, so only the first read lists.
+    n + 1. Numbers have no holes, so readers probe for entries after the last one they know and never list.
     """
 
     def __init__(self, store: ObjectStore) -> None:
@@ -44,8 +45,20 @@ class AliasBook:
 
     def history(self, adapter_id: str, alias: str) -> list[AliasEntry]:
         """Return every move of the alias, oldest first; empty if it was never set."""
-        last = self._last_number(adapter_id, alias)
-        return [self._read(adapter_id, alias, number) for number in range(1, last + 1)]
+        return [*self.newest_first(adapter_id, alias)][::-1]
+
+    def newest_first(self, adapter_id: str, alias: str) -> Iterator[AliasEntry]:
+        """Yield every move of the alias, the last one first; each is read when it is asked for."""
+        for number in range(self._last_number(adapter_id, alias), 0, -1):
+            yield self._read(adapter_id, alias, number)
+
+    def revisions_before(self, adapter_id: str, alias: str, revision: str) -> Iterator[str]:
+        """Yield the other revisions that the alias named before it last named this one, each once, the latest first."""
+        seen = {revision}
+        for entry in dropwhile(lambda entry: entry.revision != revision, self.newest_first(adapter_id, alias)):
+            if entry.revision is not None and entry.revision not in seen:
+                seen.add(entry.revision)
+                yield entry.revision
 
     def move(
         self,
@@ -80,13 +93,18 @@ class AliasBook:
         return sorted({key.removeprefix(prefix).split("/")[0] for key in self._store.list(prefix)})
 
     def _last_number(self, adapter_id: str, alias: str) -> int:
+        """Find the last move by galloping from the last one known, then halving: n new moves cost 2 log n probes."""
         place = (adapter_id, check_alias(alias))
-        if place not in self._known:
-            keys = self._store.list(alias_prefix(adapter_id, alias))
-            self._known[place] = max((_number_of(key) for key in keys), default=0)
-        while self._store.exists(self._key(adapter_id, alias, self._known[place] + 1)):
-            self._known[place] += 1
-        return self._known[place]
+        last, step = self._known.get(place, 0), 1
+        while self._store.exists(self._key(adapter_id, alias, last + step)):
+            last, step = last + step, 2 * step
+        while step > 1:
+            step //= 2
+            if self._store.exists(self._key(adapter_id, alias, last + step)):
+                last += step
+        if last:  # nothing is kept of names that do not exist: anybody can make up any number of them
+            self._known[place] = last
+        return last
 
     def _read(self, adapter_id: str, alias: str, number: int) -> AliasEntry:
         key = self._key(adapter_id, alias, number)
@@ -101,8 +119,3 @@ class AliasBook:
 
     def _key(self, adapter_id: str, alias: str, number: int) -> str:
         return f"{alias_prefix(adapter_id, alias)}{number:08d}.json"
-
-
-def _number_of(key: str) -> int:
-    stem = key.rsplit("/", 1)[-1].removesuffix(".json")
-    return int(stem) if len(stem) == 8 and stem.isdecimal() else 0

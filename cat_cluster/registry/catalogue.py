@@ -28,11 +28,18 @@ class Catalogue:
 
     def find(self, adapter_id: str, revision: str) -> Manifest:
         """Return a revision's manifest; AdapterNotFoundError with near misses, RegistryError if it is damaged."""
+        manifest = self.look_up(adapter_id, revision)
+        if manifest is None:
+            raise self.unknown_revision(adapter_id, revision)
+        return manifest
+
+    def look_up(self, adapter_id: str, revision: str) -> Manifest | None:
+        """Return a revision's manifest, None if there is none; RegistryError if it is damaged. It never lists."""
         key = manifest_key(adapter_id, revision)
         try:
             data = self._store.get(key)
         except ObjectNotFoundError:
-            raise self.unknown_revision(adapter_id, revision) from None
+            return None
         return parse_manifest(data, key=key, adapter_id=adapter_id, revision=revision)
 
     def readable(self, adapter_id: str) -> tuple[list[Manifest], list[str]]:

@@ -89,6 +89,11 @@ def alias_prefix(adapter_id: str, alias: str) -> str:
     return f"aliases/{check_adapter_id(adapter_id)}/{check_alias(alias)}/"
 
 
+def quarantine_key(adapter_id: str, revision: str) -> str:
+    """Return `quarantine/<id>/<revision>.json`."""
+    return f"quarantine/{check_adapter_id(adapter_id)}/{check_revision(revision)}.json"
+
+
 def object_key(digest: str, suffix: str = "") -> str:
     """Return `objects/<sha256><suffix>`; the suffix (".png") is dropped unless it is letters and digits."""
     if not _DIGEST.fullmatch(digest):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import builtins
-from collections.abc import Iterable
+import platform
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,6 +35,7 @@ from cat_cluster.registry.manifest import (
     sha256,
 )
 from cat_cluster.registry.objects import draft_objects
+from cat_cluster.registry.quarantine import Quarantine, QuarantineBook
 from cat_cluster.registry.references import (
     LATEST,
     Reference,
@@ -86,6 +88,7 @@ class Registry:
         self.store = store
         self._aliases = AliasBook(store)
         self._catalogue = Catalogue(store)
+        self._quarantines = QuarantineBook(store)
 
     def publish(self, draft: AdapterDraft) -> Manifest:
         """Store a draft as a revision and move `latest` to it unless it is rejected; return its manifest.
@@ -126,6 +129,15 @@ class Registry:
         """Return the manifest that `id`, `id@alias` or `id@r-...` names; AdapterNotFoundError lists near misses."""
         parsed = parse_reference(reference)
         return self._catalogue.find(parsed.adapter_id, self._revision_named(parsed))
+
+    def look_up(self, reference: str) -> Manifest | None:
+        """Return what `resolve` would, but None if there is no such adapter, alias or revision; it never lists.
+
+        Raises RegistryError for a malformed reference or a damaged record.
+        """
+        parsed = parse_reference(reference)
+        revision = parsed.revision or self._aliased(parsed)
+        return None if revision is None else self._catalogue.look_up(parsed.adapter_id, revision)
 
     def list(self) -> builtins.list[AdapterSummary]:
         """Return every adapter, sorted by id; a damaged manifest is named in its summary and hides no other."""
@@ -194,16 +206,41 @@ class Registry:
             with suppress(ObjectExistsError):
                 self.store.put(key, data, if_absent=True)
             raise
+        self.release(adapter_id, revision)
         return self._remove_unnamed(objects)
 
-    def read_object(self, manifest: Manifest, name: str) -> bytes:
-        """Return an object of a revision after checking its size and digest; AdapterFormatError if it was changed."""
+    def previous_revision(self, adapter_id: str, alias: str, revision: str) -> str | None:
+        """Return the last revision the alias named before this one that is still there and not quarantined."""
+        for earlier in self._aliases.revisions_before(check_adapter_id(adapter_id), alias, revision):
+            is_there = self.store.exists(manifest_key(adapter_id, earlier))
+            if is_there and self.quarantined(adapter_id, earlier) is None:
+                return earlier
+        return None
+
+    def quarantine(self, adapter_id: str, revision: str, reason: str, *, by: str | None = None) -> Quarantine:
+        """Take a revision out of service everywhere, and return its first record; by: this machine, if not given."""
+        self._catalogue.find(adapter_id, revision)
+        return self._quarantines.add(adapter_id, revision, reason, by or platform.node())
+
+    def release(self, adapter_id: str, revision: str) -> None:
+        """Put a revision back into service; one that is not quarantined is no error."""
+        self._quarantines.remove(adapter_id, revision)
+
+    def quarantined(self, adapter_id: str, revision: str) -> Quarantine | None:
+        """Return why a revision is out of service, None if it is not."""
+        return self._quarantines.find(adapter_id, revision)
+
+    def read_object(self, manifest: Manifest, name: str, *, fetch: Callable[[str], bytes] | None = None) -> bytes:
+        """Return an object of a revision after checking its size and digest; AdapterFormatError if it was changed.
+
+        fetch: gets the object of a key in place of the store, such as from a cache.
+        """
         if name not in manifest.objects:
             raise RegistryError(f"{manifest.name} has no object {name!r}: it has {', '.join(sorted(manifest.objects))}")
         stored = manifest.objects[name]
         remedy = f"restore {stored.key} from a backup, or delete {manifest.name} and train its spec again"
         try:
-            data = self.store.get(stored.key)
+            data = (fetch or self.store.get)(stored.key)
         except ObjectNotFoundError as error:
             raise ObjectNotFoundError(
                 f"{name} of {manifest.name} is missing from {self.store.url}; {remedy}"
@@ -221,7 +258,12 @@ class Registry:
         return data
 
     def load_weights(
-        self, manifest: Manifest, *, base_fingerprint: str | None = None, unet: UNet2DConditionModel | None = None
+        self,
+        manifest: Manifest,
+        *,
+        base_fingerprint: str | None = None,
+        unet: UNet2DConditionModel | None = None,
+        fetch: Callable[[str], bytes] | None = None,
     ) -> AdapterWeights:
         """Return a revision's weights after checking base, digest, finiteness, rank and, given a U-Net, shapes.
 
@@ -233,7 +275,7 @@ class Registry:
                 f"{manifest.base_fingerprint[:12]}) and the base in use has fingerprint {base_fingerprint[:12]}: use "
                 f"base {manifest.base_name!r} as it was then, or train the adapter again on this one"
             )
-        data = self.read_object(manifest, WEIGHTS)
+        data = self.read_object(manifest, WEIGHTS, fetch=fetch)
         try:
             weights = read_adapter(data, unet=unet)
             weights.check_finite()
@@ -329,13 +371,14 @@ class Registry:
             )
 
     def _revision_named(self, reference: Reference) -> str:
-        if reference.revision is not None:
-            return reference.revision
-        alias = reference.alias or LATEST
-        entry = self._aliases.current(reference.adapter_id, alias)
-        if entry is None or entry.revision is None:
-            raise self._unknown_alias(reference.adapter_id, alias)
-        return entry.revision
+        revision = reference.revision or self._aliased(reference)
+        if revision is None:
+            raise self._unknown_alias(reference.adapter_id, reference.alias or LATEST)
+        return revision
+
+    def _aliased(self, reference: Reference) -> str | None:
+        entry = self._aliases.current(reference.adapter_id, reference.alias or LATEST)
+        return None if entry is None else entry.revision
 
     def _unknown_alias(self, adapter_id: str, alias: str) -> AdapterNotFoundError:
         return self._catalogue.unknown_alias(adapter_id, alias, self.aliases(adapter_id))

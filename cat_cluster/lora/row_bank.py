@@ -1,0 +1,202 @@
+"""The LoRA bank of serving: each row of a running batch owns a copy of its adapter, bound once when it joins.
+
+An image keeps its adapter for all of its steps, so nothing is gathered per call: a row's factors are one flat vector,
+copied into place once, and layers see strided views of it. The keys and values of cross-attention depend on the prompt
+and the adapter alone, so they are computed at the same time, and no step computes them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from cat_cluster.errors import AdapterMismatchError
+from cat_cluster.lora.bank import replace_module
+from cat_cluster.lora.formats import AdapterWeights
+
+_TEXT_SIDE = ("attn2.to_k", "attn2.to_v")
+
+
+class AdapterLayout:
+    """Where the factors of each layer lie in an adapter's flat vector [F]: every down [R, in], then every up [out, R].
+
+    Ranks below R are padded with zeros, and layers that an adapter does not change are zero.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, layers: Sequence[str], rank: int) -> None:
+        self.rank = rank
+        self.shapes: dict[str, tuple[int, int]] = {}
+        self._down_at: dict[str, int] = {}
+        self._up_at: dict[str, int] = {}
+        for name in layers:
+            linear = unet.get_submodule(name)
+            self.shapes[name] = (int(linear.in_features), int(linear.out_features))
+        place = 0
+        for name, (inputs, _) in self.shapes.items():
+            self._down_at[name] = place
+            place += rank * inputs
+        self.downs = place
+        for name, (_, outputs) in self.shapes.items():
+            self._up_at[name] = place
+            place += rank * outputs
+        self.size = place
+
+    def pack(self, weights: AdapterWeights) -> Tensor:
+        """Return an adapter as its flat vector [F], float32 on the CPU.
+
+        Raises AdapterMismatchError for a larger rank, a layer that is not among these, or another shape.
+        """
+        if weights.rank > self.rank:
+            raise AdapterMismatchError(
+                f"the adapter has rank {weights.rank} and the service holds up to {self.rank}: raise max_rank"
+            )
+        flat = torch.zeros(self.size)
+        for name, layer in weights.layers.items():
+            if name not in self.shapes:
+                raise AdapterMismatchError(
+                    f"the adapter changes layer {name}, which the service does not adapt: set targets to attention_ff, "
+                    "or use the base it was made for"
+                )
+            found = (layer.down.shape[1], layer.up.shape[0])
+            if found != self.shapes[name]:
+                raise AdapterMismatchError(
+                    f"layer {name} takes (in, out) {self.shapes[name]} in this base model and {found} in the adapter: "
+                    "use the base it was made for"
+                )
+            down_1RI, up_1OR = self.factors(flat.unsqueeze(0), name)
+            down_1RI[0, : len(layer.down)] = layer.down
+            up_1OR[0, :, : len(layer.down)] = layer.up
+        return flat
+
+    def factors(self, flat_BF: Tensor, name: str) -> tuple[Tensor, Tensor]:
+        """Return views of a layer's down [B, R, in] and up [B, out, R] in flat vectors [B, F]."""
+        (inputs, outputs), rows = self.shapes[name], len(flat_BF)
+        down = flat_BF[:, self._down_at[name] : self._down_at[name] + self.rank * inputs]
+        up = flat_BF[:, self._up_at[name] : self._up_at[name] + self.rank * outputs]
+        return down.view(rows, self.rank, inputs), up.view(rows, outputs, self.rank)
+
+
+class _RowLinear(nn.Module):
+    """base(x) plus each row's own change; or, for what depends on the text alone, the rows' kept outputs."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        # Set by the bank before a call. Plain attributes: torch.compile takes them as inputs.
+        self.factors: tuple[Tensor, Tensor] | None = None
+        self.kept: Tensor | None = None
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """Return the output [B, T, out] of rows x [B, T, in]."""
+        if self.kept is not None:
+            return self.kept
+        output: Tensor = self.base(x_BTI)
+        if self.factors is None:
+            return output
+        down_BRI, up_BOR = self.factors
+        # One product per row, whatever its neighbours hold: a row's arithmetic must not depend on them.
+        return output.baddbmm_(torch.bmm(x_BTI, down_BRI.mT), up_BOR.mT)
+
+
+class RowBank:
+    """N rows in every adapted linear of one U-Net, each bound to an adapter, a strength and a text of its own."""
+
+    def __init__(self, unet: UNet2DConditionModel, layout: AdapterLayout) -> None:
+        """Attach to `unet` in place; its weights' device and dtype are the bank's. Rows come with `blocks`."""
+        self.unet = unet
+        self.layout = layout
+        self._like = unet.conv_in.weight
+        names = [*layout.shapes, *(n for n, _ in unet.named_modules() if n.endswith(_TEXT_SIDE))]
+        self._originals = {name: unet.get_submodule(name) for name in dict.fromkeys(names)}
+        self._modules = {name: _RowLinear(original) for name, original in self._originals.items()}
+        for name, module in self._modules.items():
+            replace_module(unet, name, module)
+
+    def detach(self) -> None:
+        """Put the original linears back; the U-Net is then as before."""
+        for name, original in self._originals.items():
+            replace_module(self.unet, name, original)
+
+    def block(self, rows: int, text_length: int) -> RowBlock:
+        """Return room for `rows` rows whose texts have `text_length` tokens."""
+        return RowBlock(self, rows, text_length)
+
+    @property
+    def text_side(self) -> list[str]:
+        """The layers whose output depends on a row's text and adapter alone."""
+        return [name for name in self._modules if name.endswith(_TEXT_SIDE)]
+
+
+class RowBlock:
+    """The rows of one running batch; rows 0 .. count - 1 ride in a call."""
+
+    def __init__(self, bank: RowBank, rows: int, text_length: int) -> None:
+        self._bank = bank
+        like = bank._like
+        self._flat_BF = like.new_zeros((rows, bank.layout.size))
+        self._adapted = [False] * rows
+        self._kept = {
+            name: like.new_zeros((rows, text_length, bank._modules[name].base.out_features)) for name in bank.text_side
+        }
+        self._views: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+
+    def bind(self, rows: Sequence[int], texts_NLD: Tensor, flat_F: Tensor | None, strength: float = 1.0) -> None:
+        """Give `rows` the texts [N, L, D], and one adapter [F] at a strength; None is the base model."""
+        layout = self._bank.layout
+        down_F, up_F = self._flat_BF[:, : layout.downs], self._flat_BF[:, layout.downs :]
+        for row in rows:
+            self._adapted[row] = flat_F is not None
+            if flat_F is None:
+                self._flat_BF[row].zero_()
+            else:
+                down_F[row].copy_(flat_F[: layout.downs])
+                up_F[row].copy_(flat_F[layout.downs :]).mul_(strength)
+        for name, kept_BLO in self._kept.items():
+            output_NLO = self._bank._modules[name].base(texts_NLD)
+            if flat_F is not None and name in layout.shapes:
+                down_1RI, up_1OR = layout.factors(self._flat_BF[rows[0] : rows[0] + 1], name)
+                output_NLO = output_NLO + texts_NLD @ down_1RI[0].mT @ up_1OR[0].mT
+            for n, row in enumerate(rows):
+                kept_BLO[row].copy_(output_NLO[n])
+
+    def move(self, source: int, target: int) -> None:
+        """Let row `target` be what row `source` is; `source` is free then."""
+        self._flat_BF[target].copy_(self._flat_BF[source])
+        self._adapted[target] = self._adapted[source]
+        for kept_BLO in self._kept.values():
+            kept_BLO[target].copy_(kept_BLO[source])
+        self.clear(source)
+
+    def adapter(self, row: int) -> Tensor | None:
+        """Return a copy of the row's adapter [F], its strength folded in; None for a base row."""
+        return self._flat_BF[row].clone() if self._adapted[row] else None
+
+    def clear(self, row: int) -> None:
+        """Make a row a base row."""
+        if self._adapted[row]:
+            self._flat_BF[row].zero_()
+            self._adapted[row] = False
+
+    @contextmanager
+    def call(self, count: int) -> Iterator[None]:
+        """Let the U-Net's calls inside be of rows 0 .. count - 1."""
+        modules, kept = self._bank._modules, self._kept
+        if count not in self._views:
+            flat = self._flat_BF[:count]
+            shapes = self._bank.layout.shapes
+            self._views[count] = {name: self._bank.layout.factors(flat, name) for name in shapes if name not in kept}
+        adapted = any(self._adapted[:count])
+        try:
+            for name, kept_BLO in kept.items():
+                modules[name].kept = kept_BLO[:count]
+            if adapted:
+                for name, factors in self._views[count].items():
+                    modules[name].factors = factors
+            yield
+        finally:
+            for module in modules.values():
+                module.factors = module.kept = None

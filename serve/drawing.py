@@ -1,0 +1,284 @@
+"""One call on its way: its images from text and adapter to the engine's rows, and from latents to PNGs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cat_cluster import telemetry
+from cat_cluster.base_model import BaseModel
+from cat_cluster.diffusion.samplers import SamplerTable, sampler_table
+from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineError, ServingError, SpecError
+from cat_cluster.generation import initial_latents
+from cat_cluster.registry import Manifest
+from cat_cluster.registry.manifest import WEIGHTS
+from cat_cluster.telemetry import Metrics
+from serve.adapters import AdapterCache, Resolved
+from serve.calls import Event, Finished, ImageCall, Preview, Progress
+from serve.engine import Engine, EngineImage, ImageFacts, Size
+from serve.png_text import png_text
+from serve.rows import ImageRows
+from serve.sizes import Pixels, pixels_per_latent
+from serve.work import SideWork, image_array
+
+
+@dataclass(frozen=True, eq=False)
+class EngineParts:
+    """What drawing takes: base model, engine, adapter cache, side work, the sizes served, metrics."""
+
+    base: BaseModel
+    engine: Engine
+    cache: AdapterCache
+    work: SideWork
+    sizes: tuple[Pixels, ...]
+    metrics: Metrics
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePlan:
+    """A call with all that it names found: manifest (None: the base), sampler table, latent size (H, W), deadline."""
+
+    call: ImageCall
+    manifest: Manifest | None
+    note: str | None
+    table: SamplerTable
+    size: Size
+    deadline: float | None
+    drift: str
+    served_by: str
+
+    @classmethod
+    def of(
+        cls, call: ImageCall, parts: EngineParts, found: Resolved | None, deadline_s: float | None, drift: str
+    ) -> ImagePlan:
+        """Check a call against what is served; SpecError names the field."""
+        width, height = call.size or parts.sizes[0]
+        if (width, height) not in parts.sizes:
+            offered = ", ".join(f"{w}x{h}" for w, h in parts.sizes)
+            raise SpecError(f"size: {width}x{height} is not served; choose one of {offered}")
+        unit = pixels_per_latent(parts.base)
+        return cls(
+            call=call,
+            manifest=None if found is None else found.manifest,
+            note=None if found is None else found.note,
+            table=sampler_table(call.sampler, parts.base.schedule, call.steps),
+            size=(height // unit, width // unit),
+            deadline=None if deadline_s is None else time.monotonic() + deadline_s,
+            drift=drift,
+            served_by=parts.base.name if found is None else found.manifest.name,
+        )
+
+    @property
+    def guided(self) -> bool:
+        """Whether each image takes a second row for classifier-free guidance."""
+        return self.call.guidance > 1.0
+
+    def metadata(self, seed: int) -> dict[str, str]:
+        """The text chunks of an image's PNG."""
+        digest = None if self.manifest is None else self.manifest.objects[WEIGHTS].sha256
+        return png_text(self.call, seed, self.served_by, digest)
+
+
+class Drawing:
+    """The images of one call; `pixels[i]` is image i [3, H, W] once it is Finished."""
+
+    def __init__(self, parts: EngineParts, plan: ImagePlan) -> None:
+        self._parts, self._plan = parts, plan
+        self._queue = asyncio.Queue[Event | CatClusterError]()
+        self._images: list[EngineImage] = []
+        self._tasks = [asyncio.ensure_future(self._start(index)) for index in range(plan.call.count)]
+        self.pixels: dict[int, Tensor] = {}
+
+    async def events(self) -> AsyncIterator[Event | CatClusterError]:
+        """Yield events until every image is Finished; an error is the last one."""
+        left = self._plan.call.count
+        while left:
+            event = await self._queue.get()
+            yield event
+            if isinstance(event, CatClusterError):
+                return
+            left -= isinstance(event, Finished)
+
+    def cancel(self) -> None:
+        """Let whatever is not done leave at the engine's next turn."""
+        for task in self._tasks:
+            task.cancel()
+        for image in self._images:
+            image.cancel()
+        self._parts.engine.wake()
+
+    async def _start(self, index: int) -> None:
+        """Bring one image to the engine's queue."""
+        try:
+            image = await prepare_image(self._parts, self._plan, index, _Forwarder(self, index))
+            self._images.append(image)
+            self._parts.engine.submit(image)
+        except CatClusterError as error:
+            self._queue.put_nowait(error)
+        except Exception as error:
+            self._queue.put_nowait(ServingError(f"the image could not be started: {type(error).__name__}: {error}"))
+            raise
+
+    def stepped(self, index: int, step: int, steps: int, denoised: Tensor | None) -> None:
+        """On the event loop: the engine has made a step."""
+        if self._plan.call.progress:
+            self._queue.put_nowait(Progress(index, step, steps))
+        if denoised is not None:
+            self._tasks.append(asyncio.ensure_future(self._preview(index, step, steps, denoised)))
+
+    def finish(self, index: int, latents: Tensor, facts: ImageFacts) -> None:
+        """On the event loop: the image is denoised."""
+        self._tasks.append(asyncio.ensure_future(self._finish(index, latents, facts)))
+
+    def fail(self, error: CatClusterError) -> None:
+        """On the event loop: the call ends."""
+        self._count(error)
+        self._queue.put_nowait(error)
+
+    async def _preview(self, index: int, step: int, steps: int, denoised: Tensor) -> None:
+        png = await asyncio.wrap_future(self._parts.work.preview(denoised))
+        number = sorted(preview_steps(self._plan.call.previews, steps)).index(step)
+        self._queue.put_nowait(Preview(index, number, step, steps, png))
+
+    async def _finish(self, index: int, latents: Tensor, facts: ImageFacts) -> None:
+        work, metrics, seed = self._parts.work, self._parts.metrics, self._plan.call.seed + index
+        started = time.monotonic()
+        try:
+            image = await asyncio.wrap_future(work.decode(latents))
+            png = await asyncio.wrap_future(work.png(image, self._plan.metadata(seed)))
+        except CatClusterError as error:
+            self.fail(error)
+            return
+        after = time.monotonic() - started
+        metrics.inc(telemetry.IMAGES, outcome="done")
+        if self._plan.manifest is not None:
+            metrics.inc(telemetry.ADAPTER_IMAGES, adapter=self._plan.manifest.adapter_id)
+        metrics.observe(telemetry.IMAGE_SECONDS, facts.wait_s + facts.denoise_s + after)
+        self.pixels[index] = image
+        told = {key: round(value, 4) for key, value in asdict(facts).items()}
+        self._queue.put_nowait(Finished(index, seed, png, {**told, "decode_s": round(after, 4)}))
+
+    def _count(self, error: CatClusterError) -> None:
+        outcomes: dict[type[CatClusterError], str] = {CancelledRequestError: "cancelled", DeadlineError: "expired"}
+        self._parts.metrics.inc(telemetry.IMAGES, outcome=outcomes.get(type(error), "failed"))
+
+
+class _Forwarder:
+    """The engine's listener: carries what happens from its thread to the event loop of the call."""
+
+    def __init__(self, drawing: Drawing, index: int) -> None:
+        self._drawing, self._index = drawing, index
+        self._loop = asyncio.get_running_loop()
+
+    def stepped(self, step: int, steps: int, denoised: Tensor | None) -> None:
+        self._tell(self._drawing.stepped, self._index, step, steps, denoised)
+
+    def denoised(self, latents: Tensor, facts: ImageFacts) -> None:
+        self._tell(self._drawing.finish, self._index, latents, facts)
+
+    def failed(self, error: CatClusterError) -> None:
+        self._tell(self._drawing.fail, error)
+
+    def _tell(self, what: Callable[..., None], *values: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(what, *values)
+        except RuntimeError:
+            return  # the loop is closed: nobody listens any more
+
+
+class _Awaited:
+    """A listener for one image of the service's own: a future of its latents."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.latents: asyncio.Future[Tensor] = self._loop.create_future()
+
+    def stepped(self, step: int, steps: int, denoised: Tensor | None) -> None:
+        """Nobody watches."""
+
+    def denoised(self, latents: Tensor, facts: ImageFacts) -> None:
+        self._loop.call_soon_threadsafe(self._settle, latents, None)
+
+    def failed(self, error: CatClusterError) -> None:
+        self._loop.call_soon_threadsafe(self._settle, None, error)
+
+    def _settle(self, latents: Tensor | None, error: CatClusterError | None) -> None:
+        if self.latents.done():
+            return
+        if error is not None:
+            self.latents.set_exception(error)
+        elif latents is not None:
+            self.latents.set_result(latents)
+
+
+async def draw(parts: EngineParts, plan: ImagePlan) -> NDArray[np.uint8]:
+    """Draw the first image of a plan in spare rows; uint8 [H, W, 3]."""
+    listener = _Awaited()
+    image = await prepare_image(parts, plan, 0, listener, probe=True)
+    try:
+        parts.engine.submit(image)
+        latents = await listener.latents
+    finally:
+        image.cancel()
+        parts.engine.wake()
+    return image_array(await asyncio.wrap_future(parts.work.decode(latents)))
+
+
+async def prepare_image(
+    parts: EngineParts, plan: ImagePlan, index: int, listener: Any, *, probe: bool = False
+) -> EngineImage:
+    """Encode the texts and lease the adapter's slot at once, and return the image ready for the engine."""
+    call, deadline = plan.call, plan.deadline
+    prompts = [call.prompt, call.negative_prompt] if plan.guided else [call.prompt]
+    texts = [asyncio.wrap_future(parts.work.encode(prompt)) for prompt in prompts]
+    lease = None if plan.manifest is None else asyncio.wrap_future(parts.cache.lease(plan.manifest))
+    held = None
+    try:
+        async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+            encoded = torch.stack(await asyncio.gather(*texts))
+            held = None if lease is None else await lease
+    except BaseException as error:
+        release_when_granted(lease)
+        if isinstance(error, TimeoutError):
+            raise DeadlineError("the deadline passed before the adapter was loaded: ask again in a moment") from None
+        raise
+    rows = ImageRows(
+        texts=encoded,
+        table=plan.table,
+        guidance=call.guidance if plan.guided else 1.0,
+        latents=initial_latents(parts.base, call.seed + index, plan.table, plan.size),
+        strength=call.strength,
+    )
+    return EngineImage(
+        rows=rows,
+        size=plan.size,
+        listener=listener,
+        lease=held,
+        adapter=None if plan.manifest is None else plan.manifest.name,
+        deadline=deadline,
+        probe=probe,
+        notify_steps=preview_steps(call.previews, len(plan.table)),
+        notify_all=call.progress,
+    )
+
+
+def release_when_granted(lease: asyncio.Future[Any] | None) -> None:
+    """Give back a lease nobody will use, also one that is granted between the cancellation and now."""
+    if lease is None or lease.cancel():
+        return
+    if not lease.cancelled() and lease.exception() is None:
+        lease.result().release()
+
+
+def preview_steps(previews: int, steps: int) -> frozenset[int]:
+    """Return the steps after which a preview is sent: `previews` of them, evenly spread before the last one."""
+    count = min(previews, steps - 1)
+    return frozenset(round((n + 1) * steps / (count + 1)) for n in range(count))

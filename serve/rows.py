@@ -1,0 +1,180 @@
+"""The rows of one resolution: images of any adapter, prompt, sampler and step count, advanced by one U-Net call.
+
+A guided image takes two rows (with its prompt and with its negative prompt), any other takes one. Rows in use are
+always 0 .. count - 1 of the block: when an image leaves, the last rows move into the gap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.diffusion.samplers import SamplerTable, advance_rows, gather_coefficients
+from cat_cluster.lora.row_bank import RowBank
+
+
+@dataclass(eq=False)
+class ImageRows:
+    """An image on its way: texts [2 or 1, L, D] (prompt first), its sampler, and the step it is at.
+
+    adapter [F] and strength are read when the image joins; latents [C, H, W] are its first ones, or, of an image that
+    was parked, those it had, with `previous` (the last denoised latents) beside them.
+    """
+
+    texts: Tensor
+    table: SamplerTable
+    guidance: float
+    latents: Tensor
+    adapter: Tensor | None = None
+    strength: float = 1.0
+    previous: Tensor | None = None
+    step: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many rows it takes."""
+        return len(self.texts)
+
+    @property
+    def done(self) -> bool:
+        """Whether no step is left."""
+        return self.step >= len(self.table)
+
+
+class Rows:
+    """At most `capacity` rows of one latent size; not thread-safe: one thread owns the device."""
+
+    def __init__(
+        self, base: BaseModel, bank: RowBank, capacity: int, buckets: Sequence[int], size: tuple[int, int]
+    ) -> None:
+        """`buckets`: rising row counts, the last one `capacity`, to which a call is padded; size: latent (H, W)."""
+        self._base = base
+        self._buckets = tuple(buckets)
+        self._capacity = capacity
+        length, width = base.tokenizer.model_max_length, int(base.unet.config.cross_attention_dim)
+        self._block = bank.block(capacity, length)
+        state = torch.zeros((capacity, base.latent_channels, *size), device=base.device)
+        self._latents, self._previous = state, state.clone()  # [images, C, H, W], images dense
+        self._texts = torch.zeros((capacity, length, width), device=base.device, dtype=base.dtype)
+        self.images: list[ImageRows] = []
+        self._rows_of: dict[ImageRows, list[int]] = {}
+        self._count = 0
+        self._index = _empty_index(base.device)
+
+    @property
+    def count(self) -> int:
+        """Rows in use."""
+        return self._count
+
+    def bucket(self, count: int) -> int:
+        """Return the number of rows that a call of `count` rows has with its padding."""
+        return next(size for size in self._buckets if size >= count)
+
+    def fits(self, image: ImageRows) -> bool:
+        """Whether the image's rows are free."""
+        return self._count + image.rows <= self._capacity
+
+    def join(self, image: ImageRows) -> None:
+        """Bind the image's rows; its adapter's vector is copied, so that its slot is free for another afterwards."""
+        rows = list(range(self._count, self._count + image.rows))
+        self._block.bind(rows, image.texts, image.adapter, image.strength)
+        self._texts[rows[0] : rows[-1] + 1].copy_(image.texts)
+        place = len(self.images)
+        self._latents[place].copy_(image.latents)
+        if image.previous is None:
+            self._previous[place].zero_()
+        else:
+            self._previous[place].copy_(image.previous)
+        self._count += image.rows
+        self.images.append(image)
+        self._rows_of[image] = rows
+        image.adapter = None
+        self._reindex()
+
+    def leave(self, image: ImageRows, *, park: bool = False) -> None:
+        """Free the image's rows; its latents and, to join again later (`park`), its adapter are left with it."""
+        place, rows = self.images.index(image), self._rows_of.pop(image)
+        image.latents, image.previous = self._latents[place].clone(), self._previous[place].clone()
+        if park:
+            image.adapter, image.strength = self._block.adapter(rows[0]), 1.0  # the strength is in the copy
+        last = len(self.images) - 1
+        self.images[place] = self.images[last]
+        self.images.pop()
+        for state in (self._latents, self._previous):
+            state[place].copy_(state[last])
+        for row in sorted(rows, reverse=True):
+            self._fill(row)
+        self._reindex()
+
+    def step(self) -> None:
+        """Advance every image by one step of its own sampler. An exception leaves every image where it was."""
+        images, index = self.images, self._index
+        device = self._base.device
+        coefficients = gather_coefficients([image.table for image in images], [image.step for image in images], device)
+        latents = self._latents[: len(images)]
+        scaled = (coefficients.input_scale.view(-1, 1, 1, 1) * latents).to(self._base.dtype)
+        bucket = len(index.image)
+        with self._block.call(bucket):
+            output = self._base.unet(
+                scaled[index.image],
+                coefficients.timesteps[index.image],
+                encoder_hidden_states=self._texts[:bucket],
+                return_dict=False,
+            )[0].float()
+        plain = output[index.negative]
+        # An image without guidance has its one row on both sides: the difference is exactly zero.
+        predicted = plain + index.guidance.view(-1, 1, 1, 1) * (output[index.prompt] - plain)
+        following, denoised = advance_rows(coefficients, latents, predicted, self._previous[: len(images)])
+        latents.copy_(following)
+        self._previous[: len(images)].copy_(denoised)
+        for image in images:
+            image.step += 1
+
+    def denoised(self, image: ImageRows) -> Tensor:
+        """Return a copy of what the image would be by its last step [C, H, W]."""
+        return self._previous[self.images.index(image)].clone()
+
+    def _fill(self, row: int) -> None:
+        """Free a row by moving the last one into it."""
+        last = self._count - 1
+        if row == last:
+            self._block.clear(row)
+        else:
+            self._block.move(last, row)
+            self._texts[row].copy_(self._texts[last])
+            owner = next(rows for rows in self._rows_of.values() if last in rows)
+            owner[owner.index(last)] = row
+        self._count = last
+
+    def _reindex(self) -> None:
+        owners = {row: place for place, image in enumerate(self.images) for row in self._rows_of[image]}
+        padding = [0] * (self.bucket(self._count) - self._count) if self._count else []
+        ends = [(self._rows_of[image][0], self._rows_of[image][-1]) for image in self.images]
+        self._index = _Index(
+            image=self._on_device([owners[row] for row in range(self._count)] + padding),
+            prompt=self._on_device([first for first, _ in ends]),
+            negative=self._on_device([last for _, last in ends]),
+            guidance=torch.tensor([image.guidance for image in self.images], device=self._base.device),
+        )
+
+    def _on_device(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._base.device)
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """Which image each row of a call belongs to [bucket]; each image's prompt and negative row, and its guidance."""
+
+    image: Tensor
+    prompt: Tensor
+    negative: Tensor
+    guidance: Tensor
+
+
+def _empty_index(device: torch.device) -> _Index:
+    none = torch.empty(0, dtype=torch.long, device=device)
+    return _Index(none, none, none, torch.empty(0, device=device))

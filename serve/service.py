@@ -1,0 +1,285 @@
+"""One engine with all it needs, as an ingress sees it: adapters found and leased, images drawn, probes taken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cat_cluster.base_model import BaseModel, choose_device, compiled_blocks, load_base_model
+from cat_cluster.errors import (
+    CatClusterError,
+    DeadlineError,
+    EngineStoppedError,
+    OverloadedError,
+    SpecError,
+)
+from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.lora.row_bank import AdapterLayout, RowBank
+from cat_cluster.registry import Manifest, Registry
+from cat_cluster.store import open_store
+from cat_cluster.telemetry import Metrics
+from serve.adapters import AdapterCache, Resolved
+from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
+from serve.drawing import Drawing, EngineParts, ImagePlan, draw
+from serve.engine import Engine
+from serve.probe_watch import ProbeImage
+from serve.probes import Prober
+from serve.settings import ServeSettings
+from serve.sizes import parse_sizes
+from serve.work import SideWork, image_array
+
+logger = logging.getLogger("cat_cluster.serve")
+STUCK_S = 60.0  # no step takes this long: an engine that has made none is taken for stuck
+FAST_BUCKETS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # on a GPU few shapes are compiled or captured
+
+
+class Service:
+    """Implements EngineClient in this process; open it with `async with Service.open(settings, metrics) as service`."""
+
+    def __init__(self, parts: EngineParts, registry: Registry, settings: ServeSettings, metrics: Metrics) -> None:
+        self._parts, self._registry, self._settings, self._metrics = parts, registry, settings, metrics
+        self._cleanup = ExitStack()
+        self._in_flight = 0
+        self._background = set[asyncio.Task[Any]]()
+        self._started = time.time()
+        self._replica = f"{socket.gethostname()}-{os.getpid()}"
+        self.exposition: Callable[[], bytes] = lambda: b""
+        self.prober: Prober | None = None
+
+    @classmethod
+    def open(cls, settings: ServeSettings, metrics: Metrics) -> Service:
+        """Load the base model, attach the bank and start the engine. Raises CatClusterError."""
+        device = choose_device(settings.device)
+        half = settings.precision == "bf16" or (settings.precision == "auto" and device.startswith("cuda"))
+        base = load_base_model(settings.base, device=device, dtype=torch.bfloat16 if half else torch.float32)
+        registry = Registry(open_store(settings.storage))
+        layout = AdapterLayout(base.unet, adapted_layers(base.unet, settings.targets), settings.max_rank)
+        cleanup = ExitStack()
+        bank = RowBank(base.unet, layout)
+        cleanup.callback(bank.detach)
+        if settings.compile:
+            cleanup.enter_context(compiled_blocks(base.unet))
+        engine = Engine(
+            base,
+            bank,
+            metrics,
+            max_rows=settings.max_rows,
+            buckets=row_buckets(settings, device),
+            max_waiting=settings.max_waiting,
+            probe_share=settings.probes.share,
+            threads=settings.threads,
+        )
+        cleanup.callback(engine.close)
+        pool = base.unet.conv_in.weight.new_zeros((settings.slots, layout.size))
+        cache = AdapterCache(
+            registry,
+            settings,
+            pool,
+            layout.pack,
+            base_fingerprint=base.fingerprint,
+            unet=base.unet,
+            metrics=metrics,
+        )
+        cleanup.callback(cache.close)
+        work = SideWork(base)
+        cleanup.callback(work.close)
+        sizes = parse_sizes(settings.sizes, base)
+        service = cls(EngineParts(base, engine, cache, work, sizes, metrics), registry, settings, metrics)
+        service._cleanup = cleanup
+        return service
+
+    async def __aenter__(self) -> Service:
+        """Warm up, and start probing."""
+        await self._warm_up()
+        if self._settings.probes.enabled:
+            self.prober = Prober(
+                self._registry,
+                self._parts.base,
+                self._draw_probes,
+                self._settings.probes,
+                self._metrics,
+                replica=self._replica,
+                on_alarm=self._on_alarm,
+            )
+            self._spawn(self.prober.run(self._parts.cache.resident))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop probing and the engine; what runs fails with EngineStoppedError."""
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        await asyncio.to_thread(self._cleanup.close)
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model served."""
+        return self._parts.base
+
+    async def generate(self, call: ImageCall) -> AsyncIterator[Event]:
+        """Yield Accepted, then the images' events; see EngineClient."""
+        try:
+            plan = await self._plan(call)
+        except CatClusterError as error:
+            yield failure(error)
+            return
+        self._in_flight += call.count
+        drawing = Drawing(self._parts, plan)
+        try:
+            yield Accepted(plan.served_by, plan.drift, plan.note)
+            async for event in drawing.events():
+                if isinstance(event, CatClusterError):
+                    yield failure(event)
+                    return
+                if isinstance(event, Finished):
+                    self._probe_live(plan, event, drawing.pixels.pop(event.index))
+                yield event
+        finally:
+            drawing.cancel()
+            self._in_flight -= call.count
+
+    async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
+        """Act on an adapter; raises CatClusterError."""
+        cache = self._parts.cache
+        if action in ("load", "unload", "pin", "unpin", "prefetch"):
+            return await asyncio.wrap_future(getattr(cache, action)(reference))
+        if action == "release":
+            manifest = await asyncio.to_thread(self._registry.resolve, reference)
+            await asyncio.to_thread(self._registry.release, manifest.adapter_id, manifest.revision)
+            if self.prober is not None:
+                self.prober.reset(manifest)
+            return {"released": manifest.name}
+        if self.prober is None:
+            raise SpecError("probes are disabled: start the service with probes.enabled true")
+        resolved = await asyncio.wrap_future(cache.resolve(reference))
+        record = await self.prober.canonical(resolved.manifest)
+        return record.model_dump(mode="json")
+
+    async def status(self) -> dict[str, Any]:
+        """Return base, rows, adapters, drift per revision, and how long the engine has been without a turn."""
+        engine, base = self._parts.engine, self._parts.base
+        resident = [] if self.prober is None else self._parts.cache.resident()
+        return {
+            "base": {"name": base.name, "fingerprint": base.fingerprint, "resolution": base.resolution},
+            "device": str(base.device),
+            "sizes": [f"{width}x{height}" for width, height in self._parts.sizes],
+            "rows": {"in_use": engine.rows_in_use, "most": self._settings.max_rows},
+            "images": {"waiting": engine.waiting, "active": engine.active, "in_flight": self._in_flight},
+            "adapters": self._parts.cache.status(),
+            "drift": {manifest.name: self.prober.state(manifest).to_json() for manifest in resident}
+            if self.prober is not None
+            else {},
+            "policy": self._settings.probes.policy,
+            "stuck_for_s": round(engine.stuck_for(), 3),
+            "uptime_s": round(time.time() - self._started, 1),
+            "pid": os.getpid(),
+        }
+
+    async def metrics(self) -> bytes:
+        """Return this engine's metrics in Prometheus' text format."""
+        return self.exposition()
+
+    def check_health(self) -> None:
+        """Raise EngineStoppedError when the engine's thread is gone or makes no steps although there is work."""
+        engine = self._parts.engine
+        if not engine.alive:
+            raise EngineStoppedError("the engine's thread has ended: the replica must be replaced")
+        if engine.stuck_for() > STUCK_S:
+            raise EngineStoppedError(f"the engine has made no step for {engine.stuck_for():.0f} s")
+
+    async def _plan(self, call: ImageCall) -> ImagePlan:
+        """Settle what is drawn with what; raises CatClusterError before anything is begun."""
+        room = self._settings.max_waiting + self._settings.max_rows // 2
+        if self._in_flight + call.count > room:
+            raise OverloadedError(
+                f"{self._in_flight} images are in flight and the service takes {room}: ask again in a moment",
+                self._parts.engine.expected_wait(),
+            )
+        if not 1 <= call.steps <= self._settings.max_steps:
+            raise SpecError(
+                f"num_inference_steps: {call.steps} is out of range; ask for 1 to {self._settings.max_steps}"
+            )
+        deadline_s = min(call.deadline_s or self._settings.deadline_s, self._settings.deadline_s)
+        found: Resolved | None = None
+        if call.model is not None:
+            try:
+                async with asyncio.timeout(deadline_s):
+                    found = await asyncio.wrap_future(self._parts.cache.resolve(call.model))
+            except TimeoutError:
+                raise DeadlineError("the deadline passed while the adapter was looked up: ask again") from None
+        drift = "unknown"
+        if found is not None and self.prober is not None:
+            drift = self.prober.state(found.manifest).state
+        return ImagePlan.of(call, self._parts, found, deadline_s, drift)
+
+    def _probe_live(self, plan: ImagePlan, event: Finished, image: torch.Tensor) -> None:
+        """Let a share of users' images be the first of a live probe; the answer does not wait for it."""
+        if self.prober is None or plan.manifest is None:
+            return
+        if self.prober.wants_live(plan.manifest, plan.call):
+            self._spawn(self.prober.live(plan.manifest, plan.call, event.seed, image_array(image)))
+
+    async def _draw_probes(self, images: Sequence[ProbeImage]) -> list[NDArray[np.uint8]]:
+        """Draw probe images in spare rows."""
+        calls = [
+            ImageCall(
+                request_id=f"probe-{uuid.uuid4().hex[:12]}",
+                prompt=image.prompt,
+                seed=image.seed,
+                steps=image.steps,
+                guidance=image.guidance,
+                sampler=image.sampler,
+            )
+            for image in images
+        ]
+        plans = [
+            ImagePlan.of(call, self._parts, None if image.adapter is None else Resolved(image.adapter), None, "unknown")
+            for call, image in zip(calls, images, strict=True)
+        ]
+        return await asyncio.gather(*(draw(self._parts, plan) for plan in plans))
+
+    async def _on_alarm(self, manifest: Manifest, reason: str) -> None:
+        """Take a revision out of service; every replica reads it from the registry, where aliases fall back."""
+        await asyncio.to_thread(self._registry.quarantine, manifest.adapter_id, manifest.revision, reason)
+
+    async def _warm_up(self) -> None:
+        """Draw once, so that the first user does not pay for allocations, compilation and the preview's colours."""
+        call = ImageCall("warm-up", "", steps=2, previews=1)
+        await draw(self._parts, ImagePlan.of(call, self._parts, None, None, "unknown"))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._reap)
+
+    def _reap(self, task: asyncio.Task[Any]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a probe failed", exc_info=task.exception())
+
+
+def failure(error: CatClusterError) -> Failed:
+    """Return an error as the event that ends a call."""
+    return Failed(type(error).__name__, str(error), getattr(error, "retry_after", None))
+
+
+def row_buckets(settings: ServeSettings, device: str) -> tuple[int, ...]:
+    """Return the row counts that calls are padded to, the last one `max_rows`.
+
+    On a CPU padding costs as much as rows of users and shapes cost nothing; on a GPU few shapes are worth padding.
+    """
+    if settings.row_buckets is not None:
+        return settings.row_buckets
+    sizes = FAST_BUCKETS if device.startswith("cuda") else range(2, settings.max_rows, 2)
+    return (*(size for size in sizes if size < settings.max_rows), settings.max_rows)

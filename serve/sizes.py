@@ -1,0 +1,47 @@
+"""Image sizes that a service offers; each is a bucket of its own, since rows of one call share a shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.errors import SpecError
+
+Pixels = tuple[int, int]
+
+
+def parse_sizes(sizes: Sequence[str] | None, base: BaseModel) -> tuple[Pixels, ...]:
+    """Return (width, height) of each size, the base's own first; None: its own, landscape and portrait (3:2).
+
+    Raises SpecError for a size that this base's U-Net cannot halve down to its lowest level.
+    """
+    side, unit = base.resolution, size_unit(base)
+    if sizes is None:
+        longer = side * 3 // 2 // unit * unit
+        return ((side, side), (longer, side), (side, longer))
+    found = [parse_size(size) for size in sizes]
+    for width, height in found:
+        if width % unit or height % unit:
+            raise SpecError(f"sizes: {width}x{height} does not fit this base; each side must be a multiple of {unit}")
+    return tuple(dict.fromkeys([(side, side), *found]))
+
+
+def parse_size(text: str) -> Pixels:
+    """Return (width, height) of "WxH"; SpecError for anything else."""
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if match is None:
+        raise SpecError(
+            f"size: {text[:40]!r} is not a size; write it as WIDTHxHEIGHT in pixels, as in 512x512, or auto"
+        )
+    return int(match[1]), int(match[2])
+
+
+def pixels_per_latent(base: BaseModel) -> int:
+    """Return the side in pixels of one latent."""
+    return base.resolution // base.latent_size
+
+
+def size_unit(base: BaseModel) -> int:
+    """Return what both sides of an image must be a multiple of, in pixels."""
+    return pixels_per_latent(base) << (len(base.unet.config.block_out_channels) - 1)

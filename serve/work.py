@@ -1,0 +1,181 @@
+"""Work beside the device thread: prompts to text embeddings, latents to PNGs, and cheap previews of latents.
+
+One worker thread does what waits together: all prompts in one call of the text encoder, all finished latents of one
+size in one call of the VAE. PNGs are made by a few more, since compression holds no lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.errors import ServingError
+from cat_cluster.generation import png_bytes
+
+TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
+AT_ONCE = 8  # prompts or latents in one call
+PREVIEW_SIDE = 192  # pixels; a preview is scaled up for eyes, not for detail
+
+A = TypeVar("A")
+
+
+@dataclass(frozen=True, eq=False)
+class _Job(Generic[A]):
+    value: A
+    future: Future[Tensor]
+
+
+class SideWork:
+    """Text encoding, decoding and PNGs off the device thread. Close it after use."""
+
+    def __init__(self, base: BaseModel, threads: int = 1) -> None:
+        self._base, self._threads = base, threads
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+        self._prompts: list[_Job[str]] = []
+        self._latents: list[_Job[Tensor]] = []
+        self._lock = threading.Lock()
+        self._torch = ThreadPoolExecutor(1, "cat-side", initializer=self._start)
+        self._png = ThreadPoolExecutor(2, "cat-png")
+        self._to_rgb: Tensor | None = None
+
+    def close(self) -> None:
+        """Finish what was begun and drop the rest."""
+        self._torch.shutdown(cancel_futures=True)
+        self._png.shutdown(cancel_futures=True)
+
+    def encode(self, prompt: str) -> Future[Tensor]:
+        """Return the embedding [L, D] of a prompt, on the base's device."""
+        future = Future[Tensor]()
+        with self._lock:
+            known = self._texts.get(prompt)
+            if known is None:
+                self._prompts.append(_Job(prompt, future))
+            else:
+                self._texts.move_to_end(prompt)
+        if known is not None:
+            future.set_result(known)
+        else:
+            self._torch.submit(self._encode_waiting)
+        return future
+
+    def decode(self, latents: Tensor) -> Future[Tensor]:
+        """Return the image [3, H, W] in [0, 1] of latents [C, h, w], on the CPU; ServingError when it is not finite."""
+        future = Future[Tensor]()
+        with self._lock:
+            self._latents.append(_Job(latents, future))
+        self._torch.submit(self._decode_waiting)
+        return future
+
+    def png(self, image: Tensor, metadata: Mapping[str, str]) -> Future[bytes]:
+        """Return an image [3, H, W] in [0, 1] as PNG bytes with text chunks."""
+        return self._png.submit(png_bytes, image, metadata)
+
+    def preview(self, denoised: Tensor) -> Future[bytes]:
+        """Return a small picture (PNG) of latents [C, h, w] by a linear map of their channels to colours."""
+        return self._torch.submit(self._preview, denoised)
+
+    def _start(self) -> None:
+        torch.set_num_threads(self._threads)
+
+    def _encode_waiting(self) -> None:
+        with self._lock:
+            jobs, self._prompts = self._prompts[:AT_ONCE], self._prompts[AT_ONCE:]
+        _finish(jobs, self._encode)
+
+    def _encode(self, jobs: list[_Job[str]]) -> list[Tensor]:
+        prompts = list(dict.fromkeys(job.value for job in jobs))
+        with self._own_stream():
+            texts = dict(zip(prompts, self._base.encode_text(prompts), strict=True))
+        with self._lock:
+            self._texts.update(texts)
+            while len(self._texts) > TEXTS_KEPT:
+                self._texts.popitem(last=False)
+        return [texts[job.value] for job in jobs]
+
+    def _decode_waiting(self) -> None:
+        with self._lock:
+            shape = self._latents[0].value.shape if self._latents else None
+            jobs = [job for job in self._latents if job.value.shape == shape][:AT_ONCE]
+            self._latents = [job for job in self._latents if job not in jobs]
+        _finish(jobs, self._decode)
+
+    def _decode(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
+        with self._own_stream():
+            return list(self._base.decode(torch.stack([job.value for job in jobs])).cpu())
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """Work beside the engine's stream on a GPU, and be done with it at the end."""
+        if self._base.device.type != "cuda":
+            yield
+            return
+        stream = torch.cuda.Stream(self._base.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            yield
+        stream.synchronize()
+
+    @torch.inference_mode()
+    def _preview(self, denoised: Tensor) -> bytes:
+        if self._to_rgb is None:
+            self._to_rgb = colour_map(self._base)
+        channels = torch.cat([denoised.float(), torch.ones_like(denoised[:1], dtype=torch.float32)])
+        picture = torch.einsum("chw,cr->rhw", channels.cpu(), self._to_rgb).clamp(0.0, 1.0)
+        scale = max(1, PREVIEW_SIDE // max(picture.shape[1:]))
+        larger = functional.interpolate(picture[None], scale_factor=float(scale), mode="bicubic").clamp(0.0, 1.0)
+        return png_bytes(larger[0], {})
+
+
+def _finish(jobs: list[_Job[A]], work: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
+    """Give each job that is still wanted its result, or the error that all of them met."""
+    jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+    if not jobs:
+        return
+    try:
+        results = work(jobs)
+    except Exception as error:
+        for job in jobs:
+            job.future.set_exception(error)
+        return
+    for job, result in zip(jobs, results, strict=True):
+        if bool(result.isfinite().all()):
+            job.future.set_result(result)
+        else:
+            job.future.set_exception(
+                ServingError("the image is not finite: lower the strength or the guidance, or use another adapter")
+            )
+
+
+@torch.inference_mode()
+def colour_map(base: BaseModel, images: int = 24) -> Tensor:
+    """Return the linear map [C + 1, 3] from latent channels (and 1) to colours in [0, 1] that fits the base's VAE best.
+
+    Least squares over the latents of smooth random pictures: what a VAE keeps of a coarse colour is nearly linear.
+    """
+    generator = torch.Generator("cpu").manual_seed(0)
+    side = min(base.resolution, 128)
+    coarse = torch.rand((images, 3, 4, 4), generator=generator)
+    pictures = functional.interpolate(coarse, size=(side, side), mode="bicubic").clamp(0.0, 1.0)
+    latents = base.encode_moments(pictures * 2.0 - 1.0).chunk(2, dim=1)[0].float().cpu()
+    latents = latents * float(base.vae.config.scaling_factor)
+    colours = functional.interpolate(pictures, size=latents.shape[-2:], mode="area")
+    inputs = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1).movedim(1, -1).flatten(0, -2)
+    found: Tensor = torch.linalg.lstsq(inputs, colours.movedim(1, -1).flatten(0, -2)).solution
+    return found
+
+
+def image_array(image: Tensor) -> NDArray[np.uint8]:
+    """Return an image [3, H, W] in [0, 1] as uint8 [H, W, 3]."""
+    pixels: NDArray[np.uint8] = (image * 255.0).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return pixels
