@@ -1,0 +1,76 @@
+"""The command `serve`: the service on this machine, with Ray, until it is interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+
+from cat_cluster.errors import SpecError
+from cat_cluster.settings import load_settings
+
+people = Console(stderr=True)
+
+
+def serve(
+    storage: Annotated[str | None, typer.Option(help="Registry to serve from. Default: $CAT_STORAGE.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than loopback need $CAT_API_KEYS.")
+    ] = "127.0.0.1",
+    base: Annotated[str | None, typer.Option(help="Base model: pocket, a diffusers folder, or a hub id.")] = None,
+    slots: Annotated[int | None, typer.Option(min=1, help="Adapters held on the device at once.")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=2, help="Most U-Net rows in one call.")] = None,
+    policy: Annotated[
+        Literal["annotate", "fallback", "quarantine"] | None, typer.Option(help="What a drift alarm does.")
+    ] = None,
+    engines: Annotated[int, typer.Option(min=1, help="Engines, each with its own device.")] = 1,
+    config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="YAML with any setting of the service.")
+    ] = None,
+) -> None:
+    """Serve adapters over HTTP on this machine: OpenAI's images API, the page, metrics. Stops with Ctrl+C.
+
+    Every request may name another adapter; all are drawn together. docs/serving.md has the settings and the API.
+    """
+    from serve.local import serve_here
+    from serve.settings import ProbeSettings, ServeSettings
+
+    ours = load_settings()
+    given = {} if config is None else _read(config)
+    options = {"storage": storage, "base": base, "slots": slots, "max_rows": max_rows}
+    given.update({name: value for name, value in options.items() if value is not None})
+    try:
+        settings = ServeSettings.model_validate({"storage": ours.storage, "device": ours.device, **given})
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, bad['loc'])) or 'settings'}: {bad['msg']}" for bad in error.errors()]
+        raise SpecError(f"{config or 'the service'}: " + "; ".join(lines)) from None
+    if policy is not None:
+        probes = ProbeSettings.model_validate({**settings.probes.model_dump(), "policy": policy})
+        settings = settings.model_copy(update={"probes": probes})
+
+    def ready(address: str) -> None:
+        people.print(f"[bold]Serving {settings.storage}[/bold] at {address}   (page, and API at {address}/docs)")
+        body = json.dumps({"model": None, "prompt": "a photo of a red cup in snow", "seed": 7})
+        curl = f"curl -s {address}/v1/images/generations -H 'content-type: application/json' -d '{body}'"
+        people.print(f'{curl} | python3 -c "import sys,json,base64;', end="", soft_wrap=True, markup=False)
+        decode = "open('image.png','wb').write(base64.b64decode(json.load(sys.stdin)['data'][0]['b64_json']))\""
+        people.print(decode, soft_wrap=True, markup=False)
+
+    people.print("Starting Ray and the engine (about 15 seconds)")
+    serve_here(settings, host, port, on_ready=ready, engines=engines)
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SpecError(f"{path}: cannot be read as YAML ({error}); write settings as `name: value` lines") from error
+    if not isinstance(found, dict):
+        raise SpecError(f"{path}: must be a mapping of settings, as `slots: 16` on lines of their own")
+    return found
