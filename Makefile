@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint chaos s3 install clean
+.PHONY: demo serve test lint chaos s3 install clean
 
 install: $(STAMP)
 
@@ -20,6 +20,12 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/cat-cluster demo --out out/demo
+
+# Serves the demo's adapters with the page, until Ctrl+C; PORT=8001 for another port.
+PORT ?= 8000
+serve: $(STAMP)
+	@test -d out/demo/registry || $(MAKE) demo
+	$(BIN)/cat-cluster serve --storage out/demo/registry --port $(PORT)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not chaos"

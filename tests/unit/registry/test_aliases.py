@@ -32,7 +32,7 @@ def test_the_history_is_every_move_in_order(store: LocalStore) -> None:
     assert book.names("cu") == []
 
 
-def test_a_reader_sees_the_moves_of_others_and_lists_once(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_sees_the_moves_of_others_and_never_lists(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = AliasBook(store), AliasBook(store)
     writer.move("cup", "prod", REVISIONS[0])
     assert reader.current("cup", "prod") == writer.current("cup", "prod")
@@ -103,3 +103,41 @@ def test_stray_files_are_not_records(store: LocalStore) -> None:
     assert moved is not None
     assert moved.number == 1
     assert set(json.loads(store.get("aliases/cup/prod/00000001.json"))) == {"revision", "created", "nonce"}
+
+
+@pytest.mark.parametrize("moves", [*range(1, 20), 33, 64, 100])
+def test_the_last_move_is_found_with_few_probes_and_no_listing(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    for number in range(1, moves + 1):
+        record = json.dumps({"revision": REVISIONS[number % 12], "created": "", "nonce": str(number)})
+        store.put(f"aliases/cup/prod/{number:08d}.json", record.encode())
+    probes = []
+    exists = LocalStore.exists
+    monkeypatch.setattr(LocalStore, "list", None)
+    monkeypatch.setattr(LocalStore, "exists", lambda self, key: probes.append(key) or exists(self, key))
+    book = AliasBook(store)
+    for wanted in (2 * moves.bit_length() + 1, 1):  # and one probe once it is known
+        probes.clear()
+        current = book.current("cup", "prod")
+        assert current is not None
+        assert current.number == moves
+        assert len(probes) <= wanted
+
+
+def test_names_that_do_not_exist_leave_nothing_behind(store: LocalStore) -> None:
+    book = AliasBook(store)
+    for number in range(50):
+        assert book.current(f"no-{number}", "latest") is None
+    assert book._known == {}
+
+
+def test_the_revisions_before_one_are_the_latest_first_and_each_once(store: LocalStore) -> None:
+    book = AliasBook(store)
+    one, two, three = REVISIONS[:3]
+    for revision in (one, two, one, None, three, two):
+        book.move("cup", "prod", revision)
+    assert list(book.revisions_before("cup", "prod", two)) == [three, one]
+    assert list(book.revisions_before("cup", "prod", three)) == [one, two]
+    assert list(book.revisions_before("cup", "prod", REVISIONS[9])) == []
+    assert list(book.revisions_before("mug", "prod", two)) == []

@@ -1,0 +1,243 @@
+"""What there is to serve: models as OpenAI lists them, adapters with their scores, samples and drift; and admin."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from datetime import datetime
+from statistics import mean, pstdev
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Header, Path, Query
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cat_cluster.drift import SCORES, DriftMonitor
+from cat_cluster.errors import AdapterNotFoundError
+from cat_cluster.registry import Manifest, Registry
+from serve.calls import AdminAction
+from serve.listing import parse_model
+from serve.probe_records import read_history
+from serve.problems import Problem, answers
+from serve.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of, ingress_of
+from serve.schema import (
+    ActionResponse,
+    AdapterCard,
+    AdapterDetail,
+    AdapterList,
+    ConceptCard,
+    DriftResponse,
+    ModelCard,
+    ModelList,
+    ReferenceScore,
+    RevisionCard,
+    StatusResponse,
+)
+
+FOREVER = "private, max-age=31536000, immutable"  # a revision's pictures never change
+A_WHILE = "private, no-cache"  # what an alias names may change: ask again, and get 304
+_EVER = 24 * 366
+
+router = APIRouter(prefix="/v1", route_class=KeyedRoute, tags=["catalogue"], dependencies=[Depends(bearer)])
+
+ReferencePath = Annotated[
+    str, Path(description="`id`, `id@alias` or `id@r-...`.", max_length=1024, examples=["striped-cup@latest"])
+]
+
+
+def admin_only(request: Request) -> None:
+    """Refuse callers who may not act on adapters, and pages of other sites, which reach a loopback service too."""
+    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise Problem(403, "pages of other sites may not act on adapters", "admin_only")
+    ingress_of(request).access.check_admin(caller_of(request))
+
+
+@router.get("/models", responses=answers(401, 429, 503))
+async def list_models(ingress: IngressDep) -> ModelList:
+    """List the base model, then every adapter with a `latest` revision."""
+    adapters = (await ingress.listing.adapters()).values()
+    cards = [_model_card(ingress, item.adapter_id, item.latest) for item in adapters if item.latest is not None]
+    return ModelList(data=[_base_card(ingress), *cards])
+
+
+@router.get("/models/{model:path}", responses=answers(400, 401, 404, 429, 503))
+async def get_model(model: str, ingress: IngressDep) -> ModelCard:
+    """Say what a model name stands for: the base model's name, or an adapter's `id`, `id@alias` or `id@r-...`."""
+    if model == ingress.settings.base:
+        return _base_card(ingress)
+    return _model_card(ingress, model, (await ingress.listing.manifest(model))[1])
+
+
+@router.get("/adapters", responses=answers(401, 429, 503))
+async def list_adapters(ingress: IngressDep) -> AdapterList:
+    """List every adapter with its aliases, revisions and scores."""
+    return AdapterList(
+        data=[
+            AdapterCard(
+                id=item.adapter_id,
+                aliases=item.aliases,
+                revisions=list(item.revisions),
+                damaged=list(item.damaged),
+                latest=None if item.latest is None else RevisionCard(**_revision(item.latest)),
+            )
+            for item in (await ingress.listing.adapters()).values()
+        ]
+    )
+
+
+@router.get("/adapters/{reference}", responses=answers(400, 401, 404, 429, 503))
+async def get_adapter(reference: ReferencePath, ingress: IngressDep) -> AdapterDetail:
+    """Describe the revision that a reference names, and the names of its adapter."""
+    summary, manifest = await ingress.listing.manifest(reference)
+    names: dict[str, Any] = {"aliases": summary.aliases, "revisions": list(summary.revisions)}
+    return AdapterDetail(id=summary.adapter_id, **names, **_revision(manifest))
+
+
+@router.get(
+    "/adapters/{reference}/samples/{name}",
+    response_class=Response,
+    responses={
+        200: {"description": "The picture.", "content": {"image/png": {}}},
+        304: {"description": "The picture is the one that If-None-Match names."},
+        **answers(400, 401, 404, 422, 429, 503),
+    },
+)
+async def get_sample(
+    reference: ReferencePath,
+    name: Annotated[str, Path(max_length=100, examples=["sks.png"])],
+    ingress: IngressDep,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Return an example picture of a revision; under `id@r-...` it may be kept for ever."""
+    _, manifest = await ingress.listing.manifest(reference)
+    if name not in manifest.samples or name not in manifest.objects:
+        raise AdapterNotFoundError(
+            f"{manifest.name} has no sample of this name; GET /v1/adapters/{{reference}} lists them"
+        )
+    tag = f'"{manifest.objects[name].sha256}"'
+    headers = {"etag": tag, "cache-control": A_WHILE if parse_model(reference).revision is None else FOREVER}
+    if if_none_match is not None and tag in if_none_match:
+        return Response(status_code=304, headers=headers)
+    picture = await asyncio.to_thread(ingress.listing.registry.read_object, manifest, name)
+    return Response(picture, headers=headers, media_type="image/png")
+
+
+@router.get("/adapters/{reference}/drift", responses=answers(400, 401, 404, 429, 503))
+async def get_drift(
+    reference: ReferencePath,
+    ingress: IngressDep,
+    hours: Annotated[int, Query(ge=1, le=_EVER, description="How far back the history goes.")] = 24,
+) -> DriftResponse:
+    """Tell how a revision's scores have moved since it was measured: state, reference, detectors, probe records."""
+    summary, manifest = await ingress.listing.manifest(reference)
+    live: Mapping[str, Any] = (await ingress.engine().status()).get("drift", {})
+    own = {name.partition("@")[2]: found for name, found in live.items() if name.startswith(f"{summary.adapter_id}@")}
+    now = own.get(manifest.revision, {})
+    registry = ingress.listing.registry
+    history = await asyncio.to_thread(_history, registry, manifest, hours)
+    quarantine = await asyncio.to_thread(registry.quarantined, manifest.adapter_id, manifest.revision)
+    return DriftResponse(
+        name=manifest.name,
+        state=now.get("state", "unknown"),
+        reason=now.get("reason"),
+        quarantined=None if quarantine is None else asdict(quarantine),
+        states={revision: found.get("state", "unknown") for revision, found in own.items()},
+        policy=ingress.settings.probes.policy,
+        canonical_every_s=ingress.settings.probes.canonical_every_s,
+        reference=_reference(manifest),
+        detectors=now.get("statistics"),
+        history=history,
+    )
+
+
+@router.post(
+    "/adapters/{reference}/{action}",
+    responses=answers(400, 401, 403, 404, 409, 422, 429, 503, 504),
+    dependencies=[Depends(admin_only)],
+)
+async def act(reference: ReferencePath, action: AdminAction, request: Request, ingress: IngressDep) -> ActionResponse:
+    """Act on an adapter in every engine; needs an admin key.
+
+    load, unload: into a slot, out of it. pin, unpin: never evict, evict again. prefetch: into host memory.
+    probe: measure its drift now. release: end its quarantine.
+    """
+    parse_model(reference)
+    entry_of(request).facts.update(model=reference, action=action)
+    result = await ingress.engine().admin(action, reference)
+    return ActionResponse(action=action, reference=reference, result=result)
+
+
+@router.get("/status", responses=answers(401, 429, 503))
+async def get_status(ingress: IngressDep) -> StatusResponse:
+    """Return the engine's state: what is loaded, waiting and running, and the drift of what is probed."""
+    return StatusResponse.model_validate(await ingress.engine().status())
+
+
+def _base_card(ingress: Ingress) -> ModelCard:
+    base = ingress.settings.base
+    return ModelCard(id=base, created=0, root=base, parent=None)
+
+
+def _model_card(ingress: Ingress, name: str, manifest: Manifest) -> ModelCard:
+    created = int(datetime.fromisoformat(manifest.created).timestamp())
+    return ModelCard(id=name, created=created, root=manifest.name, parent=ingress.settings.base)
+
+
+def _revision(manifest: Manifest) -> dict[str, Any]:
+    """Return the fields of a RevisionCard: what to know of a revision, without its photos, its spec and its history."""
+    found = manifest.metrics or {}
+    return {
+        "name": manifest.name,
+        "revision": manifest.revision,
+        "status": manifest.status,
+        "created": manifest.created,
+        "base": manifest.base_name,
+        "base_fingerprint": manifest.base_fingerprint,
+        "method": manifest.method,
+        "rank": manifest.rank,
+        "targets": manifest.targets,
+        "concepts": [
+            ConceptCard(token=item.token, class_noun=item.class_noun, alpha=item.alpha) for item in manifest.concepts
+        ],
+        "metrics": {name: value for name, value in found.items() if value is None or isinstance(value, int | float)},
+        "intervals": found.get("intervals") or {},
+        "leak_matrix": found.get("leak_matrix"),
+        "judge": manifest.judge,
+        "samples": list(manifest.samples),
+    }
+
+
+def _measured(manifest: Manifest) -> Mapping[str, Mapping[str, Any]]:
+    """Return token -> what was measured of it, with its scores for each pair."""
+    return (manifest.reference or {}).get("concepts") or {}
+
+
+def _reference(manifest: Manifest) -> dict[str, ReferenceScore]:
+    """Return each score's spread over the pairs that were measured; the photos stay in the store."""
+    found = {}
+    for score in SCORES:
+        values = [value for concept in _measured(manifest).values() for value in concept.get(score) or ()]
+        if values:
+            found[score] = ReferenceScore(mean=mean(values), std=pstdev(values), count=len(values))
+    return found
+
+
+def _history(registry: Registry, manifest: Manifest, hours: int) -> list[dict[str, Any]]:
+    """Read probe records; where a record says how its token's detectors stood, say it as shares of their limits."""
+    monitors: dict[str, DriftMonitor] = {}
+    for token, concept in _measured(manifest).items():
+        with suppress(ValueError, KeyError, TypeError):  # measured on too few pairs: it has no live probes
+            monitors[token] = DriftMonitor(concept)
+    history = []
+    for record in read_history(registry.store, manifest.adapter_id, manifest.revision, hours):
+        fields = record.model_dump(exclude={"detectors"})
+        monitor = monitors.get(record.token or "")
+        if record.detectors is not None and monitor is not None:
+            with suppress(ValueError):
+                monitor.restore(record.detectors)
+                shares = monitor.shares
+                fields["detectors"] = {"share": max(max(row.values()) for row in shares.values()), "shares": shares}
+        history.append(fields)
+    return history

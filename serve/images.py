@@ -1,0 +1,196 @@
+"""POST /v1/images/generations: a request becomes a call, and the engine's events an answer or a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import struct
+import time
+from base64 import b64encode
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, cast
+from urllib.parse import quote
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError
+from serve.access import Caller
+from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
+from serve.journal import GONE, Entry, log_unexpected
+from serve.listing import parse_model
+from serve.problems import answers, error_named, problem_of
+from serve.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of
+from serve.schema import ImageRequest, ImagesResponse
+from serve.streams import EventStream, attended
+
+GRACE_S = 10.0  # the engine keeps deadlines itself; past this much more it is taken for dead
+_NO_TOKENS = {
+    "input_tokens": 0,
+    "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+    "output_tokens": 0,
+    "total_tokens": 0,
+}
+_PICTURE = {"quality": "auto", "background": "opaque", "output_format": "png"}
+_EVENTS = """The images. With `stream`, server-sent events instead: `image_generation.partial_image`,
+`image_generation.completed` for each image, with `progress` also `image_generation.progress`, and `error` where the
+call breaks after its start."""
+
+router = APIRouter(prefix="/v1/images", route_class=KeyedRoute, tags=["images"], dependencies=[Depends(bearer)])
+
+
+@router.post(
+    "/generations",
+    response_model=None,
+    summary="Draw images",
+    responses={
+        200: {
+            "model": ImagesResponse,
+            "description": _EVENTS,
+            "content": {"text/event-stream": {}},
+            "headers": {
+                "x-cat-model": {"description": "What serves the call.", "schema": {"type": "string"}},
+                "x-cat-drift": {"description": "Drift state of the revision.", "schema": {"type": "string"}},
+            },
+        },
+        **answers(400, 401, 404, 409, 413, 415, 422, 429, 499, 503, 504),
+    },
+)
+async def create_image(body: ImageRequest, request: Request, ingress: IngressDep) -> Response:
+    """Draw `n` images of a prompt, with an adapter or with the base model alone.
+
+    The parameters are those of OpenAI's images API, and some of this service's own. Those of OpenAI's that mean nothing
+    here (quality, style, background, moderation, output_compression, user) are accepted and change nothing.
+    """
+    entry = entry_of(request)
+    call = to_call(body, entry.request_id, ingress)
+    entry.facts.update(model=call.model or ingress.settings.base, images=call.count)
+    if entry.may_quote:
+        entry.facts["prompt"] = call.prompt
+    limit_s = ingress.settings.deadline_s + GRACE_S
+    events = _events(ingress, caller_of(request), call)
+    async with attended(request.receive, limit_s):
+        accepted = cast(Accepted, await anext(events))
+        entry.facts["model"] = accepted.model
+        headers = {"x-cat-model": quote(accepted.model, safe="@/:"), "x-cat-drift": accepted.drift}
+        cat = {"request_id": entry.request_id, "drift": accepted.drift, "note": accepted.note}
+        if not body.stream:
+            finished = [event async for event in events if isinstance(event, Finished)]
+            content = await asyncio.to_thread(_answer, finished, accepted.model, cat)
+    if not body.stream:
+        return Response(content, headers=headers, media_type="application/json")
+    return EventStream(
+        events,
+        lambda event: _sse(event, accepted.model, cat),
+        lambda error: _broken(error, entry),
+        limit_s=limit_s,
+        headers=headers,
+    )
+
+
+def to_call(body: ImageRequest, request_id: str, ingress: Ingress) -> ImageCall:
+    """Return the engine's call for a request; AdapterNotFoundError for a model that cannot be a reference."""
+    model = None if body.model == ingress.settings.base else body.model
+    if model is not None:
+        parse_model(model)
+    return ImageCall(
+        request_id=request_id,
+        prompt=body.prompt,
+        model=model,
+        negative_prompt=body.negative_prompt,
+        count=body.n,
+        size=body.pixels,
+        # 32 bits, so that a browser's numbers can hold the seed and give it back.
+        seed=secrets.randbits(32) if body.seed is None else body.seed,
+        steps=body.num_inference_steps,
+        guidance=body.guidance_scale,
+        sampler=body.sampler,
+        strength=body.strength,
+        previews=body.partial_images if body.stream else 0,
+        progress=body.progress and body.stream,
+        deadline_s=ingress.settings.deadline_s,
+    )
+
+
+async def _events(ingress: Ingress, caller: Caller, call: ImageCall) -> AsyncGenerator[Event, None]:
+    """Yield the engine's events within the caller's limit; a call that fails, or ends early, raises."""
+    left = call.count
+    with ingress.access.images(caller, call.count):
+        # Closing is what cancels the work, so the contract's iterators are generators.
+        generated = cast(AsyncGenerator[Event, None], ingress.engine().generate(call))
+        async with aclosing(generated) as events:
+            async for event in events:
+                if isinstance(event, Failed):
+                    error = error_named(event.kind, event.message, event.retry_after)
+                    if isinstance(error, AdapterNotFoundError) and call.model is not None:
+                        await ingress.listing.summary(call.model)  # says it without naming the store
+                    raise error
+                left -= isinstance(event, Finished)
+                yield event
+    if left:
+        raise EngineStoppedError("the engine stopped before the images were done; ask again")
+
+
+def _answer(finished: list[Finished], model: str, cat: Mapping[str, Any]) -> bytes:
+    finished = sorted(finished, key=lambda image: image.index)
+    items = [
+        _with_picture(image.png, {"seed": image.seed, "revised_prompt": None, "facts": dict(image.facts)})
+        for image in finished
+    ]
+    rest = {
+        "created": int(time.time()),
+        "model": model,
+        "size": _size(finished[0].png),
+        "output_format": "png",
+        "cat": cat,
+    }
+    return b'{"data":[' + b",".join(items) + b"]," + json.dumps(rest).encode()[1:]
+
+
+def _sse(event: Event, model: str, cat: Mapping[str, Any]) -> bytes:
+    """Return an event as OpenAI's clients read it, with this service's fields beside theirs."""
+    if isinstance(event, Preview):
+        kind = "image_generation.partial_image"
+        fields = {"partial_image_index": event.number, "index": event.index, "step": event.step, "steps": event.steps}
+        data = _with_picture(event.png, {"type": kind, **_picture(event.png), **fields})
+    elif isinstance(event, Finished):
+        kind = "image_generation.completed"
+        done = {"index": event.index, "seed": event.seed, "model": model, "usage": _NO_TOKENS}
+        more = {"facts": dict(event.facts), "cat": cat}
+        data = _with_picture(event.png, {"type": kind, **_picture(event.png), **done, **more})
+    elif isinstance(event, Progress):
+        kind = "image_generation.progress"
+        data = json.dumps({"type": kind, "index": event.index, "step": event.step, "steps": event.steps}).encode()
+    else:
+        return b""
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
+
+
+def _broken(error: Exception, entry: Entry) -> bytes:
+    """Return the last event of a stream that breaks, and tell the journal."""
+    problem = problem_of(error)
+    entry.code = problem.code
+    if problem.status_code == 500:
+        log_unexpected(entry, error)
+    if isinstance(error, CancelledRequestError):
+        entry.status = GONE
+    return b"event: error\ndata: %b\n\n" % json.dumps(problem.body()).encode()
+
+
+def _picture(png: bytes) -> dict[str, Any]:
+    return {"created_at": int(time.time()), "size": _size(png), **_PICTURE}
+
+
+def _with_picture(png: bytes, fields: Mapping[str, Any]) -> bytes:
+    """Return JSON of the fields and `b64_json`. Base64 has nothing to escape, and a JSON encoder looks all the same:
+    over megabytes of pictures it would hold the interpreter, and so the event loop, for a while."""
+    return b'{"b64_json":"' + b64encode(png) + b'",' + json.dumps(fields).encode()[1:]
+
+
+def _size(png: bytes) -> str:
+    """Return WIDTHxHEIGHT, as a PNG's header has them."""
+    width, height = struct.unpack(">II", png[16:24])
+    return f"{width}x{height}"

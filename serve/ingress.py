@@ -1,0 +1,130 @@
+"""The HTTP service: keys, routes, errors and logs around an engine's client; it knows no Ray and owns no device."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from cat_cluster.errors import CatClusterError, EngineStoppedError
+from cat_cluster.registry import Registry
+from cat_cluster.registry.manifest import package_version
+from cat_cluster.telemetry import Metrics
+from serve import catalogue, images, pages
+from serve.access import Access
+from serve.calls import EngineClient
+from serve.journal import Journal, log_unexpected
+from serve.listing import Listing
+from serve.problems import answers, problem_of
+from serve.routes import Ingress, IngressDep, entry_of
+from serve.schema import HealthResponse
+from serve.settings import ServeSettings
+
+PROMPTS_VARIABLE = "CAT_LOG_PROMPTS"
+_ENGINE_S = 5.0
+_ABOUT = """Draws pictures with CAT adapters of one Stable Diffusion base: every request names an adapter, and those of
+different adapters are drawn together. Any OpenAI client can use `/v1/images/generations` and `/v1/models`."""
+
+router = APIRouter(tags=["operation"])
+
+
+def build_app(
+    client: EngineClient | Callable[[], EngineClient],
+    registry: Registry,
+    settings: ServeSettings,
+    access: Access,
+    metrics: Metrics,
+    exposition: Callable[[], bytes],
+) -> FastAPI:
+    """Return the service as an ASGI app.
+
+    client: the engine, or what returns it once the process runs. metrics: has HTTP's; exposition: returns this process'
+    metrics as Prometheus' text, empty where the client's `metrics` has them already.
+    """
+    app = FastAPI(
+        title="cat-cluster",
+        version=package_version(),
+        description=_ABOUT,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.ingress = Ingress(
+        engine=client if callable(client) else lambda: client,
+        listing=Listing(registry),
+        settings=settings,
+        access=access,
+        exposition=exposition,
+    )
+    for part in (router, images.router, catalogue.router, pages.router):
+        app.include_router(part)
+    pages.mount_files(app)
+    for expected in (CatClusterError, HTTPException, RequestValidationError):
+        app.add_exception_handler(expected, _refusal)
+    app.add_middleware(Journal, metrics=metrics, may_quote=os.environ.get(PROMPTS_VARIABLE) == "1")
+    app.openapi = _without_default_422(app.openapi)  # type: ignore[method-assign]
+    return app
+
+
+@router.get("/health", responses=answers())
+async def health() -> HealthResponse:
+    """Say that the process lives."""
+    return HealthResponse(status="ok")
+
+
+@router.get("/ready", responses=answers(503))
+async def ready(ingress: IngressDep) -> HealthResponse:
+    """Say whether the engine answers; 503 until it does."""
+    try:
+        await asyncio.wait_for(ingress.engine().status(), _ENGINE_S)
+    except Exception as error:  # whatever keeps the engine from answering, a load balancer must hear 503
+        raise EngineStoppedError("the engine does not answer yet; ask again") from error
+    return HealthResponse(status="ready")
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"description": "Prometheus' text format.", "content": {"text/plain": {}}}, **answers()},
+)
+async def metrics(ingress: IngressDep) -> Response:
+    """Return the metrics of this process, and of its engine while that answers, in Prometheus' text format."""
+    text = ingress.exposition()
+    with suppress(Exception):  # an engine that is away is when these numbers matter most
+        text += await asyncio.wait_for(ingress.engine().metrics(), _ENGINE_S)
+    return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+async def _refusal(request: Request, error: Exception) -> Response:
+    """Answer an expected error by the table; one that the table does not know is logged as well."""
+    problem, entry = problem_of(error), entry_of(request)
+    if problem.status_code == 500:
+        log_unexpected(entry, error)
+    else:
+        entry.code = problem.code
+    return problem.response()
+
+
+def _without_default_422(describe: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Return a description without FastAPI's own 422: what cannot be validated is 400 here."""
+
+    def described() -> dict[str, Any]:
+        document = describe()
+        for operations in document["paths"].values():
+            for operation in operations.values():
+                found = operation["responses"].get("422", {})
+                if "HTTPValidationError" in str(found):
+                    del operation["responses"]["422"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        return document
+
+    return described

@@ -1,0 +1,121 @@
+"""One line of JSON and two metrics for every request, and the last place that an error can reach."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+import traceback
+import uuid
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, Metrics
+from serve.problems import problem_of
+
+logger = logging.getLogger("cat_cluster.serve")
+
+GONE = 499  # the client left before its answer
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_UNKNOWN_ROUTE = "/unknown"  # paths that a client makes up never become label values
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'; object-src 'none'",
+}
+
+
+@dataclass
+class Entry:
+    """What is told of one request. code: of the error, if any; facts: what its route adds (key, model, images).
+
+    may_quote: prompts, and the messages of unexpected errors, which may hold one, may be logged.
+    """
+
+    request_id: str
+    may_quote: bool = False
+    status: int = GONE
+    code: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Journal:
+    """ASGI middleware: request ids, security headers, the log and HTTP's metrics.
+
+    Errors that no handler knows end here, as 500 where the answer has not begun.
+    """
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, may_quote: bool) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._may_quote = may_quote
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on, and tell of it when it has ended."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        entry = Entry(_request_id(scope), self._may_quote)
+        scope.setdefault("state", {})["entry"] = entry
+        has_begun = False
+
+        async def sent(message: Message) -> None:
+            nonlocal has_begun
+            if message["type"] == "http.response.start":
+                has_begun = True
+                entry.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = entry.request_id
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sent)
+        except asyncio.CancelledError:
+            entry.status = GONE
+            raise
+        except Exception as error:
+            log_unexpected(entry, error)
+            # After its start an answer can only be cut off, which the server does when it is left unfinished.
+            if not has_begun:
+                await problem_of(error).response()(scope, receive, sent)
+        finally:
+            self._tell(entry, scope, time.perf_counter() - began)
+
+    def _tell(self, entry: Entry, scope: Scope, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path_format", _UNKNOWN_ROUTE)
+        self._metrics.inc(HTTP_REQUESTS, route=route, code=str(entry.status))
+        self._metrics.observe(HTTP_SECONDS, seconds, route=route)
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "request_id": entry.request_id,
+            "method": scope["method"],
+            "route": route,
+            "status": entry.status,
+            "ms": round(seconds * 1000, 1),
+            **({} if entry.code is None else {"code": entry.code}),
+            **entry.facts,
+        }
+        logger.info(json.dumps(line))
+
+
+def log_unexpected(entry: Entry, error: BaseException) -> None:
+    """Log an error that should not be, with the lines of code it passed."""
+    entry.code = type(error).__name__
+    trace = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    line = {"request_id": entry.request_id, "error": entry.code, "trace": trace}
+    logger.error(json.dumps({**line, "message": str(error)} if entry.may_quote else line))
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"

@@ -1,0 +1,63 @@
+"""The web page and the API's description, from this machine alone: no outside host is ever asked for anything."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from fastapi import APIRouter, FastAPI
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+PAGE = Path(__file__).parent / "page"
+SWAGGER = Path(str(files("swagger_ui_bundle"))) / "vendor" / "swagger-ui-4.15.5"
+# Swagger UI writes style attributes and has pictures in its style sheet.
+_DOCS_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
+_DOCS = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>cat-cluster API</title>
+<link rel="icon" href="page/icon.svg" type="image/svg+xml">
+<link rel="stylesheet" href="docs/assets/swagger-ui.css">
+<script defer src="docs/assets/swagger-ui-bundle.js"></script>
+<script defer src="docs/start.js"></script>
+</head>
+<body><div id="api"></div></body>
+</html>
+"""
+# Swagger UI 4 draws OpenAPI 3.1 as this service writes it, but refuses to try by the number.
+_START = """fetch("openapi.json").then((answer) => answer.json()).then((spec) => {
+  SwaggerUIBundle({ spec: { ...spec, openapi: "3.0.3" }, dom_id: "#api", deepLinking: true });
+});
+"""
+
+router = APIRouter(include_in_schema=False)
+
+
+@router.get("/")
+async def page() -> Response:
+    """Return the web page."""
+    index = PAGE / "index.html"
+    if not index.is_file():
+        raise HTTPException(404, "this installation has no web page; the API is described at /docs")
+    return FileResponse(index, headers={"cache-control": "no-cache"})
+
+
+@router.get("/docs")
+async def docs() -> Response:
+    """Return the page that shows the API's description."""
+    return Response(_DOCS, media_type="text/html", headers={"content-security-policy": _DOCS_POLICY})
+
+
+@router.get("/docs/start.js")
+async def start_docs() -> Response:
+    """Return the script that starts that page."""
+    return Response(_START, media_type="text/javascript")
+
+
+def mount_files(app: FastAPI) -> None:
+    """Serve the files of both pages."""
+    app.mount("/page", StaticFiles(directory=PAGE, check_dir=False), name="page")
+    app.mount("/docs/assets", StaticFiles(directory=SWAGGER), name="swagger")

@@ -1,0 +1,162 @@
+"""The one table from errors to HTTP: which status, type and code each has, in OpenAI's error shape."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from cat_cluster import errors
+from serve.schema import ErrorResponse
+
+_SHOWN = 400  # characters of a message: what a client sent may come back in it
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an error looks from outside; `message` stands in for one that tells of the inside."""
+
+    status: int
+    type: str
+    code: str
+    message: str | None = None
+
+
+INVALID, SERVER = "invalid_request_error", "server_error"
+INTERNAL = Kind(500, SERVER, "internal_error", "something went wrong inside; the log has it under this request's id")
+
+KINDS: Mapping[type[BaseException], Kind] = {
+    errors.SpecError: Kind(400, INVALID, "invalid_value"),
+    errors.RegistryError: Kind(400, INVALID, "invalid_reference"),
+    errors.AdapterNotFoundError: Kind(404, INVALID, "model_not_found"),
+    errors.QuarantinedError: Kind(409, INVALID, "model_quarantined"),
+    # The request is sound and the adapter is there, but this base cannot be served with it.
+    errors.AdapterMismatchError: Kind(422, INVALID, "model_mismatch"),
+    errors.AdapterFormatError: Kind(422, INVALID, "model_damaged"),
+    errors.EvaluationError: Kind(422, INVALID, "model_not_measurable"),
+    errors.CancelledRequestError: Kind(499, INVALID, "request_cancelled"),
+    errors.OverloadedError: Kind(503, SERVER, "overloaded"),
+    errors.EngineStoppedError: Kind(503, SERVER, "engine_stopped"),
+    errors.StoreError: Kind(503, SERVER, "store_unavailable", "the adapters' store does not answer; ask again"),
+    errors.DeadlineError: Kind(504, SERVER, "deadline_exceeded"),
+}
+
+# Problems that no class of errors stands for, by status; and what each status means, for the API's description.
+_PLAIN_CODES: Mapping[int, str] = {404: "not_found", 405: "method_not_allowed"}
+_MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
+    400: ("The request is not valid.", "size: write WIDTHxHEIGHT", "invalid_value", "size"),
+    401: ("No API key, or a wrong one.", "send a key in the header Authorization: Bearer KEY", "invalid_api_key", None),
+    403: ("The key may not do this.", "this needs a key of CAT_ADMIN_KEYS", "admin_only", None),
+    404: ("There is no such thing.", "no adapter 'cupp': did you mean cup?", "model_not_found", "model"),
+    409: ("The revision is quarantined.", "cup@r-0123456789ab is quarantined", "model_quarantined", "model"),
+    413: ("The body is too large.", "the body is larger than 65536 bytes", "body_too_large", None),
+    415: ("The body is not JSON by its content type.", "send Content-Type: application/json", "not_json", None),
+    422: (
+        "The adapter does not fit this base, or is damaged.",
+        "cup was trained on another",
+        "model_mismatch",
+        "model",
+    ),
+    429: ("Too much at once for this key; see Retry-After.", "60 requests a minute", "rate_limit_exceeded", None),
+    499: ("The client has gone, or the call was cancelled.", "the client has gone", "request_cancelled", None),
+    500: ("Something went wrong inside.", str(INTERNAL.message), INTERNAL.code, None),
+    503: ("No room or no store now; see Retry-After.", "the service is full", "overloaded", None),
+    504: ("The deadline passed.", "not done within 120 s", "deadline_exceeded", None),
+}
+
+
+class Problem(HTTPException):
+    """An answer that is not a success."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        *,
+        type: str = INVALID,
+        param: str | None = None,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        retry = {} if retry_after is None else {"Retry-After": str(max(1, math.ceil(retry_after)))}
+        super().__init__(status, message, {**(headers or {}), **retry})
+        self.type, self.code, self.param = type, code, param
+
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's error object."""
+        message = self.detail if len(self.detail) <= _SHOWN else f"{self.detail[:_SHOWN]}..."
+        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> Response:
+        """Return the answer; ASCII alone, since a message may quote what is not even Unicode."""
+        return Response(json.dumps(self.body()), self.status_code, self.headers, "application/json")
+
+
+def error_named(name: str, message: str, retry_after: float | None = None) -> Exception:
+    """Return the error that crossed processes as a class name and a message; one not in our tree is internal."""
+    kind = getattr(errors, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, errors.CatClusterError)):
+        return RuntimeError(f"{name}: {message}")
+    if issubclass(kind, errors.OverloadedError):
+        return kind(message) if retry_after is None else kind(message, retry_after)
+    return kind(message)
+
+
+def problem_of(error: BaseException) -> Problem:
+    """Return how an error looks from outside; what the table does not know is 500 and tells nothing."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _invalid(error.errors())
+    if isinstance(error, HTTPException):
+        code = _PLAIN_CODES.get(error.status_code, "http_error")
+        return Problem(error.status_code, str(error.detail), code, headers=error.headers)
+    kind = next((KINDS[parent] for parent in type(error).__mro__ if parent in KINDS), INTERNAL)
+    retry_after = getattr(error, "retry_after", 1.0 if kind.status == 503 else None)
+    param = "model" if kind.code.startswith("model_") else None
+    message = kind.message or str(error)
+    return Problem(kind.status, message, kind.code, type=kind.type, param=param, retry_after=retry_after)
+
+
+def _invalid(found: Sequence[Any]) -> Problem:
+    """Return the 400 for what pydantic found: every field named, the first one as `param`."""
+    names, lines = [], []
+    for item in found:
+        name = ".".join(str(part)[:80] for part in item["loc"][1:])
+        if item["type"] == "extra_forbidden":
+            line = f"{name}: no such parameter; see /docs for those there are"
+        elif name:
+            line = f"{name}: {item['msg']}"
+        else:
+            line = "send a JSON object" if item["type"] in ("missing", "model_attributes_type") else str(item["msg"])
+        names.append(name)
+        lines.append(line)
+    codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_parameter"}
+    code = codes.get(found[0]["type"], "invalid_value")
+    return Problem(400, "; ".join(lines), code, param=names[0] or None)
+
+
+def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the description of these failures for a route, each with an example; 500 is always among them."""
+    described: dict[int | str, dict[str, Any]] = {}
+    for status in sorted({*statuses, 500}):
+        meaning, message, code, param = _MEANINGS[status]
+        kind = SERVER if status >= 500 else INVALID
+        example = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        described[status] = {
+            "model": ErrorResponse,
+            "description": meaning,
+            "content": {"application/json": {"example": example}},
+        }
+        if status in (429, 503):
+            described[status]["headers"] = {
+                "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}
+            }
+    return described

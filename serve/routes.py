@@ -1,0 +1,136 @@
+"""What all routes share: the parts of the ingress, keys before anything else, and bodies read strictly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
+
+from fastapi import Depends
+from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from cat_cluster.errors import CancelledRequestError
+from serve.access import Access, Caller
+from serve.calls import EngineClient
+from serve.journal import Entry
+from serve.listing import Listing
+from serve.problems import Problem, problem_of
+from serve.settings import ServeSettings
+
+# It describes the scheme; KeyedRoute is what asks for a key, before a body is read.
+bearer = HTTPBearer(auto_error=False, description="A key of CAT_API_KEYS; any, or none, where no keys are set.")
+
+
+@dataclass(frozen=True)
+class Ingress:
+    """The parts that routes use. engine: returns the client, which may be known only once the process runs."""
+
+    engine: Callable[[], EngineClient]
+    listing: Listing
+    settings: ServeSettings
+    access: Access
+    exposition: Callable[[], bytes]
+
+
+def ingress_of(request: Request) -> Ingress:
+    """Return the ingress that the app was built with."""
+    return cast(Ingress, request.app.state.ingress)
+
+
+def entry_of(request: Request) -> Entry:
+    """Return the journal's entry of the request."""
+    return cast(Entry, request.state.entry)
+
+
+def caller_of(request: Request) -> Caller:
+    """Return who sent the request; only where the route is a KeyedRoute."""
+    return cast(Caller, request.state.caller)
+
+
+IngressDep = Annotated[Ingress, Depends(ingress_of)]
+
+
+class StrictRequest(Request):
+    """A request whose body has a largest size, and must be plain JSON that says so."""
+
+    _whole: bytes | None = None
+
+    async def body(self) -> bytes:
+        """Return the body, counted as it comes: 413 when it is too large, 415 when it is not called JSON."""
+        if self._whole is None:
+            most = ingress_of(self).settings.max_body_bytes
+            chunks, size = [], 0
+            if _announced(self.headers.get("content-length", "")) > most:
+                raise _too_large(most)
+            try:
+                async for chunk in self.stream():
+                    size += len(chunk)
+                    if size > most:
+                        raise _too_large(most)
+                    chunks.append(chunk)
+            except ClientDisconnect:
+                raise problem_of(CancelledRequestError("the client has gone")) from None
+            self._whole = b"".join(chunks)
+            if self._whole and not _is_json(self.headers.get("content-type", "")):
+                raise Problem(415, "send the body as JSON, with Content-Type: application/json", "not_json")
+        return self._whole
+
+    async def json(self) -> Any:
+        """Return the body's value; 400 for NaN, a name twice, nesting without end, or anything that is not JSON."""
+        try:
+            return json.loads(
+                (await self.body()).decode(), parse_constant=_refuse_constant, object_pairs_hook=_once_each
+            )
+        except RecursionError:
+            raise Problem(400, "the body is nested too deeply", "invalid_json") from None
+        except ValueError as error:
+            raise Problem(400, f"the body is not JSON: {error}", "invalid_json") from None
+
+
+class KeyedRoute(APIRoute):
+    """A route that asks for the key, and counts the request, before it reads anything else."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what answers a request."""
+        handle = super().get_route_handler()
+
+        async def keyed(request: Request) -> Response:
+            access = ingress_of(request).access
+            caller = access.authenticate(request.headers.get("authorization"))
+            request.state.caller = caller
+            entry_of(request).facts["key"] = caller.name
+            access.admit(caller)
+            if not request.url.path.isprintable() or "\n" in request.scope["path"]:
+                raise Problem(404, "no path has control characters in it", "not_found")  # Starlette drops a last one
+            return await handle(StrictRequest(request.scope, request.receive))
+
+        return keyed
+
+
+def _announced(length: str) -> int:
+    return int(length) if length.isascii() and length.isdecimal() and len(length) < 20 else 0
+
+
+def _is_json(content_type: str) -> bool:
+    return content_type.partition(";")[0].strip().lower() == "application/json"
+
+
+def _too_large(most: int) -> Problem:
+    return Problem(413, f"the body is larger than {most} bytes; shorten the prompt", "body_too_large")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has {twice[:80]!r} twice")
+    return named

@@ -1,0 +1,268 @@
+"""What goes over HTTP: requests and answers in OpenAI's images shape, with this service's own fields beside it."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from cat_cluster.diffusion.samplers import SamplerName
+from serve.calls import AdminAction
+
+MAX_SEED = 2**63 - 1
+_TEXT = (
+    r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"  # no control characters: the PNG and the tokenizer have no place for them
+)
+_SIZE = r"^(auto|[1-9][0-9]{1,3}x[1-9][0-9]{1,3})$"
+
+Text = Annotated[str, Field(max_length=4000, pattern=_TEXT)]
+Ignored = Annotated[str, Field(max_length=256, description="Accepted for OpenAI's clients; it changes nothing here.")]
+
+
+def _describe(schema: dict[str, Any]) -> None:
+    """Add to the JSON schema that null stands for an absent field, as OpenAI's clients send it, and two examples."""
+    for name, field in schema["properties"].items():
+        if name not in schema["required"] and "anyOf" not in field:
+            outer = {key: field.pop(key) for key in ("title", "description", "default", "examples") if key in field}
+            schema["properties"][name] = {**outer, "anyOf": [field, {"type": "null"}]}
+    schema["examples"] = [
+        {"prompt": "a photo of a sks cup on grass", "model": "striped-cup", "n": 2, "seed": 7},
+        {"prompt": "a photo of a cup in snow", "size": "64x64", "stream": True, "partial_images": 2},
+    ]
+
+
+class ImageRequest(BaseModel):
+    """A prompt, and how to draw it. Any field but the prompt may be absent or null; an unknown one is refused."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", json_schema_extra=_describe)
+
+    prompt: Annotated[Text, Field(min_length=1)] = Field(
+        description="What to draw. An adapter's concept is drawn only where its token is a word of the prompt.",
+        examples=["a photo of a sks cup on grass"],
+    )
+    model: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="An adapter (`id`, `id@alias` or `id@r-...`), or the base model's name; absent: the base model.",
+        examples=["striped-cup"],
+    )
+    n: int = Field(default=1, ge=1, le=10, description="Images to draw; image i has seed + i.")
+    size: str = Field(
+        default="auto", pattern=_SIZE, description="WIDTHxHEIGHT in pixels, or auto: the base model's own."
+    )
+    response_format: Literal["b64_json"] = Field(default="b64_json", description="Images come in the answer itself.")
+    seed: int | None = Field(
+        default=None, ge=0, le=MAX_SEED, description="Seed of the first image; absent: a random one, which is returned."
+    )
+    num_inference_steps: int = Field(default=25, ge=1, le=1000, description="Denoising steps.")
+    guidance_scale: float = Field(
+        default=4.0, ge=0, le=50, allow_inf_nan=False, description="Classifier-free guidance; 1 or less: none."
+    )
+    negative_prompt: Text = Field(default="", description="What to keep out of the picture.")
+    sampler: SamplerName = Field(default="ddim", description="How noise becomes a picture.")
+    strength: float = Field(
+        default=1.0,
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        description="How much of the adapter is applied; 0: nothing of it.",
+    )
+    stream: bool = Field(default=False, description="Answer with server-sent events.")
+    partial_images: int = Field(default=0, ge=0, le=8, description="Previews of each image, with stream.")
+    progress: bool = Field(default=False, description="An event for every denoising step, with stream.")
+    user: Ignored | None = None
+    quality: Ignored | None = None
+    style: Ignored | None = None
+    background: Ignored | None = None
+    moderation: Ignored | None = None
+    output_compression: int | None = Field(
+        default=None, ge=0, le=100, description="Accepted for OpenAI's clients; PNG loses nothing."
+    )
+    output_format: Literal["png"] = Field(default="png", description="Images are PNG.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _no_addresses(cls, value: Any) -> Any:
+        if value == "url":
+            raise PydanticCustomError(
+                "no_url", "'url' is not offered, since images are not kept; leave it out, or send 'b64_json'"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _seeds_fit(self) -> ImageRequest:
+        if self.seed is not None and self.seed > MAX_SEED - (self.n - 1):
+            raise PydanticCustomError("seed_range", "seed: the last image's seed, seed + n - 1, must be below 2**63")
+        return self
+
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """(width, height), or None for the base model's own."""
+        sides = re.fullmatch(r"(\d+)x(\d+)", self.size)
+        return None if sides is None else (int(sides[1]), int(sides[2]))
+
+
+class CatFacts(BaseModel):
+    """What this service says beside OpenAI's fields."""
+
+    request_id: str = Field(description="As in the header x-request-id.")
+    drift: str = Field(description="Drift state of the revision: ok, warning, alarm or unknown.")
+    note: str | None = Field(description="Why another revision than the one asked for has served, if so.")
+
+
+class ImageItem(BaseModel):
+    """One image."""
+
+    b64_json: str = Field(description="The PNG in base64; its text chunks carry the parameters.")
+    seed: int
+    revised_prompt: None = Field(default=None, description="Prompts are never rewritten.")
+    facts: dict[str, Any] = Field(description="Waiting and denoising times, batch sizes.")
+
+
+class ImagesResponse(BaseModel):
+    """The images of a request."""
+
+    created: int = Field(description="Unix time.")
+    data: list[ImageItem]
+    model: str = Field(description="What has served: `id@r-...`, or the base model's name.")
+    size: str = Field(description="WIDTHxHEIGHT of the images.")
+    output_format: Literal["png"] = "png"
+    cat: CatFacts
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong, and what to do about it."""
+
+    message: str
+    type: str
+    param: str | None = Field(default=None, description="The field that is to blame.")
+    code: str
+
+
+class ErrorResponse(BaseModel):
+    """Every answer that is not a success, in OpenAI's shape."""
+
+    error: ErrorDetail
+
+
+class ModelCard(BaseModel):
+    """Something that `model` may name."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="Unix time of publication; 0 for the base model.")
+    owned_by: str = "cat-cluster"
+    root: str = Field(description="What it stands for now: `id@r-...`, or the base model itself.")
+    parent: str | None = Field(description="The base model of an adapter.")
+
+
+class ModelList(BaseModel):
+    """The base model, then every adapter with a `latest` revision."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ConceptCard(BaseModel):
+    """A concept of an adapter: its trigger token and its class noun."""
+
+    token: str
+    class_noun: str
+    alpha: float | None = Field(description="Weight of the CAT loss; null: not known.")
+
+
+class RevisionCard(BaseModel):
+    """One revision, as published."""
+
+    name: str = Field(description="`id@r-...`")
+    revision: str
+    status: str
+    created: str
+    base: str
+    base_fingerprint: str
+    method: str
+    rank: int
+    targets: str
+    concepts: list[ConceptCard]
+    metrics: dict[str, float | None] = Field(description="Scores under the judge; docs/kps.md explains each.")
+    intervals: dict[str, Any] = Field(description="95% intervals of the scores.")
+    leak_matrix: Any = None
+    judge: dict[str, Any] | None = None
+    samples: list[str] = Field(description="Pictures at /v1/adapters/{reference}/samples/{name}.")
+
+
+class AdapterCard(BaseModel):
+    """An adapter: its names, its revisions (newest first) and what `latest` is."""
+
+    id: str
+    aliases: dict[str, str] = Field(description="Alias -> revision.")
+    revisions: list[str]
+    damaged: list[str] = Field(description="Revisions whose manifest cannot be read.")
+    latest: RevisionCard | None
+
+
+class AdapterList(BaseModel):
+    """Every adapter of the registry, sorted by id."""
+
+    object: Literal["list"] = "list"
+    data: list[AdapterCard]
+
+
+class AdapterDetail(RevisionCard):
+    """The revision that a reference names, and the names of its adapter."""
+
+    id: str
+    aliases: dict[str, str]
+    revisions: list[str]
+
+
+class ReferenceScore(BaseModel):
+    """A score over the pairs that were measured when the revision was published."""
+
+    mean: float
+    std: float
+    count: int
+
+
+class DriftResponse(BaseModel):
+    """How a revision's scores have moved since it was measured."""
+
+    name: str
+    state: str = Field(description="ok, warning, alarm or unknown.")
+    reason: str | None = Field(description="Of a warning or an alarm.")
+    quarantined: dict[str, str] | None = Field(description="Why the revision is out of service, since when, by whom.")
+    states: dict[str, str] = Field(description="State of every revision of the adapter that is being probed.")
+    policy: str = Field(description="What an alarm does.")
+    canonical_every_s: float = Field(description="Seconds between canonical probes of a resident adapter.")
+    reference: dict[str, ReferenceScore] = Field(description="By score: kps, identity, base_drift.")
+    detectors: Any = Field(default=None, description="By token, score and detector: its statistic over its limit.")
+    history: list[dict[str, Any]] = Field(description="Probe records of all replicas, oldest first.")
+
+
+class ActionResponse(BaseModel):
+    """What an action on an adapter did."""
+
+    action: AdminAction
+    reference: str
+    result: dict[str, Any]
+
+
+class StatusResponse(BaseModel):
+    """The engine's state."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class HealthResponse(BaseModel):
+    """Whether the process lives, or is ready."""
+
+    status: Literal["ok", "ready"]

@@ -1,0 +1,184 @@
+"""A real registry in a folder, whose store can be watched, slowed and cut off, and a cache on it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from cat_cluster.errors import StoreError
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.lora.row_bank import AdapterLayout
+from cat_cluster.registry import AdapterDraft, Manifest, Registry
+from cat_cluster.spec import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
+from cat_cluster.store import LocalStore
+from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
+from serve.adapters import AdapterCache, Lease
+from serve.settings import ServeSettings
+
+BASE = "b" * 64
+RANK = 2
+ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")
+ROW = 87040  # floats of a slot: three are all that 1 MiB of host memory holds
+SOON = 20.0  # seconds that nothing here takes unless it hangs
+
+
+class WatchedStore(LocalStore):
+    """A folder that counts what it is asked, may be cut off, and holds back the keys of `gates` until they open."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.asked: Counter[str] = Counter()
+        self.gates: dict[str, threading.Event] = {}
+        self.down = False
+
+    def get(self, key: str) -> bytes:
+        self._ask("get", key)
+        return super().get(key)
+
+    def exists(self, key: str) -> bool:
+        self._ask("exists", key)
+        return super().exists(key)
+
+    def list(self, prefix: str) -> list[str]:
+        self._ask("list", prefix)
+        return super().list(prefix)
+
+    def _ask(self, operation: str, key: str) -> None:
+        self.asked[operation] += 1
+        self.asked[key] += 1
+        if self.down:
+            raise StoreError("the store cannot be reached")
+        gate = self.gates.get(key)
+        if gate is not None:
+            assert gate.wait(SOON), f"{key} was held back for too long"
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def names_of_layers(unet: UNet2DConditionModel) -> list[str]:
+    return [name for name, _ in unet.named_modules() if name.endswith(ADAPTED)]
+
+
+def random_weights(unet: UNet2DConditionModel, *, rank: int = RANK, seed: int = 0) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name in names_of_layers(unet):
+        linear = unet.get_submodule(name)
+        down = torch.randn(rank, linear.in_features, generator=generator)
+        layers[name] = LoraLayer(down=down, up=torch.randn(linear.out_features, rank, generator=generator))
+    return AdapterWeights(layers)
+
+
+@dataclass
+class World:
+    """A registry, and a cache of a few slots on it."""
+
+    unet: UNet2DConditionModel
+    folder: Path
+    store: WatchedStore = field(init=False)
+    registry: Registry = field(init=False)
+    layout: AdapterLayout = field(init=False)
+    backend: PrometheusBackend = field(init=False)
+    caches: list[AdapterCache] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.store = WatchedStore(self.folder / "storage")
+        self.registry = Registry(self.store)
+        self.layout = AdapterLayout(self.unet, names_of_layers(self.unet), RANK)
+
+    def publish(self, adapter_id: str, *, seed: int = 0, rank: int = RANK, **changes: Any) -> Manifest:
+        """Publish random weights; each seed makes another revision."""
+        resolved = ResolvedAdapter(
+            id=adapter_id,
+            base="pocket",
+            method="cat",
+            concepts=(ConceptSpec(token="sks", class_noun="cup", images="photos", alpha=2.0),),
+            training=TrainingSpec(rank=rank, seed=seed),
+            evaluation=EvaluationSpec(),
+        )
+        fields: dict[str, Any] = {
+            "adapter_id": adapter_id,
+            "resolved": resolved,
+            "base_name": "pocket",
+            "base_fingerprint": BASE,
+            "image_digests": ["1" * 64],
+            "weights": random_weights(self.unet, rank=rank, seed=seed),
+            "training": {},
+        }
+        return self.registry.publish(AdapterDraft(**{**fields, **changes}))
+
+    def cache(self, *, clock: Callable[[], float] = time.monotonic, **settings: Any) -> AdapterCache:
+        """A new cache of 3 slots, if not said otherwise, and fresh counts of what the store is asked."""
+        chosen = ServeSettings(**{"slots": 3, "max_rank": RANK, "load_timeout_s": SOON, **settings})
+        self.backend = PrometheusBackend()
+        cache = AdapterCache(
+            self.registry,
+            chosen,
+            torch.zeros(chosen.slots, ROW),
+            self.pack,
+            base_fingerprint=BASE,
+            unet=self.unet,
+            metrics=Metrics(self.backend, SERVING_METRICS),
+            clock=clock,
+        )
+        self.store.asked.clear()
+        self.caches.append(cache)
+        return cache
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The value of a metric of the last cache."""
+        return self.backend.registry.get_sample_value(name, labels) or 0.0
+
+    def pack(self, weights: AdapterWeights) -> Tensor:
+        """The flat vector of the weights, with zeros up to the length of a row."""
+        flat = self.layout.pack(weights)
+        return torch.nn.functional.pad(flat, (0, ROW - len(flat)))
+
+    def vector(self, manifest: Manifest) -> Tensor:
+        """What a slot must hold for a revision."""
+        return self.pack(self.registry.load_weights(manifest))
+
+    def close(self) -> None:
+        """Open every gate and close every cache."""
+        for gate in self.store.gates.values():
+            gate.set()
+        for cache in self.caches:
+            cache.close()
+
+
+def weights_key(manifest: Manifest) -> str:
+    return manifest.objects["weights"].key
+
+
+def lease(cache: AdapterCache, manifest: Manifest) -> Lease:
+    return cache.lease(manifest).result(SOON)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.002)
+
+
+def held(cache: AdapterCache) -> set[str]:
+    """The revisions in slots."""
+    return {slot["model"] for slot in cache.status()["held"]}
