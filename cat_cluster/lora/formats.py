@@ -67,8 +67,10 @@ class AdapterWeights:
 
 def check_fits(weights: AdapterWeights, unet: UNet2DConditionModel) -> None:
     """Raise AdapterMismatchError, naming layer and shapes, when an adapter does not fit a U-Net."""
+    modules = dict(unet.named_modules())
     for name, layer in weights.layers.items():
-        module = _module(unet, name)
+        module = modules.get(name)
+        module = getattr(module, "base", module)  # through a bank that may sit there
         if not isinstance(module, nn.Linear):
             raise AdapterMismatchError(
                 f"layer {name} is not a linear layer of this base model: use the base it was made for"
@@ -293,9 +295,3 @@ def _module_path(name: str, raw: str, kohya_names: Mapping[str, str] | None) -> 
 
 def _ranks(weights: AdapterWeights) -> dict[str, int]:
     return {name: len(layer.down) for name, layer in weights.layers.items()}
-
-
-def _module(unet: UNet2DConditionModel, name: str) -> nn.Module | None:
-    """Return the linear at a path, looking through a bank that may sit there."""
-    module = dict(unet.named_modules()).get(name)
-    return getattr(module, "base", module) if module is not None else None
