@@ -12,6 +12,7 @@ from rich.table import Table
 
 from cat_cluster.base_model import choose_device
 from cat_cluster.cluster.driver import run_on_ray
+from cat_cluster.demo_serving import serve_once
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.recognition import DESIGN_FILE
 from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, write_report
@@ -84,7 +85,17 @@ def run_demo(out: Path, settings: Settings, listener: JobListener) -> DemoResult
             registry, f"{result.adapter_id}@{result.revision}", device, listener, {}
         )
         methods.append(_method_result(result, evaluation))
-    report = ReportInput(title="CAT against plain LoRA on Pocket-SD", base_name="pocket", methods=tuple(methods))
+    listener.message("Starting the service, and asking both adapters and the base at once")
+    served = serve_once(
+        out / "registry",
+        [result.adapter_id for result in results],
+        f"a picture of a {TOKEN} cup in snow",
+        "a picture of a cup in snow",
+        out / "serve.log",
+    )
+    report = ReportInput(
+        title="CAT against plain LoRA on Pocket-SD", base_name="pocket", methods=tuple(methods), served=served
+    )
     files = write_report(out, report)
     return DemoResult(files, out / "registry", methods[0].evaluation, methods[1].evaluation)
 

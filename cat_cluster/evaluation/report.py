@@ -59,6 +59,37 @@ class MethodResult:
 
 
 @dataclass(frozen=True, eq=False)
+class ServedPicture:
+    """A picture that the service drew: who drew it, its prompt and PNG, the revision, and its drift state."""
+
+    label: str
+    prompt: str
+    png: bytes
+    model: str
+    drift: str
+
+
+@dataclass(frozen=True, eq=False)
+class Served:
+    """Pictures that the service drew of several adapters at once; most adapters and rows that shared a U-Net call."""
+
+    pictures: tuple[ServedPicture, ...]
+    adapters_in_call: int
+    rows_in_call: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pictures themselves."""
+        pictures = [{"model": p.model, "prompt": p.prompt, "drift": p.drift} for p in self.pictures]
+        return {
+            "pictures": pictures,
+            "adapters_in_call": self.adapters_in_call,
+            "rows_in_call": self.rows_in_call,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True, eq=False)
 class ReportInput:
     """What a report shows; the last method is compared with the first, on the same prompts and seeds."""
 
@@ -66,6 +97,7 @@ class ReportInput:
     base_name: str
     methods: tuple[MethodResult, ...]
     facts: Mapping[str, str] = field(default_factory=dict)
+    served: Served | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +140,7 @@ def report_json(report: ReportInput) -> dict[str, Any]:
             for result in report.methods
         },
         "comparison": _comparison(report.methods),
+        **({} if report.served is None else {"served": report.served.to_json()}),
     }
 
 

@@ -1,0 +1,133 @@
+// The page: its routes, the state of the service in the header, and the API key.
+
+import { getJson, listeners, loadAdapters, loadStatus, session } from "./api.js";
+import { openCatalogue, openDetail, setUpCatalogue } from "./adapters.js";
+import { hideError, openCompare, setUpCompare, showSizes } from "./compare.js";
+import { byId, plural, poll } from "./dom.js";
+import { closeDrift, openDrift, setUpDrift } from "./drift.js";
+
+const VIEWS = ["compare", "adapters", "detail", "drift"];
+const STATUS_EVERY_S = 5;
+
+let models = [];
+
+/** `#/adapters/striped-cup` -> ["adapters", "striped-cup"]; what is not known is Compare. */
+function route() {
+  const [, name = "", id = ""] = location.hash.split("/");
+  return ["compare", "adapters", "drift"].includes(name) ? [name, decoded(id)] : ["compare", ""];
+}
+
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
+}
+
+/** Show the view that the address names; after following a link, its title gets the focus. */
+async function show(navigated = false) {
+  const [name, id] = route();
+  const view = name === "adapters" && id ? "detail" : name;
+  for (const one of VIEWS) byId(`view-${one}`).hidden = one !== view;
+  for (const link of document.querySelectorAll("nav a")) {
+    if (link.dataset.view === name) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
+  }
+  document.title = `${view === "detail" ? id : view[0].toUpperCase() + view.slice(1)} · cat-cluster`;
+  closeDrift();
+  const shown = openView(view, id);
+  if (navigated) {
+    scrollTo(0, 0);
+    byId(`${view}-title`).focus({ preventScroll: true });
+  }
+  await shown;
+}
+
+async function openView(view, id) {
+  if (view === "adapters") return openCatalogue();
+  if (view === "detail") return openDetail(id);
+  if (view === "drift") return openDrift(id);
+  return openCompare(id || null, await loadModels());
+}
+
+async function loadModels() {
+  if (models.length) return models;
+  try {
+    models = (await getJson("v1/models")).data;
+    byId("base-name").textContent = models[0] ? `base model ${models[0].id}` : "";
+  } catch {
+    // the view's own request says what is wrong
+  }
+  return models;
+}
+
+// The engine
+
+async function showStatus() {
+  const box = byId("engine");
+  try {
+    const { used, rows, waiting, sizes } = await loadStatus();
+    showSizes(sizes);
+    box.dataset.state = waiting > 0 ? "busy" : "ready";
+    byId("engine-text").textContent = [rows ? `${used} of ${rows} rows in use` : `${used} rows in use`, `${waiting} waiting`].join(", ");
+  } catch (error) {
+    box.dataset.state = "down";
+    byId("engine-text").textContent = error.status === 401 ? "Needs an API key" : "Not answering";
+  }
+}
+
+// The key
+
+function setUpKey() {
+  const dialog = byId("key-dialog");
+  byId("key-button").addEventListener("click", () => askForKey());
+  byId("key-cancel").addEventListener("click", () => dialog.close());
+  byId("key-form").addEventListener("submit", (event) => {
+    event.preventDefault(); // the page's policy lets no form act by itself
+    dialog.close();
+    session.key = byId("key").value.trim();
+    markKey();
+    models = [];
+    hideError();
+    loadAdapters({ fresh: true, quiet: true }).catch(() => {});
+    restartStatus();
+    show();
+  });
+  listeners.unauthorized = (error) => askForKey(error.message);
+  markKey();
+}
+
+function askForKey(reason = null) {
+  const dialog = byId("key-dialog");
+  byId("key-reason").textContent = reason ?? "Sent with every request of this tab, and forgotten when the tab closes. Leave it empty to send none.";
+  byId("key-reason").classList.toggle("wrong", reason !== null);
+  if (dialog.open) return;
+  byId("key").value = session.key;
+  dialog.showModal();
+  byId("key").select();
+}
+
+function markKey() {
+  byId("key-button").textContent = session.key ? "API key set" : "API key";
+}
+
+let endStatus = null;
+
+function restartStatus() {
+  endStatus?.();
+  endStatus = poll(showStatus, STATUS_EVERY_S);
+}
+
+setUpCompare();
+setUpCatalogue();
+setUpDrift();
+setUpKey();
+document.addEventListener("drawing", () => setTimeout(restartStatus, 500)); // so that the rows are seen in use
+addEventListener("hashchange", () => show(true));
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the address is the view's
+  byId("main").focus();
+});
+show();
+restartStatus();

@@ -1,0 +1,43 @@
+// Tokens in prompts, by the rules of cat_cluster/concepts.py.
+
+/** The prompt without any occurrence of the token as a whole word; one following comma and spaces go with each. */
+export function removeToken(prompt, token) {
+  const folded = token.toLowerCase();
+  return prompt.replace(/([^\s,]+)\s*(?:,\s*)?/g, (all, word) => (word.toLowerCase() === folded ? "" : all));
+}
+
+export const removeTokens = (prompt, tokens) => tokens.reduce(removeToken, prompt).trim();
+
+export const words = (prompt) => prompt.split(/[\s,]+/).filter(Boolean);
+
+/** The tokens that occur in the prompt as whole words. */
+export function tokensIn(prompt, tokens) {
+  const found = new Set(words(prompt).map((word) => word.toLowerCase()));
+  return tokens.filter((token) => found.has(token.toLowerCase()));
+}
+
+/** The prompt in pieces `{text, token}`, to mark the tokens. */
+export function pieces(prompt, tokens) {
+  const folded = new Set(tokens.map((token) => token.toLowerCase()));
+  return prompt
+    .split(/([\s,]+)/)
+    .filter(Boolean)
+    .map((text) => ({ text, token: folded.has(text.toLowerCase()) }));
+}
+
+// The places that cat-cluster evaluates on (cat_cluster/evaluation/prompts.py): Pocket-SD's world, and any other base.
+const POCKET = ["in snow", "on grass", "on sand", "at night", "at sunset", "on a table"];
+const GENERAL = ["in the snow", "on a wooden table", "on a sandy beach", "in a forest", "in front of a brick wall"];
+
+/** Example prompts of an adapter: `[{label, prompt}]`; the first is the one to begin with. */
+export function examples(concepts, baseName) {
+  const places = baseName === "pocket" ? POCKET : GENERAL;
+  const used = concepts.length > 1 ? places.slice(0, Math.max(1, Math.floor(6 / concepts.length))) : places;
+  return used.flatMap((place) =>
+    concepts.map(({ token, class_noun: noun }) => {
+      const subject = noun ? `${token} ${noun}` : token;
+      const label = concepts.length > 1 ? `${subject} ${place}` : place;
+      return { label, prompt: `a picture of a ${subject} ${place}` };
+    }),
+  );
+}
