@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,13 +24,16 @@ from cat_cluster.generation import initial_latents
 from cat_cluster.registry import Manifest
 from cat_cluster.registry.manifest import WEIGHTS
 from cat_cluster.telemetry import Metrics
-from serve.adapters import AdapterCache, Resolved
+from serve.adapters import AdapterCache, Lease, Resolved
 from serve.calls import Event, Finished, ImageCall, Preview, Progress
-from serve.engine import Engine, EngineImage, ImageFacts, Size
+from serve.engine import Engine
+from serve.engine_image import EngineImage, ImageFacts, Size
 from serve.png_text import png_text
 from serve.rows import ImageRows
 from serve.sizes import Pixels, pixels_per_latent
 from serve.work import SideWork, image_array
+
+logger = logging.getLogger("cat_cluster.serve")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +63,7 @@ class ImagePlan:
 
     @classmethod
     def of(
-        cls, call: ImageCall, parts: EngineParts, found: Resolved | None, deadline_s: float | None, drift: str
+        cls, call: ImageCall, parts: EngineParts, found: Resolved | None, deadline: float | None, drift: str
     ) -> ImagePlan:
         """Check a call against what is served; SpecError names the field."""
         width, height = call.size or parts.sizes[0]
@@ -71,7 +77,7 @@ class ImagePlan:
             note=None if found is None else found.note,
             table=sampler_table(call.sampler, parts.base.schedule, call.steps),
             size=(height // unit, width // unit),
-            deadline=None if deadline_s is None else time.monotonic() + deadline_s,
+            deadline=deadline,
             drift=drift,
             served_by=parts.base.name if found is None else found.manifest.name,
         )
@@ -113,7 +119,6 @@ class Drawing:
             task.cancel()
         for image in self._images:
             image.cancel()
-        self._parts.engine.wake()
 
     async def _start(self, index: int) -> None:
         """Bring one image to the engine's queue."""
@@ -121,11 +126,8 @@ class Drawing:
             image = await prepare_image(self._parts, self._plan, index, _Forwarder(self, index))
             self._images.append(image)
             self._parts.engine.submit(image)
-        except CatClusterError as error:
-            self._queue.put_nowait(error)
         except Exception as error:
-            self._queue.put_nowait(ServingError(f"the image could not be started: {type(error).__name__}: {error}"))
-            raise
+            self.fail(_expected(error, "started"))
 
     def stepped(self, index: int, step: int, steps: int, denoised: Tensor | None) -> None:
         """On the event loop: the engine has made a step."""
@@ -144,7 +146,11 @@ class Drawing:
         self._queue.put_nowait(error)
 
     async def _preview(self, index: int, step: int, steps: int, denoised: Tensor) -> None:
-        png = await asyncio.wrap_future(self._parts.work.preview(denoised))
+        try:
+            png = await asyncio.wrap_future(self._parts.work.preview(denoised))
+        except Exception:  # the image itself may yet be done
+            logger.exception("a preview could not be made")
+            return
         number = sorted(preview_steps(self._plan.call.previews, steps)).index(step)
         self._queue.put_nowait(Preview(index, number, step, steps, png))
 
@@ -154,8 +160,8 @@ class Drawing:
         try:
             image = await asyncio.wrap_future(work.decode(latents))
             png = await asyncio.wrap_future(work.png(image, self._plan.metadata(seed)))
-        except CatClusterError as error:
-            self.fail(error)
+        except Exception as error:
+            self.fail(_expected(error, "decoded"))
             return
         after = time.monotonic() - started
         metrics.inc(telemetry.IMAGES, outcome="done")
@@ -188,10 +194,7 @@ class _Forwarder:
         self._tell(self._drawing.fail, error)
 
     def _tell(self, what: Callable[..., None], *values: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(what, *values)
-        except RuntimeError:
-            return  # the loop is closed: nobody listens any more
+        _call_soon(self._loop, what, *values)
 
 
 class _Awaited:
@@ -205,10 +208,10 @@ class _Awaited:
         """Nobody watches."""
 
     def denoised(self, latents: Tensor, facts: ImageFacts) -> None:
-        self._loop.call_soon_threadsafe(self._settle, latents, None)
+        _call_soon(self._loop, self._settle, latents, None)
 
     def failed(self, error: CatClusterError) -> None:
-        self._loop.call_soon_threadsafe(self._settle, None, error)
+        _call_soon(self._loop, self._settle, None, error)
 
     def _settle(self, latents: Tensor | None, error: CatClusterError | None) -> None:
         if self.latents.done():
@@ -217,6 +220,19 @@ class _Awaited:
             self.latents.set_exception(error)
         elif latents is not None:
             self.latents.set_result(latents)
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, what: Callable[..., None], *values: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        loop.call_soon_threadsafe(what, *values)
+
+
+def _expected(error: Exception, what: str) -> CatClusterError:
+    """Return an error as one of ours; what is not ours is a fault, and is logged whole."""
+    if isinstance(error, CatClusterError):
+        return error
+    logger.error("an image could not be %s", what, exc_info=error)
+    return ServingError(f"the image could not be {what} ({type(error).__name__}): {error}")
 
 
 async def draw(parts: EngineParts, plan: ImagePlan) -> NDArray[np.uint8]:
@@ -228,7 +244,6 @@ async def draw(parts: EngineParts, plan: ImagePlan) -> NDArray[np.uint8]:
         latents = await listener.latents
     finally:
         image.cancel()
-        parts.engine.wake()
     return image_array(await asyncio.wrap_future(parts.work.decode(latents)))
 
 
@@ -239,24 +254,26 @@ async def prepare_image(
     call, deadline = plan.call, plan.deadline
     prompts = [call.prompt, call.negative_prompt] if plan.guided else [call.prompt]
     texts = [asyncio.wrap_future(parts.work.encode(prompt)) for prompt in prompts]
-    lease = None if plan.manifest is None else asyncio.wrap_future(parts.cache.lease(plan.manifest))
-    held = None
+    lease = None if plan.manifest is None else parts.cache.lease(plan.manifest)
+    held: Lease | None = None
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
             encoded = torch.stack(await asyncio.gather(*texts))
-            held = None if lease is None else await lease
+            if lease is not None:
+                held = await asyncio.wrap_future(lease)
+        rows = ImageRows(
+            texts=encoded,
+            table=plan.table,
+            guidance=call.guidance if plan.guided else 1.0,
+            latents=initial_latents(parts.base, call.seed + index, plan.table, plan.size),
+            strength=call.strength,
+        )
     except BaseException as error:
-        release_when_granted(lease)
+        if lease is not None and not lease.cancel():  # granted already, though perhaps nobody here has heard of it
+            lease.add_done_callback(_release)
         if isinstance(error, TimeoutError):
             raise DeadlineError("the deadline passed before the adapter was loaded: ask again in a moment") from None
         raise
-    rows = ImageRows(
-        texts=encoded,
-        table=plan.table,
-        guidance=call.guidance if plan.guided else 1.0,
-        latents=initial_latents(parts.base, call.seed + index, plan.table, plan.size),
-        strength=call.strength,
-    )
     return EngineImage(
         rows=rows,
         size=plan.size,
@@ -270,12 +287,9 @@ async def prepare_image(
     )
 
 
-def release_when_granted(lease: asyncio.Future[Any] | None) -> None:
-    """Give back a lease nobody will use, also one that is granted between the cancellation and now."""
-    if lease is None or lease.cancel():
-        return
-    if not lease.cancelled() and lease.exception() is None:
-        lease.result().release()
+def _release(granted: Future[Lease]) -> None:
+    if granted.exception() is None:
+        granted.result().release()
 
 
 def preview_steps(previews: int, steps: int) -> frozenset[int]:

@@ -24,6 +24,7 @@ from cat_cluster.errors import (
     OverloadedError,
     SpecError,
 )
+from cat_cluster.generation import initial_latents
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.registry import Manifest, Registry
@@ -40,7 +41,6 @@ from serve.sizes import parse_sizes
 from serve.work import SideWork, image_array
 
 logger = logging.getLogger("cat_cluster.serve")
-STUCK_S = 60.0  # no step takes this long: an engine that has made none is taken for stuck
 FAST_BUCKETS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # on a GPU few shapes are compiled or captured
 
 
@@ -63,45 +63,48 @@ class Service:
         device = choose_device(settings.device)
         half = settings.precision == "bf16" or (settings.precision == "auto" and device.startswith("cuda"))
         base = load_base_model(settings.base, device=device, dtype=torch.bfloat16 if half else torch.float32)
+        sizes = parse_sizes(settings.sizes, base)
         registry = Registry(open_store(settings.storage))
         layout = AdapterLayout(base.unet, adapted_layers(base.unet, settings.targets), settings.max_rank)
-        cleanup = ExitStack()
-        bank = RowBank(base.unet, layout)
-        cleanup.callback(bank.detach)
-        if settings.compile:
-            cleanup.enter_context(compiled_blocks(base.unet))
-        engine = Engine(
-            base,
-            bank,
-            metrics,
-            max_rows=settings.max_rows,
-            buckets=row_buckets(settings, device),
-            max_waiting=settings.max_waiting,
-            probe_share=settings.probes.share,
-            threads=settings.threads,
-        )
-        cleanup.callback(engine.close)
-        pool = base.unet.conv_in.weight.new_zeros((settings.slots, layout.size))
-        cache = AdapterCache(
-            registry,
-            settings,
-            pool,
-            layout.pack,
-            base_fingerprint=base.fingerprint,
-            unet=base.unet,
-            metrics=metrics,
-        )
-        cleanup.callback(cache.close)
-        work = SideWork(base)
-        cleanup.callback(work.close)
-        sizes = parse_sizes(settings.sizes, base)
-        service = cls(EngineParts(base, engine, cache, work, sizes, metrics), registry, settings, metrics)
-        service._cleanup = cleanup
+        with ExitStack() as cleanup:
+            bank = RowBank(base.unet, layout)
+            cleanup.callback(bank.detach)
+            if settings.compile:
+                cleanup.enter_context(compiled_blocks(base.unet))
+            engine = Engine(
+                base,
+                bank,
+                metrics,
+                max_rows=settings.max_rows,
+                buckets=row_buckets(settings, device),
+                max_waiting=settings.max_waiting,
+                probe_share=settings.probes.share,
+                threads=settings.threads,
+            )
+            cleanup.callback(engine.close)
+            cache = AdapterCache(
+                registry,
+                settings,
+                base.unet.conv_in.weight.new_zeros((settings.slots, layout.size)),
+                layout.pack,
+                base_fingerprint=base.fingerprint,
+                unet=base.unet,
+                metrics=metrics,
+            )
+            cleanup.callback(cache.close)
+            work = SideWork(base)
+            cleanup.callback(work.close)
+            service = cls(EngineParts(base, engine, cache, work, sizes, metrics), registry, settings, metrics)
+            service._cleanup = cleanup.pop_all()
         return service
 
     async def __aenter__(self) -> Service:
         """Warm up, and start probing."""
-        await self._warm_up()
+        try:
+            await self._warm_up()
+        except BaseException:
+            await self.__aexit__()
+            raise
         if self._settings.probes.enabled:
             self.prober = Prober(
                 self._registry,
@@ -130,13 +133,19 @@ class Service:
     async def generate(self, call: ImageCall) -> AsyncIterator[Event]:
         """Yield Accepted, then the images' events; see EngineClient."""
         try:
-            plan = await self._plan(call)
-        except CatClusterError as error:
+            self._check_room(call)
+        except OverloadedError as error:
             yield failure(error)
             return
-        self._in_flight += call.count
-        drawing = Drawing(self._parts, plan)
+        self._in_flight += call.count  # from here on: what is looked up now counts for those who come meanwhile
+        drawing: Drawing | None = None
         try:
+            try:
+                plan = await self._plan(call)
+            except CatClusterError as error:
+                yield failure(error)
+                return
+            drawing = Drawing(self._parts, plan)
             yield Accepted(plan.served_by, plan.drift, plan.note)
             async for event in drawing.events():
                 if isinstance(event, CatClusterError):
@@ -146,7 +155,8 @@ class Service:
                     self._probe_live(plan, event, drawing.pixels.pop(event.index))
                 yield event
         finally:
-            drawing.cancel()
+            if drawing is not None:
+                drawing.cancel()
             self._in_flight -= call.count
 
     async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
@@ -195,22 +205,25 @@ class Service:
         engine = self._parts.engine
         if not engine.alive:
             raise EngineStoppedError("the engine's thread has ended: the replica must be replaced")
-        if engine.stuck_for() > STUCK_S:
+        if engine.stuck_for() > self._settings.stuck_s:
             raise EngineStoppedError(f"the engine has made no step for {engine.stuck_for():.0f} s")
 
-    async def _plan(self, call: ImageCall) -> ImagePlan:
-        """Settle what is drawn with what; raises CatClusterError before anything is begun."""
+    def _check_room(self, call: ImageCall) -> None:
         room = self._settings.max_waiting + self._settings.max_rows // 2
         if self._in_flight + call.count > room:
             raise OverloadedError(
                 f"{self._in_flight} images are in flight and the service takes {room}: ask again in a moment",
                 self._parts.engine.expected_wait(),
             )
+
+    async def _plan(self, call: ImageCall) -> ImagePlan:
+        """Settle what is drawn with what; raises CatClusterError before anything is begun."""
         if not 1 <= call.steps <= self._settings.max_steps:
             raise SpecError(
                 f"num_inference_steps: {call.steps} is out of range; ask for 1 to {self._settings.max_steps}"
             )
         deadline_s = min(call.deadline_s or self._settings.deadline_s, self._settings.deadline_s)
+        deadline = time.monotonic() + deadline_s
         found: Resolved | None = None
         if call.model is not None:
             try:
@@ -221,7 +234,7 @@ class Service:
         drift = "unknown"
         if found is not None and self.prober is not None:
             drift = self.prober.state(found.manifest).state
-        return ImagePlan.of(call, self._parts, found, deadline_s, drift)
+        return ImagePlan.of(call, self._parts, found, deadline, drift)
 
     def _probe_live(self, plan: ImagePlan, event: Finished, image: torch.Tensor) -> None:
         """Let a share of users' images be the first of a live probe; the answer does not wait for it."""
@@ -255,8 +268,11 @@ class Service:
 
     async def _warm_up(self) -> None:
         """Draw once, so that the first user does not pay for allocations, compilation and the preview's colours."""
-        call = ImageCall("warm-up", "", steps=2, previews=1)
-        await draw(self._parts, ImagePlan.of(call, self._parts, None, None, "unknown"))
+        call = ImageCall("warm-up", "", steps=2)
+        plan = ImagePlan.of(call, self._parts, None, None, "unknown")
+        await draw(self._parts, plan)
+        latents = initial_latents(self._parts.base, call.seed, plan.table, plan.size)
+        await asyncio.wrap_future(self._parts.work.preview(latents))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -19,7 +19,7 @@ def parse_sizes(sizes: Sequence[str] | None, base: BaseModel) -> tuple[Pixels, .
     side, unit = base.resolution, size_unit(base)
     if sizes is None:
         longer = side * 3 // 2 // unit * unit
-        return ((side, side), (longer, side), (side, longer))
+        return tuple(dict.fromkeys([(side, side), (longer, side), (side, longer)]))
     found = [parse_size(size) for size in sizes]
     for width, height in found:
         if width % unit or height % unit:

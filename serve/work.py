@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from cat_cluster.base_model import BaseModel
-from cat_cluster.errors import ServingError
+from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.generation import png_bytes
+from serve.futures import claim, failed, finished
 
 TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
 AT_ONCE = 8  # prompts or latents in one call
@@ -46,58 +47,72 @@ class SideWork:
         self._prompts: list[_Job[str]] = []
         self._latents: list[_Job[Tensor]] = []
         self._lock = threading.Lock()
+        self._closed = False
+        self._stream: torch.cuda.Stream | None = None
         self._torch = ThreadPoolExecutor(1, "cat-side", initializer=self._start)
         self._png = ThreadPoolExecutor(2, "cat-png")
         self._to_rgb: Tensor | None = None
 
     def close(self) -> None:
-        """Finish what was begun and drop the rest."""
-        self._torch.shutdown(cancel_futures=True)
-        self._png.shutdown(cancel_futures=True)
+        """Finish what was begun; what waits, and what comes later, fails with EngineStoppedError."""
+        with self._lock:
+            self._closed = True
+            jobs: list[_Job[Any]] = [*self._prompts, *self._latents]
+            self._prompts, self._latents = [], []
+        for job in jobs:
+            if claim(job.future):
+                job.future.set_exception(_stopping())
+        self._torch.shutdown()
+        self._png.shutdown()
 
     def encode(self, prompt: str) -> Future[Tensor]:
         """Return the embedding [L, D] of a prompt, on the base's device."""
-        future = Future[Tensor]()
         with self._lock:
             known = self._texts.get(prompt)
-            if known is None:
-                self._prompts.append(_Job(prompt, future))
-            else:
+            if known is not None:
                 self._texts.move_to_end(prompt)
-        if known is not None:
-            future.set_result(known)
-        else:
-            self._torch.submit(self._encode_waiting)
-        return future
+                return finished(known)
+            return self._put(self._prompts, prompt, self._encode_waiting)
 
     def decode(self, latents: Tensor) -> Future[Tensor]:
-        """Return the image [3, H, W] in [0, 1] of latents [C, h, w], on the CPU; ServingError when it is not finite."""
-        future = Future[Tensor]()
+        """Return the image [3, H, W] in [0, 1] of latents [C, h, w], on the CPU; ServingError when it is not finite.
+
+        The latents must have been computed, not only enqueued on a GPU's stream.
+        """
         with self._lock:
-            self._latents.append(_Job(latents, future))
-        self._torch.submit(self._decode_waiting)
-        return future
+            return self._put(self._latents, latents, self._decode_waiting)
 
     def png(self, image: Tensor, metadata: Mapping[str, str]) -> Future[bytes]:
         """Return an image [3, H, W] in [0, 1] as PNG bytes with text chunks."""
-        return self._png.submit(png_bytes, image, metadata)
+        with self._lock:
+            return failed(_stopping()) if self._closed else self._png.submit(png_bytes, image, metadata)
 
     def preview(self, denoised: Tensor) -> Future[bytes]:
         """Return a small picture (PNG) of latents [C, h, w] by a linear map of their channels to colours."""
-        return self._torch.submit(self._preview, denoised)
+        with self._lock:
+            return failed(_stopping()) if self._closed else self._torch.submit(self._preview, denoised)
+
+    def _put(self, jobs: list[_Job[A]], value: A, work: Callable[[], None]) -> Future[Tensor]:
+        if self._closed:
+            return failed(_stopping())
+        future = Future[Tensor]()
+        jobs.append(_Job(value, future))
+        self._torch.submit(work)
+        return future
 
     def _start(self) -> None:
-        torch.set_num_threads(self._threads)
+        own_threads(self._threads)
 
     def _encode_waiting(self) -> None:
         with self._lock:
-            jobs, self._prompts = self._prompts[:AT_ONCE], self._prompts[AT_ONCE:]
+            jobs, self._prompts[:AT_ONCE] = self._prompts[:AT_ONCE], []
         _finish(jobs, self._encode)
 
     def _encode(self, jobs: list[_Job[str]]) -> list[Tensor]:
         prompts = list(dict.fromkeys(job.value for job in jobs))
         with self._own_stream():
-            texts = dict(zip(prompts, self._base.encode_text(prompts), strict=True))
+            # Copies: a part of the batch would keep all of it in memory for as long as one prompt is remembered.
+            texts = {p: text.clone() for p, text in zip(prompts, self._base.encode_text(prompts), strict=True)}
         with self._lock:
             self._texts.update(texts)
             while len(self._texts) > TEXTS_KEPT:
@@ -121,10 +136,11 @@ class SideWork:
         if self._base.device.type != "cuda":
             yield
             return
-        stream = torch.cuda.Stream(self._base.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
+        if self._stream is None:  # one for all calls: the allocator keeps memory for each stream
+            self._stream = torch.cuda.Stream(self._base.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
             yield
-        stream.synchronize()
+        self._stream.synchronize()
 
     @torch.inference_mode()
     def _preview(self, denoised: Tensor) -> bytes:
@@ -138,15 +154,21 @@ class SideWork:
 
 
 def _finish(jobs: list[_Job[A]], work: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
-    """Give each job that is still wanted its result, or the error that all of them met."""
-    jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+    """Give each job that is still wanted its result or its error."""
+    _settle([job for job in jobs if claim(job.future)], work)
+
+
+def _settle(jobs: list[_Job[A]], work: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
     if not jobs:
         return
     try:
         results = work(jobs)
     except Exception as error:
-        for job in jobs:
-            job.future.set_exception(error)
+        if len(jobs) == 1:
+            jobs[0].future.set_exception(error)
+        else:  # the error of one, or the memory that all take together, must not end the others
+            for job in jobs:
+                _settle([job], work)
         return
     for job, result in zip(jobs, results, strict=True):
         if bool(result.isfinite().all()):
@@ -155,6 +177,17 @@ def _finish(jobs: list[_Job[A]], work: Callable[[list[_Job[A]]], list[Tensor]]) 
             job.future.set_exception(
                 ServingError("the image is not finite: lower the strength or the guidance, or use another adapter")
             )
+
+
+def own_threads(count: int) -> None:
+    """Let torch use `count` CPU threads for what the calling thread does."""
+    # A thread's first question makes it take over what any thread has set last: that must be behind it.
+    torch.get_num_threads()
+    torch.set_num_threads(count)
+
+
+def _stopping() -> EngineStoppedError:
+    return EngineStoppedError("the engine is stopping: ask again, another replica will answer")
 
 
 @torch.inference_mode()

@@ -1,0 +1,98 @@
+"""Images for the engine and its rows, and what `generate` makes of each of them alone: the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.diffusion.samplers import sampler_table
+from cat_cluster.generation import ImageRow, generate, initial_latents
+from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.lora.row_bank import AdapterLayout
+from serve.rows import ImageRows
+
+TARGETS = "attention_ff"
+RANK = 3
+TOLERANCE = 3e-5  # of images in [0, 1]: the number of rows in a call changes the last bits
+
+
+def random_adapter(base: BaseModel, seed: int, rank: int = RANK) -> AdapterWeights:
+    """An adapter strong enough to be seen in the image."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name in adapted_layers(base.unet, TARGETS):
+        linear = base.unet.get_submodule(name)
+        down = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
+        layers[name] = LoraLayer(down, 0.3 * torch.randn(linear.out_features, rank, generator=generator))
+    return AdapterWeights(layers)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An image: adapter, by its key in the studio, and all that `generate` and the engine are told."""
+
+    row: ImageRow
+    adapter: int | None = None
+    strength: float = 1.0
+
+
+@dataclass
+class Studio:
+    """A bare base model with adapters, which draws images one at a time, and remembers them."""
+
+    base: BaseModel
+    adapters: Mapping[int, AdapterWeights]
+    layout: AdapterLayout = field(init=False)
+    flats: dict[int, Tensor] = field(init=False)
+    _drawn: dict[Wanted, Tensor] = field(default_factory=dict)
+    _texts: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.layout = AdapterLayout(self.base.unet, adapted_layers(self.base.unet, TARGETS), RANK)
+        self.flats = {key: self.layout.pack(weights) for key, weights in self.adapters.items()}
+
+    def alone(self, wanted: Wanted) -> Tensor:
+        """The image [3, H, W] by `generate`; nothing may be attached to the base."""
+        if wanted not in self._drawn:
+            bank = LoraBank.attach(self.base.unet, slots=1, rank=RANK, layers=adapted_layers(self.base.unet, TARGETS))
+            row = wanted.row
+            if wanted.adapter is not None:
+                bank.load(1, self.adapters[wanted.adapter], strength=wanted.strength)
+                row = ImageRow(**{**vars(row), "slot": 1})
+            try:
+                self._drawn[wanted] = generate(self.base, bank, [row])[0]
+            finally:
+                bank.detach()
+        return self._drawn[wanted]
+
+    def rows(self, wanted: Wanted, size: tuple[int, int] | None = None, *, with_adapter: bool = True) -> ImageRows:
+        """The same image as rows that can join."""
+        row = wanted.row
+        prompts = [row.prompt, row.negative_prompt] if row.guided else [row.prompt]
+        table = sampler_table(row.sampler, self.base.schedule, row.steps)
+        return ImageRows(
+            texts=torch.stack([self._text(prompt) for prompt in prompts]),
+            table=table,
+            guidance=row.guidance if row.guided else 1.0,
+            latents=initial_latents(self.base, row.seed, table, size),
+            adapter=self.flats[wanted.adapter] if with_adapter and wanted.adapter is not None else None,
+            strength=wanted.strength,
+        )
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The image [3, H, W] of final latents."""
+        return self.base.decode(latents.unsqueeze(0))[0].cpu()
+
+    def _text(self, prompt: str) -> Tensor:
+        if prompt not in self._texts:
+            self._texts[prompt] = self.base.encode_text([prompt])[0]
+        return self._texts[prompt]
+
+
+def assert_same_image(ours: Tensor, theirs: Tensor, why: object = None) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE, msg=lambda text: f"{why}: {text}")

@@ -1,0 +1,185 @@
+"""An engine on a tiny base whose calls are watched and can be held, and those who hand it images."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cat_cluster.errors import CatClusterError
+from cat_cluster.lora.row_bank import RowBank
+from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
+from serve.engine import Engine
+from serve.engine_image import EngineImage, ImageFacts
+from serve.rows import ImageRows, Rows
+from tests.denoised_images import Studio, Wanted
+
+SOON = 30.0  # seconds that nothing here takes unless it hangs
+SIZE = (8, 8)
+
+
+class Lease:
+    """A lease that counts how often it is given back."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self._flat = flat
+        self.released = 0
+
+    @property
+    def flat(self) -> Tensor:
+        assert not self.released, "an adapter was read after its slot was given back"
+        return self._flat
+
+    def release(self) -> None:
+        self.released += 1
+
+
+@dataclass
+class Heard:
+    """A listener that remembers; `latents` is settled when the image ends."""
+
+    latents: Future[Tensor] = field(default_factory=Future)
+    steps: list[int] = field(default_factory=list)
+    previews: list[Tensor] = field(default_factory=list)
+    facts: ImageFacts | None = None
+    then: Callable[[], None] = lambda: None
+
+    def stepped(self, step: int, steps: int, denoised: Tensor | None) -> None:
+        self.steps.append(step)
+        if denoised is not None:
+            self.previews.append(denoised)
+
+    def denoised(self, latents: Tensor, facts: ImageFacts) -> None:
+        self.facts = facts
+        self.latents.set_result(latents)
+        self.then()
+
+    def failed(self, error: CatClusterError) -> None:
+        self.latents.set_exception(error)
+
+    def error(self) -> BaseException | None:
+        return self.latents.exception(SOON)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A U-Net call: the images in it, its rows, and its size."""
+
+    images: tuple[ImageRows, ...]
+    rows: int
+    size: tuple[int, ...]
+
+
+class Calls:
+    """The calls of every Rows, in order. With `held`, each waits until it is let through."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, compute: bool = True) -> None:
+        self.made: list[Call] = []
+        self.held = False
+        self.fails: Callable[[Call], bool] = lambda call: False
+        self._let, self._begun = threading.Semaphore(0), threading.Semaphore(0)
+        step = Rows.step
+
+        def watched(rows: Rows) -> None:
+            call = Call(tuple(rows.images), rows.count, tuple(rows._latents.shape[-2:]))
+            self.made.append(call)
+            if self.held:
+                self._begun.release()
+                assert self._let.acquire(timeout=SOON)
+            if self.fails(call):
+                raise FloatingPointError("the call failed")
+            if compute:
+                step(rows)
+            else:
+                for image in rows.images:
+                    image.step += 1
+
+        patch.setattr(Rows, "step", watched)
+
+    def wait(self) -> Call:
+        """Wait until the next call has begun, and is held."""
+        assert self._begun.acquire(timeout=SOON)
+        return self.made[-1]
+
+    def let(self, count: int = 1) -> None:
+        self._let.release(count)
+
+    def go(self) -> None:
+        """Hold no more."""
+        self.held = False
+        self._let.release(10_000)
+
+
+@dataclass
+class Desk:
+    """Hands images to an engine."""
+
+    studio: Studio
+    engine: Engine
+    backend: PrometheusBackend
+    leases: list[Lease] = field(default_factory=list)
+
+    def image(self, wanted: Wanted, *, size: tuple[int, int] = SIZE, **options: Any) -> EngineImage:
+        """An image that holds a lease, ready to be submitted."""
+        lease = None
+        if wanted.adapter is not None:
+            lease = Lease(self.studio.flats[wanted.adapter])
+            self.leases.append(lease)
+        return EngineImage(
+            rows=self.studio.rows(wanted, size, with_adapter=False),
+            size=size,
+            listener=options.pop("listener", None) or Heard(),
+            lease=lease,
+            adapter=None if wanted.adapter is None else f"adapter-{wanted.adapter}",
+            **options,
+        )
+
+    def submit(self, wanted: Wanted, **options: Any) -> tuple[EngineImage, Heard]:
+        image = self.image(wanted, **options)
+        self.engine.submit(image)
+        assert isinstance(image.listener, Heard)
+        return image, image.listener
+
+    def drawn(self, heard: Heard) -> Tensor:
+        return self.studio.decode(heard.latents.result(SOON))
+
+    def metric(self, name: str, **labels: str) -> float:
+        return self.backend.registry.get_sample_value(name, labels) or 0.0
+
+
+@contextmanager
+def open_desk(studio: Studio, **options: Any) -> Iterator[Desk]:
+    """An engine of at most 6 rows, if not said otherwise; at the end nothing may be left in it."""
+    backend = PrometheusBackend()
+    bank = RowBank(studio.base.unet, studio.layout)
+    chosen = {"max_rows": 6, "max_waiting": 1000, **options}
+    chosen.setdefault("buckets", (*range(2, chosen["max_rows"], 2), chosen["max_rows"]))
+    engine = Engine(studio.base, bank, Metrics(backend, SERVING_METRICS), **chosen)
+    desk = Desk(studio, engine, backend)
+    try:
+        yield desk
+    finally:
+        engine.close()
+        bank.detach()
+    assert not engine.alive
+    assert all(lease.released for lease in desk.leases), "a lease was not given back"
+    assert not any(thread.name == "cat-engine" for thread in threading.enumerate())
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + SOON
+    while not condition():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.001)
+
+
+def same_latents(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-4)

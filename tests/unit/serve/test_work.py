@@ -1,0 +1,153 @@
+"""Work beside the engine: prompts and latents in batches, previews, and what closing does to those who wait."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.errors import EngineStoppedError, ServingError
+from serve import work as work_module
+from serve.work import AT_ONCE, SideWork, colour_map
+
+SOON = 30.0
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+@pytest.fixture
+def work(base: BaseModel) -> Iterator[SideWork]:
+    work = SideWork(base)
+    yield work
+    work.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("cat-side", "cat-png"))]
+
+
+def latents(seed: int, height: int = 8) -> Tensor:
+    return torch.randn(4, height, 8, generator=torch.Generator().manual_seed(seed))
+
+
+class Held:
+    """Holds the worker until it is let go, so that what is asked meanwhile waits."""
+
+    def __init__(self, work: SideWork) -> None:
+        self._event = threading.Event()
+        self._future: Future[Any] = work._torch.submit(self._event.wait, SOON)
+
+    def go(self) -> None:
+        self._event.set()
+        self._future.result(SOON)
+
+
+def test_what_waits_is_done_together(work: SideWork, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    encode, decode = type(base).encode_text, type(base).decode
+
+    def watched(self: BaseModel, prompts: list[str]) -> Tensor:
+        sizes.append(len(prompts))
+        return encode(self, prompts)
+
+    def seen(self: BaseModel, values: Tensor) -> Tensor:
+        sizes.append(-len(values))
+        return decode(self, values)
+
+    monkeypatch.setattr(type(base), "encode_text", watched)
+    monkeypatch.setattr(type(base), "decode", seen)
+    held = Held(work)
+    texts = [work.encode(prompt) for prompt in ("a cup", "red", "a cup", "")]
+    images = [work.decode(latents(n, height=8 if n % 3 else 12)) for n in range(12)]
+    held.go()
+    assert torch.equal(texts[0].result(SOON), texts[2].result(SOON))
+    torch.testing.assert_close(texts[1].result(SOON), encode(base, ["red"])[0], rtol=1e-5, atol=1e-5)
+    for n, image in enumerate(images):
+        alone = decode(base, latents(n, height=8 if n % 3 else 12)[None])[0]
+        torch.testing.assert_close(image.result(SOON), alone, rtol=0, atol=3e-5)
+    assert sizes == [3, -4, -AT_ONCE]
+    work.encode("a cup").result(0)
+    assert len(sizes) == 3, "a prompt is encoded once"
+
+
+def test_prompts_are_remembered_up_to_a_number(work: SideWork, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work_module, "TEXTS_KEPT", 4)
+    for n in range(20):
+        work.encode(f"cup {n}").result(SOON)
+    assert list(work._texts) == [f"cup {n}" for n in range(16, 20)]
+    assert not work._prompts
+
+
+def test_one_that_fails_or_is_not_finite_fails_alone(
+    work: SideWork, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decode = type(base).decode
+
+    def fragile(self: BaseModel, values: Tensor) -> Tensor:
+        if bool((values == 7.0).any()):
+            raise MemoryError("too large")
+        return decode(self, values)
+
+    monkeypatch.setattr(type(base), "decode", fragile)
+    held = Held(work)
+    good, nan, bad = work.decode(latents(1)), work.decode(latents(1) / 0.0), work.decode(torch.full((4, 8, 8), 7.0))
+    gone, last = work.decode(latents(2)), work.decode(latents(3))
+    assert gone.cancel()
+    held.go()
+    assert good.result(SOON).isfinite().all()
+    assert last.result(SOON).isfinite().all()
+    with pytest.raises(ServingError, match="not finite"):
+        nan.result(SOON)
+    with pytest.raises(MemoryError):
+        bad.result(SOON)
+
+
+def test_closing_fails_what_waits_and_what_comes_later(base: BaseModel) -> None:
+    work = SideWork(base)
+    held = Held(work)
+    waiting: list[Future[Any]] = [work.encode("a cup"), work.decode(latents(1)), work.decode(latents(2))]
+    cancelled = work.encode("red")
+    cancelled.cancel()
+    closing = threading.Thread(target=work.close)
+    closing.start()
+    for future in waiting:
+        assert isinstance(future.exception(SOON), EngineStoppedError)
+    held.go()
+    closing.join(SOON)
+    assert not closing.is_alive()
+    later: list[Future[Any]] = [
+        work.encode("new"),
+        work.decode(latents(1)),
+        work.png(torch.zeros(3, 4, 4), {}),
+        work.preview(latents(1)),
+    ]
+    assert all(isinstance(future.exception(0), EngineStoppedError) for future in later)
+    work.close()
+
+
+def test_previews_show_the_colours_of_the_latents(work: SideWork, base: BaseModel) -> None:
+    data = work.preview(latents(1, height=12)).result(SOON)
+    with Image.open(io.BytesIO(data)) as picture:
+        assert picture.size == (128, 192)
+    found = colour_map(base)
+    assert found.shape == (5, 3)
+    torch.testing.assert_close(found, colour_map(base), rtol=1e-3, atol=1e-3)
+
+
+def test_the_workers_threads_are_its_own(base: BaseModel) -> None:
+    torch.set_num_threads(2)
+    work = SideWork(base)
+    try:
+        assert work._torch.submit(torch.get_num_threads).result(SOON) == 1
+    finally:
+        work.close()
+        torch.set_num_threads(1)
