@@ -24,7 +24,7 @@ class ProbeSettings(BaseModel):
         default=600.0, gt=0, description="Seconds between canonical probes of a resident adapter."
     )
     tolerance: float = Field(
-        default=0.01, gt=0, description="Largest change of a canonical pair's score that is not a fault."
+        default=0.005, gt=0, description="Largest change of a canonical pair's score that is not a fault."
     )
     policy: Policy = Field(
         default="annotate",
@@ -69,6 +69,11 @@ class ServeSettings(BaseModel):
     max_steps: int = Field(default=100, ge=1, le=1000, description="Most denoising steps of an image.")
     max_waiting: int = Field(default=256, ge=1, description="Images waiting and running before requests are refused.")
     deadline_s: float = Field(default=120.0, gt=0, description="Seconds after which a request is given up.")
+    stuck_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="Seconds without a step, while there is work, after which an engine is replaced; compiling counts.",
+    )
     images_per_key: int = Field(default=64, ge=1, description="Images in flight of one API key, per ingress process.")
     requests_per_minute: int | None = Field(
         default=None, ge=1, description="Requests a minute of one API key, per ingress process; none: no limit."

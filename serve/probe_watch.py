@@ -1,0 +1,213 @@
+"""What probing knows about one revision: its judge, its canonical pairs, its drift monitors, and where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, zip_longest
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.concepts import has_token
+from cat_cluster.diffusion.samplers import SamplerName
+from cat_cluster.drift import LEAST_PAIRS, SCORES, DriftMonitor, State
+from cat_cluster.errors import EvaluationError
+from cat_cluster.evaluation.evaluate import image_templates
+from cat_cluster.evaluation.features import Judge, feature_rows
+from cat_cluster.evaluation.metrics import paired_similarity, similarity
+from cat_cluster.evaluation.prompts import fill
+from cat_cluster.registry.manifest import Manifest
+from cat_cluster.spec_fields import words
+from serve.calls import ImageCall
+
+Array = NDArray[np.float64]
+LoadJudge = Callable[[str, BaseModel], Judge]
+_SEVERITY: Mapping[State, int] = {"ok": 0, "warning": 1, "alarm": 2}
+
+
+@dataclass(frozen=True)
+class ProbeImage:
+    """An image to draw for a probe, of the base's own size; adapter None is the base alone."""
+
+    prompt: str
+    adapter: Manifest | None
+    seed: int
+    steps: int
+    guidance: float
+    sampler: SamplerName
+
+
+@dataclass(frozen=True)
+class CanonicalPair:
+    """Pair `index` of a concept as it was evaluated: its prompts y_T and y, and the scores it had."""
+
+    token: str
+    index: int
+    with_token: ProbeImage
+    without_token: ProbeImage
+    bare: ProbeImage
+    expected: Mapping[str, float]
+
+    def images(self) -> tuple[ProbeImage, ProbeImage, ProbeImage]:
+        """The adapter's images of y_T and y, and the base's of y."""
+        return self.with_token, self.without_token, self.bare
+
+
+@dataclass(frozen=True)
+class DriftStatus:
+    """Where a revision stands. probes, last: kind -> number, and Unix time, of this replica's probes.
+
+    scores: kind -> score -> the last probe's; reference: token -> score -> mean when the adapter was measured;
+    statistics: token -> score -> detector -> share of its limit.
+    """
+
+    state: Literal["unknown", "ok", "warning", "alarm"] = "unknown"
+    reason: str | None = None
+    probes: Mapping[str, int] = field(default_factory=dict)
+    last: Mapping[str, float] = field(default_factory=dict)
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    statistics: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The status as JSON."""
+        return asdict(self)
+
+
+@dataclass(eq=False)
+class Watch:
+    """A revision under watch; `monitors` lacks a concept whose reference is too small for live probes.
+
+    canonical: what the last canonical probe said; reason: of the last verdict that was not ok; told: whether the
+    alarm was acted on.
+    """
+
+    judge: Judge
+    pairs: tuple[CanonicalPair, ...]
+    photos: Mapping[str, Array]
+    monitors: Mapping[str, DriftMonitor]
+    reference: Mapping[str, Mapping[str, float]]
+    canonical: State | None = None
+    reason: str | None = None
+    told: bool = False
+    cursor: int = 0
+    probes: dict[str, int] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def pair(self) -> CanonicalPair:
+        """The canonical pair whose turn it is."""
+        return self.pairs[self.cursor % len(self.pairs)]
+
+    @property
+    def state(self) -> State | None:
+        """The worst of what canonical and live probes say; None before the first probe."""
+        said = [monitor.state for monitor in self.monitors.values() if monitor.probes > 0]
+        said += [self.canonical] if self.canonical is not None else []
+        return max(said, key=_SEVERITY.__getitem__, default=None)
+
+    def status(self) -> DriftStatus:
+        """The state with everything behind it."""
+        state = self.state
+        return DriftStatus(
+            state=state or "unknown",
+            reason=self.reason if state in ("warning", "alarm") else None,
+            probes=dict(self.probes),
+            last=dict(self.last),
+            scores=dict(self.scores),
+            reference=self.reference,
+            statistics={token: monitor.shares for token, monitor in self.monitors.items()},
+        )
+
+    def reset(self) -> None:
+        """Forget what probes said; the counts stay."""
+        for monitor in self.monitors.values():
+            monitor.reset()
+        self.canonical, self.reason, self.told = None, None, False
+
+
+def open_watch(manifest: Manifest, base: BaseModel, load_judge: LoadJudge) -> Watch:
+    """Return the watch of a revision; EvaluationError says why it cannot be probed. Takes a second: use a thread."""
+    stored = manifest.reference
+    if stored is None:
+        raise EvaluationError(
+            f"{manifest.name} was published unmeasured and cannot be probed: train its spec with evaluation.enabled"
+        )
+    try:
+        named, concepts = stored["judge"], {c.token: stored["concepts"][c.token] for c in manifest.concepts}
+        photos = {token: np.asarray(found["photos"], dtype=np.float64) for token, found in concepts.items()}
+        scores = {
+            token: {name: [float(v) for v in found[name]] for name in SCORES} for token, found in concepts.items()
+        }
+        name, digest = str(named["name"]), named["digest"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvaluationError(f"{manifest.name} has no usable reference scores: train its spec again") from error
+    judge = load_judge(name, base)
+    if judge.digest != digest:
+        raise EvaluationError(
+            f"{manifest.name} was measured by judge {name!r} with other weights than the one here, and scores of two "
+            "judges do not compare: serve with that judge, or train its spec again"
+        )
+    by_concept = [_canonical_pairs(manifest, base, c.token, c.class_noun, scores[c.token]) for c in manifest.concepts]
+    return Watch(
+        judge=judge,
+        pairs=tuple(pair for pair in chain.from_iterable(zip_longest(*by_concept)) if pair is not None),
+        photos=photos,
+        monitors={t: DriftMonitor(own) for t, own in scores.items() if len(own[SCORES[0]]) >= LEAST_PAIRS},
+        reference={t: {name: float(np.mean(own[name])) for name in SCORES} for t, own in scores.items()},
+    )
+
+
+def _canonical_pairs(
+    manifest: Manifest, base: BaseModel, token: str, class_noun: str, scores: Mapping[str, Sequence[float]]
+) -> list[CanonicalPair]:
+    spec = manifest.settings.evaluation
+    templates = image_templates(spec, base)
+    if {len(scores[name]) for name in SCORES} != {len(templates)}:
+        raise EvaluationError(
+            f"{manifest.name}: its evaluation prompts are not those of its reference scores, as after an update of "
+            "cat-cluster's defaults: train its spec again"
+        )
+
+    pairs = []
+    for i, template in enumerate(templates):
+        prompt = fill(template, class_noun, token)
+        with_token = ProbeImage(prompt, manifest, spec.seed + i, spec.steps, spec.guidance, spec.sampler)
+        without_token = replace(with_token, prompt=fill(template, class_noun, None))
+        expected = {name: scores[name][i] for name in SCORES}
+        pairs.append(CanonicalPair(token, i, with_token, without_token, replace(without_token, adapter=None), expected))
+    return pairs
+
+
+def live_token(manifest: Manifest, call: ImageCall) -> str | None:
+    """Return the token that a user's call can be probed for; None where its scores do not compare with the reference.
+
+    Compares: one token of the adapter beside its class noun, full strength, guidance, no negative prompt.
+    """
+    named = [concept for concept in manifest.concepts if has_token(call.prompt, concept.token)]
+    if len(named) != 1 or not set(words(named[0].class_noun)) <= set(words(call.prompt)):
+        return None
+    spec = manifest.settings.evaluation
+    plain = call.strength == 1.0 and not call.negative_prompt.strip()
+    return named[0].token if plain and (call.guidance > 1.0) == (spec.guidance > 1.0) else None
+
+
+def score_images(
+    judge: Judge, photos_MF: Array, images_3HWC: Sequence[NDArray[np.uint8]]
+) -> tuple[dict[str, float], Array]:
+    """Return the scores of the adapter's images of y_T and y and the base's of y, and the last one's features [1, F].
+
+    kps = 1 - s(y, y_T);  identity = mean s(y_T, photos);  base_drift = 1 - s(base y, y)      (design 4, one pair)
+    """
+    rows = feature_rows(judge, np.stack(images_3HWC))
+    with_token, without_token, bare = rows[0:1], rows[1:2], rows[2:3]
+    scores = {
+        "kps": float(1.0 - paired_similarity(without_token, with_token)[0]),
+        "identity": float(similarity(with_token, photos_MF).mean()),
+        "base_drift": float(1.0 - paired_similarity(bare, without_token)[0]),
+    }
+    return scores, bare

@@ -1,0 +1,311 @@
+"""The prober: small measurements of adapters while they serve, what they say of drift, and what an alarm does.
+
+Canonical probes draw an evaluated pair again, which must score as it did: a wrong, damaged or mixed-up adapter is seen
+at once. Live probes score users' own images against two more of the same seed: a change of traffic, or a fault
+between two canonical probes, is seen after a few. The images ride in spare rows of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cat_cluster.base_model import BaseModel
+from cat_cluster.concepts import remove_token
+from cat_cluster.drift import DETECTORS, SCORES, State, disagreement
+from cat_cluster.errors import CatClusterError, EvaluationError
+from cat_cluster.evaluation.features import Judge, load_judge
+from cat_cluster.evaluation.metrics import paired_similarity
+from cat_cluster.registry import Manifest, Registry
+from cat_cluster.telemetry import (
+    BASE_MISMATCHES,
+    DRIFT_STATE,
+    DRIFT_STATISTIC,
+    PROBE_REFERENCE,
+    PROBE_SCORE,
+    PROBE_SCORE_COUNT,
+    PROBE_SCORE_SUM,
+    PROBE_TIME,
+    PROBES,
+    QUARANTINED,
+    Metrics,
+)
+from serve.calls import ImageCall
+from serve.probe_records import Kind, ProbeLog, ProbeRecord, RunInThread
+from serve.probe_watch import (
+    Array,
+    CanonicalPair,
+    DriftStatus,
+    LoadJudge,
+    ProbeImage,
+    Watch,
+    live_token,
+    open_watch,
+    score_images,
+)
+from serve.settings import ProbeSettings
+
+Pixels = NDArray[np.uint8]
+Draw = Callable[[Sequence[ProbeImage]], Awaitable[list[Pixels]]]
+OnAlarm = Callable[[Manifest, str], Awaitable[None]]
+
+MOST_LIVE = 4  # live probes that wait for spare rows; under load there are none to spare, and more would pile up
+MOST_WATCHES = 4096
+MOST_BASE_ROWS = 8192
+_STATES = ("ok", "warning", "alarm")
+_log = logging.getLogger(__name__)
+
+
+class Prober:
+    """Probes the adapters of one replica. All methods run on one event loop; none blocks it."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        base: BaseModel,
+        draw: Draw,
+        settings: ProbeSettings,
+        metrics: Metrics,
+        *,
+        replica: str,
+        on_alarm: OnAlarm,
+        judges: LoadJudge = load_judge,
+        run_in_thread: RunInThread = asyncio.to_thread,
+        clock: Callable[[], float] = time.time,
+        rng: random.Random | None = None,
+    ) -> None:
+        """draw: makes images uint8 [H, W, 3] of the base's size. replica: a name no other running replica has.
+
+        on_alarm(manifest, reason): takes a revision out of service; called once per alarm, unless the policy is to
+        annotate. judges: loads a judge by name. clock: Unix seconds.
+        """
+        self._base = base
+        self._draw = draw
+        self._settings = settings
+        self._metrics = metrics
+        self._on_alarm = on_alarm
+        self._load_judge = judges
+        self._run_in_thread = run_in_thread
+        self._clock = clock
+        self._rng = random.Random() if rng is None else rng
+        self._log = ProbeLog(registry.store, replica, run_in_thread)
+        self._watches: dict[str, Watch] = {}
+        self._judges: dict[str, Judge] = {}
+        self._base_rows: dict[tuple[str, ProbeImage], Array] = {}
+        self._opening = asyncio.Lock()
+        self._live = 0
+
+    def state(self, manifest: Manifest) -> DriftStatus:
+        """Return where a revision stands on this replica; "unknown" before its first probe."""
+        watch = self._watches.get(manifest.name)
+        return DriftStatus() if watch is None else watch.status()
+
+    def reset(self, manifest: Manifest) -> None:
+        """Forget what probes said of a revision, as when it is released from quarantine."""
+        watch = self._watches.get(manifest.name)
+        if watch is not None:
+            watch.reset()
+            self._show(manifest, watch)
+
+    def wants_live(self, manifest: Manifest, call: ImageCall) -> bool:
+        """Whether a finished image of this call is to be probed: a random share of those that compare."""
+        watch, token = self._watches.get(manifest.name), live_token(manifest, call)
+        if watch is None or token not in watch.monitors or self._live >= MOST_LIVE:
+            return False
+        return self._settings.enabled and self._rng.random() < self._settings.live_share
+
+    async def canonical(self, manifest: Manifest) -> ProbeRecord:
+        """Draw the next canonical pair again and compare; an error is a record too, never raised."""
+        return await self._recorded(manifest, "canonical", self._canonical(manifest))
+
+    async def live(self, manifest: Manifest, call: ImageCall, seed: int, pixels: Pixels) -> ProbeRecord | None:
+        """Probe with a user's finished image (uint8 [H, W, 3], drawn with `seed`); None where it does not compare."""
+        token, side = live_token(manifest, call), self._base.resolution
+        if token is None or pixels.shape != (side, side, 3):
+            return None
+        self._live += 1
+        try:
+            return await self._recorded(manifest, "live", self._live_probe(manifest, call, seed, pixels, token))
+        finally:
+            self._live -= 1
+
+    async def run(self, resident: Callable[[], Sequence[Manifest]]) -> None:
+        """Probe the resident adapters for ever: each soon after it appears, then every canonical_every_s seconds."""
+        every, due = self._settings.canonical_every_s, dict[str, float]()
+        while self._settings.enabled:
+            here = {manifest.name: manifest for manifest in resident()}
+            # One that was away is probed anew: it was loaded again, and that can go wrong.
+            due = {name: due.get(name, 0.0) for name in here}
+            name = min(due, key=due.__getitem__, default=None)
+            if name is None or due[name] > self._clock():
+                await asyncio.sleep(min(1.0, every / 4))
+                continue
+            await self.canonical(here[name])
+            due[name] = self._clock() + every
+
+    async def _recorded(self, manifest: Manifest, kind: Kind, probe: Awaitable[ProbeRecord]) -> ProbeRecord:
+        try:
+            record = await probe
+        except CatClusterError as error:
+            record = self._error(manifest, kind, str(error))
+        except Exception as error:
+            _log.exception("%s probe of %s failed", kind, manifest.name)
+            record = self._error(manifest, kind, repr(error))
+        self._metrics.inc(PROBES, kind=kind, verdict=record.verdict)
+        await self._log.append(manifest.adapter_id, manifest.revision, record)
+        return record
+
+    def _error(self, manifest: Manifest, kind: Kind, reason: str) -> ProbeRecord:
+        _log.warning("%s probe of %s: %s", kind, manifest.name, reason)
+        return ProbeRecord(time=self._clock(), replica=self._log.replica, kind=kind, verdict="error", reason=reason)
+
+    async def _canonical(self, manifest: Manifest) -> ProbeRecord:
+        watch = await self._watch(manifest)
+        pair = watch.pair
+        scores, fault, of_base = await self._compare(watch, pair)
+        verdict: State = "ok"
+        reason = None
+        if fault is not None:
+            # Drawn again at once: what is wrong stays wrong, and a glitch must not take an adapter out of service.
+            scores, again, of_base = await self._compare(watch, pair)
+            verdict, reason = ("alarm", again) if again else ("warning", f"{fault}; drawn again it was right")
+        if watch.canonical == "alarm" and verdict == "ok":
+            watch.reset()  # mended: what live probes saw of the fault is over, too
+        watch.canonical = verdict
+        if verdict != "alarm":
+            watch.cursor += 1  # a pair that is wrong is asked again, until it is right
+        if of_base:
+            self._metrics.inc(BASE_MISMATCHES)
+        record = ProbeRecord(
+            time=self._clock(),
+            replica=self._log.replica,
+            kind="canonical",
+            verdict=verdict,
+            token=pair.token,
+            pair=pair.index,
+            scores=scores,
+            expected=dict(pair.expected),
+            reason=reason,
+        )
+        # Where the base's own image is wrong the adapter is not to blame.
+        await self._conclude(manifest, watch, record, blamed=not of_base)
+        return record
+
+    async def _compare(self, watch: Watch, pair: CanonicalPair) -> tuple[dict[str, float], str | None, bool]:
+        """Draw a canonical pair: its scores, what is wrong if anything, and whether that is the base's own image."""
+        images = await self._draw(pair.images())
+        scores, row = await self._run_in_thread(score_images, watch.judge, watch.photos[pair.token], images)
+        tolerance, where = self._settings.tolerance, f"canonical pair {pair.index} of {pair.token!r}"
+        known = self._base_rows.setdefault((watch.judge.digest, pair.bare), row)
+        if len(self._base_rows) > MOST_BASE_ROWS:
+            del self._base_rows[next(iter(self._base_rows))]
+        if 1.0 - paired_similarity(known, row)[0] > tolerance:
+            return scores, f"{where}: the base's own image is not what it was before; is this replica damaged?", True
+        if disagreement(scores, pair.expected) <= tolerance:
+            return scores, None, False
+        name = max(SCORES, key=lambda score: abs(scores[score] - pair.expected[score]))
+        found, was = scores[name], pair.expected[name]
+        return scores, f"{where}: {name} is {found:.3f} and was {was:.3f} when the adapter was measured", False
+
+    async def _live_probe(
+        self, manifest: Manifest, call: ImageCall, seed: int, pixels: Pixels, token: str
+    ) -> ProbeRecord:
+        watch = await self._watch(manifest)
+        monitor = watch.monitors.get(token)
+        if monitor is None:
+            raise EvaluationError(f"{manifest.name}: too few evaluated pairs of {token!r} to judge live probes by")
+        prompt = remove_token(call.prompt, token)
+        drawn = await self._draw(
+            [ProbeImage(prompt, a, seed, call.steps, call.guidance, call.sampler) for a in (manifest, None)]
+        )
+        scores, _ = await self._run_in_thread(score_images, watch.judge, watch.photos[token], [pixels, *drawn])
+        verdict = monitor.update(scores)
+        record = ProbeRecord(
+            time=self._clock(),
+            replica=self._log.replica,
+            kind="live",
+            verdict=verdict,
+            token=token,
+            scores=scores,
+            reason=None if verdict == "ok" else _furthest(token, monitor.shares),
+            detectors=monitor.to_json(),
+        )
+        await self._conclude(manifest, watch, record, blamed=True)
+        return record
+
+    async def _conclude(self, manifest: Manifest, watch: Watch, record: ProbeRecord, *, blamed: bool) -> None:
+        """Show a probe in the metrics, and take the revision out of service when that is the policy."""
+        adapter, kind = manifest.adapter_id, record.kind
+        watch.probes[kind] = watch.probes.get(kind, 0) + 1
+        watch.last[kind], watch.scores[kind] = record.time, record.scores or {}
+        self._metrics.set(PROBE_TIME, record.time, adapter=adapter, kind=kind)
+        for score, value in watch.scores[kind].items():
+            self._metrics.set(PROBE_SCORE, value, adapter=adapter, kind=kind, score=score)
+            self._metrics.inc(PROBE_SCORE_SUM, value, adapter=adapter, kind=kind, score=score)
+            self._metrics.inc(PROBE_SCORE_COUNT, adapter=adapter, kind=kind, score=score)
+        if record.reason is not None:
+            watch.reason = record.reason
+        self._show(manifest, watch)
+        if watch.state != "alarm":
+            watch.told = False
+        elif record.verdict == "alarm" and blamed and not watch.told and self._settings.policy != "annotate":
+            watch.told = True
+            try:
+                await self._on_alarm(manifest, record.reason or "drift")
+                self._metrics.inc(QUARANTINED)
+            except Exception:
+                watch.told = False  # tried again with the next probe
+                _log.exception("%s could not be taken out of service", manifest.name)
+
+    def _show(self, manifest: Manifest, watch: Watch) -> None:
+        adapter = manifest.adapter_id
+        if watch.state is not None:
+            self._metrics.set(DRIFT_STATE, _STATES.index(watch.state), adapter=adapter)
+        shares = [monitor.shares for monitor in watch.monitors.values()]
+        for score in SCORES if shares else ():
+            for detector in DETECTORS:
+                furthest = max(share[score][detector] for share in shares)
+                self._metrics.set(DRIFT_STATISTIC, furthest, adapter=adapter, score=score, detector=detector)
+            mean = float(np.mean([own[score] for own in watch.reference.values()]))
+            self._metrics.set(PROBE_REFERENCE, mean, adapter=adapter, score=score)
+
+    async def _watch(self, manifest: Manifest) -> Watch:
+        """Return a revision's watch, opened once and going on from what a replica of this name recorded last."""
+        async with self._opening:
+            watch = self._watches.get(manifest.name)
+            if watch is None:
+                watch = await self._run_in_thread(open_watch, manifest, self._base, self._judge)
+                recorded = await self._log.resume(manifest.adapter_id, manifest.revision, self._clock())
+                _restore(watch, recorded)
+                if len(self._watches) >= MOST_WATCHES:
+                    del self._watches[next(iter(self._watches))]
+                self._watches[manifest.name] = watch
+        return watch
+
+    def _judge(self, name: str, base: BaseModel) -> Judge:
+        if name not in self._judges:
+            self._judges[name] = self._load_judge(name, base)
+        return self._judges[name]
+
+
+def _furthest(token: str, shares: dict[str, dict[str, float]]) -> str:
+    share, score, detector = max((share, s, d) for s, row in shares.items() for d, share in row.items())
+    return f"live probes of {token!r}: {score} has moved; {detector} is at {share:.0%} of its limit"
+
+
+def _restore(watch: Watch, records: Sequence[ProbeRecord]) -> None:
+    for record in records:
+        monitor = watch.monitors.get(record.token or "")
+        if record.detectors is not None and monitor is not None:
+            try:
+                monitor.restore(record.detectors)
+            except ValueError as error:
+                _log.warning("a recorded drift state is not taken up: %s", error)
+                continue
+            watch.reason = record.reason
