@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from starlette.exceptions import HTTPException
@@ -57,7 +58,16 @@ async def start_docs() -> Response:
     return Response(_START, media_type="text/javascript")
 
 
+class _AskedAgain(StaticFiles):
+    """Files that a browser asks for again: after an upgrade none may be of the version before."""
+
+    def file_response(self, *args: Any, **options: Any) -> Response:
+        response = super().file_response(*args, **options)
+        response.headers["cache-control"] = "no-cache"
+        return response
+
+
 def mount_files(app: FastAPI) -> None:
     """Serve the files of both pages."""
-    app.mount("/page", StaticFiles(directory=PAGE, check_dir=False), name="page")
+    app.mount("/page", _AskedAgain(directory=PAGE, check_dir=False), name="page")
     app.mount("/docs/assets", StaticFiles(directory=SWAGGER), name="swagger")

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from pydantic import BaseModel
 
 from cat_cluster.cli import app
 from cat_cluster.registry.manifest import Manifest
 from cat_cluster.spec import JobSpec, spec_json_schema
+from serve.settings import ProbeSettings, ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -157,15 +159,16 @@ def field_tables() -> dict[str, str]:
     """Return the tables of docs/training.md as the schema has them: section -> Markdown."""
     schema = spec_json_schema()
     models = {**schema["$defs"], "JobSpec": schema}
-    tables = {}
-    for model, section in SECTIONS.items():
-        required = models[model].get("required", [])
-        rows = ["| field | default | what it is |", "|---|---|---|"]
-        for name, field in models[model]["properties"].items():
-            default = "required" if name in required else _default_text(field["default"])
-            rows.append(f"| `{name}` | {default} | {field['description']} |")
-        tables[section] = "\n".join(rows)
-    return tables
+    return {section: _table(models[model]) for model, section in SECTIONS.items()}
+
+
+def _table(schema: dict[str, Any]) -> str:
+    required = schema.get("required", [])
+    rows = ["| field | default | what it is |", "|---|---|---|"]
+    for name, field in schema["properties"].items():
+        default = "required" if name in required else _default_text(field["default"])
+        rows.append(f"| `{name}` | {default} | {field['description']} |")
+    return "\n".join(rows)
 
 
 def _default_text(value: object) -> str:
@@ -177,6 +180,13 @@ def test_the_spec_tables_are_those_of_the_schema(section: str) -> None:
     table = field_tables()[section]
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     assert table in text, f"docs/training.md, table of {section}: put this in its place\n\n{table}\n"
+
+
+@pytest.mark.parametrize("model", [ServeSettings, ProbeSettings])
+def test_the_settings_tables_are_those_of_the_service(model: type[BaseModel]) -> None:
+    table = _table(model.model_json_schema())
+    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    assert table in text, f"docs/serving.md, table of {model.__name__}: put this in its place\n\n{table}\n"
 
 
 def test_every_manifest_field_is_documented() -> None:
