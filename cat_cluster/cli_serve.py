@@ -62,8 +62,11 @@ def serve(
         decode = "open('image.png','wb').write(base64.b64decode(json.load(sys.stdin)['data'][0]['b64_json']))\""
         people.print(decode, soft_wrap=True, markup=False)
 
+    def stopping() -> None:
+        people.print("Stopping: images in flight are finished first; interrupt again to stop at once")
+
     people.print("Starting Ray and the engine (about 15 seconds)")
-    serve_here(settings, host, port, on_ready=ready, engines=engines)
+    serve_here(settings, host, port, on_ready=ready, on_stop=stopping, engines=engines)
 
 
 def _read(path: Path) -> dict[str, object]:

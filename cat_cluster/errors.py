@@ -83,6 +83,10 @@ class OverloadedError(ServingError):
         self.retry_after = retry_after
 
 
+class ConflictError(ServingError):
+    """An adapter is pinned, in use or being loaded, and what was asked of it does not go with that."""
+
+
 class DeadlineError(ServingError):
     """The request's deadline passed before its images were done."""
 

@@ -82,7 +82,7 @@ class AdapterCache:
     def pin(self, reference: str) -> Future[dict[str, Any]]:
         """Bring the revision that a reference names now into a slot and never evict it.
 
-        ServingError when that would leave no slot unpinned.
+        ConflictError when that would leave no slot unpinned.
         """
         return self._with_lease(reference, self._tiers.pin)
 
@@ -91,7 +91,7 @@ class AdapterCache:
         return then(self._revision(reference), lambda place: finished(self._tiers.unpin(*place)))
 
     def unload(self, reference: str) -> Future[dict[str, Any]]:
-        """Drop a revision from slot and host memory; ServingError while it is pinned, leased or being loaded."""
+        """Drop a revision from slot and host memory; ConflictError while it is pinned, leased or being loaded."""
         return then(self._revision(reference), lambda place: finished(self._tiers.unload(*place)))
 
     def resident(self) -> list[Manifest]:

@@ -6,37 +6,58 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ray import serve as ray_serve
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from cat_cluster import errors
 from cat_cluster.cluster.ray_metrics import RayBackend
-from cat_cluster.errors import CatClusterError, EngineStoppedError, SpecError
+from cat_cluster.errors import CatClusterError, EngineStoppedError, OverloadedError, SpecError
 from cat_cluster.registry import Registry
 from cat_cluster.registry.references import parse_reference
 from cat_cluster.store import open_store
-from cat_cluster.telemetry import SERVING_METRICS, Metrics, MetricSpec, PrometheusBackend, Record
-from serve.access import Access
-from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
+from cat_cluster.telemetry import (
+    HTTP_REQUESTS,
+    HTTP_SECONDS,
+    SERVING_METRICS,
+    Metrics,
+    MetricSpec,
+    PrometheusBackend,
+    Record,
+)
+from serve.access import Access, check_bind
+from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.ingress import build_app
+from serve.logs import write_logs
+from serve.problems import error_named
 from serve.service import Service, failure
 from serve.settings import ServeSettings
+
+logger = logging.getLogger("cat_cluster.serve")
 
 ENGINE, INGRESS = "Engine", "Ingress"
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 TRIES = 4  # of a call whose engine goes away: its images are a function of the call, so another engine's are the same
 RETRY_S = 1.0
-_GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
+PATIENCE_S = 30.0  # an engine that died is replaced within it; without any for so long, calls are refused
+STATUS_S = 5.0
+ROUNDS = 4  # an engine's images at once, times this: more calls go to another engine than the adapter's own
+# `/metrics` puts those of both processes one after the other: no metric may be in both.
+HTTP_METRICS = (HTTP_REQUESTS, HTTP_SECONDS)
+ENGINE_METRICS = tuple(metric for metric in SERVING_METRICS if metric not in HTTP_METRICS)
+_GONE = (RayActorError, ReplicaUnavailableError, ObjectLostError)
 
 
 class Deployment(BaseModel):
@@ -46,21 +67,35 @@ class Deployment(BaseModel):
 
     settings: ServeSettings = Field(default=ServeSettings(), description="How each engine serves.")
     min_engines: int = Field(default=1, ge=1, description="Fewest engines.")
-    max_engines: int = Field(default=1, ge=1, description="Most engines; more than the fewest means autoscaling.")
+    max_engines: int | None = Field(
+        default=None, ge=1, description="Most engines; more than the fewest means autoscaling. None: the fewest."
+    )
     ingresses: int = Field(default=1, ge=1, description="HTTP processes.")
     engine_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray sets aside for an engine.")
     engine_gpus: float = Field(default=0.0, ge=0, description="GPUs of an engine.")
+
+    @model_validator(mode="after")
+    def _rises(self) -> Deployment:
+        if self.most_engines < self.min_engines:
+            raise ValueError(f"max_engines must be at least min_engines ({self.min_engines})")
+        return self
+
+    @property
+    def most_engines(self) -> int:
+        """The most engines there may be."""
+        return self.min_engines if self.max_engines is None else self.max_engines
 
 
 class Engine:
     """One replica: a Service in its own process, on its own device."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
+        write_logs()
         parsed = ServeSettings.model_validate(settings)
         metrics = _BothBackends()
-        self._service = await asyncio.to_thread(Service.open, parsed, Metrics(metrics, SERVING_METRICS))
-        self._service.exposition = metrics.exposition
-        await self._service.__aenter__()
+        service = await asyncio.to_thread(Service.open, parsed, Metrics(metrics, ENGINE_METRICS))
+        service.exposition = metrics.exposition
+        self._service = await service.__aenter__()
 
     async def generate(self, call: ImageCall) -> AsyncIterator[Event]:
         """See EngineClient."""
@@ -83,21 +118,33 @@ class Engine:
         return await self._service.metrics()
 
     async def check_health(self) -> None:
-        """Raise when the engine is stuck or gone: Ray Serve then replaces the replica."""
-        self._service.check_health()
+        """End this process when the engine is stuck or gone.
+
+        Nothing else ends a step that hangs. Its calls are drawn elsewhere at once and Ray Serve starts another replica;
+        if this raised instead, it would ask thrice more and then wait for the calls that hang.
+        """
+        try:
+            self._service.check_health()
+        except EngineStoppedError as error:
+            logger.critical("this replica ends, to be replaced: %s", error)
+            os._exit(1)
 
     async def __del__(self) -> None:
         """Called by Ray Serve after the requests in flight are done."""
-        await self._service.__aexit__(None, None, None)
+        if hasattr(self, "_service"):
+            await self._service.__aexit__(None, None, None)
 
 
 @ray_serve.ingress()
 class Ingress:
     """HTTP in front of the engines; it owns no device and reads the registry only for listings."""
 
-    def __init__(self, settings: dict[str, Any], engine: DeploymentHandle) -> None:
+    async def __init__(self, settings: dict[str, Any], engine: DeploymentHandle) -> None:  # type: ignore[misc]
+        write_logs()
         self._settings = ServeSettings.model_validate(settings)
         self._engine = engine
+        self._access = Access.from_environment(self._settings)
+        check_bind(await asyncio.to_thread(_listens_at), self._access)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         metrics = _BothBackends()
@@ -105,8 +152,8 @@ class Ingress:
             HandleClient(self._engine),
             Registry(open_store(self._settings.storage)),
             self._settings,
-            Access.from_environment(self._settings),
-            Metrics(metrics, SERVING_METRICS),
+            self._access,
+            Metrics(metrics, HTTP_METRICS),
             metrics.exposition,
         )
 
@@ -114,59 +161,59 @@ class Ingress:
 class HandleClient:
     """EngineClient over a Ray Serve handle: an adapter's calls go to the same engine while it has room."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle, *, patience_s: float = PATIENCE_S, retry_s: float = RETRY_S) -> None:
+        self._handle, self._patience_s, self._retry_s = handle, patience_s, retry_s
 
     async def generate(self, call: ImageCall) -> AsyncIterator[Event]:
         """Yield the call's events; when its engine goes away, another one draws what is not finished yet."""
-        session = "base" if call.model is None else _adapter_id(call.model)
-        handle = self._handle.options(stream=True, session_id=session)
-        accepted: Accepted | None = None
-        finished: set[int] = set()
+        handle = self._handle.options(stream=True, session_id=_session(call))
         until = None if call.deadline_s is None else time.monotonic() + call.deadline_s
+        told = _Told()
         for attempt in range(TRIES):
             stream = handle.generate.remote(call)
+            gone = failure(EngineStoppedError("the engine went away while it drew: ask again"))
             try:
-                async for event in stream:
-                    if isinstance(event, Failed) and event.kind == EngineStoppedError.__name__ and attempt < TRIES - 1:
+                while (event := await self._next(stream)) is not None:
+                    if isinstance(event, Failed) and event.kind == EngineStoppedError.__name__:
+                        gone = event
                         break
-                    if isinstance(event, Accepted):
-                        if accepted is not None:
-                            continue
-                        accepted = event
+                    if isinstance(event, Accepted) and call.model is not None:
                         # Whatever the alias names by then, all images of a call are of one revision.
-                        call = call if call.model is None else replace(call, model=event.model)
-                    if isinstance(event, Finished):
-                        if event.index in finished:
-                            continue
-                        finished.add(event.index)
-                    yield event
+                        call = replace(call, model=event.model)
+                    if told.is_news(event):
+                        yield event
                 else:
                     return
             except _GONE:
-                if attempt == TRIES - 1 or (until is not None and time.monotonic() > until):
-                    yield failure(EngineStoppedError("the engine went away while it drew: ask again"))
-                    return
+                pass
+            except DeploymentUnavailableError:
+                yield failure(EngineStoppedError("no engine runs now: ask again"))
+                return
             except BackPressureError:
-                yield Failed("OverloadedError", "every engine has as many requests as it takes: ask again", RETRY_S)
+                error = OverloadedError("every engine has as many requests as it takes: ask again", self._retry_s)
+                yield failure(error)
                 return
             finally:
                 stream.cancel()
-            await asyncio.sleep(RETRY_S * attempt)
+            left = None if until is None else until - time.monotonic()
+            if attempt == TRIES - 1 or (left is not None and left <= 0):
+                yield gone
+                return
+            logger.warning("an engine went away: call %s is sent to another", call.request_id)
+            call = replace(call, deadline_s=left)
+            await asyncio.sleep(self._retry_s * attempt)
 
     async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
         """Act on an adapter in every engine, and return the first one's answer; raises CatClusterError."""
-        answers = await asyncio.to_thread(self._handle.broadcast("admin", action, reference).results)
+        answers = await self._all("admin", action, reference)
         for answer in answers:
             if isinstance(answer, Failed):
-                raise error_of(answer)
+                raise error_named(answer.kind, answer.message, answer.retry_after)
         return dict(answers[0])
 
     async def status(self) -> dict[str, Any]:
         """Return one engine's status, with the drift that any engine knows of and the number of engines."""
-        answers = await asyncio.to_thread(self._handle.broadcast("status").results)
-        if not answers:
-            raise EngineStoppedError("no engine runs yet: ask again")
+        answers = await self._all("status", timeout_s=STATUS_S)
         drift: dict[str, Any] = {}
         for answer in answers:
             for name, status in answer["drift"].items():
@@ -178,14 +225,56 @@ class HandleClient:
         """Return one engine's metrics; with several, scrape Ray's metrics port instead."""
         return bytes(await self._handle.metrics.remote())
 
+    async def _next(self, stream: AsyncGenerator[Event, None]) -> Event | None:
+        """Return the next event, None after the last; DeploymentUnavailableError when no engine is there."""
+        coming = asyncio.ensure_future(anext(stream, None))
+        try:
+            while not (await asyncio.wait({coming}, timeout=self._patience_s))[0]:
+                with suppress(TimeoutError):  # busy, but there
+                    await self._handle.broadcast("status").results_async(timeout_s=STATUS_S, return_exceptions=True)
+            return coming.result()
+        finally:
+            coming.cancel()
 
-def error_of(failed: Failed) -> CatClusterError:
-    """Return the error that a Failed event stands for."""
-    kind = getattr(errors, failed.kind, EngineStoppedError)
-    if failed.retry_after is not None:
-        return errors.OverloadedError(failed.message, failed.retry_after)
-    error: CatClusterError = kind(failed.message)
-    return error
+    async def _all(self, method: str, *arguments: str, timeout_s: float | None = None) -> list[Any]:
+        """Return the answers of the engines that live, one at least; EngineStoppedError when none does."""
+        try:
+            calls = self._handle.broadcast(method, *arguments)
+            answers = await calls.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except (DeploymentUnavailableError, TimeoutError):
+            raise EngineStoppedError("no engine answers: ask again") from None
+        here = [answer for answer in answers if not isinstance(answer, _GONE)]
+        for answer in here:
+            if isinstance(answer, BaseException):
+                raise answer
+        if not here:
+            raise EngineStoppedError("no engine answers: ask again")
+        return here
+
+
+class _Told:
+    """What a call's client has heard, so that a second engine says only what is new."""
+
+    def __init__(self) -> None:
+        self._accepted = False
+        self._steps: dict[tuple[type, int], float] = {}
+
+    def is_news(self, event: Event) -> bool:
+        """Whether an event goes on to the client."""
+        if isinstance(event, Accepted):
+            first, self._accepted = not self._accepted, True
+            return first
+        if isinstance(event, Finished):
+            return self._later(Finished, event.index, 1.0)
+        if isinstance(event, Progress | Preview) and (Finished, event.index) not in self._steps:
+            return self._later(type(event), event.index, event.step)
+        return isinstance(event, Failed)
+
+    def _later(self, kind: type, index: int, step: float) -> bool:
+        later = step > self._steps.get((kind, index), -1.0)
+        if later:
+            self._steps[kind, index] = step
+        return later
 
 
 def build(args: Mapping[str, Any]) -> ray_serve.Application:
@@ -197,14 +286,19 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
         raise SpecError("the service's args are not right:\n" + "\n".join(lines)) from None
     settings = deployment.settings
     document = settings.model_dump(mode="json")
-    at_once = settings.max_waiting + settings.max_rows
-    images = max(1, settings.max_rows // 2)
+    most, images = deployment.most_engines, settings.max_rows // 2
+    room = settings.max_waiting + images
+    # A single engine queues and refuses by itself, fairly. Of several, another draws what one has too many of.
+    ongoing, queued = room + images, room
+    if most > 1:
+        ongoing = min(room, ROUNDS * images)
+        queued = max(images, room - ongoing) * most
     scaling: dict[str, Any] = {"num_replicas": deployment.min_engines}
-    if deployment.max_engines > deployment.min_engines:
+    if most > deployment.min_engines:
         scaling = {
             "autoscaling_config": {
                 "min_replicas": deployment.min_engines,
-                "max_replicas": deployment.max_engines,
+                "max_replicas": most,
                 # As many requests as an engine draws at once, and half as many again waiting, before one more starts.
                 "target_ongoing_requests": images * 1.5,
                 "upscale_delay_s": 10.0,
@@ -215,8 +309,8 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
         Engine,
         name=ENGINE,
         ray_actor_options={"num_cpus": deployment.engine_cpus, "num_gpus": deployment.engine_gpus},
-        max_ongoing_requests=at_once,
-        max_queued_requests=at_once * deployment.max_engines,
+        max_ongoing_requests=ongoing,
+        max_queued_requests=queued,
         request_router_config={"request_router_class": ROUTER},
         health_check_period_s=5.0,
         health_check_timeout_s=20.0,
@@ -231,19 +325,28 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
         name=INGRESS,
         num_replicas=deployment.ingresses,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=4 * at_once * deployment.max_engines,
+        max_ongoing_requests=4 * room * most,
         graceful_shutdown_timeout_s=settings.deadline_s + 20.0,
+        graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,
     )
     application: ray_serve.Application = ingress.bind(document, engine.bind(document))
     return application
 
 
-def _adapter_id(model: str) -> str:
+def _listens_at() -> str:
+    """Return the address of Ray Serve's proxies, which ask for no key themselves."""
+    return str(_get_global_client().http_config.host or "")
+
+
+def _session(call: ImageCall) -> str:
+    """Return what an engine is chosen by: an adapter's calls share its slot, those of the base go anywhere."""
+    if call.model is None:
+        return call.request_id
     try:
-        return parse_reference(model).adapter_id
+        return parse_reference(call.model).adapter_id
     except CatClusterError:
-        return model  # the engine will say what is wrong with it
+        return call.model  # the engine will say what is wrong with it
 
 
 class _BothBackends:

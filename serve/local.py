@@ -5,59 +5,170 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
-import time
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import ray
+import torch
 from ray import serve as ray_serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import RayServeException
 
+from cat_cluster.base_files import POCKET, base_folder, check_family
+from cat_cluster.base_model import choose_device
 from cat_cluster.errors import ClusterError
+from cat_cluster.store import open_store
 from serve.access import Access, check_bind
 from serve.app import Deployment, build
 from serve.settings import ServeSettings
 
+APPLICATION = "cat-cluster"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_OBJECTS = 256 * 2**20  # bytes of Ray's memory for what processes hand each other: some pictures
+
 
 def serve_here(
-    settings: ServeSettings, host: str, port: int, *, on_ready: Callable[[str], None], engines: int = 1
+    settings: ServeSettings,
+    host: str,
+    port: int,
+    *,
+    on_ready: Callable[[str], None],
+    on_stop: Callable[[], None] = lambda: None,
+    engines: int = 1,
 ) -> None:
-    """Serve until interrupted; on_ready receives the address once requests are answered.
+    """Serve until SIGINT, SIGTERM or SIGHUP; on_ready receives the address once requests are answered.
 
-    Raises SpecError when it would listen beyond this machine without API keys, ClusterError when the port is taken
-    or the engine does not start.
+    At the first signal requests in flight have a minute to finish, at a second one no more; no process is left.
+    Raises SpecError when it would listen beyond this machine without API keys, ClusterError when the port is taken or
+    the engine does not start, StoreError and BaseModelError for what cannot be read, KeyboardInterrupt for a signal
+    before it is ready.
     """
     check_bind(host, Access.from_environment(settings))
     _check_port(host, port)
+    open_store(settings.storage).list("no-such-prefix/")  # raises where there is no such bucket, or no right to read
+    check_family(base_folder(settings.base))
+    choose_device(settings.device)
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # for this process alone
-    deployment = Deployment(settings=settings, min_engines=engines, max_engines=engines, engine_cpus=0)
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    deployment = local_deployment(settings, engines)
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    signals = _Signals()
+    signals.listen()
     try:
-        ray_serve.start(http_options=HTTPOptions(host=host, port=port))
-        try:
-            ray_serve.run(build(deployment.model_dump(mode="json")), name="cat-cluster", route_prefix="/")
-        except RuntimeError as error:
-            raise ClusterError(f"the service did not start: {error}") from error
-        on_ready(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}")
-        while True:
-            time.sleep(3600)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=_OBJECTS,
+            log_to_driver=True,  # the lines of requests
+            logging_level=logging.ERROR,
+        )
+        signals.listen()  # Ray has taken SIGTERM for itself
+        start(deployment, host, port)
+        on_ready(f"http://{_reached_at(host)}:{port}")
+        signals.await_one()
+        on_stop()
     finally:
-        ray_serve.shutdown()
-        ray.shutdown()
+        signals.end_ray()
 
 
-def free_port(host: str) -> int:
-    """Return a port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+def start(deployment: Deployment, host: str, port: int) -> None:
+    """Run the application on the Ray of this process, or bring one that runs to this deployment; ClusterError."""
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    ray_serve.start(http_options=HTTPOptions(host=host, port=port), logging_config=quiet)
+    try:
+        ray_serve.run(build(deployment.model_dump(mode="json")), name=APPLICATION, logging_config=quiet)
+    except RuntimeError as error:
+        raise ClusterError(f"the service did not start: {_reason() or error}") from error
+
+
+def _reason() -> str:
+    """Return the last line that a replica which does not start has to say: its error."""
+    application = ray_serve.status().applications.get(APPLICATION)
+    deployments = {} if application is None else application.deployments
+    said = [found.message.strip().splitlines() for found in deployments.values() if found.status != "HEALTHY"]
+    return "; ".join(lines[-1] for lines in said if lines)
+
+
+def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
+    """Return a deployment for this machine: its cores, or its GPUs where each engine can have one, shared out."""
+    # Ray's processes may run in another folder.
+    whole: dict[str, object] = {}
+    if "://" not in settings.storage:
+        whole["storage"] = str(Path(settings.storage).resolve())
+    if settings.base != POCKET and Path(settings.base).exists():
+        whole["base"] = str(Path(settings.base).resolve())
+    if settings.disk_cache is not None:
+        whole["disk_cache"] = settings.disk_cache.resolve()
+    threads, gpus = settings.threads, 0.0
+    if engines > 1 and settings.device in ("auto", "cuda") and torch.cuda.device_count() >= engines:
+        gpus = 1.0
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        # Ray would leave an engine that sets no CPU aside a single thread.
+        threads = max(1, len(os.sched_getaffinity(0)) // engines)
+    return Deployment(
+        settings=ServeSettings.model_validate({**settings.model_dump(), **whole, "threads": threads}),
+        min_engines=engines,
+        engine_cpus=0.0,
+        engine_gpus=gpus,
+    )
+
+
+def _reached_at(host: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+class _Signals:
+    """Each of the first two signals is an interrupt; later ones, and those while Ray ends, are not heeded."""
+
+    def __init__(self) -> None:
+        self._left = 2
+        self._before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def listen(self) -> None:
+        """Take the signals over."""
+        for number in _SIGNALS:
+            signal.signal(number, self._interrupt)
+
+    def await_one(self) -> None:
+        """Return at a signal."""
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+    def end_ray(self) -> None:
+        """Let requests in flight finish, unless there is a second signal; then end every process of Ray's."""
+        try:
+            if ray.is_initialized():
+                # Ray Serve's own shutdown cuts the connections; this lets what has begun end.
+                ray_serve.delete(APPLICATION)
+                ray_serve.shutdown()
+        except (KeyboardInterrupt, TimeoutError, RayServeException, RayError):
+            pass  # an end at once was asked for, or there is nothing to wait for
+        finally:
+            self._left = 0
+            ray.shutdown()
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _interrupt(self, *_: object) -> None:
+        if self._left:
+            self._left -= 1
+            raise KeyboardInterrupt
 
 
 def _check_port(host: str, port: int) -> None:
     try:
-        with socket.socket() as probe:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+            probe.bind(address)
     except OSError as error:
-        raise ClusterError(f"port {port} of {host} cannot be used ({error.strerror}): choose another --port") from error
+        raise ClusterError(
+            f"port {port} of {host} cannot be used ({error.strerror}): choose another --port or --host"
+        ) from error

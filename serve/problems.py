@@ -40,6 +40,7 @@ KINDS: Mapping[type[BaseException], Kind] = {
     errors.AdapterMismatchError: Kind(422, INVALID, "model_mismatch"),
     errors.AdapterFormatError: Kind(422, INVALID, "model_damaged"),
     errors.EvaluationError: Kind(422, INVALID, "model_not_measurable"),
+    errors.ConflictError: Kind(409, INVALID, "conflict"),
     errors.CancelledRequestError: Kind(499, INVALID, "request_cancelled"),
     errors.OverloadedError: Kind(503, SERVER, "overloaded"),
     errors.EngineStoppedError: Kind(503, SERVER, "engine_stopped"),
@@ -54,7 +55,12 @@ _MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
     401: ("No API key, or a wrong one.", "send a key in the header Authorization: Bearer KEY", "invalid_api_key", None),
     403: ("The key may not do this.", "this needs a key of CAT_ADMIN_KEYS", "admin_only", None),
     404: ("There is no such thing.", "no adapter 'cupp': did you mean cup?", "model_not_found", "model"),
-    409: ("The revision is quarantined.", "cup@r-0123456789ab is quarantined", "model_quarantined", "model"),
+    409: (
+        "The revision is quarantined; or pinned, or in use.",
+        "cup@r-0123456789ab is quarantined",
+        "model_quarantined",
+        "model",
+    ),
     413: ("The body is too large.", "the body is larger than 65536 bytes", "body_too_large", None),
     415: ("The body is not JSON by its content type.", "send Content-Type: application/json", "not_json", None),
     422: (

@@ -20,11 +20,11 @@ from cat_cluster.errors import (
     AdapterFormatError,
     AdapterMismatchError,
     CatClusterError,
+    ConflictError,
     EngineStoppedError,
     ObjectNotFoundError,
     OverloadedError,
     RegistryError,
-    ServingError,
 )
 from cat_cluster.registry import Manifest
 from cat_cluster.telemetry import (
@@ -88,7 +88,7 @@ class Tiers:
         return self.place(lease.manifest.adapter_id, lease.manifest.revision)
 
     def pin(self, lease: Lease) -> dict[str, Any]:
-        """Turn a lease into a pin; ServingError when no slot would be left for others."""
+        """Turn a lease into a pin; ConflictError when no slot would be left for others."""
         with self._changed:
             full = not lease.slot.pinned and self._slots.pinned + 1 >= len(self._slots)
             if not full:
@@ -96,19 +96,19 @@ class Tiers:
             self._record()
         placed = self.let_go(lease)
         if full:
-            raise ServingError(
+            raise ConflictError(
                 f"{lease.manifest.name} cannot be pinned: one of {len(self._slots)} slots must stay free for other "
                 "adapters; unpin one, or raise slots"
             )
         return placed
 
     def unpin(self, adapter_id: str, revision: str) -> dict[str, Any]:
-        """Let a pinned revision be evicted again; ServingError if it is not pinned."""
+        """Let a pinned revision be evicted again; ConflictError if it is not pinned."""
         with self._changed:
             pinned = [slot for slot in self._slots.of(adapter_id, revision) if slot.pinned]
             if not pinned:
                 names = ", ".join(s.manifest.name for s in self._slots.held() if s.pinned and s.manifest) or "none"
-                raise ServingError(f"{adapter_id}@{revision} is not pinned: pinned are {names}")
+                raise ConflictError(f"{adapter_id}@{revision} is not pinned: pinned are {names}")
             for slot in pinned:
                 self._slots.pin(slot, False)
             self._record()
@@ -116,16 +116,16 @@ class Tiers:
         return self.place(adapter_id, revision)
 
     def unload(self, adapter_id: str, revision: str) -> dict[str, Any]:
-        """Drop a revision from slot and host memory; ServingError while it is pinned, leased or being loaded."""
+        """Drop a revision from slot and host memory; ConflictError while it is pinned, leased or being loaded."""
         name = f"{adapter_id}@{revision}"
         with self._changed:
             slots = self._slots.of(adapter_id, revision)
             if any(slot.pinned for slot in slots):
-                raise ServingError(f"{name} is pinned: unpin it first")
+                raise ConflictError(f"{name} is pinned: unpin it first")
             if any(slot.leases for slot in slots):
-                raise ServingError(f"{name} is in use: unload it when its images are done")
+                raise ConflictError(f"{name} is in use: unload it when its images are done")
             if any(key[:2] == (adapter_id, revision) and flight.wanted for key, flight in self._flights.items()):
-                raise ServingError(f"{name} is being loaded: unload it when that is done")
+                raise ConflictError(f"{name} is being loaded: unload it when that is done")
             for slot in slots:
                 self._slots.empty(slot)
             for key in self._host.held():

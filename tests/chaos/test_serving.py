@@ -1,0 +1,147 @@
+"""The service under load while aliases move, adapters go and come, clients leave and engines are killed; and a soak."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_cluster.base_model import load_base_model
+from cat_cluster.registry import Manifest, Registry
+from cat_cluster.store import LocalStore
+from serve.settings import ProbeSettings, ServeSettings
+from tests.chaos.serving_load import Load, Memory, Mover, Order
+from tests.serving import Gallery, Served, deployment_of, publish_random, served, until
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+ADAPTERS, GOING, SLOTS, ENGINES, CLIENTS = 32, 6, 8, 2, 64
+PROMPTS, SEEDS, STEPS = ("a photo of a sks cup", "a red cup"), range(1, 4), 6
+CHAOS_SECONDS, SOAK_SECONDS, WARM_SECONDS = 60, 120, 25
+KILLS = 2
+# The soak makes some thousand images over and over: of an image that stays, the texts alone take 10 KiB.
+MOST_GROWTH_MIB = 16.0
+
+
+@dataclass(frozen=True)
+class World:
+    """A service of two engines with room for a quarter of the adapters each, and every picture it may give."""
+
+    service: Served
+    registry: Registry
+    moving: list[tuple[Manifest, Manifest]]
+    going: list[Any]
+    gallery: Gallery
+
+    def engines(self) -> list[dict[str, Any]]:
+        return self.service.tell("engines")
+
+    def await_engines(self, killed: int = 0) -> list[dict[str, Any]]:
+        def settled() -> list[dict[str, Any]] | None:
+            found = self.engines()
+            all_run = self.service.tell("states")["Engine"] == {"RUNNING": ENGINES}
+            return found if all_run and len({one["pid"] for one in found} - {killed}) == ENGINES else None
+
+        return until(settled, 120, 0.5)
+
+    def order(self, **changes: Any) -> Order:
+        names = [f"{one.adapter_id}@live" for one, _ in self.moving]
+        pinned = [one.name for pair in self.moving for one in pair]
+        going = [publish().adapter_id for publish in self.going]
+        gone = [f"{adapter_id}@live" for adapter_id in going]
+        models = [*names * 3, *pinned, *gone * 3]
+        return Order(models, PROMPTS, SEEDS, STEPS, may_be_missing=frozenset(going), **changes)
+
+
+@pytest.fixture(scope="module")
+def world(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    storage = tmp_path_factory.mktemp("chaos") / "storage"
+    base, registry = load_base_model(str(tiny_base_folder)), Registry(LocalStore(storage))
+    gallery, moving, going = Gallery(registry, base, STEPS), [], []
+    for number in range(ADAPTERS):
+        publish = [
+            partial(publish_random, registry, base, f"adapter-{number}", 2 * number + revision) for revision in (0, 1)
+        ]
+        if number < GOING:
+            going.append(publish[0])
+            manifests = [publish[0]()]
+        else:
+            manifests = [one() for one in publish]
+            moving.append((manifests[0], manifests[1]))
+        for manifest in manifests:
+            gallery.add(manifest, PROMPTS, SEEDS)
+        registry.set_alias(f"adapter-{number}", "live", manifests[0].revision)
+    gallery.check_it_tells_apart()
+    settings = ServeSettings(
+        base=str(tiny_base_folder),
+        storage=str(storage),
+        device="cpu",
+        threads=1,
+        slots=SLOTS,
+        alias_ttl_s=0.5,
+        missing_ttl_s=0.5,
+        images_per_key=1000,
+        probes=ProbeSettings(enabled=False),
+    )
+    with served(deployment_of(settings, min_engines=ENGINES)) as service:
+        yield World(service, registry, moving, going, gallery)
+
+
+def check_nothing_is_left(world: World) -> None:
+    """No image in flight, no lease, nothing that loads or waits, no row in use."""
+
+    def left() -> list[Any]:
+        found: list[Any] = []
+        for engine in world.engines():
+            adapters = engine["adapters"]
+            held = [slot for slot in adapters["held"] if slot["leases"]]
+            found += [held, adapters["loading"], adapters["waiting"], engine["rows"]["in_use"]]
+            found += engine["images"].values()
+        return [one for one in found if one]
+
+    until(lambda: not left(), 20)
+
+
+def test_no_wrong_picture_and_no_lost_request(world: World) -> None:
+    load = Load(world.service, world.gallery, world.order(leave=0.15), CLIENTS, seed=7)
+    killed: list[tuple[int, int]] = []
+    with Mover(world.registry, world.moving, world.going, seed=8) as mover, load:
+        for _ in range(KILLS):
+            time.sleep(CHAOS_SECONDS / (KILLS + 1))
+            victim = max(world.engines(), key=lambda one: int(one["images"]["in_flight"]))
+            killed.append((victim["pid"], victim["images"]["in_flight"]))
+            world.service.tell("kill", victim["pid"])
+            world.await_engines(victim["pid"])
+        time.sleep(CHAOS_SECONDS / (KILLS + 1))
+    tally = load.tally
+    print(f"ends {dict(tally.ends)}; {tally.images} pictures checked; slowest {tally.slowest:.1f} s")
+    print(f"killed (pid, images in flight) {killed}; {mover.moves} moves, {mover.deletions} deletions")
+    assert tally.problems == [], tally.problems[:5]
+    assert min(tally.ends["200"], tally.ends["left"], mover.moves, mover.deletions) > 10
+    assert not {pid for pid, _ in killed} & {one["pid"] for one in world.await_engines()}
+    check_nothing_is_left(world)
+
+
+def test_soak(world: World) -> None:
+    """Steady load after warming up: each replica's memory stays as it is."""
+    memory = Memory(world.service)
+    world.await_engines()
+    with Load(world.service, world.gallery, world.order(), clients=16, seed=9) as load:
+        time.sleep(WARM_SECONDS)
+        until_then = time.monotonic() + SOAK_SECONDS
+        while time.monotonic() < until_then:
+            memory.look()
+            time.sleep(2)
+    growth = memory.growth()
+    print(
+        f"ends {dict(load.tally.ends)}; slowest {load.tally.slowest:.1f} s; MiB at first, at last, per minute {growth}"
+    )
+    assert load.tally.problems == []
+    assert len(growth) == ENGINES + 1
+    assert max(last - first for first, last, _ in growth.values()) < MOST_GROWTH_MIB, growth
+    check_nothing_is_left(world)

@@ -1,0 +1,209 @@
+"""`cat-cluster serve` as a user runs it, and `serve deploy` of the example configuration, on real Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx2
+import psutil
+import pytest
+import torch
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from cat_cluster.errors import SpecError
+from serve.app import Deployment, build
+from serve.local import local_deployment
+from serve.settings import ServeSettings
+from tests.ray_head import TOKEN, free_ports, ray_head
+from tests.serving import PATH, ROOT, ask, ray_folder, surroundings, until
+
+pytestmark = pytest.mark.timeout(300)
+
+CONFIG = ROOT / "serve" / "config.yaml"
+COMMAND = (sys.executable, "-c", "from cat_cluster.cli import main; main()", "serve")
+KEYS = ("CAT_API_KEYS", "CAT_ADMIN_KEYS", "CAT_STORAGE")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A running `cat-cluster serve`."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def said(self) -> str:
+        return (self.folder / "err").read_text()
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+
+@contextmanager
+def command(base: Path, *options: str) -> Iterator[Command]:
+    (port,) = free_ports(1)
+    with ray_folder() as folder:
+        environment = {name: value for name, value in surroundings(folder).items() if name not in KEYS}
+        with (folder / "err").open("wb") as err:
+            process = subprocess.Popen(
+                [*COMMAND, "--storage", "registry", "--base", str(base), "--port", str(port), *options],
+                cwd=folder,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=err,
+                start_new_session=True,
+            )
+        running = Command(f"http://127.0.0.1:{port}", process, folder)
+        try:
+            yield running
+        finally:
+            with suppress(psutil.Error):
+                for one in [*running.family(), process]:
+                    one.kill()
+            process.wait()
+
+
+def refused(*options: str, **environment: str) -> str:
+    """What the command says when it does not start."""
+    clean = {name: value for name, value in os.environ.items() if name not in KEYS}
+    ended = subprocess.run([*COMMAND, *options], env={**clean, **environment}, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "Traceback" not in ended.stderr
+    return " ".join(ended.stderr.split())
+
+
+def test_what_cannot_be_is_said_before_ray_starts(tmp_path: Path) -> None:
+    with socket.socket() as taken, ThreadPoolExecutor(3) as pool:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port, other = str(taken.getsockname()[1]), str(free_ports(1)[0])
+        said = [
+            pool.submit(refused, "--storage", str(tmp_path / "registry"), *options)
+            for options in (
+                ("--port", port),
+                ("--port", other, "--host", "0.0.0.0"),
+                ("--port", other, "--base", str(tmp_path)),
+            )
+        ]
+        assert f"port {port} of 127.0.0.1 cannot be used" in said[0].result()
+        assert "set CAT_API_KEYS to one or more keys" in said[1].result()
+        assert "text_encoder, tokenizer, unet, vae" in said[2].result()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_and_a_second_one_at_once(tiny_base_folder: Path, number: signal.Signals) -> None:
+    """SIGTERM lets images in flight finish; a second Ctrl+C, which a terminal sends to all processes, does not."""
+    with command(tiny_base_folder) as serving, httpx2.Client(base_url=serving.url, timeout=60) as http:
+        until(lambda: "Serving" in serving.said() or serving.process.poll() is not None, 120)
+        assert http.get("/ready").status_code == 200, serving.said()
+        family = serving.family()
+        assert len(family) > 4
+        with ThreadPoolExecutor(8) as pool:
+            count = 3 if number is signal.SIGTERM else 8  # some seconds' work
+            fields = {"n": 8, "prompt": "a secret"}
+            drawn = [pool.submit(ask, http, str(tiny_base_folder), 100, **fields) for _ in range(count)]
+            until(lambda: http.get("/v1/status").json()["images"]["in_flight"] == 8 * count, 30, 0.02)
+            began = time.monotonic()
+            os.kill(serving.process.pid, number)
+            if number is signal.SIGINT:
+                time.sleep(1.0)
+                os.killpg(serving.process.pid, number)
+            else:
+                assert [one.result().status_code for one in drawn] == [200] * count
+        if number is signal.SIGINT:
+            assert any(isinstance(one.exception(), httpx2.TransportError) for one in drawn)
+        assert serving.process.wait(60) == 0, serving.said()
+        print(f"ended after {time.monotonic() - began:.1f} s")
+        assert psutil.wait_procs(family, timeout=10)[1] == []
+        assert "Traceback" not in serving.said()
+        if number is signal.SIGTERM:
+            lines = [line.partition("{")[2] for line in serving.said().splitlines() if '"route"' in line]
+            told = [json.loads("{" + line) for line in lines]
+            assert {("/ready", 200), (PATH, 200)} <= {(line["route"], line["status"]) for line in told}
+        assert "a secret" not in serving.said()
+
+
+def test_the_example_configuration_is_one() -> None:
+    document = yaml.safe_load(CONFIG.read_text())
+    (application,) = ServeDeploySchema.model_validate(document).applications
+    assert application.import_path == "serve.app:build"
+    Deployment.model_validate(application.args)
+    build(application.args)
+
+
+def test_args_that_are_not_right_are_named() -> None:
+    with pytest.raises(SpecError, match="max_engines must be at least min_engines"):
+        build({"min_engines": 2, "max_engines": 1})
+    with pytest.raises(SpecError, match=r"settings\.slots: Input should be greater"):
+        build({"settings": {"slots": 0}})
+    with pytest.raises(SpecError, match="enginges: Extra inputs are not permitted"):
+        build({"enginges": 2})
+
+
+def test_this_machine_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.chdir(tmp_path)
+    shared = local_deployment(ServeSettings(storage="registry", disk_cache=Path("cache")), engines=3)
+    assert (shared.settings.threads, shared.min_engines, shared.engine_gpus) == (2, 3, 0.0)
+    assert (shared.settings.storage, shared.settings.base) == (str(tmp_path / "registry"), "pocket")
+    assert shared.settings.disk_cache == tmp_path / "cache"
+    assert local_deployment(ServeSettings(storage="s3://bucket/prod", threads=1), 1).settings.threads == 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert local_deployment(ServeSettings(), 3).engine_gpus == 1.0
+
+
+def test_serve_deploy(tiny_base_folder: Path, tmp_path: Path) -> None:
+    """The example, as it is but for storage and base, is refused without keys, since it listens to everybody."""
+    document = yaml.safe_load(CONFIG.read_text())
+    (port,) = free_ports(1)
+    document["http_options"]["port"] = port
+    (application,) = document["applications"]
+    application["args"]["settings"] |= {"storage": str(tmp_path / "registry"), "base": str(tiny_base_folder)}
+    with ray_head(PYTHONPATH=str(ROOT)) as head, httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "CAT_"))}
+
+        def command(*words: str) -> None:
+            ended = subprocess.run(
+                [sys.executable, "-m", "ray.serve.scripts", *words, "-a", head.address],
+                env={**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
+                capture_output=True,
+                text=True,
+                timeout=90,
+            )
+            assert ended.returncode == 0, ended.stderr
+
+        def deploy() -> None:
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+            command("deploy", str(tmp_path / "config.yaml"))
+
+        def state() -> str:
+            url, headers = f"{head.address}/api/serve/applications/", {"Authorization": f"Bearer {TOKEN}"}
+            return httpx2.get(url, headers=headers).text
+
+        deploy()
+        until(lambda: "DEPLOY_FAILED" in state(), 90, 0.5)
+        assert "without API keys the service listens on this machine alone, not on 0.0.0.0" in state()
+        command("shutdown", "-y")
+        document["http_options"]["host"] = "127.0.0.1"
+        deploy()
+
+        def is_ready() -> bool:
+            with suppress(httpx2.TransportError):
+                return http.get("/ready").status_code == 200
+            return False
+
+        until(is_ready, 120, 0.5)
+        assert ask(http, str(tiny_base_folder), 2).status_code == 200

@@ -1,0 +1,83 @@
+"""The service on a Ray of its own, in a process of its own: `python -m tests.serve_driver DEPLOYMENT.json PORT`.
+
+It prints one line of JSON when requests are answered, then obeys one line of JSON at a time, a command and its values,
+and answers each with one. At the end of its input it ends everything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN"] = "a-token-of-the-tests-that-guards-nothing"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import ray
+from ray import serve as ray_serve
+
+from serve import app, local
+from tests.stuck_engine import StuckEngine
+
+
+class Commands:
+    """What the process does when told."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    def deploy(self, deployment: dict[str, Any]) -> dict[str, Any]:
+        """Bring the service to this deployment, and say where its node's metrics are."""
+        local.start(app.Deployment.model_validate(deployment), "127.0.0.1", self._port)
+        (node,) = ray.nodes()
+        return {"metrics": f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"}
+
+    def engines(self) -> list[dict[str, Any]]:
+        """The status of every engine that answers."""
+        answers = self._engine().broadcast("status").results(timeout_s=30, return_exceptions=True)
+        return [answer for answer in answers if isinstance(answer, dict)]
+
+    def stick(self, pid: int) -> None:
+        """Let the next step of one engine hang."""
+        self._engine().broadcast("stick", pid).results(timeout_s=30)
+
+    def kill(self, pid: int) -> None:
+        """End a process as a fault of the machine does."""
+        os.kill(pid, signal.SIGKILL)
+
+    def states(self) -> dict[str, Any]:
+        """What Ray Serve says of each deployment's replicas, by state."""
+        deployments = ray_serve.status().applications[local.APPLICATION].deployments
+        return {name: dict(found.replica_states) for name, found in deployments.items()}
+
+    def _engine(self) -> Any:
+        return ray_serve.get_deployment_handle(app.ENGINE, local.APPLICATION)
+
+
+def main() -> None:
+    """Start, and obey."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # Ray has its own things to say
+    app.Engine = StuckEngine  # type: ignore[misc]
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        log_to_driver=False,
+        _system_config={"metrics_report_interval_ms": 500},
+    )
+    commands = Commands(int(sys.argv[2]))
+    print(json.dumps(commands.deploy(json.loads(Path(sys.argv[1]).read_text()))), file=answers, flush=True)
+    for line in sys.stdin:
+        name, *values = json.loads(line)
+        print(json.dumps(getattr(commands, name)(*values)), file=answers, flush=True)
+    ray_serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

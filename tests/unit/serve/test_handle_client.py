@@ -1,0 +1,215 @@
+"""The engines behind a Ray Serve handle, with handles that do what a test tells them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from cat_cluster.errors import AdapterNotFoundError, EngineStoppedError, OverloadedError
+from serve.app import TRIES, HandleClient
+from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
+from serve.logs import JsonLines
+
+CALL = ImageCall("r", "a cup", model="cup@live", count=2, deadline_s=30.0)
+DIED, NOBODY = ActorDiedError(), DeploymentUnavailableError(DeploymentID("Engine", "cat-cluster"))
+STOPPED = Failed("EngineStoppedError", "the engine is stopping")
+
+Step = Event | Exception | None  # None: nothing comes any more
+
+
+class Stream:
+    """What a handle returns for a call."""
+
+    def __init__(self, steps: list[Step]) -> None:
+        self._steps = self._run(steps)
+        self.cancelled = False
+
+    async def _run(self, steps: list[Step]) -> AsyncIterator[Event]:
+        for step in steps:
+            if isinstance(step, Exception):
+                raise step
+            if step is None:
+                await asyncio.sleep(3600)
+            else:
+                yield step
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> Event:
+        return await anext(self._steps)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Answers:
+    """What a broadcast returns."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        self._answers = answers
+
+    async def results_async(self, *, timeout_s: float | None, return_exceptions: bool) -> list[Any]:
+        assert return_exceptions
+        for answer in self._answers:
+            if isinstance(answer, DeploymentUnavailableError | TimeoutError):
+                raise answer
+        return self._answers
+
+
+class Handle:
+    """A handle whose n-th call goes as `tries[n]` says."""
+
+    def __init__(self, *tries: list[Step], answers: list[Any] | None = None) -> None:
+        self._tries = list(tries)
+        self._answers = answers or []
+        self.calls: list[ImageCall] = []
+        self.sessions: list[str] = []
+        self.streams: list[Stream] = []
+
+    def options(self, *, stream: bool, session_id: str) -> Handle:
+        assert stream
+        self.sessions.append(session_id)
+        return self
+
+    @property
+    def generate(self) -> Any:
+        return type("Method", (), {"remote": staticmethod(self._remote)})
+
+    def broadcast(self, *_: str) -> Answers:
+        return Answers(self._answers)
+
+    def _remote(self, call: ImageCall) -> Stream:
+        self.calls.append(call)
+        self.streams.append(Stream(self._tries.pop(0)))
+        return self.streams[-1]
+
+
+def client(handle: Handle) -> HandleClient:
+    return HandleClient(handle, patience_s=0.02, retry_s=0.0)  # type: ignore[arg-type]
+
+
+def events(handle: Handle, call: ImageCall = CALL) -> list[Event]:
+    async def run() -> list[Event]:
+        return [event async for event in client(handle).generate(call)]
+
+    return asyncio.run(run())
+
+
+def done(index: int) -> Finished:
+    return Finished(index, index, b"png")
+
+
+@pytest.mark.parametrize("end", [DIED, STOPPED])
+def test_another_engine_draws_what_is_left_of_the_same_revision(end: Step) -> None:
+    first: list[Step] = [Accepted("cup@r-1"), Progress(0, 1, 4), Preview(1, 0, 2, 4, b"p"), done(0), end]
+    again: list[Step] = [Accepted("cup@r-1"), Progress(0, 1, 4), done(0), Preview(1, 0, 2, 4, b"p"), Progress(1, 3, 4)]
+    handle = Handle(first, [*again, done(1)])
+    assert events(handle) == [*first[:4], Progress(1, 3, 4), done(1)]
+    assert [call.model for call in handle.calls] == ["cup@live", "cup@r-1"]
+    assert handle.sessions == ["cup"]
+    assert [stream.cancelled for stream in handle.streams] == [True, True]
+    assert 29.0 < (handle.calls[1].deadline_s or 0) < 30.0
+
+
+def test_it_is_tried_a_few_times() -> None:
+    handle = Handle(*[[DIED]] * TRIES)
+    (failed,) = events(handle)
+    assert isinstance(failed, Failed)
+    assert (failed.kind, len(handle.calls)) == ("EngineStoppedError", TRIES)
+
+
+def test_what_cannot_be_drawn_is_not_tried_again() -> None:
+    refused = Failed("AdapterNotFoundError", "no adapter 'cup'")
+    handle = Handle([refused])
+    assert events(handle) == [refused]
+    late = Handle([DIED])
+    assert isinstance(events(late, ImageCall("r", "a cup", deadline_s=0.0))[0], Failed)
+    assert len(late.calls) == 1
+
+
+def test_a_full_service_says_when_to_ask_again() -> None:
+    (failed,) = events(Handle([BackPressureError(9, 9)]))
+    assert isinstance(failed, Failed)
+    assert (failed.kind, failed.retry_after) == ("OverloadedError", 0.0)
+
+
+@pytest.mark.parametrize("steps", [[NOBODY], [None]])
+def test_without_an_engine_it_is_said(steps: list[Step]) -> None:
+    handle = Handle(steps, answers=[NOBODY])
+    (failed,) = events(handle)
+    assert failed == Failed("EngineStoppedError", "no engine runs now: ask again")
+    assert handle.streams[0].cancelled
+
+
+def test_a_busy_engine_is_waited_for() -> None:
+    class Slow(Stream):
+        async def __anext__(self) -> Event:
+            await asyncio.sleep(0.1)
+            return await super().__anext__()
+
+    handle = Handle(answers=[{}])
+    handle._remote = lambda call: Slow([Accepted("cup@r-1"), done(0)])  # type: ignore[method-assign]
+    assert events(handle) == [Accepted("cup@r-1"), done(0)]
+
+
+def test_closing_cancels_the_call() -> None:
+    async def run(handle: Handle) -> None:
+        generated: Any = client(handle).generate(CALL)
+        assert await anext(generated) == Accepted("cup@r-1")
+        await generated.aclose()
+
+    handle = Handle([Accepted("cup@r-1"), None])
+    asyncio.run(run(handle))
+    assert handle.streams[0].cancelled
+
+
+def asked(answers: list[Any], ask: Callable[[HandleClient], Any]) -> Any:
+    return asyncio.run(ask(client(Handle(answers=answers))))
+
+
+def test_status_is_of_the_engines_that_live() -> None:
+    here = {"pid": 1, "drift": {"cup@r-1": {"probes": 0}}}
+    there = {"pid": 2, "drift": {"cup@r-1": {"probes": 3}}}
+    status = asked([here, DIED, there], lambda one: one.status())
+    assert status == {"pid": 1, "engines": 2, "drift": {"cup@r-1": {"probes": 3}}}
+    for answers in ([DIED], [NOBODY], [TimeoutError()]):
+        with pytest.raises(EngineStoppedError, match="no engine answers"):
+            asked(answers, lambda one: one.status())
+
+
+@pytest.mark.parametrize(
+    ("failed", "error"),
+    [
+        (Failed("AdapterNotFoundError", "no adapter 'cupp'"), AdapterNotFoundError("no adapter 'cupp'")),
+        (Failed("OverloadedError", "full", 7.0), OverloadedError("full", 7.0)),
+        (Failed("StoreMovedError", "new to us"), RuntimeError("StoreMovedError: new to us")),
+    ],
+)
+def test_an_error_keeps_its_class_and_words(failed: Failed, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught:
+        asked([{"tier": "slot"}, failed], lambda one: one.admin("load", "cupp"))
+    assert str(caught.value) == str(error)
+    assert getattr(caught.value, "retry_after", None) == getattr(error, "retry_after", None)
+
+
+def test_log_lines_are_json() -> None:
+    lines, told = JsonLines(), logging.getLogger("cat_cluster.serve.test")
+    record = told.makeRecord(told.name, logging.INFO, "f", 1, '{"route": "/"}', (), None)
+    assert lines.format(record) == '{"route": "/"}'
+    try:
+        raise ValueError("no")
+    except ValueError:
+        record = told.makeRecord(told.name, logging.ERROR, "f", 1, "a %s", ("probe",), sys.exc_info())
+    line = json.loads(lines.format(record))
+    assert (line["level"], line["message"]) == ("error", "a probe")
+    assert "ValueError: no" in line["trace"]
