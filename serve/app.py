@@ -37,11 +37,11 @@ from cat_cluster.telemetry import (
     PrometheusBackend,
     Record,
 )
-from serve.access import Access, check_bind
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress
-from serve.ingress import build_app
-from serve.logs import write_logs
-from serve.problems import error_named
+from serve.http.access import Access, check_bind
+from serve.http.ingress import build_app
+from serve.http.logs import write_logs
+from serve.http.problems import error_named
 from serve.service import Service, failure
 from serve.settings import ServeSettings
 

@@ -23,8 +23,8 @@ from cat_cluster.base_files import POCKET, base_folder, check_family
 from cat_cluster.base_model import choose_device
 from cat_cluster.errors import ClusterError
 from cat_cluster.store import open_store
-from serve.access import Access, check_bind
 from serve.app import Deployment, build
+from serve.http.access import Access, check_bind
 from serve.settings import ServeSettings
 
 APPLICATION = "cat-cluster"

@@ -30,15 +30,15 @@ from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import Metrics
-from serve.adapters import AdapterCache, Resolved
+from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
+from serve.denoise.engine import Engine
+from serve.denoise.sizes import parse_sizes
+from serve.denoise.work import SideWork, image_array
 from serve.drawing import Drawing, EngineParts, ImagePlan, draw
-from serve.engine import Engine
-from serve.probe_watch import ProbeImage
-from serve.probes import Prober
+from serve.probes.prober import Prober
+from serve.probes.watch import ProbeImage
 from serve.settings import ServeSettings
-from serve.sizes import parse_sizes
-from serve.work import SideWork, image_array
 
 logger = logging.getLogger("cat_cluster.serve")
 FAST_BUCKETS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # on a GPU few shapes are compiled or captured

@@ -14,7 +14,7 @@ from cat_cluster.generation import ImageRow, generate, initial_latents
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.lora.row_bank import AdapterLayout
-from serve.rows import ImageRows
+from serve.denoise.rows import ImageRows
 
 TARGETS = "attention_ff"
 RANK = 3

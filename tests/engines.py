@@ -17,9 +17,9 @@ from torch import Tensor
 from cat_cluster.errors import CatClusterError
 from cat_cluster.lora.row_bank import RowBank
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
-from serve.engine import Engine
-from serve.engine_image import EngineImage, ImageFacts
-from serve.rows import ImageRows, Rows
+from serve.denoise.engine import Engine
+from serve.denoise.image import EngineImage, ImageFacts
+from serve.denoise.rows import ImageRows, Rows
 from tests.denoised_images import Studio, Wanted
 
 SOON = 30.0  # seconds that nothing here takes unless it hangs

@@ -26,9 +26,9 @@ from cat_cluster.spec import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, SERVING_METRICS, Metrics, PrometheusBackend
-from serve.access import Access
 from serve.calls import Accepted, AdminAction, EngineClient, Event, Finished, ImageCall, Preview, Progress
-from serve.ingress import build_app
+from serve.http.access import Access
+from serve.http.ingress import build_app
 from serve.service import Service
 from serve.settings import ProbeSettings, ServeSettings
 

@@ -26,9 +26,9 @@ from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore, ObjectStore
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.calls import ImageCall
-from serve.probe_records import ProbeRecord, read_history
-from serve.probe_watch import ProbeImage, score_images
-from serve.probes import OnAlarm, Prober
+from serve.probes.prober import OnAlarm, Prober
+from serve.probes.records import ProbeRecord, read_history
+from serve.probes.watch import ProbeImage, score_images
 from serve.settings import ProbeSettings
 
 TEMPLATES = tuple(f"a picture of a {{}} {place}" for place in (*world.PLACES, "in a house", "by a tree"))

@@ -22,7 +22,7 @@ from cat_cluster.spec import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
-from serve.adapters import AdapterCache, Lease
+from serve.adapters.cache import AdapterCache, Lease
 from serve.settings import ServeSettings
 
 BASE = "b" * 64

@@ -22,8 +22,8 @@ from cat_cluster.drift import DriftMonitor
 from cat_cluster.registry import Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
-from serve.access import Access
-from serve.probe_records import ProbeRecord
+from serve.http.access import Access
+from serve.probes.records import ProbeRecord
 from serve.service import Service
 from serve.settings import ProbeSettings, ServeSettings
 from tests.ingress_server import Live, Shop, furnish, listening, serving

@@ -20,8 +20,8 @@ from cat_cluster.errors import (
     ServingError,
 )
 from cat_cluster.generation import ImageRow
-from serve.batches import Batches
-from serve.engine_image import EngineImage
+from serve.denoise.batches import Batches
+from serve.denoise.image import EngineImage
 from tests.denoised_images import Studio, Wanted, assert_same_image, random_adapter
 from tests.engines import SIZE, Calls, Heard, open_desk, same_latents, wait_until
 

@@ -11,7 +11,7 @@ import pytest
 from cat_cluster.base_model import load_base_model
 from cat_cluster.errors import CancelledRequestError
 from cat_cluster.generation import ImageRow
-from serve.engine_image import EngineImage
+from serve.denoise.image import EngineImage
 from tests.denoised_images import Studio, Wanted, assert_same_image, random_adapter
 from tests.engines import Calls, Desk, Heard, open_desk, wait_until
 

@@ -17,8 +17,8 @@ import pytest
 from cat_cluster import errors
 from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
-from serve.access import Access
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall
+from serve.http.access import Access
 from serve.settings import ServeSettings
 from tests.ingress_server import (
     PATH,
@@ -238,7 +238,7 @@ def test_a_server_that_cancels_the_task_ends_the_work(live: Live, engine: Script
 
 
 def test_an_engine_that_hangs_is_given_up(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.images.GRACE_S", 0.2)
+    monkeypatch.setattr("serve.http.images.GRACE_S", 0.2)
     engine, settings = ScriptedEngine(waiting()), ServeSettings(base="base", deadline_s=0.3)
     with (
         listening(only(engine), Registry(LocalStore(tmp_path)), settings, Access(settings)) as live,

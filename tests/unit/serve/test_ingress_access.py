@@ -15,9 +15,9 @@ import pytest
 from cat_cluster.errors import SpecError
 from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
-from serve.access import Access, Caller, check_bind
 from serve.calls import Accepted, Event, Finished, ImageCall
-from serve.problems import Problem
+from serve.http.access import Access, Caller, check_bind
+from serve.http.problems import Problem
 from serve.settings import ServeSettings
 from tests.ingress_server import Live, ScriptedEngine, listening, only, picture
 

@@ -14,9 +14,9 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance, unsuppor
 from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
 from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, Metrics, PrometheusBackend
-from serve.access import Access
-from serve.ingress import build_app
-from serve.schema import ErrorResponse, ImageRequest
+from serve.http.access import Access
+from serve.http.ingress import build_app
+from serve.http.schema import ErrorResponse, ImageRequest
 from serve.settings import ServeSettings
 from tests.ingress_server import Live, ScriptedEngine, furnish, serving
 

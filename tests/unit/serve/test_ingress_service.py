@@ -21,8 +21,8 @@ from PIL import Image
 from cat_cluster.drift import DriftMonitor
 from cat_cluster.errors import StoreError
 from cat_cluster.registry import Registry
-from serve.listing import Listing
-from serve.probe_records import ProbeLog, ProbeRecord
+from serve.http.listing import Listing
+from serve.probes.records import ProbeLog, ProbeRecord
 from tests.ingress_server import REFERENCE, Live, Shop, furnish, picture, serving
 
 PATH = "/v1/images/generations"

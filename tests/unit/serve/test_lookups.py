@@ -16,8 +16,8 @@ from cat_cluster.errors import (
     RegistryError,
     StoreError,
 )
-from serve.adapters import AdapterCache, Resolved
-from serve.lookups import MOST_KEPT, MOST_STALE_S, PATIENCE_S
+from serve.adapters.cache import AdapterCache, Resolved
+from serve.adapters.lookups import MOST_KEPT, MOST_STALE_S, PATIENCE_S
 from serve.settings import ProbeSettings
 from tests.served_adapters import SOON, Clock, World, wait_until
 

@@ -16,9 +16,9 @@ from cat_cluster.drift import SCORES, DriftMonitor
 from cat_cluster.errors import StoreError
 from cat_cluster.evaluation.features import Judge, load_judge
 from cat_cluster.registry import Manifest
-from serve.probe_records import ProbeRecord
-from serve.probe_watch import ProbeImage, live_token, score_images
-from serve.probes import MOST_LIVE, Prober
+from serve.probes.prober import MOST_LIVE, Prober
+from serve.probes.records import ProbeRecord
+from serve.probes.watch import ProbeImage, live_token, score_images
 from tests.probe_bench import (
     OTHER,
     OWN,

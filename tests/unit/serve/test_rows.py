@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from cat_cluster.base_model import load_base_model
 from cat_cluster.generation import ImageRow
 from cat_cluster.lora.row_bank import RowBank
-from serve.rows import ImageRows, Rows
+from serve.denoise.rows import ImageRows, Rows
 from tests.denoised_images import Studio, Wanted, assert_same_image, random_adapter
 
 CAPACITY = 6

@@ -28,7 +28,7 @@ from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
-from serve.rows import Rows
+from serve.denoise.rows import Rows
 from serve.service import Service
 from serve.settings import ProbeSettings, ServeSettings
 from tests.denoised_images import random_adapter

@@ -14,11 +14,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from cat_cluster.errors import CancelledRequestError
-from serve.access import Access, Caller
 from serve.calls import EngineClient
-from serve.journal import Entry
-from serve.listing import Listing
-from serve.problems import Problem, problem_of
+from serve.http.access import Access, Caller
+from serve.http.journal import Entry
+from serve.http.listing import Listing
+from serve.http.problems import Problem, problem_of
 from serve.settings import ServeSettings
 
 # It describes the scheme; KeyedRoute is what asks for a key, before a body is read.

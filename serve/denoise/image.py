@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineError, ServingError
-from serve.rows import ImageRows
+from serve.denoise.rows import ImageRows
 
 logger = logging.getLogger("cat_cluster.serve")
 Size = tuple[int, int]  # latent height and width

@@ -18,14 +18,14 @@ from cat_cluster.errors import CatClusterError, EngineStoppedError
 from cat_cluster.registry import Registry
 from cat_cluster.registry.manifest import package_version
 from cat_cluster.telemetry import Metrics
-from serve import catalogue, images, pages
-from serve.access import Access
 from serve.calls import EngineClient
-from serve.journal import Journal, log_unexpected
-from serve.listing import Listing
-from serve.problems import answers, problem_of
-from serve.routes import Ingress, IngressDep, entry_of
-from serve.schema import HealthResponse
+from serve.http import catalogue, images, pages
+from serve.http.access import Access
+from serve.http.journal import Journal, log_unexpected
+from serve.http.listing import Listing
+from serve.http.problems import answers, problem_of
+from serve.http.routes import Ingress, IngressDep, entry_of
+from serve.http.schema import HealthResponse
 from serve.settings import ServeSettings
 
 PROMPTS_VARIABLE = "CAT_LOG_PROMPTS"

@@ -18,14 +18,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError
-from serve.access import Caller
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
-from serve.journal import GONE, Entry, log_unexpected
-from serve.listing import parse_model
-from serve.problems import answers, error_named, problem_of
-from serve.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of
-from serve.schema import ImageRequest, ImagesResponse
-from serve.streams import EventStream, attended
+from serve.http.access import Caller
+from serve.http.journal import GONE, Entry, log_unexpected
+from serve.http.listing import parse_model
+from serve.http.problems import answers, error_named, problem_of
+from serve.http.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of
+from serve.http.schema import ImageRequest, ImagesResponse
+from serve.http.streams import EventStream, attended
 
 GRACE_S = 10.0  # the engine keeps deadlines itself; past this much more it is taken for dead
 _NO_TOKENS = {

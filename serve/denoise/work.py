@@ -23,7 +23,7 @@ from torch.nn import functional
 from cat_cluster.base_model import BaseModel
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.generation import png_bytes
-from serve.futures import claim, failed, finished
+from serve.adapters.futures import claim, failed, finished
 
 TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
 AT_ONCE = 8  # prompts or latents in one call

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cat_cluster import errors
-from serve.schema import ErrorResponse
+from serve.http.schema import ErrorResponse
 
 _SHOWN = 400  # characters of a message: what a client sent may come back in it
 

@@ -37,8 +37,8 @@ from cat_cluster.telemetry import (
     Metrics,
 )
 from serve.calls import ImageCall
-from serve.probe_records import Kind, ProbeLog, ProbeRecord, RunInThread
-from serve.probe_watch import (
+from serve.probes.records import Kind, ProbeLog, ProbeRecord, RunInThread
+from serve.probes.watch import (
     Array,
     CanonicalPair,
     DriftStatus,

@@ -18,11 +18,10 @@ from cat_cluster.drift import SCORES, DriftMonitor
 from cat_cluster.errors import AdapterNotFoundError
 from cat_cluster.registry import Manifest, Registry
 from serve.calls import AdminAction
-from serve.listing import parse_model
-from serve.probe_records import read_history
-from serve.problems import Problem, answers
-from serve.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of, ingress_of
-from serve.schema import (
+from serve.http.listing import parse_model
+from serve.http.problems import Problem, answers
+from serve.http.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of, ingress_of
+from serve.http.schema import (
     ActionResponse,
     AdapterCard,
     AdapterDetail,
@@ -35,6 +34,7 @@ from serve.schema import (
     RevisionCard,
     StatusResponse,
 )
+from serve.probes.records import read_history
 
 FOREVER = "private, max-age=31536000, immutable"  # a revision's pictures never change
 A_WHILE = "private, no-cache"  # what an alias names may change: ask again, and get 304

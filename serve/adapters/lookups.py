@@ -20,7 +20,7 @@ from cat_cluster.errors import (
 )
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.registry.references import LATEST, Reference, parse_reference
-from serve.futures import bare, claim, fail, failed, finished
+from serve.adapters.futures import bare, claim, fail, failed, finished
 from serve.settings import ServeSettings
 
 MOST_KEPT = 1024  # references of each table: a flood of names must not fill the memory

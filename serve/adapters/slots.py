@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cat_cluster.registry import Manifest
-from serve.host_cache import Key, key_of
+from serve.adapters.host import Key, key_of
 
 
 @dataclass(eq=False)

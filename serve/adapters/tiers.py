@@ -39,11 +39,11 @@ from cat_cluster.telemetry import (
     SLOTS_USED,
     Metrics,
 )
-from serve.flights import Flight, Waiter, Wants
-from serve.futures import bare, claim, fail, failed, finished, then
-from serve.host_cache import MIB, HostTier, Key, Loaded, Loader, Tier, key_of
+from serve.adapters.flights import Flight, Waiter, Wants
+from serve.adapters.futures import bare, claim, fail, failed, finished, then
+from serve.adapters.host import MIB, HostTier, Key, Loaded, Loader, Tier, key_of
+from serve.adapters.slots import Lease, Slot, Slots
 from serve.settings import ServeSettings
-from serve.slots import Lease, Slot, Slots
 
 _LOADERS = 4
 _MOST_FAILURES = 1024

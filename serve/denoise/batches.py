@@ -13,8 +13,8 @@ from cat_cluster.base_model import BaseModel
 from cat_cluster.errors import ServingError
 from cat_cluster.lora.row_bank import RowBank
 from cat_cluster.telemetry import Metrics
-from serve.engine_image import EngineImage, Size
-from serve.rows import ImageRows, Rows
+from serve.denoise.image import EngineImage, Size
+from serve.denoise.rows import ImageRows, Rows
 
 logger = logging.getLogger("cat_cluster.serve")
 Lane = tuple[Size, bool]  # images of one size that share calls; True: a probe in calls of its own

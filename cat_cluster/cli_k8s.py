@@ -1,0 +1,101 @@
+"""Commands for Kubernetes: `k8s render` makes a RayJob of a job spec, `k8s check` reads manifests strictly."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from cat_cluster.errors import SpecError
+from cat_cluster.settings import load_settings
+
+# Training's modules take seconds to import: commands import what they need.
+
+k8s_app = typer.Typer(no_args_is_help=True, help="Kubernetes with KubeRay: a job spec as a RayJob, and strict checks.")
+people = Console(stderr=True)
+
+
+def mount_k8s(app: typer.Typer) -> None:
+    """Add the commands of this file to the command line."""
+    app.add_typer(k8s_app, name="k8s")
+
+
+@k8s_app.command()
+def render(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML); see `cat-cluster spec schema`.")],
+    storage: Annotated[str | None, typer.Option(help="s3:// address. Default: the spec's, else $CAT_STORAGE.")] = None,
+    upload: Annotated[bool, typer.Option("--upload", help="Put photos in local folders into the storage.")] = False,
+    image: Annotated[
+        str | None, typer.Option(metavar="URI", help="Image of every pod. Default: cat-cluster at this version.")
+    ] = None,
+    namespace: Annotated[str, typer.Option(help="Namespace, as k8s/base makes it.")] = "cat-cluster",
+    name: Annotated[
+        str | None, typer.Option(help="Name of the job. Default: the spec's, with a digest of its content.")
+    ] = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="A GPU for each worker.")] = False,
+    packs: Annotated[int, typer.Option(min=1, help="Packs side by side: each gets the spec's workers.")] = 1,
+    hours: Annotated[int, typer.Option(min=1, help="Hours after which the job is ended.")] = 24,
+    suspend: Annotated[bool, typer.Option("--suspend", help="Make the job, and start it later.")] = False,
+    queue: Annotated[str | None, typer.Option(help="Queue of Kueue that starts the job.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", dir_okay=False, help="File; default: stdout.")] = None,
+) -> None:
+    """Write the Kubernetes objects of a job spec, ready for `kubectl apply -f`: a RayJob, and the spec it reads."""
+    from cat_cluster.cluster.kuberay import RenderOptions, manifest_text, render_job, upload_job
+    from cat_cluster.files import write_whole
+    from cat_cluster.spec import load_spec
+    from cat_cluster.store import open_store
+
+    job = load_spec(spec)
+    place = storage or job.storage or load_settings().storage
+    options = RenderOptions(name, namespace, image, gpu, packs, hours, suspend, queue)
+    run_id = None
+    if upload:
+        job, run_id = upload_job(job, open_store(place))
+    text = manifest_text(render_job(job, place, options))
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_whole(out, text.encode())
+        people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)
+    if run_id is not None:
+        follow = f"cat-cluster jobs status {run_id} --wait --storage {place}"
+        people.print(f"once it runs, follow it  {follow}", soft_wrap=True, markup=False)
+
+
+@k8s_app.command()
+def check(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files of manifests; - is stdin.")],
+    crds: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|URL", help="KubeRay's CRDs. Default: the pinned release's, fetched once and kept."),
+    ] = None,
+    restricted: Annotated[bool, typer.Option(help="Whether pods must fit the restricted pod-security profile.")] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
+    ] = False,
+) -> None:
+    """Check manifests before they are applied: unknown fields, what KubeRay's operator refuses, pod security.
+
+    No cluster is asked. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
+    """
+    from cat_cluster.cluster.kuberay_check import check_manifests, read_manifests
+    from cat_cluster.cluster.kuberay_schemas import load_schemas
+
+    documents = read_manifests(files)
+    if not documents:
+        raise SpecError(f"{', '.join(files)}: no manifest there; give files that hold some")
+    problems = check_manifests(documents, load_schemas(crds, load_settings().cache_dir), restricted=restricted)
+    if as_json:
+        record = {"documents": len(documents), "problems": [asdict(problem) for problem in problems]}
+        sys.stdout.write(json.dumps(record, indent=2) + "\n")
+        if problems:
+            raise typer.Exit(1)
+        return
+    if problems:
+        raise SpecError("\n".join(map(str, problems)))
+    people.print(f"{len(documents)} documents are right", soft_wrap=True)

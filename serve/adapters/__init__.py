@@ -1,0 +1,1 @@
+"""The adapter cache: store, disk, host memory, slots; no Ray, no HTTP."""

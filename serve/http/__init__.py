@@ -1,0 +1,1 @@
+"""The HTTP service around an engine client; no Ray, no device."""
