@@ -66,7 +66,7 @@ def demo(
         return
     people.print(result.table())
     people.print(f"\nReport  {result.files.html}\nPicture {result.files.png}\nNumbers {result.files.json}")
-    people.print(f"Try     cat-cluster adapters list --storage {result.storage}")
+    people.print(f"Try     make serve, or cat-cluster serve --storage {result.storage}")
 
 
 @app.command()
