@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from ray.serve.http.schema import ServeDeploySchema
+from ray.serve.schema import ServeDeploySchema
 
 from cat_cluster.errors import SpecError
 from serve.app import Deployment, build
