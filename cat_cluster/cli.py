@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cat_cluster.cli_jobs import mount
+from cat_cluster.cli_k8s import mount_k8s
 from cat_cluster.cli_serve import serve
 from cat_cluster.errors import CatClusterError
 from cat_cluster.settings import load_settings
@@ -38,6 +39,7 @@ app.add_typer(pocket_app, name="pocket")
 app.add_typer(spec_app, name="spec")
 mount(app)
 app.command()(serve)
+mount_k8s(app)
 
 people = Console(stderr=True)
 INTERRUPTED = 130

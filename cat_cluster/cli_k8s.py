@@ -51,19 +51,19 @@ def render(
     from cat_cluster.store import open_store
 
     job = load_spec(spec)
-    place = storage or job.storage or load_settings().storage
+    store = open_store(storage or job.storage or load_settings().storage)
     options = RenderOptions(name, namespace, image, gpu, packs, hours, suspend, queue)
     run_id = None
     if upload:
-        job, run_id = upload_job(job, open_store(place))
-    text = manifest_text(render_job(job, place, options))
+        job, run_id = upload_job(job, store)
+    text = manifest_text(render_job(job, store.url, options))
     if out is None:
         sys.stdout.write(text)
     else:
         write_whole(out, text.encode())
         people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)
     if run_id is not None:
-        follow = f"cat-cluster jobs status {run_id} --wait --storage {place}"
+        follow = f"cat-cluster jobs status {run_id} --wait --storage {store.url}"
         people.print(f"once it runs, follow it  {follow}", soft_wrap=True, markup=False)
 
 

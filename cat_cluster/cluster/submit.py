@@ -50,14 +50,14 @@ def submit_run(
     """
     _refuse_unseen_storage(job, store, cluster)
     store.check_access()
-    run = Run(store, run_id_of(job, _image_digests(job)))
+    run = Run(store, run_id_of(job, image_digests_of(job)))
     before = _progress_or_none(run, damaged_ok=force)
     if before is not None and not force:
         if before.state == "done" and _still_published(before, store):
             return Submission(run.run_id, "already done", None, store.url)
         _refuse_alive(run, before)
     client = connect(cluster)
-    run.write_spec(_with_stored_images(job, store).model_copy(update={"storage": store.url}))
+    run.write_spec(with_stored_images(job, store).model_copy(update={"storage": store.url}))
     run.withdraw_stop()
     run.write_progress(RunProgress.begin(run.run_id, job, state="waiting", attempt=run.last_attempt() + 1))
     try:
@@ -133,7 +133,7 @@ def _refuse_unseen_storage(job: JobSpec, store: ObjectStore, cluster: RayCluster
             )
 
 
-def _image_digests(job: JobSpec) -> list[list[str]]:
+def image_digests_of(job: JobSpec) -> list[list[str]]:
     """Read every photo and caption of the job, which also refuses those that training would."""
     from cat_cluster.concepts import load_concepts
     from cat_cluster.published import image_digests
@@ -172,7 +172,7 @@ def _refuse_alive(run: Run, progress: RunProgress) -> None:
         )
 
 
-def _with_stored_images(job: JobSpec, store: ObjectStore) -> JobSpec:
+def with_stored_images(job: JobSpec, store: ObjectStore) -> JobSpec:
     """Return the job with its photos in the storage, unless that is a folder: then the cluster is this machine."""
     if store.url.startswith("file:"):
         return job

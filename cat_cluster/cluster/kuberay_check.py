@@ -1,0 +1,148 @@
+"""Checking Kubernetes manifests before they are applied: schemas, KubeRay's own rules, the restricted profile."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cat_cluster.cluster.kuberay_job_rules import job_findings
+from cat_cluster.cluster.kuberay_rules import cluster_findings, service_findings
+from cat_cluster.cluster.kuberay_schemas import Finding, Schemas
+from cat_cluster.cluster.kuberay_security import restricted_findings
+from cat_cluster.errors import SpecError
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")  # a colon: roles may have one
+_OPERATOR = {"RayCluster": cluster_findings, "RayJob": job_findings, "RayService": service_findings}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a file of manifests. number: its place there, from 1."""
+
+    file: str
+    number: int
+    content: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """Kind and name, for people."""
+        metadata = self.content.get("metadata")
+        name = metadata.get("name", "without a name") if isinstance(metadata, dict) else "without a name"
+        return f"{self.content.get('kind', 'no kind')} {name}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong at one field of one document, and what to do about it."""
+
+    file: str
+    document: int
+    title: str
+    field: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: document {self.document} ({self.title}): {self.field}: {self.message}"
+
+
+def read_manifests(files: Iterable[str | Path]) -> list[Document]:
+    """Return the documents of files of YAML or JSON, `-` being stdin; those of a List count one by one.
+
+    Raises SpecError for what cannot be read, is not YAML, or gives a key twice.
+    """
+    documents = []
+    for file in files:
+        name = "stdin" if str(file) == "-" else str(file)
+        try:
+            text = sys.stdin.read() if str(file) == "-" else Path(file).read_text(encoding="utf-8")
+            contents = list(yaml.load_all(text, Loader=_Once))
+        except OSError as error:
+            raise SpecError(f"{name}: cannot be read: {error.strerror}; give files of manifests, or -") from error
+        except (yaml.YAMLError, ValueError) as error:
+            raise SpecError(f"{name}: is not YAML: {' '.join(str(error).split())}; correct it") from error
+        for number, content in enumerate(contents, 1):
+            if content is None:
+                continue
+            if not isinstance(content, dict):
+                raise SpecError(f"{name}: document {number}: must be a mapping with apiVersion and kind")
+            items = content.get("items") if content.get("kind") == "List" else None
+            for item in items if isinstance(items, list) else [content]:
+                if not isinstance(item, dict):
+                    raise SpecError(f"{name}: document {number}: a List holds mappings with apiVersion and kind")
+                documents.append(Document(name, number, item))
+    return documents
+
+
+def check_manifests(documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True) -> list[Problem]:
+    """Return what an API server, KubeRay's operator or a namespace of the restricted profile would not take.
+
+    A document that its schema refuses is not looked at further: the rules rely on its shape. Raises ClusterError when
+    schemas are needed that are not installed.
+    """
+    problems = []
+    for document in documents:
+        findings = list(_shape_findings(document.content))
+        findings = findings or list(schemas.findings(document.content))
+        findings = findings or list(_rule_findings(document.content, restricted=restricted))
+        problems += [
+            Problem(document.file, document.number, document.title, field_text(path), message)
+            for path, message in findings
+        ]
+    return problems
+
+
+def field_text(path: Sequence[str | int]) -> str:
+    """Return a path as people write it, `spec.containers[0].image`."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        elif re.fullmatch(r"[A-Za-z0-9_-]+", part):
+            text += f".{part}" if text else part
+        else:
+            text += f"[{part!r}]"
+    return text or "the whole document"
+
+
+def _shape_findings(content: dict[str, Any]) -> Iterator[Finding]:
+    for field, example in (("apiVersion", "ray.io/v1"), ("kind", "RayJob")):
+        if not isinstance(content.get(field), str) or not content[field]:
+            yield (field,), f"must be text, such as {example}"
+    metadata = content.get("metadata")
+    if not isinstance(metadata, dict):
+        yield ("metadata",), "must be a mapping with the object's name"
+        return
+    name = metadata.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 253:
+        yield ("metadata", "name"), f"{name!r} is no name of an object: a-z, 0-9, - and ., at most 253 characters"
+
+
+def _rule_findings(content: dict[str, Any], *, restricted: bool) -> Iterator[Finding]:
+    if str(content["apiVersion"]).startswith("ray.io/") and content["kind"] in _OPERATOR:
+        yield from _OPERATOR[content["kind"]](content)
+    if restricted:
+        yield from restricted_findings(content)
+
+
+class _Once(yaml.CSafeLoader):
+    """YAML whose mappings give no key twice, as the API server's strict decoder wants it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """Return the mapping; a repeated key is an error at its line."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice, the second time", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)

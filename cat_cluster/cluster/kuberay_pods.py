@@ -1,0 +1,169 @@
+"""The pods of a training job: restricted, with a read-only root, and next to serving the first to make room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+IMAGE = "cat-cluster"
+SPEC_FOLDER = "/etc/cat-cluster/job"
+USER = 10001  # of k8s/Dockerfile
+# Ports of Ray, as PodMonitors and network policies name them.
+GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
+METRICS_PORT, AUTOSCALER_METRICS_PORT, DASHBOARD_METRICS_PORT = 8080, 44217, 44227
+HEALTH_PATH = "/api/healthz"
+TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
+ACCOUNT, HEAD_ACCOUNT = "cat-training", "cat-training-head"
+PRIORITY = "cat-cluster-training"
+_SCRATCH = "/scratch"
+_LABELS = {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/component": "training"}
+# Of machines that may be taken away at short notice, and of those with GPUs.
+_SPOT = ("cat-cluster/spot", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
+
+
+def head_template(image: str, *, spec_map: str, scales: bool) -> dict[str, Any]:
+    """Return the head's pod. spec_map: the ConfigMap with the spec; scales: the autoscaler runs in it."""
+    metrics = [
+        _port("metrics", METRICS_PORT),
+        *([_port("as-metrics", AUTOSCALER_METRICS_PORT)] if scales else []),
+        _port("dash-metrics", DASHBOARD_METRICS_PORT),
+    ]
+    container = {
+        "name": "ray-head",
+        "image": image,
+        "ports": [_port("gcs-server", GCS_PORT), _port("dashboard", DASHBOARD_PORT), *metrics],
+        **_surroundings(),
+        "resources": _resources("2", "8Gi"),
+        **_probes(),
+    }
+    container["volumeMounts"].append({"name": "job", "mountPath": SPEC_FOLDER, "readOnly": True})
+    pod = _pod(container, HEAD_ACCOUNT if scales else ACCOUNT)
+    pod["volumes"].append({"name": "job", "configMap": {"name": spec_map}})
+    if scales:
+        pod["volumes"].append(_token_volume())
+    # A head that is moved costs the run a new cluster.
+    stays = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+    return {"metadata": {"labels": dict(_LABELS), "annotations": stays}, "spec": pod}
+
+
+def worker_template(image: str, *, gpu: bool) -> dict[str, Any]:
+    """Return a worker's pod, which may run on a machine that is taken away: that costs some steps."""
+    container = {
+        "name": "ray-worker",
+        "image": image,
+        "ports": [_port("metrics", METRICS_PORT)],
+        **_surroundings(),
+        "resources": _resources("4", "24Gi", gpus=1) if gpu else _resources("2", "8Gi"),
+        **_probes(),
+    }
+    pod = _pod(container, ACCOUNT)
+    keys = (*_SPOT, "nvidia.com/gpu") if gpu else _SPOT
+    pod["tolerations"] = [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in keys]
+    return {"metadata": {"labels": dict(_LABELS)}, "spec": pod}
+
+
+def submitter_template(image: str) -> dict[str, Any]:
+    """Return the pod that hands the job to the cluster and follows its log; the operator adds the command."""
+    container = {
+        "name": "ray-job-submitter",
+        "image": image,
+        "env": [{"name": "HOME", "value": "/tmp"}],
+        "securityContext": container_security(),
+        "resources": {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}},
+        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
+    }
+    pod = {**_pod(container, ACCOUNT), "restartPolicy": "Never"}
+    pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] == "tmp"]
+    return {"metadata": {"labels": dict(_LABELS)}, "spec": pod}
+
+
+def autoscaler_options() -> dict[str, Any]:
+    """Return what the operator makes the autoscaler's container of: it alone holds a token of the API server."""
+    return {
+        "version": "v2",
+        "idleTimeoutSeconds": 300,
+        "securityContext": container_security(),
+        "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "500m", "memory": "1Gi"}},
+        "env": [{"name": "HOME", "value": "/tmp"}],
+        "volumeMounts": [
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "api-token", "mountPath": TOKEN_FOLDER, "readOnly": True},
+        ],
+    }
+
+
+def container_security() -> dict[str, Any]:
+    """Return the securityContext of every container here."""
+    return {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+def _pod(container: dict[str, Any], account: str) -> dict[str, Any]:
+    return {
+        "serviceAccountName": account,
+        "automountServiceAccountToken": False,
+        "priorityClassName": PRIORITY,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [container],
+        "volumes": [
+            {"name": "scratch", "emptyDir": {"sizeLimit": "20Gi"}},
+            {"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}},
+        ],
+    }
+
+
+def _surroundings() -> dict[str, Any]:
+    return {
+        "env": [
+            {"name": "HOME", "value": _SCRATCH},
+            {"name": "CAT_CACHE_DIR", "value": f"{_SCRATCH}/cat-cluster"},
+            {"name": "HF_HOME", "value": f"{_SCRATCH}/huggingface"},
+            {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
+        ],
+        "envFrom": [
+            {"configMapRef": {"name": "cat-cluster-settings"}},
+            # Not there where a role of the cloud gives the right to the bucket.
+            {"secretRef": {"name": "cat-cluster-s3", "optional": True}},
+            {"secretRef": {"name": "cat-cluster-hub", "optional": True}},
+        ],
+        "securityContext": container_security(),
+        "volumeMounts": [{"name": "scratch", "mountPath": _SCRATCH}, {"name": "tmp", "mountPath": "/tmp"}],
+    }
+
+
+def _probes() -> dict[str, Any]:
+    """Return probes over HTTP: KubeRay's own may call wget, which the image does not have."""
+    asks = {"httpGet": {"path": HEALTH_PATH, "port": AGENT_PORT}, "timeoutSeconds": 5}
+    return {
+        "startupProbe": {**asks, "periodSeconds": 5, "failureThreshold": 60},
+        "livenessProbe": {**asks, "periodSeconds": 10, "failureThreshold": 12},
+        "readinessProbe": {**asks, "periodSeconds": 5, "failureThreshold": 6},
+    }
+
+
+def _port(name: str, number: int) -> dict[str, Any]:
+    return {"name": name, "containerPort": number}
+
+
+def _resources(cpus: str, memory: str, *, gpus: int = 0) -> dict[str, Any]:
+    """As much as is asked for, and no more: Ray deals out what the limits say."""
+    amounts = {"cpu": cpus, "memory": memory, **({"nvidia.com/gpu": gpus} if gpus else {})}
+    return {"requests": dict(amounts), "limits": dict(amounts)}
+
+
+def _token_volume() -> dict[str, Any]:
+    """Return what Kubernetes mounts into every container by itself, for one container to mount."""
+    sources = [
+        {"serviceAccountToken": {"path": "token", "expirationSeconds": 3607}},
+        {"configMap": {"name": "kube-root-ca.crt", "items": [{"key": "ca.crt", "path": "ca.crt"}]}},
+        {"downwardAPI": {"items": [{"path": "namespace", "fieldRef": {"fieldPath": "metadata.namespace"}}]}},
+    ]
+    return {"name": "api-token", "projected": {"sources": sources}}

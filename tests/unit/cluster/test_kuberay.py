@@ -1,0 +1,206 @@
+"""A job spec as Kubernetes objects: what is written, what is refused, and the commands around it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from cat_cluster.cli_k8s import k8s_app
+from cat_cluster.cluster.kuberay import RenderOptions, manifest_text, render_job, upload_job
+from cat_cluster.cluster.kuberay_check import Document, check_manifests
+from cat_cluster.cluster.kuberay_schemas import Schemas
+from cat_cluster.errors import ConceptError, SpecError
+from cat_cluster.spec import JobSpec, load_spec
+from cat_cluster.store import LocalStore
+
+BUCKET = "s3://bucket/prod"
+
+
+class Bucket(LocalStore):
+    """A folder that calls itself a bucket."""
+
+    @property
+    def url(self) -> str:
+        """The address of the bucket."""
+        return BUCKET
+
+
+def job(**fields: Any) -> JobSpec:
+    concept = {"token": "sks", "class_noun": "cup", "images": "s3://bucket/concepts/cup"}
+    return JobSpec.model_validate({"name": "tea", "adapters": [{"id": "cup", "concepts": [concept]}], **fields})
+
+
+def rendered(spec: JobSpec, **options: Any) -> dict[str, Any]:
+    return render_job(spec, BUCKET, RenderOptions(**options))[1]
+
+
+def rules_of(document: dict[str, Any]) -> list[str]:
+    """What the rules and the restricted profile say; schemas are for the manifests' own test."""
+    kind = (document["apiVersion"], document["kind"])
+    anything = type("Anything", (), {"iter_errors": staticmethod(lambda _: [])})
+    return [str(one) for one in check_manifests([Document("job", 1, document)], Schemas({kind: anything}))]
+
+
+def test_the_spec_goes_along_and_the_job_reads_it(tmp_path: Path) -> None:
+    spec_map, ray_job = render_job(job(training={"steps": 40}), BUCKET, RenderOptions())
+    written = tmp_path / "spec.yaml"
+    written.write_text(spec_map["data"]["spec.yaml"])
+    assert load_spec(written) == job(training={"steps": 40}, storage=BUCKET)
+    assert spec_map["immutable"] is True
+    assert ray_job["metadata"]["name"] == spec_map["metadata"]["name"]
+
+    pod = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    volume = next(one for one in pod["volumes"] if one["name"] == "job")
+    mount = next(one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "job")
+    assert volume["configMap"]["name"] == spec_map["metadata"]["name"]
+    assert ray_job["spec"]["entrypoint"] == f"python -m jobs.train {mount['mountPath']}/spec.yaml"
+
+
+def test_a_changed_spec_is_another_job_and_the_same_one_is_not() -> None:
+    first, again, changed = (rendered(job(training={"steps": steps}))["metadata"]["name"] for steps in (40, 40, 41))
+    assert first == again != changed
+    assert first.startswith("tea-")
+
+
+@pytest.mark.parametrize("title", ["Frühjahr 2027 & more", "7 cups", "x" * 100, "___"])
+def test_any_name_of_a_spec_makes_a_name_that_kubernetes_takes(title: str) -> None:
+    assert rules_of(rendered(job(name=title))) == []
+
+
+@pytest.mark.parametrize("name", ["7cups", "Cups", "x" * 48, "cup-"])
+def test_a_name_that_kubernetes_refuses_is_refused(name: str) -> None:
+    with pytest.raises(SpecError, match="--name"):
+        rendered(job(), name=name)
+
+
+def test_workers_and_packs_are_there_from_the_beginning() -> None:
+    spec = rendered(job(cluster={"workers": 3}), packs=2)["spec"]["rayClusterSpec"]
+    (group,) = spec["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (6, 6, 6)
+    assert "enableInTreeAutoscaling" not in spec
+
+
+def test_elastic_workers_scale_and_only_the_autoscaler_has_a_token() -> None:
+    ray_job = rendered(job(cluster={"workers": [1, 4]}), gpu=True)
+    spec = ray_job["spec"]["rayClusterSpec"]
+    (group,) = spec["workerGroupSpecs"]
+    assert (group["minReplicas"], group["maxReplicas"]) == (1, 4)
+    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert spec["enableInTreeAutoscaling"] is True
+    head = spec["headGroupSpec"]["template"]["spec"]
+    assert head["serviceAccountName"] == "cat-training-head"
+    assert "api-token" in {one["name"] for one in spec["autoscalerOptions"]["volumeMounts"]}
+    assert "api-token" not in {one["name"] for one in head["containers"][0]["volumeMounts"]}
+    assert rules_of(ray_job) == []
+
+
+@pytest.mark.parametrize("options", [{}, {"suspend": True}, {"queue": "cats"}, {"gpu": True, "hours": 2}])
+def test_every_form_keeps_the_operators_rules(options: dict[str, Any]) -> None:
+    ray_job = rendered(job(), **options)
+    assert rules_of(ray_job) == []
+    spec = ray_job["spec"]
+    assert ("deletionStrategy" in spec) != ("ttlSecondsAfterFinished" in spec)
+    assert ray_job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") == options.get("queue")
+
+
+def test_a_deadline_that_passes_does_not_leave_machines_behind() -> None:
+    rules = rendered(job())["spec"]["deletionStrategy"]["deletionRules"]
+    ends = {next(iter(rule["condition"].items())) for rule in rules if rule["policy"] == "DeleteCluster"}
+    assert ends == {("jobStatus", "SUCCEEDED"), ("jobStatus", "FAILED"), ("jobDeploymentStatus", "Failed")}
+
+
+def test_kueue_and_elastic_workers_exclude_each_other() -> None:
+    with pytest.raises(SpecError, match="leave --queue out"):
+        rendered(job(cluster={"workers": [1, 2]}), queue="cats")
+
+
+def test_what_lies_on_this_machine_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    concept = {"token": "sks", "class_noun": "cup", "images": str(tmp_path)}
+    local = job(adapters=[{"id": "cup", "concepts": [concept]}])
+    for spec, storage, said in (
+        (local, BUCKET, "--upload"),
+        (job(), tmp_path.as_uri(), "s3://bucket/prefix"),
+        (job(base=str(tmp_path)), BUCKET, "hub id"),
+        (job(evaluation={"judge": str(tmp_path)}), BUCKET, "evaluation.judge"),
+        (job(training={"general_prompts": str(tmp_path / "prompts.txt")}), BUCKET, "leave the field out"),
+    ):
+        with pytest.raises(SpecError, match=said):
+            render_job(spec, storage, RenderOptions())
+
+
+def test_upload_stores_photos_once_and_names_the_run(tmp_path: Path) -> None:
+    photos = tmp_path / "cup"
+    photos.mkdir()
+    Image.new("RGB", (64, 64), (90, 20, 200)).save(photos / "a.png")
+    concept = {"token": "sks", "class_noun": "cup", "images": str(photos)}
+    local = job(adapters=[{"id": "cup", "concepts": [concept]}])
+    store = Bucket(tmp_path / "store")
+    stored, run_id = upload_job(local, store)
+    assert upload_job(local, store) == (stored, run_id)
+    address = stored.adapters[0].concepts[0].images
+    assert store.list("inputs/") == [address.removeprefix(f"{BUCKET}/")]
+    assert run_id.startswith("run-")
+    assert rules_of(render_job(stored, store.url, RenderOptions())[1]) == []
+
+
+def test_upload_refuses_photos_that_training_would(tmp_path: Path) -> None:
+    (tmp_path / "cup").mkdir()
+    (tmp_path / "cup" / "a.png").write_bytes(b"no picture")
+    concept = {"token": "sks", "class_noun": "cup", "images": str(tmp_path / "cup")}
+    store = Bucket(tmp_path / "store")
+    with pytest.raises(ConceptError):
+        upload_job(job(adapters=[{"id": "cup", "concepts": [concept]}]), store)
+
+
+def test_the_yaml_reads_back_as_it_was() -> None:
+    documents = render_job(job(name="a: b # c"), BUCKET, RenderOptions())
+    text = manifest_text(documents)
+    assert list(yaml.safe_load_all(text)) == documents
+    assert "&id" not in text
+    assert "\n  spec.yaml: |\n" in text
+
+
+def test_the_commands(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(yaml.safe_dump(job().model_dump(mode="json", exclude_unset=True)))
+    runner = CliRunner()
+    written = runner.invoke(k8s_app, ["render", str(spec), "--storage", BUCKET, "--image", "registry/cats:7"])
+    assert written.exit_code == 0, written.output
+    documents = list(yaml.safe_load_all(written.stdout))
+    assert [one["kind"] for one in documents] == ["ConfigMap", "RayJob"]
+    assert written.stdout.count("registry/cats:7") == 3
+
+    out = tmp_path / "out" / "job.yaml"
+    assert runner.invoke(k8s_app, ["render", str(spec), "--storage", BUCKET, "--out", str(out)]).exit_code == 0
+    assert list(yaml.safe_load_all(out.read_text()))[1]["kind"] == "RayJob"
+
+    crds = tmp_path / "crds"
+    crds.mkdir()
+    schema = {"type": "object", "properties": {"spec": {"type": "object", "properties": {"size": {"type": "integer"}}}}}
+    crd = {
+        "kind": "CustomResourceDefinition",
+        "spec": {
+            "group": "example.org",
+            "names": {"kind": "Cup"},
+            "versions": [{"name": "v1", "schema": {"openAPIV3Schema": schema}}],
+        },
+    }
+    (crds / "cup.yaml").write_text(yaml.safe_dump(crd))
+    cup = {"apiVersion": "example.org/v1", "kind": "Cup", "metadata": {"name": "a"}, "spec": {"sise": 1}}
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text(yaml.safe_dump({**cup, "spec": {"size": 1}}))
+    bad.write_text(yaml.safe_dump(cup))
+    assert runner.invoke(k8s_app, ["check", str(good), "--crds", str(crds)]).exit_code == 0
+    piped = runner.invoke(k8s_app, ["check", "-", "--crds", str(crds), "--json"], input=bad.read_text())
+    assert piped.exit_code == 1
+    (problem,) = json.loads(piped.stdout)["problems"]
+    assert problem["field"] == "spec.sise"
+    refused = runner.invoke(k8s_app, ["check", str(bad), "--crds", str(crds)])
+    assert isinstance(refused.exception, SpecError)
+    assert str(refused.exception) == f"{bad}: document 1 (Cup a): spec.sise: unknown field; did you mean size?"
