@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cat_cluster import telemetry
 from cat_cluster.base_model import BaseModel, choose_device, compiled_blocks, load_base_model
 from cat_cluster.errors import (
     CatClusterError,
@@ -64,7 +65,11 @@ class Service:
         half = settings.precision == "bf16" or (settings.precision == "auto" and device.startswith("cuda"))
         base = load_base_model(settings.base, device=device, dtype=torch.bfloat16 if half else torch.float32)
         sizes = parse_sizes(settings.sizes, base)
-        registry = Registry(open_store(settings.storage))
+        registry = Registry(
+            open_store(
+                settings.storage, on_retry=lambda operation: metrics.inc(telemetry.STORE_RETRIES, operation=operation)
+            )
+        )
         layout = AdapterLayout(base.unet, adapted_layers(base.unet, settings.targets), settings.max_rank)
         with ExitStack() as cleanup:
             bank = RowBank(base.unet, layout)

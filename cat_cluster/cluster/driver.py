@@ -292,6 +292,6 @@ class _Driver:
 
     def _count(self) -> None:
         self._metrics.set(telemetry.PACKS_RUNNING, len(self._running))
-        states = [adapter.state for adapter in self._writer.progress.adapters]
-        for state in sorted(set(states)):
+        states: list[str] = [adapter.state for adapter in self._writer.progress.adapters]
+        for state in telemetry.LABELS["state"].values:
             self._metrics.set(telemetry.ADAPTERS, states.count(state), state=state)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Mapping
+
 from ray.util import metrics as ray_metrics
 
 from cat_cluster.telemetry import MetricSpec, Record
 
+AGAIN_S = 5.0
+
 
 class RayBackend:
-    """Metrics of the Ray process this runs in: a driver, a task or an actor. Ray puts `ray_` before each name."""
+    """Metrics of the Ray process this runs in: a driver, a task or an actor. Ray puts `ray_` before each name.
+
+    Ray's agent drops a gauge 20 seconds after it was last set, although the process lives: a thread sets each again.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[tuple[ray_metrics.Gauge, tuple[tuple[str, str], ...]], float] = {}
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
 
     def open(self, spec: MetricSpec) -> Record:
         """Make a metric in Ray."""
@@ -18,6 +32,21 @@ class RayBackend:
             return lambda value, labels: counter.inc(value, dict(labels)) if value else None
         if spec.kind == "gauge":
             gauge = ray_metrics.Gauge(spec.name, spec.help, spec.labels)
-            return lambda value, labels: gauge.set(value, dict(labels))
+            return lambda value, labels: self._set(gauge, value, labels)
         histogram = ray_metrics.Histogram(spec.name, spec.help, list(spec.buckets), spec.labels)
         return lambda value, labels: histogram.observe(value, dict(labels))
+
+    def _set(self, gauge: ray_metrics.Gauge, value: float, labels: Mapping[str, str]) -> None:
+        with self._lock:
+            self._last[gauge, tuple(sorted(labels.items()))] = value
+            gauge.set(value, dict(labels))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._set_again, name="ray-gauges", daemon=True)
+                self._thread.start()
+
+    def _set_again(self) -> None:
+        while True:
+            time.sleep(AGAIN_S)
+            with self._lock:
+                for (gauge, labels), value in self._last.items():
+                    gauge.set(value, dict(labels))
