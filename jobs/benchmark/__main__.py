@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+
+from cat_cluster.errors import CatClusterError
 
 app = typer.Typer(no_args_is_help=True, help="Measurements of cat-cluster; results go to jobs/benchmark/results.")
 people = Console(stderr=True)
@@ -27,6 +31,7 @@ def frontier(
     """Vary one setting of CAT at a time: identity against drift (about an hour on 2 cores)."""
     from jobs.benchmark.frontier import GROUPS, run
 
+    _check("only", only, GROUPS)
     people.print(f"wrote {run(folder, people, only or list(GROUPS))}")
 
 
@@ -41,6 +46,7 @@ def study(
     """Compare CAT with plain LoRA on held-out concepts, three seeds, single and joint (over an hour on 2 cores)."""
     from jobs.benchmark.study import run
 
+    _check("only", only, ("single", "joint", "photos"))
     parts = only or ["single", "joint", *(["photos"] if photos else [])]
     for path in run(folder, people, photos, parts):
         people.print(f"wrote {path}")
@@ -59,20 +65,55 @@ def packing(
     size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
 ) -> None:
     """Time 8 adapters packed, one by one, and in a plain PEFT loop; and the memory of packs (about ten minutes)."""
-    from jobs.benchmark.packing import run
+    from jobs.benchmark.packing import SIZES, run
 
+    _check("size", [size], SIZES)
     people.print(f"wrote {run(people, size)}")
 
 
 @app.command()
 def cluster(
-    only: Annotated[list[str] | None, typer.Option(help="steps, ray, checkpoints, sharding, batch; none: all.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="steps, checkpoints, sharding, batch; none: all.")] = None,
 ) -> None:
     """Measure what workers, ZeRO, Ray, checkpoints and batches cost and gain (about forty minutes on 2 cores)."""
     from jobs.benchmark.cluster import PARTS, run
 
+    _check("only", only, PARTS)
     for path in run(people, only or PARTS):
         people.print(f"wrote {path}")
+
+
+@app.command()
+def serving(
+    only: Annotated[
+        list[str] | None, typer.Option(help="overhead, adapters, serial, peft, poisson, join, probes; none: all.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="About how long each part takes turns.")] = 60.0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every way; none: all cores.")] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the U-Net's blocks, where a way can.")] = False,
+) -> None:
+    """Measure the serving engine beside pipelines and PEFT batches (about twenty minutes on 2 cores)."""
+    from jobs.benchmark.serving import SIZES, run
+
+    _check("size", [size], SIZES)
+    _check("only", only, SIZES[size].parts)
+    people.print(f"wrote {run(people, only or (), size, device, seconds, compile=compile, threads=threads)}")
+
+
+@app.command()
+def drift(
+    demo: Annotated[Path, typer.Option(help="Folder of `make demo`, whose adapters are probed.")] = Path("out/demo"),
+    folder: Annotated[Path, typer.Option(help="Where adapters and scores are kept; a second run goes on.")] = Path(
+        "out/drift"
+    ),
+    judge_only: Annotated[bool, typer.Option("--judge-only", help="Judge the scores that are there again.")] = False,
+) -> None:
+    """Draw probes of healthy adapters and of faults, and let the drift detectors judge them (half an hour)."""
+    from jobs.benchmark.drift import run
+
+    people.print(f"wrote {run(demo, folder, people, judge_only=judge_only)}")
 
 
 @app.command()
@@ -84,5 +125,16 @@ def report() -> None:
         people.print(f"wrote {path}")
 
 
+def _check(option: str, names: Iterable[str] | None, known: Iterable[str]) -> None:
+    """Refuse a name that is not known before anything is measured."""
+    for name in names or ():
+        if name not in known:
+            raise typer.BadParameter(f"{name!r} is unknown; choose from {', '.join(known)}", param_hint=f"--{option}")
+
+
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except CatClusterError as error:
+        people.print(f"error: {error}", markup=False)
+        sys.exit(1)

@@ -11,6 +11,8 @@ from jobs.benchmark.cluster_page import cluster_page
 from jobs.benchmark.compare import judges_of
 from jobs.benchmark.figures import draw_frontier, draw_packing, draw_study, measured_for_aim
 from jobs.benchmark.record import RESULTS, ROOT, measured_on, read_result
+from jobs.benchmark.serving_page import PAGES as SERVING_PAGES
+from jobs.benchmark.serving_page import draw_serving, serving_page
 
 PAGES = ROOT / "docs" / "benchmarks"
 STUDY_PARTS = ("single", "joint", "photos")
@@ -42,6 +44,9 @@ def write_pages(results: Path = RESULTS, pages: Path = PAGES) -> list[Path]:
         draw_study(study, AIMS, pages / "study.png")
     if packing:
         draw_packing(packing, pages / "packing.png")
+    for name in SERVING_PAGES:
+        if served := read_result(name, results):
+            draw_serving(served, pages / f"{name}.png")
     for name, text in texts.items():
         (pages / name).write_text(text, encoding="utf-8")
     return [pages / name for name in texts]
@@ -58,6 +63,10 @@ def page_texts(results: Path = RESULTS) -> dict[str, str]:
         "frontier.md": _frontier_page(frontier) if frontier else None,
         "levers.md": _levers_page(levers) if levers else None,
         "packing.md": _packing_page(packing) if packing else None,
+        **{
+            page: serving_page(served, f"{name}.png") if (served := read_result(name, results)) else None
+            for name, page in SERVING_PAGES.items()
+        },
     }
     found = {name: text for name, text in pages.items() if text is not None}
     return {"README.md": _index(found), **found}
@@ -76,7 +85,7 @@ def _index(pages: Mapping[str, str]) -> str:
             "Every page here is made by `python -m jobs.benchmark report` from the result files in",
             "`jobs/benchmark/results`, which record the commit, the versions and the machine. Timings are ratios",
             "measured turn by turn in one process. To measure again: `python -m jobs.benchmark levers` (or `packing`,",
-            "`cluster`, `frontier`, `study`), then `report`.",
+            "`serving`, `cluster`, `frontier`, `study`), then `report`.",
             "",
             *rows,
             "",

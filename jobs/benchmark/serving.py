@@ -1,0 +1,119 @@
+"""Serving many adapters: what they cost, and what the engine gains over what one would do without it.
+
+`python -m jobs.benchmark serving` (about half an hour on 2 cores) measures every part; all of a part's contenders take
+short turns in one process. `--size sd15 --device cuda` does so on a GPU with a random U-Net of Stable Diffusion 1.5's
+size, which it makes itself: no hub, no Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from cat_cluster.base_model import choose_device
+from jobs.benchmark import serving_calls, serving_rates, serving_turns
+from jobs.benchmark.record import RESULTS, machine, read_result, source_state, write_result
+from jobs.benchmark.serving_bench import Bench, Scale, bench_in
+from jobs.benchmark.serving_materials import write_random_base
+
+PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "overhead": serving_calls.measure,
+    "adapters": serving_rates.measure_adapters,
+    "serial": serving_rates.measure_serial,
+    "peft": serving_rates.measure_peft,
+    "poisson": serving_rates.measure_poisson,
+    "join": serving_turns.measure_join,
+    "probes": serving_turns.measure_probes,
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A base, given by name or written into a folder; how much is measured; and the parts it can be measured in."""
+
+    result: str
+    base: Callable[[Path], str]
+    scale: Scale
+    parts: tuple[str, ...] = tuple(PARTS)
+
+
+SIZES = {
+    "pocket": Size("serving", lambda folder: "pocket", Scale()),
+    "sd15": Size(
+        "serving-gpu",
+        lambda folder: write_random_base(folder / "base"),
+        Scale(
+            rows=64,
+            concurrency=32,
+            mixes=(1, 8, 32),
+            slots=(32,),
+            threads=(4,),
+            call_rows=(1, 2, 4, 8, 16, 32, 64),
+            images=64,
+            serial_images=4,
+            arrivals=128,
+        ),
+        parts=tuple(part for part in PARTS if part != "probes"),  # no judge of a random base's images
+    ),
+}
+
+
+def run(
+    console: Console,
+    only: Sequence[str] = (),
+    size: str = "pocket",
+    device: str = "auto",
+    seconds: float = 60.0,
+    *,
+    compile: bool = False,
+    threads: int | None = None,
+    apart: bool = True,
+    results: Path = RESULTS,
+) -> Path:
+    """Measure the named parts (none: all of the size), each for about `seconds`; keep what others said before.
+
+    Raises SpecError for a device that is not there.
+    """
+    known, where = SIZES[size], choose_device(device)
+    scale = replace(known.scale, threads=_threads(known.scale))
+    if threads is not None:
+        torch.set_num_threads(threads)
+    path = results / f"{known.result}.json"
+    with tempfile.TemporaryDirectory(prefix="cat-serving-") as place:
+        base = known.base(Path(place))
+        bench = bench_in(Path(place), base, where, scale, seconds, compile=compile, apart=apart)
+        for part in only or known.parts:
+            console.print(f"{part} ...")
+            found = measured(bench, part)
+            before = (read_result(known.result, results) or {}).get("parts", {})
+            ordered = {name: one for name in PARTS if (one := {**before, part: found}.get(name)) is not None}
+            path = write_result(known.result, {"size": size, "parts": ordered}, results)
+    return path
+
+
+def measured(bench: Bench, part: str) -> dict[str, Any]:
+    """Measure a part: what it found, with where and when, and how busy the machine was."""
+    head = {
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        **source_state(),
+        "machine": machine(),
+        "device": bench.device,
+        "compiled": bench.compile,
+        "seconds": bench.seconds,
+    }
+    before = os.getloadavg()[0]
+    found = PARTS[part](bench)
+    return {**head, "load_before": before, "load_after": os.getloadavg()[0], **found}
+
+
+def _threads(scale: Scale) -> tuple[int, ...]:
+    cores = os.cpu_count() or 1
+    return tuple(dict.fromkeys(min(count, cores) for count in scale.threads))

@@ -1,0 +1,106 @@
+"""What is served in the serving benchmarks: adapters of chance in a real registry, and a base of chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.registry import AdapterDraft, Manifest, Registry
+from cat_cluster.spec import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
+from cat_cluster.store import open_store
+from jobs.benchmark.workbench import RANK
+
+TARGETS = "attention_ff"
+CHANGE = 0.07  # of the norm of each weight matrix: what trained adapters of this rank do
+TOKEN, NOUN = "sks", "cup"
+
+
+def random_adapter(unet: UNet2DConditionModel, seed: int) -> AdapterWeights:
+    """An adapter of rank 8 that changes every weight matrix by 7% of its norm."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name in adapted_layers(unet, TARGETS):
+        weight = unet.get_submodule(name).weight.detach().float().cpu()
+        outputs, inputs = weight.shape
+        down = torch.randn(RANK, inputs, generator=generator) * inputs**-0.5
+        up = torch.randn(outputs, RANK, generator=generator)
+        change = ((up.mT @ up) * (down @ down.mT)).sum().sqrt()  # the Frobenius norm of up @ down
+        layers[name] = LoraLayer(down, up * (CHANGE * torch.linalg.matrix_norm(weight) / change))
+    return AdapterWeights(layers)
+
+
+def publish(
+    storage: Path,
+    base: BaseModel,
+    adapter_id: str,
+    weights: AdapterWeights,
+    evaluation: EvaluationSpec | None = None,
+    reference: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Publish an adapter as training does; with a reference it can be probed."""
+    resolved = ResolvedAdapter(
+        id=adapter_id,
+        base=base.name,
+        method="cat",
+        concepts=(ConceptSpec(token=TOKEN, class_noun=NOUN, images="photos"),),
+        training=TrainingSpec(rank=RANK),
+        evaluation=evaluation or EvaluationSpec(),
+    )
+    draft = AdapterDraft(
+        adapter_id=adapter_id,
+        resolved=resolved,
+        base_name=base.name,
+        base_fingerprint=base.fingerprint,
+        image_digests=["0" * 64],
+        weights=weights,
+        training={},
+        reference=reference,
+    )
+    return Registry(open_store(str(storage))).publish(draft)
+
+
+def write_random_base(
+    folder: Path,
+    *,
+    unet: Mapping[str, Any] | None = None,
+    vae: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
+) -> str:
+    """Write a Stable Diffusion with random half-precision weights in diffusers layout; return its folder.
+
+    The sizes are those of Stable Diffusion 1.5 if not said otherwise, but for the pocket base's small vocabulary.
+    """
+    pocket = load_base_model("pocket")
+    torch.manual_seed(0)
+    tokenizer = pocket.tokenizer
+    width = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    settings = {**width, **(text or {})}
+    tokenizer.model_max_length = int(settings.setdefault("max_position_embeddings", 77))
+    vae_settings = {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "sample_size": 512,
+    }
+    pipeline = StableDiffusionPipeline(
+        unet=UNet2DConditionModel(**{"sample_size": 64, "cross_attention_dim": 768, **(unet or {})}).half(),
+        vae=AutoencoderKL(**(vae or vae_settings)).half(),
+        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **settings)).half(),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler.from_config(dict(pocket.schedule.scheduler_config)),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,256 @@
+"""What one would do without this project: stock pipelines one image at a time, and a PEFT loop over mixed batches.
+
+Written kindly: adapters lie in memory, U-Nets are channels-last as the engine's is, nothing is made into a PNG.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from peft import PeftModel
+from torch import Tensor
+
+from cat_cluster.base_model import base_folder, compiled_blocks
+from cat_cluster.diffusion.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
+from cat_cluster.generation import initial_latents
+from cat_cluster.lora.formats import write_adapter
+from jobs.benchmark.serving_bench import GUIDANCE, Ask, Bench, Pixels
+from jobs.benchmark.workbench import RANK, synchronise
+
+
+def to_pixels(images: Tensor) -> list[Pixels]:
+    """Return images [N, 3, H, W] in [0, 1] as uint8 [H, W, 3] each."""
+    return list((images.float() * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+
+
+class Serial(ABC):
+    """A stock StableDiffusionPipeline that draws one request after the other, each with its adapter."""
+
+    def __init__(self, bench: Bench) -> None:
+        diffusers_logging.set_verbosity_error()
+        self._device, self._dtype = bench.device, bench.dtype
+        self._pipeline = StableDiffusionPipeline.from_pretrained(
+            base_folder(bench.base), torch_dtype=bench.dtype, safety_checker=None, local_files_only=True
+        ).to(bench.device)
+        self._pipeline.scheduler = DDIMScheduler.from_config(self._pipeline.scheduler.config)
+        self._pipeline.unet.to(memory_format=torch.channels_last)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._states = {
+            name: {  # copies: a hot swap writes into the tensors that were loaded first
+                f"unet.{layer}.lora_{side}.weight": value.to(bench.device, bench.dtype, copy=True)
+                for layer, factors in weights.layers.items()
+                for side, value in (("A", factors.down), ("B", factors.up))
+            }
+            for name, weights in bench.adapters.items()
+        }
+        self._cleanup = ExitStack()
+        self._changes: list[float] = []
+
+    def __enter__(self) -> Serial:
+        self._pipeline.unet.to(self._dtype)  # adapters are loaded in single precision, which would slow every layer
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._cleanup.close()
+
+    def changes(self) -> list[float]:
+        """Return the seconds that putting each request's adapter in (and taking it out) took; and forget them."""
+        taken, self._changes = self._changes, []
+        return taken
+
+    def draw(self, asks: Sequence[Ask]) -> list[Pixels]:
+        """Draw the images one by one."""
+        return [to_pixels(self._one(ask))[0] for ask in asks]
+
+    def _one(self, ask: Ask) -> Tensor:
+        self._changes.append(self._timed(lambda: self._put_in(ask.adapter)))
+        images: Tensor = self._pipeline(
+            ask.prompt,
+            num_inference_steps=ask.steps,
+            guidance_scale=GUIDANCE,
+            generator=torch.Generator("cpu").manual_seed(ask.seed),
+            output_type="pt",
+        ).images
+        self._changes[-1] += self._timed(self._take_out)
+        return images
+
+    def _timed(self, work: Callable[[], None]) -> float:
+        started = time.perf_counter()
+        work()
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    @abstractmethod
+    def _put_in(self, adapter: str) -> None:
+        """Make the pipeline draw with an adapter."""
+
+    def _take_out(self) -> None:  # noqa: B027 - the next request simply replaces the adapter, where nothing is done
+        """Leave the pipeline as it was before the request."""
+
+
+class HotSwap(Serial):
+    """One adapter in the U-Net, replaced in place by `load_lora_weights(hotswap=True)`."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench)
+        if bench.compile:  # what hot-swapping is for
+            self._pipeline.enable_lora_hotswap(target_rank=RANK)
+        self._pipeline.load_lora_weights(next(iter(self._states.values())), adapter_name="current")
+        if bench.compile:
+            self._cleanup.enter_context(compiled_blocks(self._pipeline.unet))
+
+    def _put_in(self, adapter: str) -> None:
+        self._pipeline.load_lora_weights(self._states[adapter], adapter_name="current", hotswap=True)
+
+
+class _AllLoaded(Serial):
+    """Every adapter is in the U-Net beforehand."""
+
+    def __init__(self, bench: Bench) -> None:
+        super().__init__(bench)
+        for name, state in self._states.items():
+            self._pipeline.load_lora_weights(state, adapter_name=name)
+
+
+class SetAdapters(_AllLoaded):
+    """All adapters loaded, one made active by `set_adapters`."""
+
+    def _put_in(self, adapter: str) -> None:
+        self._pipeline.set_adapters(adapter)
+
+
+class Fuse(_AllLoaded):
+    """All adapters loaded, the request's one fused into the weights and taken out again."""
+
+    def _put_in(self, adapter: str) -> None:
+        self._pipeline.set_adapters(adapter)
+        self._pipeline.fuse_lora(adapter_names=[adapter])
+
+    def _take_out(self) -> None:
+        self._pipeline.unfuse_lora()
+
+
+SERIAL: dict[str, type[Serial]] = {
+    "hot swap": HotSwap,
+    "set_adapters": SetAdapters,
+    "fuse and unfuse": Fuse,
+}
+
+
+class PeftLoop:
+    """Mixed batches by PEFT's `adapter_names`, one name a row, in a loop that samples all rows at once.
+
+    The loop around it is this project's own and as fast as the engine's: vectorised samplers, cached schedules.
+    """
+
+    def __init__(self, bench: Bench, adapters: int) -> None:
+        self._base = bench.load()
+        names, given = bench.ids[:adapters], {"autocast_adapter_dtype": False}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in names:
+                write_adapter(bench.adapters[name], Path(folder, name), "peft", adapter_id=name, metadata={})
+            first = Path(folder, names[0])
+            unet = PeftModel.from_pretrained(self._base.unet, first, adapter_name=names[0], **given)
+            for name in names[1:]:
+                unet.load_adapter(Path(folder, name), adapter_name=name, **given)
+        self._unet = unet.to(self._base.device, self._base.dtype).eval()
+
+    def __enter__(self) -> PeftLoop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held open."""
+
+    def call(self, latents: Tensor, timesteps: Tensor, texts: Tensor, names: Sequence[str]) -> Tensor:
+        """One U-Net call [B, C, H, W], row b with adapter names[b]."""
+        output: Tensor = self._unet(
+            latents, timesteps, encoder_hidden_states=texts, return_dict=False, adapter_names=list(names)
+        )[0]
+        return output
+
+    def in_parts(self, asks: Sequence[Ask], at_a_time: int) -> list[Pixels]:
+        """Draw images, so many together."""
+        parts = [asks[at : at + at_a_time] for at in range(0, len(asks), at_a_time)]
+        return [image for part in parts for image in self.draw(part)]
+
+    def arrive(self, asks: Sequence[Ask], times: Sequence[float], most: int, shrink: bool) -> list[float]:
+        """Draw static batches of what has arrived by its time; return when each is done, seconds from now."""
+        return static_batches(lambda batch: self.draw(batch, shrink=shrink), asks, times, most)
+
+    @torch.inference_mode()
+    def draw(self, asks: Sequence[Ask], *, shrink: bool = False) -> list[Pixels]:
+        """Draw images together until the longest is done; shrink: those that are done leave the calls before."""
+        base, device = self._base, self._base.device
+        texts = base.encode_text([*(ask.prompt for ask in asks), ""])
+        tables = [sampler_table("ddim", base.schedule, ask.steps) for ask in asks]
+        latents = torch.stack([initial_latents(base, a.seed, t) for a, t in zip(asks, tables, strict=True)])
+        previous, rows = torch.zeros_like(latents), _Rows.of(asks, texts, range(len(asks)))
+        for step in range(max(len(table) for table in tables)):
+            going = [n for n, table in enumerate(tables) if step < len(table)]
+            if shrink and len(going) < len(rows.chosen):
+                rows = _Rows.of(asks, texts, going)
+            chosen = rows.chosen
+            coefficients = gather_coefficients(
+                [tables[n] for n in chosen], [_at(tables[n], step) for n in chosen], device
+            )
+            scaled = (coefficients.input_scale.view(-1, 1, 1, 1) * latents[chosen]).to(base.dtype)
+            times = torch.cat([coefficients.timesteps] * 2)
+            output = self.call(torch.cat([scaled, scaled]), times, rows.texts, rows.names).float()
+            conditional, plain = output.chunk(2)
+            predicted = plain + GUIDANCE * (conditional - plain)
+            following, denoised = advance_rows(coefficients, latents[chosen], predicted, previous[chosen])
+            where = [place for place, n in enumerate(chosen) if n in set(going)]
+            latents[going], previous[going] = following[where], denoised[where]
+        images = to_pixels(base.decode(latents))
+        synchronise(base)
+        return images
+
+
+class _Rows:
+    """The rows of a call: each chosen image's prompt, then each one's empty prompt."""
+
+    def __init__(self, chosen: list[int], texts: Tensor, names: list[str]) -> None:
+        self.chosen, self.texts, self.names = chosen, texts, names
+
+    @classmethod
+    def of(cls, asks: Sequence[Ask], texts: Tensor, chosen: Sequence[int]) -> _Rows:
+        picked = list(chosen)
+        empty = texts[-1:].expand(len(picked), -1, -1)
+        return cls(picked, torch.cat([texts[picked], empty]), [asks[n].adapter for n in picked] * 2)
+
+
+def _at(table: SamplerTable, step: int) -> int:
+    return min(step, len(table) - 1)
+
+
+def static_batches(
+    draw: Callable[[Sequence[Ask]], object], asks: Sequence[Ask], times: Sequence[float], most: int
+) -> list[float]:
+    """Draw what has arrived, up to `most` images, until all of it is done, and so on; return when each was done."""
+    start, done = time.monotonic(), list[float]()
+    while len(done) < len(asks):
+        now = time.monotonic() - start
+        arrived = sum(at <= now for at in times)
+        if arrived == len(done):
+            time.sleep(max(0.0, times[arrived] - now))
+            continue
+        batch = asks[len(done) : min(arrived, len(done) + most)]
+        draw(batch)
+        done += [time.monotonic() - start] * len(batch)
+    return done
+
+
+def difference(ours: Sequence[Pixels], theirs: Sequence[Pixels]) -> dict[str, float]:
+    """Return the largest and the mean difference of pixels, in levels of 255, over pairs of images."""
+    gaps = np.abs(np.stack(ours).astype(np.int16) - np.stack(theirs).astype(np.int16))
+    return {"max": float(gaps.max()), "mean": float(gaps.mean())}

@@ -1,0 +1,214 @@
+"""The serving benchmarks do what they time: equal images from every way, and pages that call a missed figure missed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from cat_cluster.errors import CatClusterError, SpecError
+from cat_cluster.telemetry import PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
+from jobs.benchmark import serving
+from jobs.benchmark.__main__ import app
+from jobs.benchmark.record import ROOT, read_result
+from jobs.benchmark.report import write_pages
+from jobs.benchmark.serving import PARTS, Size
+from jobs.benchmark.serving_apart import Apart, Here
+from jobs.benchmark.serving_bench import Ask, Counter, Scale, take_turns_for
+from jobs.benchmark.serving_materials import write_random_base
+from jobs.benchmark.serving_page import serving_page, verdicts
+from jobs.benchmark.serving_rates import busy_rate
+from jobs.benchmark.serving_turns import spent_on_probes, waits_in_steps
+from jobs.benchmark.serving_ways import static_batches
+
+TINY = Scale(
+    rows=4,
+    concurrency=4,
+    steps=3,
+    adapters=16,
+    mixes=(1, 3),
+    slots=(16, 3),
+    threads=(1,),
+    call_rows=(1, 4),
+    images=6,
+    serial_images=3,
+    arrivals=6,
+    step_range=(2, 4),
+)
+MEASURED = tuple(part for part in PARTS if part != "probes")  # a tiny base has no judge
+
+
+def tiny_base(folder: Path) -> str:
+    return write_random_base(
+        folder / "base",
+        unet={
+            "sample_size": 8,
+            "cross_attention_dim": 32,
+            "block_out_channels": (16, 32),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": 4,
+            "norm_num_groups": 8,
+        },
+        vae={
+            "block_out_channels": (8, 8),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "norm_num_groups": 4,
+            "sample_size": 16,
+        },
+        text={"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What all parts find on a tiny base, each in the least turns."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(serving.SIZES, "tiny", Size("serving", tiny_base, TINY, MEASURED))
+        serving.run(Console(quiet=True), MEASURED, "tiny", "cpu", 0.0, apart=False, results=folder)
+    found = read_result("serving", folder)
+    assert found is not None
+    return found
+
+
+def test_every_part_is_measured_and_says_where(result: dict[str, Any]) -> None:
+    assert list(result["parts"]) == list(MEASURED)
+    for part in result["parts"].values():
+        assert {"measured", "commit", "dirty", "machine", "load_before", "load_after"} <= set(part)
+
+
+def test_every_way_draws_the_same_images(result: dict[str, Any]) -> None:
+    differences = {**result["parts"]["serial"]["differences"], **result["parts"]["peft"]["differences"]}
+    assert set(differences) == {"hot swap", "set_adapters", "fuse and unfuse", "PEFT"}
+    assert all(gap["max"] <= 1.0 for gap in differences.values())  # of 255: rounding
+    calls = result["parts"]["overhead"]["difference"]
+    assert calls["to_peft"] < 1e-5 < calls["to_bare"]
+
+
+def test_adapters_are_swapped_where_slots_are_few(result: dict[str, Any]) -> None:
+    swaps = result["parts"]["adapters"]["swaps"]
+    assert swaps["16"] == 3
+    assert result["parts"]["join"]["wait_steps"]["most"] > 0
+    assert result["parts"]["join"]["swap"]["bytes"] > 0
+
+
+def test_the_page_calls_a_missed_figure_missed(result: dict[str, Any], tmp_path: Path) -> None:
+    text = serving_page(result, "serving.png")
+    found = verdicts(result["parts"])
+    assert text.count("**missed**") == sum(not verdict.reached for verdict in found)
+    assert len(found) == 2 + 2 + 1 + 1 + 2 + 3 + 1
+    for over, reached in ((1.4, True), (1.399, False)):
+        ways = {"engine": {"engine_over": 1.0}, "a": {"engine_over": over}, "b": {"engine_over": 9.0}}
+        assert [verdict.reached for verdict in verdicts({"serial": {"ways": ways}})] == [reached]
+    for throughput, reached in ((0.981, True), (0.979, False)):
+        assert [one.reached for one in verdicts({"probes": {"throughput": throughput}})] == [reached]
+    (tmp_path / "serving.json").write_text(json.dumps(result), encoding="utf-8")
+    pages = write_pages(tmp_path, tmp_path / "pages")
+    assert {path.name for path in pages} == {"README.md", "serving.md"}
+    assert (tmp_path / "pages" / "serving.png").stat().st_size > 5_000
+
+
+def test_probes_need_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(serving.SIZES, "tiny", Size("serving", tiny_base, TINY))
+    with pytest.raises(SpecError, match="judge"):
+        serving.run(Console(quiet=True), ["probes"], "tiny", "cpu", 0.0, apart=False, results=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["serving", "--only", "overheat"], "overhead"),
+        (["serving", "--size", "sdxl"], "sd15"),
+        (["serving", "--size", "sd15", "--only", "probes"], "poisson"),
+        (["packing", "--size", "sdxl"], "pocket, sd15"),
+        (["cluster", "--only", "ray"], "sharding"),
+        (["study", "--only", "triple"], "joint"),
+        (["frontier", "--only", "nothing"], "alpha"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_those_there_are(arguments: list[str], says: str) -> None:
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2
+    assert "unknown; choose from" in refused.output.replace("\n", " ")
+    assert says in refused.output
+
+
+def test_it_runs_where_neither_ray_nor_deepspeed_is() -> None:
+    absent = ("ray", "deepspeed", "fastapi", "boto3", "matplotlib", "psutil")
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import jobs.benchmark.serving"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
+
+
+class Adder:
+    """A contender that sums."""
+
+    def __init__(self, start: int) -> None:
+        self._sum = start
+
+    def __enter__(self) -> Adder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+    def add(self, value: int) -> int:
+        self._sum += value
+        return self._sum
+
+
+def test_a_contender_apart_answers_as_one_here_does() -> None:
+    with Apart(Adder, 1) as apart, Here(Adder, 1) as here:
+        for contender in (apart, here):
+            assert contender.get("add", 2) == 3
+            assert contender.seconds("add", 2) >= 0.0
+            assert contender.get("add", 0) == 5
+        with pytest.raises(CatClusterError, match="TypeError"):
+            apart.get("add", "one")
+        with pytest.raises(CatClusterError, match="ended"):
+            apart.get("add", 1)
+
+
+def test_waits_are_told_in_calls() -> None:
+    unet, wait = UNET_SECONDS.name, WAIT_SECONDS.name
+    events = [(1.0, wait, 0.2), (2.0, unet, 1.0), (2.0, wait, 0.25), (3.0, unet, 1.0), (3.1, wait, 1.3)]
+    events += [(9.0, wait, 0.0)]  # the engine was idle
+    assert waits_in_steps(events) == [(0.25, 1), (1.3, 2)]
+
+
+def test_row_steps_of_probes_and_the_time_of_their_own_calls() -> None:
+    calls = [(0.3, 16.0, 0.0), (0.1, 0.0, 2.0), (0.4, 12.0, 4.0)]  # seconds, rows of users, of probes
+    names = (UNET_SECONDS.name, ROW_STEPS.name, PROBE_ROW_STEPS.name)
+    events = [(0.0, name, value) for call in calls for name, value in zip(names, call, strict=True)]
+    assert spent_on_probes(events) == (28.0, 6.0, pytest.approx(0.125))
+
+
+def test_a_static_batch_takes_what_has_arrived() -> None:
+    batches: list[int] = []
+    asks = [Ask("a", "p", n, 1) for n in range(6)]
+    done = static_batches(lambda batch: batches.append(len(batch)), asks, [0.0] * 5 + [0.05], 3)
+    assert batches == [3, 2, 1]
+    assert done == sorted(done)
+    assert done[-1] >= 0.05
+    assert busy_rate([1.0, 1.0, 2.0, 3.0]) == 1.0
+
+
+def test_turns_go_both_ways_and_the_first_is_not_counted() -> None:
+    order: list[str] = []
+
+    def variant(name: str) -> Any:
+        return lambda: float(len(order.append(name) or order))
+
+    times = take_turns_for({"a": variant("a"), "b": variant("b")}, 0.0)
+    assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
+    assert len(times["a"].turns) == 3
+    counter = Counter()
+    assert (counter.take(3), counter.take(2), counter.at) == (0, 3, 5)
