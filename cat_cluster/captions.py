@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cat_cluster.errors import ConceptError
-from cat_cluster.spec import ConceptSpec
+from cat_cluster.spec.job import ConceptSpec
 
 METADATA_NAME = "metadata.jsonl"
 

@@ -84,7 +84,7 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Train, measure and publish every adapter of a job spec. The same spec again resumes, or says it is done."""
-    from cat_cluster.spec import load_spec
+    from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 
     job = load_spec(spec)
@@ -234,7 +234,7 @@ def adapters_import(
 ) -> None:
     """Publish an adapter that PEFT, diffusers or kohya made. With photos it is measured, as a trained one is."""
     from cat_cluster.importing import ImportRequest, import_adapter
-    from cat_cluster.spec_sections import EvaluationSpec
+    from cat_cluster.spec.sections import EvaluationSpec
 
     evaluation = EvaluationSpec(images_per_prompt=images_per_prompt, judge=judge)
     request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base, evaluation)
@@ -316,7 +316,7 @@ def spec_check(
 ) -> None:
     """Check a job spec and its photos without training anything."""
     from cat_cluster.concepts import check_tokens, load_concept
-    from cat_cluster.spec import load_spec
+    from cat_cluster.spec.job import load_spec
 
     adapters = load_spec(spec).resolved()
     for adapter in adapters:
@@ -332,7 +332,7 @@ def spec_check(
 @spec_app.command("schema")
 def spec_schema() -> None:
     """Print the JSON schema of a job spec, for editors and checks."""
-    from cat_cluster.spec import spec_json_schema
+    from cat_cluster.spec.job import spec_json_schema
 
     _print_json(spec_json_schema())
 

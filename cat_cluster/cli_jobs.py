@@ -76,7 +76,7 @@ def submit(
     """Train a job spec on a Ray cluster. The same spec again resumes, or says that it is running or done."""
     from cat_cluster.cluster.ray_jobs import open_cluster
     from cat_cluster.cluster.submit import read_runtime_env, submit_run
-    from cat_cluster.spec import load_spec
+    from cat_cluster.spec.job import load_spec
 
     job = load_spec(spec)
     cluster = open_cluster(address, token, ca)

@@ -47,7 +47,7 @@ def render(
     """Write the Kubernetes objects of a job spec, ready for `kubectl apply -f`: a RayJob, and the spec it reads."""
     from cat_cluster.cluster.kuberay import RenderOptions, manifest_text, render_job, upload_job
     from cat_cluster.files import write_whole
-    from cat_cluster.spec import load_spec
+    from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 
     job = load_spec(spec)

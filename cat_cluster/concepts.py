@@ -14,8 +14,8 @@ from cat_cluster.captions import read_captions
 from cat_cluster.errors import ConceptError
 from cat_cluster.images import find_images, read_image
 from cat_cluster.inputs import local_images
-from cat_cluster.spec import ConceptSpec
-from cat_cluster.spec_fields import words
+from cat_cluster.spec.fields import words
+from cat_cluster.spec.job import ConceptSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from cat_cluster.pocket import world
 from cat_cluster.published import evaluate_published
 from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
-from cat_cluster.spec import load_spec
+from cat_cluster.spec.job import load_spec
 from cat_cluster.store import open_store
 from cat_cluster.workflow import AdapterResult, JobListener
 

@@ -18,9 +18,9 @@ from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights, find_weights, read_adapter
 from cat_cluster.published import ImageListener, image_digests, photo_objects, sample_objects
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
-from cat_cluster.spec import ConceptSpec
-from cat_cluster.spec_imported import ImportedAdapter
-from cat_cluster.spec_sections import EvaluationSpec
+from cat_cluster.spec.imported import ImportedAdapter
+from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.sections import EvaluationSpec
 
 
 @dataclass(frozen=True)

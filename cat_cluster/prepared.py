@@ -21,7 +21,7 @@ from cat_cluster.methods import effective_alpha, initial_weights
 from cat_cluster.published import image_digests
 from cat_cluster.registry import revision_of
 from cat_cluster.settings import Settings
-from cat_cluster.spec import JobSpec, ResolvedAdapter
+from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.store import ObjectStore
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore
 from cat_cluster.training.history import curves

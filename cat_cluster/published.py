@@ -23,9 +23,9 @@ from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.generation import ImageRow, generate, save_png
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.registry import Manifest, Registry
-from cat_cluster.spec import ConceptSpec
-from cat_cluster.spec_imported import ImportedConcept
-from cat_cluster.spec_sections import EvaluationSpec
+from cat_cluster.spec.imported import ImportedConcept
+from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.sections import EvaluationSpec
 
 PHOTO_SIDE = 512  # photos are kept for measuring, and every judge looks at less
 SAMPLES = 4

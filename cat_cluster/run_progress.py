@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from cat_cluster.spec import JobSpec
+from cat_cluster.spec.job import JobSpec
 
 HEARTBEAT_SECONDS = 10.0  # a driver writes its record at least this often
 MISSED_HEARTBEATS = 6  # so many in a row, and the driver counts as lost: a minute covers a slow store and skewed clocks

@@ -21,7 +21,7 @@ from cat_cluster.prepared import PreparedAdapter, checkpoints_of, open_bank, pac
 from cat_cluster.published import photo_objects, sample_objects
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.settings import Settings
-from cat_cluster.spec import JobSpec
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 from cat_cluster.training.engine import EngineFactory, TorchEngine
 from cat_cluster.training.loop import LoopSettings, StepReport, TrainedAdapter, train_pack

@@ -20,7 +20,7 @@ from cat_cluster.errors import CatClusterError, SupersededError
 from cat_cluster.run_progress import RunState
 from cat_cluster.runs import Run
 from cat_cluster.settings import load_settings
-from cat_cluster.spec import JobSpec, load_spec
+from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import open_store
 
 if TYPE_CHECKING:

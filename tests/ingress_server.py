@@ -22,8 +22,8 @@ from PIL import Image
 from cat_cluster.base_model import load_base_model
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
-from cat_cluster.spec import ConceptSpec, ResolvedAdapter
-from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
+from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, SERVING_METRICS, Metrics, PrometheusBackend
 from serve.calls import Accepted, AdminAction, EngineClient, Event, Finished, ImageCall, Preview, Progress

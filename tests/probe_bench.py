@@ -21,8 +21,8 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.pocket import world
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
-from cat_cluster.spec import ConceptSpec, ResolvedAdapter
-from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
+from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore, ObjectStore
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.calls import ImageCall

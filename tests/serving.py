@@ -28,8 +28,8 @@ from cat_cluster.base_model import BaseModel
 from cat_cluster.generation import ImageRow, generate
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
-from cat_cluster.spec import ConceptSpec, ResolvedAdapter
-from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
+from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from serve.settings import ServeSettings
 from tests.denoised_images import random_adapter
 from tests.ray_head import free_ports

@@ -29,7 +29,7 @@ from cat_cluster.run_progress import RunProgress
 from cat_cluster.run_writer import ProgressWriter
 from cat_cluster.runs import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.settings import Settings
-from cat_cluster.spec import JobSpec
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
 from cat_cluster.workflow import AdapterResult, JobListener, already_published, plan_packs
 

@@ -27,7 +27,7 @@ from cat_cluster.cluster.kuberay_rules import MOST_NAME
 from cat_cluster.cluster.submit import image_digests_of, with_stored_images
 from cat_cluster.errors import SpecError
 from cat_cluster.runs import run_id_of
-from cat_cluster.spec import JobSpec
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 
 RAY_VERSION = "2.60.0"

@@ -13,7 +13,7 @@ from cat_cluster.cluster.board import Board
 from cat_cluster.evaluation.samples import SampleGrids
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.prepared import PreparedAdapter
-from cat_cluster.spec import JobSpec
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 from cat_cluster.telemetry import Metrics
 from cat_cluster.training.loop import StepReport

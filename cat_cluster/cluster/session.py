@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import ray
 
 from cat_cluster.errors import ClusterError, SpecError
-from cat_cluster.spec import JobSpec
+from cat_cluster.spec.job import JobSpec
 
 PACK_THREAD = "pack-"  # begins the names of the threads that train packs
 START_SECONDS = 3600  # a worker group may wait for pods to start, or for evaluations that hold its processors

@@ -16,7 +16,7 @@ from cat_cluster.errors import ClusterError, RunError, SpecError
 from cat_cluster.inputs import store_images
 from cat_cluster.run_progress import RunProgress, is_alive
 from cat_cluster.runs import Run, run_id_of
-from cat_cluster.spec import AdapterSpec, JobSpec
+from cat_cluster.spec.job import AdapterSpec, JobSpec
 from cat_cluster.store import ObjectStore
 
 if TYPE_CHECKING:

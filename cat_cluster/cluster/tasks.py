@@ -22,7 +22,7 @@ from cat_cluster.prepared import PreparedAdapter, checkpoints_of, prepare_adapte
 from cat_cluster.registry import Registry
 from cat_cluster.runs import open_fenced_store
 from cat_cluster.settings import Settings
-from cat_cluster.spec import JobSpec, ResolvedAdapter
+from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.workflow import AdapterResult, finish_adapter, pack_size
 
 EVALUATION_RETRIES = 3  # of a task whose process or machine is lost

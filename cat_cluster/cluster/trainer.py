@@ -27,7 +27,7 @@ from cat_cluster.errors import CatClusterError
 from cat_cluster.prepared import PreparedAdapter, prepare_again
 from cat_cluster.runs import Attempt, FencedStore, Run
 from cat_cluster.settings import Settings
-from cat_cluster.spec import JobSpec, ResolvedAdapter
+from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import STORE_RETRIES, Metrics
 from cat_cluster.training.engine import TorchEngine

@@ -24,7 +24,7 @@ from cat_cluster.generation import ImageRow, generate
 from cat_cluster.latents import crop_pixels
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.pocket import world
-from cat_cluster.spec_sections import EvaluationSpec
+from cat_cluster.spec.sections import EvaluationSpec
 
 Images = NDArray[np.uint8]
 Progress = Callable[[int, int], None]

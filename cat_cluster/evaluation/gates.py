@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cat_cluster.errors import SpecError
-from cat_cluster.spec_fields import CONDITION
+from cat_cluster.spec.fields import CONDITION
 
 
 def check_gates(require: Mapping[str, str] | None, metrics: Mapping[str, Any]) -> list[str]:

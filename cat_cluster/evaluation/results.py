@@ -14,7 +14,7 @@ from cat_cluster.evaluation.bootstrap import METRICS, ConceptFeatures, Interval,
 from cat_cluster.evaluation.leaks import LeakMatrix
 from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.recognition import Recognition
-from cat_cluster.spec_sections import EvaluationSpec
+from cat_cluster.spec.sections import EvaluationSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cat_cluster.errors import RegistryError
 from cat_cluster.lora.formats import AdapterWeights
-from cat_cluster.spec import ResolvedAdapter
-from cat_cluster.spec_imported import ImportedAdapter
+from cat_cluster.spec.imported import ImportedAdapter
+from cat_cluster.spec.job import ResolvedAdapter
 
 SCHEMA_VERSION = 1
 WEIGHTS = "weights"  # the name of the weights among a manifest's objects

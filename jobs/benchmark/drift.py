@@ -50,8 +50,8 @@ from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.pocket import world
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.settings import Settings
-from cat_cluster.spec import JobSpec
-from cat_cluster.spec_sections import EvaluationSpec
+from cat_cluster.spec.job import JobSpec
+from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.store import open_store
 from cat_cluster.terminal import TerminalListener
 from cat_cluster.workflow import run_job

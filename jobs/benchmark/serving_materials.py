@@ -14,8 +14,8 @@ from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
-from cat_cluster.spec import ConceptSpec, ResolvedAdapter
-from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
+from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import open_store
 from jobs.benchmark.workbench import RANK
 

@@ -21,7 +21,7 @@ from cat_cluster.generation import ImageRow, generate
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.row_bank import AdapterLayout
 from cat_cluster.pocket import world
-from cat_cluster.spec_sections import EvaluationSpec
+from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.telemetry import ADAPTER_SWAPS, PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
 from jobs.benchmark.serving_apart import Contender
 from jobs.benchmark.serving_bench import Ask, Bench, Counter, Event, Served, take_turns_for

@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from cat_cluster.pocket import world
-from cat_cluster.spec import DEFAULT_ALPHA
-from cat_cluster.spec_sections import TrainingSpec
+from cat_cluster.spec.job import DEFAULT_ALPHA
+from cat_cluster.spec.sections import TrainingSpec
 from jobs.benchmark.compare import compare
 from jobs.benchmark.frontier import EVALUATION
 from jobs.benchmark.record import write_result

@@ -23,7 +23,7 @@ from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.files import write_whole
 from cat_cluster.pocket import world
 from cat_cluster.settings import Settings
-from cat_cluster.spec import JobSpec
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
 from cat_cluster.terminal import TerminalListener
 from cat_cluster.workflow import AdapterResult, run_job

@@ -20,7 +20,7 @@ from cat_cluster.evaluation.features import Judge, feature_rows
 from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.prompts import fill
 from cat_cluster.registry.manifest import Manifest
-from cat_cluster.spec_fields import words
+from cat_cluster.spec.fields import words
 from serve.calls import ImageCall
 
 Array = NDArray[np.float64]

@@ -19,7 +19,7 @@ import torch
 from cat_cluster.errors import CatClusterError
 from cat_cluster.registry import Manifest
 from cat_cluster.settings import Settings
-from cat_cluster.spec import load_spec
+from cat_cluster.spec.job import load_spec
 from cat_cluster.store import LocalStore
 from cat_cluster.training.loop import StepReport
 from cat_cluster.workflow import AdapterResult, run_job

@@ -33,7 +33,7 @@ from cat_cluster.cluster.kuberay_check import Document, Problem, check_manifests
 from cat_cluster.cluster.kuberay_schemas import CRD_FILES, KUBERAY_VERSION, Schemas, load_schemas
 from cat_cluster.cluster.kuberay_security import pods_of
 from cat_cluster.settings import Settings
-from cat_cluster.spec import JobSpec, load_spec
+from cat_cluster.spec.job import JobSpec, load_spec
 from jobs import train
 from serve.app import Deployment
 from serve.http.access import ADMIN_KEYS, API_KEYS

@@ -9,7 +9,7 @@ import pytest
 
 from cat_cluster.concepts import check_tokens, has_token, load_concept
 from cat_cluster.errors import ConceptError
-from cat_cluster.spec import ConceptSpec
+from cat_cluster.spec.job import ConceptSpec
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "paper-concepts"
 CLEAN = {

@@ -31,7 +31,7 @@ from cat_cluster.errors import CatClusterError, ClusterError, RunError, SpecErro
 from cat_cluster.published import image_digests
 from cat_cluster.run_progress import RunProgress
 from cat_cluster.runs import Attempt, FencedStore, Run, run_id_of
-from cat_cluster.spec import JobSpec, load_spec
+from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import LocalStore, open_store
 from jobs import train
 from tests.integration.conftest import Published

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cat_cluster.concepts import check_tokens, has_token, load_concept, remove_token
 from cat_cluster.errors import ConceptError
-from cat_cluster.spec import ConceptSpec
+from cat_cluster.spec.job import ConceptSpec
 
 
 def photo(seed: int = 0) -> Image.Image:

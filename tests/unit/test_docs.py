@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from cat_cluster.cli import app
 from cat_cluster.registry.manifest import Manifest
-from cat_cluster.spec import JobSpec, spec_json_schema
+from cat_cluster.spec.job import JobSpec, spec_json_schema
 from serve.settings import ProbeSettings, ServeSettings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,7 +15,7 @@ from cat_cluster import images
 from cat_cluster.concepts import load_concept
 from cat_cluster.errors import ConceptError
 from cat_cluster.images import find_images, read_image
-from cat_cluster.spec import ConceptSpec
+from cat_cluster.spec.job import ConceptSpec
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (48, 40)) -> Image.Image:

@@ -15,7 +15,7 @@ from cat_cluster import inputs
 from cat_cluster.concepts import Concept, load_concept
 from cat_cluster.errors import ConceptError, StoreError
 from cat_cluster.inputs import local_images, pack_images, store_images, unpack_images
-from cat_cluster.spec import ConceptSpec
+from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.store import open_store
 from cat_cluster.store.s3_folder import download_prefix
 from tests.s3_server import S3Server

@@ -12,7 +12,7 @@ from PIL import Image
 from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.concepts import Concept, load_concept
 from cat_cluster.latents import LatentCache, TextCache, crop_pixels
-from cat_cluster.spec import ConceptSpec
+from cat_cluster.spec.job import ConceptSpec
 
 
 @pytest.fixture

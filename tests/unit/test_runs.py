@@ -18,7 +18,7 @@ from cat_cluster.errors import RunError, StoreError, SupersededError
 from cat_cluster.run_progress import HEARTBEAT_SECONDS, MISSED_HEARTBEATS, RunProgress, is_alive
 from cat_cluster.run_writer import ProgressWriter
 from cat_cluster.runs import Attempt, FencedStore, Run, list_runs, open_fenced_store, run_id_of
-from cat_cluster.spec import JobSpec
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.training.history import ConceptLoss
 

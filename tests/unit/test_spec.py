@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from cat_cluster.errors import SpecError
-from cat_cluster.spec import (
+from cat_cluster.spec.job import (
     DEFAULT_ALPHA,
     AdapterSpec,
     ClusterSpec,

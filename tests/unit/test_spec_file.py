@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cat_cluster.errors import SpecError
-from cat_cluster.spec import DEFAULT_ALPHA, load_spec
+from cat_cluster.spec.job import DEFAULT_ALPHA, load_spec
 
 
 @pytest.fixture

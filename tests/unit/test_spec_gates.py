@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cat_cluster.errors import SpecError
-from cat_cluster.spec import JobSpec, load_spec
+from cat_cluster.spec.job import JobSpec, load_spec
 
 
 def load(folder: Path, job: dict[str, Any], *adapters: dict[str, Any]) -> JobSpec:

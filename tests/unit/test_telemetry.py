@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cat_cluster import telemetry
 from cat_cluster.run_progress import AdapterState
-from cat_cluster.spec import AdapterSpec, ConceptSpec
+from cat_cluster.spec.job import AdapterSpec, ConceptSpec
 from cat_cluster.telemetry import (
     ADAPTERS,
     CHECKPOINT_SECONDS,

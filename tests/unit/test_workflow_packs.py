@@ -15,7 +15,7 @@ from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.prepared import PreparedAdapter
 from cat_cluster.settings import Settings
-from cat_cluster.spec import JobSpec
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.training import memory
 from cat_cluster.training.loop import LoopSettings

@@ -16,7 +16,7 @@ from cat_cluster.cluster.kuberay import RenderOptions, manifest_text, render_job
 from cat_cluster.cluster.kuberay_check import Document, check_manifests
 from cat_cluster.cluster.kuberay_schemas import Schemas
 from cat_cluster.errors import ConceptError, SpecError
-from cat_cluster.spec import JobSpec, load_spec
+from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import LocalStore
 
 BUCKET = "s3://bucket/prod"

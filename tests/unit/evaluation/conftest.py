@@ -22,7 +22,7 @@ from cat_cluster.evaluation.prompts import POCKET_TEMPLATES, fill
 from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.evaluation.results import ConceptImages, Evaluation, JudgeScores
 from cat_cluster.pocket import world
-from cat_cluster.spec_sections import EvaluationSpec
+from cat_cluster.spec.sections import EvaluationSpec
 
 Pictures = NDArray[np.uint8]
 MakeEvaluation = Callable[..., Evaluation]

@@ -22,8 +22,8 @@ from cat_cluster.generation import ImageRow, generate
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.methods import initial_weights
-from cat_cluster.spec import ConceptSpec
-from cat_cluster.spec_sections import EvaluationSpec
+from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.sections import EvaluationSpec
 
 SPEC = EvaluationSpec(prompts=("a photo {} in red", "{} of a cup"), images_per_prompt=2, steps=2, guidance=2.0, seed=5)
 UNTRAINED, TRAINED = 1, 2

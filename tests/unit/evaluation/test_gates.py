@@ -9,7 +9,7 @@ import pytest
 from cat_cluster.errors import SpecError
 from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.evaluation.gates import check_gates
-from cat_cluster.spec_fields import GATE_METRICS
+from cat_cluster.spec.fields import GATE_METRICS
 
 
 def test_a_spec_may_gate_every_metric_and_nothing_else() -> None:

@@ -17,7 +17,7 @@ from cat_cluster.errors import AdapterFormatError, AdapterNotFoundError, ObjectN
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.registry import AdapterDraft, Manifest, Registry, revision_of
 from cat_cluster.registry.manifest import StoredObject
-from cat_cluster.spec import ResolvedAdapter
+from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.store import LocalStore
 
 MakeDraft = Callable[..., AdapterDraft]

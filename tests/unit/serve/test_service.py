@@ -23,8 +23,8 @@ from cat_cluster.errors import SpecError
 from cat_cluster.lora.formats import write_adapter
 from cat_cluster.published import ImageRequest, draw_images
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
-from cat_cluster.spec import ConceptSpec, ResolvedAdapter
-from cat_cluster.spec_sections import EvaluationSpec, TrainingSpec
+from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
-from cat_cluster.spec_file import describe
+from cat_cluster.spec.yaml_file import describe
 
 LARGEST_SEED = 2**63 - 1
 AVAILABLE_METHODS = ("cat", "lora")

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_serializer, field_
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cat_cluster.errors import SpecError
-from cat_cluster.spec_fields import (
+from cat_cluster.spec.fields import (
     AdapterId,
     ImagesFolder,
     Method,
@@ -28,9 +28,9 @@ from cat_cluster.spec_fields import (
     Text,
     words,
 )
-from cat_cluster.spec_file import Location, Problem, read_yaml, spec_error
-from cat_cluster.spec_rules import all_token_repeats, id_repeats, token_repeats
-from cat_cluster.spec_sections import ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
+from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
+from cat_cluster.spec.uniqueness import all_token_repeats, id_repeats, token_repeats
+from cat_cluster.spec.yaml_file import Location, Problem, read_yaml, spec_error
 
 DEFAULT_ALPHA = 5.0
 DEFAULT_TEMPLATE = "a photo of a {token} {class_noun}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from cat_cluster.spec_file import Location, Problem, path_text
+from cat_cluster.spec.yaml_file import Location, Problem, path_text
 
 
 def _repeats(places: Iterable[tuple[Location, object]], scope: str) -> Iterator[Problem]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from cat_cluster.spec_fields import (
+from cat_cluster.spec.fields import (
     Conditions,
     Count,
     Fraction,

@@ -8,9 +8,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from cat_cluster.spec import ConceptSpec
-from cat_cluster.spec_fields import AdapterId, OneOrMore, Text
-from cat_cluster.spec_sections import EvaluationSpec
+from cat_cluster.spec.fields import AdapterId, OneOrMore, Text
+from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.sections import EvaluationSpec
 
 
 class ImportedConcept(BaseModel):
