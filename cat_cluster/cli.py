@@ -280,7 +280,7 @@ def adapters_delete(
 @base_app.command("path")
 def base_path(name: Annotated[str, typer.Argument(help="pocket, a diffusers folder, or a hub id.")]) -> None:
     """Print the diffusers folder of a base model."""
-    from cat_cluster.base_model import base_folder
+    from cat_cluster.models.base_model import base_folder
 
     typer.echo(base_folder(name))
 
@@ -293,7 +293,7 @@ def pocket_pretrain(
     seed: Annotated[int, typer.Option(help="Seed of the world and of every model.")] = 0,
 ) -> None:
     """Pretrain Pocket-SD from scratch on its procedural world: hours on a CPU, minutes on a GPU. Resumable."""
-    from cat_cluster.pocket.pretrain import pretrain
+    from cat_cluster.models.pocket.pretrain import pretrain
 
     pretrain(out, minutes=minutes, device=_device(), compile=compile_unet, seed=seed)
 
@@ -304,8 +304,8 @@ def pocket_grid(
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
 ) -> None:
     """Draw a grid of what Pocket-SD knows."""
-    from cat_cluster.base_model import base_folder
-    from cat_cluster.pocket.quality import prompt_grid
+    from cat_cluster.models.base_model import base_folder
+    from cat_cluster.models.pocket.quality import prompt_grid
 
     people.print(f"wrote {prompt_grid(base_folder('pocket'), out, seed)}")
 
@@ -364,7 +364,7 @@ def _listener() -> Iterator[Any]:
 
 
 def _device() -> str:
-    from cat_cluster.base_model import choose_device
+    from cat_cluster.models.base_model import choose_device
 
     return choose_device(load_settings().device)
 

@@ -10,14 +10,14 @@ import yaml
 from PIL import Image
 from rich.table import Table
 
-from cat_cluster.base_model import choose_device
 from cat_cluster.cluster.driver import run_on_ray
 from cat_cluster.demo_serving import serve_once
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.recognition import DESIGN_FILE
 from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, write_report
 from cat_cluster.evaluation.results import Evaluation
-from cat_cluster.pocket import world
+from cat_cluster.models.base_model import choose_device
+from cat_cluster.models.pocket import world
 from cat_cluster.published import evaluate_published
 from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings

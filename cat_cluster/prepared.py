@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cat_cluster.base_model import BaseModel, choose_device, load_base_model
 from cat_cluster.batches import AdapterTask
 from cat_cluster.concepts import Concept, has_token, load_concepts
 from cat_cluster.errors import CheckpointError, SpecError
@@ -18,6 +17,7 @@ from cat_cluster.latents import LatentCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.methods import effective_alpha, initial_weights
+from cat_cluster.models.base_model import BaseModel, choose_device, load_base_model
 from cat_cluster.published import image_digests
 from cat_cluster.registry import revision_of
 from cat_cluster.settings import Settings

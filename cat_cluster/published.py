@@ -13,15 +13,15 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.concepts import Concept, load_concept
-from cat_cluster.diffusion.samplers import SamplerName
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.recognition import DESIGN_FILE
 from cat_cluster.evaluation.results import Evaluation
-from cat_cluster.generation import ImageRow, generate, save_png
 from cat_cluster.lora.bank import LoraBank
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.generate import ImageRow, generate, save_png
+from cat_cluster.models.samplers import SamplerName
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.spec.imported import ImportedConcept
 from cat_cluster.spec.job import ConceptSpec

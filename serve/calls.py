@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from cat_cluster.diffusion.samplers import SamplerName
+from cat_cluster.models.samplers import SamplerName
 
 AdminAction = Literal["load", "unload", "pin", "unpin", "prefetch", "probe", "release"]
 

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cat_cluster import telemetry
-from cat_cluster.base_model import BaseModel
-from cat_cluster.diffusion.samplers import SamplerTable, sampler_table
 from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineError, ServingError, SpecError
-from cat_cluster.generation import initial_latents
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import initial_latents
+from cat_cluster.models.samplers import SamplerTable, sampler_table
 from cat_cluster.registry import Manifest
 from cat_cluster.registry.manifest import WEIGHTS
 from cat_cluster.telemetry import Metrics

@@ -19,9 +19,9 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 
-from cat_cluster.base_files import POCKET, base_folder, check_family
-from cat_cluster.base_model import choose_device
 from cat_cluster.errors import ClusterError
+from cat_cluster.models.base_files import POCKET, base_folder, check_family
+from cat_cluster.models.base_model import choose_device
 from cat_cluster.store import open_store
 from serve.app import Deployment, build
 from serve.http.access import Access, check_bind

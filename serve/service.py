@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 
 from cat_cluster import telemetry
-from cat_cluster.base_model import BaseModel, choose_device, compiled_blocks, load_base_model
 from cat_cluster.errors import (
     CatClusterError,
     DeadlineError,
@@ -25,9 +24,10 @@ from cat_cluster.errors import (
     OverloadedError,
     SpecError,
 )
-from cat_cluster.generation import initial_latents
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank
+from cat_cluster.models.base_model import BaseModel, choose_device, compiled_blocks, load_base_model
+from cat_cluster.models.generate import initial_latents
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import Metrics

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from cat_cluster.base_model import BaseModel
-from cat_cluster.diffusion.samplers import sampler_table
-from cat_cluster.generation import ImageRow, generate, initial_latents
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.lora.row_bank import AdapterLayout
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import ImageRow, generate, initial_latents
+from cat_cluster.models.samplers import sampler_table
 from serve.denoise.rows import ImageRows
 
 TARGETS = "attention_ff"

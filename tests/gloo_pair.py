@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import EngineFactory, Moments, Slots, TorchEngine
 from cat_cluster.training.loop import LoopSettings, PackMember, StepReport, TrainedAdapter, train_pack
 from tests.unit.training.test_loop import STEPS, Killed, member, members, series, train

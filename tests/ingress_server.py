@@ -19,8 +19,8 @@ import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
-from cat_cluster.base_model import load_base_model
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec

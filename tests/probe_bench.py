@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.drift import SCORES
 from cat_cluster.errors import StoreError
 from cat_cluster.evaluation.features import Judge, feature_rows
 from cat_cluster.evaluation.prompts import fill
-from cat_cluster.generation import ImageRow, generate
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.pocket import world
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.pocket import world
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec

@@ -24,9 +24,9 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
-from cat_cluster.base_model import BaseModel
-from cat_cluster.generation import ImageRow, generate
 from cat_cluster.lora.bank import LoraBank
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec

@@ -13,11 +13,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from cat_cluster import telemetry
-from cat_cluster.base_model import BaseModel
 from cat_cluster.cluster.board import Board
 from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.errors import CatClusterError, CheckpointError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.prepared import PreparedAdapter, checkpoints_of, prepare_adapter, prepare_again, trained_adapter
 from cat_cluster.registry import Registry
 from cat_cluster.runs import open_fenced_store

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.errors import CatClusterError
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.engine import EngineFactory, Moments, Slots, SlotState, autocast
 from cat_cluster.training.optimizer import SlotAdamW
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.concepts import Concept
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.bootstrap import ConceptFeatures
@@ -20,10 +19,11 @@ from cat_cluster.evaluation.leaks import leak_prompts, measure_leaks
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.evaluation.recognition import Recognition, RecognitionHead, find_design, fit_head
 from cat_cluster.evaluation.results import ConceptImages, Evaluation, JudgeScores
-from cat_cluster.generation import ImageRow, generate
 from cat_cluster.latents import crop_pixels
 from cat_cluster.lora.bank import LoraBank
-from cat_cluster.pocket import world
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.pocket import world
 from cat_cluster.spec.sections import EvaluationSpec
 
 Images = NDArray[np.uint8]

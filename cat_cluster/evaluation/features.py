@@ -19,12 +19,12 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.metrics import Array
-from cat_cluster.pocket import weights_path
-from cat_cluster.pocket.classifier import Classifier, load_classifier
-from cat_cluster.pocket.clip import load_judge as load_pocket_clip
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.pocket import weights_path
+from cat_cluster.models.pocket.classifier import Classifier, load_classifier
+from cat_cluster.models.pocket.clip import load_judge as load_pocket_clip
 
 POCKET = "pocket"
 POCKET_CLASSIFIER = "pocket-classifier"

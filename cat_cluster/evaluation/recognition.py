@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.features import Judge, feature_rows
 from cat_cluster.evaluation.metrics import Array
-from cat_cluster.pocket import world
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.pocket import world
 
 DESIGN_FILE = "design.json"
 SCENES = 192  # of the concept; of other objects of its class twice as many, and half as many of other classes

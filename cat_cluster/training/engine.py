@@ -12,7 +12,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor, distributed, nn
 
-from cat_cluster.base_model import BaseModel
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.optimizer import SlotAdamW, SlotSettings
 
 Slots: TypeAlias = Sequence[tuple[Sequence[nn.Parameter], SlotSettings]]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_cluster.base_model import BaseModel, compiled_blocks
 from cat_cluster.batches import AdapterTask, Batch, Shard, draw_batch, shard_batch
 from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights
+from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.training.balance import AlphaBalance
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest
 from cat_cluster.training.engine import Engine, EngineFactory, TorchEngine, autocast

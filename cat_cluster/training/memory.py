@@ -11,8 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.lora.bank import LoraBank
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.loop import LoopSettings, PackMember, train_pack
 
 LARGEST_PACK = 32  # beyond it rows hardly get cheaper, and an interruption costs more adapters their steps

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.batches import Batch
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.losses import pack_loss, prediction_loss
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.engine import Engine, autocast
 from cat_cluster.training.teacher import TeacherPool, TextEncoder
 

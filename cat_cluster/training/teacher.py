@@ -9,9 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.batches import AdapterTask, Draw, pool_entries
 from cat_cluster.lora.bank import LoraBank
+from cat_cluster.models.base_model import BaseModel
 
 TextEncoder = Callable[[Sequence[str]], Tensor]
 ENTRIES_PER_CALL = 32

@@ -18,11 +18,11 @@ import torch
 import yaml
 from rich.console import Console
 
-from cat_cluster.base_model import load_base_model
 from cat_cluster.demo import draw_photos
 from cat_cluster.errors import CatClusterError
 from cat_cluster.lora.bank import adapted_layers
-from cat_cluster.pocket import world
+from cat_cluster.models.base_model import load_base_model
+from cat_cluster.models.pocket import world
 from cat_cluster.store import open_store
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter
 from cat_cluster.training.engine import TorchEngine

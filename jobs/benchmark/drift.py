@@ -21,10 +21,8 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.concepts import remove_token
 from cat_cluster.demo import SPEC, draw_photos
-from cat_cluster.diffusion.samplers import SamplerName
 from cat_cluster.drift import (
     CUSUM_SLACK,
     EWMA_WEIGHT,
@@ -44,10 +42,12 @@ from cat_cluster.evaluation.features import Judge, feature_rows, load_judge
 from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.prompts import POCKET_TEMPLATES, fill
 from cat_cluster.files import write_whole
-from cat_cluster.generation import ImageRow, generate
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.pocket import world
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.pocket import world
+from cat_cluster.models.samplers import SamplerName
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec

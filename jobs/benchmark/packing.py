@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cat_cluster.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.teacher import TeacherPool
 from jobs.benchmark.record import ROOT, write_result
 from jobs.benchmark.reference import peft_step

@@ -18,10 +18,10 @@ import psutil
 import torch
 from torch import distributed
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.methods import initial_weights
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import EngineFactory, TorchEngine
 from cat_cluster.training.loop import LoopSettings, PackMember, train_pack
 from cat_cluster.training.memory import peak_resident

@@ -15,9 +15,9 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import functional
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.engine import autocast
 from jobs.benchmark.workbench import OPTIMISER, RANK, Levers, Step, concept_task, synchronise
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cat_cluster.base_model import choose_device
+from cat_cluster.models.base_model import choose_device
 from jobs.benchmark import serving_calls, serving_rates, serving_turns
 from jobs.benchmark.record import RESULTS, machine, read_result, source_state, write_result
 from jobs.benchmark.serving_bench import Bench, Scale, bench_in

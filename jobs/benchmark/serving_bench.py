@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.errors import CatClusterError
 from cat_cluster.lora.formats import AdapterWeights
-from cat_cluster.pocket import world
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.pocket import world
 from cat_cluster.registry import Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, MetricSpec

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_cluster.base_model import BaseModel, compiled_blocks
-from cat_cluster.diffusion.samplers import sampler_table
-from cat_cluster.generation import initial_latents
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank
+from cat_cluster.models.base_model import BaseModel, compiled_blocks
+from cat_cluster.models.generate import initial_latents
+from cat_cluster.models.samplers import sampler_table
 from jobs.benchmark.serving_bench import GUIDANCE, Ask, Bench, take_turns_for
 from jobs.benchmark.serving_materials import TARGETS
 from jobs.benchmark.serving_ways import PeftLoop

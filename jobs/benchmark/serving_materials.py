@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.drift import SCORES
 from cat_cluster.errors import SpecError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.features import feature_rows, is_pocket, load_judge
 from cat_cluster.evaluation.prompts import fill
-from cat_cluster.generation import ImageRow, generate
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.row_bank import AdapterLayout
-from cat_cluster.pocket import world
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.pocket import world
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.telemetry import ADAPTER_SWAPS, PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
 from jobs.benchmark.serving_apart import Contender

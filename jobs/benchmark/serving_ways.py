@@ -19,10 +19,10 @@ from diffusers.utils import logging as diffusers_logging
 from peft import PeftModel
 from torch import Tensor
 
-from cat_cluster.base_model import base_folder, compiled_blocks
-from cat_cluster.diffusion.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
-from cat_cluster.generation import initial_latents
 from cat_cluster.lora.formats import write_adapter
+from cat_cluster.models.base_model import base_folder, compiled_blocks
+from cat_cluster.models.generate import initial_latents
+from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
 from jobs.benchmark.serving_bench import GUIDANCE, Ask, Bench, Pixels
 from jobs.benchmark.workbench import RANK, synchronise
 

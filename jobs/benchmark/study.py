@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cat_cluster.pocket import world
+from cat_cluster.models.pocket import world
 from cat_cluster.spec.job import DEFAULT_ALPHA
 from cat_cluster.spec.sections import TrainingSpec
 from jobs.benchmark.compare import compare

@@ -21,7 +21,7 @@ from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.bootstrap import ConceptFeatures
 from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.files import write_whole
-from cat_cluster.pocket import world
+from cat_cluster.models.pocket import world
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store

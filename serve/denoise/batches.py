@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from cat_cluster import telemetry
-from cat_cluster.base_model import BaseModel
 from cat_cluster.errors import ServingError
 from cat_cluster.lora.row_bank import RowBank
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.telemetry import Metrics
 from serve.denoise.image import EngineImage, Size
 from serve.denoise.rows import ImageRows, Rows

@@ -16,9 +16,9 @@ import torch
 import torch._dynamo
 
 from cat_cluster import telemetry
-from cat_cluster.base_model import BaseModel
 from cat_cluster.errors import EngineStoppedError, OverloadedError
 from cat_cluster.lora.row_bank import RowBank
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.telemetry import Metrics
 from serve.denoise.batches import Batches
 from serve.denoise.image import EngineImage, Size

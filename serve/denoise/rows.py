@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cat_cluster.base_model import BaseModel
-from cat_cluster.diffusion.samplers import SamplerTable, advance_rows, gather_coefficients
 from cat_cluster.lora.row_bank import RowBank
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients
 
 
 @dataclass(eq=False)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.errors import SpecError
+from cat_cluster.models.base_model import BaseModel
 
 Pixels = tuple[int, int]
 

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.errors import EngineStoppedError, ServingError
-from cat_cluster.generation import png_bytes
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import png_bytes
 from serve.adapters.futures import claim, failed, finished
 
 TEXTS_KEPT = 1024  # prompts whose embeddings are remembered

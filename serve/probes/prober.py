@@ -16,12 +16,12 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.concepts import remove_token
 from cat_cluster.drift import DETECTORS, SCORES, State, disagreement
 from cat_cluster.errors import CatClusterError, EvaluationError
 from cat_cluster.evaluation.features import Judge, load_judge
 from cat_cluster.evaluation.metrics import paired_similarity
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.telemetry import (
     BASE_MISMATCHES,

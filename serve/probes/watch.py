@@ -10,15 +10,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.concepts import has_token
-from cat_cluster.diffusion.samplers import SamplerName
 from cat_cluster.drift import LEAST_PAIRS, SCORES, DriftMonitor, State
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.features import Judge, feature_rows
 from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.prompts import fill
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.samplers import SamplerName
 from cat_cluster.registry.manifest import Manifest
 from cat_cluster.spec.fields import words
 from serve.calls import ImageCall

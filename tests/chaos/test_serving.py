@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from cat_cluster.base_model import load_base_model
+from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import LocalStore
 from serve.settings import ProbeSettings, ServeSettings

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from cat_cluster.base_model import load_base_model
+from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import LABELS, SERVING_METRICS, TRAINING_METRICS

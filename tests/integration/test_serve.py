@@ -27,8 +27,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.lora.formats import write_adapter
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.published import ImageRequest, draw_images
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import open_store

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from PIL import Image
 
-from cat_cluster.base_model import load_base_model
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import read_adapter
+from cat_cluster.models.base_model import load_base_model
 from tests.integration.conftest import Published
 from tests.tiny_jobs import CommandLine, adapter, published_weights, write_photos, write_spec
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.cluster import zero
 from cat_cluster.errors import CatClusterError
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import TorchEngine
 from tests import gloo_pair
 from tests.unit.training.test_loop import members, series, train

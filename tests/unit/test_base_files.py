@@ -15,8 +15,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 
-from cat_cluster.base_files import base_folder, fingerprint
 from cat_cluster.errors import BaseModelError
+from cat_cluster.models.base_files import base_folder, fingerprint
 
 COMMIT = "b" * 40
 NAME = "someone/tiny"

@@ -13,10 +13,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-import cat_cluster.base_files
-from cat_cluster.base_files import fingerprint
-from cat_cluster.base_model import BaseModel, as_stock_pipeline_reads, base_folder, load_base_model
+import cat_cluster.models.base_files
 from cat_cluster.errors import BaseModelError
+from cat_cluster.models.base_files import fingerprint
+from cat_cluster.models.base_model import BaseModel, as_stock_pipeline_reads, base_folder, load_base_model
 
 PROMPTS = ["a photo of a red sks cup", "", "a cup " * 60, "two caf\u00e9s, at night!"]
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
@@ -278,7 +278,7 @@ def test_a_name_that_is_neither_folder_nor_hub_id(name: str) -> None:
 
 def test_pocket_is_the_shipped_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = tmp_path / "base_files.py"
-    monkeypatch.setattr(cat_cluster.base_files, "__file__", str(module))
+    monkeypatch.setattr(cat_cluster.models.base_files, "__file__", str(module))
     with pytest.raises(BaseModelError, match="cat-cluster pocket pretrain"):
         base_folder("pocket")
     (tmp_path / "pocket" / "weights").mkdir(parents=True)

@@ -18,12 +18,12 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from cat_cluster.base_model import BaseModel, load_base_model
-from cat_cluster.diffusion.samplers import SAMPLERS, SamplerName
 from cat_cluster.errors import SpecError
-from cat_cluster.generation import ImageRow, generate, save_png
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer, write_adapter
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.generate import ImageRow, generate, save_png
+from cat_cluster.models.samplers import SAMPLERS, SamplerName
 
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 MIXED = [

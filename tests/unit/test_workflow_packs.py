@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.prepared import PreparedAdapter
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from jobs.benchmark.levers import VARIANTS
 from jobs.benchmark.packing import SIZES, compare_ways
 from jobs.benchmark.reference import peft_step

@@ -9,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from torch import Tensor
 
-from cat_cluster.diffusion.samplers import (
+from cat_cluster.errors import BaseModelError, SpecError
+from cat_cluster.models.samplers import (
     SAMPLERS,
     SamplerName,
     SamplerTable,
@@ -17,8 +18,7 @@ from cat_cluster.diffusion.samplers import (
     gather_coefficients,
     sampler_table,
 )
-from cat_cluster.diffusion.schedule import NoiseSchedule
-from cat_cluster.errors import BaseModelError, SpecError
+from cat_cluster.models.schedule import NoiseSchedule
 
 ORACLES = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 STABLE = {

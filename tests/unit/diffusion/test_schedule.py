@@ -9,8 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
 
-from cat_cluster.diffusion.schedule import NoiseSchedule
 from cat_cluster.errors import BaseModelError
+from cat_cluster.models.schedule import NoiseSchedule
 
 STABLE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 CONFIGS: list[dict[str, Any]] = [

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import CLIPConfig, CLIPModel
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.evaluation.bootstrap import ConceptFeatures
 from cat_cluster.evaluation.features import ClipJudge, feature_rows, load_clip, text_rows
 from cat_cluster.evaluation.leaks import LeakMatrix
 from cat_cluster.evaluation.prompts import POCKET_TEMPLATES, fill
 from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.evaluation.results import ConceptImages, Evaluation, JudgeScores
-from cat_cluster.pocket import world
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.pocket import world
 from cat_cluster.spec.sections import EvaluationSpec
 
 Pictures = NDArray[np.uint8]

@@ -11,17 +11,17 @@ import pytest
 import torch
 from PIL import Image
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.concepts import Concept, load_concept
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.evaluation.evaluate import Evaluator, evaluate_adapter
 from cat_cluster.evaluation.features import ClipJudge
 from cat_cluster.evaluation.results import Evaluation
-from cat_cluster.generation import ImageRow, generate
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.methods import initial_weights
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
 

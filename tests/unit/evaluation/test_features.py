@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.errors import BaseModelError, EvaluationError
 from cat_cluster.evaluation.features import (
     ClipJudge,
@@ -25,8 +24,9 @@ from cat_cluster.evaluation.features import (
     load_judges,
     text_rows,
 )
-from cat_cluster.pocket.classifier import Classifier, save_classifier
-from cat_cluster.pocket.clip import save_judge
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.pocket.classifier import Classifier, save_classifier
+from cat_cluster.models.pocket.clip import save_judge
 
 
 def smooth_picture(height: int, width: int) -> np.ndarray:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.evaluation.fisher import TIMESTEPS, fisher_drift, stratified_timesteps
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.methods import initial_weights
+from cat_cluster.models.base_model import BaseModel
 
 PROMPTS, SEEDS = ("a photo of a cup", "a red cup"), (3, 4)
 

@@ -17,7 +17,7 @@ from cat_cluster.evaluation.prompts import (
     evaluation_prompts,
     fill,
 )
-from cat_cluster.pocket import world
+from cat_cluster.models.pocket import world
 
 SHIPPED = sorted(Path(cat_cluster.__file__).parent.rglob("general_prompts.txt"))
 CLASS_NOUNS = (*world.OBJECTS, "mug", "cat statue", "backpack", "dog")

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cat_cluster.base_model import BaseModel
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation import recognition
 from cat_cluster.evaluation.recognition import find_design, fit_head
-from cat_cluster.pocket import world
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.pocket import world
 
 DESIGN = world.CONCEPTS["striped-cup"]
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.evaluation import samples
 from cat_cluster.evaluation.grid import Grid
 from cat_cluster.evaluation.prompts import GENERAL_TEMPLATES
 from cat_cluster.evaluation.samples import SampleGrids, sample_grid
-from cat_cluster.generation import ImageRow, generate
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.methods import initial_weights
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.generate import ImageRow, generate
 
 FEW = {"steps": 2, "count": 2}
 CUP = [("sks", "cup")]

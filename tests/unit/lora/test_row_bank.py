@@ -12,11 +12,11 @@ import torch._dynamo.utils
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from cat_cluster.base_model import compiled_blocks
 from cat_cluster.errors import AdapterMismatchError
 from cat_cluster.lora.bank import TARGETS, LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank, RowBlock
+from cat_cluster.models.base_model import compiled_blocks
 from tests.unit.lora.test_bank import WeightsFactory, inputs, with_peft
 
 RANK = 4

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from cat_cluster.pocket.classifier import Classifier, load_classifier, save_classifier, train_classifier
-from cat_cluster.pocket.labels import label_indices, labels_of, masked_cross_entropy
-from cat_cluster.pocket.loop import Pulse, Sitting, random_scenes, render
-from cat_cluster.pocket.recipe import Recipe
-from cat_cluster.pocket.vae import new_vae
+from cat_cluster.models.pocket.classifier import Classifier, load_classifier, save_classifier, train_classifier
+from cat_cluster.models.pocket.labels import label_indices, labels_of, masked_cross_entropy
+from cat_cluster.models.pocket.loop import Pulse, Sitting, random_scenes, render
+from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket.vae import new_vae
 
 
 def test_unnamed_rows_are_left_out_of_the_loss() -> None:

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from transformers import CLIPImageProcessor
 
-from cat_cluster.pocket import clip
-from cat_cluster.pocket.pretrain import make_tokenizer
-from cat_cluster.pocket.recipe import Recipe
+from cat_cluster.models.pocket import clip
+from cat_cluster.models.pocket.pretrain import make_tokenizer
+from cat_cluster.models.pocket.recipe import Recipe
 
 
 def test_contrast_equals_a_plain_loop_that_skips_equal_captions(tmp_path: Path) -> None:

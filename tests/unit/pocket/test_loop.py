@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cat_cluster.pocket.loop import Budget, Pulse, Stateful, follow, optimise, rate_at, run_stage
+from cat_cluster.models.pocket.loop import Budget, Pulse, Stateful, follow, optimise, rate_at, run_stage
 
 
 def _train(checkpoint: Path, steps: int, stop_at: int | None = None) -> tuple[nn.Linear, list[Pulse]]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from cat_cluster.pocket import tokenizer, world
+from cat_cluster.models.pocket import tokenizer, world
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from cat_cluster.pocket.loop import Pulse, Sitting, random_scenes, render
-from cat_cluster.pocket.recipe import Recipe
-from cat_cluster.pocket.vae import decode_latents, encode_frames, new_vae, train_vae
+from cat_cluster.models.pocket.loop import Pulse, Sitting, random_scenes, render
+from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket.vae import decode_latents, encode_frames, new_vae, train_vae
 
 
 def test_latents_are_four_times_smaller_and_pictures_come_back_in_range() -> None:

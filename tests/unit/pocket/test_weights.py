@@ -9,11 +9,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from cat_cluster.pocket import quality, weights_path, world
-from cat_cluster.pocket.clip import tokenize
-from cat_cluster.pocket.pretrain import general_prompts
-from cat_cluster.pocket.recipe import Recipe
-from cat_cluster.pocket.words import word_positions
+from cat_cluster.models.pocket import quality, weights_path, world
+from cat_cluster.models.pocket.clip import tokenize
+from cat_cluster.models.pocket.pretrain import general_prompts
+from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket.words import word_positions
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from cat_cluster.pocket.clip import new_clip, tokenize
-from cat_cluster.pocket.loop import Pulse, Sitting, random_scenes
-from cat_cluster.pocket.pretrain import make_tokenizer
-from cat_cluster.pocket.recipe import Recipe
-from cat_cluster.pocket.words import marks, quiet_codes, train_words, word_positions
+from cat_cluster.models.pocket.clip import new_clip, tokenize
+from cat_cluster.models.pocket.loop import Pulse, Sitting, random_scenes
+from cat_cluster.models.pocket.pretrain import make_tokenizer
+from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket.words import marks, quiet_codes, train_words, word_positions
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cat_cluster.pocket import world
-from cat_cluster.pocket.labels import labels_of, labels_said
+from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.labels import labels_of, labels_said
 
 seeds = st.integers(min_value=0, max_value=2**32 - 1)
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch._dynamo
 
-from cat_cluster.base_model import load_base_model
 from cat_cluster.errors import (
     CancelledRequestError,
     DeadlineError,
@@ -19,7 +18,8 @@ from cat_cluster.errors import (
     OverloadedError,
     ServingError,
 )
-from cat_cluster.generation import ImageRow
+from cat_cluster.models.base_model import load_base_model
+from cat_cluster.models.generate import ImageRow
 from serve.denoise.batches import Batches
 from serve.denoise.image import EngineImage
 from tests.denoised_images import Studio, Wanted, assert_same_image, random_adapter

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cat_cluster.base_model import load_base_model
 from cat_cluster.errors import CancelledRequestError
-from cat_cluster.generation import ImageRow
+from cat_cluster.models.base_model import load_base_model
+from cat_cluster.models.generate import ImageRow
 from serve.denoise.image import EngineImage
 from tests.denoised_images import Studio, Wanted, assert_same_image, random_adapter
 from tests.engines import Calls, Desk, Heard, open_desk, wait_until

@@ -12,9 +12,9 @@ from diffusers import UNet2DConditionModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cat_cluster.base_model import load_base_model
-from cat_cluster.generation import ImageRow
 from cat_cluster.lora.row_bank import RowBank
+from cat_cluster.models.base_model import load_base_model
+from cat_cluster.models.generate import ImageRow
 from serve.denoise.rows import ImageRows, Rows
 from tests.denoised_images import Studio, Wanted, assert_same_image, random_adapter
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.errors import EngineStoppedError, ServingError
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from serve.denoise import work as work_module
 from serve.denoise.work import AT_ONCE, SideWork, colour_map
 

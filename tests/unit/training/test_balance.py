@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.batches import draw_batch
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.balance import LARGEST_SCALE, AlphaBalance
 from cat_cluster.training.history import ConceptLoss
 from cat_cluster.training.loop import StepReport

@@ -12,8 +12,8 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.errors import OutputError
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.store.protocol import check_key
 from cat_cluster.telemetry import Metrics, PrometheusBackend
 from cat_cluster.training.history import ConceptLoss

@@ -12,12 +12,12 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 
-from cat_cluster.base_model import BaseModel, load_base_model
 from cat_cluster.batches import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
 from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.methods import initial_weights
+from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import TorchEngine
 from cat_cluster.training.optimizer import SlotSettings
 from cat_cluster.training.step import RowLosses, StepSettings, train_step

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn import functional
 
 from cat_cluster.errors import BaseModelError
-from cat_cluster.pocket import world
-from cat_cluster.pocket.labels import LABELS, label_indices, labels_of, masked_cross_entropy
-from cat_cluster.pocket.loop import (
+from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.labels import LABELS, label_indices, labels_of, masked_cross_entropy
+from cat_cluster.models.pocket.loop import (
     Budget,
     Pulse,
     Sitting,
@@ -27,8 +27,8 @@ from cat_cluster.pocket.loop import (
     render,
     run_stage,
 )
-from cat_cluster.pocket.recipe import Recipe
-from cat_cluster.pocket.vae import decode_latents, encode_frames
+from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket.vae import decode_latents, encode_frames
 
 _SEED_SHIFT = 1_000  # scenes and initial weights that no other stage has seen
 

@@ -17,13 +17,13 @@ from PIL import Image, ImageDraw
 from torch.nn import functional
 from transformers import CLIPModel
 
-from cat_cluster.pocket import world
-from cat_cluster.pocket.classifier import Classifier, load_classifier
-from cat_cluster.pocket.clip import embed_images, embed_texts, load_judge
-from cat_cluster.pocket.labels import LABELS, labels_of
-from cat_cluster.pocket.loop import random_scenes, render
-from cat_cluster.pocket.recipe import Recipe
-from cat_cluster.pocket.vae import decode_latents, encode_frames
+from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.classifier import Classifier, load_classifier
+from cat_cluster.models.pocket.clip import embed_images, embed_texts, load_judge
+from cat_cluster.models.pocket.labels import LABELS, labels_of
+from cat_cluster.models.pocket.loop import random_scenes, render
+from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket.vae import decode_latents, encode_frames
 
 STEPS = 25
 GUIDANCE = 4.0

@@ -14,16 +14,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from cat_cluster.base_model import BaseModel
-from cat_cluster.diffusion.samplers import (
+from cat_cluster.files import write_whole
+from cat_cluster.lora.bank import LoraBank
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.samplers import (
     SamplerName,
     SamplerTable,
     advance_rows,
     gather_coefficients,
     sampler_table,
 )
-from cat_cluster.files import write_whole
-from cat_cluster.lora.bank import LoraBank
 
 
 @dataclass(frozen=True)

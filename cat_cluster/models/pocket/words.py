@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
-from cat_cluster.pocket import world
-from cat_cluster.pocket.clip import tokenize
-from cat_cluster.pocket.loop import Budget, Pulse, Sitting, optimise, random_scenes, rate_at, run_stage
-from cat_cluster.pocket.recipe import Recipe
+from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.clip import tokenize
+from cat_cluster.models.pocket.loop import Budget, Pulse, Sitting, optimise, random_scenes, rate_at, run_stage
+from cat_cluster.models.pocket.recipe import Recipe
 
 _PADDED_EVERY = 2  # every other batch is seen to its last pad, the others to their longest text
 

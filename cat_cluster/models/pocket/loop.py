@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cat_cluster.pocket import world
+from cat_cluster.models.pocket import world
 
 
 class Stateful(Protocol):

@@ -23,8 +23,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cat_cluster.diffusion.schedule import SCHEDULER_FILE, NoiseSchedule
 from cat_cluster.errors import BaseModelError, SpecError
+from cat_cluster.models.schedule import SCHEDULER_FILE, NoiseSchedule
 
 SamplerName = Literal["ddim", "euler", "dpmpp_2m"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)

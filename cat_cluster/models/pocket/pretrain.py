@@ -16,16 +16,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import CLIPModel, CLIPTokenizer, PreTrainedModel
 
-from cat_cluster.pocket import world
-from cat_cluster.pocket.classifier import Classifier, load_classifier, save_classifier, train_classifier
-from cat_cluster.pocket.clip import save_judge, text_encoder, train_clip, train_text
-from cat_cluster.pocket.loop import Pulse, Report, Sitting
-from cat_cluster.pocket.quality import write_card
-from cat_cluster.pocket.recipe import Recipe
-from cat_cluster.pocket.tokenizer import load_tokenizer, train_tokenizer
-from cat_cluster.pocket.unet import new_scheduler, train_unet
-from cat_cluster.pocket.vae import train_vae
-from cat_cluster.pocket.words import train_words
+from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.classifier import Classifier, load_classifier, save_classifier, train_classifier
+from cat_cluster.models.pocket.clip import save_judge, text_encoder, train_clip, train_text
+from cat_cluster.models.pocket.loop import Pulse, Report, Sitting
+from cat_cluster.models.pocket.quality import write_card
+from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket.tokenizer import load_tokenizer, train_tokenizer
+from cat_cluster.models.pocket.unet import new_scheduler, train_unet
+from cat_cluster.models.pocket.vae import train_vae
+from cat_cluster.models.pocket.words import train_words
 
 Model = TypeVar("Model")
 

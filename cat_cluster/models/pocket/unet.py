@@ -14,11 +14,21 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import nn
 from transformers import CLIPTokenizer
 
-from cat_cluster.pocket import world
-from cat_cluster.pocket.clip import tokenize
-from cat_cluster.pocket.loop import Budget, Pulse, Sitting, follow, optimise, random_scenes, rate_at, render, run_stage
-from cat_cluster.pocket.recipe import Recipe
-from cat_cluster.pocket.vae import encode_frames
+from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.clip import tokenize
+from cat_cluster.models.pocket.loop import (
+    Budget,
+    Pulse,
+    Sitting,
+    follow,
+    optimise,
+    random_scenes,
+    rate_at,
+    render,
+    run_stage,
+)
+from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket.vae import encode_frames
 
 _SNR_GAMMA = 5.0
 _EMPTY_SHARE = 0.1

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from cat_cluster.pocket import world
+from cat_cluster.models.pocket import world
 
 LABELS: dict[str, tuple[str, ...]] = {
     "object": world.OBJECTS,

@@ -10,9 +10,19 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional
 
-from cat_cluster.pocket import world
-from cat_cluster.pocket.loop import Budget, Pulse, Sitting, follow, optimise, random_scenes, rate_at, render, run_stage
-from cat_cluster.pocket.recipe import Recipe
+from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.loop import (
+    Budget,
+    Pulse,
+    Sitting,
+    follow,
+    optimise,
+    random_scenes,
+    rate_at,
+    render,
+    run_stage,
+)
+from cat_cluster.models.pocket.recipe import Recipe
 
 
 def new_vae(recipe: Recipe) -> AutoencoderKL:

@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cat_cluster.pocket.shapes import Points, box, ellipse, shape_of
+from cat_cluster.models.pocket.shapes import Points, box, ellipse, shape_of
 
 SIZE = 64
 _ZOOM = 4  # drawn at 4x and reduced: antialiasing

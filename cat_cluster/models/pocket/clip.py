@@ -15,10 +15,20 @@ from torch.nn import functional
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from cat_cluster.errors import BaseModelError
-from cat_cluster.pocket import world
-from cat_cluster.pocket.labels import LABELS, label_indices, labels_of, labels_said, masked_cross_entropy
-from cat_cluster.pocket.loop import Budget, Pulse, Sitting, follow, optimise, random_scenes, rate_at, render, run_stage
-from cat_cluster.pocket.recipe import Recipe
+from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.labels import LABELS, label_indices, labels_of, labels_said, masked_cross_entropy
+from cat_cluster.models.pocket.loop import (
+    Budget,
+    Pulse,
+    Sitting,
+    follow,
+    optimise,
+    random_scenes,
+    rate_at,
+    render,
+    run_stage,
+)
+from cat_cluster.models.pocket.recipe import Recipe
 
 # The judge takes pixels in [0, 1] normalised with these, as a CLIPImageProcessor config says beside the weights.
 IMAGE_MEAN = 0.5

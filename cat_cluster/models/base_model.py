@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cat_cluster.base_files import base_folder as base_folder
-from cat_cluster.base_files import check_family, fingerprint, read_config, weight_files
-from cat_cluster.diffusion.schedule import NoiseSchedule
 from cat_cluster.errors import BaseModelError, SpecError
+from cat_cluster.models.base_files import base_folder as base_folder
+from cat_cluster.models.base_files import check_family, fingerprint, read_config, weight_files
+from cat_cluster.models.schedule import NoiseSchedule
 
 GENERAL_PROMPTS_FILE = "general_prompts.txt"
 

@@ -1,0 +1,1 @@
+"""Base models: their files, noise schedule, samplers, image generation, and the embedded Pocket-SD."""
