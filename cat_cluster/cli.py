@@ -315,7 +315,7 @@ def spec_check(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML).")], as_json: AsJson = False
 ) -> None:
     """Check a job spec and its photos without training anything."""
-    from cat_cluster.concepts import check_tokens, load_concept
+    from cat_cluster.data.concepts import check_tokens, load_concept
     from cat_cluster.spec.job import load_spec
 
     adapters = load_spec(spec).resolved()

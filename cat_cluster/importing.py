@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from cat_cluster.concepts import Concept, check_tokens, load_concept
+from cat_cluster.data.concepts import Concept, check_tokens, load_concept
 from cat_cluster.errors import AdapterFormatError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation

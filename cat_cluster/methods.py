@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from diffusers import UNet2DConditionModel
 
-from cat_cluster.batches import keyed_generator
+from cat_cluster.data.draws import keyed_generator
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 
 MethodName = Literal["cat", "lora"]

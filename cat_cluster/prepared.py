@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cat_cluster.batches import AdapterTask
-from cat_cluster.concepts import Concept, has_token, load_concepts
+from cat_cluster.data.concepts import Concept, has_token, load_concepts
+from cat_cluster.data.draws import AdapterTask
+from cat_cluster.data.latents import LatentCache
 from cat_cluster.errors import CheckpointError, SpecError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.features import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
-from cat_cluster.latents import LatentCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.methods import effective_alpha, initial_weights

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from cat_cluster.concepts import Concept, load_concept
+from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.recognition import DESIGN_FILE

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, connect, explained, stop_jobs
+from cat_cluster.data.s3_photos import store_images
 from cat_cluster.errors import ClusterError, RunError, SpecError
-from cat_cluster.inputs import store_images
 from cat_cluster.run_progress import RunProgress, is_alive
 from cat_cluster.runs import Run, run_id_of
 from cat_cluster.spec.job import AdapterSpec, JobSpec
@@ -135,7 +135,7 @@ def _refuse_unseen_storage(job: JobSpec, store: ObjectStore, cluster: RayCluster
 
 def image_digests_of(job: JobSpec) -> list[list[str]]:
     """Read every photo and caption of the job, which also refuses those that training would."""
-    from cat_cluster.concepts import load_concepts
+    from cat_cluster.data.concepts import load_concepts
     from cat_cluster.published import image_digests
 
     return [image_digests(load_concepts(adapter.id, adapter.concepts)) for adapter in job.adapters]

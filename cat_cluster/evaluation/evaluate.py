@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cat_cluster.concepts import Concept
+from cat_cluster.data.concepts import Concept
+from cat_cluster.data.latents import crop_pixels
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.bootstrap import ConceptFeatures
 from cat_cluster.evaluation.features import POCKET_CLASSIFIER, Judge, feature_rows, is_pocket, load_judges, text_rows
@@ -19,7 +20,6 @@ from cat_cluster.evaluation.leaks import leak_prompts, measure_leaks
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.evaluation.recognition import Recognition, RecognitionHead, find_design, fit_head
 from cat_cluster.evaluation.results import ConceptImages, Evaluation, JudgeScores
-from cat_cluster.latents import crop_pixels
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import ImageRow, generate

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cat_cluster.concepts import Concept
+from cat_cluster.data.concepts import Concept
 from cat_cluster.evaluation.metrics import Array, leak_matrix
 from cat_cluster.evaluation.prompts import decoy, fill
 

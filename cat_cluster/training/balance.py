@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cat_cluster.batches import Batch
+from cat_cluster.data.draws import Batch
 from cat_cluster.training.history import ConceptLoss
 
 SMOOTHING = 0.1  # of the two running losses; they are noisy from step to step

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cat_cluster.batches import AdapterTask, Batch
+from cat_cluster.data.draws import AdapterTask, Batch
 from cat_cluster.training.step import RowLosses
 
 HISTORY_POINTS = 100

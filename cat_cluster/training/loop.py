@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_cluster.batches import AdapterTask, Batch, Shard, draw_batch, shard_batch
-from cat_cluster.latents import TextCache
+from cat_cluster.data.draws import AdapterTask, Batch, Shard, draw_batch, shard_batch
+from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cat_cluster.batches import Batch
+from cat_cluster.data.draws import Batch
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.losses import pack_loss, prediction_loss
 from cat_cluster.models.base_model import BaseModel

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from cat_cluster.batches import AdapterTask, Draw, pool_entries
+from cat_cluster.data.draws import AdapterTask, Draw, pool_entries
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
-from cat_cluster.concepts import remove_token
+from cat_cluster.data.concepts import remove_token
 from cat_cluster.demo import SPEC, draw_photos
 from cat_cluster.drift import (
     CUSUM_SLACK,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cat_cluster.latents import TextCache
+from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import functional
 
-from cat_cluster.latents import TextCache
+from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.engine import autocast

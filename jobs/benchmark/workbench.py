@@ -15,9 +15,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from cat_cluster.batches import AdapterTask, ConceptMaterial, draw_batch
+from cat_cluster.data.draws import AdapterTask, ConceptMaterial, draw_batch
+from cat_cluster.data.latents import TextCache
 from cat_cluster.errors import SpecError
-from cat_cluster.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model

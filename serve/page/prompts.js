@@ -1,4 +1,4 @@
-// Tokens in prompts, by the rules of cat_cluster/concepts.py.
+// Tokens in prompts, by the rules of cat_cluster/data/concepts.py.
 
 /** The prompt without any occurrence of the token as a whole word; one following comma and spaces go with each. */
 export function removeToken(prompt, token) {

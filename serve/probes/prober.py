@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cat_cluster.concepts import remove_token
+from cat_cluster.data.concepts import remove_token
 from cat_cluster.drift import DETECTORS, SCORES, State, disagreement
 from cat_cluster.errors import CatClusterError, EvaluationError
 from cat_cluster.evaluation.features import Judge, load_judge

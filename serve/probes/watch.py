@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cat_cluster.concepts import has_token
+from cat_cluster.data.concepts import has_token
 from cat_cluster.drift import LEAST_PAIRS, SCORES, DriftMonitor, State
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.evaluate import image_templates

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cat_cluster.concepts import check_tokens, has_token, load_concept
+from cat_cluster.data.concepts import check_tokens, has_token, load_concept
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.job import ConceptSpec
 

@@ -26,7 +26,7 @@ from cat_cluster import cli_jobs
 from cat_cluster.cluster import follow, ray_jobs
 from cat_cluster.cluster.ray_jobs import RayCluster, connect, jobs_of_run, last_job_status, open_cluster
 from cat_cluster.cluster.submit import Submission, read_runtime_env, stop_run, submit_run
-from cat_cluster.concepts import load_concept
+from cat_cluster.data.concepts import load_concept
 from cat_cluster.errors import CatClusterError, ClusterError, RunError, SpecError, SupersededError
 from cat_cluster.published import image_digests
 from cat_cluster.run_progress import RunProgress

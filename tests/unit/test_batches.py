@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cat_cluster.batches import AdapterTask, AlphaSchedule, Batch, ConceptMaterial, draw_batch, keyed_generator
+from cat_cluster.data.draws import AdapterTask, AlphaSchedule, Batch, ConceptMaterial, draw_batch, keyed_generator
 
 
 def concept(token: str, *, alpha: float = 1.0, weight: float = 1.0, views: int = 3) -> ConceptMaterial:

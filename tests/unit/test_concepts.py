@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cat_cluster.concepts import check_tokens, has_token, load_concept, remove_token
+from cat_cluster.data.concepts import check_tokens, has_token, load_concept, remove_token
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.job import ConceptSpec
 

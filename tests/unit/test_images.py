@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cat_cluster import images
-from cat_cluster.concepts import load_concept
+from cat_cluster.data import photos as images
+from cat_cluster.data.concepts import load_concept
+from cat_cluster.data.photos import find_images, read_image
 from cat_cluster.errors import ConceptError
-from cat_cluster.images import find_images, read_image
 from cat_cluster.spec.job import ConceptSpec
 
 

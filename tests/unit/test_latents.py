@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cat_cluster.concepts import Concept, load_concept
-from cat_cluster.latents import LatentCache, TextCache, crop_pixels
+from cat_cluster.data.concepts import Concept, load_concept
+from cat_cluster.data.latents import LatentCache, TextCache, crop_pixels
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.spec.job import ConceptSpec
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cat_cluster.concepts import Concept, load_concept
+from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.evaluation.evaluate import Evaluator, evaluate_adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cat_cluster.concepts import Concept
+from cat_cluster.data.concepts import Concept
 from cat_cluster.evaluation.leaks import leak_prompts, measure_leaks, triggers_of
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import cat_cluster
-from cat_cluster.concepts import remove_token
+from cat_cluster.data.concepts import remove_token
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.prompts import (
     DECOYS,

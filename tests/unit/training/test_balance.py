@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cat_cluster.batches import draw_batch
+from cat_cluster.data.draws import draw_batch
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.balance import LARGEST_SCALE, AlphaBalance
 from cat_cluster.training.history import ConceptLoss

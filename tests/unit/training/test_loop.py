@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cat_cluster.batches import AdapterTask
+from cat_cluster.data.draws import AdapterTask
 from cat_cluster.errors import CheckpointError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights

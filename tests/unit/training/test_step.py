@@ -12,8 +12,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 
-from cat_cluster.batches import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
-from cat_cluster.latents import TextCache
+from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
+from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.methods import initial_weights

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cat_cluster.batches import AdapterTask, draw_batch, pool_entries
-from cat_cluster.latents import TextCache
+from cat_cluster.data.draws import AdapterTask, draw_batch, pool_entries
+from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training import teacher as teacher_module

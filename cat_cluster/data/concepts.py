@@ -10,10 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from cat_cluster.captions import read_captions
+from cat_cluster.data.captions import read_captions
+from cat_cluster.data.photos import find_images, read_image
+from cat_cluster.data.s3_photos import local_images
 from cat_cluster.errors import ConceptError
-from cat_cluster.images import find_images, read_image
-from cat_cluster.inputs import local_images
 from cat_cluster.spec.fields import words
 from cat_cluster.spec.job import ConceptSpec
 

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from cat_cluster.batches import ConceptMaterial, keyed_generator
-from cat_cluster.concepts import Concept, Example
+from cat_cluster.data.concepts import Concept, Example
+from cat_cluster.data.draws import ConceptMaterial, keyed_generator
 from cat_cluster.errors import OutputError
 from cat_cluster.files import write_whole
 from cat_cluster.models.base_model import BaseModel

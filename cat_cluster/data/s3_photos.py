@@ -12,9 +12,9 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
-from cat_cluster.captions import METADATA_NAME
+from cat_cluster.data.captions import METADATA_NAME
+from cat_cluster.data.photos import IMAGE_SUFFIXES, find_images
 from cat_cluster.errors import ConceptError, ObjectExistsError, StoreError
-from cat_cluster.images import IMAGE_SUFFIXES, find_images
 from cat_cluster.settings import load_settings
 from cat_cluster.store.protocol import ObjectStore
 
