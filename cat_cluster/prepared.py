@@ -16,7 +16,6 @@ from cat_cluster.evaluation.features import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.methods import effective_alpha, initial_weights
 from cat_cluster.models.base_model import BaseModel, choose_device, load_base_model
 from cat_cluster.published import image_digests
 from cat_cluster.registry import revision_of
@@ -24,8 +23,9 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.store import ObjectStore
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore
-from cat_cluster.training.history import curves
 from cat_cluster.training.loop import PackMember, TrainedAdapter
+from cat_cluster.training.loss_curves import curves
+from cat_cluster.training.methods import effective_alpha, initial_weights
 from cat_cluster.training.optimizer import SlotSettings
 
 

@@ -11,8 +11,8 @@ from rich.progress import (
 )
 
 from cat_cluster.bars import Bars
-from cat_cluster.training.history import ConceptLoss
 from cat_cluster.training.loop import StepReport
+from cat_cluster.training.loss_curves import ConceptLoss
 from cat_cluster.workflow import AdapterResult
 
 LOSS_SMOOTHING = 0.05

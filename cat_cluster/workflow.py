@@ -25,7 +25,7 @@ from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 from cat_cluster.training.engine import EngineFactory, TorchEngine
 from cat_cluster.training.loop import LoopSettings, StepReport, TrainedAdapter, train_pack
-from cat_cluster.training.memory import measured_pack_size
+from cat_cluster.training.pack_size import measured_pack_size
 
 Outcome = Literal["published", "already published", "rejected", "failed"]
 

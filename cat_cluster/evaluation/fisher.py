@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cat_cluster.evaluation.metrics import Array
 from cat_cluster.lora.bank import LoraBank
-from cat_cluster.losses import prediction_loss
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.training.losses import prediction_loss
 
 TIMESTEPS = 10
 ROWS_PER_CALL = 32

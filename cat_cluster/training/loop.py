@@ -17,10 +17,10 @@ from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
-from cat_cluster.training.balance import AlphaBalance
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest
+from cat_cluster.training.drift_budget import AlphaBalance
 from cat_cluster.training.engine import Engine, EngineFactory, TorchEngine, autocast
-from cat_cluster.training.history import ConceptLoss, History
+from cat_cluster.training.loss_curves import ConceptLoss, History
 from cat_cluster.training.optimizer import SlotSettings
 from cat_cluster.training.step import RowLosses, StepSettings, train_step
 from cat_cluster.training.teacher import TeacherPool

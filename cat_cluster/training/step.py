@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cat_cluster.data.draws import Batch
 from cat_cluster.lora.bank import LoraBank
-from cat_cluster.losses import pack_loss, prediction_loss
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.engine import Engine, autocast
+from cat_cluster.training.losses import pack_loss, prediction_loss
 from cat_cluster.training.teacher import TeacherPool, TextEncoder
 
 

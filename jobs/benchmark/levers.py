@@ -11,9 +11,9 @@ from rich.console import Console
 
 from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
-from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.spec.sections import TrainingSpec
+from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.teacher import TeacherPool
 from jobs.benchmark.record import write_result
 from jobs.benchmark.reference import peft_step

@@ -20,11 +20,11 @@ from torch import distributed
 
 from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.lora.bank import LoraBank, adapted_layers
-from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import EngineFactory, TorchEngine
 from cat_cluster.training.loop import LoopSettings, PackMember, train_pack
-from cat_cluster.training.memory import peak_resident
+from cat_cluster.training.methods import initial_weights
+from cat_cluster.training.pack_size import peak_resident
 from jobs.benchmark.workbench import OPTIMISER, RANK, Levers, concept_task, sd15_sized_base
 
 LEVERS = Levers(alpha=5.0, joint_rows=True, fraction=0.5)  # the spec's defaults

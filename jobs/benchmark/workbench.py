@@ -19,9 +19,9 @@ from cat_cluster.data.draws import AdapterTask, ConceptMaterial, draw_batch
 from cat_cluster.data.latents import TextCache
 from cat_cluster.errors import SpecError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
-from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
 from cat_cluster.training.engine import TorchEngine, autocast
+from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.optimizer import SlotSettings
 from cat_cluster.training.step import StepSettings, train_step
 from cat_cluster.training.teacher import TeacherPool

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from cat_cluster.lora.bank import adapted_layers
-from cat_cluster.methods import effective_alpha, initial_weights
 from cat_cluster.models.base_model import load_base_model
+from cat_cluster.training.methods import effective_alpha, initial_weights
 
 
 def test_plain_lora_has_no_cat_term() -> None:

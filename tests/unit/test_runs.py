@@ -20,7 +20,7 @@ from cat_cluster.run_writer import ProgressWriter
 from cat_cluster.runs import Attempt, FencedStore, Run, list_runs, open_fenced_store, run_id_of
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
-from cat_cluster.training.history import ConceptLoss
+from cat_cluster.training.loss_curves import ConceptLoss
 
 RUN_ID = "run-0123456789ab"
 

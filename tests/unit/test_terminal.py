@@ -7,8 +7,8 @@ import io
 from rich.console import Console
 
 from cat_cluster.terminal import TerminalListener
-from cat_cluster.training.history import ConceptLoss
 from cat_cluster.training.loop import StepReport
+from cat_cluster.training.loss_curves import ConceptLoss
 from cat_cluster.workflow import AdapterResult
 
 

@@ -17,7 +17,7 @@ from cat_cluster.prepared import PreparedAdapter
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
-from cat_cluster.training import memory
+from cat_cluster.training import pack_size as memory
 from cat_cluster.training.loop import LoopSettings
 from cat_cluster.workflow import pack_size, plan_packs
 from tests.unit.training.test_loop import members

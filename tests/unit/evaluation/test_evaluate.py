@@ -19,11 +19,11 @@ from cat_cluster.evaluation.features import ClipJudge
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
+from cat_cluster.training.methods import initial_weights
 
 SPEC = EvaluationSpec(prompts=("a photo {} in red", "{} of a cup"), images_per_prompt=2, steps=2, guidance=2.0, seed=5)
 UNTRAINED, TRAINED = 1, 2

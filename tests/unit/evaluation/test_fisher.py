@@ -12,8 +12,8 @@ from diffusers import DDIMScheduler
 from cat_cluster.evaluation.fisher import TIMESTEPS, fisher_drift, stratified_timesteps
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.training.methods import initial_weights
 
 PROMPTS, SEEDS = ("a photo of a cup", "a red cup"), (3, 4)
 

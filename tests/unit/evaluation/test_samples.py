@@ -16,9 +16,9 @@ from cat_cluster.evaluation.prompts import GENERAL_TEMPLATES
 from cat_cluster.evaluation.samples import SampleGrids, sample_grid
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.training.methods import initial_weights
 
 FEW = {"steps": 2, "count": 2}
 CUP = [("sks", "cup")]

@@ -8,8 +8,8 @@ import torch._dynamo.utils
 from diffusers import UNet2DConditionModel
 
 from cat_cluster.lora.bank import BLOCKS, LoraBank, adapted_layers
-from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import compiled_blocks
+from cat_cluster.training.methods import initial_weights
 from tests.unit.lora.test_bank import WeightsFactory, attach, inputs, loss_of, predict
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from cat_cluster.data.draws import draw_batch
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.training.balance import LARGEST_SCALE, AlphaBalance
-from cat_cluster.training.history import ConceptLoss
+from cat_cluster.training.drift_budget import LARGEST_SCALE, AlphaBalance
 from cat_cluster.training.loop import StepReport
+from cat_cluster.training.loss_curves import ConceptLoss
 from tests.unit.training.test_loop import Killed, bit_equal, member, series, train
 from tests.unit.training.test_step import concept, task
 

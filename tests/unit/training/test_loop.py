@@ -12,11 +12,11 @@ from cat_cluster.data.draws import AdapterTask
 from cat_cluster.errors import CheckpointError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights
-from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.store.local import LocalStore
 from cat_cluster.training.checkpoint import CheckpointStore, load_newest
 from cat_cluster.training.loop import LoopSettings, PackMember, StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.optimizer import SlotSettings
 from tests.unit.training.test_step import concept, task
 

@@ -16,8 +16,8 @@ from cat_cluster.errors import OutputError
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.store.protocol import check_key
 from cat_cluster.telemetry import Metrics, PrometheusBackend
-from cat_cluster.training.history import ConceptLoss
 from cat_cluster.training.loop import StepReport
+from cat_cluster.training.loss_curves import ConceptLoss
 from cat_cluster.training.recorders import TensorBoardRecorder, TrainingMetrics
 from tests.tiny_jobs import largest_file
 from tests.unit.training.test_loop import STEPS, members, train

@@ -16,9 +16,9 @@ from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_bat
 from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.methods import initial_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import TorchEngine
+from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.optimizer import SlotSettings
 from cat_cluster.training.step import RowLosses, StepSettings, train_step
 

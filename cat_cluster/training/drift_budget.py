@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from cat_cluster.data.draws import Batch
-from cat_cluster.training.history import ConceptLoss
+from cat_cluster.training.loss_curves import ConceptLoss
 
 SMOOTHING = 0.1  # of the two running losses; they are noisy from step to step
 RATE = 0.05  # of log alpha per step and unit of log excess
