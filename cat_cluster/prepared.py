@@ -12,7 +12,7 @@ from cat_cluster.data.draws import AdapterTask
 from cat_cluster.data.latents import LatentCache
 from cat_cluster.errors import CheckpointError, SpecError
 from cat_cluster.evaluation.evaluate import image_templates
-from cat_cluster.evaluation.features import is_pocket, load_judges
+from cat_cluster.evaluation.judges import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer

@@ -12,9 +12,9 @@ from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 from cat_cluster.errors import AdapterNotFoundError, CatClusterError
-from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.evaluation.evaluate import EvaluationMemory, Evaluator
 from cat_cluster.evaluation.gates import check_gates
+from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.prepared import PreparedAdapter, checkpoints_of, open_bank, pack_member, prepare

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cat_cluster.drift import SCORES
 from cat_cluster.errors import StoreError
-from cat_cluster.evaluation.features import Judge, feature_rows
+from cat_cluster.evaluation.drift import SCORES
+from cat_cluster.evaluation.judges import Judge, feature_rows
 from cat_cluster.evaluation.prompts import fill
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer

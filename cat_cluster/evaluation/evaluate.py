@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from cat_cluster.data.concepts import Concept
 from cat_cluster.data.latents import crop_pixels
 from cat_cluster.errors import EvaluationError
-from cat_cluster.evaluation.bootstrap import ConceptFeatures
-from cat_cluster.evaluation.features import POCKET_CLASSIFIER, Judge, feature_rows, is_pocket, load_judges, text_rows
 from cat_cluster.evaluation.fisher import fisher_drift
+from cat_cluster.evaluation.intervals import ConceptFeatures
+from cat_cluster.evaluation.judges import POCKET_CLASSIFIER, Judge, feature_rows, is_pocket, load_judges, text_rows
 from cat_cluster.evaluation.leaks import leak_prompts, measure_leaks
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.evaluation.recognition import Recognition, RecognitionHead, find_design, fit_head

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cat_cluster.errors import EvaluationError
-from cat_cluster.evaluation.features import Judge, feature_rows
+from cat_cluster.evaluation.judges import Judge, feature_rows
 from cat_cluster.evaluation.metrics import Array
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.pocket import world

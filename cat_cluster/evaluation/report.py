@@ -14,9 +14,9 @@ from typing import Any
 import jinja2
 
 from cat_cluster.errors import EvaluationError
-from cat_cluster.evaluation.bootstrap import METRICS, paired_difference_interval, paired_ratio_interval
 from cat_cluster.evaluation.curves import draw_curves, method_colour
 from cat_cluster.evaluation.grid import Grid, concept_grid, draw_grids, thumbnail_png
+from cat_cluster.evaluation.intervals import METRICS, paired_difference_interval, paired_ratio_interval
 from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.evaluation.results import Evaluation, JudgeScores
 from cat_cluster.files import write_whole

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cat_cluster.evaluation.bootstrap import METRICS, ConceptFeatures, Interval, Resampled, resample, score
+from cat_cluster.evaluation.intervals import METRICS, ConceptFeatures, Interval, Resampled, resample, score
 from cat_cluster.evaluation.leaks import LeakMatrix
 from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.recognition import Recognition

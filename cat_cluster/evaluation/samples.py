@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
-from cat_cluster.evaluation.features import is_pocket
 from cat_cluster.evaluation.grid import Column, Grid, Picture, draw_grids
+from cat_cluster.evaluation.judges import is_pocket
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel

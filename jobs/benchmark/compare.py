@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cat_cluster.evaluation.bootstrap import (
+from cat_cluster.evaluation.intervals import (
     METRICS,
     ConceptFeatures,
     Interval,

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from cat_cluster.data.concepts import remove_token
 from cat_cluster.demo import SPEC, draw_photos
-from cat_cluster.drift import (
+from cat_cluster.evaluation.drift import (
     CUSUM_SLACK,
     EWMA_WEIGHT,
     LARGEST,
@@ -38,7 +38,7 @@ from cat_cluster.drift import (
     disagreement,
 )
 from cat_cluster.evaluation.evaluate import image_templates
-from cat_cluster.evaluation.features import Judge, feature_rows, load_judge
+from cat_cluster.evaluation.judges import Judge, feature_rows, load_judge
 from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.prompts import POCKET_TEMPLATES, fill
 from cat_cluster.files import write_whole

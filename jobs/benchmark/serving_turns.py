@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from cat_cluster.drift import SCORES
 from cat_cluster.errors import SpecError
+from cat_cluster.evaluation.drift import SCORES
 from cat_cluster.evaluation.evaluate import image_templates
-from cat_cluster.evaluation.features import feature_rows, is_pocket, load_judge
+from cat_cluster.evaluation.judges import feature_rows, is_pocket, load_judge
 from cat_cluster.evaluation.prompts import fill
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.row_bank import AdapterLayout

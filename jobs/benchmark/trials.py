@@ -18,7 +18,7 @@ from rich.console import Console
 
 from cat_cluster.demo import draw_photos
 from cat_cluster.errors import CatClusterError
-from cat_cluster.evaluation.bootstrap import ConceptFeatures
+from cat_cluster.evaluation.intervals import ConceptFeatures
 from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.files import write_whole
 from cat_cluster.models.pocket import world

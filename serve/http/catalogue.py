@@ -14,8 +14,8 @@ from fastapi import APIRouter, Depends, Header, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cat_cluster.drift import SCORES, DriftMonitor
 from cat_cluster.errors import AdapterNotFoundError
+from cat_cluster.evaluation.drift import SCORES, DriftMonitor
 from cat_cluster.registry import Manifest, Registry
 from serve.calls import AdminAction
 from serve.http.listing import parse_model

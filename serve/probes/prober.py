@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cat_cluster.data.concepts import remove_token
-from cat_cluster.drift import DETECTORS, SCORES, State, disagreement
 from cat_cluster.errors import CatClusterError, EvaluationError
-from cat_cluster.evaluation.features import Judge, load_judge
+from cat_cluster.evaluation.drift import DETECTORS, SCORES, State, disagreement
+from cat_cluster.evaluation.judges import Judge, load_judge
 from cat_cluster.evaluation.metrics import paired_similarity
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import Manifest, Registry

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cat_cluster.data.concepts import has_token
-from cat_cluster.drift import LEAST_PAIRS, SCORES, DriftMonitor, State
 from cat_cluster.errors import EvaluationError
+from cat_cluster.evaluation.drift import LEAST_PAIRS, SCORES, DriftMonitor, State
 from cat_cluster.evaluation.evaluate import image_templates
-from cat_cluster.evaluation.features import Judge, feature_rows
+from cat_cluster.evaluation.judges import Judge, feature_rows
 from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.prompts import fill
 from cat_cluster.models.base_model import BaseModel

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cat_cluster.evaluation.bootstrap import METRICS
+from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.run_progress import RunProgress
 from cat_cluster.store import open_store
 from tests import ray_plan

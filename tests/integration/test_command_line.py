@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from cat_cluster.evaluation.bootstrap import METRICS
+from cat_cluster.evaluation.intervals import METRICS
 from tests.integration.conftest import Published
 from tests.tiny_jobs import (
     CommandLine,

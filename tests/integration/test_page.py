@@ -18,7 +18,7 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from cat_cluster.data.concepts import remove_token
-from cat_cluster.drift import DriftMonitor
+from cat_cluster.evaluation.drift import DriftMonitor
 from cat_cluster.registry import Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend

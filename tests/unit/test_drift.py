@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cat_cluster.drift import (
+from cat_cluster.evaluation.drift import (
     CUSUM_SLACK,
     EWMA_WEIGHT,
     HORIZON,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cat_cluster.evaluation.bootstrap import ConceptFeatures, score
+from cat_cluster.evaluation.intervals import ConceptFeatures, score
 from jobs.benchmark.compare import compare, judges_of, prompts_followed
 from jobs.benchmark.trials import Measured, Subject, Taught
 

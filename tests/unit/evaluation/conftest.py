@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import CLIPConfig, CLIPModel
 
-from cat_cluster.evaluation.bootstrap import ConceptFeatures
-from cat_cluster.evaluation.features import ClipJudge, feature_rows, load_clip, text_rows
+from cat_cluster.evaluation.intervals import ConceptFeatures
+from cat_cluster.evaluation.judges import ClipJudge, feature_rows, load_clip, text_rows
 from cat_cluster.evaluation.leaks import LeakMatrix
 from cat_cluster.evaluation.prompts import POCKET_TEMPLATES, fill
 from cat_cluster.evaluation.recognition import Recognition

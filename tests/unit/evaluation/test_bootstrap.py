@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cat_cluster.errors import EvaluationError
-from cat_cluster.evaluation.bootstrap import (
+from cat_cluster.evaluation.intervals import (
     METRICS,
     ConceptFeatures,
     Interval,

@@ -13,9 +13,9 @@ from PIL import Image
 
 from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.errors import EvaluationError
-from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.evaluation.evaluate import Evaluator, evaluate_adapter
-from cat_cluster.evaluation.features import ClipJudge
+from cat_cluster.evaluation.intervals import METRICS
+from cat_cluster.evaluation.judges import ClipJudge
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from cat_cluster.errors import BaseModelError, EvaluationError
-from cat_cluster.evaluation.features import (
+from cat_cluster.evaluation.judges import (
     ClipJudge,
     Preprocessing,
     feature_rows,

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from cat_cluster.errors import SpecError
-from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.evaluation.gates import check_gates
+from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.spec.fields import GATE_METRICS
 
 

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from cat_cluster.errors import EvaluationError, OutputError
-from cat_cluster.evaluation.bootstrap import METRICS
 from cat_cluster.evaluation.grid import concept_grid, draw_grids, thumbnail_png
+from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, report_json, write_report
 from cat_cluster.evaluation.results import Evaluation
 

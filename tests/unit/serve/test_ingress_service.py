@@ -18,8 +18,8 @@ from openai.types.image_gen_completed_event import ImageGenCompletedEvent
 from openai.types.image_gen_partial_image_event import ImageGenPartialImageEvent
 from PIL import Image
 
-from cat_cluster.drift import DriftMonitor
 from cat_cluster.errors import StoreError
+from cat_cluster.evaluation.drift import DriftMonitor
 from cat_cluster.registry import Registry
 from serve.http.listing import Listing
 from serve.probes.records import ProbeLog, ProbeRecord

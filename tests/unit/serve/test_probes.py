@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cat_cluster.drift import SCORES, DriftMonitor
 from cat_cluster.errors import StoreError
-from cat_cluster.evaluation.features import Judge, load_judge
+from cat_cluster.evaluation.drift import SCORES, DriftMonitor
+from cat_cluster.evaluation.judges import Judge, load_judge
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import Manifest
 from serve.probes.prober import MOST_LIVE, Prober
