@@ -92,7 +92,7 @@ def train(
     store = open_store(storage or job.storage or settings.storage)
     with _listener() as listener:
         if in_process:
-            from cat_cluster.workflow import run_job
+            from cat_cluster.pipeline.job import run_job
 
             results = run_job(job, store, settings, listener)
         else:
@@ -114,7 +114,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a published adapter again: KPS, identity, drift from the base, leaks; with 95% intervals."""
-    from cat_cluster.published import evaluate_published
+    from cat_cluster.pipeline.published import evaluate_published
 
     given = {"images_per_prompt": images_per_prompt, "judge": judge}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -148,7 +148,7 @@ def generate(
     storage: Storage = None,
 ) -> None:
     """Draw images with an adapter, or with the base model alone."""
-    from cat_cluster.published import ImageRequest, draw_images
+    from cat_cluster.pipeline.published import ImageRequest, draw_images
 
     request = ImageRequest(prompt, adapter, base, seed, steps, guidance, sampler, strength, count)
     with _listener() as listener:
@@ -233,7 +233,7 @@ def adapters_import(
     as_json: AsJson = False,
 ) -> None:
     """Publish an adapter that PEFT, diffusers or kohya made. With photos it is measured, as a trained one is."""
-    from cat_cluster.importing import ImportRequest, import_adapter
+    from cat_cluster.pipeline.importing import ImportRequest, import_adapter
     from cat_cluster.spec.sections import EvaluationSpec
 
     evaluation = EvaluationSpec(images_per_prompt=images_per_prompt, judge=judge)

@@ -11,9 +11,9 @@ from rich.progress import (
 )
 
 from cat_cluster.bars import Bars
+from cat_cluster.pipeline.job import AdapterResult
 from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
-from cat_cluster.workflow import AdapterResult
 
 LOSS_SMOOTHING = 0.05
 

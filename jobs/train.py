@@ -24,8 +24,8 @@ from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import open_store
 
 if TYPE_CHECKING:
+    from cat_cluster.pipeline.job import AdapterResult
     from cat_cluster.training.loop import StepReport
-    from cat_cluster.workflow import AdapterResult
 
 LINE_SECONDS = 10.0  # between two lines about the steps of a pack
 

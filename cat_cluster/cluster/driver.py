@@ -23,7 +23,8 @@ from cat_cluster.cluster.session import PACK_THREAD, ClusterSize, check_cluster,
 from cat_cluster.cluster.tasks import evaluate_on_ray, pack_size_on_ray
 from cat_cluster.cluster.trainer import PackOrder, train_on_ray, workers_of
 from cat_cluster.errors import CatClusterError
-from cat_cluster.prepared import PreparedAdapter, checkpoints_of, prepare
+from cat_cluster.pipeline.job import AdapterResult, JobListener, already_published, plan_packs
+from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, prepare
 from cat_cluster.registry import Registry
 from cat_cluster.run_progress import RunProgress
 from cat_cluster.run_writer import ProgressWriter
@@ -31,7 +32,6 @@ from cat_cluster.runs import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
-from cat_cluster.workflow import AdapterResult, JobListener, already_published, plan_packs
 
 POLL_SECONDS = 0.1
 HALT_SECONDS = 10.0  # that a pack's thread has to end in when the driver leaves early

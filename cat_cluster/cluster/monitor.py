@@ -12,7 +12,7 @@ from types import TracebackType
 from cat_cluster.cluster.board import Board
 from cat_cluster.evaluation.samples import SampleGrids
 from cat_cluster.lora.bank import LoraBank
-from cat_cluster.prepared import PreparedAdapter
+from cat_cluster.pipeline.prepare import PreparedAdapter
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 from cat_cluster.telemetry import Metrics

@@ -18,12 +18,18 @@ from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.errors import CatClusterError, CheckpointError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.prepared import PreparedAdapter, checkpoints_of, prepare_adapter, prepare_again, trained_adapter
+from cat_cluster.pipeline.job import AdapterResult, finish_adapter, pack_size
+from cat_cluster.pipeline.prepare import (
+    PreparedAdapter,
+    checkpoints_of,
+    prepare_adapter,
+    prepare_again,
+    trained_adapter,
+)
 from cat_cluster.registry import Registry
 from cat_cluster.runs import open_fenced_store
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
-from cat_cluster.workflow import AdapterResult, finish_adapter, pack_size
 
 EVALUATION_RETRIES = 3  # of a task whose process or machine is lost
 IMAGE_EVENT_SECONDS = 0.25

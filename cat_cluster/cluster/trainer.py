@@ -24,14 +24,14 @@ from cat_cluster.cluster.restarts import RestartNotice
 from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.errors import CatClusterError
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.prepared import PreparedAdapter, prepare_again
+from cat_cluster.pipeline.job import train_adapters
+from cat_cluster.pipeline.prepare import PreparedAdapter, prepare_again
 from cat_cluster.runs import Attempt, FencedStore, Run
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import STORE_RETRIES, Metrics
 from cat_cluster.training.engine import TorchEngine
-from cat_cluster.workflow import train_adapters
 
 COLLECTIVE_SECONDS = 1800
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cat_cluster.cluster.driver import run_on_ray
+from cat_cluster.pipeline.job import AdapterResult
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import load_spec
 from cat_cluster.training.loop import StepReport
-from cat_cluster.workflow import AdapterResult
 
 
 class Stopwatch:

@@ -22,11 +22,11 @@ from cat_cluster.evaluation.intervals import ConceptFeatures
 from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.files import write_whole
 from cat_cluster.models.pocket import world
+from cat_cluster.pipeline.job import AdapterResult, run_job
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
 from cat_cluster.terminal import TerminalListener
-from cat_cluster.workflow import AdapterResult, run_job
 
 SEEDS_APART = 100  # training seed s is judged on image seeds 1000 + 100 s and on: its pairs are its own
 _ARRAYS = ("without_NF", "with_NF", "base_without_NF", "base_with_NF", "photos_MF", "text_NF", "fisher_N")

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from cat_cluster.errors import CatClusterError
+from cat_cluster.pipeline.job import AdapterResult, run_job
 from cat_cluster.registry import Manifest
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import LocalStore
 from cat_cluster.training.loop import StepReport
-from cat_cluster.workflow import AdapterResult, run_job
 from tests.tiny_jobs import adapter, open_registry, published_weights, stored_files, write_photos, write_spec
 
 pytestmark = pytest.mark.chaos
@@ -73,7 +73,7 @@ def attempt(spec: Path, storage: Path, cache: Path, journal: Path) -> None:
 def start(*arguments: Path) -> ForkServerProcess:
     """Start an attempt; the server has imported torch already, so that it costs no seconds each time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cat_cluster.workflow"])
+    context.set_forkserver_preload(["cat_cluster.pipeline.job"])
     process = context.Process(target=attempt, args=arguments, daemon=True)
     process.start()
     return process

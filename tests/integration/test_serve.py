@@ -29,7 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cat_cluster.lora.formats import write_adapter
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.published import ImageRequest, draw_images
+from cat_cluster.pipeline.published import ImageRequest, draw_images
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import open_store
 from serve.settings import ProbeSettings, ServeSettings

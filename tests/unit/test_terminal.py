@@ -6,10 +6,10 @@ import io
 
 from rich.console import Console
 
+from cat_cluster.pipeline.job import AdapterResult
 from cat_cluster.terminal import TerminalListener
 from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
-from cat_cluster.workflow import AdapterResult
 
 
 def test_progress_shows_steps_losses_per_token_and_outcomes() -> None:

@@ -13,13 +13,13 @@ import torch
 
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.prepared import PreparedAdapter
+from cat_cluster.pipeline.job import pack_size, plan_packs
+from cat_cluster.pipeline.prepare import PreparedAdapter
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.training import pack_size as memory
 from cat_cluster.training.loop import LoopSettings
-from cat_cluster.workflow import pack_size, plan_packs
 from tests.unit.training.test_loop import members
 
 RANKS, STEPS, BASES = (8, 2, 4, 16), (30, 20), ("one", "other")

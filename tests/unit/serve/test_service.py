@@ -21,7 +21,7 @@ from PIL import Image
 from cat_cluster.errors import SpecError
 from cat_cluster.lora.formats import write_adapter
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.published import ImageRequest, draw_images
+from cat_cluster.pipeline.published import ImageRequest, draw_images
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec

@@ -17,8 +17,8 @@ from cat_cluster.evaluation.gates import check_gates
 from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
-from cat_cluster.prepared import PreparedAdapter, checkpoints_of, open_bank, pack_member, prepare
-from cat_cluster.published import photo_objects, sample_objects
+from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, open_bank, pack_member, prepare
+from cat_cluster.pipeline.published import photo_objects, sample_objects
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec

@@ -16,7 +16,7 @@ from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights, find_weights, read_adapter
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.published import ImageListener, image_digests, photo_objects, sample_objects
+from cat_cluster.pipeline.published import ImageListener, image_digests, photo_objects, sample_objects
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.imported import ImportedAdapter
 from cat_cluster.spec.job import ConceptSpec
