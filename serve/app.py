@@ -23,7 +23,6 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.errors import CatClusterError, EngineStoppedError, OverloadedError, SpecError
 from cat_cluster.registry import Registry
 from cat_cluster.registry.references import parse_reference
@@ -37,6 +36,7 @@ from cat_cluster.telemetry import (
     PrometheusBackend,
     Record,
 )
+from cat_cluster.telemetry.ray_backend import RayBackend
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.http.access import Access, check_bind
 from serve.http.ingress import build_app

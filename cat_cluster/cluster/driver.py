@@ -18,7 +18,6 @@ import ray
 from cat_cluster import telemetry
 from cat_cluster.cluster.board import Board
 from cat_cluster.cluster.ray_jobs import current_job
-from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.cluster.session import PACK_THREAD, ClusterSize, check_cluster, ray_session
 from cat_cluster.cluster.tasks import evaluate_on_ray, pack_size_on_ray
 from cat_cluster.cluster.trainer import PackOrder, train_on_ray, workers_of
@@ -32,6 +31,7 @@ from cat_cluster.runs import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
+from cat_cluster.telemetry.ray_backend import RayBackend
 
 POLL_SECONDS = 0.1
 HALT_SECONDS = 10.0  # that a pack's thread has to end in when the driver leaves early

@@ -14,7 +14,6 @@ from transformers.utils import logging as transformers_logging
 
 from cat_cluster import telemetry
 from cat_cluster.cluster.board import Board
-from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.errors import CatClusterError, CheckpointError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
 from cat_cluster.models.base_model import BaseModel
@@ -30,6 +29,7 @@ from cat_cluster.registry import Registry
 from cat_cluster.runs import open_fenced_store
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
+from cat_cluster.telemetry.ray_backend import RayBackend
 
 EVALUATION_RETRIES = 3  # of a task whose process or machine is lost
 IMAGE_EVENT_SECONDS = 0.25

@@ -19,7 +19,6 @@ from torch import distributed
 
 from cat_cluster.cluster.board import Board
 from cat_cluster.cluster.monitor import PackMonitor
-from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.cluster.restarts import RestartNotice
 from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.errors import CatClusterError
@@ -31,6 +30,7 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import STORE_RETRIES, Metrics
+from cat_cluster.telemetry.ray_backend import RayBackend
 from cat_cluster.training.engine import TorchEngine
 
 COLLECTIVE_SECONDS = 1800

@@ -14,7 +14,6 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray
 
-from cat_cluster.cluster.ray_metrics import RayBackend
 from cat_cluster.telemetry import (
     DROPPED_ADAPTERS,
     IDENTITY_LOSS,
@@ -22,6 +21,7 @@ from cat_cluster.telemetry import (
     TRAINING_METRICS,
     Metrics,
 )
+from cat_cluster.telemetry.ray_backend import RayBackend
 
 MOST_SERIES = 4
 
