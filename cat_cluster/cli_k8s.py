@@ -45,7 +45,7 @@ def render(
     out: Annotated[Path | None, typer.Option("--out", dir_okay=False, help="File; default: stdout.")] = None,
 ) -> None:
     """Write the Kubernetes objects of a job spec, ready for `kubectl apply -f`: a RayJob, and the spec it reads."""
-    from cat_cluster.cluster.kuberay import RenderOptions, manifest_text, render_job, upload_job
+    from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job, upload_job
     from cat_cluster.files import write_whole
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
@@ -83,8 +83,8 @@ def check(
 
     No cluster is asked. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
     """
-    from cat_cluster.cluster.kuberay_check import check_manifests, read_manifests
-    from cat_cluster.cluster.kuberay_schemas import load_schemas
+    from cat_cluster.cluster.kuberay.check import check_manifests, read_manifests
+    from cat_cluster.cluster.kuberay.schemas import load_schemas
 
     documents = read_manifests(files)
     if not documents:

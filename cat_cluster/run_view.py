@@ -11,7 +11,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from cat_cluster.bars import Bars
-from cat_cluster.run_progress import ENDED_ADAPTER, AdapterProgress, RunProgress, is_alive
+from cat_cluster.cluster.run_progress import ENDED_ADAPTER, AdapterProgress, RunProgress, is_alive
 
 _COLOURS = {"failed": "red", "stopped": "red", "rejected": "yellow"}
 _STAGES = {"waiting": "wait", "training": "train", "evaluating": "measure", "failed": "failed"}

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from cat_cluster.cluster.run_progress import RunState
+from cat_cluster.cluster.runs import Run
 from cat_cluster.errors import CatClusterError, SupersededError
-from cat_cluster.run_progress import RunState
-from cat_cluster.runs import Run
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import open_store

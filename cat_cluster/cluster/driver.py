@@ -16,18 +16,18 @@ from typing import Any
 import ray
 
 from cat_cluster import telemetry
-from cat_cluster.cluster.board import Board
+from cat_cluster.cluster.connection import PACK_THREAD, ClusterSize, check_cluster, ray_session
+from cat_cluster.cluster.event_queue import Board
 from cat_cluster.cluster.ray_jobs import current_job
-from cat_cluster.cluster.session import PACK_THREAD, ClusterSize, check_cluster, ray_session
+from cat_cluster.cluster.run_progress import RunProgress
+from cat_cluster.cluster.run_writer import ProgressWriter
+from cat_cluster.cluster.runs import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.cluster.tasks import evaluate_on_ray, pack_size_on_ray
 from cat_cluster.cluster.trainer import PackOrder, train_on_ray, workers_of
 from cat_cluster.errors import CatClusterError
 from cat_cluster.pipeline.job import AdapterResult, JobListener, already_published, plan_packs
 from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, prepare
 from cat_cluster.registry import Registry
-from cat_cluster.run_progress import RunProgress
-from cat_cluster.run_writer import ProgressWriter
-from cat_cluster.runs import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from cat_cluster.cluster.board import Board
+from cat_cluster.cluster.event_queue import Board
 
 
 class RestartNotice(UserCallback):  # type: ignore[misc]

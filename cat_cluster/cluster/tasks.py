@@ -13,7 +13,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from cat_cluster import telemetry
-from cat_cluster.cluster.board import Board
+from cat_cluster.cluster.event_queue import Board
+from cat_cluster.cluster.runs import open_fenced_store
 from cat_cluster.errors import CatClusterError, CheckpointError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
 from cat_cluster.models.base_model import BaseModel
@@ -26,7 +27,6 @@ from cat_cluster.pipeline.prepare import (
     trained_adapter,
 )
 from cat_cluster.registry import Registry
-from cat_cluster.runs import open_fenced_store
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.telemetry.ray_backend import RayBackend

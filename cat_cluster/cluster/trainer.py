@@ -17,15 +17,15 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 from torch import distributed
 
-from cat_cluster.cluster.board import Board
+from cat_cluster.cluster.event_queue import Board
 from cat_cluster.cluster.monitor import PackMonitor
 from cat_cluster.cluster.restarts import RestartNotice
+from cat_cluster.cluster.runs import Attempt, FencedStore, Run
 from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.errors import CatClusterError
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.pipeline.job import train_adapters
 from cat_cluster.pipeline.prepare import PreparedAdapter, prepare_again
-from cat_cluster.runs import Attempt, FencedStore, Run
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.store import open_store

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.evaluation.intervals import METRICS
-from cat_cluster.run_progress import RunProgress
 from cat_cluster.store import open_store
 from tests import ray_plan
 from tests.ray_plan import GOOD, MEASURED, STEPS

@@ -27,11 +27,12 @@ from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.serve._private.constants import DEFAULT_HTTP_PORT
 from ray.serve.schema import ServeDeploySchema
 
-from cat_cluster.cluster import kuberay, kuberay_pods
-from cat_cluster.cluster.kuberay import RenderOptions, render_job
-from cat_cluster.cluster.kuberay_check import Document, Problem, check_manifests, read_manifests
-from cat_cluster.cluster.kuberay_schemas import CRD_FILES, KUBERAY_VERSION, Schemas, load_schemas
-from cat_cluster.cluster.kuberay_security import pods_of
+from cat_cluster.cluster.kuberay import pods as kuberay_pods
+from cat_cluster.cluster.kuberay import render as kuberay
+from cat_cluster.cluster.kuberay.check import Document, Problem, check_manifests, read_manifests
+from cat_cluster.cluster.kuberay.render import RenderOptions, render_job
+from cat_cluster.cluster.kuberay.schemas import CRD_FILES, KUBERAY_VERSION, Schemas, load_schemas
+from cat_cluster.cluster.kuberay.security import pods_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, load_spec
 from jobs import train

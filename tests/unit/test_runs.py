@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from cat_cluster import run_writer
+from cat_cluster.cluster import run_writer
+from cat_cluster.cluster.run_progress import HEARTBEAT_SECONDS, MISSED_HEARTBEATS, RunProgress, is_alive
+from cat_cluster.cluster.run_writer import ProgressWriter
+from cat_cluster.cluster.runs import Attempt, FencedStore, Run, list_runs, open_fenced_store, run_id_of
 from cat_cluster.errors import RunError, StoreError, SupersededError
-from cat_cluster.run_progress import HEARTBEAT_SECONDS, MISSED_HEARTBEATS, RunProgress, is_alive
-from cat_cluster.run_writer import ProgressWriter
-from cat_cluster.runs import Attempt, FencedStore, Run, list_runs, open_fenced_store, run_id_of
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.training.loss_curves import ConceptLoss

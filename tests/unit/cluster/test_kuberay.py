@@ -12,9 +12,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cat_cluster.cli_k8s import k8s_app
-from cat_cluster.cluster.kuberay import RenderOptions, manifest_text, render_job, upload_job
-from cat_cluster.cluster.kuberay_check import Document, check_manifests
-from cat_cluster.cluster.kuberay_schemas import Schemas
+from cat_cluster.cluster.kuberay.check import Document, check_manifests
+from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job, upload_job
+from cat_cluster.cluster.kuberay.schemas import Schemas
 from cat_cluster.errors import ConceptError, SpecError
 from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import LocalStore

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from cat_cluster.cluster import kuberay_schemas
-from cat_cluster.cluster.kuberay_check import Document, Problem, check_manifests, field_text, read_manifests
-from cat_cluster.cluster.kuberay_schemas import CRD_FILES, Schemas, load_schemas
-from cat_cluster.cluster.kuberay_security import restricted_findings
+from cat_cluster.cluster.kuberay import schemas as kuberay_schemas
+from cat_cluster.cluster.kuberay.check import Document, Problem, check_manifests, field_text, read_manifests
+from cat_cluster.cluster.kuberay.schemas import CRD_FILES, Schemas, load_schemas
+from cat_cluster.cluster.kuberay.security import restricted_findings
 from cat_cluster.errors import ClusterError, SpecError
 
 SPEC_SCHEMA = {

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from cat_cluster.cluster.kuberay_check import field_text
-from cat_cluster.cluster.kuberay_job_rules import job_findings
-from cat_cluster.cluster.kuberay_rules import cluster_findings, service_findings
-from cat_cluster.cluster.kuberay_security import restricted_findings
+from cat_cluster.cluster.kuberay.check import field_text
+from cat_cluster.cluster.kuberay.job_rules import job_findings
+from cat_cluster.cluster.kuberay.rules import cluster_findings, service_findings
+from cat_cluster.cluster.kuberay.security import restricted_findings
 
 Change = Callable[[dict[str, Any]], Any]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from cat_cluster.cluster.kuberay_schemas import Finding, Path_
+from cat_cluster.cluster.kuberay.schemas import Finding, Path_
 
 Json = Mapping[str, Any]
 

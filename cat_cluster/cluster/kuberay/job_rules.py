@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from cat_cluster.cluster.kuberay_rules import (
+from cat_cluster.cluster.kuberay.rules import (
     cluster_spec_findings,
     has_autoscaler,
     manager_findings,
@@ -15,7 +15,7 @@ from cat_cluster.cluster.kuberay_rules import (
     never_restarts,
     owned_findings,
 )
-from cat_cluster.cluster.kuberay_schemas import Finding, Path_
+from cat_cluster.cluster.kuberay.schemas import Finding, Path_
 
 Json = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from cat_cluster.cluster.kuberay_schemas import Finding, Path_
+from cat_cluster.cluster.kuberay.schemas import Finding, Path_
 
 VOLUMES = frozenset(
     ("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret")

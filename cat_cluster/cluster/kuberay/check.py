@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
-from cat_cluster.cluster.kuberay_job_rules import job_findings
-from cat_cluster.cluster.kuberay_rules import cluster_findings, service_findings
-from cat_cluster.cluster.kuberay_schemas import Finding, Schemas
-from cat_cluster.cluster.kuberay_security import restricted_findings
+from cat_cluster.cluster.kuberay.job_rules import job_findings
+from cat_cluster.cluster.kuberay.rules import cluster_findings, service_findings
+from cat_cluster.cluster.kuberay.schemas import Finding, Schemas
+from cat_cluster.cluster.kuberay.security import restricted_findings
 from cat_cluster.errors import SpecError
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")  # a colon: roles may have one

@@ -9,9 +9,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
+from cat_cluster.cluster.run_progress import HEARTBEAT_SECONDS, RunProgress, timestamp
+from cat_cluster.cluster.runs import Attempt, FencedStore
 from cat_cluster.errors import StoreError, SupersededError
-from cat_cluster.run_progress import HEARTBEAT_SECONDS, RunProgress, timestamp
-from cat_cluster.runs import Attempt, FencedStore
 
 WRITE_SECONDS = 2.0
 

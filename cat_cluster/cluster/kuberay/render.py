@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from cat_cluster.cluster.kuberay_pods import (
+from cat_cluster.cluster.kuberay.pods import (
     IMAGE,
     SPEC_FOLDER,
     autoscaler_options,
@@ -23,10 +23,10 @@ from cat_cluster.cluster.kuberay_pods import (
     submitter_template,
     worker_template,
 )
-from cat_cluster.cluster.kuberay_rules import MOST_NAME
+from cat_cluster.cluster.kuberay.rules import MOST_NAME
+from cat_cluster.cluster.runs import run_id_of
 from cat_cluster.cluster.submit import image_digests_of, with_stored_images
 from cat_cluster.errors import SpecError
-from cat_cluster.runs import run_id_of
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 
