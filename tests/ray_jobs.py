@@ -22,7 +22,7 @@ os.environ.setdefault("RAY_AUTH_TOKEN", "a-token-of-the-tests-that-guards-nothin
 
 import ray
 
-from cat_cluster.cli import main
+from cat_cluster.cli.app import main
 from cat_cluster.cluster import driver
 from cat_cluster.cluster.trainer import PackOrder
 from cat_cluster.errors import StoreError

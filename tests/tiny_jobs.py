@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
-from cat_cluster.cli import main
+from cat_cluster.cli.app import main
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
@@ -61,7 +61,7 @@ class CommandLine:
 def start_process(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     """Start `cat-cluster` as a user's shell would; one thread, as in the tests' own process."""
     return subprocess.Popen(
-        [sys.executable, "-c", "from cat_cluster.cli import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", "from cat_cluster.cli.app import main; main()", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

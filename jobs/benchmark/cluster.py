@@ -18,7 +18,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from cat_cluster.demo import draw_photos
+from cat_cluster.cli.demo import draw_photos
 from cat_cluster.errors import CatClusterError
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.models.base_model import load_base_model

@@ -21,8 +21,9 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
+from cat_cluster.cli.demo import SPEC, draw_photos
+from cat_cluster.cli.job_bars import TerminalListener
 from cat_cluster.data.concepts import remove_token
-from cat_cluster.demo import SPEC, draw_photos
 from cat_cluster.evaluation.drift import (
     CUSUM_SLACK,
     EWMA_WEIGHT,
@@ -54,7 +55,6 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.store import open_store
-from cat_cluster.terminal import TerminalListener
 from jobs.benchmark.record import ROOT, write_result
 
 SCORES_FILE = ROOT / "tests/unit/data/drift_scores.json"

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from cat_cluster.demo import draw_photos
+from cat_cluster.cli.demo import draw_photos
+from cat_cluster.cli.job_bars import TerminalListener
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.intervals import ConceptFeatures
 from cat_cluster.evaluation.recognition import Recognition
@@ -26,7 +27,6 @@ from cat_cluster.pipeline.job import AdapterResult, run_job
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
-from cat_cluster.terminal import TerminalListener
 
 SEEDS_APART = 100  # training seed s is judged on image seeds 1000 + 100 s and on: its pairs are its own
 _ARRAYS = ("without_NF", "with_NF", "base_without_NF", "base_with_NF", "photos_MF", "text_NF", "fisher_N")

@@ -32,7 +32,7 @@ from tests.serving import PATH, ROOT, ask, ray_folder, surroundings, until
 pytestmark = pytest.mark.timeout(300)
 
 CONFIG = ROOT / "serve" / "config.yaml"
-COMMAND = (sys.executable, "-c", "from cat_cluster.cli import main; main()", "serve")
+COMMAND = (sys.executable, "-c", "from cat_cluster.cli.app import main; main()", "serve")
 KEYS = ("CAT_API_KEYS", "CAT_ADMIN_KEYS", "CAT_STORAGE")
 
 

@@ -22,7 +22,7 @@ import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
-from cat_cluster import cli_jobs
+from cat_cluster.cli import jobs as cli_jobs
 from cat_cluster.cluster import follow, ray_jobs
 from cat_cluster.cluster.ray_jobs import RayCluster, connect, jobs_of_run, last_job_status, open_cluster
 from cat_cluster.cluster.run_progress import RunProgress
@@ -348,7 +348,7 @@ def test_following_ends_with_the_run_and_ctrl_c_only_detaches(refused: JobSpec, 
     run = Run(store, "run-0123456789ab")
     running = RunProgress.begin(run.run_id, refused, state="running", attempt=1)
     run.write_progress(running)
-    code = "import typer; from cat_cluster.cli_jobs import mount; app = typer.Typer(); mount(app); app()"
+    code = "import typer; from cat_cluster.cli.jobs import mount; app = typer.Typer(); mount(app); app()"
     arguments = [sys.executable, "-c", code, "jobs", "status", run.run_id, "--wait", "--storage", store.url]
 
     def start() -> subprocess.Popen[str]:

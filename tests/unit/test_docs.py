@@ -16,7 +16,7 @@ import typer.main
 import yaml
 from pydantic import BaseModel
 
-from cat_cluster.cli import app
+from cat_cluster.cli.app import app
 from cat_cluster.registry.manifest import Manifest
 from cat_cluster.spec.job import JobSpec, spec_json_schema
 from serve.settings import ProbeSettings, ServeSettings

@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
+from cat_cluster.cli.job_bars import TerminalListener
 from cat_cluster.pipeline.job import AdapterResult
-from cat_cluster.terminal import TerminalListener
 from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
 

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from cat_cluster.cli_k8s import k8s_app
+from cat_cluster.cli.k8s import k8s_app
 from cat_cluster.cluster.kuberay.check import Document, check_manifests
 from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job, upload_job
 from cat_cluster.cluster.kuberay.schemas import Schemas

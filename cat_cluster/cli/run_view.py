@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import TaskID
 from rich.table import Table
 
-from cat_cluster.bars import Bars
+from cat_cluster.cli.bars import Bars
 from cat_cluster.cluster.run_progress import ENDED_ADAPTER, AdapterProgress, RunProgress, is_alive
 
 _COLOURS = {"failed": "red", "stopped": "red", "rejected": "yellow"}

@@ -61,7 +61,7 @@ def serve_once(storage: Path, adapters: Sequence[str], token_prompt: str, plain_
 @contextmanager
 def _running(storage: Path, log: Path) -> Iterator[str]:
     port = _free_port()
-    command = [sys.executable, "-c", "from cat_cluster.cli import main; main()"]
+    command = [sys.executable, "-c", "from cat_cluster.cli.app import main; main()"]
     options = ["serve", "--storage", str(storage), "--port", str(port)]
     # No keys of the user's: this service is for one minute, and for this machine alone.
     environment = {name: value for name, value in os.environ.items() if name not in ("CAT_API_KEYS", "CAT_ADMIN_KEYS")}

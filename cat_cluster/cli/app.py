@@ -14,9 +14,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from cat_cluster.cli_jobs import mount
-from cat_cluster.cli_k8s import mount_k8s
-from cat_cluster.cli_serve import serve
+from cat_cluster.cli.jobs import mount
+from cat_cluster.cli.k8s import mount_k8s
+from cat_cluster.cli.serve import serve
 from cat_cluster.errors import CatClusterError
 from cat_cluster.settings import load_settings
 
@@ -59,7 +59,7 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Teach the embedded base a new object with CAT and with plain LoRA, and show what each did to the rest."""
-    from cat_cluster.demo import run_demo
+    from cat_cluster.cli.demo import run_demo
 
     with _listener() as listener:
         result = run_demo(out, load_settings(), listener)
@@ -356,7 +356,7 @@ def main() -> NoReturn:
 def _listener() -> Iterator[Any]:
     from transformers.utils import logging
 
-    from cat_cluster.terminal import TerminalListener
+    from cat_cluster.cli.job_bars import TerminalListener
 
     logging.disable_progress_bar()  # its bars for files that load in a moment would tear ours apart
     with TerminalListener(people) as listener:

@@ -10,8 +10,8 @@ import yaml
 from PIL import Image
 from rich.table import Table
 
+from cat_cluster.cli.demo_serving import serve_once
 from cat_cluster.cluster.driver import run_on_ray
-from cat_cluster.demo_serving import serve_once
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.recognition import DESIGN_FILE
 from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, write_report

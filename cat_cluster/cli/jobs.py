@@ -101,7 +101,7 @@ def submit(
 @jobs_app.command("list")
 def jobs_list(storage: StoreOption = None, as_json: AsJson = False) -> None:
     """List the runs of a storage, newest first."""
-    from cat_cluster.run_view import runs_table
+    from cat_cluster.cli.run_view import runs_table
 
     store = _store(storage)
     runs, damaged = list_runs(store)
@@ -127,7 +127,7 @@ def jobs_status(
 ) -> None:
     """Say how a run stands: per adapter its state, step, losses, metrics or what went wrong. Asks the storage alone;
     with --wait and --address also the cluster, when the driver falls silent."""
-    from cat_cluster.run_view import adapters_table, state_text
+    from cat_cluster.cli.run_view import adapters_table, state_text
 
     run = Run(_store(storage), run_id)
     if wait:
@@ -196,9 +196,9 @@ def jobs_stop(
 
 def _follow(run: Run, address: str | None, token: str | None, ca: Path | None, *, as_json: bool) -> None:
     """Show a run until it ends; exit code 1 when it failed or was stopped, 130 when the user has seen enough."""
+    from cat_cluster.cli.run_view import RunBars
     from cat_cluster.cluster.follow import follow_run
     from cat_cluster.cluster.ray_jobs import open_cluster
-    from cat_cluster.run_view import RunBars
 
     cluster = None if address is None else open_cluster(address, token, ca)
     try:

@@ -10,7 +10,7 @@ from rich.progress import (
     TaskID,
 )
 
-from cat_cluster.bars import Bars
+from cat_cluster.cli.bars import Bars
 from cat_cluster.pipeline.job import AdapterResult
 from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
