@@ -41,7 +41,7 @@ lint: $(STAMP)
 
 # A real S3 server on loopback, to try things with; the first start installs it in a place of its own.
 s3: $(STAMP)
-	@$(BIN)/python -m tests.s3_server
+	@$(BIN)/python -m tests.support.s3_server
 
 clean:
 	rm -rf $(VENV) out build *.egg-info

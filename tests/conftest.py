@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tests.s3_server import S3Server, ServerUnavailableError
+from tests.support.s3_server import S3Server, ServerUnavailableError
 
 TinyBaseFactory = Callable[..., Path]
 

@@ -11,9 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.chaos.cluster_jobs import Journal, Process, Site, Watcher, check_published, suspended, train_whole
-from tests.s3_server import S3Server
-from tests.tiny_jobs import adapter, write_photos, write_spec
+from tests.support.cluster_jobs import Journal, Process, Site, Watcher, check_published, suspended, train_whole
+from tests.support.s3_server import S3Server
+from tests.support.tiny_jobs import adapter, write_photos, write_spec
 
 pytestmark = pytest.mark.chaos
 

@@ -23,7 +23,7 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import LocalStore
 from cat_cluster.training.loop import StepReport
-from tests.tiny_jobs import adapter, open_registry, published_weights, stored_files, write_photos, write_spec
+from tests.support.tiny_jobs import adapter, open_registry, published_weights, stored_files, write_photos, write_spec
 
 pytestmark = pytest.mark.chaos
 

@@ -15,8 +15,8 @@ from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import LocalStore
 from serve.settings import ProbeSettings, ServeSettings
-from tests.chaos.serving_load import Load, Memory, Mover, Order
-from tests.serving import Gallery, Served, deployment_of, publish_random, served, until
+from tests.support.serving import Gallery, Served, deployment_of, publish_random, served, until
+from tests.support.serving_load import Load, Memory, Mover, Order
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_jobs import CommandLine, Finished, adapter, run_process, write_judge, write_photos, write_spec
+from tests.support.tiny_jobs import CommandLine, Finished, adapter, run_process, write_judge, write_photos, write_spec
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load, save
 
 from tests.integration.conftest import Published
-from tests.tiny_jobs import (
+from tests.support.tiny_jobs import (
     CommandLine,
     Finished,
     adapter,

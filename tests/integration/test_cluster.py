@@ -1,6 +1,6 @@
 """Whole jobs on Ray: the adapters of the local loop, failures that stay alone, gates, monitoring, early errors.
 
-All jobs run one after another in one process (tests/ray_jobs.py), the refused ones beside it; the tests read what
+All jobs run one after another in one process (tests/support/ray_jobs.py), the refused ones beside it; the tests read what
 they left. The storage in S3 is copied to a folder, so that all are read alike.
 """
 
@@ -24,10 +24,10 @@ from PIL import Image
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.store import open_store
-from tests import ray_plan
-from tests.ray_plan import GOOD, MEASURED, STEPS
-from tests.s3_server import S3Server
-from tests.tiny_jobs import (
+from tests.support import ray_plan
+from tests.support.ray_plan import GOOD, MEASURED, STEPS
+from tests.support.s3_server import S3Server
+from tests.support.tiny_jobs import (
     Finished,
     adapter,
     assert_refused,
@@ -115,7 +115,7 @@ def jobs(folder: Path, plan: list[dict[str, Any]], refusals: object, bucket: str
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     extensions = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
     process = subprocess.run(
-        [sys.executable, "-m", "tests.ray_jobs", str(folder / "plan.json"), str(folder / "results.json")],
+        [sys.executable, "-m", "tests.support.ray_jobs", str(folder / "plan.json"), str(folder / "results.json")],
         cwd=ROOT,
         capture_output=True,
         text=True,

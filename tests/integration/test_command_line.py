@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cat_cluster.evaluation.intervals import METRICS
 from tests.integration.conftest import Published
-from tests.tiny_jobs import (
+from tests.support.tiny_jobs import (
     CommandLine,
     Finished,
     adapter,

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.integration.conftest import Published
-from tests.tiny_jobs import CommandLine, assert_refused, open_registry, published_weights, stored_files
+from tests.support.tiny_jobs import CommandLine, assert_refused, open_registry, published_weights, stored_files
 
 NAMED = ("--id", "guest", "--token", "sks", "--class-noun", "cup")
 

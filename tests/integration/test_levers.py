@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.tiny_jobs import CommandLine, adapter, published_weights, relative_change, write_spec
+from tests.support.tiny_jobs import CommandLine, adapter, published_weights, relative_change, write_spec
 
 LEVERS = {
     "reference": {},

@@ -22,7 +22,7 @@ RAY_LABELS = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId", 
 @pytest.fixture
 def metrics_url() -> Iterator[str]:
     """The address of the metrics of a Ray node on which every metric was recorded."""
-    command = [sys.executable, "-m", "tests.integration.record_metrics"]
+    command = [sys.executable, "-m", "tests.support.record_metrics"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -27,7 +27,7 @@ from cat_cluster.registry import Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import LABELS, SERVING_METRICS, TRAINING_METRICS
 from serve.settings import ProbeSettings, ServeSettings
-from tests.monitoring import (
+from tests.support.monitoring import (
     DASHBOARDS,
     FOLDER,
     RULES,
@@ -46,8 +46,8 @@ from tests.monitoring import (
     tool,
     wrapped,
 )
-from tests.serving import ROOT, Served, ask, deployment_of, publish_random, served
-from tests.tiny_jobs import adapter, run_process, write_spec
+from tests.support.serving import ROOT, Served, ask, deployment_of, publish_random, served
+from tests.support.tiny_jobs import adapter, run_process, write_spec
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -105,7 +105,9 @@ def test_every_alert_says_what_to_do_and_is_tested() -> None:
 
 
 def test_the_operators_rules_are_the_same() -> None:
-    assert WRAPPED.read_text() == wrapped(), f"{WRAPPED} is not rules.yaml: write it with `python -m tests.monitoring`"
+    assert WRAPPED.read_text() == wrapped(), (
+        f"{WRAPPED} is not rules.yaml: write it with `python -m tests.support.monitoring`"
+    )
     document = yaml.safe_load(WRAPPED.read_text())
     assert document["spec"] == yaml.safe_load(RULES.read_text())
 
@@ -194,7 +196,7 @@ def test_kustomize_builds_what_the_operator_and_grafana_take() -> None:
 @pytest.fixture(scope="module")
 def training_metrics() -> Iterator[str]:
     """The address of the metrics of a Ray node on which every metric of training was recorded."""
-    command = [sys.executable, "-m", "tests.integration.record_metrics"]
+    command = [sys.executable, "-m", "tests.support.record_metrics"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

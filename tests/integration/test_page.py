@@ -26,7 +26,7 @@ from serve.http.access import Access
 from serve.probes.records import ProbeRecord
 from serve.service import Service
 from serve.settings import ProbeSettings, ServeSettings
-from tests.ingress_server import Live, Shop, furnish, listening, serving
+from tests.support.ingress_server import Live, Shop, furnish, listening, serving
 
 CHROMIUM = "/usr/bin/chromium"
 # The browser asks for nothing by itself, so that every request seen is the page's.

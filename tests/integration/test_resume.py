@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
-from tests.tiny_jobs import (
+from tests.support.tiny_jobs import (
     CommandLine,
     adapter,
     open_registry,

@@ -15,7 +15,7 @@ import pytest
 from cat_cluster.errors import ObjectExistsError, StoreError
 from cat_cluster.store import open_store, s3
 from cat_cluster.store.s3 import S3Store
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 MEGABYTE = 10**6
 

@@ -34,8 +34,8 @@ from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import open_store
 from serve.settings import ProbeSettings, ServeSettings
 from tests.integration.conftest import Published
-from tests.s3_server import S3Server
-from tests.serving import (
+from tests.support.s3_server import S3Server
+from tests.support.serving import (
     LEVELS,
     PATH,
     Gallery,
@@ -48,7 +48,7 @@ from tests.serving import (
     served,
     until,
 )
-from tests.tiny_jobs import Finished
+from tests.support.tiny_jobs import Finished
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -26,8 +26,8 @@ from cat_cluster.errors import SpecError
 from serve.app import Deployment, build
 from serve.local import local_deployment
 from serve.settings import ServeSettings
-from tests.ray_head import TOKEN, free_ports, ray_head
-from tests.serving import PATH, ROOT, ask, ray_folder, surroundings, until
+from tests.support.ray_head import TOKEN, free_ports, ray_head
+from tests.support.serving import PATH, ROOT, ask, ray_folder, surroundings, until
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -20,7 +20,7 @@ from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import read_adapter
 from cat_cluster.models.base_model import load_base_model
 from tests.integration.conftest import Published
-from tests.tiny_jobs import CommandLine, adapter, published_weights, write_photos, write_spec
+from tests.support.tiny_jobs import CommandLine, adapter, published_weights, write_photos, write_spec
 
 POCKET = Path(__file__).parents[2] / "cat_cluster" / "pocket" / "weights"
 PROMPT, SEED, STEPS, GUIDANCE = "a photo of a sks cup", 11, 5, 4.0

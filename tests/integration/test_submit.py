@@ -35,8 +35,8 @@ from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import LocalStore, open_store
 from jobs import train
 from tests.integration.conftest import Published
-from tests.ray_head import RayHead, free_ports, ray_head
-from tests.tiny_jobs import adapter, open_registry, write_spec
+from tests.support.ray_head import RayHead, free_ports, ray_head
+from tests.support.tiny_jobs import adapter, open_registry, write_spec
 
 END_SECONDS = 90
 

@@ -17,7 +17,7 @@ from cat_cluster.cluster import zero
 from cat_cluster.errors import CatClusterError
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import TorchEngine
-from tests import gloo_pair
+from tests.support import gloo_pair
 from tests.unit.training.test_loop import members, series, train
 
 STAGES = gloo_pair.STAGES
@@ -39,7 +39,7 @@ def pair(folder: Path) -> list[dict[Any, Any]]:
         port = str(probe.getsockname()[1])
     workers = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.gloo_pair", str(rank), port, str(folder)],
+            [sys.executable, "-W", "ignore", "-m", "tests.support.gloo_pair", str(rank), port, str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -18,7 +18,7 @@ from cat_cluster.errors import ConceptError, StoreError
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.store import open_store
 from cat_cluster.store.s3_folder import download_prefix
-from tests.s3_server import S3Server
+from tests.support.s3_server import S3Server
 
 
 @pytest.fixture

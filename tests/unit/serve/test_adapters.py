@@ -25,7 +25,7 @@ from cat_cluster.errors import (
 )
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from serve.adapters.host import MIB
-from tests.served_adapters import ROW, SOON, Clock, World, held, lease, random_weights, wait_until, weights_key
+from tests.support.served_adapters import ROW, SOON, Clock, World, held, lease, random_weights, wait_until, weights_key
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from cat_cluster.errors import CatClusterError
 from cat_cluster.registry import Manifest
 from cat_cluster.registry.manifest import WEIGHTS
 from serve.adapters.cache import AdapterCache, Lease
-from tests.served_adapters import SOON, World, lease, wait_until
+from tests.support.served_adapters import SOON, World, lease, wait_until
 
 IDS = [f"a{number}" for number in range(12)]
 THREADS, SECONDS = 8, 4.0

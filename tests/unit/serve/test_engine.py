@@ -22,8 +22,8 @@ from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.generate import ImageRow
 from serve.denoise.batches import Batches
 from serve.denoise.image import EngineImage
-from tests.denoised_images import Studio, Wanted, assert_same_image, random_adapter
-from tests.engines import SIZE, Calls, Heard, open_desk, same_latents, wait_until
+from tests.support.denoised_images import Studio, Wanted, assert_same_image, random_adapter
+from tests.support.engines import SIZE, Calls, Heard, open_desk, same_latents, wait_until
 
 MIXED = [
     Wanted(ImageRow("a red cup", 1, steps=3, sampler="ddim"), 1),

@@ -12,8 +12,8 @@ from cat_cluster.errors import CancelledRequestError
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.generate import ImageRow
 from serve.denoise.image import EngineImage
-from tests.denoised_images import Studio, Wanted, assert_same_image, random_adapter
-from tests.engines import Calls, Desk, Heard, open_desk, wait_until
+from tests.support.denoised_images import Studio, Wanted, assert_same_image, random_adapter
+from tests.support.engines import Calls, Desk, Heard, open_desk, wait_until
 
 PROBE = Wanted(ImageRow("a red cup", 1, steps=4), 1)
 OTHER_PROBE = Wanted(ImageRow("a photo of a cup", 2, steps=5, sampler="dpmpp_2m"), 2, 0.5)

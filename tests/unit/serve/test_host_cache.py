@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from serve.adapters.host import DiskTier, HostTier
-from tests.served_adapters import World, lease, wait_until, weights_key
+from tests.support.served_adapters import World, lease, wait_until, weights_key
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from cat_cluster.store import LocalStore
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall
 from serve.http.access import Access
 from serve.settings import ServeSettings
-from tests.ingress_server import (
+from tests.support.ingress_server import (
     PATH,
     Live,
     ScriptedEngine,

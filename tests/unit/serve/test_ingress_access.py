@@ -19,7 +19,7 @@ from serve.calls import Accepted, Event, Finished, ImageCall
 from serve.http.access import Access, Caller, check_bind
 from serve.http.problems import Problem
 from serve.settings import ServeSettings
-from tests.ingress_server import Live, ScriptedEngine, listening, only, picture
+from tests.support.ingress_server import Live, ScriptedEngine, listening, only, picture
 
 PATH = "/v1/images/generations"
 BODY = {"prompt": "a cup"}

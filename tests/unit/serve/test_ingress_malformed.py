@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 import pytest
 
-from tests.ingress_server import Live, furnish, serving
+from tests.support.ingress_server import Live, furnish, serving
 
 PATH = "/v1/images/generations"
 GOOD: dict[str, Any] = {"prompt": "a sks cup", "model": "cup", "n": 1, "num_inference_steps": 2, "size": "16x16"}

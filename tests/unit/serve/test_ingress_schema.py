@@ -18,7 +18,7 @@ from serve.http.access import Access
 from serve.http.ingress import build_app
 from serve.http.schema import ErrorResponse, ImageRequest
 from serve.settings import ServeSettings
-from tests.ingress_server import Live, ScriptedEngine, furnish, serving
+from tests.support.ingress_server import Live, ScriptedEngine, furnish, serving
 
 KEY = "a-key-for-tests"
 

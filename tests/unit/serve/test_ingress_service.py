@@ -23,7 +23,7 @@ from cat_cluster.evaluation.drift import DriftMonitor
 from cat_cluster.registry import Registry
 from serve.http.listing import Listing
 from serve.probes.records import ProbeLog, ProbeRecord
-from tests.ingress_server import REFERENCE, Live, Shop, furnish, picture, serving
+from tests.support.ingress_server import REFERENCE, Live, Shop, furnish, picture, serving
 
 PATH = "/v1/images/generations"
 

@@ -19,7 +19,7 @@ from cat_cluster.errors import (
 from serve.adapters.cache import AdapterCache, Resolved
 from serve.adapters.lookups import MOST_KEPT, MOST_STALE_S, PATIENCE_S
 from serve.settings import ProbeSettings
-from tests.served_adapters import SOON, Clock, World, wait_until
+from tests.support.served_adapters import SOON, Clock, World, wait_until
 
 ALIAS_1 = "aliases/cup/latest/00000001.json"
 

@@ -19,7 +19,7 @@ from cat_cluster.registry import Manifest
 from serve.probes.prober import MOST_LIVE, Prober
 from serve.probes.records import ProbeRecord
 from serve.probes.watch import ProbeImage, live_token, score_images
-from tests.probe_bench import (
+from tests.support.probe_bench import (
     OTHER,
     OWN,
     TEMPLATES,

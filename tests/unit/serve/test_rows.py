@@ -16,7 +16,7 @@ from cat_cluster.lora.row_bank import RowBank
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.generate import ImageRow
 from serve.denoise.rows import ImageRows, Rows
-from tests.denoised_images import Studio, Wanted, assert_same_image, random_adapter
+from tests.support.denoised_images import Studio, Wanted, assert_same_image, random_adapter
 
 CAPACITY = 6
 WANTED = [

@@ -31,8 +31,8 @@ from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, P
 from serve.denoise.rows import Rows
 from serve.service import Service
 from serve.settings import ProbeSettings, ServeSettings
-from tests.denoised_images import random_adapter
-from tests.engines import wait_until
+from tests.support.denoised_images import random_adapter
+from tests.support.engines import wait_until
 
 LEVELS = 1  # of 255: PNGs are 8-bit, so a pixel may round to the neighbouring level
 CUP = ImageCall("request-1", "a photo of a sks cup", "cup", seed=11, steps=4)

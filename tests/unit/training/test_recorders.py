@@ -19,7 +19,7 @@ from cat_cluster.telemetry import Metrics, PrometheusBackend
 from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
 from cat_cluster.training.recorders import TensorBoardRecorder, TrainingMetrics
-from tests.tiny_jobs import largest_file
+from tests.support.tiny_jobs import largest_file
 from tests.unit.training.test_loop import STEPS, members, train
 
 

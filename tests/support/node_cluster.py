@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, in a process of its own: `python -m tests.chaos.node_cluster 1 1`.
+"""A Ray cluster of several nodes on this machine, in a process of its own: `python -m tests.support.node_cluster 1 1`.
 
 The numbers are the processors of each node, the head first. It prints the address, then obeys one line at a time:
 `kill` ends the newest node as a power cut does, `add N` brings a node with N processors. At the end of its input it

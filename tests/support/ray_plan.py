@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cat_cluster.store import open_store
-from tests.tiny_jobs import adapter, write_spec
+from tests.support.tiny_jobs import adapter, write_spec
 
 STEPS = 20
 GOOD = tuple(f"good-{n}" for n in range(18))

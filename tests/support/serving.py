@@ -31,8 +31,8 @@ from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from serve.settings import ServeSettings
-from tests.denoised_images import random_adapter
-from tests.ray_head import free_ports
+from tests.support.denoised_images import random_adapter
+from tests.support.ray_head import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 PATH = "/v1/images/generations"
@@ -52,7 +52,7 @@ class Served:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def tell(self, command: str, *values: Any) -> Any:
-        """Have the process obey a command of tests/serve_driver.py; its answer."""
+        """Have the process obey a command of tests/support/serve_driver.py; its answer."""
         assert self.process.stdin is not None
         with self._lock:
             self.process.stdin.write(json.dumps([command, *values]) + "\n")
@@ -173,7 +173,7 @@ def served(deployment: Mapping[str, Any], **environment: str) -> Iterator[Served
         (port,) = free_ports(1)
         with (folder / "driver.err").open("wb") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.serve_driver", str(folder / "deployment.json"), str(port)],
+                [sys.executable, "-m", "tests.support.serve_driver", str(folder / "deployment.json"), str(port)],
                 cwd=ROOT,
                 env=surroundings(folder, **environment),
                 stdin=subprocess.PIPE,

@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 
 from cat_cluster.registry import Manifest, Registry
-from tests.serving import PATH, Gallery, Served
+from tests.support.serving import PATH, Gallery, Served
 
 SECONDS = 90  # no request takes longer
 MIB = 2**20

@@ -1,4 +1,4 @@
-"""The service on a Ray of its own, in a process of its own: `python -m tests.serve_driver DEPLOYMENT.json PORT`.
+"""The service on a Ray of its own, in a process of its own: `python -m tests.support.serve_driver DEPLOYMENT.json PORT`.
 
 It prints one line of JSON when requests are answered, then obeys one line of JSON at a time, a command and its values,
 and answers each with one. At the end of its input it ends everything.
@@ -21,7 +21,7 @@ import ray
 from ray import serve as ray_serve
 
 from serve import app, local
-from tests.stuck_engine import StuckEngine
+from tests.support.stuck_engine import StuckEngine
 
 
 class Commands:

@@ -25,7 +25,7 @@ from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import LocalStore, ObjectStore, open_store
-from tests.tiny_jobs import open_registry, relative_change
+from tests.support.tiny_jobs import open_registry, relative_change
 
 HOOKS = Path(__file__).parent / "hooks"
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -171,7 +171,7 @@ class Site:
 
     def cluster(self, *cpus: int) -> tuple[Process, str]:
         """Start a cluster with a node for each number and return it and its address."""
-        process = self._start(["-m", "tests.chaos.node_cluster", *map(str, cpus)], stdout=subprocess.PIPE)
+        process = self._start(["-m", "tests.support.node_cluster", *map(str, cpus)], stdout=subprocess.PIPE)
         assert process.popen.stdout is not None
         address = process.popen.stdout.readline().strip()
         assert address, process.said()[-3000:]

@@ -20,7 +20,7 @@ from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.denoise.engine import Engine
 from serve.denoise.image import EngineImage, ImageFacts
 from serve.denoise.rows import ImageRows, Rows
-from tests.denoised_images import Studio, Wanted
+from tests.support.denoised_images import Studio, Wanted
 
 SOON = 30.0  # seconds that nothing here takes unless it hangs
 SIZE = (8, 8)

@@ -1,6 +1,6 @@
 """What k8s/monitoring says: its rules, its dashboards, and the metrics their PromQL names.
 
-`python -m tests.monitoring` writes prometheusrule.yaml, which is rules.yaml for the Prometheus operator.
+`python -m tests.support.monitoring` writes prometheusrule.yaml, which is rules.yaml for the Prometheus operator.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import pytest
 import yaml
 
 from cat_cluster.telemetry import SERVING_METRICS, TRAINING_METRICS, MetricSpec
-from tests.ray_head import free_ports
-from tests.serving import until
+from tests.support.ray_head import free_ports
+from tests.support.serving import until
 
 FOLDER = Path(__file__).resolve().parents[1] / "k8s" / "monitoring"
 RULES, WRAPPED = FOLDER / "rules.yaml", FOLDER / "prometheusrule.yaml"
@@ -45,7 +45,7 @@ _RECORDED = re.compile(r"\b[a-z]+(?:_[a-z]+)*:cat_[a-z_]+:[a-z0-9_]+")
 _MATCHER = re.compile(r"\s*([A-Za-z_]+)\s*(=~|!~|!=|=)\s*\"([^\"]*)\"\s*")
 _GROUPING = re.compile(r"\b(?:by|on|group_left)\s*\(([^)]*)\)")
 _HEADER = """\
-# Made of rules.yaml: change that, then `python -m tests.monitoring`.
+# Made of rules.yaml: change that, then `python -m tests.support.monitoring`.
 apiVersion: monitoring.coreos.com/v1
 kind: PrometheusRule
 metadata:

@@ -1,7 +1,7 @@
 """A real S3 server on loopback for tests and for trying things out: OpenStack Swift with its s3api.
 
 It has a virtual environment of its own (CAT_S3_SERVER_DIR, by default in ~/.cache/cat-cluster/s3-server), which the
-first start makes. `python -m tests.s3_server` runs it until Ctrl-C and prints what a shell needs to use it.
+first start makes. `python -m tests.support.s3_server` runs it until Ctrl-C and prints what a shell needs to use it.
 """
 
 from __future__ import annotations
