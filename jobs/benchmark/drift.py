@@ -2,7 +2,7 @@
 
 `make demo`, then `python -m jobs.benchmark drift --demo out/demo` (about half an hour on 2 cores) trains two more
 adapters, draws the probes as the service does, and writes their scores to tests/unit/data/drift_scores.json, which
-tests/unit/test_drift.py reads too. Then, and alone with `--judge-only`, it runs the detectors over the scores and
+tests/unit/evaluation/test_drift.py reads too. Then, and alone with `--judge-only`, it runs the detectors over the scores and
 writes jobs/benchmark/results/drift.json: after how many probes each fault is seen, and how often a healthy adapter is
 doubted.
 """
