@@ -95,7 +95,7 @@ class BaseModel:
     def general_prompts(self) -> tuple[str, ...]:
         """Return the prompts that stand for the base's general knowledge: its own file's, else the shipped ones."""
         own = self.folder / GENERAL_PROMPTS_FILE
-        source = own if own.is_file() else files("cat_cluster") / GENERAL_PROMPTS_FILE
+        source = own if own.is_file() else files("cat_cluster.models") / GENERAL_PROMPTS_FILE
         lines = source.read_text(encoding="utf-8").splitlines()
         return tuple(line.strip() for line in lines if line.strip())
 

@@ -22,7 +22,7 @@ from cat_cluster.models.base_model import load_base_model
 from tests.integration.conftest import Published
 from tests.support.tiny_jobs import CommandLine, adapter, published_weights, write_photos, write_spec
 
-POCKET = Path(__file__).parents[2] / "cat_cluster" / "pocket" / "weights"
+POCKET = Path(__file__).parents[2] / "cat_cluster" / "models" / "pocket" / "weights"
 PROMPT, SEED, STEPS, GUIDANCE = "a photo of a sks cup", 11, 5, 4.0
 SETTINGS = ("--prompt", PROMPT, "--seed", str(SEED), "--steps", str(STEPS), "--guidance", str(GUIDANCE))
 LEVELS = 1  # of 255

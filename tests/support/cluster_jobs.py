@@ -27,7 +27,7 @@ from cat_cluster.spec.job import load_spec
 from cat_cluster.store import LocalStore, ObjectStore, open_store
 from tests.support.tiny_jobs import open_registry, relative_change
 
-HOOKS = Path(__file__).parent / "hooks"
+HOOKS = Path(__file__).parent / "worker_hooks"
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE_SECONDS = 240
 WORKER = "ray::RayTrainWorker"  # how Ray names the processes of a worker group
@@ -44,7 +44,7 @@ class Note:
 
 
 class Journal:
-    """Every step that every worker of a test has finished, in order: see hooks/sitecustomize.py."""
+    """Every step that every worker of a test has finished, in order: see worker_hooks/sitecustomize.py."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

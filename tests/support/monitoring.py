@@ -24,7 +24,7 @@ from cat_cluster.telemetry import SERVING_METRICS, TRAINING_METRICS, MetricSpec
 from tests.support.ray_head import free_ports
 from tests.support.serving import until
 
-FOLDER = Path(__file__).resolve().parents[1] / "k8s" / "monitoring"
+FOLDER = Path(__file__).resolve().parents[2] / "k8s" / "monitoring"
 RULES, WRAPPED = FOLDER / "rules.yaml", FOLDER / "prometheusrule.yaml"
 DASHBOARDS = {path.stem: path for path in sorted((FOLDER / "dashboards").glob("*.json"))}
 SPECS: Mapping[str, MetricSpec] = {spec.name: spec for spec in (*TRAINING_METRICS, *SERVING_METRICS)}

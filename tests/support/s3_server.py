@@ -27,7 +27,7 @@ NAMES = ("object", "container", "account", "proxy")
 ACCESS_KEY, SECRET_KEY = "test:tester", "testing"
 REGION = "us-east-1"
 START_SECONDS = 30
-_CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints-s3-server.txt"
+_CONSTRAINTS = Path(__file__).resolve().parents[2] / "constraints-s3-server.txt"
 _BUCKET = "cat-storage"  # what the command line makes for a person
 
 # A server ends with its parent, however that ends: it holds the reading end of a pipe that only the parent can close.

@@ -34,7 +34,7 @@ from serve.settings import ServeSettings
 from tests.support.denoised_images import random_adapter
 from tests.support.ray_head import free_ports
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATH = "/v1/images/generations"
 LEVELS = 1  # of 255: a picture of 8 bits may round to the neighbouring level
 

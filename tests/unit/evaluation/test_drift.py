@@ -27,7 +27,7 @@ from cat_cluster.evaluation.drift import (
 )
 from jobs.benchmark.drift import judge_scores, run_lengths
 
-DOCUMENT: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "drift_scores.json").read_text())
+DOCUMENT: dict[str, Any] = json.loads((Path(__file__).parent / "drift_scores.json").read_text())
 CUP: dict[str, list[float]] = DOCUMENT["adapters"]["striped-cup"]
 HEALTHY = [name for name in DOCUMENT["arms"] if name.startswith("healthy")]
 FAULTS = [name for name in DOCUMENT["arms"] if not name.startswith("healthy")]

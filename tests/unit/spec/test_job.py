@@ -28,7 +28,7 @@ from cat_cluster.spec.job import (
     spec_json_schema,
 )
 
-SPECS = Path(__file__).parents[2] / "jobs" / "specs"
+SPECS = Path(__file__).parents[3] / "jobs" / "specs"
 Document = dict[str, Any]
 
 

@@ -31,7 +31,7 @@ from cat_cluster.telemetry import (
     metrics_document,
 )
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 EXAMPLES = {"adapter": "striped-cup", "token": "<shs>"} | {n: one.values[0] for n, one in LABELS.items() if one.values}
 
 
