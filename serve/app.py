@@ -39,9 +39,9 @@ from cat_cluster.telemetry import (
 from cat_cluster.telemetry.ray_backend import RayBackend
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.http.access import Access, check_bind
+from serve.http.http_errors import error_named
 from serve.http.ingress import build_app
-from serve.http.logs import write_logs
-from serve.http.problems import error_named
+from serve.http.log_format import write_logs
 from serve.service import Service, failure
 from serve.settings import ServeSettings
 

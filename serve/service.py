@@ -33,12 +33,12 @@ from cat_cluster.store import open_store
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
+from serve.denoise.codec import SideWork, image_array
 from serve.denoise.engine import Engine
 from serve.denoise.sizes import parse_sizes
-from serve.denoise.work import SideWork, image_array
-from serve.drawing import Drawing, EngineParts, ImagePlan, draw
 from serve.probes.prober import Prober
-from serve.probes.watch import ProbeImage
+from serve.probes.revision_monitor import ProbeImage
+from serve.running_call import Drawing, EngineParts, ImagePlan, draw
 from serve.settings import ServeSettings
 
 logger = logging.getLogger("cat_cluster.serve")

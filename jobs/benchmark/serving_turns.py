@@ -27,7 +27,7 @@ from jobs.benchmark.serving_apart import Contender
 from jobs.benchmark.serving_bench import Ask, Bench, Counter, Event, Served, take_turns_for
 from jobs.benchmark.serving_materials import NOUN, TARGETS, TOKEN, publish, random_adapter
 from jobs.benchmark.workbench import RANK
-from serve.probes.watch import score_images
+from serve.probes.revision_monitor import score_images
 from serve.settings import ProbeSettings, ServeSettings
 
 BUSY_STEPS = 100  # of the images that others join

@@ -16,9 +16,9 @@ from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.registry.references import parse_reference
 from cat_cluster.telemetry import Metrics
+from serve.adapters.disk_and_host import MIB, DiskTier, Loader
 from serve.adapters.futures import failed, finished, then
-from serve.adapters.host import MIB, DiskTier, Loader
-from serve.adapters.lookups import Lookups, Resolved
+from serve.adapters.resolver import Lookups, Resolved
 from serve.adapters.slots import Lease
 from serve.adapters.tiers import Tiers
 from serve.settings import ServeSettings

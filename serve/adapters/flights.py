@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from cat_cluster.registry import Manifest
+from serve.adapters.disk_and_host import Key, Tier
 from serve.adapters.futures import claim
-from serve.adapters.host import Key, Tier
 
 Wants = Literal["slot", "host"]
 

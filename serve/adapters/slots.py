@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cat_cluster.registry import Manifest
-from serve.adapters.host import Key, key_of
+from serve.adapters.disk_and_host import Key, key_of
 
 
 @dataclass(eq=False)

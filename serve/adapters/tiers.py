@@ -39,9 +39,9 @@ from cat_cluster.telemetry import (
     SLOTS_USED,
     Metrics,
 )
+from serve.adapters.disk_and_host import MIB, HostTier, Key, Loaded, Loader, Tier, key_of
 from serve.adapters.flights import Flight, Waiter, Wants
 from serve.adapters.futures import bare, claim, fail, failed, finished, then
-from serve.adapters.host import MIB, HostTier, Key, Loaded, Loader, Tier, key_of
 from serve.adapters.slots import Lease, Slot, Slots
 from serve.settings import ServeSettings
 

@@ -20,9 +20,9 @@ from cat_cluster.errors import EngineStoppedError, OverloadedError
 from cat_cluster.lora.row_bank import RowBank
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.telemetry import Metrics
-from serve.denoise.batches import Batches
+from serve.denoise.codec import own_threads
 from serve.denoise.image import EngineImage, Size
-from serve.denoise.work import own_threads
+from serve.denoise.running_images import Batches
 
 logger = logging.getLogger("cat_cluster.serve")
 # Row-steps of the guaranteed share that are saved up while no probe waits: more would delay users when one comes.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cat_cluster.errors import SpecError
-from serve.http.problems import Problem
+from serve.http.http_errors import Problem
 from serve.settings import ServeSettings
 
 API_KEYS, ADMIN_KEYS = "CAT_API_KEYS", "CAT_ADMIN_KEYS"

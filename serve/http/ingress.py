@@ -19,11 +19,13 @@ from cat_cluster.registry import Registry
 from cat_cluster.registry.manifest import package_version
 from cat_cluster.telemetry import Metrics
 from serve.calls import EngineClient
-from serve.http import catalogue, images, pages
+from serve.http import adapter_routes as catalogue
+from serve.http import image_routes as images
+from serve.http import pages
 from serve.http.access import Access
-from serve.http.journal import Journal, log_unexpected
-from serve.http.listing import Listing
-from serve.http.problems import answers, problem_of
+from serve.http.http_errors import answers, problem_of
+from serve.http.registry_listing import Listing
+from serve.http.request_log import Journal, log_unexpected
 from serve.http.routes import Ingress, IngressDep, entry_of
 from serve.http.schema import HealthResponse
 from serve.settings import ServeSettings

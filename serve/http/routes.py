@@ -16,9 +16,9 @@ from starlette.responses import Response
 from cat_cluster.errors import CancelledRequestError
 from serve.calls import EngineClient
 from serve.http.access import Access, Caller
-from serve.http.journal import Entry
-from serve.http.listing import Listing
-from serve.http.problems import Problem, problem_of
+from serve.http.http_errors import Problem, problem_of
+from serve.http.registry_listing import Listing
+from serve.http.request_log import Entry
 from serve.settings import ServeSettings
 
 # It describes the scheme; KeyedRoute is what asks for a key, before a body is read.

@@ -38,7 +38,7 @@ from cat_cluster.telemetry import (
 )
 from serve.calls import ImageCall
 from serve.probes.records import Kind, ProbeLog, ProbeRecord, RunInThread
-from serve.probes.watch import (
+from serve.probes.revision_monitor import (
     Array,
     CanonicalPair,
     DriftStatus,

@@ -28,7 +28,7 @@ from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.calls import ImageCall
 from serve.probes.prober import OnAlarm, Prober
 from serve.probes.records import ProbeRecord, read_history
-from serve.probes.watch import ProbeImage, score_images
+from serve.probes.revision_monitor import ProbeImage, score_images
 from serve.settings import ProbeSettings
 
 TEMPLATES = tuple(f"a picture of a {{}} {place}" for place in (*world.PLACES, "in a house", "by a tree"))

@@ -24,7 +24,7 @@ from cat_cluster.errors import (
     StoreError,
 )
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from serve.adapters.host import MIB
+from serve.adapters.disk_and_host import MIB
 from tests.support.served_adapters import ROW, SOON, Clock, World, held, lease, random_weights, wait_until, weights_key
 
 

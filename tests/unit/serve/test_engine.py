@@ -20,8 +20,8 @@ from cat_cluster.errors import (
 )
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.generate import ImageRow
-from serve.denoise.batches import Batches
 from serve.denoise.image import EngineImage
+from serve.denoise.running_images import Batches
 from tests.support.denoised_images import Studio, Wanted, assert_same_image, random_adapter
 from tests.support.engines import SIZE, Calls, Heard, open_desk, same_latents, wait_until
 

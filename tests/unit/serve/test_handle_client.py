@@ -17,7 +17,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from cat_cluster.errors import AdapterNotFoundError, EngineStoppedError, OverloadedError
 from serve.app import TRIES, HandleClient
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
-from serve.http.logs import JsonLines
+from serve.http.log_format import JsonLines
 
 CALL = ImageCall("r", "a cup", model="cup@live", count=2, deadline_s=30.0)
 DIED, NOBODY = ActorDiedError(), DeploymentUnavailableError(DeploymentID("Engine", "cat-cluster"))

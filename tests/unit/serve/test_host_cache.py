@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from serve.adapters.host import DiskTier, HostTier
+from serve.adapters.disk_and_host import DiskTier, HostTier
 from tests.support.served_adapters import World, lease, wait_until, weights_key
 
 

@@ -238,7 +238,7 @@ def test_a_server_that_cancels_the_task_ends_the_work(live: Live, engine: Script
 
 
 def test_an_engine_that_hangs_is_given_up(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.http.images.GRACE_S", 0.2)
+    monkeypatch.setattr("serve.http.image_routes.GRACE_S", 0.2)
     engine, settings = ScriptedEngine(waiting()), ServeSettings(base="base", deadline_s=0.3)
     with (
         listening(only(engine), Registry(LocalStore(tmp_path)), settings, Access(settings)) as live,

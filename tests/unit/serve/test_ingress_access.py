@@ -17,7 +17,7 @@ from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
 from serve.calls import Accepted, Event, Finished, ImageCall
 from serve.http.access import Access, Caller, check_bind
-from serve.http.problems import Problem
+from serve.http.http_errors import Problem
 from serve.settings import ServeSettings
 from tests.support.ingress_server import Live, ScriptedEngine, listening, only, picture
 

@@ -21,7 +21,7 @@ from PIL import Image
 from cat_cluster.errors import StoreError
 from cat_cluster.evaluation.drift import DriftMonitor
 from cat_cluster.registry import Registry
-from serve.http.listing import Listing
+from serve.http.registry_listing import Listing
 from serve.probes.records import ProbeLog, ProbeRecord
 from tests.support.ingress_server import REFERENCE, Live, Shop, furnish, picture, serving
 

@@ -17,7 +17,7 @@ from cat_cluster.errors import (
     StoreError,
 )
 from serve.adapters.cache import AdapterCache, Resolved
-from serve.adapters.lookups import MOST_KEPT, MOST_STALE_S, PATIENCE_S
+from serve.adapters.resolver import MOST_KEPT, MOST_STALE_S, PATIENCE_S
 from serve.settings import ProbeSettings
 from tests.support.served_adapters import SOON, Clock, World, wait_until
 

@@ -18,7 +18,7 @@ from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import Manifest
 from serve.probes.prober import MOST_LIVE, Prober
 from serve.probes.records import ProbeRecord
-from serve.probes.watch import ProbeImage, live_token, score_images
+from serve.probes.revision_monitor import ProbeImage, live_token, score_images
 from tests.support.probe_bench import (
     OTHER,
     OWN,

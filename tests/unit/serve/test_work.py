@@ -16,8 +16,8 @@ from torch import Tensor
 
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from serve.denoise import work as work_module
-from serve.denoise.work import AT_ONCE, SideWork, colour_map
+from serve.denoise import codec as work_module
+from serve.denoise.codec import AT_ONCE, SideWork, colour_map
 
 SOON = 30.0
 

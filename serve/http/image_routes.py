@@ -20,9 +20,9 @@ from starlette.responses import Response
 from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.http.access import Caller
-from serve.http.journal import GONE, Entry, log_unexpected
-from serve.http.listing import parse_model
-from serve.http.problems import answers, error_named, problem_of
+from serve.http.http_errors import answers, error_named, problem_of
+from serve.http.registry_listing import parse_model
+from serve.http.request_log import GONE, Entry, log_unexpected
 from serve.http.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of
 from serve.http.schema import ImageRequest, ImagesResponse
 from serve.http.streams import EventStream, attended

@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, Metrics
-from serve.http.problems import problem_of
+from serve.http.http_errors import problem_of
 
 logger = logging.getLogger("cat_cluster.serve")
 

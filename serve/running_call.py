@@ -26,12 +26,12 @@ from cat_cluster.registry.manifest import WEIGHTS
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Lease, Resolved
 from serve.calls import Event, Finished, ImageCall, Preview, Progress
+from serve.denoise.codec import SideWork, image_array
 from serve.denoise.engine import Engine
 from serve.denoise.image import EngineImage, ImageFacts, Size
 from serve.denoise.png_text import png_text
 from serve.denoise.rows import ImageRows
 from serve.denoise.sizes import Pixels, pixels_per_latent
-from serve.denoise.work import SideWork, image_array
 
 logger = logging.getLogger("cat_cluster.serve")
 

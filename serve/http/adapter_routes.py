@@ -18,8 +18,8 @@ from cat_cluster.errors import AdapterNotFoundError
 from cat_cluster.evaluation.drift import SCORES, DriftMonitor
 from cat_cluster.registry import Manifest, Registry
 from serve.calls import AdminAction
-from serve.http.listing import parse_model
-from serve.http.problems import Problem, answers
+from serve.http.http_errors import Problem, answers
+from serve.http.registry_listing import parse_model
 from serve.http.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of, ingress_of
 from serve.http.schema import (
     ActionResponse,
