@@ -29,7 +29,7 @@ def frontier(
     only: Annotated[list[str] | None, typer.Option(help="Groups of trials to run; none means all.")] = None,
 ) -> None:
     """Vary one setting of CAT at a time: identity against drift (about an hour on 2 cores)."""
-    from jobs.benchmark.frontier import GROUPS, run
+    from jobs.benchmark.study.frontier import GROUPS, run
 
     _check("only", only, GROUPS)
     people.print(f"wrote {run(folder, people, only or list(GROUPS))}")
@@ -44,7 +44,7 @@ def study(
     only: Annotated[list[str] | None, typer.Option(help="single, joint, photos; none means all there is.")] = None,
 ) -> None:
     """Compare CAT with plain LoRA on held-out concepts, three seeds, single and joint (over an hour on 2 cores)."""
-    from jobs.benchmark.study import run
+    from jobs.benchmark.study.measure import run
 
     _check("only", only, ("single", "joint", "photos"))
     parts = only or ["single", "joint", *(["photos"] if photos else [])]
@@ -55,7 +55,7 @@ def study(
 @app.command()
 def levers() -> None:
     """Time a step with each lever beside plain LoRA (about ten minutes on 2 cores)."""
-    from jobs.benchmark.levers import run
+    from jobs.benchmark.training.levers import run
 
     people.print(f"wrote {run(people)}")
 
@@ -65,7 +65,7 @@ def packing(
     size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
 ) -> None:
     """Time 8 adapters packed, one by one, and in a plain PEFT loop; and the memory of packs (about ten minutes)."""
-    from jobs.benchmark.packing import SIZES, run
+    from jobs.benchmark.training.packing import SIZES, run
 
     _check("size", [size], SIZES)
     people.print(f"wrote {run(people, size)}")
@@ -76,7 +76,7 @@ def cluster(
     only: Annotated[list[str] | None, typer.Option(help="steps, checkpoints, sharding, batch; none: all.")] = None,
 ) -> None:
     """Measure what workers, ZeRO, Ray, checkpoints and batches cost and gain (about forty minutes on 2 cores)."""
-    from jobs.benchmark.cluster import PARTS, run
+    from jobs.benchmark.cluster.measure import PARTS, run
 
     _check("only", only, PARTS)
     for path in run(people, only or PARTS):
@@ -95,7 +95,7 @@ def serving(
     compile: Annotated[bool, typer.Option("--compile", help="Compile the U-Net's blocks, where a way can.")] = False,
 ) -> None:
     """Measure the serving engine beside pipelines and PEFT batches (about twenty minutes on 2 cores)."""
-    from jobs.benchmark.serving import SIZES, run
+    from jobs.benchmark.serving.measure import SIZES, run
 
     _check("size", [size], SIZES)
     _check("only", only, SIZES[size].parts)
@@ -111,7 +111,7 @@ def drift(
     judge_only: Annotated[bool, typer.Option("--judge-only", help="Judge the scores that are there again.")] = False,
 ) -> None:
     """Draw probes of healthy adapters and of faults, and let the drift detectors judge them (half an hour)."""
-    from jobs.benchmark.drift import run
+    from jobs.benchmark.drift.measure import run
 
     people.print(f"wrote {run(demo, folder, people, judge_only=judge_only)}")
 
@@ -119,7 +119,7 @@ def drift(
 @app.command()
 def report() -> None:
     """Write docs/benchmarks from the result files."""
-    from jobs.benchmark.report import write_pages
+    from jobs.benchmark.pages import write_pages
 
     for path in write_pages():
         people.print(f"wrote {path}")

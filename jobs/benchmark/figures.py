@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jobs.benchmark.compare import judges_of
+from jobs.benchmark.study.compare import judges_of
 
 _INK, _QUIET, _PAPER = "#20262d", "#66707a", "#ffffff"
 _LORA, _CAT, _MET, _MISSED = "#d97706", "#0f8b7e", "#0f8b7e", "#c2413b"

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from cat_cluster.errors import CatClusterError
-from jobs.benchmark.compare import compare
-from jobs.benchmark.trials import Bench, Trial, pocket_subject
+from jobs.benchmark.study.compare import compare
+from jobs.benchmark.study.trials import Bench, Trial, pocket_subject
 
 TRAINING = {"steps": 4, "rank": 2, "rows_per_concept": 1}
 EVALUATION = {"images_per_prompt": 1, "steps": 2}

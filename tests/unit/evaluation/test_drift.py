@@ -1,4 +1,4 @@
-"""The drift detectors against plain loops, and on scores of real probes (jobs/benchmark/drift.py made them)."""
+"""The drift detectors against plain loops, and on scores of real probes (jobs/benchmark/drift/measure.py made them)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from cat_cluster.evaluation.drift import (
     calibrate,
     disagreement,
 )
-from jobs.benchmark.drift import judge_scores, run_lengths
+from jobs.benchmark.drift.measure import judge_scores, run_lengths
 
 DOCUMENT: dict[str, Any] = json.loads((Path(__file__).parent / "drift_scores.json").read_text())
 CUP: dict[str, list[float]] = DOCUMENT["adapters"]["striped-cup"]

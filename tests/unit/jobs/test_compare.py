@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from cat_cluster.evaluation.intervals import ConceptFeatures, score
-from jobs.benchmark.compare import compare, judges_of, prompts_followed
-from jobs.benchmark.trials import Measured, Subject, Taught
+from jobs.benchmark.study.compare import compare, judges_of, prompts_followed
+from jobs.benchmark.study.trials import Measured, Subject, Taught
 
 SUBJECTS = [Subject(name, (Taught(name, "sks", "cup"),)) for name in ("cup", "fish", "car")]
 

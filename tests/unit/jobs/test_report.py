@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from jobs.benchmark.pages import AIMS, PAGES, page_texts, write_pages
 from jobs.benchmark.record import RESULTS, read_result, source_state, write_result
-from jobs.benchmark.report import AIMS, PAGES, page_texts, write_pages
 
 
 def test_the_committed_pages_are_those_of_the_committed_results() -> None:

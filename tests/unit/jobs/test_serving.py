@@ -14,18 +14,18 @@ from typer.testing import CliRunner
 
 from cat_cluster.errors import CatClusterError, SpecError
 from cat_cluster.telemetry import PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
-from jobs.benchmark import serving
 from jobs.benchmark.__main__ import app
+from jobs.benchmark.pages import write_pages
 from jobs.benchmark.record import ROOT, read_result
-from jobs.benchmark.report import write_pages
-from jobs.benchmark.serving import PARTS, Size
-from jobs.benchmark.serving_apart import Apart, Here
-from jobs.benchmark.serving_bench import Ask, Counter, Scale, take_turns_for
-from jobs.benchmark.serving_materials import write_random_base
-from jobs.benchmark.serving_page import serving_page, verdicts
-from jobs.benchmark.serving_rates import busy_rate
-from jobs.benchmark.serving_turns import spent_on_probes, waits_in_steps
-from jobs.benchmark.serving_ways import static_batches
+from jobs.benchmark.serving import measure as serving
+from jobs.benchmark.serving.bench import Ask, Counter, Scale, take_turns_for
+from jobs.benchmark.serving.between_steps import spent_on_probes, waits_in_steps
+from jobs.benchmark.serving.contenders import Apart, Here
+from jobs.benchmark.serving.materials import write_random_base
+from jobs.benchmark.serving.measure import PARTS, Size
+from jobs.benchmark.serving.page import serving_page, verdicts
+from jobs.benchmark.serving.rates import busy_rate
+from jobs.benchmark.serving.rivals import static_batches
 
 TINY = Scale(
     rows=4,
@@ -144,7 +144,7 @@ def test_an_unknown_name_is_refused_with_those_there_are(arguments: list[str], s
 
 def test_it_runs_where_neither_ray_nor_deepspeed_is() -> None:
     absent = ("ray", "deepspeed", "fastapi", "boto3", "matplotlib", "psutil")
-    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import jobs.benchmark.serving"
+    program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import jobs.benchmark.serving.measure"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
 
 

@@ -9,10 +9,10 @@ import torch
 
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from jobs.benchmark.levers import VARIANTS
-from jobs.benchmark.packing import SIZES, compare_ways
-from jobs.benchmark.reference import peft_step
-from jobs.benchmark.workbench import Levers, Timed, concept_task, pack_step, take_turns
+from jobs.benchmark.timing import Levers, Timed, concept_task, pack_step, take_turns
+from jobs.benchmark.training.levers import VARIANTS
+from jobs.benchmark.training.packing import SIZES, compare_ways
+from jobs.benchmark.training.peft_loop import peft_step
 
 
 @pytest.fixture(scope="module")

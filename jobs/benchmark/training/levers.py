@@ -16,8 +16,7 @@ from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.teacher import TeacherPool
 from jobs.benchmark.record import write_result
-from jobs.benchmark.reference import peft_step
-from jobs.benchmark.workbench import (
+from jobs.benchmark.timing import (
     PLAIN_LORA,
     RANK,
     Levers,
@@ -28,6 +27,7 @@ from jobs.benchmark.workbench import (
     synchronise,
     take_turns,
 )
+from jobs.benchmark.training.peft_loop import peft_step
 
 POOL = TrainingSpec().pool_size
 LORA = "plain LoRA"

@@ -23,10 +23,10 @@ from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.pocket import world
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.telemetry import ADAPTER_SWAPS, PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
-from jobs.benchmark.serving_apart import Contender
-from jobs.benchmark.serving_bench import Ask, Bench, Counter, Event, Served, take_turns_for
-from jobs.benchmark.serving_materials import NOUN, TARGETS, TOKEN, publish, random_adapter
-from jobs.benchmark.workbench import RANK
+from jobs.benchmark.serving.bench import Ask, Bench, Counter, Event, Served, take_turns_for
+from jobs.benchmark.serving.contenders import Contender
+from jobs.benchmark.serving.materials import NOUN, TARGETS, TOKEN, publish, random_adapter
+from jobs.benchmark.timing import RANK
 from serve.probes.revision_monitor import score_images
 from serve.settings import ProbeSettings, ServeSettings
 

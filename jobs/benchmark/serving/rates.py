@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from cat_cluster.telemetry import ADAPTER_SWAPS
-from jobs.benchmark.serving_apart import Contender
-from jobs.benchmark.serving_bench import Answer, Ask, Bench, Counter, Pixels, take_turns_for
-from jobs.benchmark.serving_ways import SERIAL, PeftLoop, difference
-from jobs.benchmark.workbench import Timed
+from jobs.benchmark.serving.bench import Answer, Ask, Bench, Counter, Pixels, take_turns_for
+from jobs.benchmark.serving.contenders import Contender
+from jobs.benchmark.serving.rivals import SERIAL, PeftLoop, difference
+from jobs.benchmark.timing import Timed
 
 Arrive = Callable[[Sequence[Ask], Sequence[float]], list[float]]
 ENGINE = "engine"

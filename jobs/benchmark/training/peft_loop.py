@@ -19,7 +19,7 @@ from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.engine import autocast
-from jobs.benchmark.workbench import OPTIMISER, RANK, Levers, Step, concept_task, synchronise
+from jobs.benchmark.timing import OPTIMISER, RANK, Levers, Step, concept_task, synchronise
 
 
 def peft_step(base: BaseModel, rows: int, levers: Levers) -> tuple[Step, list[nn.Parameter]]:

@@ -23,8 +23,8 @@ from cat_cluster.lora.formats import write_adapter
 from cat_cluster.models.base_model import base_folder, compiled_blocks
 from cat_cluster.models.generate import initial_latents
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
-from jobs.benchmark.serving_bench import GUIDANCE, Ask, Bench, Pixels
-from jobs.benchmark.workbench import RANK, synchronise
+from jobs.benchmark.serving.bench import GUIDANCE, Ask, Bench, Pixels
+from jobs.benchmark.timing import RANK, synchronise
 
 
 def to_pixels(images: Tensor) -> list[Pixels]:

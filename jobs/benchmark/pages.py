@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.benchmark.cluster import PARTS
-from jobs.benchmark.cluster_page import cluster_page
-from jobs.benchmark.compare import judges_of
+from jobs.benchmark.cluster.measure import PARTS
+from jobs.benchmark.cluster.page import cluster_page
 from jobs.benchmark.figures import draw_frontier, draw_packing, draw_study, measured_for_aim
 from jobs.benchmark.record import RESULTS, ROOT, measured_on, read_result
-from jobs.benchmark.serving_page import PAGES as SERVING_PAGES
-from jobs.benchmark.serving_page import draw_serving, serving_page
+from jobs.benchmark.serving.page import PAGES as SERVING_PAGES
+from jobs.benchmark.serving.page import draw_serving, serving_page
+from jobs.benchmark.study.compare import judges_of
 
 PAGES = ROOT / "docs" / "benchmarks"
 STUDY_PARTS = ("single", "joint", "photos")
@@ -249,7 +249,7 @@ def _packing_page(result: Mapping[str, Any]) -> str:
         "# Packing: many adapters in one forward",
         "",
         f"{result['adapters']} adapters, {result['training_steps']} steps each, one process. `reference` is a plain",
-        "loop of PEFT and diffusers with the three forwards of CAT (`jobs/benchmark/reference.py`); `packed` and",
+        "loop of PEFT and diffusers with the three forwards of CAT (`jobs/benchmark/training/peft_loop.py`); `packed` and",
         "`sequential` compute the same loss here; `levers` are a pool of 16 and half the rows, its fill counted.",
         "",
         "![Concepts per hour, and memory per concept](packing.png)",

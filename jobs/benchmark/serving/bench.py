@@ -25,9 +25,9 @@ from cat_cluster.models.pocket import world
 from cat_cluster.registry import Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, MetricSpec
-from jobs.benchmark.serving_apart import Apart, Contender, Here
-from jobs.benchmark.serving_materials import NOUN, TOKEN, publish, random_adapter
-from jobs.benchmark.workbench import Timed
+from jobs.benchmark.serving.contenders import Apart, Contender, Here
+from jobs.benchmark.serving.materials import NOUN, TOKEN, publish, random_adapter
+from jobs.benchmark.timing import Timed
 from serve.calls import Failed, Finished, ImageCall
 from serve.service import Service
 from serve.settings import ProbeSettings, ServeSettings

@@ -16,8 +16,8 @@ from rich.console import Console
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.teacher import TeacherPool
 from jobs.benchmark.record import ROOT, write_result
-from jobs.benchmark.reference import peft_step
-from jobs.benchmark.workbench import Levers, concept_task, pack_step, sd15_sized_base, seconds_of, take_turns
+from jobs.benchmark.timing import Levers, concept_task, pack_step, sd15_sized_base, seconds_of, take_turns
+from jobs.benchmark.training.peft_loop import peft_step
 
 ADAPTERS = 8
 TRAINING_STEPS = 300  # of the concepts per hour; every way does equally many
@@ -134,7 +134,7 @@ def _fill_seconds(base: BaseModel, rows: int, levers: Levers) -> float:
 
 def _peak_mib(size_name: str, adapters: int) -> float:
     """The peak memory of a process of its own that trains a pack for two steps, MiB."""
-    command = [sys.executable, "-m", "jobs.benchmark.packing", size_name, str(adapters)]
+    command = [sys.executable, "-m", "jobs.benchmark.training.packing", size_name, str(adapters)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return float(done.stdout)
 

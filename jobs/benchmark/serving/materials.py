@@ -17,7 +17,7 @@ from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import open_store
-from jobs.benchmark.workbench import RANK
+from jobs.benchmark.timing import RANK
 
 TARGETS = "attention_ff"
 CHANGE = 0.07  # of the norm of each weight matrix: what trained adapters of this rank do

@@ -19,10 +19,12 @@ import torch
 from rich.console import Console
 
 from cat_cluster.models.base_model import choose_device
-from jobs.benchmark import serving_calls, serving_rates, serving_turns
 from jobs.benchmark.record import RESULTS, machine, read_result, source_state, write_result
-from jobs.benchmark.serving_bench import Bench, Scale, bench_in
-from jobs.benchmark.serving_materials import write_random_base
+from jobs.benchmark.serving import between_steps as serving_turns
+from jobs.benchmark.serving import calls as serving_calls
+from jobs.benchmark.serving import rates as serving_rates
+from jobs.benchmark.serving.bench import Bench, Scale, bench_in
+from jobs.benchmark.serving.materials import write_random_base
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "overhead": serving_calls.measure,

@@ -17,7 +17,7 @@ from cat_cluster.evaluation.intervals import (
     paired_ratio_interval,
     resample,
 )
-from jobs.benchmark.trials import Measured, Subject
+from jobs.benchmark.study.trials import Measured, Subject
 
 Cells = Mapping[tuple[str, str, int], Measured]
 Run = tuple[Subject, int]

@@ -1,4 +1,4 @@
-"""Two workers that measure: `python -m jobs.benchmark.pair PART RANK PORT FILE`; cluster.py starts both.
+"""Two workers that measure: `python -m jobs.benchmark.cluster.two_workers PART RANK PORT FILE`; cluster.py starts both.
 
 steps: the seconds of a step with every engine, in turns. memory: what a base of the size of Stable Diffusion 1.5
 holds and peaks at under ZeRO 2 or 3.
@@ -25,7 +25,7 @@ from cat_cluster.training.engine import EngineFactory, TorchEngine
 from cat_cluster.training.loop import LoopSettings, PackMember, train_pack
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.pack_size import peak_resident
-from jobs.benchmark.workbench import OPTIMISER, RANK, Levers, concept_task, sd15_sized_base
+from jobs.benchmark.timing import OPTIMISER, RANK, Levers, concept_task, sd15_sized_base
 
 LEVERS = Levers(alpha=5.0, joint_rows=True, fraction=0.5)  # the spec's defaults
 ADAPTERS = 2

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.benchmark.compare import compare
 from jobs.benchmark.record import write_result
-from jobs.benchmark.trials import Bench, Trial, pocket_subject
+from jobs.benchmark.study.compare import compare
+from jobs.benchmark.study.trials import Bench, Trial, pocket_subject
 
 TRAINING = {
     "steps": 300,

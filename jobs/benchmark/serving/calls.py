@@ -14,10 +14,10 @@ from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.models.generate import initial_latents
 from cat_cluster.models.samplers import sampler_table
-from jobs.benchmark.serving_bench import GUIDANCE, Ask, Bench, take_turns_for
-from jobs.benchmark.serving_materials import TARGETS
-from jobs.benchmark.serving_ways import PeftLoop
-from jobs.benchmark.workbench import RANK, seconds_of, synchronise
+from jobs.benchmark.serving.bench import GUIDANCE, Ask, Bench, take_turns_for
+from jobs.benchmark.serving.materials import TARGETS
+from jobs.benchmark.serving.rivals import PeftLoop
+from jobs.benchmark.timing import RANK, seconds_of, synchronise
 from serve.denoise.rows import ImageRows, Rows
 
 Call = Callable[[], None]

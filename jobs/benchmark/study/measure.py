@@ -16,10 +16,10 @@ from rich.console import Console
 from cat_cluster.models.pocket import world
 from cat_cluster.spec.job import DEFAULT_ALPHA
 from cat_cluster.spec.sections import TrainingSpec
-from jobs.benchmark.compare import compare
-from jobs.benchmark.frontier import EVALUATION
 from jobs.benchmark.record import write_result
-from jobs.benchmark.trials import Bench, Measured, Subject, Taught, Trial, pocket_subject
+from jobs.benchmark.study.compare import compare
+from jobs.benchmark.study.frontier import EVALUATION
+from jobs.benchmark.study.trials import Bench, Measured, Subject, Taught, Trial, pocket_subject
 
 LORA, CAT = Trial("lora", "lora"), Trial("cat")
 PAPER = Trial("paper", alpha=1.0, training={"prior_prompt": "token_removed", "cat_fraction": 1.0, "teacher": "online"})

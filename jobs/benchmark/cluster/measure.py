@@ -26,9 +26,9 @@ from cat_cluster.models.pocket import world
 from cat_cluster.store import open_store
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter
 from cat_cluster.training.engine import TorchEngine
-from jobs.benchmark.pair import ADAPTERS, LEVERS, STAGES, STEPS, WARM, step_seconds
+from jobs.benchmark.cluster.two_workers import ADAPTERS, LEVERS, STAGES, STEPS, WARM, step_seconds
 from jobs.benchmark.record import write_result
-from jobs.benchmark.workbench import concept_task, pack_step, take_turns
+from jobs.benchmark.timing import concept_task, pack_step, take_turns
 
 PARTS = ("steps", "checkpoints", "sharding", "batch")
 RAY_STEPS = 60
@@ -98,7 +98,7 @@ def through_ray(engine: str, bare_ms: float) -> dict[str, float]:
 def steps_through_ray(spec: Path, storage: str) -> list[float]:
     """Run a job on a Ray of its own, in a process of its own, and return the seconds of the steps it reported."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "jobs.benchmark.timed_job", str(spec), storage],
+        [sys.executable, "-W", "ignore", "-m", "jobs.benchmark.cluster.timed_job", str(spec), storage],
         capture_output=True,
         text=True,
         check=False,
@@ -201,7 +201,7 @@ def batch_against_singles(console: Console, rows: int, steps: int) -> dict[str, 
 
 
 def run_pair(part: str) -> list[dict[str, Any]]:
-    """Run both workers of jobs/benchmark/pair.py to their end and return what each measured."""
+    """Run both workers of jobs/benchmark/cluster/two_workers.py to their end and return what each measured."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -209,7 +209,17 @@ def run_pair(part: str) -> list[dict[str, Any]]:
         files = [Path(folder) / f"{rank}.json" for rank in (0, 1)]
         workers = [
             subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-m", "jobs.benchmark.pair", part, str(rank), port, str(file)],
+                [
+                    sys.executable,
+                    "-W",
+                    "ignore",
+                    "-m",
+                    "jobs.benchmark.cluster.two_workers",
+                    part,
+                    str(rank),
+                    port,
+                    str(file),
+                ],
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
             )

@@ -1,0 +1,1 @@
+"""What workers, ZeRO, Ray and checkpoints cost and gain."""

@@ -1,0 +1,1 @@
+"""What drift probes see."""

@@ -1,0 +1,1 @@
+"""What serving many adapters costs, beside its rivals."""

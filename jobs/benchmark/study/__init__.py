@@ -1,0 +1,1 @@
+"""What CAT does to adapters: trials, the study and the frontier."""
