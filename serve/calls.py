@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from cat_cluster import errors
+from cat_cluster.errors import CatClusterError
 from cat_cluster.models.samplers import SamplerName
 
 AdminAction = Literal["load", "unload", "pin", "unpin", "prefetch", "probe", "release"]
@@ -84,6 +86,20 @@ class Failed:
     kind: str
     message: str
     retry_after: float | None = None
+
+    @classmethod
+    def of(cls, error: CatClusterError) -> Failed:
+        """Return an error as the event that ends a call."""
+        return cls(type(error).__name__, str(error), getattr(error, "retry_after", None))
+
+    def to_error(self) -> Exception:
+        """Return the error again, of the same class; one that is not of our tree is a RuntimeError."""
+        kind = getattr(errors, self.kind, None)
+        if not (isinstance(kind, type) and issubclass(kind, CatClusterError)):
+            return RuntimeError(f"{self.kind}: {self.message}")
+        if issubclass(kind, errors.OverloadedError) and self.retry_after is not None:
+            return kind(self.message, self.retry_after)
+        return kind(self.message)
 
 
 Event = Accepted | Progress | Preview | Finished | Failed

@@ -23,9 +23,9 @@ from cat_cluster.errors import ClusterError
 from cat_cluster.models.base_files import POCKET, base_folder, check_family
 from cat_cluster.models.base_model import choose_device
 from cat_cluster.store import open_store
-from serve.app import Deployment, build
+from serve.app import build
 from serve.http.access import Access, check_bind
-from serve.settings import ServeSettings
+from serve.settings import Deployment, ServeSettings
 
 APPLICATION = "cat-cluster"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -140,7 +140,7 @@ class Service:
         try:
             self._check_room(call)
         except OverloadedError as error:
-            yield failure(error)
+            yield Failed.of(error)
             return
         self._in_flight += call.count  # from here on: what is looked up now counts for those who come meanwhile
         drawing: Drawing | None = None
@@ -148,13 +148,13 @@ class Service:
             try:
                 plan = await self._plan(call)
             except CatClusterError as error:
-                yield failure(error)
+                yield Failed.of(error)
                 return
             drawing = Drawing(self._parts, plan)
             yield Accepted(plan.served_by, plan.drift, plan.note)
             async for event in drawing.events():
                 if isinstance(event, CatClusterError):
-                    yield failure(event)
+                    yield Failed.of(event)
                     return
                 if isinstance(event, Finished):
                     self._probe_live(plan, event, drawing.pixels.pop(event.index))
@@ -288,11 +288,6 @@ class Service:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("a probe failed", exc_info=task.exception())
-
-
-def failure(error: CatClusterError) -> Failed:
-    """Return an error as the event that ends a call."""
-    return Failed(type(error).__name__, str(error), getattr(error, "retry_after", None))
 
 
 def row_buckets(settings: ServeSettings, device: str) -> tuple[int, ...]:

@@ -90,3 +90,29 @@ class ServeSettings(BaseModel):
         ):
             raise ValueError(f"row_buckets must rise and end at max_rows ({self.max_rows})")
         return self
+
+
+class Deployment(BaseModel):
+    """How many of each there are; everything else about a deployment is ServeSettings'."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    settings: ServeSettings = Field(default=ServeSettings(), description="How each engine serves.")
+    min_engines: int = Field(default=1, ge=1, description="Fewest engines.")
+    max_engines: int | None = Field(
+        default=None, ge=1, description="Most engines; more than the fewest means autoscaling. None: the fewest."
+    )
+    ingresses: int = Field(default=1, ge=1, description="HTTP processes.")
+    engine_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray sets aside for an engine.")
+    engine_gpus: float = Field(default=0.0, ge=0, description="GPUs of an engine.")
+
+    @model_validator(mode="after")
+    def _rises(self) -> Deployment:
+        if self.most_engines < self.min_engines:
+            raise ValueError(f"max_engines must be at least min_engines ({self.min_engines})")
+        return self
+
+    @property
+    def most_engines(self) -> int:
+        """The most engines there may be."""
+        return self.min_engines if self.max_engines is None else self.max_engines

@@ -6,9 +6,10 @@ import threading
 import time
 from collections.abc import Mapping
 
+from prometheus_client import CollectorRegistry
 from ray.util import metrics as ray_metrics
 
-from cat_cluster.telemetry import MetricSpec, Record
+from cat_cluster.telemetry import MetricSpec, PrometheusBackend, Record
 
 AGAIN_S = 5.0
 
@@ -50,3 +51,21 @@ class RayBackend:
             with self._lock:
                 for (gauge, labels), value in self._last.items():
                     gauge.set(value, dict(labels))
+
+
+class RayAndPrometheusBackend:
+    """Metrics for Ray's ports, where clusters scrape, and for `/metrics` of the ingress, where people look."""
+
+    def __init__(self) -> None:
+        self._ray, self._own = RayBackend(), PrometheusBackend(CollectorRegistry())
+        self.exposition = self._own.exposition
+
+    def open(self, spec: MetricSpec) -> Record:
+        """Record a value in both."""
+        ray_record, own_record = self._ray.open(spec), self._own.open(spec)
+
+        def record(value: float, labels: Mapping[str, str]) -> None:
+            ray_record(value, labels)
+            own_record(value, labels)
+
+        return record

@@ -105,16 +105,6 @@ class Problem(HTTPException):
         return Response(json.dumps(self.body()), self.status_code, self.headers, "application/json")
 
 
-def error_named(name: str, message: str, retry_after: float | None = None) -> Exception:
-    """Return the error that crossed processes as a class name and a message; one not in our tree is internal."""
-    kind = getattr(errors, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, errors.CatClusterError)):
-        return RuntimeError(f"{name}: {message}")
-    if issubclass(kind, errors.OverloadedError):
-        return kind(message) if retry_after is None else kind(message, retry_after)
-    return kind(message)
-
-
 def problem_of(error: BaseException) -> Problem:
     """Return how an error looks from outside; what the table does not know is 500 and tells nothing."""
     if isinstance(error, Problem):

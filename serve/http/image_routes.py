@@ -20,7 +20,7 @@ from starlette.responses import Response
 from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.http.access import Caller
-from serve.http.http_errors import answers, error_named, problem_of
+from serve.http.http_errors import answers, problem_of
 from serve.http.registry_listing import parse_model
 from serve.http.request_log import GONE, Entry, log_unexpected
 from serve.http.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of
@@ -124,7 +124,7 @@ async def _events(ingress: Ingress, caller: Caller, call: ImageCall) -> AsyncGen
         async with aclosing(generated) as events:
             async for event in events:
                 if isinstance(event, Failed):
-                    error = error_named(event.kind, event.message, event.retry_after)
+                    error = event.to_error()
                     if isinstance(error, AdapterNotFoundError) and call.model is not None:
                         await ingress.listing.summary(call.model)  # says it without naming the store
                     raise error

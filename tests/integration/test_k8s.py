@@ -36,8 +36,8 @@ from cat_cluster.cluster.kuberay.security import pods_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, load_spec
 from jobs import train
-from serve.app import Deployment
 from serve.http.access import ADMIN_KEYS, API_KEYS
+from serve.settings import Deployment
 
 ROOT = Path(__file__).parents[2]
 K8S = ROOT / "k8s"

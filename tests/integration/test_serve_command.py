@@ -23,9 +23,9 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 
 from cat_cluster.errors import SpecError
-from serve.app import Deployment, build
+from serve.app import build
 from serve.local import local_deployment
-from serve.settings import ServeSettings
+from serve.settings import Deployment, ServeSettings
 from tests.support.ray_head import TOKEN, free_ports, ray_head
 from tests.support.serving import PATH, ROOT, ask, ray_folder, surroundings, until
 

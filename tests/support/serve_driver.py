@@ -21,6 +21,7 @@ import ray
 from ray import serve as ray_serve
 
 from serve import app, local
+from serve.settings import Deployment
 from tests.support.stuck_engine import StuckEngine
 
 
@@ -32,7 +33,7 @@ class Commands:
 
     def deploy(self, deployment: dict[str, Any]) -> dict[str, Any]:
         """Bring the service to this deployment, and say where its node's metrics are."""
-        local.start(app.Deployment.model_validate(deployment), "127.0.0.1", self._port)
+        local.start(Deployment.model_validate(deployment), "127.0.0.1", self._port)
         (node,) = ray.nodes()
         return {"metrics": f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"}
 

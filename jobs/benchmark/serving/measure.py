@@ -20,20 +20,18 @@ from rich.console import Console
 
 from cat_cluster.models.base_model import choose_device
 from jobs.benchmark.record import RESULTS, machine, read_result, source_state, write_result
-from jobs.benchmark.serving import between_steps as serving_turns
-from jobs.benchmark.serving import calls as serving_calls
-from jobs.benchmark.serving import rates as serving_rates
+from jobs.benchmark.serving import between_steps, calls, rates
 from jobs.benchmark.serving.bench import Bench, Scale, bench_in
 from jobs.benchmark.serving.materials import write_random_base
 
 PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "overhead": serving_calls.measure,
-    "adapters": serving_rates.measure_adapters,
-    "serial": serving_rates.measure_serial,
-    "peft": serving_rates.measure_peft,
-    "poisson": serving_rates.measure_poisson,
-    "join": serving_turns.measure_join,
-    "probes": serving_turns.measure_probes,
+    "overhead": calls.measure,
+    "adapters": rates.measure_adapters,
+    "serial": rates.measure_serial,
+    "peft": rates.measure_peft,
+    "poisson": rates.measure_poisson,
+    "join": between_steps.measure_join,
+    "probes": between_steps.measure_probes,
 }
 
 

@@ -15,8 +15,8 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from cat_cluster.errors import AdapterNotFoundError, EngineStoppedError, OverloadedError
-from serve.app import TRIES, HandleClient
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
+from serve.handle_client import TRIES, HandleClient
 from serve.http.log_format import JsonLines
 
 CALL = ImageCall("r", "a cup", model="cup@live", count=2, deadline_s=30.0)

@@ -1,0 +1,156 @@
+"""The engines as an ingress reaches them on Ray Serve: through a deployment handle, with another engine for a lost one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from cat_cluster.errors import CatClusterError, EngineStoppedError, OverloadedError
+from cat_cluster.registry.references import parse_reference
+from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress
+
+logger = logging.getLogger("cat_cluster.serve")
+
+TRIES = 4  # of a call whose engine goes away: its images are a function of the call, so another engine's are the same
+RETRY_S = 1.0
+PATIENCE_S = 30.0  # an engine that died is replaced within it; without any for so long, calls are refused
+STATUS_S = 5.0
+_GONE = (RayActorError, ReplicaUnavailableError, ObjectLostError)
+
+
+class HandleClient:
+    """EngineClient over a Ray Serve handle: an adapter's calls go to the same engine while it has room."""
+
+    def __init__(self, handle: DeploymentHandle, *, patience_s: float = PATIENCE_S, retry_s: float = RETRY_S) -> None:
+        self._handle, self._patience_s, self._retry_s = handle, patience_s, retry_s
+
+    async def generate(self, call: ImageCall) -> AsyncIterator[Event]:
+        """Yield the call's events; when its engine goes away, another one draws what is not finished yet."""
+        handle = self._handle.options(stream=True, session_id=_session(call))
+        until = None if call.deadline_s is None else time.monotonic() + call.deadline_s
+        told = _Told()
+        for attempt in range(TRIES):
+            stream = handle.generate.remote(call)
+            gone = Failed.of(EngineStoppedError("the engine went away while it drew: ask again"))
+            try:
+                while (event := await self._next(stream)) is not None:
+                    if isinstance(event, Failed) and event.kind == EngineStoppedError.__name__:
+                        gone = event
+                        break
+                    if isinstance(event, Accepted) and call.model is not None:
+                        # Whatever the alias names by then, all images of a call are of one revision.
+                        call = replace(call, model=event.model)
+                    if told.is_news(event):
+                        yield event
+                else:
+                    return
+            except _GONE:
+                pass
+            except DeploymentUnavailableError:
+                yield Failed.of(EngineStoppedError("no engine runs now: ask again"))
+                return
+            except BackPressureError:
+                error = OverloadedError("every engine has as many requests as it takes: ask again", self._retry_s)
+                yield Failed.of(error)
+                return
+            finally:
+                stream.cancel()
+            left = None if until is None else until - time.monotonic()
+            if attempt == TRIES - 1 or (left is not None and left <= 0):
+                yield gone
+                return
+            logger.warning("an engine went away: call %s is sent to another", call.request_id)
+            call = replace(call, deadline_s=left)
+            await asyncio.sleep(self._retry_s * attempt)
+
+    async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
+        """Act on an adapter in every engine, and return the first one's answer; raises CatClusterError."""
+        answers = await self._all("admin", action, reference)
+        for answer in answers:
+            if isinstance(answer, Failed):
+                raise answer.to_error()
+        return dict(answers[0])
+
+    async def status(self) -> dict[str, Any]:
+        """Return one engine's status, with the drift that any engine knows of and the number of engines."""
+        answers = await self._all("status", timeout_s=STATUS_S)
+        drift: dict[str, Any] = {}
+        for answer in answers:
+            for name, status in answer["drift"].items():
+                if name not in drift or status["probes"]:
+                    drift[name] = status
+        return {**answers[0], "drift": drift, "engines": len(answers)}
+
+    async def metrics(self) -> bytes:
+        """Return one engine's metrics; with several, scrape Ray's metrics port instead."""
+        return bytes(await self._handle.metrics.remote())
+
+    async def _next(self, stream: AsyncGenerator[Event, None]) -> Event | None:
+        """Return the next event, None after the last; DeploymentUnavailableError when no engine is there."""
+        coming = asyncio.ensure_future(anext(stream, None))
+        try:
+            while not (await asyncio.wait({coming}, timeout=self._patience_s))[0]:
+                with suppress(TimeoutError):  # busy, but there
+                    await self._handle.broadcast("status").results_async(timeout_s=STATUS_S, return_exceptions=True)
+            return coming.result()
+        finally:
+            coming.cancel()
+
+    async def _all(self, method: str, *arguments: str, timeout_s: float | None = None) -> list[Any]:
+        """Return the answers of the engines that live, one at least; EngineStoppedError when none does."""
+        try:
+            calls = self._handle.broadcast(method, *arguments)
+            answers = await calls.results_async(timeout_s=timeout_s, return_exceptions=True)
+        except (DeploymentUnavailableError, TimeoutError):
+            raise EngineStoppedError("no engine answers: ask again") from None
+        here = [answer for answer in answers if not isinstance(answer, _GONE)]
+        for answer in here:
+            if isinstance(answer, BaseException):
+                raise answer
+        if not here:
+            raise EngineStoppedError("no engine answers: ask again")
+        return here
+
+
+class _Told:
+    """What a call's client has heard, so that a second engine says only what is new."""
+
+    def __init__(self) -> None:
+        self._accepted = False
+        self._steps: dict[tuple[type, int], float] = {}
+
+    def is_news(self, event: Event) -> bool:
+        """Whether an event goes on to the client."""
+        if isinstance(event, Accepted):
+            first, self._accepted = not self._accepted, True
+            return first
+        if isinstance(event, Finished):
+            return self._later(Finished, event.index, 1.0)
+        if isinstance(event, Progress | Preview) and (Finished, event.index) not in self._steps:
+            return self._later(type(event), event.index, event.step)
+        return isinstance(event, Failed)
+
+    def _later(self, kind: type, index: int, step: float) -> bool:
+        later = step > self._steps.get((kind, index), -1.0)
+        if later:
+            self._steps[kind, index] = step
+        return later
+
+
+def _session(call: ImageCall) -> str:
+    """Return what an engine is chosen by: an adapter's calls share its slot, those of the base go anywhere."""
+    if call.model is None:
+        return call.request_id
+    try:
+        return parse_reference(call.model).adapter_id
+    except CatClusterError:
+        return call.model  # the engine will say what is wrong with it
