@@ -40,7 +40,7 @@ HTTP_METRICS = (HTTP_REQUESTS, HTTP_SECONDS)
 ENGINE_METRICS = tuple(metric for metric in SERVING_METRICS if metric not in HTTP_METRICS)
 
 
-class Engine:
+class EngineReplica:
     """One replica: a Service in its own process, on its own device."""
 
     async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
@@ -90,7 +90,7 @@ class Engine:
 
 
 @ray_serve.ingress()
-class Ingress:
+class IngressReplica:
     """HTTP in front of the engines; it owns no device and reads the registry only for listings."""
 
     async def __init__(self, settings: dict[str, Any], engine: DeploymentHandle) -> None:  # type: ignore[misc]
@@ -141,7 +141,7 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
             }
         }
     engine = ray_serve.deployment(
-        Engine,
+        EngineReplica,
         name=ENGINE,
         ray_actor_options={"num_cpus": deployment.engine_cpus, "num_gpus": deployment.engine_gpus},
         max_ongoing_requests=ongoing,
@@ -156,7 +156,7 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
         **scaling,
     )
     ingress = ray_serve.deployment(
-        Ingress,
+        IngressReplica,
         name=INGRESS,
         num_replicas=deployment.ingresses,
         ray_actor_options={"num_cpus": 0},

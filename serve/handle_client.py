@@ -1,4 +1,4 @@
-"""The engines as an ingress reaches them on Ray Serve: through a deployment handle, with another engine for a lost one."""
+"""The engines as an ingress reaches them on Ray Serve; a call whose engine is lost goes to another one."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class HandleClient:
         """Yield the call's events; when its engine goes away, another one draws what is not finished yet."""
         handle = self._handle.options(stream=True, session_id=_session(call))
         until = None if call.deadline_s is None else time.monotonic() + call.deadline_s
-        told = _Told()
+        told = _EventsSent()
         for attempt in range(TRIES):
             stream = handle.generate.remote(call)
             gone = Failed.of(EngineStoppedError("the engine went away while it drew: ask again"))
@@ -121,7 +121,7 @@ class HandleClient:
         return here
 
 
-class _Told:
+class _EventsSent:
     """What a call's client has heard, so that a second engine says only what is new."""
 
     def __init__(self) -> None:

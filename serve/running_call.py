@@ -26,8 +26,8 @@ from cat_cluster.registry.manifest import WEIGHTS
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Lease, Resolved
 from serve.calls import Event, Finished, ImageCall, Preview, Progress
-from serve.denoise.codec import SideWork, image_array
-from serve.denoise.engine import Engine
+from serve.denoise.codec import Codec, image_array
+from serve.denoise.engine import DenoisingEngine
 from serve.denoise.image import EngineImage, ImageFacts, Size
 from serve.denoise.png_text import png_text
 from serve.denoise.rows import ImageRows
@@ -41,9 +41,9 @@ class EngineParts:
     """What drawing takes: base model, engine, adapter cache, side work, the sizes served, metrics."""
 
     base: BaseModel
-    engine: Engine
+    engine: DenoisingEngine
     cache: AdapterCache
-    work: SideWork
+    work: Codec
     sizes: tuple[Pixels, ...]
     metrics: Metrics
 
@@ -93,7 +93,7 @@ class ImagePlan:
         return png_text(self.call, seed, self.served_by, digest)
 
 
-class Drawing:
+class RunningCall:
     """The images of one call; `pixels[i]` is image i [3, H, W] once it is Finished."""
 
     def __init__(self, parts: EngineParts, plan: ImagePlan) -> None:
@@ -180,7 +180,7 @@ class Drawing:
 class _Forwarder:
     """The engine's listener: carries what happens from its thread to the event loop of the call."""
 
-    def __init__(self, drawing: Drawing, index: int) -> None:
+    def __init__(self, drawing: RunningCall, index: int) -> None:
         self._drawing, self._index = drawing, index
         self._loop = asyncio.get_running_loop()
 

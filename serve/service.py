@@ -33,12 +33,12 @@ from cat_cluster.store import open_store
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
-from serve.denoise.codec import SideWork, image_array
-from serve.denoise.engine import Engine
+from serve.denoise.codec import Codec, image_array
+from serve.denoise.engine import DenoisingEngine
 from serve.denoise.sizes import parse_sizes
 from serve.probes.prober import Prober
 from serve.probes.revision_monitor import ProbeImage
-from serve.running_call import Drawing, EngineParts, ImagePlan, draw
+from serve.running_call import EngineParts, ImagePlan, RunningCall, draw
 from serve.settings import ServeSettings
 
 logger = logging.getLogger("cat_cluster.serve")
@@ -76,7 +76,7 @@ class Service:
             cleanup.callback(bank.detach)
             if settings.compile:
                 cleanup.enter_context(compiled_blocks(base.unet))
-            engine = Engine(
+            engine = DenoisingEngine(
                 base,
                 bank,
                 metrics,
@@ -97,7 +97,7 @@ class Service:
                 metrics=metrics,
             )
             cleanup.callback(cache.close)
-            work = SideWork(base)
+            work = Codec(base)
             cleanup.callback(work.close)
             service = cls(EngineParts(base, engine, cache, work, sizes, metrics), registry, settings, metrics)
             service._cleanup = cleanup.pop_all()
@@ -143,14 +143,14 @@ class Service:
             yield Failed.of(error)
             return
         self._in_flight += call.count  # from here on: what is looked up now counts for those who come meanwhile
-        drawing: Drawing | None = None
+        drawing: RunningCall | None = None
         try:
             try:
                 plan = await self._plan(call)
             except CatClusterError as error:
                 yield Failed.of(error)
                 return
-            drawing = Drawing(self._parts, plan)
+            drawing = RunningCall(self._parts, plan)
             yield Accepted(plan.served_by, plan.drift, plan.note)
             async for event in drawing.events():
                 if isinstance(event, CatClusterError):

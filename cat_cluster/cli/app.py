@@ -148,9 +148,9 @@ def generate(
     storage: Storage = None,
 ) -> None:
     """Draw images with an adapter, or with the base model alone."""
-    from cat_cluster.pipeline.published import ImageRequest, draw_images
+    from cat_cluster.pipeline.published import DrawRequest, draw_images
 
-    request = ImageRequest(prompt, adapter, base, seed, steps, guidance, sampler, strength, count)
+    request = DrawRequest(prompt, adapter, base, seed, steps, guidance, sampler, strength, count)
     with _listener() as listener:
         paths = draw_images(request, out, _registry(storage) if adapter else None, _device(), listener)
     for path in paths:

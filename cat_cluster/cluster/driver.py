@@ -17,7 +17,7 @@ import ray
 
 from cat_cluster import telemetry
 from cat_cluster.cluster.connection import PACK_THREAD, ClusterSize, check_cluster, ray_session
-from cat_cluster.cluster.event_queue import Board
+from cat_cluster.cluster.event_queue import EventQueue
 from cat_cluster.cluster.ray_jobs import current_job
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.run_writer import ProgressWriter
@@ -120,7 +120,7 @@ class _Driver:
         self._packs = 0
         self._watched = time.monotonic()
         self._metrics = telemetry.Metrics(RayBackend())
-        self._board = Board.start()
+        self._board = EventQueue.start()
 
     def run(self, prepared: Sequence[PreparedAdapter]) -> list[AdapterResult]:
         """Bring every adapter to its end and return the results in the order given."""

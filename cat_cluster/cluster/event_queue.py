@@ -10,7 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
-class _Mailbox:
+class _QueueActor:
     """Keeps events as bytes: its process need not know what is in them, and so imports neither torch nor the rest."""
 
     def __init__(self) -> None:
@@ -27,16 +27,16 @@ class _Mailbox:
 
 
 @dataclass(frozen=True, eq=False)
-class Board:
+class EventQueue:
     """A handle on the mailbox of one driver; it may be sent to any worker."""
 
     mailbox: Any
 
     @classmethod
-    def start(cls) -> Board:
+    def start(cls) -> EventQueue:
         """Start a mailbox beside the driver; it ends with it."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        return cls(ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote())
+        return cls(ray.remote(_QueueActor).options(num_cpus=0, scheduling_strategy=here).remote())
 
     def tell(self, *event: Any, wait: bool = False) -> None:
         """Leave an event: what kind it is, then what it says. wait: until it is there."""

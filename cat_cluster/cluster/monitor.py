@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from cat_cluster.cluster.event_queue import Board
+from cat_cluster.cluster.event_queue import EventQueue
 from cat_cluster.evaluation.samples import SampleGrids
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.pipeline.prepare import PreparedAdapter
@@ -30,7 +30,7 @@ class PackMonitor:
         job: JobSpec,
         pack: Sequence[PreparedAdapter],
         store: ObjectStore,
-        board: Board,
+        board: EventQueue,
         metrics: Metrics,
         run_id: str,
         *,

@@ -10,13 +10,13 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from cat_cluster.cluster.event_queue import Board
+from cat_cluster.cluster.event_queue import EventQueue
 
 
-class RestartNotice(UserCallback):  # type: ignore[misc]
+class RestartMessages(UserCallback):  # type: ignore[misc]
     """Leaves word on the board for each time that workers failed; the driver knows itself when a pack is given up."""
 
-    def __init__(self, board: Board, adapter_ids: Sequence[str], max_failures: int) -> None:
+    def __init__(self, board: EventQueue, adapter_ids: Sequence[str], max_failures: int) -> None:
         self._board = board
         more = f" and {len(adapter_ids) - 1} more" if len(adapter_ids) > 1 else ""
         self._pack = f"{adapter_ids[0]}{more}"

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from cat_cluster import telemetry
-from cat_cluster.cluster.event_queue import Board
+from cat_cluster.cluster.event_queue import EventQueue
 from cat_cluster.cluster.runs import open_fenced_store
 from cat_cluster.errors import CatClusterError, CheckpointError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
@@ -55,7 +55,7 @@ def evaluate_on_ray(
     run_id: str,
     attempt: int,
     seconds: float,
-    board: Board,
+    board: EventQueue,
     on_gpus: bool,
 ) -> Any:
     """Start measuring and publishing an adapter whose training is done; return the reference of its AdapterResult."""
@@ -83,7 +83,7 @@ def _evaluate(
     run_id: str,
     attempt: int,
     seconds: float,
-    board: Board,
+    board: EventQueue,
 ) -> AdapterResult:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()  # its bars for files that load in a moment would fill the job's log

@@ -17,9 +17,9 @@ from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 from torch import distributed
 
-from cat_cluster.cluster.event_queue import Board
+from cat_cluster.cluster.event_queue import EventQueue
 from cat_cluster.cluster.monitor import PackMonitor
-from cat_cluster.cluster.restarts import RestartNotice
+from cat_cluster.cluster.restarts import RestartMessages
 from cat_cluster.cluster.runs import Attempt, FencedStore, Run
 from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.errors import CatClusterError
@@ -47,7 +47,7 @@ class PackOrder:
     run_id: str
     attempt: int
     settings: Settings
-    board: Board
+    board: EventQueue
     workers: int | tuple[int, int]
     on_gpus: bool
 
@@ -97,7 +97,7 @@ def train_on_ray(order: PackOrder, on_controller: Callable[[Any], None]) -> None
                 name=f"{order.run_id}-{order.attempt}-{order.number}",
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(max_failures=failures),
-                callbacks=[RestartNotice(order.board, order.ids, failures)],
+                callbacks=[RestartMessages(order.board, order.ids, failures)],
             ),
         )
         trainer.on_controller = on_controller

@@ -27,7 +27,7 @@ CUSUM_SLACK = 2.5  # deviations: only shifts beyond it add up; a change of promp
 LARGEST = 4.0  # deviations: one odd image cannot raise an alarm alone
 LEAST_LIMITS = (1.0, 2.0 * (LARGEST - CUSUM_SLACK))  # of EWMA and CUSUM: three odd images at the very least
 LEAST_DEVIATION = 0.03  # radians: a score that hardly varies in the reference may still do so elsewhere
-# What users' prompts do to the scores of a healthy adapter, as measured (jobs/benchmark/drift/measure.py): their means lie off
+# What users' prompts do to the scores of a healthy adapter, as measured (jobs/benchmark/drift/): their means lie off
 # those of the evaluation's few prompts by so many deviations (rms), and they vary so many times as much. Words that the
 # base does not know bring the most drift.
 TRAFFIC = (0.8, 0.5, 1.0)

@@ -39,7 +39,7 @@ class ImageListener(Protocol):
 
 
 @dataclass(frozen=True)
-class ImageRequest:
+class DrawRequest:
     """Images to draw: image i of `count` uses seed + i. adapter None means the base alone."""
 
     prompt: str
@@ -119,7 +119,7 @@ def evaluate_published(
 
 
 def draw_images(
-    request: ImageRequest, out: Path, registry: Registry | None, device: str, listener: ImageListener
+    request: DrawRequest, out: Path, registry: Registry | None, device: str, listener: ImageListener
 ) -> list[Path]:
     """Draw the images of a request and write them as PNGs that carry their parameters; return the paths."""
     manifest, bank = None, None

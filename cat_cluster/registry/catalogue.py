@@ -12,7 +12,7 @@ from cat_cluster.store.protocol import ObjectStore
 _SHOWN = 8  # names listed in an error
 
 
-class Catalogue:
+class ManifestReader:
     """The manifests of one store; it only reads."""
 
     def __init__(self, store: ObjectStore) -> None:

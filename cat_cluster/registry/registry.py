@@ -24,7 +24,7 @@ from cat_cluster.errors import (
 )
 from cat_cluster.lora.formats import AdapterWeights, check_fits, read_adapter
 from cat_cluster.registry.aliases import AliasBook, AliasEntry
-from cat_cluster.registry.catalogue import Catalogue
+from cat_cluster.registry.catalogue import ManifestReader
 from cat_cluster.registry.manifest import (
     WEIGHTS,
     AdapterDraft,
@@ -87,7 +87,7 @@ class Registry:
     def __init__(self, store: ObjectStore) -> None:
         self.store = store
         self._aliases = AliasBook(store)
-        self._catalogue = Catalogue(store)
+        self._catalogue = ManifestReader(store)
         self._quarantines = QuarantineBook(store)
 
     def publish(self, draft: AdapterDraft) -> Manifest:

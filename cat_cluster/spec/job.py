@@ -30,7 +30,7 @@ from cat_cluster.spec.fields import (
 )
 from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
 from cat_cluster.spec.uniqueness import all_token_repeats, id_repeats, token_repeats
-from cat_cluster.spec.yaml_file import Location, Problem, read_yaml, spec_error
+from cat_cluster.spec.yaml_file import FieldProblem, Location, read_yaml, spec_error
 
 DEFAULT_ALPHA = 5.0
 DEFAULT_TEMPLATE = "a photo of a {token} {class_noun}"
@@ -202,7 +202,7 @@ def spec_json_schema() -> dict[str, Any]:
     return JobSpec.model_json_schema()
 
 
-def _refuse(title: str, problems: Iterable[Problem]) -> None:
+def _refuse(title: str, problems: Iterable[FieldProblem]) -> None:
     """Raise the problems as one validation error, each at its own place below the model."""
     details = [
         InitErrorDetails(type=PydanticCustomError("refused", "{text}", {"text": text}), loc=place, input=None)
@@ -217,7 +217,7 @@ def _merge(settings: _Settings, override: _Settings | None) -> _Settings:
     return settings.model_copy(update=given)
 
 
-def _token_problems(concept: ConceptSpec) -> Iterator[Problem]:
+def _token_problems(concept: ConceptSpec) -> Iterator[FieldProblem]:
     """A token that the prior prompt holds as an ordinary word could not be removed without taking that word too."""
     token, noun = concept.token, concept.class_noun
     prior_words = (*words(CLASS_NOUN_PROMPT), *words(concept.template or DEFAULT_TEMPLATE))
@@ -230,7 +230,7 @@ def _token_problems(concept: ConceptSpec) -> Iterator[Problem]:
         yield ("template",), f"is not used with captions: {concept.captions}; {remedy}"
 
 
-def _foreign_noun_problems(adapter: AdapterSpec) -> Iterator[Problem]:
+def _foreign_noun_problems(adapter: AdapterSpec) -> Iterator[FieldProblem]:
     for index, concept in enumerate(adapter.concepts):
         nouns = [other.class_noun for other in adapter.concepts if other is not concept]
         noun = next((noun for noun in nouns if concept.token.casefold() in words(noun)), None)
@@ -241,7 +241,7 @@ def _foreign_noun_problems(adapter: AdapterSpec) -> Iterator[Problem]:
             yield ("concepts", index, "token"), text
 
 
-def _merged_problems(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> Iterator[Problem]:
+def _merged_problems(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> Iterator[FieldProblem]:
     """Rules that hold between fields of one adapter once its overrides are merged."""
 
     def place(section: Literal["training", "evaluation"], key: str) -> Location:

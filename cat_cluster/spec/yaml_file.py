@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from cat_cluster.errors import SpecError
 
 Location = tuple[str | int, ...]
-Problem = tuple[Location, str]
+FieldProblem = tuple[Location, str]
 _MERGE_KEY = "tag:yaml.org,2002:merge"
 
 
@@ -24,7 +24,7 @@ class SpecDocument:
 
     data: object
     lines: Mapping[Location, int]
-    problems: tuple[Problem, ...]
+    problems: tuple[FieldProblem, ...]
 
 
 def read_yaml(path: Path) -> SpecDocument:
@@ -57,7 +57,7 @@ def spec_error(
     document: SpecDocument,
     error: ValidationError | None,
     sections: Mapping[str, type[BaseModel]],
-    further: Sequence[Problem],
+    further: Sequence[FieldProblem],
 ) -> SpecError:
     """Return one error that lists every bad field of the file, in the order of their lines.
 
@@ -82,7 +82,7 @@ def describe(value: object) -> str:
     return "nothing" if value is None else reprlib.repr(value)
 
 
-def _walk(node: yaml.Node, at: Location, lines: dict[Location, int], seen: set[int]) -> Iterator[Problem]:
+def _walk(node: yaml.Node, at: Location, lines: dict[Location, int], seen: set[int]) -> Iterator[FieldProblem]:
     lines.setdefault(at, node.start_mark.line + 1)
     if id(node) in seen:  # An alias: its anchor was walked, and may even contain it.
         return
@@ -111,7 +111,7 @@ def _line(at: Location, lines: Mapping[Location, int]) -> int:
     return lines.get(at, 1)
 
 
-def _explain(detail: Mapping[str, object], sections: Mapping[str, type[BaseModel]]) -> Problem:
+def _explain(detail: Mapping[str, object], sections: Mapping[str, type[BaseModel]]) -> FieldProblem:
     at = detail["loc"]
     assert isinstance(at, tuple)
     kind, message, value = str(detail["type"]), str(detail["msg"]), detail["input"]

@@ -17,7 +17,7 @@ LARGEST_SCALE = 100.0
 
 
 @dataclass(frozen=True)
-class BalanceState:
+class DriftBudgetState:
     """Where a concept stands: the factor on its alpha and the running means of its losses."""
 
     scale: float = 1.0
@@ -25,7 +25,7 @@ class BalanceState:
     cat: float | None = None
 
 
-class AlphaBalance:
+class DriftBudget:
     """The factors on alpha of every concept of a pack whose adapter has a drift budget.
 
     After each step, with running means of the losses and budget b:
@@ -40,7 +40,7 @@ class AlphaBalance:
         """budgets: one per adapter, None = alpha stays as it is. tokens: of each adapter's concepts."""
         self._budgets = tuple(budgets)
         self._tokens = tuple(tuple(own) for own in tokens)
-        self._states = [[BalanceState() for _ in own] for own in self._tokens]
+        self._states = [[DriftBudgetState() for _ in own] for own in self._tokens]
 
     def weigh(self, batch: Batch) -> Batch:
         """Return the batch with the factors on the weights of its CAT rows; the batch itself where nothing changes."""
@@ -74,10 +74,10 @@ class AlphaBalance:
     def restore(self, adapter: int, saved: Sequence[Sequence[float | None]]) -> None:
         """Continue from the states of a checkpoint."""
         if saved:
-            self._states[adapter] = [BalanceState(scale or 1.0, identity, cat) for scale, identity, cat in saved]
+            self._states[adapter] = [DriftBudgetState(scale or 1.0, identity, cat) for scale, identity, cat in saved]
 
 
-def _adjusted(state: BalanceState, loss: ConceptLoss, budget: float) -> BalanceState:
+def _adjusted(state: DriftBudgetState, loss: ConceptLoss, budget: float) -> DriftBudgetState:
     if loss.cat is None or not (math.isfinite(loss.cat) and math.isfinite(loss.identity)):
         return state
     identity = _running(state.identity, loss.identity)
@@ -85,7 +85,7 @@ def _adjusted(state: BalanceState, loss: ConceptLoss, budget: float) -> BalanceS
     excess = math.log(max(cat, 1e-12) / max(budget * identity, 1e-12))
     log_scale = math.log(state.scale) + RATE * max(-1.0, min(1.0, excess))
     limit = math.log(LARGEST_SCALE)
-    return BalanceState(math.exp(max(-limit, min(limit, log_scale))), identity, cat)
+    return DriftBudgetState(math.exp(max(-limit, min(limit, log_scale))), identity, cat)
 
 
 def _running(before: float | None, value: float) -> float:

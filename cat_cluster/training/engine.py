@@ -20,7 +20,7 @@ Moments: TypeAlias = Sequence[Sequence[tuple[Tensor, Tensor]]]
 SlotState: TypeAlias = list[tuple[Tensor, Tensor, Tensor]]
 
 
-class Engine(Protocol):
+class TrainingEngine(Protocol):
     """Computes the steps of one pack on `world_size` workers; every method is called by all of them together.
 
     joined_teacher: the teacher's rows ride in the student's call, so that a step is one forward and one backward.
@@ -47,7 +47,7 @@ class Engine(Protocol):
         """Return (value, mean, square) of each parameter of a slot, whole, in parameter order."""
 
 
-EngineFactory: TypeAlias = Callable[[BaseModel, Slots, Moments | None, bool], Engine]
+EngineFactory: TypeAlias = Callable[[BaseModel, Slots, Moments | None, bool], TrainingEngine]
 
 
 class TorchEngine:

@@ -18,9 +18,9 @@ from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest
-from cat_cluster.training.drift_budget import AlphaBalance
-from cat_cluster.training.engine import Engine, EngineFactory, TorchEngine, autocast
-from cat_cluster.training.loss_curves import ConceptLoss, History
+from cat_cluster.training.drift_budget import DriftBudget
+from cat_cluster.training.engine import EngineFactory, TorchEngine, TrainingEngine, autocast
+from cat_cluster.training.loss_curves import ConceptLoss, LossCurves
 from cat_cluster.training.optimizer import SlotSettings
 from cat_cluster.training.step import RowLosses, StepSettings, train_step
 from cat_cluster.training.teacher import TeacherPool
@@ -120,7 +120,7 @@ def train_pack(
     return run.results(bank)
 
 
-def _all_losses(engine: Engine, batch: Batch, part: Shard, losses: RowLosses) -> RowLosses:
+def _all_losses(engine: TrainingEngine, batch: Batch, part: Shard, losses: RowLosses) -> RowLosses:
     """Return the losses of all workers' rows, in the order of the whole batch, on the CPU."""
     count = len(batch.prompts)
     values = torch.zeros(count + len(batch.prior_prompts), device=losses.identity_B.device)
@@ -136,9 +136,9 @@ class _Run:
 
     tasks: list[AdapterTask]
     steps: int
-    engine: Engine
-    history: History
-    balance: AlphaBalance
+    engine: TrainingEngine
+    history: LossCurves
+    balance: DriftBudget
 
     @classmethod
     def open(
@@ -162,8 +162,8 @@ class _Run:
         engine = make_engine(base, slots, moments, settings.bf16)
         tasks = [member.task for member in members]
         tokens = [[concept.token for concept in task.concepts] for task in tasks]
-        balance = AlphaBalance([member.drift_budget for member in members], tokens)
-        run = cls(tasks, settings.steps, engine, History(tasks, settings.steps), balance)
+        balance = DriftBudget([member.drift_budget for member in members], tokens)
+        run = cls(tasks, settings.steps, engine, LossCurves(tasks, settings.steps), balance)
         if states is not None:
             dropped = {slot: state.dropped for slot, state in enumerate(states) if state.dropped is not None}
             engine.optimizer.resume(states[0].step, dropped)

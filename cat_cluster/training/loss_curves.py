@@ -21,7 +21,7 @@ class ConceptLoss:
     cat: float | None
 
 
-class History:
+class LossCurves:
     """Loss curves of a pack, kept as means over at most 100 bins of steps per concept."""
 
     def __init__(self, tasks: Sequence[AdapterTask], steps: int) -> None:
@@ -68,7 +68,7 @@ class History:
 
 
 def curves(saved: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Return the curves, as `History.of` does, of the sums that a checkpoint of a run of `steps` steps holds."""
+    """Return the curves, as `LossCurves.of` does, of the sums that a checkpoint of a run of `steps` steps holds."""
     return _curves(_sums_from(saved), _bin_size(steps))
 
 

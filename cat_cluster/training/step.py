@@ -11,7 +11,7 @@ from torch import Tensor
 from cat_cluster.data.draws import Batch
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.training.engine import Engine, autocast
+from cat_cluster.training.engine import TrainingEngine, autocast
 from cat_cluster.training.losses import pack_loss, prediction_loss
 from cat_cluster.training.teacher import TeacherPool, TextEncoder
 
@@ -61,7 +61,7 @@ def train_step(
     encode_text: TextEncoder,
     batch: Batch,
     settings: StepSettings,
-    engine: Engine,
+    engine: TrainingEngine,
     pool: TeacherPool | None = None,
 ) -> RowLosses:
     """Add this batch's gradient of the pack loss to the bank's parameters and return each row's losses.
@@ -81,7 +81,7 @@ def train_step(
     return RowLosses(identity_B=all_rows[:identity_count], cat_M=all_rows[identity_count:])
 
 
-def _backward(bank: LoraBank, engine: Engine, rows: _Rows, part: slice) -> Tensor:
+def _backward(bank: LoraBank, engine: TrainingEngine, rows: _Rows, part: slice) -> Tensor:
     """Go forward and backward on some of the rows and return their losses; rows.asked are answered on the way."""
     noisy, timestep, text, target = (x[part] for x in (rows.noisy, rows.timestep, rows.text, rows.target))
     slot, asked, count = rows.slot[part], rows.asked, len(target)

@@ -18,7 +18,7 @@ from cat_cluster.registry.references import parse_reference
 from cat_cluster.telemetry import Metrics
 from serve.adapters.disk_and_host import MIB, DiskTier, Loader
 from serve.adapters.futures import failed, finished, then
-from serve.adapters.resolver import Lookups, Resolved
+from serve.adapters.resolver import ReferenceResolver, Resolved
 from serve.adapters.slots import Lease
 from serve.adapters.tiers import Tiers
 from serve.settings import ServeSettings
@@ -52,7 +52,7 @@ class AdapterCache:
         loader = Loader(
             registry, disk, pack, pool, max_rank=settings.max_rank, base_fingerprint=base_fingerprint, unet=unet
         )
-        self._lookups = Lookups(registry, settings, clock)
+        self._lookups = ReferenceResolver(registry, settings, clock)
         self._tiers = Tiers(loader, pool, settings, metrics, clock)
         self.starting = tuple(self._pin_at_start(reference) for reference in settings.pins)
 

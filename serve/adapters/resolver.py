@@ -66,7 +66,7 @@ class _Running:
     waiters: list[Future[Resolved]] = field(default_factory=list)
 
 
-class Lookups:
+class ReferenceResolver:
     """Resolves references without ever listing the store; safe to call from any thread, and it never blocks.
 
     An answer counts for `alias_ttl_s`; unknown names stay unknown for `missing_ttl_s`. While the store cannot be

@@ -38,7 +38,7 @@ class _Job(Generic[A]):
     future: Future[Tensor]
 
 
-class SideWork:
+class Codec:
     """Text encoding, decoding and PNGs off the device thread. Close it after use."""
 
     def __init__(self, base: BaseModel, threads: int = 1) -> None:

@@ -22,7 +22,7 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.telemetry import Metrics
 from serve.denoise.codec import own_threads
 from serve.denoise.image import EngineImage, Size
-from serve.denoise.running_images import Batches
+from serve.denoise.running_images import RunningImages
 
 logger = logging.getLogger("cat_cluster.serve")
 # Row-steps of the guaranteed share that are saved up while no probe waits: more would delay users when one comes.
@@ -30,7 +30,7 @@ MOST_SAVED = 100.0
 MOST_SHAPES = 4096  # of the inputs of one kind of compiled block
 
 
-class Engine:
+class DenoisingEngine:
     """Continuous batching over the rows of many images.
 
     Probes cost users nothing but a share: they share calls while no user is there, or in the padding of users' calls,
@@ -52,7 +52,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`buckets`: rising row counts that calls are padded to, the last one `max_rows`, which is at least 2."""
-        self._batches = Batches(base, bank, metrics, max_rows, buckets, clock)
+        self._batches = RunningImages(base, bank, metrics, max_rows, buckets, clock)
         self._metrics, self._clock = metrics, clock
         self._max_rows, self._max_waiting, self._probe_share = max_rows, max_waiting, probe_share
         self._threads = threads or torch.get_num_threads()

@@ -55,8 +55,8 @@ class ImageFacts:
 class EngineImage:
     """An image handed to the engine, which fills the last three fields.
 
-    adapter: name for the count of adapters in a call; deadline: on the engine's clock; probe: see Engine; aside: a
-    probe that is stepped in calls of its own.
+    adapter: name for the count of adapters in a call; deadline: on the engine's clock; probe: see DenoisingEngine;
+    aside: a probe that is stepped in calls of its own.
     """
 
     rows: ImageRows

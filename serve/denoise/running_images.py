@@ -20,7 +20,7 @@ logger = logging.getLogger("cat_cluster.serve")
 Lane = tuple[Size, bool]  # images of one size that share calls; True: a probe in calls of its own
 
 
-class Batches:
+class RunningImages:
     """Rows per size: images join and leave, and one call advances all images of a size by a step."""
 
     def __init__(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cat_cluster.errors import SpecError
-from serve.http.http_errors import Problem
+from serve.http.http_errors import HttpError
 from serve.settings import ServeSettings
 
 API_KEYS, ADMIN_KEYS = "CAT_API_KEYS", "CAT_ADMIN_KEYS"
@@ -76,7 +76,7 @@ class Access:
         if is_known:
             return Caller(digest.hex()[:8], is_admin or (self.is_open and not self._admin))
         if not self.is_open:
-            raise Problem(
+            raise HttpError(
                 401,
                 "send one of this service's API keys in the header Authorization: Bearer KEY",
                 "invalid_api_key",
@@ -88,7 +88,7 @@ class Access:
         """Refuse a caller who may not act on adapters with 403."""
         if not caller.is_admin:
             remedy = "use one of them" if self._admin else "set it where the service runs"
-            raise Problem(403, f"acting on adapters needs a key of {ADMIN_KEYS}: {remedy}", "admin_only")
+            raise HttpError(403, f"acting on adapters needs a key of {ADMIN_KEYS}: {remedy}", "admin_only")
 
     def admit(self, caller: Caller) -> None:
         """Count a request; 429 when the caller's requests of this minute are used up."""
@@ -135,8 +135,8 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _too_much(message: str, retry_after: float) -> Problem:
-    return Problem(
+def _too_much(message: str, retry_after: float) -> HttpError:
+    return HttpError(
         429, f"{message}; ask again later", "rate_limit_exceeded", type="rate_limit_error", retry_after=retry_after
     )
 

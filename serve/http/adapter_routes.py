@@ -18,9 +18,9 @@ from cat_cluster.errors import AdapterNotFoundError
 from cat_cluster.evaluation.drift import SCORES, DriftMonitor
 from cat_cluster.registry import Manifest, Registry
 from serve.calls import AdminAction
-from serve.http.http_errors import Problem, answers
+from serve.http.http_errors import HttpError, answers
 from serve.http.registry_listing import parse_model
-from serve.http.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of, ingress_of
+from serve.http.routes import IngressDep, KeyedRoute, RouteParts, bearer, caller_of, ingress_of, request_entry
 from serve.http.schema import (
     ActionResponse,
     AdapterCard,
@@ -50,7 +50,7 @@ ReferencePath = Annotated[
 def admin_only(request: Request) -> None:
     """Refuse callers who may not act on adapters, and pages of other sites, which reach a loopback service too."""
     if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        raise Problem(403, "pages of other sites may not act on adapters", "admin_only")
+        raise HttpError(403, "pages of other sites may not act on adapters", "admin_only")
     ingress_of(request).access.check_admin(caller_of(request))
 
 
@@ -164,7 +164,7 @@ async def act(reference: ReferencePath, action: AdminAction, request: Request, i
     probe: measure its drift now. release: end its quarantine.
     """
     parse_model(reference)
-    entry_of(request).facts.update(model=reference, action=action)
+    request_entry(request).facts.update(model=reference, action=action)
     result = await ingress.engine().admin(action, reference)
     return ActionResponse(action=action, reference=reference, result=result)
 
@@ -175,12 +175,12 @@ async def get_status(ingress: IngressDep) -> StatusResponse:
     return StatusResponse.model_validate(await ingress.engine().status())
 
 
-def _base_card(ingress: Ingress) -> ModelCard:
+def _base_card(ingress: RouteParts) -> ModelCard:
     base = ingress.settings.base
     return ModelCard(id=base, created=0, root=base, parent=None)
 
 
-def _model_card(ingress: Ingress, name: str, manifest: Manifest) -> ModelCard:
+def _model_card(ingress: RouteParts, name: str, manifest: Manifest) -> ModelCard:
     created = int(datetime.fromisoformat(manifest.created).timestamp())
     return ModelCard(id=name, created=created, root=manifest.name, parent=ingress.settings.base)
 

@@ -19,7 +19,7 @@ _SHOWN = 400  # characters of a message: what a client sent may come back in it
 
 
 @dataclass(frozen=True)
-class Kind:
+class ErrorKind:
     """How an error looks from outside; `message` stands in for one that tells of the inside."""
 
     status: int
@@ -29,23 +29,25 @@ class Kind:
 
 
 INVALID, SERVER = "invalid_request_error", "server_error"
-INTERNAL = Kind(500, SERVER, "internal_error", "something went wrong inside; the log has it under this request's id")
+INTERNAL = ErrorKind(
+    500, SERVER, "internal_error", "something went wrong inside; the log has it under this request's id"
+)
 
-KINDS: Mapping[type[BaseException], Kind] = {
-    errors.SpecError: Kind(400, INVALID, "invalid_value"),
-    errors.RegistryError: Kind(400, INVALID, "invalid_reference"),
-    errors.AdapterNotFoundError: Kind(404, INVALID, "model_not_found"),
-    errors.QuarantinedError: Kind(409, INVALID, "model_quarantined"),
+KINDS: Mapping[type[BaseException], ErrorKind] = {
+    errors.SpecError: ErrorKind(400, INVALID, "invalid_value"),
+    errors.RegistryError: ErrorKind(400, INVALID, "invalid_reference"),
+    errors.AdapterNotFoundError: ErrorKind(404, INVALID, "model_not_found"),
+    errors.QuarantinedError: ErrorKind(409, INVALID, "model_quarantined"),
     # The request is sound and the adapter is there, but this base cannot be served with it.
-    errors.AdapterMismatchError: Kind(422, INVALID, "model_mismatch"),
-    errors.AdapterFormatError: Kind(422, INVALID, "model_damaged"),
-    errors.EvaluationError: Kind(422, INVALID, "model_not_measurable"),
-    errors.ConflictError: Kind(409, INVALID, "conflict"),
-    errors.CancelledRequestError: Kind(499, INVALID, "request_cancelled"),
-    errors.OverloadedError: Kind(503, SERVER, "overloaded"),
-    errors.EngineStoppedError: Kind(503, SERVER, "engine_stopped"),
-    errors.StoreError: Kind(503, SERVER, "store_unavailable", "the adapters' store does not answer; ask again"),
-    errors.DeadlineError: Kind(504, SERVER, "deadline_exceeded"),
+    errors.AdapterMismatchError: ErrorKind(422, INVALID, "model_mismatch"),
+    errors.AdapterFormatError: ErrorKind(422, INVALID, "model_damaged"),
+    errors.EvaluationError: ErrorKind(422, INVALID, "model_not_measurable"),
+    errors.ConflictError: ErrorKind(409, INVALID, "conflict"),
+    errors.CancelledRequestError: ErrorKind(499, INVALID, "request_cancelled"),
+    errors.OverloadedError: ErrorKind(503, SERVER, "overloaded"),
+    errors.EngineStoppedError: ErrorKind(503, SERVER, "engine_stopped"),
+    errors.StoreError: ErrorKind(503, SERVER, "store_unavailable", "the adapters' store does not answer; ask again"),
+    errors.DeadlineError: ErrorKind(504, SERVER, "deadline_exceeded"),
 }
 
 # Problems that no class of errors stands for, by status; and what each status means, for the API's description.
@@ -77,7 +79,7 @@ _MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
 }
 
 
-class Problem(HTTPException):
+class HttpError(HTTPException):
     """An answer that is not a success."""
 
     def __init__(
@@ -105,23 +107,23 @@ class Problem(HTTPException):
         return Response(json.dumps(self.body()), self.status_code, self.headers, "application/json")
 
 
-def problem_of(error: BaseException) -> Problem:
+def http_error_of(error: BaseException) -> HttpError:
     """Return how an error looks from outside; what the table does not know is 500 and tells nothing."""
-    if isinstance(error, Problem):
+    if isinstance(error, HttpError):
         return error
     if isinstance(error, RequestValidationError):
         return _invalid(error.errors())
     if isinstance(error, HTTPException):
         code = _PLAIN_CODES.get(error.status_code, "http_error")
-        return Problem(error.status_code, str(error.detail), code, headers=error.headers)
+        return HttpError(error.status_code, str(error.detail), code, headers=error.headers)
     kind = next((KINDS[parent] for parent in type(error).__mro__ if parent in KINDS), INTERNAL)
     retry_after = getattr(error, "retry_after", 1.0 if kind.status == 503 else None)
     param = "model" if kind.code.startswith("model_") else None
     message = kind.message or str(error)
-    return Problem(kind.status, message, kind.code, type=kind.type, param=param, retry_after=retry_after)
+    return HttpError(kind.status, message, kind.code, type=kind.type, param=param, retry_after=retry_after)
 
 
-def _invalid(found: Sequence[Any]) -> Problem:
+def _invalid(found: Sequence[Any]) -> HttpError:
     """Return the 400 for what pydantic found: every field named, the first one as `param`."""
     names, lines = [], []
     for item in found:
@@ -136,7 +138,7 @@ def _invalid(found: Sequence[Any]) -> Problem:
         lines.append(line)
     codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_parameter"}
     code = codes.get(found[0]["type"], "invalid_value")
-    return Problem(400, "; ".join(lines), code, param=names[0] or None)
+    return HttpError(400, "; ".join(lines), code, param=names[0] or None)
 
 
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -20,10 +20,10 @@ from starlette.responses import Response
 from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.http.access import Caller
-from serve.http.http_errors import answers, problem_of
+from serve.http.http_errors import answers, http_error_of
 from serve.http.registry_listing import parse_model
-from serve.http.request_log import GONE, Entry, log_unexpected
-from serve.http.routes import Ingress, IngressDep, KeyedRoute, bearer, caller_of, entry_of
+from serve.http.request_log import GONE, RequestEntry, log_unexpected
+from serve.http.routes import IngressDep, KeyedRoute, RouteParts, bearer, caller_of, request_entry
 from serve.http.schema import ImageRequest, ImagesResponse
 from serve.http.streams import EventStream, attended
 
@@ -65,7 +65,7 @@ async def create_image(body: ImageRequest, request: Request, ingress: IngressDep
     The parameters are those of OpenAI's images API, and some of this service's own. Those of OpenAI's that mean nothing
     here (quality, style, background, moderation, output_compression, user) are accepted and change nothing.
     """
-    entry = entry_of(request)
+    entry = request_entry(request)
     call = to_call(body, entry.request_id, ingress)
     entry.facts.update(model=call.model or ingress.settings.base, images=call.count)
     if entry.may_quote:
@@ -91,7 +91,7 @@ async def create_image(body: ImageRequest, request: Request, ingress: IngressDep
     )
 
 
-def to_call(body: ImageRequest, request_id: str, ingress: Ingress) -> ImageCall:
+def to_call(body: ImageRequest, request_id: str, ingress: RouteParts) -> ImageCall:
     """Return the engine's call for a request; AdapterNotFoundError for a model that cannot be a reference."""
     model = None if body.model == ingress.settings.base else body.model
     if model is not None:
@@ -115,7 +115,7 @@ def to_call(body: ImageRequest, request_id: str, ingress: Ingress) -> ImageCall:
     )
 
 
-async def _events(ingress: Ingress, caller: Caller, call: ImageCall) -> AsyncGenerator[Event, None]:
+async def _events(ingress: RouteParts, caller: Caller, call: ImageCall) -> AsyncGenerator[Event, None]:
     """Yield the engine's events within the caller's limit; a call that fails, or ends early, raises."""
     left = call.count
     with ingress.access.images(caller, call.count):
@@ -169,9 +169,9 @@ def _sse(event: Event, model: str, cat: Mapping[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
 
 
-def _broken(error: Exception, entry: Entry) -> bytes:
+def _broken(error: Exception, entry: RequestEntry) -> bytes:
     """Return the last event of a stream that breaks, and tell the journal."""
-    problem = problem_of(error)
+    problem = http_error_of(error)
     entry.code = problem.code
     if problem.status_code == 500:
         log_unexpected(entry, error)

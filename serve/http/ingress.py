@@ -23,10 +23,10 @@ from serve.http import adapter_routes as catalogue
 from serve.http import image_routes as images
 from serve.http import pages
 from serve.http.access import Access
-from serve.http.http_errors import answers, problem_of
-from serve.http.registry_listing import Listing
-from serve.http.request_log import Journal, log_unexpected
-from serve.http.routes import Ingress, IngressDep, entry_of
+from serve.http.http_errors import answers, http_error_of
+from serve.http.registry_listing import RegistryListing
+from serve.http.request_log import RequestLog, log_unexpected
+from serve.http.routes import IngressDep, RouteParts, request_entry
 from serve.http.schema import HealthResponse
 from serve.settings import ServeSettings
 
@@ -59,9 +59,9 @@ def build_app(
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.ingress = Ingress(
+    app.state.ingress = RouteParts(
         engine=client if callable(client) else lambda: client,
-        listing=Listing(registry),
+        listing=RegistryListing(registry),
         settings=settings,
         access=access,
         exposition=exposition,
@@ -71,7 +71,7 @@ def build_app(
     pages.mount_files(app)
     for expected in (CatClusterError, HTTPException, RequestValidationError):
         app.add_exception_handler(expected, _refusal)
-    app.add_middleware(Journal, metrics=metrics, may_quote=os.environ.get(PROMPTS_VARIABLE) == "1")
+    app.add_middleware(RequestLog, metrics=metrics, may_quote=os.environ.get(PROMPTS_VARIABLE) == "1")
     app.openapi = _without_default_422(app.openapi)  # type: ignore[method-assign]
     return app
 
@@ -107,7 +107,7 @@ async def metrics(ingress: IngressDep) -> Response:
 
 async def _refusal(request: Request, error: Exception) -> Response:
     """Answer an expected error by the table; one that the table does not know is logged as well."""
-    problem, entry = problem_of(error), entry_of(request)
+    problem, entry = http_error_of(error), request_entry(request)
     if problem.status_code == 500:
         log_unexpected(entry, error)
     else:

@@ -16,7 +16,7 @@ TTL_S = 5.0
 _KEPT = 256  # manifests of revisions that are nobody's `latest`
 
 
-class Listing:
+class RegistryListing:
     """The adapters there are, at most TTL_S old; the store is read in a thread, by one reader at a time."""
 
     def __init__(

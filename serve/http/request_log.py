@@ -17,7 +17,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, Metrics
-from serve.http.http_errors import problem_of
+from serve.http.http_errors import http_error_of
 
 logger = logging.getLogger("cat_cluster.serve")
 
@@ -33,7 +33,7 @@ _HEADERS = {
 
 
 @dataclass
-class Entry:
+class RequestEntry:
     """What is told of one request. code: of the error, if any; facts: what its route adds (key, model, images).
 
     may_quote: prompts, and the messages of unexpected errors, which may hold one, may be logged.
@@ -46,7 +46,7 @@ class Entry:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Journal:
+class RequestLog:
     """ASGI middleware: request ids, security headers, the log and HTTP's metrics.
 
     Errors that no handler knows end here, as 500 where the answer has not begun.
@@ -63,7 +63,7 @@ class Journal:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        entry = Entry(_request_id(scope), self._may_quote)
+        entry = RequestEntry(_request_id(scope), self._may_quote)
         scope.setdefault("state", {})["entry"] = entry
         has_begun = False
 
@@ -87,11 +87,11 @@ class Journal:
             log_unexpected(entry, error)
             # After its start an answer can only be cut off, which the server does when it is left unfinished.
             if not has_begun:
-                await problem_of(error).response()(scope, receive, sent)
+                await http_error_of(error).response()(scope, receive, sent)
         finally:
             self._tell(entry, scope, time.perf_counter() - began)
 
-    def _tell(self, entry: Entry, scope: Scope, seconds: float) -> None:
+    def _tell(self, entry: RequestEntry, scope: Scope, seconds: float) -> None:
         route = getattr(scope.get("route"), "path_format", _UNKNOWN_ROUTE)
         self._metrics.inc(HTTP_REQUESTS, route=route, code=str(entry.status))
         self._metrics.observe(HTTP_SECONDS, seconds, route=route)
@@ -108,7 +108,7 @@ class Journal:
         logger.info(json.dumps(line))
 
 
-def log_unexpected(entry: Entry, error: BaseException) -> None:
+def log_unexpected(entry: RequestEntry, error: BaseException) -> None:
     """Log an error that should not be, with the lines of code it passed."""
     entry.code = type(error).__name__
     trace = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]

@@ -16,9 +16,9 @@ from starlette.responses import Response
 from cat_cluster.errors import CancelledRequestError
 from serve.calls import EngineClient
 from serve.http.access import Access, Caller
-from serve.http.http_errors import Problem, problem_of
-from serve.http.registry_listing import Listing
-from serve.http.request_log import Entry
+from serve.http.http_errors import HttpError, http_error_of
+from serve.http.registry_listing import RegistryListing
+from serve.http.request_log import RequestEntry
 from serve.settings import ServeSettings
 
 # It describes the scheme; KeyedRoute is what asks for a key, before a body is read.
@@ -26,24 +26,24 @@ bearer = HTTPBearer(auto_error=False, description="A key of CAT_API_KEYS; any, o
 
 
 @dataclass(frozen=True)
-class Ingress:
+class RouteParts:
     """The parts that routes use. engine: returns the client, which may be known only once the process runs."""
 
     engine: Callable[[], EngineClient]
-    listing: Listing
+    listing: RegistryListing
     settings: ServeSettings
     access: Access
     exposition: Callable[[], bytes]
 
 
-def ingress_of(request: Request) -> Ingress:
+def ingress_of(request: Request) -> RouteParts:
     """Return the ingress that the app was built with."""
-    return cast(Ingress, request.app.state.ingress)
+    return cast(RouteParts, request.app.state.ingress)
 
 
-def entry_of(request: Request) -> Entry:
+def request_entry(request: Request) -> RequestEntry:
     """Return the journal's entry of the request."""
-    return cast(Entry, request.state.entry)
+    return cast(RequestEntry, request.state.entry)
 
 
 def caller_of(request: Request) -> Caller:
@@ -51,7 +51,7 @@ def caller_of(request: Request) -> Caller:
     return cast(Caller, request.state.caller)
 
 
-IngressDep = Annotated[Ingress, Depends(ingress_of)]
+IngressDep = Annotated[RouteParts, Depends(ingress_of)]
 
 
 class StrictRequest(Request):
@@ -73,10 +73,10 @@ class StrictRequest(Request):
                         raise _too_large(most)
                     chunks.append(chunk)
             except ClientDisconnect:
-                raise problem_of(CancelledRequestError("the client has gone")) from None
+                raise http_error_of(CancelledRequestError("the client has gone")) from None
             self._whole = b"".join(chunks)
             if self._whole and not _is_json(self.headers.get("content-type", "")):
-                raise Problem(415, "send the body as JSON, with Content-Type: application/json", "not_json")
+                raise HttpError(415, "send the body as JSON, with Content-Type: application/json", "not_json")
         return self._whole
 
     async def json(self) -> Any:
@@ -86,9 +86,9 @@ class StrictRequest(Request):
                 (await self.body()).decode(), parse_constant=_refuse_constant, object_pairs_hook=_once_each
             )
         except RecursionError:
-            raise Problem(400, "the body is nested too deeply", "invalid_json") from None
+            raise HttpError(400, "the body is nested too deeply", "invalid_json") from None
         except ValueError as error:
-            raise Problem(400, f"the body is not JSON: {error}", "invalid_json") from None
+            raise HttpError(400, f"the body is not JSON: {error}", "invalid_json") from None
 
 
 class KeyedRoute(APIRoute):
@@ -102,10 +102,10 @@ class KeyedRoute(APIRoute):
             access = ingress_of(request).access
             caller = access.authenticate(request.headers.get("authorization"))
             request.state.caller = caller
-            entry_of(request).facts["key"] = caller.name
+            request_entry(request).facts["key"] = caller.name
             access.admit(caller)
             if not request.url.path.isprintable() or "\n" in request.scope["path"]:
-                raise Problem(404, "no path has control characters in it", "not_found")  # Starlette drops a last one
+                raise HttpError(404, "no path has control characters in it", "not_found")  # Starlette drops a last one
             return await handle(StrictRequest(request.scope, request.receive))
 
         return keyed
@@ -119,8 +119,8 @@ def _is_json(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == "application/json"
 
 
-def _too_large(most: int) -> Problem:
-    return Problem(413, f"the body is larger than {most} bytes; shorten the prompt", "body_too_large")
+def _too_large(most: int) -> HttpError:
+    return HttpError(413, f"the body is larger than {most} bytes; shorten the prompt", "body_too_large")
 
 
 def _refuse_constant(name: str) -> Any:

@@ -44,7 +44,7 @@ from serve.probes.revision_monitor import (
     DriftStatus,
     LoadJudge,
     ProbeImage,
-    Watch,
+    RevisionMonitor,
     live_token,
     open_watch,
     score_images,
@@ -95,7 +95,7 @@ class Prober:
         self._clock = clock
         self._rng = random.Random() if rng is None else rng
         self._log = ProbeLog(registry.store, replica, run_in_thread)
-        self._watches: dict[str, Watch] = {}
+        self._watches: dict[str, RevisionMonitor] = {}
         self._judges: dict[str, Judge] = {}
         self._base_rows: dict[tuple[str, ProbeImage], Array] = {}
         self._opening = asyncio.Lock()
@@ -197,7 +197,7 @@ class Prober:
         await self._conclude(manifest, watch, record, blamed=not of_base)
         return record
 
-    async def _compare(self, watch: Watch, pair: CanonicalPair) -> tuple[dict[str, float], str | None, bool]:
+    async def _compare(self, watch: RevisionMonitor, pair: CanonicalPair) -> tuple[dict[str, float], str | None, bool]:
         """Draw a canonical pair: its scores, what is wrong if anything, and whether that is the base's own image."""
         images = await self._draw(pair.images())
         scores, row = await self._run_in_thread(score_images, watch.judge, watch.photos[pair.token], images)
@@ -239,7 +239,7 @@ class Prober:
         await self._conclude(manifest, watch, record, blamed=True)
         return record
 
-    async def _conclude(self, manifest: Manifest, watch: Watch, record: ProbeRecord, *, blamed: bool) -> None:
+    async def _conclude(self, manifest: Manifest, watch: RevisionMonitor, record: ProbeRecord, *, blamed: bool) -> None:
         """Show a probe in the metrics, and take the revision out of service when that is the policy."""
         adapter, kind = manifest.adapter_id, record.kind
         watch.probes[kind] = watch.probes.get(kind, 0) + 1
@@ -263,7 +263,7 @@ class Prober:
                 watch.told = False  # tried again with the next probe
                 _log.exception("%s could not be taken out of service", manifest.name)
 
-    def _show(self, manifest: Manifest, watch: Watch) -> None:
+    def _show(self, manifest: Manifest, watch: RevisionMonitor) -> None:
         adapter = manifest.adapter_id
         if watch.state is not None:
             self._metrics.set(DRIFT_STATE, _STATES.index(watch.state), adapter=adapter)
@@ -275,7 +275,7 @@ class Prober:
             mean = float(np.mean([own[score] for own in watch.reference.values()]))
             self._metrics.set(PROBE_REFERENCE, mean, adapter=adapter, score=score)
 
-    async def _watch(self, manifest: Manifest) -> Watch:
+    async def _watch(self, manifest: Manifest) -> RevisionMonitor:
         """Return a revision's watch, opened once and going on from what a replica of this name recorded last."""
         async with self._opening:
             watch = self._watches.get(manifest.name)
@@ -299,7 +299,7 @@ def _furthest(token: str, shares: dict[str, dict[str, float]]) -> str:
     return f"live probes of {token!r}: {score} has moved; {detector} is at {share:.0%} of its limit"
 
 
-def _restore(watch: Watch, records: Sequence[ProbeRecord]) -> None:
+def _restore(watch: RevisionMonitor, records: Sequence[ProbeRecord]) -> None:
     for record in records:
         monitor = watch.monitors.get(record.token or "")
         if record.detectors is not None and monitor is not None:

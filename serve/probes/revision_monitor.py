@@ -78,7 +78,7 @@ class DriftStatus:
 
 
 @dataclass(eq=False)
-class Watch:
+class RevisionMonitor:
     """A revision under watch; `monitors` lacks a concept whose reference is too small for live probes.
 
     canonical: what the last canonical probe said; reason: of the last verdict that was not ok; told: whether the
@@ -130,7 +130,7 @@ class Watch:
         self.canonical, self.reason, self.told = None, None, False
 
 
-def open_watch(manifest: Manifest, base: BaseModel, load_judge: LoadJudge) -> Watch:
+def open_watch(manifest: Manifest, base: BaseModel, load_judge: LoadJudge) -> RevisionMonitor:
     """Return the watch of a revision; EvaluationError says why it cannot be probed. Takes a second: use a thread."""
     stored = manifest.reference
     if stored is None:
@@ -153,7 +153,7 @@ def open_watch(manifest: Manifest, base: BaseModel, load_judge: LoadJudge) -> Wa
             "judges do not compare: serve with that judge, or train its spec again"
         )
     by_concept = [_canonical_pairs(manifest, base, c.token, c.class_noun, scores[c.token]) for c in manifest.concepts]
-    return Watch(
+    return RevisionMonitor(
         judge=judge,
         pairs=tuple(pair for pair in chain.from_iterable(zip_longest(*by_concept)) if pair is not None),
         photos=photos,

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.cluster_jobs import Journal, Process, Site, Watcher, check_published, suspended, train_whole
+from tests.support.cluster_jobs import Process, Site, StepLog, Watcher, check_published, suspended, train_whole
 from tests.support.s3_server import S3Server
 from tests.support.tiny_jobs import adapter, write_photos, write_spec
 
@@ -63,7 +63,7 @@ class WorkerKiller:
         self._doomed: set[psutil.Process] = set()
         self.early = 0
 
-    def kill(self, driver: Process, journal: Journal) -> None:
+    def kill(self, driver: Process, journal: StepLog) -> None:
         """Wait for workers and end one with SIGKILL, whatever it is doing."""
         driver.await_true(lambda: set(driver.workers()) - self._doomed, pause=0.2)
         workers = set(driver.workers())

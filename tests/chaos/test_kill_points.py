@@ -32,7 +32,7 @@ ADAPTERS = ("bowl", "cup", "mug")
 PATIENCE_SECONDS = 120
 
 
-class Journal:
+class StepLog:
     """A JobListener that writes the number of each finished step to a file at once, so that a kill loses none."""
 
     def __init__(self, path: Path) -> None:
@@ -67,7 +67,7 @@ def steps_of(journal: Path) -> list[int]:
 def attempt(spec: Path, storage: Path, cache: Path, journal: Path) -> None:
     """The body of a process that submits the job."""
     torch.set_num_threads(1)
-    run_job(load_spec(spec), LocalStore(storage), Settings(cache_dir=cache, device="cpu"), Journal(journal))
+    run_job(load_spec(spec), LocalStore(storage), Settings(cache_dir=cache, device="cpu"), StepLog(journal))
 
 
 def start(*arguments: Path) -> ForkServerProcess:
@@ -189,7 +189,7 @@ def healthy(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     adapters = [adapter(name, write_photos(folder / name, seed=n)) for n, name in enumerate(ADAPTERS[:2])]
     spec = write_spec(folder / "spec.yaml", tiny_base_folder, adapters)
     settings = Settings(cache_dir=folder / "cache", device="cpu")
-    run_job(load_spec(spec), LocalStore(folder / "storage"), settings, Journal(folder / "journal"))
+    run_job(load_spec(spec), LocalStore(folder / "storage"), settings, StepLog(folder / "journal"))
     return folder / "storage"
 
 

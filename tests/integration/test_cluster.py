@@ -1,7 +1,7 @@
 """Whole jobs on Ray: the adapters of the local loop, failures that stay alone, gates, monitoring, early errors.
 
-All jobs run one after another in one process (tests/support/ray_jobs.py), the refused ones beside it; the tests read what
-they left. The storage in S3 is copied to a folder, so that all are read alike.
+All jobs run one after another in one process (tests/support/ray_jobs.py), the refused ones beside it; the tests
+read what they left. The storage in S3 is copied to a folder, so that all are read alike.
 """
 
 from __future__ import annotations

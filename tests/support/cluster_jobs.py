@@ -43,7 +43,7 @@ class Note:
     adapters: tuple[str, ...]
 
 
-class Journal:
+class StepLog:
     """Every step that every worker of a test has finished, in order: see worker_hooks/sitecustomize.py."""
 
     def __init__(self, path: Path) -> None:
@@ -155,9 +155,9 @@ class Site:
     processes: list[Process] = field(default_factory=list)
 
     @property
-    def journal(self) -> Journal:
+    def journal(self) -> StepLog:
         """The steps of all workers here."""
-        return Journal(self.folder / "journal")
+        return StepLog(self.folder / "journal")
 
     @property
     def store(self) -> ObjectStore:

@@ -17,7 +17,7 @@ from torch import Tensor
 from cat_cluster.errors import CatClusterError
 from cat_cluster.lora.row_bank import RowBank
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
-from serve.denoise.engine import Engine
+from serve.denoise.engine import DenoisingEngine
 from serve.denoise.image import EngineImage, ImageFacts
 from serve.denoise.rows import ImageRows, Rows
 from tests.support.denoised_images import Studio, Wanted
@@ -123,7 +123,7 @@ class Desk:
     """Hands images to an engine."""
 
     studio: Studio
-    engine: Engine
+    engine: DenoisingEngine
     backend: PrometheusBackend
     leases: list[Lease] = field(default_factory=list)
 
@@ -162,7 +162,7 @@ def open_desk(studio: Studio, **options: Any) -> Iterator[Desk]:
     bank = RowBank(studio.base.unet, studio.layout)
     chosen = {"max_rows": 6, "max_waiting": 1000, **options}
     chosen.setdefault("buckets", (*range(2, chosen["max_rows"], 2), chosen["max_rows"]))
-    engine = Engine(studio.base, bank, Metrics(backend, SERVING_METRICS), **chosen)
+    engine = DenoisingEngine(studio.base, bank, Metrics(backend, SERVING_METRICS), **chosen)
     desk = Desk(studio, engine, backend)
     try:
         yield desk

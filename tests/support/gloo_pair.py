@@ -1,4 +1,4 @@
-"""Two workers of one pack as two gloo processes, for every engine: `python -m tests.support.gloo_pair RANK PORT FOLDER`.
+"""Two workers of one pack as gloo processes, for every engine: `python -m tests.support.gloo_pair RANK PORT FOLDER`.
 
 Writes FOLDER/<rank>.pt; tests/integration/test_zero.py starts the pair and holds the results to the laws.
 """

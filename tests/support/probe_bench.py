@@ -39,7 +39,7 @@ OWN, OTHER = 1, 2
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class Engine:
+class ProbedEngine:
     """Draws with a bank whose first slot is the adapter, or what a fault put in its place; keeps what it drew."""
 
     def __init__(self, base: BaseModel) -> None:
@@ -74,7 +74,7 @@ def random_weights(base: BaseModel, seed: int) -> AdapterWeights:
     return AdapterWeights({name: layer(name) for name in adapted_layers(base.unet, "attention")})
 
 
-def measured_reference(engine: Engine, judge: Judge) -> dict[str, Any]:
+def measured_reference(engine: ProbedEngine, judge: Judge) -> dict[str, Any]:
     """What the evaluation of the adapter in slot OWN would have recorded."""
     design = world.CONCEPTS["striped-cup"]
     photos = feature_rows(judge, np.stack([photo for photo, _ in world.photos(design, 3, seed=0)]))
@@ -91,7 +91,9 @@ def measured_reference(engine: Engine, judge: Judge) -> dict[str, Any]:
     }
 
 
-def publish(store: ObjectStore, engine: Engine, reference: dict[str, Any] | None, adapter_id: str = "cup") -> Manifest:
+def publish(
+    store: ObjectStore, engine: ProbedEngine, reference: dict[str, Any] | None, adapter_id: str = "cup"
+) -> Manifest:
     resolved = ResolvedAdapter(
         id=adapter_id,
         base="pocket",
@@ -141,7 +143,7 @@ class FailingStore(LocalStore):
 class Bench:
     """A replica: its prober, and hands on its engine, its store, its clock and its alarms."""
 
-    engine: Engine
+    engine: ProbedEngine
     judge: Judge
     store: Any
     manifest: Manifest

@@ -1,4 +1,4 @@
-"""Several commands one after another in one process, which starts Ray once: `python -m tests.support.ray_jobs PLAN RESULTS`.
+"""Several commands in one process, which starts Ray once: `python -m tests.support.ray_jobs PLAN RESULTS`.
 
 PLAN is a JSON list of commands, RESULTS what became of each by name. In a process of its own because Ray reads how it
 authenticates when it is imported, and once for all commands because starting Ray costs more than most of them.

@@ -1,4 +1,4 @@
-"""The service on a Ray of its own, in a process of its own: `python -m tests.support.serve_driver DEPLOYMENT.json PORT`.
+"""The service on its own Ray in its own process: `python -m tests.support.serve_driver DEPLOYMENT.json PORT`.
 
 It prints one line of JSON when requests are answered, then obeys one line of JSON at a time, a command and its values,
 and answers each with one. At the end of its input it ends everything.
@@ -62,7 +62,7 @@ class Commands:
 def main() -> None:
     """Start, and obey."""
     answers, sys.stdout = sys.stdout, sys.stderr  # Ray has its own things to say
-    app.Engine = StuckEngine  # type: ignore[misc]
+    app.EngineReplica = StuckEngine  # type: ignore[misc]
     ray.init(
         address="local",
         num_cpus=2,

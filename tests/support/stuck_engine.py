@@ -9,7 +9,7 @@ from typing import Any
 from serve import app
 
 
-class StuckEngine(app.Engine):
+class StuckEngine(app.EngineReplica):
     """A replica that gets stuck when told."""
 
     async def stick(self, pid: int) -> None:

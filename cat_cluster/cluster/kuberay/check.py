@@ -38,7 +38,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Problem:
+class ManifestProblem:
     """What is wrong at one field of one document, and what to do about it."""
 
     file: str
@@ -79,7 +79,9 @@ def read_manifests(files: Iterable[str | Path]) -> list[Document]:
     return documents
 
 
-def check_manifests(documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True) -> list[Problem]:
+def check_manifests(
+    documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True
+) -> list[ManifestProblem]:
     """Return what an API server, KubeRay's operator or a namespace of the restricted profile would not take.
 
     A document that its schema refuses is not looked at further: the rules rely on its shape. Raises ClusterError when
@@ -91,7 +93,7 @@ def check_manifests(documents: Sequence[Document], schemas: Schemas, *, restrict
         findings = findings or list(schemas.findings(document.content))
         findings = findings or list(_rule_findings(document.content, restricted=restricted))
         problems += [
-            Problem(document.file, document.number, document.title, field_text(path), message)
+            ManifestProblem(document.file, document.number, document.title, field_text(path), message)
             for path, message in findings
         ]
     return problems

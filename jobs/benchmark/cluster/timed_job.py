@@ -1,4 +1,4 @@
-"""A job on a Ray of its own whose steps are timed: `python -m jobs.benchmark.cluster.timed_job SPEC STORAGE` prints them."""
+"""A job on its own Ray, its steps timed: `python -m jobs.benchmark.cluster.timed_job SPEC STORAGE` prints them."""
 
 from __future__ import annotations
 

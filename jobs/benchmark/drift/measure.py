@@ -1,10 +1,9 @@
 """Scores of live and canonical probes of healthy adapters and of faults: what the drift detectors are judged on.
 
 `make demo`, then `python -m jobs.benchmark drift --demo out/demo` (about half an hour on 2 cores) trains two more
-adapters, draws the probes as the service does, and writes their scores to tests/unit/data/drift_scores.json, which
-tests/unit/evaluation/test_drift.py reads too. Then, and alone with `--judge-only`, it runs the detectors over the scores and
-writes jobs/benchmark/results/drift.json: after how many probes each fault is seen, and how often a healthy adapter is
-doubted.
+adapters, draws the probes as the service does, and writes their scores to tests/unit/evaluation/drift_scores.json,
+which test_drift.py reads too. Then, and alone with `--judge-only`, it runs the detectors over the scores and writes
+jobs/benchmark/results/drift.json: after how many probes each fault is seen, and how often a healthy adapter is doubted.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 
 from cat_cluster.data.draws import draw_batch
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.training.drift_budget import LARGEST_SCALE, AlphaBalance
+from cat_cluster.training.drift_budget import LARGEST_SCALE, DriftBudget
 from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
 from tests.unit.training.test_loop import Killed, bit_equal, member, series, train
@@ -24,7 +24,7 @@ def base(tiny_base_folder: Path) -> BaseModel:
 @pytest.mark.parametrize("start", [0.002, 0.2])
 def test_alpha_settles_where_the_cat_loss_keeps_to_its_share(start: float) -> None:
     """A system whose CAT loss falls as 1 / scale, which is the closed form's: scale = start / (budget identity)."""
-    balance = AlphaBalance([0.05], [["sks"]])
+    balance = DriftBudget([0.05], [["sks"]])
     for _ in range(600):
         scale = balance.scales(0)["sks"]
         balance.update(0, {"sks": ConceptLoss(identity=0.4, cat=start / scale)})
@@ -32,7 +32,7 @@ def test_alpha_settles_where_the_cat_loss_keeps_to_its_share(start: float) -> No
 
 
 def test_the_factor_stays_within_its_limits_and_ignores_what_is_not_finite() -> None:
-    balance = AlphaBalance([0.05, None], [["sks"], ["zwx"]])
+    balance = DriftBudget([0.05, None], [["sks"], ["zwx"]])
     for loss in (ConceptLoss(0.4, None), ConceptLoss(float("nan"), 0.1), ConceptLoss(0.4, float("inf"))):
         balance.update(0, {"sks": loss})
     assert balance.scales(0) == {"sks": 1.0}
@@ -47,11 +47,11 @@ def test_the_factor_stays_within_its_limits_and_ignores_what_is_not_finite() -> 
 def test_only_rows_of_concepts_with_a_budget_are_weighed(base: BaseModel) -> None:
     pair = [task("mug", (concept(base, "sks", alpha=2.0),)), task("tea", (concept(base, "zwx", alpha=2.0),))]
     batch = draw_batch(pair, 0, 1000, [True, True])
-    balance = AlphaBalance([None, 0.01], [["sks"], ["zwx"]])
+    balance = DriftBudget([None, 0.01], [["sks"], ["zwx"]])
     balance.restore(1, [[4.0, 0.3, 0.1]])
     weighed = balance.weigh(batch).cat_weight_M / batch.cat_weight_M
     assert weighed.tolist() == [1.0, 1.0, 4.0, 4.0]
-    untouched = AlphaBalance([None, None], [["sks"], ["zwx"]])
+    untouched = DriftBudget([None, None], [["sks"], ["zwx"]])
     assert untouched.weigh(batch) is batch
 
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cat_cluster.cluster.kuberay import schemas as kuberay_schemas
-from cat_cluster.cluster.kuberay.check import Document, Problem, check_manifests, field_text, read_manifests
+from cat_cluster.cluster.kuberay.check import Document, ManifestProblem, check_manifests, field_text, read_manifests
 from cat_cluster.cluster.kuberay.schemas import CRD_FILES, Schemas, load_schemas
 from cat_cluster.cluster.kuberay.security import restricted_findings
 from cat_cluster.errors import ClusterError, SpecError
@@ -65,7 +65,7 @@ def schemas(tmp_path: Path) -> Schemas:
     return load_schemas(str(tmp_path / "crds"), tmp_path / "cache")
 
 
-def problems(schemas: Schemas, spec: Any, **document: Any) -> list[Problem]:
+def problems(schemas: Schemas, spec: Any, **document: Any) -> list[ManifestProblem]:
     content = {
         "apiVersion": "example.org/v1",
         "kind": "Cup",

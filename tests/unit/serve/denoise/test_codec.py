@@ -17,7 +17,7 @@ from torch import Tensor
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from serve.denoise import codec as work_module
-from serve.denoise.codec import AT_ONCE, SideWork, colour_map
+from serve.denoise.codec import AT_ONCE, Codec, colour_map
 
 SOON = 30.0
 
@@ -28,8 +28,8 @@ def base(tiny_base_folder: Path) -> BaseModel:
 
 
 @pytest.fixture
-def work(base: BaseModel) -> Iterator[SideWork]:
-    work = SideWork(base)
+def work(base: BaseModel) -> Iterator[Codec]:
+    work = Codec(base)
     yield work
     work.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("cat-side", "cat-png"))]
@@ -42,7 +42,7 @@ def latents(seed: int, height: int = 8) -> Tensor:
 class Held:
     """Holds the worker until it is let go, so that what is asked meanwhile waits."""
 
-    def __init__(self, work: SideWork) -> None:
+    def __init__(self, work: Codec) -> None:
         self._event = threading.Event()
         self._future: Future[Any] = work._torch.submit(self._event.wait, SOON)
 
@@ -51,7 +51,7 @@ class Held:
         self._future.result(SOON)
 
 
-def test_what_waits_is_done_together(work: SideWork, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_is_done_together(work: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     encode, decode = type(base).encode_text, type(base).decode
 
@@ -79,7 +79,7 @@ def test_what_waits_is_done_together(work: SideWork, base: BaseModel, monkeypatc
     assert len(sizes) == 3, "a prompt is encoded once"
 
 
-def test_prompts_are_remembered_up_to_a_number(work: SideWork, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_remembered_up_to_a_number(work: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(work_module, "TEXTS_KEPT", 4)
     for n in range(20):
         work.encode(f"cup {n}").result(SOON)
@@ -88,7 +88,7 @@ def test_prompts_are_remembered_up_to_a_number(work: SideWork, monkeypatch: pyte
 
 
 def test_one_that_fails_or_is_not_finite_fails_alone(
-    work: SideWork, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    work: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode = type(base).decode
 
@@ -112,7 +112,7 @@ def test_one_that_fails_or_is_not_finite_fails_alone(
 
 
 def test_closing_fails_what_waits_and_what_comes_later(base: BaseModel) -> None:
-    work = SideWork(base)
+    work = Codec(base)
     held = Held(work)
     waiting: list[Future[Any]] = [work.encode("a cup"), work.decode(latents(1)), work.decode(latents(2))]
     cancelled = work.encode("red")
@@ -134,7 +134,7 @@ def test_closing_fails_what_waits_and_what_comes_later(base: BaseModel) -> None:
     work.close()
 
 
-def test_previews_show_the_colours_of_the_latents(work: SideWork, base: BaseModel) -> None:
+def test_previews_show_the_colours_of_the_latents(work: Codec, base: BaseModel) -> None:
     data = work.preview(latents(1, height=12)).result(SOON)
     with Image.open(io.BytesIO(data)) as picture:
         assert picture.size == (128, 192)
@@ -145,7 +145,7 @@ def test_previews_show_the_colours_of_the_latents(work: SideWork, base: BaseMode
 
 def test_the_workers_threads_are_its_own(base: BaseModel) -> None:
     torch.set_num_threads(2)
-    work = SideWork(base)
+    work = Codec(base)
     try:
         assert work._torch.submit(torch.get_num_threads).result(SOON) == 1
     finally:

@@ -21,7 +21,7 @@ from cat_cluster.errors import (
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.generate import ImageRow
 from serve.denoise.image import EngineImage
-from serve.denoise.running_images import Batches
+from serve.denoise.running_images import RunningImages
 from tests.support.denoised_images import Studio, Wanted, assert_same_image, random_adapter
 from tests.support.engines import SIZE, Calls, Heard, open_desk, same_latents, wait_until
 
@@ -341,14 +341,14 @@ def test_a_listener_that_fails_harms_nobody(studio: Studio) -> None:
 def test_an_engine_whose_device_fails_ends_with_all_its_images(
     studio: Studio, calls: Calls, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fence(batches: Batches) -> None:
+    def fence(batches: RunningImages) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     calls.held = True
     with open_desk(studio, max_rows=2) as desk:
         heard = [desk.submit(wanted)[1] for wanted in MIXED[:3]]
         calls.wait()
-        monkeypatch.setattr(Batches, "_fence", fence)
+        monkeypatch.setattr(RunningImages, "_fence", fence)
         calls.go()
         assert [type(one.error()) for one in heard] == [EngineStoppedError] * 3
         wait_until(lambda: not desk.engine.alive)
@@ -386,15 +386,15 @@ def test_the_threads_of_the_engine_are_its_own(
 ) -> None:
     """torch gives a new thread what another thread has set last, as the one beside the engine sets 1."""
     seen: list[int] = []
-    join = Batches.join
+    join = RunningImages.join
 
-    def watched(batches: Batches, image: EngineImage) -> bool:
+    def watched(batches: RunningImages, image: EngineImage) -> bool:
         seen.append(torch.get_num_threads())
         # Torch's limit of shapes, which each thread has of its own: beyond it compiled blocks run uncompiled.
         assert torch._dynamo.config.recompile_limit >= 1000
         return join(batches, image)
 
-    monkeypatch.setattr(Batches, "join", watched)
+    monkeypatch.setattr(RunningImages, "join", watched)
     torch.set_num_threads(2)
     try:
         with open_desk(studio, threads=threads) as desk:

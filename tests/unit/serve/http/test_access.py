@@ -17,7 +17,7 @@ from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
 from serve.calls import Accepted, Event, Finished, ImageCall
 from serve.http.access import Access, Caller, check_bind
-from serve.http.http_errors import Problem
+from serve.http.http_errors import HttpError
 from serve.settings import ServeSettings
 from tests.support.ingress_server import Live, ScriptedEngine, listening, only, picture
 
@@ -141,13 +141,13 @@ def test_a_bucket_fills_again() -> None:
     caller = Caller("anonymous", False)
     for _ in range(60):
         access.admit(caller)
-    with pytest.raises(Problem) as refused:
+    with pytest.raises(HttpError) as refused:
         access.admit(caller)
     assert refused.value.headers == {"Retry-After": "1"}
     now[0] += 2.0
     access.admit(caller)
     access.admit(caller)
-    with pytest.raises(Problem):
+    with pytest.raises(HttpError):
         access.admit(caller)
 
 

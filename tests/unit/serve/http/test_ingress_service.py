@@ -21,7 +21,7 @@ from PIL import Image
 from cat_cluster.errors import StoreError
 from cat_cluster.evaluation.drift import DriftMonitor
 from cat_cluster.registry import Registry
-from serve.http.registry_listing import Listing
+from serve.http.registry_listing import RegistryListing
 from serve.probes.records import ProbeLog, ProbeRecord
 from tests.support.ingress_server import REFERENCE, Live, Shop, furnish, picture, serving
 
@@ -306,7 +306,7 @@ def test_one_listing_serves_all_who_ask_at_once(shop: Shop, monkeypatch: pytest.
     monkeypatch.setattr(Registry, "list", listed)
 
     async def ask() -> None:
-        listing = Listing(shop.registry, clock=lambda: now[0])
+        listing = RegistryListing(shop.registry, clock=lambda: now[0])
         leaver = asyncio.create_task(listing.adapters())
         await asyncio.sleep(0)
         leaver.cancel()

@@ -24,9 +24,9 @@ from tests.support.probe_bench import (
     OWN,
     TEMPLATES,
     Bench,
-    Engine,
     FailingStore,
     Picture,
+    ProbedEngine,
     call,
     measured_reference,
     publish,
@@ -35,24 +35,24 @@ from tests.support.probe_bench import (
 
 
 @pytest.fixture(scope="module")
-def engine() -> Iterator[Engine]:
-    found = Engine(load_base_model("pocket"))
+def engine() -> Iterator[ProbedEngine]:
+    found = ProbedEngine(load_base_model("pocket"))
     yield found
     found.bank.detach()
 
 
 @pytest.fixture(scope="module")
-def judge(engine: Engine) -> Judge:
+def judge(engine: ProbedEngine) -> Judge:
     return load_judge("pocket", engine.base)
 
 
 @pytest.fixture(scope="module")
-def reference(engine: Engine, judge: Judge) -> dict[str, Any]:
+def reference(engine: ProbedEngine, judge: Judge) -> dict[str, Any]:
     return measured_reference(engine, judge)
 
 
 @pytest.fixture
-def bench(engine: Engine, judge: Judge, reference: dict[str, Any], tmp_path: Path) -> Bench:
+def bench(engine: ProbedEngine, judge: Judge, reference: dict[str, Any], tmp_path: Path) -> Bench:
     store = FailingStore(tmp_path / "storage")
     return Bench(engine, judge, store, publish(store, engine, reference))
 
