@@ -114,7 +114,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure a published adapter again: KPS, identity, drift from the base, leaks; with 95% intervals."""
-    from cat_cluster.pipeline.published import evaluate_published
+    from cat_cluster.pipeline.published_adapters import evaluate_published
 
     given = {"images_per_prompt": images_per_prompt, "judge": judge}
     changes = {name: value for name, value in given.items() if value is not None}
@@ -148,7 +148,7 @@ def generate(
     storage: Storage = None,
 ) -> None:
     """Draw images with an adapter, or with the base model alone."""
-    from cat_cluster.pipeline.published import DrawRequest, draw_images
+    from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
 
     request = DrawRequest(prompt, adapter, base, seed, steps, guidance, sampler, strength, count)
     with _listener() as listener:

@@ -19,7 +19,7 @@ from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.models.base_model import choose_device
 from cat_cluster.models.pocket import world
 from cat_cluster.pipeline.job import AdapterResult, JobListener
-from cat_cluster.pipeline.published import evaluate_published
+from cat_cluster.pipeline.published_adapters import evaluate_published
 from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import load_spec

@@ -136,7 +136,7 @@ def _refuse_unseen_storage(job: JobSpec, store: ObjectStore, cluster: RayCluster
 def image_digests_of(job: JobSpec) -> list[list[str]]:
     """Read every photo and caption of the job, which also refuses those that training would."""
     from cat_cluster.data.concepts import load_concepts
-    from cat_cluster.pipeline.published import image_digests
+    from cat_cluster.pipeline.publish import image_digests
 
     return [image_digests(load_concepts(adapter.id, adapter.concepts)) for adapter in job.adapters]
 

@@ -16,8 +16,9 @@ from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights, find_weights, read_adapter
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.pipeline.published import ImageListener, image_digests, photo_objects, sample_objects
-from cat_cluster.registry import AdapterDraft, Manifest, Registry
+from cat_cluster.pipeline.publish import adapter_draft
+from cat_cluster.pipeline.published_adapters import ImageListener
+from cat_cluster.registry import Manifest, Registry
 from cat_cluster.spec.imported import ImportedAdapter
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
@@ -49,22 +50,8 @@ def import_adapter(request: ImportRequest, registry: Registry, device: str, list
     base = load_base_model(request.base, device=device)
     weights = read_adapter(path, unet=base.unet)
     evaluation = _measure(base, weights, concepts, imported, listener) if concepts else None
-    measures = None if evaluation is None else evaluation.to_json()
-    return registry.publish(
-        AdapterDraft(
-            adapter_id=imported.id,
-            resolved=imported,
-            base_name=base.name,
-            base_fingerprint=base.fingerprint,
-            image_digests=image_digests(concepts),
-            weights=weights,
-            training={"imported_from": imported.source},
-            metrics=measures,
-            judge=None if measures is None else measures["judge"],
-            reference=None if evaluation is None else evaluation.reference(),
-            samples={**photo_objects(concepts), **({} if evaluation is None else sample_objects(evaluation))},
-        )
-    )
+    draft = adapter_draft(imported, base, concepts, weights, evaluation, training={"imported_from": imported.source})
+    return registry.publish(draft)
 
 
 def _described(request: ImportRequest, path: Path) -> ImportedAdapter:

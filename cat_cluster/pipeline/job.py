@@ -18,8 +18,8 @@ from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, open_bank, pack_member, prepare
-from cat_cluster.pipeline.published import photo_objects, sample_objects
-from cat_cluster.registry import AdapterDraft, Manifest, Registry
+from cat_cluster.pipeline.publish import adapter_draft
+from cat_cluster.registry import Manifest, Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
@@ -274,20 +274,14 @@ def _finish(
                 resolved.evaluation,
                 on_progress=lambda done, total: on_images(resolved.id, done, total),
             )
-    measured = None if evaluation is None else evaluation.to_json()
-    failures = check_gates(resolved.evaluation.require, measured or {})
-    draft = AdapterDraft(
-        adapter_id=resolved.id,
-        resolved=resolved,
-        base_name=adapter.base.name,
-        base_fingerprint=adapter.base.fingerprint,
-        image_digests=adapter.image_digests,
-        weights=trained.weights,
+    failures = check_gates(resolved.evaluation.require, {} if evaluation is None else evaluation.to_json())
+    draft = adapter_draft(
+        resolved,
+        adapter.base,
+        adapter.concepts,
+        trained.weights,
+        evaluation,
         training={"steps": resolved.training.steps, "pack_seconds": round(seconds, 2), "history": trained.history},
-        metrics=measured,
-        judge=None if measured is None else measured["judge"],
-        reference=None if evaluation is None else evaluation.reference(),
-        samples={**photo_objects(adapter.concepts), **({} if evaluation is None else sample_objects(evaluation))},
         status="rejected" if failures else "published",
     )
     manifest = registry.publish(draft)

@@ -17,7 +17,7 @@ from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, choose_device, load_base_model
-from cat_cluster.pipeline.published import image_digests
+from cat_cluster.pipeline.publish import image_digests
 from cat_cluster.registry import revision_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter

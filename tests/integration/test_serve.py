@@ -29,7 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cat_cluster.lora.formats import write_adapter
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.pipeline.published import ImageRequest, draw_images
+from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import open_store
 from serve.settings import ProbeSettings, ServeSettings
@@ -146,7 +146,7 @@ def drawn_alone(site: Site, model: str, out: Path) -> Pixels:
     class Silent:
         def images(self, adapter_id: str, done: int, total: int) -> None: ...
 
-    (path,) = draw_images(ImageRequest(PROMPT, model, seed=1, steps=STEPS), out, site.registry, "cpu", Silent())
+    (path,) = draw_images(DrawRequest(PROMPT, model, seed=1, steps=STEPS), out, site.registry, "cpu", Silent())
     return np.asarray(Image.open(path), dtype=np.int16)
 
 

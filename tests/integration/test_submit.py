@@ -30,7 +30,7 @@ from cat_cluster.cluster.runs import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.cluster.submit import Submission, read_runtime_env, stop_run, submit_run
 from cat_cluster.data.concepts import load_concept
 from cat_cluster.errors import CatClusterError, ClusterError, RunError, SpecError, SupersededError
-from cat_cluster.pipeline.published import image_digests
+from cat_cluster.pipeline.publish import image_digests
 from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import LocalStore, open_store
 from jobs import train

@@ -56,7 +56,7 @@ from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.store import open_store
 from jobs.benchmark.record import ROOT, write_result
 
-SCORES_FILE = ROOT / "tests/unit/data/drift_scores.json"
+SCORES_FILE = ROOT / "tests/unit/evaluation/drift_scores.json"
 HEALTHY = 240  # live probes of the adapter under test, and of each other healthy adapter:
 OTHERS = 60
 FAULTY = 48  # live probes of each fault

@@ -21,7 +21,7 @@ from PIL import Image
 from cat_cluster.errors import SpecError
 from cat_cluster.lora.formats import write_adapter
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.pipeline.published import ImageRequest, draw_images
+from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
@@ -215,7 +215,7 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop,
 
     answers = asyncio.run(main())
     for call, answer in zip(calls[:4], answers, strict=False):
-        request = ImageRequest(
+        request = DrawRequest(
             call.prompt, call.model, str(shop.folder), call.seed, call.steps, call.guidance, call.sampler,
             call.strength, call.count,
         )  # fmt: skip

@@ -1,22 +1,16 @@
-"""Using what was published: an adapter's stored photos and samples, measuring it again, drawing with it."""
+"""Using a published adapter: measuring it again on its stored photos, and drawing with it."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-from PIL import Image
-
 from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.evaluate import Evaluator
-from cat_cluster.evaluation.recognition import DESIGN_FILE
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel, load_base_model
@@ -26,9 +20,6 @@ from cat_cluster.registry import Manifest, Registry
 from cat_cluster.spec.imported import ImportedConcept
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
-
-PHOTO_SIDE = 512  # photos are kept for measuring, and every judge looks at less
-SAMPLES = 4
 
 
 class ImageListener(Protocol):
@@ -51,43 +42,6 @@ class DrawRequest:
     sampler: SamplerName = "ddim"
     strength: float = 1.0
     count: int = 1
-
-
-def image_digests(concepts: Sequence[Concept]) -> list[str]:
-    """Return one sha256 per photo over its bytes and its caption: either changed makes another adapter."""
-    return [
-        hashlib.sha256(f"{example.digest} {example.prompt}".encode()).hexdigest()
-        for concept in concepts
-        for example in concept.examples
-    ]
-
-
-def photo_objects(concepts: Sequence[Concept]) -> dict[str, bytes]:
-    """Return the photos an adapter was taught with, as objects of its revision: it can be measured anywhere later.
-
-    Names are photo-<concept index>-<photo index>.png; a pocket concept's design goes along.
-    """
-    objects = {}
-    for k, concept in enumerate(concepts):
-        for n, example in enumerate(concept.examples):
-            image = example.image.copy()
-            image.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)
-            objects[f"photo-{k}-{n:03d}.png"] = _png(image)
-        design = concept.examples[0].path.parent / DESIGN_FILE
-        if design.is_file():
-            objects[f"photo-{k}-{DESIGN_FILE}"] = design.read_bytes()
-    return objects
-
-
-def sample_objects(evaluation: Evaluation) -> dict[str, bytes]:
-    """Return a few pictures per concept for listings: with its token and, on the same seeds, without."""
-    objects = {}
-    for k, images in enumerate(evaluation.images):
-        for name, pictures in (("with", images.with_token), ("without", images.without_token)):
-            chosen = np.linspace(0, len(pictures) - 1, min(SAMPLES, len(pictures))).round().astype(int)
-            for n, index in enumerate(chosen):
-                objects[f"sample-{k}-{name}-{n}.png"] = _png(Image.fromarray(pictures[index]))
-    return objects
 
 
 def evaluate_published(
@@ -168,9 +122,3 @@ def _stored_concept(
     return load_concept(
         ConceptSpec(token=spec.token, class_noun=spec.class_noun, images=str(folder), captions="template")
     )
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
