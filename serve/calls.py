@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from cat_cluster import errors
 from cat_cluster.errors import CatClusterError
-from cat_cluster.models.samplers import SamplerName
+from cat_cluster.spec.choices import SamplerName
 
 AdminAction = Literal["load", "unload", "pin", "unpin", "prefetch", "probe", "release"]
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Policy = Literal["annotate", "fallback", "quarantine"]
+from cat_cluster.spec.choices import DriftPolicy, Precision, Targets
 
 
 class ProbeSettings(BaseModel):
@@ -26,7 +26,7 @@ class ProbeSettings(BaseModel):
     tolerance: float = Field(
         default=0.005, gt=0, description="Largest change of a canonical pair's score that is not a fault."
     )
-    policy: Policy = Field(
+    policy: DriftPolicy = Field(
         default="annotate",
         description="What an alarm does: annotate answers, fall back to the previous revision, or quarantine.",
     )
@@ -40,7 +40,7 @@ class ServeSettings(BaseModel):
     base: str = Field(default="pocket", description="Base model: pocket, a diffusers folder, or a hub id.")
     storage: str = Field(default="./cat-storage", description="Registry: a folder or an s3:// address.")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$", description="Device of the engine.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Literal["auto", Precision] = Field(
         default="auto", description="Arithmetic of the base: auto is bf16 on a GPU and fp32 elsewhere."
     )
     compile: bool = Field(default=False, description="Compile the U-Net's blocks; swapping adapters compiles nothing.")
@@ -56,9 +56,7 @@ class ServeSettings(BaseModel):
     )
     slots: int = Field(default=16, ge=1, le=4096, description="Adapters held on the device at once.")
     max_rank: int = Field(default=16, ge=1, le=256, description="Largest rank of an adapter that is served.")
-    targets: Literal["attention", "cross_attention", "attention_ff"] = Field(
-        default="attention_ff", description="Layers that adapters may change."
-    )
+    targets: Targets = Field(default="attention_ff", description="Layers that adapters may change.")
     host_mib: int = Field(default=1024, ge=1, description="MiB of adapters kept in host memory.")
     disk_cache: Path | None = Field(default=None, description="Folder of downloaded adapters; none: no disk tier.")
     disk_mib: int = Field(default=4096, ge=1, description="MiB of adapters kept in the disk cache.")

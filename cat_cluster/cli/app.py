@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -19,6 +19,7 @@ from cat_cluster.cli.k8s import mount_k8s
 from cat_cluster.cli.serve import serve
 from cat_cluster.errors import CatClusterError
 from cat_cluster.settings import load_settings
+from cat_cluster.spec.choices import AdapterFormat, SamplerName
 
 # Torch and diffusers take seconds to import: commands import what they need, so `--help` and errors come at once.
 
@@ -142,7 +143,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed; image i of several uses seed + i.")] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; up to 1 means none.")] = 4.0,
-    sampler: Annotated[Literal["ddim", "euler", "dpmpp_2m"], typer.Option(help="Sampler.")] = "ddim",
+    sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = "ddim",
     strength: Annotated[float, typer.Option(help="How strongly the adapter acts; 1 as trained.")] = 1.0,
     count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
     storage: Storage = None,
@@ -204,7 +205,7 @@ def adapters_verify(adapter: AdapterRef, storage: Storage = None, as_json: AsJso
 @adapters_app.command("export")
 def adapters_export(
     adapter: AdapterRef,
-    fmt: Annotated[Literal["diffusers", "peft", "kohya"], typer.Option("--format", help="File format.")],
+    fmt: Annotated[AdapterFormat, typer.Option("--format", help="File format.")],
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     storage: Storage = None,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 import yaml
@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cat_cluster.errors import SpecError
 from cat_cluster.settings import load_settings
+from cat_cluster.spec.choices import DriftPolicy
 
 people = Console(stderr=True)
 
@@ -26,9 +27,7 @@ def serve(
     base: Annotated[str | None, typer.Option(help="Base model: pocket, a diffusers folder, or a hub id.")] = None,
     slots: Annotated[int | None, typer.Option(min=1, help="Adapters held on the device at once.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=2, help="Most U-Net rows in one call.")] = None,
-    policy: Annotated[
-        Literal["annotate", "fallback", "quarantine"] | None, typer.Option(help="What a drift alarm does.")
-    ] = None,
+    policy: Annotated[DriftPolicy | None, typer.Option(help="What a drift alarm does.")] = None,
     engines: Annotated[int, typer.Option(min=1, help="Engines, each with its own device.")] = 1,
     config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="YAML with any setting of the service.")

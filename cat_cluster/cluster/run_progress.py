@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from cat_cluster.spec.choices import AdapterPhase, Outcome
 from cat_cluster.spec.job import JobSpec
 
 HEARTBEAT_SECONDS = 10.0  # a driver writes its record at least this often
 MISSED_HEARTBEATS = 6  # so many in a row, and the driver counts as lost: a minute covers a slow store and skewed clocks
 
 RunState = Literal["waiting", "running", "done", "failed", "stopped"]
-AdapterState = Literal[
-    "waiting", "training", "evaluating", "published", "already published", "rejected", "failed"
-]  # fmt: skip
 ENDED_RUN: tuple[RunState, ...] = ("done", "failed", "stopped")
-ENDED_ADAPTER: tuple[AdapterState, ...] = ("published", "already published", "rejected", "failed")
+ENDED_ADAPTER: tuple[AdapterPhase, ...] = get_args(Outcome)
 
 
 def _finite(value: float | None) -> float | None:
@@ -49,7 +47,7 @@ class AdapterProgress(_Record):
 
     id: str
     revision: str | None = None
-    state: AdapterState = "waiting"
+    state: AdapterPhase = "waiting"
     step: int = 0
     steps: int = 0
     losses: dict[str, TokenLoss] = Field(default_factory=dict)

@@ -12,14 +12,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PriorPromptMode = Literal["token_removed", "class_noun", "empty", "mixture"]
-AlphaSchedule = Literal["constant", "high_noise", "low_noise"]
+from cat_cluster.spec.choices import AlphaSchedule, PriorPrompt
+
 # Half of the mixture is the paper's own prior prompt; the empty prompt must be held too, or the unconditional
 # branch drifts and classifier-free guidance amplifies it; the rest guards prompts that never name the class.
 MIXTURE_TOKEN_REMOVED = 0.50
@@ -69,7 +68,7 @@ class AdapterTask:
     seed: int
     rows: int
     cat_fraction: float
-    prior_prompt: PriorPromptMode
+    prior_prompt: PriorPrompt
     general_prompts: tuple[str, ...]
     concepts: tuple[ConceptMaterial, ...]
     alpha_schedule: AlphaSchedule = "constant"

@@ -10,16 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
-State = Literal["ok", "warning", "alarm"]
+from cat_cluster.spec.choices import DriftDetector, DriftScore, DriftState
 
-SCORES = ("kps", "identity", "base_drift")
-DETECTORS = ("ewma", "cusum")
+Array = NDArray[np.float64]
+
+SCORES = get_args(DriftScore)
+DETECTORS = get_args(DriftDetector)
 LEAST_PAIRS = 8  # of a reference: fewer say too little of how scores vary
 WARNING = 0.7  # share of a limit
 EWMA_WEIGHT = 0.05  # the last 40 probes or so count
@@ -106,7 +107,7 @@ class DriftMonitor:
         self._charts = Charts.zero(len(SCORES))
         self.probes = 0
 
-    def update(self, scores: Mapping[str, float]) -> State:
+    def update(self, scores: Mapping[str, float]) -> DriftState:
         """Take the scores of one more live probe and return the state."""
         found = self._calibration
         off = (angles([scores[name] for name in SCORES]) - found.means) / found.deviations
@@ -123,7 +124,7 @@ class DriftMonitor:
         }
 
     @property
-    def state(self) -> State:
+    def state(self) -> DriftState:
         """What the detector that has gone furthest says."""
         largest = max(share for row in self.shares.values() for share in row.values())
         return "alarm" if largest >= 1.0 else "warning" if largest >= WARNING else "ok"

@@ -6,7 +6,7 @@ serves (weights loaded into a slot by a copy, no module surgery).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -16,22 +16,21 @@ from torch.nn import functional
 
 from cat_cluster.errors import AdapterMismatchError
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.spec.choices import Blocks, Targets
 
-TARGETS = {
+TARGETS: Mapping[Targets, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "cross_attention": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
     "attention_ff": ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
 }
-
-
-BLOCKS = {
+BLOCKS: Mapping[Blocks, tuple[str, ...]] = {
     "all": ("down_blocks.", "mid_block.", "up_blocks."),
     "mid_up": ("mid_block.", "up_blocks."),
     "up": ("up_blocks.",),
 }
 
 
-def adapted_layers(unet: UNet2DConditionModel, targets: str, blocks: str = "all") -> tuple[str, ...]:
+def adapted_layers(unet: UNet2DConditionModel, targets: Targets, blocks: Blocks = "all") -> tuple[str, ...]:
     """Return the module paths of the linears that `targets` names in `blocks`, in module order (no convolutions).
 
     The forward runs down, mid, up. What lies before the first adapted layer needs no gradient, so its activations are

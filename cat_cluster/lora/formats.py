@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from cat_cluster.errors import AdapterFormatError, AdapterMismatchError
 from cat_cluster.files import write_whole
 from cat_cluster.lora.peft_config import HEADER_KEY, check_config, config_for, parse_config, scale_of
-
-AdapterFormat = Literal["diffusers", "peft", "kohya"]
+from cat_cluster.spec.choices import AdapterFormat
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"

@@ -17,13 +17,8 @@ from torch import Tensor
 from cat_cluster.files import write_whole
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.samplers import (
-    SamplerName,
-    SamplerTable,
-    advance_rows,
-    gather_coefficients,
-    sampler_table,
-)
+from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
+from cat_cluster.spec.choices import SamplerName
 
 
 @dataclass(frozen=True)

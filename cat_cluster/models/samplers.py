@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from cat_cluster.errors import BaseModelError, SpecError
 from cat_cluster.models.schedule import SCHEDULER_FILE, NoiseSchedule
+from cat_cluster.spec.choices import SamplerName
 
-SamplerName = Literal["ddim", "euler", "dpmpp_2m"]
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
 Array = npt.NDArray[np.float64]
 

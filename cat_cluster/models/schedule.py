@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class NoiseSchedule:
         Raises BaseModelError for a prediction type or beta schedule that Stable Diffusion 1.x and 2.x do not use.
         """
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
-        if prediction_type not in ("epsilon", "v_prediction"):
+        if prediction_type not in get_args(PredictionType):
             raise BaseModelError(
                 f"prediction_type {prediction_type!r} in {SCHEDULER_FILE} is not supported: "
                 "use a base with 'epsilon' or 'v_prediction'."

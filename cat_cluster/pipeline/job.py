@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from cat_cluster.errors import AdapterNotFoundError, CatClusterError
 from cat_cluster.evaluation.evaluate import EvaluationMemory, Evaluator
@@ -21,13 +21,12 @@ from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, open_b
 from cat_cluster.pipeline.publish import adapter_draft
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.settings import Settings
+from cat_cluster.spec.choices import Outcome
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 from cat_cluster.training.engine import EngineFactory, TorchEngine
 from cat_cluster.training.loop import LoopSettings, StepReport, TrainedAdapter, train_pack
 from cat_cluster.training.pack_size import measured_pack_size
-
-Outcome = Literal["published", "already published", "rejected", "failed"]
 
 
 class JobListener(Protocol):

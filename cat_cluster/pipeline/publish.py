@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,7 @@ from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import AdapterDraft
+from cat_cluster.spec.choices import RevisionStatus
 from cat_cluster.spec.imported import ImportedAdapter
 from cat_cluster.spec.job import ResolvedAdapter
 
@@ -31,7 +32,7 @@ def adapter_draft(
     evaluation: Evaluation | None,
     *,
     training: dict[str, Any],
-    status: Literal["published", "rejected"] = "published",
+    status: RevisionStatus = "published",
 ) -> AdapterDraft:
     """Return what the registry publishes of an adapter; evaluation: None where it was not measured."""
     metrics = None if evaluation is None else evaluation.to_json()

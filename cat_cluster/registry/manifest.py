@@ -14,13 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cat_cluster.errors import RegistryError
 from cat_cluster.lora.formats import AdapterWeights
+from cat_cluster.spec.choices import RevisionStatus
 from cat_cluster.spec.imported import ImportedAdapter
 from cat_cluster.spec.job import ResolvedAdapter
 
 SCHEMA_VERSION = 1
 WEIGHTS = "weights"  # the name of the weights among a manifest's objects
-
-Status = Literal["published", "rejected"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class AdapterDraft:
     judge: Mapping[str, Any] | None = None
     reference: Mapping[str, Any] | None = None
     samples: Mapping[str, bytes] = field(default_factory=dict)
-    status: Status = "published"
+    status: RevisionStatus = "published"
 
 
 class StoredObject(BaseModel):
@@ -74,7 +73,7 @@ class Manifest(BaseModel):
     schema_version: Literal[1]
     adapter_id: str
     revision: str
-    status: Status
+    status: RevisionStatus
     created: str
     base_name: str
     base_fingerprint: str

@@ -10,26 +10,17 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
+from cat_cluster.spec.choices import MethodName, MetricName
 from cat_cluster.spec.yaml_file import describe
 
 LARGEST_SEED = 2**63 - 1
-AVAILABLE_METHODS = ("cat", "lora")
 PLANNED_METHODS = ("dreambooth", "textual_inversion")
+GATE_METRICS = get_args(MetricName)
 _Item = TypeVar("_Item")
-GATE_METRICS = (
-    "kps",
-    "kps_all_pairs",
-    "identity_similarity",
-    "identity_gain",
-    "prompt_similarity",
-    "base_drift",
-    "fisher_drift",
-    "diversity_ratio",
-)
 CONDITION = re.compile(r"(>=|<=)\s*(-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)")
 _S3_ADDRESS = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/.*)?", re.DOTALL)
 _NAMED_BASES_AND_JUDGES = ("pocket", "pocket-classifier", "auto")
@@ -48,7 +39,7 @@ def _number(value: object) -> object:
 
 def _method(value: object) -> object:
     if value in PLANNED_METHODS:
-        raise ValueError(f"{value!r} is not available in this version; available: {', '.join(AVAILABLE_METHODS)}")
+        raise ValueError(f"{value!r} is not available in this version; available: {', '.join(get_args(MethodName))}")
     return value
 
 
@@ -163,7 +154,7 @@ NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 Text = Annotated[str, Field(min_length=1)]
 AdapterId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
-Method = Annotated[Literal["cat", "lora"], BeforeValidator(_method)]
+Method = Annotated[MethodName, BeforeValidator(_method)]
 Workers = Annotated[Count | tuple[Count, Count], BeforeValidator(_workers)]
 PackSize = Annotated[Literal["auto"] | Count, BeforeValidator(_pack_size)]
 Conditions = Annotated[dict[str, str], BeforeValidator(_conditions)]

@@ -6,6 +6,15 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from cat_cluster.spec.choices import (
+    AlphaSchedule,
+    Blocks,
+    LearningRateSchedule,
+    Precision,
+    PriorPrompt,
+    SamplerName,
+    Targets,
+)
 from cat_cluster.spec.fields import (
     Conditions,
     Count,
@@ -41,20 +50,18 @@ class TrainingSpec(Section):
         default=2.0e-3, le=1.0e30, description="Highest learning rate of AdamW; a float32 step must hold it."
     )
     rows_per_concept: Count = Field(default=4, description="Rows of a step that each concept gets.")
-    prior_prompt: Literal["token_removed", "class_noun", "empty", "mixture"] = Field(
+    prior_prompt: PriorPrompt = Field(
         default="mixture", description="Prompts on which the CAT term holds the adapter to the base model."
     )
     general_prompts: PromptsFile | None = Field(
         default=None, description="Text file with one prompt a line for the mixture; none means the base model's own."
     )
-    targets: Literal["attention", "cross_attention", "attention_ff"] = Field(
-        default="attention_ff", description="Which linear layers of the U-Net are adapted."
-    )
-    blocks: Literal["all", "mid_up", "up"] = Field(
+    targets: Targets = Field(default="attention_ff", description="Which linear layers of the U-Net are adapted.")
+    blocks: Blocks = Field(
         default="all",
         description="Which blocks of the U-Net are adapted; the backward stops below the first adapted layer.",
     )
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+    lr_schedule: LearningRateSchedule = Field(
         default="cosine", description="Course of the learning rate after warm-up; linear and cosine fall to 0."
     )
     warmup_steps: Whole | None = Field(
@@ -71,7 +78,7 @@ class TrainingSpec(Section):
     cat_fraction: Fraction = Field(
         default=0.5, description="Share of rows that carry the CAT term, at weight 1 / share."
     )
-    alpha_schedule: Literal["constant", "high_noise", "low_noise"] = Field(
+    alpha_schedule: AlphaSchedule = Field(
         default="constant",
         description="How alpha depends on the timestep: the same everywhere, rising with the noise from 0 to twice "
         "alpha, or falling with it.",
@@ -86,7 +93,7 @@ class TrainingSpec(Section):
     )
     pool_size: Count = Field(default=64, description="Fixed draws per crop of a photo when teacher is pool.")
     joint_rows: bool = Field(default=True, description="Predict rows with and without the token in one U-Net call.")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="Arithmetic of the U-Net calls.")
+    precision: Precision = Field(default="fp32", description="Arithmetic of the U-Net calls.")
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations: less memory, more time.")
     compile: bool = Field(
         default=False, description="Compile the U-Net's blocks with torch.compile; needs a compiler, pays on a GPU."
@@ -116,7 +123,7 @@ class EvaluationSpec(Section):
     images_per_prompt: Count = Field(default=4, description="Seeds per prompt and arm.")
     steps: Count = Field(default=25, description="Denoising steps of each image.")
     guidance: NotNegative = Field(default=4.0, description="Classifier-free guidance scale; up to 1 means none.")
-    sampler: Literal["ddim", "euler", "dpmpp_2m"] = Field(default="ddim", description="Sampler of each image.")
+    sampler: SamplerName = Field(default="ddim", description="Sampler of each image.")
     judge: NameOrFolder = Field(
         default="auto",
         description="Model that measures similarity: auto, pocket, pocket-classifier, a CLIP folder or hub id.",

@@ -8,7 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from cat_cluster.spec.choices import AdapterPhase, DriftDetector, DriftScore, ProbeVerdict
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -32,18 +34,15 @@ LABELS: Mapping[str, LabelSpec] = {
     "token": LabelSpec("Token of the concept within its adapter.", pattern=r"[^\s,{}]+"),
     "operation": LabelSpec("What was asked of the store.", ("read", "write", "list", "delete")),
     "result": LabelSpec("hit: the prediction was kept; miss: the base model was asked.", ("hit", "miss")),
-    "state": LabelSpec(
-        "Where an adapter of the job stands.",
-        ("waiting", "training", "evaluating", "published", "already published", "rejected", "failed"),
-    ),
+    "state": LabelSpec("Where an adapter of the job stands.", get_args(AdapterPhase)),
     "code": LabelSpec("HTTP status of the answer.", pattern=r"[1-5][0-9]{2}"),
     "route": LabelSpec("Path template of the request.", pattern=r"/[a-z0-9_/{}.-]*"),
     "outcome": LabelSpec("How an image ended.", ("done", "cancelled", "expired", "failed")),
     "tier": LabelSpec("Where an adapter was found: store means it was fetched.", ("slot", "host", "disk", "store")),
     "kind": LabelSpec("canonical: fixed prompts and seeds; live: a user's own.", ("canonical", "live")),
-    "verdict": LabelSpec("What a probe said.", ("ok", "warning", "alarm", "error")),
-    "detector": LabelSpec("Sequential detector.", ("ewma", "cusum")),
-    "score": LabelSpec("Score of a probe.", ("kps", "identity", "base_drift")),
+    "verdict": LabelSpec("What a probe said.", get_args(ProbeVerdict)),
+    "detector": LabelSpec("Sequential detector.", get_args(DriftDetector)),
+    "score": LabelSpec("Score of a probe.", get_args(DriftScore)),
 }
 
 

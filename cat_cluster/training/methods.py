@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from diffusers import UNet2DConditionModel
 
 from cat_cluster.data.draws import keyed_generator
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-
-MethodName = Literal["cat", "lora"]
+from cat_cluster.spec.choices import MethodName
 
 
 def effective_alpha(method: MethodName, alpha: float) -> float:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ScheduleName = Literal["constant", "linear", "cosine"]
+from cat_cluster.spec.choices import LearningRateSchedule
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class SlotSettings:
     learning_rate: float
     weight_decay: float
     max_grad_norm: float | None
-    lr_schedule: ScheduleName
+    lr_schedule: LearningRateSchedule
     warmup_steps: int
     steps: int
 

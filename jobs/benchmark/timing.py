@@ -20,6 +20,7 @@ from cat_cluster.data.latents import TextCache
 from cat_cluster.errors import SpecError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
+from cat_cluster.spec.choices import Blocks
 from cat_cluster.training.engine import TorchEngine, autocast
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.optimizer import SlotSettings
@@ -40,7 +41,7 @@ class Levers:
     joint_rows: bool = False
     fraction: float = 1.0
     pool_size: int | None = None
-    blocks: str = "all"
+    blocks: Blocks = "all"
     bf16: bool = False
     compile: bool = False
 

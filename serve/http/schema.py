@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from cat_cluster.models.samplers import SamplerName
+from cat_cluster.spec.choices import SamplerName
 from serve.calls import AdminAction
 
 MAX_SEED = 2**63 - 1

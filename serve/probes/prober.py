@@ -12,17 +12,19 @@ import logging
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cat_cluster.data.concepts import remove_token
 from cat_cluster.errors import CatClusterError, EvaluationError
-from cat_cluster.evaluation.drift import DETECTORS, SCORES, State, disagreement
+from cat_cluster.evaluation.drift import DETECTORS, SCORES, disagreement
 from cat_cluster.evaluation.judges import Judge, load_judge
 from cat_cluster.evaluation.metrics import paired_similarity
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import Manifest, Registry
+from cat_cluster.spec.choices import DriftState
 from cat_cluster.telemetry import (
     BASE_MISMATCHES,
     DRIFT_STATE,
@@ -58,7 +60,7 @@ OnAlarm = Callable[[Manifest, str], Awaitable[None]]
 MOST_LIVE = 4  # live probes that wait for spare rows; under load there are none to spare, and more would pile up
 MOST_WATCHES = 4096
 MOST_BASE_ROWS = 8192
-_STATES = ("ok", "warning", "alarm")
+_STATES = get_args(DriftState)
 _log = logging.getLogger(__name__)
 
 
@@ -169,7 +171,7 @@ class Prober:
         watch = await self._watch(manifest)
         pair = watch.pair
         scores, fault, of_base = await self._compare(watch, pair)
-        verdict: State = "ok"
+        verdict: DriftState = "ok"
         reason = None
         if fault is not None:
             # Drawn again at once: what is wrong stays wrong, and a glitch must not take an adapter out of service.

@@ -13,10 +13,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cat_cluster.errors import ObjectNotFoundError, StoreError
+from cat_cluster.spec.choices import ProbeVerdict
 from cat_cluster.store.protocol import ObjectStore
 
 Kind = Literal["canonical", "live"]
-Verdict = Literal["ok", "warning", "alarm", "error"]
 RunInThread = Callable[..., Awaitable[Any]]
 
 MOST_RECORDS = 500  # of one revision, hour and replica: the newest
@@ -37,7 +37,7 @@ class ProbeRecord(BaseModel):
     time: float
     replica: str
     kind: Kind
-    verdict: Verdict
+    verdict: ProbeVerdict
     token: str | None = None
     pair: int | None = None
     scores: dict[str, float] | None = None

@@ -12,20 +12,20 @@ from numpy.typing import NDArray
 
 from cat_cluster.data.concepts import has_token
 from cat_cluster.errors import EvaluationError
-from cat_cluster.evaluation.drift import LEAST_PAIRS, SCORES, DriftMonitor, State
+from cat_cluster.evaluation.drift import LEAST_PAIRS, SCORES, DriftMonitor
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import Judge, feature_rows
 from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.prompts import fill
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.samplers import SamplerName
 from cat_cluster.registry.manifest import Manifest
+from cat_cluster.spec.choices import DriftState, SamplerName
 from cat_cluster.spec.fields import words
 from serve.calls import ImageCall
 
 Array = NDArray[np.float64]
 LoadJudge = Callable[[str, BaseModel], Judge]
-_SEVERITY: Mapping[State, int] = {"ok": 0, "warning": 1, "alarm": 2}
+_SEVERITY: Mapping[DriftState, int] = {"ok": 0, "warning": 1, "alarm": 2}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class DriftStatus:
     statistics: token -> score -> detector -> share of its limit.
     """
 
-    state: Literal["unknown", "ok", "warning", "alarm"] = "unknown"
+    state: Literal["unknown", DriftState] = "unknown"
     reason: str | None = None
     probes: Mapping[str, int] = field(default_factory=dict)
     last: Mapping[str, float] = field(default_factory=dict)
@@ -90,7 +90,7 @@ class RevisionMonitor:
     photos: Mapping[str, Array]
     monitors: Mapping[str, DriftMonitor]
     reference: Mapping[str, Mapping[str, float]]
-    canonical: State | None = None
+    canonical: DriftState | None = None
     reason: str | None = None
     told: bool = False
     cursor: int = 0
@@ -104,7 +104,7 @@ class RevisionMonitor:
         return self.pairs[self.cursor % len(self.pairs)]
 
     @property
-    def state(self) -> State | None:
+    def state(self) -> DriftState | None:
         """The worst of what canonical and live probes say; None before the first probe."""
         said = [monitor.state for monitor in self.monitors.values() if monitor.probes > 0]
         said += [self.canonical] if self.canonical is not None else []

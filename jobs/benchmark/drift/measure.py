@@ -47,10 +47,10 @@ from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.pocket import world
-from cat_cluster.models.samplers import SamplerName
 from cat_cluster.pipeline.job import run_job
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.settings import Settings
+from cat_cluster.spec.choices import SamplerName
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.store import open_store

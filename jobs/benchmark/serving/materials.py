@@ -14,12 +14,13 @@ from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
+from cat_cluster.spec.choices import Targets
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import open_store
 from jobs.benchmark.timing import RANK
 
-TARGETS = "attention_ff"
+TARGETS: Targets = "attention_ff"
 CHANGE = 0.07  # of the norm of each weight matrix: what trained adapters of this rank do
 TOKEN, NOUN = "sks", "cup"
 

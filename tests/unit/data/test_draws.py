@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cat_cluster.data.draws import AdapterTask, AlphaSchedule, Batch, ConceptMaterial, draw_batch, keyed_generator
+from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
+from cat_cluster.spec.choices import AlphaSchedule
 
 
 def concept(token: str, *, alpha: float = 1.0, weight: float = 1.0, views: int = 3) -> ConceptMaterial:

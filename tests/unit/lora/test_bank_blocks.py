@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 import torch._dynamo.utils
 from diffusers import UNet2DConditionModel
 
-from cat_cluster.lora.bank import BLOCKS, LoraBank, adapted_layers
+from cat_cluster.lora.bank import BLOCKS, TARGETS, LoraBank, adapted_layers
 from cat_cluster.models.base_model import compiled_blocks
+from cat_cluster.spec.choices import Blocks, Targets
 from cat_cluster.training.methods import initial_weights
 from tests.unit.lora.test_bank import WeightsFactory, attach, inputs, loss_of, predict
+
+
+def test_whatever_a_spec_may_choose_has_its_layers() -> None:
+    assert (tuple(TARGETS), tuple(BLOCKS)) == (get_args(Targets), get_args(Blocks))
 
 
 @pytest.mark.parametrize(("blocks", "first"), [("all", "down_blocks"), ("mid_up", "mid_block"), ("up", "up_blocks")])

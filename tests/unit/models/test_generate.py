@@ -23,7 +23,8 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer, write_adapter
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
-from cat_cluster.models.samplers import SAMPLERS, SamplerName
+from cat_cluster.models.samplers import SAMPLERS
+from cat_cluster.spec.choices import SamplerName
 
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 MIXED = [

@@ -12,13 +12,13 @@ from torch import Tensor
 from cat_cluster.errors import BaseModelError, SpecError
 from cat_cluster.models.samplers import (
     SAMPLERS,
-    SamplerName,
     SamplerTable,
     advance_rows,
     gather_coefficients,
     sampler_table,
 )
 from cat_cluster.models.schedule import NoiseSchedule
+from cat_cluster.spec.choices import SamplerName
 
 ORACLES = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 STABLE = {

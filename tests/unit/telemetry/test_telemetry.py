@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from cat_cluster import telemetry
-from cat_cluster.cluster.run_progress import AdapterState
+from cat_cluster.cluster.run_progress import AdapterProgress
 from cat_cluster.spec.job import AdapterSpec, ConceptSpec
 from cat_cluster.telemetry import (
     ADAPTERS,
@@ -146,7 +146,7 @@ def test_whatever_a_spec_may_name_is_a_label_value() -> None:
 
 
 def test_adapters_are_in_the_states_of_a_run() -> None:
-    assert LABELS["state"].values == get_args(AdapterState)
+    assert LABELS["state"].values == get_args(AdapterProgress.model_fields["state"].annotation)
 
 
 def test_series_are_bounded_whatever_is_trained(backend: PrometheusBackend) -> None:
