@@ -15,17 +15,11 @@ from transformers.utils import logging as transformers_logging
 from cat_cluster import telemetry
 from cat_cluster.cluster.event_queue import EventQueue
 from cat_cluster.cluster.runs import open_fenced_store
-from cat_cluster.errors import CatClusterError, CheckpointError
+from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.pipeline.job import AdapterResult, finish_adapter, pack_size
-from cat_cluster.pipeline.prepare import (
-    PreparedAdapter,
-    checkpoints_of,
-    prepare_adapter,
-    prepare_again,
-    trained_adapter,
-)
+from cat_cluster.pipeline.prepare import PreparedAdapter, prepare_adapter, prepare_again, trained_adapter
 from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
@@ -100,12 +94,9 @@ def _evaluate(
     store = open_fenced_store(storage, run_id, attempt)
     try:
         adapter = _kept.prepare(resolved, revision, settings)
-        series = checkpoints_of(adapter, store)
-        steps = series.steps()
-        if not steps:
-            raise CheckpointError("its checkpoints are gone from the store: submit the job again")
-        trained = trained_adapter(adapter, series.load(steps[-1]))
-        result = finish_adapter(adapter, trained, Registry(store), seconds, on_images, _kept.memory)
+        result = finish_adapter(
+            adapter, trained_adapter(adapter, store), Registry(store), seconds, on_images, _kept.memory
+        )
     except CatClusterError as error:
         result = AdapterResult(resolved.id, revision, "failed", reason=str(error))
     metrics.observe(telemetry.EVALUATION_SECONDS, time.perf_counter() - started)

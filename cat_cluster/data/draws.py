@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cat_cluster.spec.choices import AlphaSchedule, PriorPrompt
+from cat_cluster.spec.choices import AlphaSchedule
+from cat_cluster.spec.sections import TrainingSpec
 
-# Half of the mixture is the paper's own prior prompt; the empty prompt must be held too, or the unconditional
-# branch drifts and classifier-free guidance amplifies it; the rest guards prompts that never name the class.
+# Half of the mixture is the paper's own prior prompt. The empty prompt is the one classifier-free guidance runs beside
+# every image; the general prompts are those that never name the class. Decision 0005 has what each part is worth.
 MIXTURE_TOKEN_REMOVED = 0.50
 MIXTURE_EMPTY = 0.25
 
@@ -55,29 +56,27 @@ class ConceptMaterial:
 
 @dataclass(frozen=True, eq=False)
 class AdapterTask:
-    """One adapter's part of a pack: its concepts and everything that decides its draws.
-
-    draw_key: what keys the draws, the adapter's id unless a study pairs two adapters on equal draws.
-    rows: rows per concept and step. cat_fraction: the share p of rows that carry the CAT term, weight 1/p.
-    alpha_schedule: how alpha depends on the timestep. pool_size: M, the fixed draws per view that all rows come from;
-    None draws every row anew.
-    """
+    """One adapter's part of a pack: its concepts and settings, and the general prompts that its mixture draws from."""
 
     adapter_id: str
-    draw_key: str
-    seed: int
-    rows: int
-    cat_fraction: float
-    prior_prompt: PriorPrompt
-    general_prompts: tuple[str, ...]
     concepts: tuple[ConceptMaterial, ...]
-    alpha_schedule: AlphaSchedule = "constant"
-    pool_size: int | None = None
+    training: TrainingSpec
+    general_prompts: tuple[str, ...] = ()
+
+    @property
+    def draw_key(self) -> str:
+        """What keys the draws: the adapter's id unless a study pairs two adapters on equal draws."""
+        return self.training.draw_key or self.adapter_id
+
+    @property
+    def pool_size(self) -> int | None:
+        """M, the fixed draws per view that all rows come from; None draws every row anew."""
+        return self.training.pool_size if self.training.teacher == "pool" else None
 
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """A draw (z0, e, t, y). key: of a fixed draw of a pool, all that the base's answer depends on; None otherwise."""
+    """A draw (z0, e, t, y). key: for a fixed draw of a pool, all that the base's prediction depends on; else None."""
 
     key: str | None
     moments: Tensor
@@ -224,22 +223,23 @@ def alpha_factor(schedule: AlphaSchedule, t: float) -> float:
 
 
 def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) -> Iterator[_Row]:
-    total_weight = sum(concept.weight for concept in task.concepts)
+    training = task.training
+    rows, total_weight = training.rows_per_concept, sum(concept.weight for concept in task.concepts)
     cat_scale = _cat_scale(task, step)
     position = 0
     for k, concept in enumerate(task.concepts):
-        key = (task.seed, task.draw_key, concept.token)
+        key = (training.seed, task.draw_key, concept.token)
         # Stratified over the concept's rows: each t is uniform, together they cover the schedule evenly.
         offset = keyed_generator(*key, step, "timestep").random()
-        for r in range(task.rows):
-            view = _view_index(key, step * task.rows + r, len(concept.prompts))
-            place = (offset + r) / task.rows % 1.0
+        for r in range(rows):
+            view = _view_index(key, step * rows + r, len(concept.prompts))
+            place = (offset + r) / rows % 1.0
             if task.pool_size is None:
                 draw = _draw(task, concept, view, int(num_timesteps * place), keyed_generator(*key, step, r))
             else:
                 draw = _pool_draw(task, concept, view, int(task.pool_size * place), num_timesteps)
-            weight = concept.weight / total_weight / task.rows
-            factor = alpha_factor(task.alpha_schedule, (draw.timestep + 0.5) / num_timesteps)
+            weight = concept.weight / total_weight / rows
+            factor = alpha_factor(training.alpha_schedule, (draw.timestep + 0.5) / num_timesteps)
             yield _Row(
                 adapter=index,
                 concept=k,
@@ -269,11 +269,11 @@ def _draw(
 
 def _pool_draw(task: AdapterTask, concept: ConceptMaterial, view: int, entry: int, num_timesteps: int) -> Draw:
     """Entry m of a view's pool; its timestep lies in the m-th of M equal strata, so a row's place still decides it."""
-    name = (task.seed, task.draw_key, concept.token, "pool", view, entry, task.pool_size or 0)
+    name = (task.training.seed, task.draw_key, concept.token, "pool", view, entry, task.pool_size or 0)
     generator = keyed_generator(*name)
     timestep = int(num_timesteps * (entry + generator.random()) / (task.pool_size or 1))
     drawn = _draw(task, concept, view, timestep, generator)
-    # All that the base's answer depends on beside the base itself; adapters on equal draws share their entries.
+    # All that the base's prediction depends on beside the base itself; adapters on equal draws share their entries.
     content = (concept.digests[view], *name, timestep, drawn.prior_prompt)
     return replace(drawn, key="\x1f".join(str(part) for part in content))
 
@@ -291,13 +291,14 @@ def _cat_scale(task: AdapterTask, step: int) -> list[float]:
     the next whole number above or below, so that after any number of steps their share is p: with one row and p = 1/2
     every second step has the term.
     """
-    rows = [k for k, concept in enumerate(task.concepts) for _ in range(task.rows)]
+    training = task.training
+    rows = [k for k in range(len(task.concepts)) for _ in range(training.rows_per_concept)]
     candidates = [i for i, k in enumerate(rows) if task.concepts[k].alpha > 0]
     scale = [0.0] * len(rows)
-    wanted = task.cat_fraction * len(candidates)
+    wanted = training.cat_fraction * len(candidates)
     count = _whole(wanted * (step + 1)) - _whole(wanted * step)
-    for c in keyed_generator(task.seed, task.draw_key, step, "cat_rows").permutation(len(candidates))[:count]:
-        scale[candidates[c]] = 1.0 / task.cat_fraction
+    for c in keyed_generator(training.seed, task.draw_key, step, "cat_rows").permutation(len(candidates))[:count]:
+        scale[candidates[c]] = 1.0 / training.cat_fraction
     return scale
 
 
@@ -307,7 +308,7 @@ def _whole(value: float) -> int:
 
 def _prior_prompt(task: AdapterTask, concept: ConceptMaterial, view: int, generator: np.random.Generator) -> str:
     u, general = generator.random(), int(generator.integers(max(1, len(task.general_prompts))))
-    match task.prior_prompt:
+    match task.training.prior_prompt:
         case "token_removed":
             return concept.removed_prompts[view]
         case "class_noun":

@@ -6,7 +6,7 @@ serves (weights loaded into a slot by a copy, no module surgery).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -178,7 +178,11 @@ class LoraBank:
 
     def parameters(self, slot: int) -> list[nn.Parameter]:
         """Return a slot's parameters in layer order, down before up."""
-        return [parameter for name in self._slots[slot] for parameter in self._slots[slot][name]]
+        return [parameter for pair in self._slots[slot].values() for parameter in pair]
+
+    def named_parameters(self, slot: int) -> dict[str, nn.Parameter]:
+        """Return a slot's parameters by name, in the same order."""
+        return dict(zip(parameter_names(self._slots[slot]), self.parameters(slot), strict=True))
 
     def export(self, slot: int) -> AdapterWeights:
         """Return a copy of a slot's weights at their true rank, fp32 on the CPU."""
@@ -249,6 +253,11 @@ class LoraBank:
             downs.append(functional.pad(down, (0, 0, 0, missing)) if missing else down)
             ups.append(functional.pad(up, (0, missing)) if missing else up)
         return torch.stack(downs), torch.stack(ups)
+
+
+def parameter_names(layers: Iterable[str]) -> list[str]:
+    """Return the names of the parameters of layers, `<module path>.lora_A` and `.lora_B`, in order."""
+    return [f"{layer}.{side}" for layer in layers for side in ("lora_A", "lora_B")]
 
 
 def replace_module(unet: UNet2DConditionModel, name: str, module: nn.Module) -> None:

@@ -17,15 +17,23 @@ from cat_cluster.evaluation.gates import check_gates
 from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
-from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, open_bank, pack_member, prepare
+from cat_cluster.pipeline.prepare import (
+    PreparedAdapter,
+    checkpoints_of,
+    open_bank,
+    pack_member,
+    prepare,
+    refuse_old_checkpoints,
+)
 from cat_cluster.pipeline.publish import adapter_draft
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.choices import Outcome
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
+from cat_cluster.training import TRAINING_VERSION
 from cat_cluster.training.engine import EngineFactory, TorchEngine
-from cat_cluster.training.loop import LoopSettings, StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.loop import StepReport, TrainedAdapter, train_pack
 from cat_cluster.training.pack_size import measured_pack_size
 
 
@@ -130,9 +138,11 @@ def plan_packs(
     Adapters of an interrupted job share a pack where they have a checkpoint of one step in common, so that nobody
     is thrown back further than its own last checkpoints. With fewer than it would keep, the start is one of them.
     Within a group those of like rank come together, since a bank pads all to its largest rank.
+    Raises CheckpointError for checkpoints of a version whose checkpoints this one does not read.
     """
     groups: dict[tuple[object, ...], list[PreparedAdapter]] = {}
     for adapter in adapters:
+        refuse_old_checkpoints(adapter, store)
         groups.setdefault(_pack_key(adapter), []).append(adapter)
     packs = []
     for group in groups.values():
@@ -181,8 +191,7 @@ def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings
     heaviest = sorted(group, key=lambda one: (one.resolved.training.rank, one.rows))[-2:]
     with open_bank(heaviest[0].base, heaviest) as bank:
         members = [pack_member(adapter, bank, settings.cache_dir) for adapter in heaviest]
-        shared = loop_settings(heaviest[0], job)
-        return measured_pack_size(heaviest[0].base, bank, members, shared, shared_by=shared_by)
+        return measured_pack_size(heaviest[0].base, bank, members, shared_by=shared_by)
 
 
 def train_adapters(
@@ -198,8 +207,8 @@ def train_adapters(
 ) -> list[TrainedAdapter]:
     """Train the adapters of one pack together, from their last common checkpoint on.
 
-    on_checkpoint is told of each stored checkpoint: seconds and bytes. on_bank is given the bank when it is open, with
-    adapter i of the pack in slot i + 1 from the first step on.
+    on_checkpoint is called after each stored checkpoint with its seconds and bytes. on_bank is given the bank when it
+    is open, with adapter i of the pack in slot i + 1 from the first step on.
     """
     with open_bank(pack[0].base, pack) as bank:
         members = [pack_member(adapter, bank, settings.cache_dir) for adapter in pack]
@@ -209,24 +218,11 @@ def train_adapters(
             pack[0].base,
             bank,
             members,
-            loop_settings(pack[0], job),
             checkpoints=[replace(checkpoints_of(adapter, store), on_saved=on_checkpoint) for adapter in pack],
+            checkpoint_every=job.cluster.checkpoint_every,
             on_step=on_step,
             make_engine=make_engine,
         )
-
-
-def loop_settings(adapter: PreparedAdapter, job: JobSpec) -> LoopSettings:
-    """Return what all adapters of a pack share, from any one of them."""
-    training = adapter.resolved.training
-    return LoopSettings(
-        steps=training.steps,
-        checkpoint_every=job.cluster.checkpoint_every,
-        joint_rows=training.joint_rows,
-        bf16=training.precision == "bf16",
-        gradient_checkpointing=training.gradient_checkpointing,
-        compile=training.compile,
-    )
 
 
 def finish_adapter(
@@ -281,6 +277,7 @@ def _finish(
         trained.weights,
         evaluation,
         training={"steps": resolved.training.steps, "pack_seconds": round(seconds, 2), "history": trained.history},
+        training_version=TRAINING_VERSION,
         status="rejected" if failures else "published",
     )
     manifest = registry.publish(draft)

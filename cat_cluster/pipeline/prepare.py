@@ -14,7 +14,7 @@ from cat_cluster.errors import CheckpointError, SpecError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
-from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, choose_device, load_base_model
 from cat_cluster.pipeline.publish import image_digests
@@ -22,11 +22,11 @@ from cat_cluster.registry import revision_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.store import ObjectStore
-from cat_cluster.training.checkpoint import AdapterState, CheckpointStore
+from cat_cluster.training import TRAINING_VERSION
+from cat_cluster.training.checkpoint import CheckpointStore
 from cat_cluster.training.loop import PackMember, TrainedAdapter
 from cat_cluster.training.loss_curves import curves
 from cat_cluster.training.methods import effective_alpha, initial_weights
-from cat_cluster.training.optimizer import SlotSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[s
     if resolved.base not in bases:
         bases[resolved.base] = load_base_model(resolved.base, device=choose_device(settings.device))
     base = bases[resolved.base]
-    revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint)
+    revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint, TRAINING_VERSION)
     return PreparedAdapter(resolved, concepts, base, revision)
 
 
@@ -115,62 +115,53 @@ def open_bank(base: BaseModel, pack: Sequence[PreparedAdapter]) -> Iterator[Lora
 def checkpoints_of(adapter: PreparedAdapter, store: ObjectStore) -> CheckpointStore:
     """Return where the checkpoints of an adapter are kept: under its revision, whatever it is packed with."""
     name = f"{adapter.resolved.id}/{adapter.revision}"
-    return CheckpointStore(store, f"runs/{name}/checkpoints", name)
+    return CheckpointStore(store, f"checkpoints/{name}", name)
 
 
-def trained_adapter(adapter: PreparedAdapter, state: AdapterState) -> TrainedAdapter:
-    """Return what training left in an adapter's last checkpoint."""
-    training, unet = adapter.resolved.training, adapter.base.unet
+def refuse_old_checkpoints(adapter: PreparedAdapter, store: ObjectStore) -> None:
+    """Raise CheckpointError where an earlier cat-cluster, whose format is not read, left checkpoints of the adapter."""
+    prefix = f"runs/{adapter.resolved.id}/{adapter.revision}/checkpoints/"
+    if store.list(prefix):
+        raise CheckpointError(
+            f"adapter {adapter.resolved.id}: {prefix} in {store.url} holds checkpoints of an earlier cat-cluster, "
+            "which this one cannot read: finish the job with the version that began it, or remove them to train from "
+            "the start"
+        )
+
+
+def trained_adapter(adapter: PreparedAdapter, store: ObjectStore) -> TrainedAdapter:
+    """Return what training left in an adapter's last checkpoint; CheckpointError if there is none."""
+    checkpoints, training = checkpoints_of(adapter, store), adapter.resolved.training
+    steps = checkpoints.steps()
+    if not steps:
+        raise CheckpointError("its checkpoints are gone from the store: submit the job again")
+    layers = adapted_layers(adapter.base.unet, training.targets, training.blocks)
+    state = checkpoints.load(steps[-1], parameter_names(layers))
     weights = None
     if state.dropped is None:
-        values = [value for value, _, _ in state.parameters]
-        layers = adapted_layers(unet, training.targets, training.blocks)
-        pairs = zip(layers, values[::2], values[1::2], strict=True)
-        weights = AdapterWeights({name: LoraLayer(down, up) for name, down, up in pairs})
-    history = curves(state.history, training.steps)
-    return TrainedAdapter(adapter.resolved.id, weights, state.dropped, history)
+        values = {name: value for name, (value, _, _) in state.parameters.items()}
+        weights = AdapterWeights(
+            {name: LoraLayer(values[f"{name}.lora_A"], values[f"{name}.lora_B"]) for name in layers}
+        )
+    return TrainedAdapter(adapter.resolved.id, weights, state.dropped, curves(state.loss_curves, training.steps))
 
 
 def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None) -> PackMember:
-    """Encode an adapter's photos and settle its draws, its optimiser and the weights it starts from."""
+    """Encode an adapter's photos and draw the weights it starts from."""
     resolved, base = adapter.resolved, adapter.base
-    training = resolved.training
-    draw_key = training.draw_key or resolved.id
-    cache = LatentCache(base, cache_dir)
-    task = AdapterTask(
-        adapter_id=resolved.id,
-        draw_key=draw_key,
-        seed=training.seed,
-        rows=training.rows_per_concept,
-        cat_fraction=training.cat_fraction,
-        prior_prompt=training.prior_prompt,
-        general_prompts=_general_prompts(adapter),
-        concepts=tuple(
-            cache.material(
-                concept,
-                resolution=adapter.resolution,
-                crops_per_image=training.crops_per_image,
-                alpha=effective_alpha(resolved.method, concept.alpha),
-            )
-            for concept in adapter.concepts
-        ),
-        alpha_schedule=training.alpha_schedule,
-        pool_size=training.pool_size if training.teacher == "pool" else None,
+    training, cache = resolved.training, LatentCache(base, cache_dir)
+    concepts = tuple(
+        cache.material(
+            concept,
+            resolution=adapter.resolution,
+            crops_per_image=training.crops_per_image,
+            alpha=effective_alpha(resolved.method, concept.alpha),
+        )
+        for concept in adapter.concepts
     )
-    return PackMember(
-        task=task,
-        optimiser=SlotSettings(
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm,
-            lr_schedule=training.lr_schedule,
-            warmup_steps=training.steps // 15 if training.warmup_steps is None else training.warmup_steps,
-            steps=training.steps,
-        ),
-        initial=initial_weights(base.unet, bank.layers, rank=training.rank, seed=training.seed, draw_key=draw_key),
-        min_snr_gamma=training.min_snr_gamma,
-        drift_budget=training.drift_budget,
-    )
+    task = AdapterTask(resolved.id, concepts, training, _general_prompts(adapter))
+    initial = initial_weights(base.unet, bank.layers, rank=training.rank, seed=training.seed, draw_key=task.draw_key)
+    return PackMember(task, initial)
 
 
 def _general_prompts(adapter: PreparedAdapter) -> tuple[str, ...]:

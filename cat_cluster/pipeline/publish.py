@@ -32,9 +32,13 @@ def adapter_draft(
     evaluation: Evaluation | None,
     *,
     training: dict[str, Any],
+    training_version: int = 0,
     status: RevisionStatus = "published",
 ) -> AdapterDraft:
-    """Return what the registry publishes of an adapter; evaluation: None where it was not measured."""
+    """Return what the registry publishes of an adapter.
+
+    evaluation: None where it was not measured; training_version: 0 for an adapter that was trained elsewhere.
+    """
     metrics = None if evaluation is None else evaluation.to_json()
     return AdapterDraft(
         adapter_id=resolved.id,
@@ -49,6 +53,7 @@ def adapter_draft(
         reference=None if evaluation is None else evaluation.reference(),
         samples={**photo_objects(concepts), **({} if evaluation is None else sample_objects(evaluation))},
         status=status,
+        training_version=training_version,
     )
 
 

@@ -27,7 +27,8 @@ class AdapterDraft:
     """What training and evaluation hand over to be published.
 
     image_digests: sha256 of every training image, in training order; samples: file name -> bytes of example pictures;
-    a draft whose quality gate failed has status "rejected" and never becomes `latest`.
+    a draft whose quality gate failed has status "rejected" and never becomes `latest`; training_version: see
+    revision_of.
     """
 
     adapter_id: str
@@ -42,6 +43,7 @@ class AdapterDraft:
     reference: Mapping[str, Any] | None = None
     samples: Mapping[str, bytes] = field(default_factory=dict)
     status: RevisionStatus = "published"
+    training_version: int = 0
 
 
 class StoredObject(BaseModel):
@@ -111,20 +113,28 @@ def package_version() -> str:
         return importlib.metadata.version("cat-cluster")
     except importlib.metadata.PackageNotFoundError as error:
         raise RegistryError(
-            "cat-cluster runs from source without being installed, so its version is unknown and revisions cannot be "
-            "named: run `pip install -e .` in its folder"
+            "cat-cluster runs from source without being installed, so its version is unknown and cannot be recorded: "
+            "run `pip install -e .` in its folder"
         ) from error
 
 
 def revision_of(
-    adapter_id: str, resolved: ResolvedAdapter | ImportedAdapter, image_digests: Sequence[str], base_fingerprint: str
+    adapter_id: str,
+    resolved: ResolvedAdapter | ImportedAdapter,
+    image_digests: Sequence[str],
+    base_fingerprint: str,
+    training_version: int = 0,
 ) -> str:
-    """Return `r-` + 12 hex of sha256(adapter id, resolved spec, image bytes, base fingerprint, minor version)."""
+    """Return `r-` + 12 hex of sha256(adapter id, resolved spec, image bytes, base fingerprint, training version).
+
+    training_version: of the arithmetic that trained the adapter; 0 where it was trained elsewhere.
+    """
     identity = {
         "adapter_id": adapter_id,
         "base_fingerprint": base_fingerprint,
         "image_digests": list(image_digests),
-        "minor_version": package_version().split(".")[:2],
+        # Version 2 began as minor version 0.2 of the package, and revisions of that time are to be found.
+        "minor_version": ["0", str(training_version)],
         "spec": resolved.digest(),
     }
     return f"r-{sha256(_canonical(identity))[:12]}"

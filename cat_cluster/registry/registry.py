@@ -103,7 +103,9 @@ class Registry:
                 f"the draft of {draft.adapter_id!r} carries the spec of {draft.resolved.id!r}: use one id"
             )
         adapter_id = draft.adapter_id
-        revision = revision_of(adapter_id, draft.resolved, draft.image_digests, draft.base_fingerprint)
+        revision = revision_of(
+            adapter_id, draft.resolved, draft.image_digests, draft.base_fingerprint, draft.training_version
+        )
         is_there = self.store.exists(manifest_key(adapter_id, revision))
         is_new = not is_there and self._store_revision(draft, revision)
         manifest = self._catalogue.find(adapter_id, revision)

@@ -112,6 +112,16 @@ class TrainingSpec(Section):
         "one see equal draws, for paired comparisons.",
     )
 
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises: those given, else a fifteenth of all."""
+        return self.steps // 15 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the U-Net calls run under autocast to bfloat16."""
+        return self.precision == "bf16"
+
 
 class EvaluationSpec(Section):
     """How a trained adapter is measured."""

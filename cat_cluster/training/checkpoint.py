@@ -1,7 +1,8 @@
 """Training checkpoints in the object store, one series per adapter: free of world size and of the pack.
 
 A checkpoint is two objects, `<prefix>/<step>.safetensors` and, written last, `<prefix>/<step>.json`, which names
-the digest of the first: a reader that finds the marker finds a whole checkpoint, or says that it is damaged.
+the digest of the first: a reader that finds the marker finds a whole checkpoint, or says that it is damaged. Tensors
+are named `<module path>.lora_A.value`, `.mean`, `.square` and `.lora_B...`: no position means anything.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -29,24 +30,24 @@ _PARTS = ("value", "mean", "square")
 
 @dataclass(frozen=True, eq=False)
 class AdapterState:
-    """Where an adapter stands after `step` steps.
+    """An adapter after `step` steps.
 
-    parameters: per parameter in bank order (value, first moment, second moment). dropped: why training was given
-    up, if it was. history: what the loop has recorded so far (JSON). balance: how far a drift budget moved alpha.
+    parameters: name -> (value, first moment, second moment). dropped: why training was given up, if it was.
+    loss_curves, drift_budget: what LossCurves and DriftBudget keep of it, as JSON.
     """
 
     step: int
-    parameters: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    parameters: Mapping[str, tuple[Tensor, Tensor, Tensor]]
     dropped: str | None = None
-    history: dict[str, Any] = field(default_factory=dict)
-    balance: list[list[float | None]] = field(default_factory=list)
+    loss_curves: dict[str, Any] = field(default_factory=dict)
+    drift_budget: list[list[float | None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class CheckpointStore:
     """The checkpoints of one adapter revision under `prefix` of a store; `run` names what is being trained.
 
-    on_saved is told of each stored checkpoint: the seconds it took and its bytes.
+    on_saved is called after each stored checkpoint with the seconds it took and its bytes.
     """
 
     store: ObjectStore
@@ -58,19 +59,18 @@ class CheckpointStore:
         """Write a checkpoint, marker last, then remove all but the newest two."""
         started = time.perf_counter()
         tensors = {
-            f"{n}.{part}": tensor.detach().cpu().contiguous()
-            for n, parts in enumerate(state.parameters)
+            f"{name}.{part}": tensor.detach().cpu().contiguous()
+            for name, parts in state.parameters.items()
             for part, tensor in zip(_PARTS, parts, strict=True)
         }
         data = save(tensors)
         marker = {
             "run": self.run,
             "step": state.step,
-            "parameters": len(state.parameters),
             "sha256": hashlib.sha256(data).hexdigest(),
             "dropped": state.dropped,
-            "history": state.history,
-            "balance": state.balance,
+            "loss_curves": state.loss_curves,
+            "drift_budget": state.drift_budget,
         }
         self.store.put(self._key(state.step, "safetensors"), data)
         self.store.put(self._key(state.step, "json"), json.dumps(marker).encode())
@@ -89,8 +89,11 @@ class CheckpointStore:
         steps = self.steps()
         return set(steps) if len(steps) >= KEEP_CHECKPOINTS else {0, *steps}
 
-    def load(self, step: int) -> AdapterState:
-        """Return a checkpoint. Raises CheckpointError when it is damaged or belongs to another run."""
+    def load(self, step: int, names: Collection[str]) -> AdapterState:
+        """Return a checkpoint with the parameters `names`.
+
+        Raises CheckpointError when it is damaged, belongs to another run, or has not exactly these parameters.
+        """
         remedy = f"remove {self.prefix} in {self.store.url} to train from the start"
         try:
             marker = json.loads(self.store.get(self._key(step, "json")))
@@ -100,15 +103,19 @@ class CheckpointStore:
             if marker["run"] != self.run:
                 raise CheckpointError(f"checkpoint {step} belongs to another run, {marker['run']}; {remedy}")
             tensors = load(data)
+            wanted = {f"{name}.{part}" for name in names for part in _PARTS}
+            if differing := sorted(wanted ^ tensors.keys()):
+                what = "lacks" if differing[0] in wanted else "has the unknown tensor"
+                raise CheckpointError(f"checkpoint {step} {what} {differing[0]}; {remedy}")
             return AdapterState(
                 step=int(marker["step"]),
-                parameters=tuple(
-                    (tensors[f"{n}.value"], tensors[f"{n}.mean"], tensors[f"{n}.square"])
-                    for n in range(marker["parameters"])
-                ),
+                parameters={
+                    name: (tensors[f"{name}.value"], tensors[f"{name}.mean"], tensors[f"{name}.square"])
+                    for name in names
+                },
                 dropped=marker["dropped"],
-                history=dict(marker["history"]),
-                balance=list(marker["balance"]),
+                loss_curves=dict(marker["loss_curves"]),
+                drift_budget=list(marker["drift_budget"]),
             )
         except (StoreError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {step} is damaged ({error}); {remedy}") from error
@@ -185,16 +192,17 @@ class CheckpointWriter:
 def _copied(state: AdapterState) -> AdapterState:
     return replace(
         state,
-        parameters=tuple(
-            (value.detach().to("cpu", copy=True), mean.to("cpu", copy=True), square.to("cpu", copy=True))
-            for value, mean, square in state.parameters
-        ),
+        parameters={
+            name: (value.detach().to("cpu", copy=True), mean.to("cpu", copy=True), square.to("cpu", copy=True))
+            for name, (value, mean, square) in state.parameters.items()
+        },
     )
 
 
-def load_newest(stores: Sequence[CheckpointStore]) -> list[AdapterState] | None:
+def load_newest(stores: Sequence[CheckpointStore], names: Sequence[Collection[str]]) -> list[AdapterState] | None:
     """Return the states of the newest step that every adapter of a pack has whole, or None to start afresh.
 
+    names: of each adapter's parameters.
     A damaged checkpoint is passed over for the one before. Raises CheckpointError when no step is whole for all and
     some adapter is past its first checkpoint.
     """
@@ -202,7 +210,7 @@ def load_newest(stores: Sequence[CheckpointStore]) -> list[AdapterState] | None:
     problem: CheckpointError | None = None
     for step in sorted(common, reverse=True):
         try:
-            return [store.load(step) for store in stores]
+            return [store.load(step, own) for store, own in zip(stores, names, strict=True)]
         except CheckpointError as error:
             problem = error
     if problem is not None:

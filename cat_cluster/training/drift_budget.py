@@ -1,4 +1,4 @@
-"""Balance: alpha of each concept adjusts itself, so that the CAT loss keeps to a share of the identity loss."""
+"""The drift budget: alpha is adjusted per concept, so that its CAT loss keeps to a share of its identity loss."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from cat_cluster.data.draws import Batch
 from cat_cluster.training.loss_curves import ConceptLoss
 
 SMOOTHING = 0.1  # of the two running losses; they are noisy from step to step
-RATE = 0.05  # of log alpha per step and unit of log excess
+STEP_SIZE = 0.05  # of log alpha per step and unit of log excess
 LARGEST_SCALE = 100.0
 
 
 @dataclass(frozen=True)
 class DriftBudgetState:
-    """Where a concept stands: the factor on its alpha and the running means of its losses."""
+    """The factor on a concept's alpha and the running means of its losses."""
 
     scale: float = 1.0
     identity: float | None = None
@@ -30,7 +30,7 @@ class DriftBudget:
 
     After each step, with running means of the losses and budget b:
 
-        log scale <- log scale + RATE * clip(log(cat / (b * identity)), -1, 1),      1/100 <= scale <= 100
+        log scale <- log scale + STEP_SIZE * clip(log(cat / (b * identity)), -1, 1),      1/100 <= scale <= 100
 
     which rests where cat = b * identity: the price of the constraint cat <= b * identity, found by dual ascent. It
     depends on the concept's own losses alone, so neither the pack nor an interruption changes it.
@@ -51,7 +51,7 @@ class DriftBudget:
         return replace(batch, cat_weight_M=batch.cat_weight_M * torch.tensor(scale))
 
     def update(self, adapter: int, losses: Mapping[str, ConceptLoss]) -> None:
-        """Take in the mean losses of one adapter's concepts in this step."""
+        """Adjust the factors of one adapter by the mean losses of its concepts in this step."""
         budget = self._budgets[adapter]
         if budget is None:
             return
@@ -83,7 +83,7 @@ def _adjusted(state: DriftBudgetState, loss: ConceptLoss, budget: float) -> Drif
     identity = _running(state.identity, loss.identity)
     cat = _running(state.cat, loss.cat)
     excess = math.log(max(cat, 1e-12) / max(budget * identity, 1e-12))
-    log_scale = math.log(state.scale) + RATE * max(-1.0, min(1.0, excess))
+    log_scale = math.log(state.scale) + STEP_SIZE * max(-1.0, min(1.0, excess))
     limit = math.log(LARGEST_SCALE)
     return DriftBudgetState(math.exp(max(-limit, min(limit, log_scale))), identity, cat)
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, distributed, nn
 
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.training.optimizer import SlotAdamW, SlotSettings
+from cat_cluster.spec.sections import TrainingSpec
+from cat_cluster.training.optimizer import SlotAdamW
 
-Slots: TypeAlias = Sequence[tuple[Sequence[nn.Parameter], SlotSettings]]
+Slots: TypeAlias = Sequence[tuple[Sequence[nn.Parameter], TrainingSpec]]
 Moments: TypeAlias = Sequence[Sequence[tuple[Tensor, Tensor]]]
 SlotState: TypeAlias = list[tuple[Tensor, Tensor, Tensor]]
 

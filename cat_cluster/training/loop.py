@@ -3,50 +3,35 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from cat_cluster.data.draws import AdapterTask, Batch, Shard, draw_batch, shard_batch
 from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
+from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest
 from cat_cluster.training.drift_budget import DriftBudget
 from cat_cluster.training.engine import EngineFactory, TorchEngine, TrainingEngine, autocast
 from cat_cluster.training.loss_curves import ConceptLoss, LossCurves
-from cat_cluster.training.optimizer import SlotSettings
-from cat_cluster.training.step import RowLosses, StepSettings, train_step
+from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
 
 
 @dataclass(frozen=True, eq=False)
 class PackMember:
-    """One adapter of a pack: its draws, its optimiser settings and the weights it starts from."""
+    """One adapter of a pack: its concepts and settings, and the weights it starts from."""
 
     task: AdapterTask
-    optimiser: SlotSettings
     initial: AdapterWeights
-    min_snr_gamma: float | None = None
-    drift_budget: float | None = None
-
-
-@dataclass(frozen=True)
-class LoopSettings:
-    """What all adapters of a pack share. checkpoint_every: the most steps that an interruption may cost."""
-
-    steps: int
-    checkpoint_every: int
-    joint_rows: bool = True
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,7 +39,7 @@ class StepReport:
     """Progress after a step: losses[adapter id][token]; seconds is this step's wall time.
 
     alpha_scales: adapter id -> token -> the factor a drift budget puts on alpha; adapters without one are absent.
-    teacher_known, teacher_asked: predictions of the base that came from a pool, and that it was asked for.
+    teacher_known, teacher_asked: predictions of the base that came from a pool, and those computed in this step.
     """
 
     step: int
@@ -85,39 +70,43 @@ def train_pack(
     base: BaseModel,
     bank: LoraBank,
     members: Sequence[PackMember],
-    settings: LoopSettings,
     *,
+    steps: int | None = None,
     checkpoints: Sequence[CheckpointStore] = (),
+    checkpoint_every: int = 50,
     on_step: Callable[[StepReport], None] | None = None,
     make_engine: EngineFactory = TorchEngine,
 ) -> list[TrainedAdapter]:
     """Train every adapter of a pack in one U-Net forward per step and leave each in its slot (member i in i + 1).
 
-    checkpoints: one series per member, or none. An interrupted run continues from the newest step that all members
+    The settings that shape the U-Net call are those of the first member, and all must agree on them. steps: the last
+    step, if not that of the settings. checkpoints: one series per member, or none; checkpoint_every: the most steps
+    that an interruption may cost. An interrupted run continues from the newest step that all members
     have and ends with the same adapters, on any number of workers and with any engine. Called by all workers of a
     pack together; on_step is called on each, checkpoints are written by the first.
     Raises CheckpointError when there is no common step, StoreError when a checkpoint cannot be stored.
     """
-    run = _Run.open(base, bank, members, settings, checkpoints, make_engine)
-    engine, optimizer, tasks = run.engine, run.engine.optimizer, run.tasks
+    pack = _PackState.open(base, bank, members, steps, checkpoints, make_engine)
+    engine, optimizer, tasks = pack.engine, pack.engine.optimizer, pack.tasks
+    trainings = [task.training for task in tasks]
     encode_text, pool = TextCache(base), TeacherPool()
-    step_settings = StepSettings([m.min_snr_gamma for m in members], settings.joint_rows, settings.bf16)
-    writer = CheckpointWriter(checkpoints if engine.rank == 0 else (), settings.checkpoint_every)
-    with writer, _prepared(base, settings):
-        pool.fill(base, bank, encode_text, tasks, partial(autocast, base, bf16=settings.bf16))
-        while not run.finished:
+    writer = CheckpointWriter(checkpoints if engine.rank == 0 else (), checkpoint_every)
+    with writer, _training_mode(base, trainings[0]):
+        pool.fill(base, bank, encode_text, tasks, partial(autocast, base, bf16=trainings[0].bf16))
+        while not pack.finished:
             started = time.perf_counter()
             active = [slot not in optimizer.dropped for slot in range(len(members))]
-            batch = run.balance.weigh(draw_batch(tasks, optimizer.steps_done, base.schedule.num_timesteps, active))
+            drawn = draw_batch(tasks, optimizer.steps_done, base.schedule.num_timesteps, active)
+            batch = pack.drift_budget.weigh(drawn)
             part = shard_batch(batch, engine.rank, engine.world_size)
-            losses = train_step(base, bank, encode_text, part.batch, step_settings, engine, pool)
+            losses = train_step(base, bank, encode_text, part.batch, trainings, engine, pool)
             engine.step()
-            report = run.record(batch, _all_losses(engine, batch, part, losses), started)
-            if checkpoints and (writer.due(report.step) or run.finished):
-                writer.save([run.state(slot) for slot in range(len(members))])
+            report = pack.record(batch, _all_losses(engine, batch, part, losses), started)
+            if checkpoints and (writer.due(report.step) or pack.finished):
+                writer.save([pack.state(slot) for slot in range(len(members))])
             if on_step is not None:
                 on_step(report)
-    return run.results(bank)
+    return pack.results()
 
 
 def _all_losses(engine: TrainingEngine, batch: Batch, part: Shard, losses: RowLosses) -> RowLosses:
@@ -131,14 +120,15 @@ def _all_losses(engine: TrainingEngine, batch: Batch, part: Shard, losses: RowLo
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
+class _PackState:
     """What changes from step to step, and is saved and restored together."""
 
     tasks: list[AdapterTask]
     steps: int
+    bank: LoraBank
     engine: TrainingEngine
-    history: LossCurves
-    balance: DriftBudget
+    loss_curves: LossCurves
+    drift_budget: DriftBudget
 
     @classmethod
     def open(
@@ -146,31 +136,37 @@ class _Run:
         base: BaseModel,
         bank: LoraBank,
         members: Sequence[PackMember],
-        settings: LoopSettings,
+        steps: int | None,
         checkpoints: Sequence[CheckpointStore],
         make_engine: EngineFactory,
-    ) -> _Run:
+    ) -> _PackState:
         """Start every member in its slot, or where its newest common checkpoint left it."""
-        states = load_newest(checkpoints)
-        for index, member in enumerate(members):
-            bank.new_trainable(index + 1, member.initial)
-            if states is not None:
-                _set_values(bank, index + 1, [value for value, _, _ in states[index].parameters])
-        # An engine may shard what it is given: the values must be in place before, the moments go in with it.
-        slots = [(bank.parameters(i + 1), member.optimiser) for i, member in enumerate(members)]
-        moments = None if states is None else [[parts[1:] for parts in state.parameters] for state in states]
-        engine = make_engine(base, slots, moments, settings.bf16)
+        for slot, member in enumerate(members, start=1):
+            bank.new_trainable(slot, member.initial)
+        parameters = [bank.named_parameters(slot + 1) for slot in range(len(members))]
+        states = load_newest(checkpoints, parameters)
+        moments = None
+        if states is not None:
+            # An engine may shard what it is given: the values must be in place before, the moments go in with it.
+            for own, state in zip(parameters, states, strict=True):
+                _set_values(own, state)
+            moments = [
+                [state.parameters[name][1:] for name in own] for own, state in zip(parameters, states, strict=True)
+            ]
         tasks = [member.task for member in members]
+        slots = [(list(own.values()), task.training) for own, task in zip(parameters, tasks, strict=True)]
+        engine = make_engine(base, slots, moments, tasks[0].training.bf16)
         tokens = [[concept.token for concept in task.concepts] for task in tasks]
-        balance = DriftBudget([member.drift_budget for member in members], tokens)
-        run = cls(tasks, settings.steps, engine, LossCurves(tasks, settings.steps), balance)
+        drift_budget = DriftBudget([task.training.drift_budget for task in tasks], tokens)
+        steps = tasks[0].training.steps if steps is None else steps
+        pack = cls(tasks, steps, bank, engine, LossCurves(tasks, steps), drift_budget)
         if states is not None:
             dropped = {slot: state.dropped for slot, state in enumerate(states) if state.dropped is not None}
             engine.optimizer.resume(states[0].step, dropped)
             for slot, (task, state) in enumerate(zip(tasks, states, strict=True)):
-                run.history.restore(task.adapter_id, state.history)
-                run.balance.restore(slot, state.balance)
-        return run
+                pack.loss_curves.restore(task.adapter_id, state.loss_curves)
+                pack.drift_budget.restore(slot, state.drift_budget)
+        return pack
 
     @property
     def finished(self) -> bool:
@@ -179,11 +175,11 @@ class _Run:
         return optimizer.steps_done >= self.steps or len(optimizer.dropped) == len(self.tasks)
 
     def record(self, batch: Batch, losses: RowLosses, started: float) -> StepReport:
-        """Take in the losses of the step that was just done and report it."""
+        """Record the losses of the step that was just done and return its report."""
         done = self.engine.optimizer.steps_done
-        recorded = self.history.record(done, batch, losses)
+        recorded = self.loss_curves.record(done, batch, losses)
         for adapter, task in enumerate(self.tasks):
-            self.balance.update(adapter, recorded.get(task.adapter_id, {}))
+            self.drift_budget.update(adapter, recorded.get(task.adapter_id, {}))
         return StepReport(
             step=done,
             steps=self.steps,
@@ -192,7 +188,7 @@ class _Run:
             losses=recorded,
             dropped={self.tasks[slot].adapter_id: reason for slot, reason in self.engine.optimizer.dropped.items()},
             alpha_scales={
-                task.adapter_id: scales for i, task in enumerate(self.tasks) if (scales := self.balance.scales(i))
+                task.adapter_id: scales for i, task in enumerate(self.tasks) if (scales := self.drift_budget.scales(i))
             },
             teacher_known=sum(key is not None for key in batch.pool_keys),
             teacher_asked=sum(key is None for key in batch.pool_keys),
@@ -202,31 +198,33 @@ class _Run:
         """Return all that one adapter needs to go on from here."""
         return AdapterState(
             step=self.engine.optimizer.steps_done,
-            parameters=tuple(self.engine.slot_state(slot)),
+            parameters=dict(
+                zip(self.bank.named_parameters(slot + 1), self.engine.slot_state(slot), strict=True),
+            ),
             dropped=self.engine.optimizer.dropped.get(slot),
-            history=self.history.to_json(self.tasks[slot].adapter_id),
-            balance=self.balance.to_json(slot),
+            loss_curves=self.loss_curves.to_json(self.tasks[slot].adapter_id),
+            drift_budget=self.drift_budget.to_json(slot),
         )
 
-    def results(self, bank: LoraBank) -> list[TrainedAdapter]:
-        """Return what became of each adapter."""
+    def results(self) -> list[TrainedAdapter]:
+        """Return each adapter's weights, or why it was dropped."""
         dropped = self.engine.optimizer.dropped
         return [
             TrainedAdapter(
                 adapter_id=task.adapter_id,
-                weights=None if slot in dropped else bank.export(slot + 1),
+                weights=None if slot in dropped else self.bank.export(slot + 1),
                 dropped=dropped.get(slot),
-                history=self.history.of(task.adapter_id),
+                history=self.loss_curves.of(task.adapter_id),
             )
             for slot, task in enumerate(self.tasks)
         ]
 
 
 @contextmanager
-def _prepared(base: BaseModel, settings: LoopSettings) -> Iterator[None]:
-    """Switch on what the U-Net needs for these settings, and off again."""
-    with compiled_blocks(base.unet) if settings.compile else nullcontext():
-        if not settings.gradient_checkpointing:
+def _training_mode(base: BaseModel, training: TrainingSpec) -> Iterator[None]:
+    """Compile the U-Net's blocks and checkpoint its activations inside, where the settings ask for it."""
+    with compiled_blocks(base.unet) if training.compile else nullcontext():
+        if not training.gradient_checkpointing:
             yield
             return
         base.unet.train()  # diffusers checkpoints only in training mode; an SD U-Net has no dropout to wake up
@@ -239,6 +237,6 @@ def _prepared(base: BaseModel, settings: LoopSettings) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _set_values(bank: LoraBank, slot: int, values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(bank.parameters(slot), values, strict=True):
-        parameter.copy_(value)
+def _set_values(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(state.parameters[name][0])

@@ -10,7 +10,7 @@ from typing import Any
 from cat_cluster.data.draws import AdapterTask, Batch
 from cat_cluster.training.step import RowLosses
 
-HISTORY_POINTS = 100
+CURVE_POINTS = 100
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def curves(saved: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 
 def _bin_size(steps: int) -> int:
-    return max(1, -(-steps // HISTORY_POINTS))
+    return max(1, -(-steps // CURVE_POINTS))
 
 
 def _sums_from(saved: Mapping[str, Any]) -> dict[str, dict[int, list[float]]]:

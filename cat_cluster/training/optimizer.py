@@ -1,49 +1,37 @@
-"""AdamW with one group per slot: rates, clipping and failure of an adapter are its own."""
+"""AdamW with one group per slot: learning rate, clipping and failure of an adapter are its own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cat_cluster.spec.choices import LearningRateSchedule
+from cat_cluster.spec.sections import TrainingSpec
 
 
-@dataclass(frozen=True)
-class SlotSettings:
-    """What one slot's group is optimised with. max_grad_norm None = no clipping."""
-
-    learning_rate: float
-    weight_decay: float
-    max_grad_norm: float | None
-    lr_schedule: LearningRateSchedule
-    warmup_steps: int
-    steps: int
-
-
-def learning_rate_at(settings: SlotSettings, step: int) -> float:
+def learning_rate_at(training: TrainingSpec, step: int) -> float:
     """Return the learning rate of step `step` (from 0): linear warm-up, then constant, linear or cosine to 0."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
-    match settings.lr_schedule:
+    warmup = training.warmup
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, training.steps - warmup)
+    match training.lr_schedule:
         case "constant":
             factor = 1.0
         case "linear":
             factor = 1.0 - done
         case "cosine":
             factor = 0.5 * (1.0 + math.cos(math.pi * done))
-    return settings.learning_rate * factor
+    return training.learning_rate * factor
 
 
 class SlotAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) that clips each group by its own norm and drops a group whose gradient is not finite.
 
-    slots: one list of parameters and one settings each. A dropped group is never updated again and its reason is
+    slots: the parameters and the settings of each. A dropped group is never updated again and its reason is
     kept in `dropped`; the other groups do the same arithmetic as if they were alone. An engine that shards the
     groups puts its shards in the place of their parameters and gives `sum_over_shards`; whoever takes steps calls
     `step` (once, or once per group) and then `finish_step`.
@@ -51,17 +39,17 @@ class SlotAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        slots: Sequence[tuple[Sequence[nn.Parameter], SlotSettings]],
+        slots: Sequence[tuple[Sequence[nn.Parameter], TrainingSpec]],
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
         groups = [
-            {"params": list(parameters), "lr": settings.learning_rate, "slot": slot}
-            for slot, (parameters, settings) in enumerate(slots)
+            {"params": list(parameters), "lr": training.learning_rate, "slot": slot}
+            for slot, (parameters, training) in enumerate(slots)
         ]
         super().__init__(groups, {"lr": 0.0})
-        self.settings = [settings for _, settings in slots]
+        self._trainings = [training for _, training in slots]
         self.betas = betas
         self.eps = eps
         self.steps_done = 0
@@ -94,11 +82,11 @@ class SlotAdamW(torch.optim.Optimizer):
         if not math.isfinite(norm):
             self.drop(slot, f"gradient not finite at step {self.steps_done}")
             return
-        settings = self.settings[slot]
-        if settings.max_grad_norm is not None and norm > settings.max_grad_norm:
-            gradients = list(torch._foreach_mul(gradients, settings.max_grad_norm / norm))
-        group["lr"] = learning_rate_at(settings, self.steps_done)
-        self._update(parameters, gradients, group["lr"], settings.weight_decay)
+        training = self._trainings[slot]
+        if training.max_grad_norm is not None and norm > training.max_grad_norm:
+            gradients = list(torch._foreach_mul(gradients, training.max_grad_norm / norm))
+        group["lr"] = learning_rate_at(training, self.steps_done)
+        self._update(parameters, gradients, group["lr"], training.weight_decay)
 
     def _norm(self, gradients: list[Tensor]) -> float:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -13,23 +12,20 @@ import torch
 
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.training.loop import LoopSettings, PackMember, train_pack
+from cat_cluster.training.loop import PackMember, train_pack
 
 LARGEST_PACK = 32  # beyond it rows hardly get cheaper, and an interruption costs more adapters their steps
 SHARE = 0.7  # of the free memory; allocators fragment and other processes live too
 
 
-def measured_pack_size(
-    base: BaseModel, bank: LoraBank, members: Sequence[PackMember], settings: LoopSettings, *, shared_by: int = 1
-) -> int:
+def measured_pack_size(base: BaseModel, bank: LoraBank, members: Sequence[PackMember], *, shared_by: int = 1) -> int:
     """Return the largest pack of adapters like `members` (two) whose step fits the memory that is free now.
 
     A step's peak is taken as a + b K for K adapters: measured at K = 1 and 2, solved for the free memory, 1 to 32.
     shared_by: packs that train at once in that memory.
     """
-    short = replace(settings, steps=1)
-    _peak_bytes(base, bank, members[:1], short)  # the first step warms caches and allocators; it is not counted
-    one, two = (_peak_bytes(base, bank, members[:count], short) for count in (1, 2))
+    _peak_bytes(base, bank, members[:1])  # the first step warms caches and allocators; it is not counted
+    one, two = (_peak_bytes(base, bank, members[:count]) for count in (1, 2))
     each = max(two - one, 1)
     return max(1, min(LARGEST_PACK, 1 + int((SHARE * free_bytes(base.device) / shared_by - one) / each)))
 
@@ -45,15 +41,15 @@ def free_bytes(device: torch.device) -> int:
     return free
 
 
-def _peak_bytes(base: BaseModel, bank: LoraBank, members: Sequence[PackMember], settings: LoopSettings) -> int:
+def _peak_bytes(base: BaseModel, bank: LoraBank, members: Sequence[PackMember]) -> int:
     """Return what one step needs beyond what is held before it."""
     if base.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(base.device)
         before = torch.cuda.memory_allocated(base.device)
-        train_pack(base, bank, members, settings)
+        train_pack(base, bank, members, steps=1)
         return torch.cuda.max_memory_allocated(base.device) - before
     before = _reset_peak()
-    train_pack(base, bank, members, settings)
+    train_pack(base, bank, members, steps=1)
     return max(0, peak_resident() - before)
 
 

@@ -11,22 +11,10 @@ from torch import Tensor
 from cat_cluster.data.draws import Batch
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import TrainingEngine, autocast
 from cat_cluster.training.losses import pack_loss, prediction_loss
 from cat_cluster.training.teacher import TeacherPool, TextEncoder
-
-
-@dataclass(frozen=True)
-class StepSettings:
-    """How a step is computed.
-
-    min_snr_gamma: per adapter of the pack; None means w(t) = 1. joint_rows: the [y_T; y] rows ride in one U-Net
-    call (True) or in two, at half the activation memory. bf16: autocast of the U-Net calls; losses stay fp32.
-    """
-
-    min_snr_gamma: Sequence[float | None]
-    joint_rows: bool = True
-    bf16: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +27,10 @@ class RowLosses:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """What the U-Net is asked: B identity rows on y_T, then M CAT rows on y with the same z0, e and t.
+    """The input of the U-Net: B identity rows on y_T, then M CAT rows on y with the same z0, e and t.
 
-    noisy and target are [B+M, C, H, W], text [B+M, L, D]; loss_weight is w(t), row_weight the place in the loss.
-    asked: CAT rows whose target the base is still to be asked for, in the student's own call.
+    noisy and target are [B+M, C, H, W], text [B+M, L, D]; loss_weight is w(t), row_weight the weight in the loss.
+    asked: CAT rows whose target the base model has yet to predict, in the student's own call.
     """
 
     noisy: Tensor
@@ -60,19 +48,21 @@ def train_step(
     bank: LoraBank,
     encode_text: TextEncoder,
     batch: Batch,
-    settings: StepSettings,
+    trainings: Sequence[TrainingSpec],
     engine: TrainingEngine,
     pool: TeacherPool | None = None,
 ) -> RowLosses:
     """Add this batch's gradient of the pack loss to the bank's parameters and return each row's losses.
 
-    The rows of adapter a are bound to slot a + 1, the teacher's rows to slot 0: in a call before the student's, or in
-    the same one with their output detached, as the engine wants it. Rows that were drawn from a pool take the
-    teacher's answer from there: `pool` must have been filled with their tasks.
+    trainings: the settings of each adapter of the pack. The [y_T; y] rows ride in one U-Net call or, without
+    joint_rows, in two at half the activation memory. The rows of adapter a are bound to slot a + 1, the teacher's rows
+    to slot 0: in a call before the student's, or in the same one with their output detached, as the engine wants it.
+    Rows that were drawn from a pool take the teacher's prediction from there: `pool` must have been filled with their
+    tasks.
     """
-    rows = _rows(base, bank, encode_text, batch, settings, pool or TeacherPool(), joined=engine.joined_teacher)
+    rows = _rows(base, bank, encode_text, batch, trainings, pool or TeacherPool(), joined=engine.joined_teacher)
     identity_count, count = len(batch.prompts), len(rows.slot)
-    parted = not settings.joint_rows and not engine.joined_teacher and count > identity_count
+    parted = not trainings[0].joint_rows and not engine.joined_teacher and count > identity_count
     losses, start = [], 0
     for end in [identity_count, count] if parted else [count]:
         losses.append(_backward(bank, engine, rows, slice(start, end)))
@@ -82,7 +72,7 @@ def train_step(
 
 
 def _backward(bank: LoraBank, engine: TrainingEngine, rows: _Rows, part: slice) -> Tensor:
-    """Go forward and backward on some of the rows and return their losses; rows.asked are answered on the way."""
+    """Go forward and backward on some of the rows, predicting the targets of rows.asked on the way; return losses."""
     noisy, timestep, text, target = (x[part] for x in (rows.noisy, rows.timestep, rows.text, rows.target))
     slot, asked, count = rows.slot[part], rows.asked, len(target)
     if len(asked):
@@ -102,7 +92,7 @@ def _rows(
     bank: LoraBank,
     encode_text: TextEncoder,
     batch: Batch,
-    settings: StepSettings,
+    trainings: Sequence[TrainingSpec],
     pool: TeacherPool,
     *,
     joined: bool,
@@ -114,7 +104,7 @@ def _rows(
     target = base.schedule.target(latents, noise, timestep)
     text = encode_text(batch.prompts)
     slot = batch.adapter_B + 1
-    loss_weight = _loss_weight(base, batch, settings)
+    loss_weight = _loss_weight(base, batch, trainings)
     row_weight = batch.identity_weight_B
     asked = torch.empty(0, dtype=torch.long)
     if batch.prior_prompts:
@@ -126,7 +116,7 @@ def _rows(
             teacher = pool.known(prior_noisy, batch.pool_keys)
             asked = torch.tensor([len(slot) + m for m, key in enumerate(batch.pool_keys) if key is None])
         else:
-            with autocast(base, bf16=settings.bf16):
+            with autocast(base, bf16=trainings[0].bf16):
                 teacher = pool.predict(base.unet, bank, prior_noisy, prior_timestep, prior_text, batch.pool_keys)
         noisy, timestep = torch.cat([noisy, prior_noisy]), torch.cat([timestep, prior_timestep])
         target, text = torch.cat([target, teacher.to(target.dtype)]), torch.cat([text, prior_text])
@@ -150,10 +140,10 @@ def _move(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def _loss_weight(base: BaseModel, batch: Batch, settings: StepSettings) -> Tensor:
+def _loss_weight(base: BaseModel, batch: Batch, trainings: Sequence[TrainingSpec]) -> Tensor:
     weight_B = torch.ones(len(batch.prompts))
-    for adapter, gamma in enumerate(settings.min_snr_gamma):
+    for adapter, training in enumerate(trainings):
         rows = batch.adapter_B == adapter
-        if gamma is not None and bool(rows.any()):
-            weight_B[rows] = base.schedule.loss_weight(batch.timestep_B[rows], gamma).float()
+        if training.min_snr_gamma is not None and bool(rows.any()):
+            weight_B[rows] = base.schedule.loss_weight(batch.timestep_B[rows], training.min_snr_gamma).float()
     return weight_B

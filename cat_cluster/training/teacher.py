@@ -45,7 +45,7 @@ class TeacherPool:
         tasks: Sequence[AdapterTask],
         autocast: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        """Ask the teacher about every entry of the tasks' pools that is not known yet.
+        """Predict every entry of the tasks' pools that is not known yet.
 
         The calls depend on the tasks alone, not on how far training is: a resumed run gets the same predictions.
         """

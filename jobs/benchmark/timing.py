@@ -21,15 +21,15 @@ from cat_cluster.errors import SpecError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
 from cat_cluster.spec.choices import Blocks
+from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import TorchEngine, autocast
 from cat_cluster.training.methods import initial_weights
-from cat_cluster.training.optimizer import SlotSettings
-from cat_cluster.training.step import StepSettings, train_step
+from cat_cluster.training.step import train_step
 from cat_cluster.training.teacher import TeacherPool
 
 PHOTOS = 6
 RANK = 8
-OPTIMISER = SlotSettings(2.0e-3, 0.01, 1.0, "cosine", 20, 1000)
+OPTIMISER = TrainingSpec(learning_rate=2.0e-3, warmup_steps=20, steps=1000)
 Step = Callable[[], None]
 
 
@@ -63,17 +63,15 @@ def concept_task(base: BaseModel, name: str, rows: int, levers: Levers) -> Adapt
         prompts=tuple(f"a photo of a sks cup {place}" for place in places),
         removed_prompts=tuple(f"a photo of a cup {place}" for place in places),
     )
-    return AdapterTask(
-        adapter_id=name,
-        draw_key=name,
-        seed=0,
-        rows=rows,
-        cat_fraction=levers.fraction,
-        prior_prompt="mixture",
-        general_prompts=base.general_prompts(),
-        concepts=(concept,),
-        pool_size=levers.pool_size,
-    )
+    pool = {} if levers.pool_size is None else {"teacher": "pool", "pool_size": levers.pool_size}
+    changes = {
+        "rows_per_concept": rows,
+        "cat_fraction": levers.fraction,
+        "joint_rows": levers.joint_rows,
+        "precision": "bf16" if levers.bf16 else "fp32",
+    }
+    training = OPTIMISER.model_copy(update={**changes, **pool})
+    return AdapterTask(name, (concept,), training, base.general_prompts())
 
 
 def sd15_sized_base(*, on: str = "cuda", latent_size: int = 64) -> BaseModel:
@@ -120,16 +118,16 @@ def pack_step(
             stack.enter_context(compiled_blocks(base.unet))
         for slot, task in enumerate(tasks, start=1):
             bank.new_trainable(slot, initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=task.draw_key))
-        slots = [(bank.parameters(slot), OPTIMISER) for slot in range(1, len(tasks) + 1)]
+        slots = [(bank.parameters(slot), task.training) for slot, task in enumerate(tasks, start=1)]
         engine = TorchEngine(base, slots, None, levers.bf16)
-        settings = StepSettings([None] * len(tasks), levers.joint_rows, levers.bf16)
+        trainings = [task.training for task in tasks]
         encode, steps = TextCache(base), count()
         pool = TeacherPool() if pool is None else pool
         pool.fill(base, bank, encode, tasks, partial(autocast, base, bf16=levers.bf16))
 
         def step() -> None:
             batch = draw_batch(tasks, next(steps), base.schedule.num_timesteps, [True] * len(tasks))
-            train_step(base, bank, encode, batch, settings, engine, pool)
+            train_step(base, bank, encode, batch, trainings, engine, pool)
             engine.step()
             synchronise(base)
 

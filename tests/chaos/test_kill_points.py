@@ -171,7 +171,7 @@ def test_a_packed_job_survives_twelve_kills(tiny_base_folder: Path, tmp_path: Pa
     shown = {key for key in stored_files(storage) if "/.tmp-" not in key}
     named = {stored.key for name in ADAPTERS for stored in open_registry(storage).resolve(name).objects.values()}
     assert {key for key in shown if key.startswith("objects/")} == named, "objects are left that nobody names"
-    assert not [key for key in shown if key.startswith("runs/")], "checkpoints are left behind"
+    assert not [key for key in shown if key.startswith("checkpoints/")], "checkpoints are left behind"
 
 
 def check_progress(steps: list[int], reached: int) -> int:

@@ -386,7 +386,7 @@ def test_a_disk_full_while_publishing_shows_nothing_and_costs_no_training(
     assert "Traceback" not in full.err
     left = stored_files(storage)
     assert left
-    assert all(key.startswith("runs/") for key in left), left.keys()
+    assert all(key.startswith("checkpoints/") for key in left), left.keys()
     assert command("adapters", "list", "--json", "--storage", storage).json() == {"adapters": []}
 
     def no_step(*_: object, **__: object) -> None:
@@ -398,7 +398,7 @@ def test_a_disk_full_while_publishing_shows_nothing_and_costs_no_training(
     assert again.code == 0, again.err
     command("train", "--in-process", spec, "--storage", tmp_path / "roomy", "--json")
     assert published_weights(storage, "cup").digest() == published_weights(tmp_path / "roomy", "cup").digest()
-    assert not [key for key in stored_files(storage) if key.startswith("runs/")]
+    assert not [key for key in stored_files(storage) if key.startswith("checkpoints/")]
 
 
 def test_a_disk_full_while_checkpointing(

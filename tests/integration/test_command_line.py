@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from cat_cluster.evaluation.intervals import METRICS
+from cat_cluster.training import TRAINING_VERSION
 from tests.integration.conftest import Published
 from tests.support.tiny_jobs import (
     CommandLine,
@@ -45,7 +47,9 @@ def test_train_in_a_process_prints_one_document_and_publishes(first_run: tuple[P
     assert manifest.metrics is not None
     assert one["metrics"] == {name: manifest.metrics[name] for name in PROMISED}
     assert "published cup" in finished.err
-    assert not [key for key in stored_files(made.storage) if key.startswith("runs/")], "checkpoints are left behind"
+    assert not [key for key in stored_files(made.storage) if key.startswith("checkpoints/")], (
+        "checkpoints are left behind"
+    )
 
 
 def test_train_again_changes_nothing_and_says_so(published: Published, command: CommandLine) -> None:
@@ -75,6 +79,25 @@ def test_a_changed_spec_makes_a_new_revision_and_latest_moves(
     assert registry.resolve("cup").revision == one["revision"]
     assert registry.resolve(f"cup@{old.revision}") == old
     assert [move.revision for move in registry.alias_history("cup", "latest")] == [old.revision, one["revision"]]
+
+
+def test_a_release_of_the_package_retrains_nothing_and_another_training_version_does(
+    published: Published, command: CommandLine, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = write_spec(tmp_path / "spec.yaml", published.base, [adapter("cup", photos)])
+    train = ("train", "--in-process", spec, "--storage", tmp_path / "storage", "--json")
+    [first] = command(*train).json()["adapters"]
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "7.3.0" if name == "cat-cluster" else version(name))
+    [again] = command(*train).json()["adapters"]
+    assert (again["outcome"], again["revision"]) == ("already published", first["revision"])
+    for room in ("prepare", "job"):
+        monkeypatch.setattr(f"cat_cluster.pipeline.{room}.TRAINING_VERSION", TRAINING_VERSION + 1)
+    [other] = command(*train).json()["adapters"]
+    assert other["outcome"] == "published"
+    assert other["revision"] != first["revision"]
+    manifest = open_registry(tmp_path / "storage").resolve("cup")
+    assert (manifest.revision, manifest.package_version) == (other["revision"], "7.3.0")
 
 
 def test_changed_photos_make_a_new_revision(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from tests.support.tiny_jobs import (
     CommandLine,
     adapter,
+    assert_refused,
     open_registry,
     published_weights,
     relative_change,
@@ -47,7 +49,7 @@ def test_a_job_killed_in_the_middle_ends_bit_equal(
     storage = tmp_path / "storage"
     process = start_process("train", "--in-process", spec, "--storage", storage, "--json")
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not list(storage.glob("runs/**/checkpoints/*.json")):
+    while not list(storage.glob("checkpoints/**/*.json")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, "no checkpoint appeared"
         time.sleep(0.002)
@@ -68,7 +70,7 @@ def test_a_job_killed_in_the_middle_ends_bit_equal(
         assert len(ours.training["history"]["steps"]) == 30
     assert resumed.json()["adapters"] == whole.json()["adapters"]
     # A writer that is killed leaves its unnamed file behind, which no reader sees.
-    assert not [key for key in stored_files(storage) if key.startswith("runs/") and "/.tmp-" not in key]
+    assert not [key for key in stored_files(storage) if key.startswith("checkpoints/") and "/.tmp-" not in key]
 
 
 def test_a_crash_between_two_publications_costs_no_training(
@@ -107,7 +109,25 @@ def test_a_crash_between_two_publications_costs_no_training(
     assert open_registry(storage).resolve("cup") == before
     command("train", "--in-process", spec, "--storage", tmp_path / "whole", "--json")
     assert published_weights(storage, "mug").digest() == published_weights(tmp_path / "whole", "mug").digest()
-    assert not [key for key in stored_files(storage) if key.startswith("runs/")]
+    assert not [key for key in stored_files(storage) if key.startswith("checkpoints/")]
+
+
+def test_checkpoints_of_an_earlier_version_are_neither_read_nor_passed_over(
+    command: CommandLine, tiny_base_folder: Path, two_photos: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """They lie where an earlier version kept them, under the revision that the job has still."""
+    spec = write_spec(tmp_path / "spec.yaml", tiny_base_folder, [adapter("cup", two_photos[0])])
+    whole = command("train", "--in-process", spec, "--storage", tmp_path / "whole", "--json").json()
+    old = tmp_path / "storage" / "runs" / "cup" / whole["adapters"][0]["revision"] / "checkpoints"
+    old.mkdir(parents=True)
+    (old / "00000002.json").write_text("{}")
+    (old / "00000002.safetensors").write_bytes(b"0.value")
+    before = stored_files(tmp_path / "storage")
+    refused = command("train", "--in-process", spec, "--storage", tmp_path / "storage", "--json")
+    assert_refused(refused, "adapter cup", "/checkpoints/", "earlier cat-cluster", "remove them")
+    assert stored_files(tmp_path / "storage") == before
+    shutil.rmtree(old)
+    assert command("train", "--in-process", spec, "--storage", tmp_path / "storage").code == 0
 
 
 def test_an_adapter_that_diverges_fails_alone(

@@ -86,7 +86,7 @@ def test_the_gradient_of_uneven_rows_is_that_of_one_worker(
     pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
 ) -> None:
     """Nine rows on two workers, compared before AdamW, which hides a wrong scale."""
-    assert sum(len(one.task.concepts) * one.task.rows for one in members(base)) % 2 == 1
+    assert sum(len(one.task.concepts) * one.task.training.rows_per_concept for one in members(base)) % 2 == 1
     fresh = load_base_model(str(base.folder))
     wanted = gloo_pair.gradients(fresh, members(fresh), TorchEngine)
     for found in pair:

@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from torch import distributed
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import EngineFactory, Moments, Slots, TorchEngine
-from cat_cluster.training.loop import LoopSettings, PackMember, StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
 from tests.unit.training.test_loop import STEPS, Killed, member, members, series, train
 from tests.unit.training.test_step import concept, task
 
@@ -51,13 +50,15 @@ def gradients(base: BaseModel, pack: list[PackMember], make: EngineFactory) -> d
     found: dict[str, list[torch.Tensor]] = {}
 
     def remember(base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> Any:
-        made = make(base, [(p, replace(settings, max_grad_norm=None)) for p, settings in slots], moments, bf16)
+        made = make(
+            base, [(p, training.model_copy(update={"max_grad_norm": None})) for p, training in slots], moments, bf16
+        )
         held.append(made)
         return made
 
     held: list[Any] = []
     bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
-    train_pack(base, bank, pack, LoopSettings(steps=1, checkpoint_every=10), make_engine=remember)
+    train_pack(base, bank, pack, steps=1, make_engine=remember)
     for slot, one in enumerate(pack):
         found[one.task.adapter_id] = [mean.clone() / 0.1 for _, mean, _ in held[0].slot_state(slot)]
     return found
@@ -72,7 +73,7 @@ def poisoned(base: BaseModel) -> list[PackMember]:
 
 def one_row(base: BaseModel) -> list[PackMember]:
     """A pack with fewer rows than workers."""
-    return [member(base, task("single", (concept(base, "sks", alpha=5.0),), rows=1))]
+    return [member(base, task("single", (concept(base, "sks", alpha=5.0),), rows_per_concept=1))]
 
 
 def die(report: StepReport) -> None:
@@ -136,7 +137,7 @@ def run(rank: int, folder: Path) -> dict[str, Any]:
         base = fresh()
         pack = members(base)
         bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
-        train_pack(base, bank, pack, LoopSettings(steps=6, checkpoint_every=10), make_engine=_changing_calls)
+        train_pack(base, bank, pack, steps=6, make_engine=_changing_calls)
     results["control"] = len(lines)
     return results
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from cat_cluster.cli.demo import draw_photos
 from cat_cluster.errors import CatClusterError
-from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.lora.bank import adapted_layers, parameter_names
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.pocket import world
 from cat_cluster.store import open_store
@@ -116,7 +116,7 @@ def measure_checkpoints(console: Console) -> dict[str, Any]:
     storage = os.environ.get("CAT_STORAGE")
     with tempfile.TemporaryDirectory() as folder, pack_step(base, tasks, LEVERS) as step:
         store = open_store(storage or folder)
-        series = [CheckpointStore(store, f"runs/benchmark/{task.adapter_id}", task.adapter_id) for task in tasks]
+        series = [CheckpointStore(store, f"checkpoints/benchmark/{task.adapter_id}", task.adapter_id) for task in tasks]
         states = checkpoint_states(base)
         writer = CheckpointWriter(series, CHECKPOINT_EVERY)
         done = 0
@@ -136,7 +136,7 @@ def measure_checkpoints(console: Console) -> dict[str, Any]:
         for one in series:
             one.clear()
     ratio = turns["with"].ratio(turns["without"])
-    size = sum(t.numel() * t.element_size() for state in states for parts in state for t in parts)
+    size = sum(t.numel() * t.element_size() for state in states for parts in state.values() for t in parts)
     result = {
         "adapters": CHECKPOINT_ADAPTERS,
         "steps": CHECKPOINT_EVERY,
@@ -151,12 +151,13 @@ def measure_checkpoints(console: Console) -> dict[str, Any]:
     return result
 
 
-def checkpoint_states(base: Any) -> list[tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]]:
+def checkpoint_states(base: Any) -> list[dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
     """Parameters and moments of the size that the pack's adapters have."""
-    layers = [base.unet.get_submodule(name) for name in adapted_layers(base.unet, "attention_ff")]
-    linears = [getattr(layer, "base", layer) for layer in layers]
+    layers = adapted_layers(base.unet, "attention_ff")
+    linears = [getattr(layer, "base", layer) for layer in map(base.unet.get_submodule, layers)]
     shapes = [shape for one in linears for shape in ((8, one.in_features), (one.out_features, 8))]
-    one = tuple((torch.randn(shape), torch.randn(shape), torch.rand(shape)) for shape in shapes)
+    tensors = [(torch.randn(shape), torch.randn(shape), torch.rand(shape)) for shape in shapes]
+    one = dict(zip(parameter_names(layers), tensors, strict=True))
     return [one] * CHECKPOINT_ADAPTERS
 
 

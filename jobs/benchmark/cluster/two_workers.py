@@ -22,10 +22,10 @@ from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import EngineFactory, TorchEngine
-from cat_cluster.training.loop import LoopSettings, PackMember, train_pack
+from cat_cluster.training.loop import PackMember, train_pack
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.pack_size import peak_resident
-from jobs.benchmark.timing import OPTIMISER, RANK, Levers, concept_task, sd15_sized_base
+from jobs.benchmark.timing import RANK, Levers, concept_task, sd15_sized_base
 
 LEVERS = Levers(alpha=5.0, joint_rows=True, fraction=0.5)  # the spec's defaults
 ADAPTERS = 2
@@ -45,14 +45,12 @@ def step_seconds(base: BaseModel, adapters: int, rows: int, make: EngineFactory,
     members = [
         PackMember(
             concept_task(base, f"c{n}", rows, LEVERS),
-            OPTIMISER,
             initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=str(n)),
         )
         for n in range(adapters)
     ]
     seconds: list[float] = []
-    settings = LoopSettings(steps=steps, checkpoint_every=steps)
-    train_pack(base, bank, members, settings, on_step=lambda r: seconds.append(r.seconds), make_engine=make)
+    train_pack(base, bank, members, steps=steps, on_step=lambda r: seconds.append(r.seconds), make_engine=make)
     return seconds
 
 

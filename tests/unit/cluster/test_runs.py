@@ -286,7 +286,7 @@ def test_runs_are_listed_newest_first_and_a_damaged_record_hides_none(run: Run) 
         begin = RunProgress.begin(one.run_id, make_job(), state="waiting", attempt=1)
         one.write_progress(begin.changed(started=f"2026-11-0{number}T00:00:00+00:00"))
     store.put("runs/run-000000000004/progress.json", b'{"run_id": 4}')
-    store.put("runs/run-a-cup/r-0123456789ab/checkpoints/00000001.json", b"{}")  # an adapter's checkpoints
+    store.put("runs/run-a-cup/r-0123456789ab/checkpoints/00000001.json", b"{}")  # of an earlier cat-cluster
     Run(store, "run-000000000005").write_spec(make_job())
     runs, damaged = list_runs(store)
     assert [one.run_id[-1] for one in runs] == ["3", "2", "1"]

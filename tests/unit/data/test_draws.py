@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
 from cat_cluster.spec.choices import AlphaSchedule
+from cat_cluster.spec.sections import TrainingSpec
 
 
 def concept(token: str, *, alpha: float = 1.0, weight: float = 1.0, views: int = 3) -> ConceptMaterial:
@@ -23,17 +24,9 @@ def concept(token: str, *, alpha: float = 1.0, weight: float = 1.0, views: int =
 def task(
     adapter_id: str = "mug", concepts: tuple[ConceptMaterial, ...] | None = None, **changes: object
 ) -> AdapterTask:
-    values: dict[str, object] = {
-        "adapter_id": adapter_id,
-        "draw_key": adapter_id,
-        "seed": 0,
-        "rows": 4,
-        "cat_fraction": 1.0,
-        "prior_prompt": "mixture",
-        "general_prompts": ("a photo of a red car", "a photo of a blue fish"),
-        "concepts": concepts or (concept("sks"),),
-    }
-    return AdapterTask(**{**values, **changes})  # type: ignore[arg-type]
+    training = TrainingSpec.model_validate({"cat_fraction": 1.0, **changes})
+    general = ("a photo of a red car", "a photo of a blue fish")
+    return AdapterTask(adapter_id, concepts or (concept("sks"),), training, general)
 
 
 def rows_of(batch: Batch, adapter: int) -> list[tuple[object, ...]]:
@@ -92,7 +85,7 @@ def test_row_weights_add_up_to_the_loss_of_the_design() -> None:
 @settings(max_examples=40, deadline=None)
 def test_cat_fraction_takes_exactly_its_share_of_rows(fraction: float, rows: int) -> None:
     concepts = (concept("sks"), concept("zwx", alpha=0.0), concept("ohwx"))
-    one, candidates, taken = task(concepts=concepts, cat_fraction=fraction, rows=rows), 2 * rows, 0
+    one, candidates, taken = task(concepts=concepts, cat_fraction=fraction, rows_per_concept=rows), 2 * rows, 0
     for step in range(12):
         batch = draw_batch([one], step, 1000, [True])
         count = len(batch.cat_row_M)
@@ -106,7 +99,7 @@ def test_cat_fraction_takes_exactly_its_share_of_rows(fraction: float, rows: int
 
 
 def test_half_of_one_row_is_every_second_step() -> None:
-    one = task(cat_fraction=0.5, rows=1)
+    one = task(cat_fraction=0.5, rows_per_concept=1)
     assert [len(draw_batch([one], step, 1000, [True]).prior_prompts) for step in range(6)] == [0, 1, 0, 1, 0, 1]
 
 
@@ -133,7 +126,7 @@ def test_every_view_is_seen_equally_often_and_timesteps_cover_the_schedule() -> 
     seen: dict[str, int] = {}
     timesteps = []
     for step in range(30):
-        batch = draw_batch([task(rows=2)], step, 1000, [True])
+        batch = draw_batch([task(rows_per_concept=2)], step, 1000, [True])
         timesteps += batch.timestep_B.tolist()
         for prompt in batch.prompts:
             seen[prompt] = seen.get(prompt, 0) + 1
@@ -155,7 +148,7 @@ def test_every_view_is_seen_equally_often_and_timesteps_cover_the_schedule() -> 
 def test_prior_prompts_follow_their_mode(mode: str, expected: dict[str, float]) -> None:
     counts: dict[str, int] = {}
     for step in range(100):
-        for prompt in draw_batch([task(prior_prompt=mode, rows=8)], step, 1000, [True]).prior_prompts:
+        for prompt in draw_batch([task(prior_prompt=mode, rows_per_concept=8)], step, 1000, [True]).prior_prompts:
             kind = {"": "empty", "a photo of a cup": "class"}.get(prompt, "removed" if "cup" in prompt else "general")
             counts[kind] = counts.get(kind, 0) + 1
     assert {kind: count / 800 for kind, count in counts.items()} == pytest.approx(expected, abs=0.06)
@@ -168,4 +161,4 @@ def test_a_pack_without_active_adapters_is_refused() -> None:
 
 def test_material_is_immutable() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        task().seed = 3  # type: ignore[misc]
+        task().training = TrainingSpec(seed=3)  # type: ignore[misc]

@@ -270,6 +270,20 @@ def test_export_returns_what_went_in_at_its_true_rank(
         assert parameter.shape == getattr(weights.layers[name], side).shape
 
 
+def test_parameters_are_named_by_the_paths_of_their_layers(
+    one_unet: UNet2DConditionModel, make_weights: WeightsFactory
+) -> None:
+    weights = make_weights(one_unet, ranks=(1, 3))
+    bank = LoraBank.attach(one_unet, slots=1, rank=8, layers=list(weights.layers))
+    bank.new_trainable(1, AdapterWeights(dict(reversed(weights.layers.items()))))
+    named = bank.named_parameters(1)
+    assert all(one is other for one, other in zip(named.values(), bank.parameters(1), strict=True))
+    assert len(named) == 2 * len(weights.layers)
+    for path, layer in weights.layers.items():
+        assert torch.equal(named[f"{path}.lora_A"], layer.down)
+        assert torch.equal(named[f"{path}.lora_B"], layer.up)
+
+
 @pytest.mark.parametrize("strength", [0.0, 0.5, -2.0])
 def test_strength_scales_what_an_adapter_adds(
     one_unet: UNet2DConditionModel, make_weights: WeightsFactory, strength: float

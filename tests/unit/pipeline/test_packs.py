@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from cat_cluster.errors import CheckpointError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.pipeline.job import pack_size, plan_packs
@@ -19,7 +20,6 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.training import pack_size as memory
-from cat_cluster.training.loop import LoopSettings
 from tests.unit.training.test_loop import members
 
 RANKS, STEPS, BASES = (8, 2, 4, 16), (30, 20), ("one", "other")
@@ -98,9 +98,19 @@ def test_adapters_of_an_interrupted_job_meet_at_a_step_they_have_in_common(tmp_p
     adapters = prepared(job_of([{"id": name, "training": {"steps": 20}} for name in ("new", "late", "early", "both")]))
     for name, steps in {"late": (12, 18), "early": (6, 12), "both": (12, 18)}.items():
         for step in steps:
-            store.put(f"runs/{name}/r-{name}/checkpoints/{step:08d}.json", b"{}")
+            store.put(f"checkpoints/{name}/r-{name}/{step:08d}.json", b"{}")
     packs = plan_packs(adapters, store, lambda _: 8)
     assert sorted(sorted(one.resolved.id for one in pack) for pack in packs) == [["both", "early", "late"], ["new"]]
+
+
+def test_checkpoints_of_an_earlier_version_are_refused_by_name(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    adapters = prepared(job_of([{"id": "cup"}, {"id": "mug"}]))
+    store.put("runs/mug/r-other/checkpoints/00000012.json", b"{}")  # of settings that nobody asks for any more
+    assert len(plan_packs(adapters, store, lambda _: 8)) == 1
+    store.put("runs/mug/r-mug/checkpoints/00000012.json", b"{}")
+    with pytest.raises(CheckpointError, match=r"adapter mug: runs/mug/r-mug/checkpoints/ in .* remove them to train"):
+        plan_packs(adapters, store, lambda _: 8)
 
 
 def test_what_cannot_share_a_forward_is_kept_apart(tmp_path: Path) -> None:
@@ -147,11 +157,10 @@ def bank(base: BaseModel) -> Iterator[LoraBank]:
 def test_the_measured_size_is_between_one_and_the_largest(
     base: BaseModel, bank: LoraBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = LoopSettings(steps=20, checkpoint_every=6)
     sizes = []
     for free in (0, 10**18):
         monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
-        sizes.append(memory.measured_pack_size(base, bank, members(base)[:2], settings))
+        sizes.append(memory.measured_pack_size(base, bank, members(base)[:2]))
     assert sizes == [1, memory.LARGEST_PACK]
 
 
@@ -164,9 +173,9 @@ def test_the_measured_size_grows_with_the_free_memory(
 ) -> None:
     """One adapter takes 100 MB and each further one 40 MB, of the share of the free memory that is used."""
     used = {1: 100 * MEGABYTE, 2: 140 * MEGABYTE}
-    monkeypatch.setattr(memory, "_peak_bytes", lambda _base, _bank, pack, _settings: used[len(pack)])
+    monkeypatch.setattr(memory, "_peak_bytes", lambda _base, _bank, pack: used[len(pack)])
     wanted = {50: 1, 100: 1, 139: 1, 141: 2, 301: 6, 10_000: memory.LARGEST_PACK}
     for megabytes, size in wanted.items():
         free = megabytes * MEGABYTE / memory.SHARE
         monkeypatch.setattr(memory, "free_bytes", lambda _, free=free: free)
-        assert memory.measured_pack_size(base, bank, members(base)[:2], LoopSettings(20, 6)) == size
+        assert memory.measured_pack_size(base, bank, members(base)[:2]) == size

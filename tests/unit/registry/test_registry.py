@@ -97,9 +97,30 @@ def test_a_revision_depends_on_everything_that_decides_an_adapter(make_draft: Ma
         name(image_digests=["1" * 64]),
         name(image_digests=["2" * 64, "1" * 64]),
         name(base_fingerprint="c" * 64),
+        name(training_version=1),
     ]
     assert len(set(changed)) == len(changed)
     assert name() == name()
+
+
+def test_revisions_of_training_version_two_are_those_of_package_0_2(make_draft: MakeDraft) -> None:
+    """The formula of that time, written out: what was published then is found now."""
+    draft = make_draft()
+    identity = {
+        "adapter_id": "cup",
+        "base_fingerprint": draft.base_fingerprint,
+        "image_digests": list(draft.image_digests),
+        "minor_version": ["0", "2"],
+        "spec": draft.resolved.digest(),
+    }
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"))
+    expected = f"r-{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
+    assert revision_of("cup", draft.resolved, draft.image_digests, draft.base_fingerprint, 2) == expected
+
+
+def test_a_draft_is_published_under_the_training_version_it_names(registry: Registry, make_draft: MakeDraft) -> None:
+    revisions = {registry.publish(make_draft(training_version=version)).revision for version in (0, 1, 2, 2)}
+    assert len(revisions) == 3
 
 
 def test_publishing_again_returns_the_first_manifest(registry: Registry, make_draft: MakeDraft) -> None:

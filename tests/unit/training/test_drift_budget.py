@@ -13,7 +13,7 @@ from cat_cluster.training.drift_budget import LARGEST_SCALE, DriftBudget
 from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
 from tests.unit.training.test_loop import Killed, bit_equal, member, series, train
-from tests.unit.training.test_step import concept, task
+from tests.unit.training.test_step import concept, task, with_training
 
 
 @pytest.fixture
@@ -24,32 +24,32 @@ def base(tiny_base_folder: Path) -> BaseModel:
 @pytest.mark.parametrize("start", [0.002, 0.2])
 def test_alpha_settles_where_the_cat_loss_keeps_to_its_share(start: float) -> None:
     """A system whose CAT loss falls as 1 / scale, which is the closed form's: scale = start / (budget identity)."""
-    balance = DriftBudget([0.05], [["sks"]])
+    budget = DriftBudget([0.05], [["sks"]])
     for _ in range(600):
-        scale = balance.scales(0)["sks"]
-        balance.update(0, {"sks": ConceptLoss(identity=0.4, cat=start / scale)})
-    assert balance.scales(0)["sks"] == pytest.approx(start / (0.05 * 0.4), rel=0.02)
+        scale = budget.scales(0)["sks"]
+        budget.update(0, {"sks": ConceptLoss(identity=0.4, cat=start / scale)})
+    assert budget.scales(0)["sks"] == pytest.approx(start / (0.05 * 0.4), rel=0.02)
 
 
 def test_the_factor_stays_within_its_limits_and_ignores_what_is_not_finite() -> None:
-    balance = DriftBudget([0.05, None], [["sks"], ["zwx"]])
+    budget = DriftBudget([0.05, None], [["sks"], ["zwx"]])
     for loss in (ConceptLoss(0.4, None), ConceptLoss(float("nan"), 0.1), ConceptLoss(0.4, float("inf"))):
-        balance.update(0, {"sks": loss})
-    assert balance.scales(0) == {"sks": 1.0}
+        budget.update(0, {"sks": loss})
+    assert budget.scales(0) == {"sks": 1.0}
     for cat, limit in ((1e3, LARGEST_SCALE), (0.0, 1 / LARGEST_SCALE)):
         for _ in range(400):
-            balance.update(0, {"sks": ConceptLoss(0.4, cat)})
-        assert balance.scales(0)["sks"] == pytest.approx(limit)
-    balance.update(1, {"zwx": ConceptLoss(0.4, 1.0)})
-    assert balance.scales(1) == {}
+            budget.update(0, {"sks": ConceptLoss(0.4, cat)})
+        assert budget.scales(0)["sks"] == pytest.approx(limit)
+    budget.update(1, {"zwx": ConceptLoss(0.4, 1.0)})
+    assert budget.scales(1) == {}
 
 
 def test_only_rows_of_concepts_with_a_budget_are_weighed(base: BaseModel) -> None:
     pair = [task("mug", (concept(base, "sks", alpha=2.0),)), task("tea", (concept(base, "zwx", alpha=2.0),))]
     batch = draw_batch(pair, 0, 1000, [True, True])
-    balance = DriftBudget([None, 0.01], [["sks"], ["zwx"]])
-    balance.restore(1, [[4.0, 0.3, 0.1]])
-    weighed = balance.weigh(batch).cat_weight_M / batch.cat_weight_M
+    budget = DriftBudget([None, 0.01], [["sks"], ["zwx"]])
+    budget.restore(1, [[4.0, 0.3, 0.1]])
+    weighed = budget.weigh(batch).cat_weight_M / batch.cat_weight_M
     assert weighed.tolist() == [1.0, 1.0, 4.0, 4.0]
     untouched = DriftBudget([None, None], [["sks"], ["zwx"]])
     assert untouched.weigh(batch) is batch
@@ -57,9 +57,9 @@ def test_only_rows_of_concepts_with_a_budget_are_weighed(base: BaseModel) -> Non
 
 def test_a_budget_acts_in_training_and_survives_an_interruption(base: BaseModel, tmp_path: Path) -> None:
     def pack() -> list:  # type: ignore[type-arg]
-        held = member(base, task("held", (concept(base, "sks", alpha=1.0),)))
-        free = member(base, replace(held.task, adapter_id="free"))
-        return [replace(held, drift_budget=1e-4), free]
+        held = task("held", (concept(base, "sks", alpha=1.0),), drift_budget=1e-4, draw_key="pair")
+        free = with_training(replace(held, adapter_id="free"), drift_budget=None)
+        return [member(base, held), member(base, free)]
 
     reports: list[StepReport] = []
     whole = train(base, pack(), on_step=reports.append)

@@ -10,27 +10,23 @@ import torch
 
 from cat_cluster.data.draws import AdapterTask
 from cat_cluster.errors import CheckpointError
-from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.store.local import LocalStore
 from cat_cluster.training.checkpoint import CheckpointStore, load_newest
-from cat_cluster.training.loop import LoopSettings, PackMember, StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
 from cat_cluster.training.methods import initial_weights
-from cat_cluster.training.optimizer import SlotSettings
-from tests.unit.training.test_step import concept, task
+from tests.unit.training.test_step import concept, task, with_training
 
-STEPS = 20
+STEPS, CHECKPOINT_EVERY = 20, 6
 
 
 def series(folder: Path, pack: list[PackMember]) -> list[CheckpointStore]:
     """One series of checkpoints per adapter of a pack."""
     store = LocalStore(folder)
     ids = [one.task.adapter_id for one in pack]
-    return [CheckpointStore(store, f"runs/{adapter_id}", adapter_id) for adapter_id in ids]
-
-
-SETTINGS = LoopSettings(steps=STEPS, checkpoint_every=6)
+    return [CheckpointStore(store, f"checkpoints/{adapter_id}", adapter_id) for adapter_id in ids]
 
 
 class Killed(Exception):
@@ -46,8 +42,9 @@ def member(
     base: BaseModel, one: AdapterTask, *, rank: int = 4, rate: float = 5e-3, clip: float | None = 1.0
 ) -> PackMember:
     layers = adapted_layers(base.unet, "attention")
-    initial = initial_weights(base.unet, layers, rank=rank, seed=one.seed, draw_key=one.draw_key)
-    return PackMember(one, SlotSettings(rate, 0.01, clip, "cosine", 3, STEPS), initial)
+    initial = initial_weights(base.unet, layers, rank=rank, seed=one.training.seed, draw_key=one.draw_key)
+    optimiser = {"learning_rate": rate, "max_grad_norm": clip, "warmup_steps": 3, "steps": STEPS}
+    return PackMember(with_training(one, **optimiser), initial)
 
 
 def members(base: BaseModel) -> list[PackMember]:
@@ -55,16 +52,24 @@ def members(base: BaseModel) -> list[PackMember]:
     return [
         member(base, task("mug", (concept(base, "sks", alpha=5.0),))),
         member(base, task("tea", joint, cat_fraction=0.5), rank=2, rate=2e-3),
-        member(base, task("plain", (concept(base, "sks", alpha=0.0),), rows=3), rate=1e-2, clip=None),
+        member(base, task("plain", (concept(base, "sks", alpha=0.0),), rows_per_concept=3), rate=1e-2, clip=None),
     ]
 
 
 def train(base: BaseModel, pack: list[PackMember], **options: object) -> dict[str, TrainedAdapter]:
     bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
     try:
-        return {one.adapter_id: one for one in train_pack(base, bank, pack, SETTINGS, **options)}  # type: ignore[arg-type]
+        return {
+            one.adapter_id: one
+            for one in train_pack(base, bank, pack, **{"checkpoint_every": CHECKPOINT_EVERY, **options})
+        }  # type: ignore[arg-type]
     finally:
         bank.detach()
+
+
+def names(base: BaseModel, count: int) -> list[list[str]]:
+    """The names of the parameters of each of `count` adapters."""
+    return [parameter_names(adapted_layers(base.unet, "attention"))] * count
 
 
 def relative_error(found: AdapterWeights | None, wanted: AdapterWeights | None) -> float:
@@ -170,11 +175,11 @@ def test_reports_carry_losses_per_token(base: BaseModel) -> None:
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base: BaseModel, tmp_path: Path, damage: str) -> None:
     checkpoints = series(tmp_path, members(base))
     whole = train(base, members(base), checkpoints=checkpoints)
-    newest = tmp_path / "runs" / "tea" / f"{STEPS:08d}.safetensors"
+    newest = tmp_path / "checkpoints" / "tea" / f"{STEPS:08d}.safetensors"
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 0xFF
     newest.write_bytes(bytes(data if damage == "flip" else data[: len(data) // 2]))
-    states = load_newest(checkpoints)
+    states = load_newest(checkpoints, names(base, 3))
     assert states is not None
     assert [state.step for state in states] == [18, 18, 18]
     resumed = train(base, members(base), checkpoints=checkpoints)
@@ -200,14 +205,14 @@ def test_an_adapter_resumes_in_other_company(base: BaseModel, tmp_path: Path) ->
 def test_checkpoints_that_do_not_belong_together_are_refused(base: BaseModel, tmp_path: Path) -> None:
     pack = members(base)
     checkpoints = series(tmp_path, pack)
-    assert load_newest(checkpoints) is None
+    assert load_newest(checkpoints, names(base, 3)) is None
     train(base, pack, checkpoints=checkpoints)
     assert [one.steps() for one in checkpoints] == [[18, 20]] * 3
     with pytest.raises(CheckpointError, match="belongs to another run"):
-        replace(checkpoints[0], run="other").load(20)
+        replace(checkpoints[0], run="other").load(20, names(base, 1)[0])
     checkpoints[1].clear()
     with pytest.raises(CheckpointError, match="different steps"):
         train(base, pack, checkpoints=checkpoints)
     for one in checkpoints:
         one.clear()
-    assert LocalStore(tmp_path).list("runs/") == []
+    assert LocalStore(tmp_path).list("") == []

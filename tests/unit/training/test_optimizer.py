@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from cat_cluster.training.optimizer import SlotAdamW, SlotSettings, learning_rate_at
+from cat_cluster.spec.sections import TrainingSpec
+from cat_cluster.training.optimizer import SlotAdamW, learning_rate_at
 
 
-def settings(**changes: object) -> SlotSettings:
+def settings(**changes: object) -> TrainingSpec:
     values: dict[str, object] = {
         "learning_rate": 1e-2,
         "weight_decay": 0.1,
@@ -20,7 +21,7 @@ def settings(**changes: object) -> SlotSettings:
         "warmup_steps": 0,
         "steps": 20,
     }
-    return SlotSettings(**{**values, **changes})  # type: ignore[arg-type]
+    return TrainingSpec.model_validate({**values, **changes})
 
 
 def parameters(seed: int) -> list[nn.Parameter]:

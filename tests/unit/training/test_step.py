@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import TorchEngine
 from cat_cluster.training.methods import initial_weights
-from cat_cluster.training.optimizer import SlotSettings
-from cat_cluster.training.step import RowLosses, StepSettings, train_step
+from cat_cluster.training.step import RowLosses, train_step
 
 GENERAL = ("a photo of a red car", "a photo of a blue fish")
 
@@ -34,10 +35,14 @@ def concept(base: BaseModel, token: str, *, alpha: float, weight: float = 1.0) -
 
 
 def task(adapter_id: str, concepts: tuple[ConceptMaterial, ...], **changes: Any) -> AdapterTask:
-    values: dict[str, Any] = {"seed": 3, "rows": 2, "cat_fraction": 1.0, "prior_prompt": "mixture"}
-    return AdapterTask(
-        adapter_id=adapter_id, draw_key=adapter_id, general_prompts=GENERAL, concepts=concepts, **{**values, **changes}
-    )
+    """A task of two rows per concept that all carry the CAT term; `changes` are training settings."""
+    values: dict[str, Any] = {"seed": 3, "rows_per_concept": 2, "cat_fraction": 1.0}
+    return AdapterTask(adapter_id, concepts, TrainingSpec(**{**values, **changes}), GENERAL)
+
+
+def with_training(one: AdapterTask, **changes: Any) -> AdapterTask:
+    """The same task with other training settings."""
+    return replace(one, training=one.training.model_copy(update=changes))
 
 
 def trained_weights(base: BaseModel, rank: int, seed: int) -> AdapterWeights:
@@ -70,7 +75,8 @@ def open_bank(base: BaseModel, weights: list[AdapterWeights], rank: int = 4) -> 
 
 
 def open_engine(base: BaseModel, bank: LoraBank, *, bf16: bool = False) -> TorchEngine:
-    slots = [(bank.parameters(slot), SlotSettings(1e-3, 0.0, None, "constant", 0, 10)) for slot in bank.occupied]
+    training = TrainingSpec(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=None, lr_schedule="constant", steps=10)
+    slots = [(bank.parameters(slot), training) for slot in bank.occupied]
     return TorchEngine(base, slots, None, bf16)
 
 
@@ -79,8 +85,9 @@ def gradients(bank: LoraBank, slot: int) -> list[Tensor]:
 
 
 def run(base: BaseModel, bank: LoraBank, batch: Batch, **changes: Any) -> RowLosses:
-    settings = StepSettings(**{"min_snr_gamma": [None] * 8, **changes})
-    return train_step(base, bank, TextCache(base), batch, settings, open_engine(base, bank, bf16=settings.bf16))
+    training = TrainingSpec(**changes)
+    engine = open_engine(base, bank, bf16=training.bf16)
+    return train_step(base, bank, TextCache(base), batch, [training] * bank.slots, engine)
 
 
 def naive_loss(
@@ -88,8 +95,9 @@ def naive_loss(
 ) -> Tensor:
     """The design's equation with plain loops, three forwards per row and diffusers' own noising."""
     scheduler = DDPMScheduler.from_config(dict(base.schedule.scheduler_config))
+    rows = one.training.rows_per_concept
     prior_of = dict(zip(batch.cat_row_M.tolist(), batch.prior_prompts, strict=True))
-    share = len([c for c in one.concepts if c.alpha > 0]) * one.rows / max(1, len(prior_of))
+    share = len([c for c in one.concepts if c.alpha > 0]) * rows / max(1, len(prior_of))
     total = torch.zeros(())
     for k, c in enumerate(one.concepts):
         identity, cat = torch.zeros(()), torch.zeros(())
@@ -104,12 +112,12 @@ def naive_loss(
             snr = alpha_bar / (1 - alpha_bar)
             w = 1.0 if gamma is None else min(snr, gamma) / (snr + 1 if v_prediction else snr)
             student = base.unet(noisy, t, base.encode_text([batch.prompts[i]])).sample
-            identity = identity + w * (student - target).square().mean() / one.rows
+            identity = identity + w * (student - target).square().mean() / rows
             if i in prior_of:
                 text = base.encode_text([prior_of[i]])
                 with torch.no_grad():
                     frozen = teacher(noisy, t, text).sample
-                cat = cat + w * share * (base.unet(noisy, t, text).sample - frozen).square().mean() / one.rows
+                cat = cat + w * share * (base.unet(noisy, t, text).sample - frozen).square().mean() / rows
         total = total + c.weight * (identity + c.alpha * cat)
     return total / sum(c.weight for c in one.concepts)
 
@@ -125,7 +133,7 @@ def test_the_step_equals_a_naive_three_forward_reference(
     weights = trained_weights(base, 4, seed=1)
     batch = draw_batch([one], 5, 1000, [True])
     bank = open_bank(base, [weights])
-    run(base, bank, batch, min_snr_gamma=[gamma], joint_rows=joint_rows)
+    run(base, bank, batch, min_snr_gamma=gamma, joint_rows=joint_rows)
     ours = gradients(bank, 1)
     bank.detach()
 
@@ -207,7 +215,7 @@ def test_gradient_checkpointing_and_bf16_are_the_same_step_up_to_rounding(base: 
         if name == "checkpointed":
             base.unet.train()
             base.unet.enable_gradient_checkpointing()
-        run(base, bank, batch, bf16=name == "bf16")
+        run(base, bank, batch, precision="bf16" if name == "bf16" else "fp32")
         base.unet.eval()
         base.unet.disable_gradient_checkpointing()
         found[name] = gradients(bank, 1)

@@ -1,4 +1,4 @@
-"""The teacher pool: its answers are the base's own, asked once, whatever else happens to the run."""
+"""The teacher pool: its predictions are the base's own, made once, whatever else happens to the run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training import teacher as teacher_module
-from cat_cluster.training.step import StepSettings, train_step
+from cat_cluster.training.step import train_step
 from cat_cluster.training.teacher import TeacherPool
 from tests.unit.training.test_loop import Killed, bit_equal, member, relative_error, series, train
-from tests.unit.training.test_step import concept, gradients, open_bank, open_engine, task, trained_weights
+from tests.unit.training.test_step import (
+    concept,
+    gradients,
+    open_bank,
+    open_engine,
+    task,
+    trained_weights,
+    with_training,
+)
 
 
 @pytest.fixture
@@ -33,7 +41,13 @@ def filled(base: BaseModel, bank: LoraBank, *tasks: AdapterTask) -> TeacherPool:
 
 def test_a_step_from_the_pool_is_the_step_that_asks_the_teacher(base: BaseModel) -> None:
     """Independent oracle: the same rows with their keys taken away, so that the teacher is asked about each."""
-    tea = task("tea", (concept(base, "sks", alpha=2.0), concept(base, "zwx", alpha=0.7)), cat_fraction=0.5, pool_size=3)
+    tea = task(
+        "tea",
+        (concept(base, "sks", alpha=2.0), concept(base, "zwx", alpha=0.7)),
+        cat_fraction=0.5,
+        teacher="pool",
+        pool_size=3,
+    )
     found = []
     for keys in (True, False):
         bank = open_bank(base, [trained_weights(base, 4, seed=1)])
@@ -42,7 +56,7 @@ def test_a_step_from_the_pool_is_the_step_that_asks_the_teacher(base: BaseModel)
         assert all(batch.pool_keys)
         if not keys:
             batch = replace(batch, pool_keys=(None,) * len(batch.pool_keys))
-        losses = train_step(base, bank, TextCache(base), batch, StepSettings([None]), open_engine(base, bank), pool)
+        losses = train_step(base, bank, TextCache(base), batch, [tea.training], open_engine(base, bank), pool)
         found.append((losses.cat_M, gradients(bank, 1)))
         bank.detach()
     assert (found[0][0] > 0).all()
@@ -63,7 +77,7 @@ def test_the_base_is_asked_once_about_each_entry_and_never_in_a_step(
 
     monkeypatch.setattr(teacher_module, "predict_base", counting)
     pair = [
-        member(base, replace(task(name, (concept(base, "sks", alpha=alpha),), pool_size=4), draw_key="pair"))
+        member(base, task(name, (concept(base, "sks", alpha=alpha),), teacher="pool", pool_size=4, draw_key="pair"))
         for name, alpha in (("one", 2.0), ("two", 9.0), ("plain", 0.0))
     ]
     train(base, pair)
@@ -71,7 +85,7 @@ def test_the_base_is_asked_once_about_each_entry_and_never_in_a_step(
 
 
 def test_entries_are_those_that_rows_are_drawn_from(base: BaseModel) -> None:
-    mug = task("mug", (concept(base, "sks", alpha=1.0),), rows=3, pool_size=5)
+    mug = task("mug", (concept(base, "sks", alpha=1.0),), rows_per_concept=3, teacher="pool", pool_size=5)
     entries = {entry.key: entry for entry in pool_entries(mug, 1000)}
     assert len(entries) == 2 * 5
     seen = set()
@@ -88,26 +102,30 @@ def test_entries_are_those_that_rows_are_drawn_from(base: BaseModel) -> None:
     assert all(200 * (i // 2) <= t < 200 * (i // 2 + 1) for i, t in enumerate(strata))
 
 
-def test_keys_tell_apart_all_that_changes_the_answer(base: BaseModel) -> None:
-    mug = task("mug", (concept(base, "sks", alpha=1.0),), pool_size=2)
+def test_keys_tell_apart_all_that_changes_the_prediction(base: BaseModel) -> None:
+    mug = task("mug", (concept(base, "sks", alpha=1.0),), teacher="pool", pool_size=2)
     other_photos = replace(mug.concepts[0], moments_NCHW=mug.concepts[0].moments_NCHW + 1)
     variants = [
         mug,
-        replace(mug, seed=8),
-        replace(mug, draw_key="other"),
-        replace(mug, prior_prompt="class_noun"),
+        with_training(mug, seed=8),
+        with_training(mug, draw_key="other"),
+        with_training(mug, prior_prompt="class_noun"),
         replace(mug, concepts=(other_photos,)),
     ]
     keys = [entry.key for one in variants for entry in pool_entries(one, 1000)]
     assert len(set(keys)) == len(keys) == 4 * len(variants)
-    assert list(pool_entries(replace(mug, pool_size=None), 1000)) == []
+    assert list(pool_entries(with_training(mug, teacher="online"), 1000)) == []
 
 
 def test_packed_and_resumed_training_from_a_pool_keep_their_laws(base: BaseModel, tmp_path: Path) -> None:
     def pack() -> list:  # type: ignore[type-arg]
         return [
-            member(base, task("mug", (concept(base, "sks", alpha=5.0),), pool_size=3)),
-            member(base, task("tea", (concept(base, "zwx", alpha=1.0),), pool_size=6, cat_fraction=0.5), rank=2),
+            member(base, task("mug", (concept(base, "sks", alpha=5.0),), teacher="pool", pool_size=3)),
+            member(
+                base,
+                task("tea", (concept(base, "zwx", alpha=1.0),), teacher="pool", pool_size=6, cat_fraction=0.5),
+                rank=2,
+            ),
             member(base, task("online", (concept(base, "ohwx", alpha=1.0),))),
         ]
 

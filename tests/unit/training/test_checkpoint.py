@@ -1,0 +1,111 @@
+"""Checkpoints name their tensors: an order means nothing, and a name that is missing or too many is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cat_cluster.errors import CheckpointError
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.training.loop import StepReport
+from tests.unit.training.test_loop import STEPS, Killed, bit_equal, member, names, series, train
+from tests.unit.training.test_step import concept, task
+
+Tensors = dict[str, tuple[dict[str, object], bytes]]
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+def rewrite(file: Path, change: Callable[[Tensors], Tensors]) -> None:
+    """Write a safetensors file anew, tensors in the order `change` gives them, and its digest into the marker."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    tensors = {}
+    for name, info in header.items():
+        start, stop = info["data_offsets"]
+        tensors[name] = info, data[end + start : end + stop]
+    header, body = {}, b""
+    for name, (info, content) in change(tensors).items():
+        header[name] = {**info, "data_offsets": [len(body), len(body) + len(content)]}
+        body += content
+    text = json.dumps(header).encode()
+    written = len(text).to_bytes(8, "little") + text + body
+    file.write_bytes(written)
+    marker = json.loads(file.with_suffix(".json").read_text())
+    file.with_suffix(".json").write_text(json.dumps({**marker, "sha256": hashlib.sha256(written).hexdigest()}))
+
+
+def killed_at_nine(base: BaseModel, folder: Path) -> list[Path]:
+    """Train one adapter for nine steps and die; return the files of its two checkpoints."""
+
+    def die(report: StepReport) -> None:
+        if report.step == 9:
+            raise Killed
+
+    pack = [member(base, task("mug", (concept(base, "sks", alpha=5.0),)))]
+    with pytest.raises(Killed):
+        train(base, pack, checkpoints=series(folder, pack), on_step=die)
+    return sorted((folder / "checkpoints" / "mug").glob("*.safetensors"))
+
+
+def test_a_tensor_bears_the_path_of_its_module(base: BaseModel, tmp_path: Path) -> None:
+    pack = [member(base, task("mug", (concept(base, "sks", alpha=5.0),)))]
+    trained = train(base, pack, checkpoints=series(tmp_path, pack))["mug"].weights
+    assert trained is not None
+    stored = load_file(tmp_path / "checkpoints" / "mug" / f"{STEPS:08d}.safetensors")
+    for path, layer in trained.layers.items():
+        assert torch.equal(stored[f"{path}.lora_A.value"], layer.down)
+        assert torch.equal(stored[f"{path}.lora_B.value"], layer.up)
+        assert stored[f"{path}.lora_A.mean"].shape == stored[f"{path}.lora_A.square"].shape == layer.down.shape
+    assert len(stored) == 2 * 3 * len(trained.layers)
+
+
+@pytest.mark.parametrize(
+    "order", [lambda found: dict(reversed(found.items())), lambda found: dict(sorted(found.items()))]
+)
+def test_the_order_in_a_file_means_nothing(base: BaseModel, tmp_path: Path) -> None:
+    pack = [member(base, task("mug", (concept(base, "sks", alpha=5.0),)))]
+    whole = train(base, pack)
+    for file in killed_at_nine(base, tmp_path):
+        before = file.read_bytes()
+        rewrite(file, lambda found: dict(reversed(found.items())))
+        assert sorted(file.read_bytes()[-200:]) != sorted(before[-200:])
+    seen: list[int] = []
+    resumed = train(base, pack, checkpoints=series(tmp_path, pack), on_step=lambda report: seen.append(report.step))
+    assert seen[0] == 10, "it began anew"
+    assert bit_equal(resumed["mug"].weights, whole["mug"].weights)
+
+
+def test_the_order_of_the_names_asked_for_means_nothing(base: BaseModel, tmp_path: Path) -> None:
+    killed_at_nine(base, tmp_path)
+    [checkpoints] = series(tmp_path, [member(base, task("mug", (concept(base, "sks", alpha=5.0),)))])
+    asked = names(base, 1)[0]
+    one, other = (checkpoints.load(9, some).parameters for some in (asked, asked[::-1]))
+    assert list(one) == asked == list(other)[::-1]
+    assert all(torch.equal(a, b) for name in asked for a, b in zip(one[name], other[name], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["missing", "extra"])
+def test_a_name_that_is_missing_or_too_many_is_refused(base: BaseModel, tmp_path: Path, kind: str) -> None:
+    pack = [member(base, task("mug", (concept(base, "sks", alpha=5.0),)))]
+    bad = f"{names(base, 1)[0][3]}.mean" if kind == "missing" else "up_blocks.9.lora_A.value"
+
+    def change(tensors: Tensors) -> Tensors:
+        if kind == "missing":
+            return {name: found for name, found in tensors.items() if name != bad}
+        return {**tensors, bad: next(iter(tensors.values()))}
+
+    for file in killed_at_nine(base, tmp_path):
+        rewrite(file, change)
+    with pytest.raises(CheckpointError, match=f"{'lacks' if kind == 'missing' else 'unknown tensor'} {bad}; remove"):
+        train(base, pack, checkpoints=series(tmp_path, pack))
