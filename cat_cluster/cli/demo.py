@@ -20,7 +20,7 @@ from cat_cluster.models.base_model import choose_device
 from cat_cluster.models.pocket import world
 from cat_cluster.pipeline.job import AdapterResult, JobListener
 from cat_cluster.pipeline.published_adapters import evaluate_published
-from cat_cluster.registry import Registry
+from cat_cluster.registry import Reference, Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import open_store
@@ -82,7 +82,7 @@ def run_demo(out: Path, settings: Settings, listener: JobListener) -> DemoResult
     methods = []
     for result in results:
         evaluation = result.evaluation or evaluate_published(
-            registry, f"{result.adapter_id}@{result.revision}", device, listener, {}
+            registry, Reference(result.adapter_id, result.revision), device, listener, {}
         )
         methods.append(_method_result(result, evaluation))
     listener.message("Starting the service, and asking both adapters and the base at once")

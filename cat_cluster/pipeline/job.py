@@ -26,7 +26,7 @@ from cat_cluster.pipeline.prepare import (
     refuse_old_checkpoints,
 )
 from cat_cluster.pipeline.publish import adapter_draft
-from cat_cluster.registry import Manifest, Registry
+from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.choices import Outcome
 from cat_cluster.spec.job import JobSpec
@@ -118,7 +118,7 @@ def run_job(job: JobSpec, store: ObjectStore, settings: Settings, listener: JobL
 def already_published(adapter: PreparedAdapter, registry: Registry) -> AdapterResult | None:
     """Return the result of an adapter whose revision is in the registry, and finish what a crash cut off there."""
     try:
-        manifest = registry.resolve(f"{adapter.resolved.id}@{adapter.revision}")
+        manifest = registry.resolve(Reference(adapter.resolved.id, adapter.revision))
     except AdapterNotFoundError:
         return None
     registry.finish_publishing(manifest)

@@ -15,7 +15,7 @@ from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
-from cat_cluster.registry import Manifest, Registry
+from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.spec.choices import SamplerName
 from cat_cluster.spec.imported import ImportedConcept
 from cat_cluster.spec.job import ConceptSpec
@@ -46,7 +46,7 @@ class DrawRequest:
 
 def evaluate_published(
     registry: Registry,
-    reference: str,
+    reference: Reference | str,
     device: str,
     listener: ImageListener,
     changes: Mapping[str, Any],

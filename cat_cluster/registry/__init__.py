@@ -5,6 +5,7 @@ from __future__ import annotations
 from cat_cluster.registry.aliases import AliasEntry
 from cat_cluster.registry.manifest import AdapterDraft, Manifest, revision_of
 from cat_cluster.registry.quarantine import Quarantine
+from cat_cluster.registry.references import Reference
 from cat_cluster.registry.registry import AdapterSummary, Registry, VerifyReport
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "AliasEntry",
     "Manifest",
     "Quarantine",
+    "Reference",
     "Registry",
     "VerifyReport",
     "revision_of",

@@ -45,6 +45,13 @@ class AdapterDraft:
     status: RevisionStatus = "published"
     training_version: int = 0
 
+    @property
+    def revision(self) -> str:
+        """The name of the revision that it becomes."""
+        return revision_of(
+            self.adapter_id, self.resolved, self.image_digests, self.base_fingerprint, self.training_version
+        )
+
 
 class StoredObject(BaseModel):
     """Where an object of a revision lies, its size in bytes and its digest."""

@@ -22,24 +22,33 @@ _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,16}")
 
 @dataclass(frozen=True)
 class Reference:
-    """A parsed reference: one of `revision` and `alias` is set."""
+    """A parsed reference: a revision of an adapter or, where that is None, what an alias names.
+
+    Raises RegistryError for an id, revision or alias that is none.
+    """
 
     adapter_id: str
-    revision: str | None
-    alias: str | None
+    revision: str | None = None
+    alias: str = LATEST
+
+    def __post_init__(self) -> None:
+        check_adapter_id(self.adapter_id)
+        check_alias(self.alias)
+        if self.revision is not None:
+            check_revision(self.revision)
+
+    def __str__(self) -> str:
+        return f"{self.adapter_id}@{self.revision or self.alias}"
 
 
-def parse_reference(text: str) -> Reference:
-    """Return the parts of `id`, `id@alias` or `id@r-...`; RegistryError for anything else."""
+def parse_reference(text: Reference | str) -> Reference:
+    """Return the parts of `id`, `id@alias` or `id@r-...`, or what is parsed already; RegistryError for other text."""
+    if isinstance(text, Reference):
+        return text
     adapter_id, at, name = text.partition("@")
-    check_adapter_id(adapter_id)
     if not at:
-        return Reference(adapter_id, None, LATEST)
-    if _REVISION.fullmatch(name):
-        return Reference(adapter_id, name, None)
-    if name.startswith("r-"):
-        check_revision(name)
-    return Reference(adapter_id, None, check_alias(name))
+        return Reference(adapter_id)
+    return Reference(adapter_id, revision=name) if name.startswith("r-") else Reference(adapter_id, alias=name)
 
 
 def check_adapter_id(adapter_id: str) -> str:

@@ -25,15 +25,7 @@ from cat_cluster.errors import (
 from cat_cluster.lora.formats import AdapterWeights, check_fits, read_adapter
 from cat_cluster.registry.aliases import AliasBook, AliasEntry
 from cat_cluster.registry.catalogue import ManifestReader
-from cat_cluster.registry.manifest import (
-    WEIGHTS,
-    AdapterDraft,
-    Manifest,
-    manifest_bytes,
-    parse_manifest,
-    revision_of,
-    sha256,
-)
+from cat_cluster.registry.manifest import WEIGHTS, AdapterDraft, Manifest, manifest_bytes, parse_manifest, sha256
 from cat_cluster.registry.objects import draft_objects
 from cat_cluster.registry.quarantine import Quarantine, QuarantineBook
 from cat_cluster.registry.references import (
@@ -103,9 +95,7 @@ class Registry:
                 f"the draft of {draft.adapter_id!r} carries the spec of {draft.resolved.id!r}: use one id"
             )
         adapter_id = draft.adapter_id
-        revision = revision_of(
-            adapter_id, draft.resolved, draft.image_digests, draft.base_fingerprint, draft.training_version
-        )
+        revision = draft.revision
         is_there = self.store.exists(manifest_key(adapter_id, revision))
         is_new = not is_there and self._store_revision(draft, revision)
         manifest = self._catalogue.find(adapter_id, revision)
@@ -127,19 +117,19 @@ class Registry:
                 unless=lambda history: any(entry.revision == manifest.revision for entry in history),
             )
 
-    def resolve(self, reference: str) -> Manifest:
+    def resolve(self, reference: Reference | str) -> Manifest:
         """Return the manifest that `id`, `id@alias` or `id@r-...` names; AdapterNotFoundError lists near misses."""
-        parsed = parse_reference(reference)
-        return self._catalogue.find(parsed.adapter_id, self._revision_named(parsed))
+        wanted = parse_reference(reference)
+        return self._catalogue.find(wanted.adapter_id, self._revision_named(wanted))
 
-    def look_up(self, reference: str) -> Manifest | None:
+    def look_up(self, reference: Reference | str) -> Manifest | None:
         """Return what `resolve` would, but None if there is no such adapter, alias or revision; it never lists.
 
         Raises RegistryError for a malformed reference or a damaged record.
         """
-        parsed = parse_reference(reference)
-        revision = parsed.revision or self._aliased(parsed)
-        return None if revision is None else self._catalogue.look_up(parsed.adapter_id, revision)
+        wanted = parse_reference(reference)
+        revision = wanted.revision or self._aliased(wanted)
+        return None if revision is None else self._catalogue.look_up(wanted.adapter_id, revision)
 
     def list(self) -> builtins.list[AdapterSummary]:
         """Return every adapter, sorted by id; a damaged manifest is named in its summary and hides no other."""
@@ -294,17 +284,21 @@ class Registry:
         return weights
 
     def verify(
-        self, reference: str, *, base_fingerprint: str | None = None, unet: UNet2DConditionModel | None = None
+        self,
+        reference: Reference | str,
+        *,
+        base_fingerprint: str | None = None,
+        unet: UNet2DConditionModel | None = None,
     ) -> VerifyReport:
         """Check a revision's manifest and every object of it, and report each problem instead of raising the first."""
-        parsed = parse_reference(reference)
-        revision = self._revision_named(parsed)
+        wanted = parse_reference(reference)
+        revision = self._revision_named(wanted)
         try:
-            manifest = self._catalogue.find(parsed.adapter_id, revision)
+            manifest = self._catalogue.find(wanted.adapter_id, revision)
         except AdapterNotFoundError:
             raise
         except RegistryError as error:
-            return VerifyReport(parsed.adapter_id, revision, 0, (str(error),))
+            return VerifyReport(wanted.adapter_id, revision, 0, (str(error),))
         problems = []
         for name in sorted(manifest.objects.keys() | {WEIGHTS}):
             try:
@@ -314,7 +308,7 @@ class Registry:
                     self.read_object(manifest, name)
             except CatClusterError as error:
                 problems.append(str(error))
-        return VerifyReport(parsed.adapter_id, revision, len(manifest.objects), tuple(problems))
+        return VerifyReport(wanted.adapter_id, revision, len(manifest.objects), tuple(problems))
 
     def _store_revision(self, draft: AdapterDraft, revision: str) -> bool:
         """Write a draft's objects and then its manifest; False when another publisher's manifest came first."""
@@ -375,11 +369,11 @@ class Registry:
     def _revision_named(self, reference: Reference) -> str:
         revision = reference.revision or self._aliased(reference)
         if revision is None:
-            raise self._unknown_alias(reference.adapter_id, reference.alias or LATEST)
+            raise self._unknown_alias(reference.adapter_id, reference.alias)
         return revision
 
     def _aliased(self, reference: Reference) -> str | None:
-        entry = self._aliases.current(reference.adapter_id, reference.alias or LATEST)
+        entry = self._aliases.current(reference.adapter_id, reference.alias)
         return None if entry is None else entry.revision
 
     def _unknown_alias(self, adapter_id: str, alias: str) -> AdapterNotFoundError:

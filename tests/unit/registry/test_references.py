@@ -28,9 +28,12 @@ TRICKS = ["..", "../x", "a/b", "/a", "A", "a.b", "a\n", "", "-a", "a" * 64, "a\0
 
 @given(IDS, REVISIONS, ALIASES)
 def test_the_three_forms_come_apart_again(adapter_id: str, revision: str, alias: str) -> None:
-    assert parse_reference(adapter_id) == Reference(adapter_id, None, "latest")
+    assert parse_reference(adapter_id) == Reference(adapter_id, None, "latest") == Reference(adapter_id)
     assert parse_reference(f"{adapter_id}@{alias}") == Reference(adapter_id, None, alias)
-    assert parse_reference(f"{adapter_id}@{revision}") == Reference(adapter_id, revision, None)
+    assert parse_reference(f"{adapter_id}@{revision}") == Reference(adapter_id, revision)
+    for reference in (adapter_id, f"{adapter_id}@{alias}", f"{adapter_id}@{revision}"):
+        parsed = parse_reference(reference)
+        assert parse_reference(str(parsed)) == parsed
 
 
 @given(IDS, REVISIONS, ALIASES)
@@ -46,8 +49,8 @@ def test_any_text_is_a_sound_reference_or_refused(text: str) -> None:
         parsed = parse_reference(text)
     except RegistryError:
         return
-    check_key(alias_prefix(parsed.adapter_id, parsed.alias or "latest").rstrip("/"))
-    assert "/" not in parsed.adapter_id + (parsed.alias or "") + (parsed.revision or "")
+    check_key(alias_prefix(parsed.adapter_id, parsed.alias).rstrip("/"))
+    assert "/" not in parsed.adapter_id + parsed.alias + (parsed.revision or "")
 
 
 @pytest.mark.parametrize("trick", TRICKS)
@@ -68,6 +71,9 @@ def test_path_tricks_never_reach_the_store(registry: Registry, trick: str) -> No
         lambda: registry.delete(trick, revision),
         lambda: registry.delete("cup", trick),
         lambda: registry.verify(trick),
+        lambda: registry.resolve(Reference(trick)),
+        lambda: registry.resolve(Reference("cup", trick)),
+        lambda: registry.look_up(Reference("cup", alias=trick)),
     ]
     for call in calls:
         with pytest.raises(RegistryError, match=r"is not an? (adapter id|alias|revision)"):

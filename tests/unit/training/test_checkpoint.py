@@ -70,16 +70,13 @@ def test_a_tensor_bears_the_path_of_its_module(base: BaseModel, tmp_path: Path) 
     assert len(stored) == 2 * 3 * len(trained.layers)
 
 
-@pytest.mark.parametrize(
-    "order", [lambda found: dict(reversed(found.items())), lambda found: dict(sorted(found.items()))]
-)
 def test_the_order_in_a_file_means_nothing(base: BaseModel, tmp_path: Path) -> None:
     pack = [member(base, task("mug", (concept(base, "sks", alpha=5.0),)))]
     whole = train(base, pack)
     for file in killed_at_nine(base, tmp_path):
         before = file.read_bytes()
         rewrite(file, lambda found: dict(reversed(found.items())))
-        assert sorted(file.read_bytes()[-200:]) != sorted(before[-200:])
+        assert file.read_bytes()[-200:] != before[-200:]
     seen: list[int] = []
     resumed = train(base, pack, checkpoints=series(tmp_path, pack), on_step=lambda report: seen.append(report.step))
     assert seen[0] == 10, "it began anew"
