@@ -74,17 +74,17 @@ def load_concept(spec: ConceptSpec, cache_dir: Path | None = None) -> Concept:
     paths = find_images(folder)
     captions = read_captions(spec, folder, paths)
     _refuse_without_token(spec, captions)
-    examples, problems = [], []
+    examples, errors = [], []
     for path in paths:
         try:
             image, digest = read_image(path)
         except ConceptError as error:
-            problems.append(str(error))
+            errors.append(str(error))
             continue
         prompt = captions[path]
         examples.append(Example(path, digest, image, prompt, remove_token(prompt, spec.token)))
-    if problems:
-        raise ConceptError("\n".join([f"images: {folder} has files that cannot be used:", *problems]))
+    if errors:
+        raise ConceptError("\n".join([f"images: {folder} has files that cannot be used:", *errors]))
     return Concept(spec.token, spec.class_noun, spec.alpha, spec.weight, tuple(examples))
 
 

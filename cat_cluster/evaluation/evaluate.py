@@ -81,7 +81,7 @@ class Evaluator:
         rows_per_call: int = 16,
         memory: EvaluationMemory | None = None,
     ) -> None:
-        """`judges` overrides those that each evaluation spec names; the first is the one whose scores stand first.
+        """`judges` overrides those that each evaluation spec names; the first one's scores come first.
 
         memory: what other evaluators of the same base, and the same `judges`, have found already.
         """
@@ -224,18 +224,6 @@ class Evaluator:
         if (design, seed) not in self._heads:
             self._heads[design, seed] = fit_head(design, judge, self._base, seed=seed)
         return self._heads[design, seed]
-
-
-def evaluate_adapter(
-    base: BaseModel,
-    bank: LoraBank,
-    slot: int,
-    concepts: Sequence[Concept],
-    spec: EvaluationSpec,
-    judges: Sequence[Judge] | None = None,
-) -> Evaluation:
-    """Return images and scores of the one adapter in `slot`."""
-    return Evaluator(base, bank, judges).evaluate(slot, concepts, spec)
 
 
 def image_templates(spec: EvaluationSpec, base: BaseModel) -> tuple[str, ...]:

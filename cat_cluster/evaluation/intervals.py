@@ -78,7 +78,7 @@ class Interval:
     high: float
 
     def ends(self) -> list[float | None]:
-        """[low, high] for JSON, which knows no infinity: None stands for an end without bound."""
+        """[low, high] for JSON, which knows no infinity: None means an end without bound."""
         return [end if math.isfinite(end) else None for end in (self.low, self.high)]
 
 

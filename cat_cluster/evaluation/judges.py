@@ -47,7 +47,7 @@ class Judge(Protocol):
         """Return unit rows [N, F] of images [N, 3, H, W] in [0, 1]."""
 
     def text_features(self, prompts: Sequence[str]) -> Tensor | None:
-        """Return unit rows [N, F] of prompts in the same space, or None for a judge that cannot read."""
+        """Return unit rows [N, F] of prompts in the same space, or None for a judge without a text tower."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ClipJudge:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Return unit rows [N, F] of prompts; each different prompt is read once."""
+        """Return unit rows [N, F] of prompts; each different prompt is encoded once."""
         different = sorted(set(prompts))
         tokens = self.tokenizer(
             different,
@@ -146,7 +146,7 @@ class ClassifierJudge:
         return functional.normalize(torch.cat(rows).float(), dim=-1)
 
     def text_features(self, prompts: Sequence[str]) -> None:
-        """This judge cannot read."""
+        """Return None: this judge has no text tower."""
         return
 
 
@@ -225,7 +225,7 @@ def feature_rows(judge: Judge, images_NHWC: np.ndarray[Any, Any]) -> Array:
 
 
 def text_rows(judge: Judge, prompts: Sequence[str]) -> Array | None:
-    """Return unit rows [N, F] in float64 of prompts, or None for a judge that cannot read."""
+    """Return unit rows [N, F] in float64 of prompts, or None for a judge without a text tower."""
     rows = judge.text_features(prompts)
     return None if rows is None else _unit(rows)
 
@@ -241,15 +241,15 @@ def _unit(rows_NF: Tensor) -> Array:
 
 def _from_hub(name: str) -> Path:
     patterns = ["*.json", "*.txt", "*.safetensors"]
-    problems = []
+    errors = []
     for local_only in (True, False):
         try:
             return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_only))
         except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-            problems.append(_first_line(error))
+            errors.append(_first_line(error))
     raise EvaluationError(
         f"evaluation.judge: {name!r} is neither a folder nor in the local hub cache, and cannot be fetched "
-        f"({problems[-1]}). Where there is a network, run: hf download {name} ; otherwise copy that model's files "
+        f"({errors[-1]}). Where there is a network, run: hf download {name} ; otherwise copy that model's files "
         "to a folder here and set evaluation.judge to the folder"
     )
 

@@ -104,7 +104,7 @@ def diversity_ratio(without_NF: Array, base_without_NF: Array) -> float:
         raise EvaluationError("diversity_ratio needs two images without the token: raise evaluation.images_per_prompt")
     base = _spread(base_without_NF)
     if base == 0.0:
-        # A base that answers with one single image has no variety to lose.
+        # A base that generates one single image has no variety to lose.
         return 1.0
     return _spread(without_NF) / base
 

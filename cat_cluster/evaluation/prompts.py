@@ -47,7 +47,7 @@ def evaluation_prompts(prompts: str | Sequence[str], *, pocket: bool) -> tuple[s
 
 
 def fill(template: str, class_noun: str, trigger: str | None) -> str:
-    """Return the prompt: the trigger goes before the class noun, and nothing stands there for None."""
+    """Return the prompt: the trigger goes before the class noun, and nothing does for None."""
     return template.replace("{}", class_noun if trigger is None else f"{trigger} {class_noun}")
 
 

@@ -46,7 +46,7 @@ class SampleGrids:
     def draw(self, slot: int, concepts: Sequence[tuple[str, str]], title: str) -> Image.Image:
         """Return base without token | adapter without token | adapter with it, one grid per (token, class noun).
 
-        The adapter is the one in `slot`, as it stands. A picture of a diverged adapter is black.
+        The adapter is the one in `slot`, at its present weights. A picture of a diverged adapter is black.
         """
         rows = {
             (concept, arm): self._rows(arm_slot, noun, trigger)
@@ -82,20 +82,3 @@ class SampleGrids:
         made = dict(zip(missing, pixels, strict=True))
         self._base_pictures.update({row: picture for row, picture in made.items() if row.slot == 0})
         return {**self._base_pictures, **made}
-
-
-def sample_grid(
-    base: BaseModel,
-    bank: LoraBank,
-    slot: int,
-    concepts: Sequence[tuple[str, str]],
-    *,
-    title: str,
-    seed: int = 1000,
-    steps: int = 16,
-    guidance: float = 4.0,
-    count: int = 3,
-) -> Image.Image:
-    """Return one grid of the adapter in `slot`; see SampleGrids, which keeps the base's images for the next grid."""
-    grids = SampleGrids(base, bank, seed=seed, steps=steps, guidance=guidance, count=count)
-    return grids.draw(slot, concepts, title)

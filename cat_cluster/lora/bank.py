@@ -171,11 +171,6 @@ class LoraBank:
         self._slots.pop(slot, None)
         self._tables.clear()
 
-    @property
-    def occupied(self) -> tuple[int, ...]:
-        """The slots that hold an adapter, in order."""
-        return tuple(sorted(self._slots))
-
     def parameters(self, slot: int) -> list[nn.Parameter]:
         """Return a slot's parameters in layer order, down before up."""
         return [parameter for pair in self._slots[slot].values() for parameter in pair]

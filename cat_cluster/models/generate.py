@@ -41,7 +41,7 @@ class ImageRow:
 
 @dataclass
 class _ActiveRow:
-    """An image on its way: its place in the answer, its sampler and what the sampler carries between steps."""
+    """An image on its way: its index in the result, its sampler and what the sampler carries between steps."""
 
     index: int
     row: ImageRow

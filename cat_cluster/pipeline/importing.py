@@ -83,8 +83,8 @@ def _described(request: ImportRequest, path: Path) -> ImportedAdapter:
             }
         )
     except ValidationError as error:
-        problems = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()]
-        raise SpecError("\n".join([f"{path.name} cannot be imported as asked:", *problems])) from error
+        errors = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()]
+        raise SpecError("\n".join([f"{path.name} cannot be imported as asked:", *errors])) from error
 
 
 def _concepts(request: ImportRequest) -> tuple[Concept, ...]:

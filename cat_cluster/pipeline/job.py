@@ -38,7 +38,7 @@ from cat_cluster.training.pack_size import measured_pack_size
 
 
 class JobListener(Protocol):
-    """Who is told how a job goes: the terminal, a test, a run's record."""
+    """Receives the progress of a job: the terminal, a test, a run's record."""
 
     def message(self, text: str) -> None:
         """A line for people."""
@@ -147,11 +147,11 @@ def plan_packs(
     packs = []
     for group in groups.values():
         limit = largest(group)
-        stands = {id(adapter): checkpoints_of(adapter, store).resumable() for adapter in group}
+        resumable = {id(adapter): checkpoints_of(adapter, store).resumable() for adapter in group}
         while group:
-            step = min(max(stands[id(adapter)]) for adapter in group)
-            together = [adapter for adapter in group if step in stands[id(adapter)]]
-            group = [adapter for adapter in group if step not in stands[id(adapter)]]
+            step = min(max(resumable[id(adapter)]) for adapter in group)
+            together = [adapter for adapter in group if step in resumable[id(adapter)]]
+            group = [adapter for adapter in group if step not in resumable[id(adapter)]]
             packs += _even_parts(sorted(together, key=lambda adapter: adapter.resolved.training.rank), limit)
     return packs
 

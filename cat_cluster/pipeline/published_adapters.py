@@ -1,4 +1,4 @@
-"""Using a published adapter: measuring it again on its stored photos, and drawing with it."""
+"""Using a published adapter: measuring it again on its stored photos, and generating images with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cat_cluster.spec.sections import EvaluationSpec
 
 
 class ImageListener(Protocol):
-    """Who is told how many images of an adapter are made."""
+    """Receives how many denoising steps of an adapter's images are done."""
 
     def images(self, adapter_id: str, done: int, total: int) -> None:
         """`done` of `total` denoising steps are done."""

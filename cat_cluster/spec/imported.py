@@ -30,7 +30,7 @@ class ImportedConcept(BaseModel):
 
 
 class ImportedAdapter(BaseModel):
-    """An adapter read from a file of another tool; stands in a manifest where a trained one has its settings."""
+    """An adapter read from a file of another tool; takes the place of the settings in its manifest."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 

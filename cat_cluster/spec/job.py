@@ -30,7 +30,7 @@ from cat_cluster.spec.fields import (
 )
 from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
 from cat_cluster.spec.uniqueness import all_token_repeats, id_repeats, token_repeats
-from cat_cluster.spec.yaml_file import FieldProblem, Location, read_yaml, spec_error
+from cat_cluster.spec.yaml_file import FieldError, Location, read_yaml, spec_error
 
 DEFAULT_ALPHA = 5.0
 DEFAULT_TEMPLATE = "a photo of a {token} {class_noun}"
@@ -87,7 +87,7 @@ class ConceptSpec(Section):
 
     @model_validator(mode="after")
     def _token_is_rare(self) -> Self:
-        _refuse(type(self).__name__, _token_problems(self))
+        _refuse(type(self).__name__, _token_errors(self))
         return self
 
     def template_caption(self) -> str:
@@ -112,7 +112,7 @@ class AdapterSpec(Section):
 
     @model_validator(mode="after")
     def _tokens_differ(self) -> Self:
-        _refuse(type(self).__name__, [*token_repeats(self.model_dump()), *_foreign_noun_problems(self)])
+        _refuse(type(self).__name__, [*token_repeats(self.model_dump()), *_foreign_noun_errors(self)])
         return self
 
 
@@ -158,10 +158,10 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _adapters_agree(self) -> Self:
-        problems = [*id_repeats(self.model_dump())]
+        errors = [*id_repeats(self.model_dump())]
         for index, adapter in enumerate(self.resolved()):
-            problems += _merged_problems(adapter, self.adapters[index], index)
-        _refuse(type(self).__name__, list(dict.fromkeys(problems)))
+            errors += _merged_errors(adapter, self.adapters[index], index)
+        _refuse(type(self).__name__, list(dict.fromkeys(errors)))
         return self
 
     def resolved(self) -> tuple[ResolvedAdapter, ...]:
@@ -192,7 +192,7 @@ def load_spec(path: Path) -> JobSpec:
         # Repeats are looked for here too: pydantic compares whole adapters only once each of them is valid.
         repeats = [*id_repeats(document.data), *all_token_repeats(document.data)]
         raise spec_error(path, document, error, _SECTIONS, repeats) from None
-    if document.problems:
+    if document.errors:
         raise spec_error(path, document, None, _SECTIONS, [])
     return spec
 
@@ -202,11 +202,11 @@ def spec_json_schema() -> dict[str, Any]:
     return JobSpec.model_json_schema()
 
 
-def _refuse(title: str, problems: Iterable[FieldProblem]) -> None:
-    """Raise the problems as one validation error, each at its own place below the model."""
+def _refuse(title: str, errors: Iterable[FieldError]) -> None:
+    """Raise the errors as one validation error, each at its own place below the model."""
     details = [
         InitErrorDetails(type=PydanticCustomError("refused", "{text}", {"text": text}), loc=place, input=None)
-        for place, text in problems
+        for place, text in errors
     ]
     if details:
         raise ValidationError.from_exception_data(title, details)
@@ -217,7 +217,7 @@ def _merge(settings: _Settings, override: _Settings | None) -> _Settings:
     return settings.model_copy(update=given)
 
 
-def _token_problems(concept: ConceptSpec) -> Iterator[FieldProblem]:
+def _token_errors(concept: ConceptSpec) -> Iterator[FieldError]:
     """A token that the prior prompt holds as an ordinary word could not be removed without taking that word too."""
     token, noun = concept.token, concept.class_noun
     prior_words = (*words(CLASS_NOUN_PROMPT), *words(concept.template or DEFAULT_TEMPLATE))
@@ -230,7 +230,7 @@ def _token_problems(concept: ConceptSpec) -> Iterator[FieldProblem]:
         yield ("template",), f"is not used with captions: {concept.captions}; {remedy}"
 
 
-def _foreign_noun_problems(adapter: AdapterSpec) -> Iterator[FieldProblem]:
+def _foreign_noun_errors(adapter: AdapterSpec) -> Iterator[FieldError]:
     for index, concept in enumerate(adapter.concepts):
         nouns = [other.class_noun for other in adapter.concepts if other is not concept]
         noun = next((noun for noun in nouns if concept.token.casefold() in words(noun)), None)
@@ -241,7 +241,7 @@ def _foreign_noun_problems(adapter: AdapterSpec) -> Iterator[FieldProblem]:
             yield ("concepts", index, "token"), text
 
 
-def _merged_problems(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> Iterator[FieldProblem]:
+def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> Iterator[FieldError]:
     """Rules that hold between fields of one adapter once its overrides are merged."""
 
     def place(section: Literal["training", "evaluation"], key: str) -> Location:
@@ -262,7 +262,7 @@ def _merged_problems(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -
     for number, prompt in enumerate(prompts):
         for token in (concept.token for concept in adapter.concepts):
             if token.casefold() in words(prompt):
-                text = f"{prompt!r} holds the token {token!r}; leave it out, it is put where {{}} stands"
+                text = f"{prompt!r} holds the token {token!r}; leave it out, {{}} is replaced by it"
                 yield (*place("evaluation", "prompts"), number), text
 
 

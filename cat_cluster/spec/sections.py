@@ -89,7 +89,7 @@ class TrainingSpec(Section):
     )
     teacher: Literal["online", "pool"] = Field(
         default="online",
-        description="Ask the base model in every step, or once about a pool of fixed draws that all rows come from.",
+        description="The base model predicts in every step, or once for a pool of fixed draws that all rows use.",
     )
     pool_size: Count = Field(default=64, description="Fixed draws per crop of a photo when teacher is pool.")
     joint_rows: bool = Field(default=True, description="Predict rows with and without the token in one U-Net call.")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from cat_cluster.errors import SpecError
 
 Location = tuple[str | int, ...]
-FieldProblem = tuple[Location, str]
+FieldError = tuple[Location, str]
 _MERGE_KEY = "tag:yaml.org,2002:merge"
 
 
@@ -24,7 +24,7 @@ class SpecDocument:
 
     data: object
     lines: Mapping[Location, int]
-    problems: tuple[FieldProblem, ...]
+    errors: tuple[FieldError, ...]
 
 
 def read_yaml(path: Path) -> SpecDocument:
@@ -48,8 +48,8 @@ def read_yaml(path: Path) -> SpecDocument:
             "`cat-cluster spec schema` lists them"
         )
     lines: dict[Location, int] = {}
-    problems = tuple(_walk(node, (), lines, set())) if node is not None else ()
-    return SpecDocument(data, lines, problems)
+    errors = tuple(_walk(node, (), lines, set())) if node is not None else ()
+    return SpecDocument(data, lines, errors)
 
 
 def spec_error(
@@ -57,17 +57,17 @@ def spec_error(
     document: SpecDocument,
     error: ValidationError | None,
     sections: Mapping[str, type[BaseModel]],
-    further: Sequence[FieldProblem],
+    further: Sequence[FieldError],
 ) -> SpecError:
     """Return one error that lists every bad field of the file, in the order of their lines.
 
     sections: the model of each section's key, "" for the top level; near-miss suggestions come from them.
     """
     found = [] if error is None else [_explain(detail, sections) for detail in error.errors()]
-    problems = list(dict.fromkeys([*document.problems, *found, *further]))
-    problems.sort(key=lambda problem: _line(problem[0], document.lines))
-    count = "1 field" if len(problems) == 1 else f"{len(problems)} fields"
-    report = [f"  {path_text(at)} (line {_line(at, document.lines)}): {text}" for at, text in problems]
+    errors = list(dict.fromkeys([*document.errors, *found, *further]))
+    errors.sort(key=lambda one: _line(one[0], document.lines))
+    count = "1 field" if len(errors) == 1 else f"{len(errors)} fields"
+    report = [f"  {path_text(at)} (line {_line(at, document.lines)}): {text}" for at, text in errors]
     return SpecError("\n".join([f"{path}: {count} cannot be used as written", *report]))
 
 
@@ -82,7 +82,7 @@ def describe(value: object) -> str:
     return "nothing" if value is None else reprlib.repr(value)
 
 
-def _walk(node: yaml.Node, at: Location, lines: dict[Location, int], seen: set[int]) -> Iterator[FieldProblem]:
+def _walk(node: yaml.Node, at: Location, lines: dict[Location, int], seen: set[int]) -> Iterator[FieldError]:
     lines.setdefault(at, node.start_mark.line + 1)
     if id(node) in seen:  # An alias: its anchor was walked, and may even contain it.
         return
@@ -111,7 +111,7 @@ def _line(at: Location, lines: Mapping[Location, int]) -> int:
     return lines.get(at, 1)
 
 
-def _explain(detail: Mapping[str, object], sections: Mapping[str, type[BaseModel]]) -> FieldProblem:
+def _explain(detail: Mapping[str, object], sections: Mapping[str, type[BaseModel]]) -> FieldError:
     at = detail["loc"]
     assert isinstance(at, tuple)
     kind, message, value = str(detail["type"]), str(detail["msg"]), detail["input"]

@@ -19,8 +19,8 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 def open_store(url: str | Path, *, on_retry: Callable[[str], None] | None = None) -> ObjectStore:
     """Return the store at a folder path, a file:// or an s3:// address; any other address raises StoreError.
 
-    It is not touched yet: `check_access()` says whether it can be used. on_retry is told of every request to S3 that is
-    sent again: read, write, list or delete.
+    It is not touched yet: `check_access()` says whether it can be used. on_retry is called with the operation of every
+    request to S3 that is sent again: read, write, list or delete.
     """
     text = str(url)
     if not text.strip() or "\0" in text:

@@ -101,18 +101,18 @@ class S3Bucket:
         return _AMAZON in self.client("write", key).meta.endpoint_url
 
     def read(self, key: str, shown: str) -> tuple[bytes, Mapping[str, Any]]:
-        """Return an object's bytes and the fields of the answer; ObjectNotFoundError if there is none."""
+        """Return an object's bytes and the fields of the response; ObjectNotFoundError if there is none."""
 
         def fetch(client: Any) -> tuple[bytes, Mapping[str, Any]]:
-            answer = client.get_object(Bucket=self.name, Key=key)
-            with closing(answer["Body"]) as body:  # `with` on the body itself would hand out the stream below it
-                return body.read(), answer
+            response = client.get_object(Bucket=self.name, Key=key)
+            with closing(response["Body"]) as body:  # `with` on the body itself would hand out the stream below it
+                return body.read(), response
 
-        data, answer = self.run("read", shown, fetch)
-        expected = answer["Metadata"].get(_SHA256)
+        data, response = self.run("read", shown, fetch)
+        expected = response["Metadata"].get(_SHA256)
         if expected is not None and hashlib.sha256(data).hexdigest() != expected:
             raise damaged(shown, self.url, f"its sha256 is not {expected[:12]}..., which was stored with it")
-        return data, answer
+        return data, response
 
     def keys(self, prefix: str, *, page_size: int = PAGE_SIZE, deep: bool = True) -> Iterator[StoredKey]:
         """Yield every object whose key begins with the prefix, page by page; not `deep`: only up to the next "/"."""
@@ -196,7 +196,7 @@ class S3Store:
                     raise ObjectExistsError(f"{key} is already in storage {self.url}, and it is write-once")
                 self._put_parts(key, data, place, metadata, condition)
         except (ObjectExistsError, UploadGoneError):
-            # The object may be our own: written by a try whose answer was lost.
+            # The object may be our own: written by a try whose response was lost.
             if self._writer(key) != nonce:
                 raise
         if if_absent and not self._bucket.is_amazon(key):
@@ -260,7 +260,7 @@ class S3Store:
         return None if head is None else head["Metadata"].get(_NONCE, "")
 
     def _see_bucket(self, key: str) -> None:
-        """Raise StoreError if it is the bucket that is missing: the answer to HEAD of an object does not tell."""
+        """Raise StoreError if it is the bucket that is missing: the response to HEAD of an object does not tell."""
         if not self._bucket_seen:
             page = {"Bucket": self._bucket.name, "Prefix": self._key(key), "MaxKeys": 1}
             self._bucket.run("read", key, functools.partial(_list_page, arguments=page))

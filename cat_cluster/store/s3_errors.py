@@ -45,7 +45,7 @@ _CREDENTIALS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE,
 
 
 class UploadGoneError(StoreError):
-    """An upload in parts is not there any more: it was completed by a request whose answer was lost, or removed."""
+    """An upload in parts is not there any more: it was completed by a request whose response was lost, or removed."""
 
 
 def error_code(error: Exception) -> str:
@@ -54,7 +54,7 @@ def error_code(error: Exception) -> str:
 
 
 def http_status(error: Exception) -> int:
-    """Return the HTTP status of an answer; 0 when none came."""
+    """Return the HTTP status of a response; 0 when there was none."""
     if not isinstance(error, ClientError):
         return 0
     return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -46,8 +46,8 @@ class S3Folder:
 
         def fetch(name: str) -> Path:
             entry = files[name]
-            data, answer = self._bucket.read(entry.key, entry.key)
-            if answer["ETag"] != entry.etag:
+            data, response = self._bucket.read(entry.key, entry.key)
+            if response["ETag"] != entry.etag:
                 raise StoreError(f"{entry.key} in {self.url} was changed while it was read; try again")
             path = folder / name
             try:
@@ -69,15 +69,6 @@ class S3Folder:
     def read(self, name: str) -> bytes:
         """Return the bytes of one object below the prefix; ObjectNotFoundError if there is none."""
         return self._bucket.read(f"{self._base}{name}", name)[0]
-
-
-def download_prefix(url: str, folder: Path) -> Sequence[Path]:
-    """Copy every object directly or deeper under an s3:// prefix into a folder and return the files' paths.
-
-    Raises StoreError when there is none, or one with a name that would leave the folder.
-    """
-    source = S3Folder(url)
-    return source.copy(source.files(), folder)
 
 
 def _checked(name: str, url: str) -> str:

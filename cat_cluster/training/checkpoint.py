@@ -203,20 +203,20 @@ def load_newest(stores: Sequence[CheckpointStore], names: Sequence[Collection[st
     """Return the states of the newest step that every adapter of a pack has whole, or None to start afresh.
 
     names: of each adapter's parameters.
-    A damaged checkpoint is passed over for the one before. Raises CheckpointError when no step is whole for all and
+    A damaged checkpoint is skipped for the one before. Raises CheckpointError when no step is whole for all and
     some adapter is past its first checkpoint.
     """
     common = set.intersection(*(set(store.steps()) for store in stores)) if stores else set()
-    problem: CheckpointError | None = None
+    damage: CheckpointError | None = None
     for step in sorted(common, reverse=True):
         try:
             return [store.load(step, own) for store, own in zip(stores, names, strict=True)]
         except CheckpointError as error:
-            problem = error
-    if problem is not None:
-        raise problem
+            damage = error
+    if damage is not None:
+        raise damage
     if any(0 not in store.resumable() for store in stores):
         raise CheckpointError(
-            "the adapters of this pack stand at different steps: train those apart that have no checkpoint in common"
+            "the adapters of this pack are at different steps: train those separately that have no checkpoint in common"
         )
     return None

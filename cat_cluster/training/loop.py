@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cat_cluster.data.draws import AdapterTask, Batch, Shard, draw_batch, shard_batch
 from cat_cluster.data.latents import TextCache
@@ -81,9 +81,9 @@ def train_pack(
 
     The settings that shape the U-Net call are those of the first member, and all must agree on them. steps: the last
     step, if not that of the settings. checkpoints: one series per member, or none; checkpoint_every: the most steps
-    that an interruption may cost. An interrupted run continues from the newest step that all members
-    have and ends with the same adapters, on any number of workers and with any engine. Called by all workers of a
-    pack together; on_step is called on each, checkpoints are written by the first.
+    that an interruption may cost. An interrupted run continues from the newest step that all members have and ends with
+    the same adapters, on any number of workers and with any engine. Called by all workers of a pack together; on_step
+    is called on each, checkpoints are written by the first.
     Raises CheckpointError when there is no common step, StoreError when a checkpoint cannot be stored.
     """
     pack = _PackState.open(base, bank, members, steps, checkpoints, make_engine)
@@ -145,14 +145,8 @@ class _PackState:
             bank.new_trainable(slot, member.initial)
         parameters = [bank.named_parameters(slot + 1) for slot in range(len(members))]
         states = load_newest(checkpoints, parameters)
-        moments = None
-        if states is not None:
-            # An engine may shard what it is given: the values must be in place before, the moments go in with it.
-            for own, state in zip(parameters, states, strict=True):
-                _set_values(own, state)
-            moments = [
-                [state.parameters[name][1:] for name in own] for own, state in zip(parameters, states, strict=True)
-            ]
+        # An engine may shard what it is given: the values must be in place before, the moments go in with it.
+        moments = None if states is None else list(map(_restore, parameters, states))
         tasks = [member.task for member in members]
         slots = [(list(own.values()), task.training) for own, task in zip(parameters, tasks, strict=True)]
         engine = make_engine(base, slots, moments, tasks[0].training.bf16)
@@ -237,6 +231,8 @@ def _training_mode(base: BaseModel, training: TrainingSpec) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _set_values(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> None:
+def _restore(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> list[tuple[Tensor, Tensor]]:
+    """Put a checkpoint's values into the parameters and return their moments, in the order of the parameters."""
     for name, parameter in parameters.items():
         parameter.copy_(state.parameters[name][0])
+    return [state.parameters[name][1:] for name in parameters]

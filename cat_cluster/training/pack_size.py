@@ -55,7 +55,9 @@ def _peak_bytes(base: BaseModel, bank: LoraBank, members: Sequence[PackMember]) 
 
 def _reset_peak() -> int:
     """Start a new peak of this process's resident memory, and return what it holds now."""
-    with suppress(OSError):  # only Linux can; elsewhere the peak of the whole life stands, and packs come out smaller
+    with suppress(
+        OSError
+    ):  # only Linux can; elsewhere the peak since the process began counts, and packs come out smaller
         Path("/proc/self/clear_refs").write_text("5")
     return int(psutil.Process().memory_info().rss)
 

@@ -17,7 +17,7 @@ from cat_cluster.data.s3_photos import local_images, pack_images, store_images, 
 from cat_cluster.errors import ConceptError, StoreError
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.store import open_store
-from cat_cluster.store.s3_folder import download_prefix
+from cat_cluster.store.s3_folder import S3Folder
 from tests.support.s3_server import S3Server
 
 
@@ -130,9 +130,15 @@ def test_addresses_without_photos_are_explained(s3_bucket: str, tmp_path: Path) 
             concept(url, tmp_path)
 
 
+def copied(url: str, folder: Path) -> list[Path]:
+    """Every object below an S3 prefix, copied into a folder."""
+    source = S3Folder(url)
+    return source.copy(source.files(), folder)
+
+
 def test_a_prefix_is_downloaded_whole(s3_server: S3Server, s3_bucket: str, folder: Path, tmp_path: Path) -> None:
     upload(s3_server, f"{s3_bucket}/p", folder)
-    paths = download_prefix(f"{s3_bucket}/p", tmp_path / "copy")
+    paths = copied(f"{s3_bucket}/p", tmp_path / "copy")
     expected = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {path.relative_to(tmp_path / "copy"): path.read_bytes() for path in paths} == expected
 
@@ -143,5 +149,5 @@ def test_names_that_would_leave_the_folder_are_refused(
 ) -> None:
     s3_server.client().put_object(Bucket=s3_bucket.removeprefix("s3://"), Key=key, Body=b"x")
     with pytest.raises(StoreError, match="cannot be a file below a folder"):
-        download_prefix(f"{s3_bucket}/p", tmp_path / "copy")
+        copied(f"{s3_bucket}/p", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.errors import EvaluationError
-from cat_cluster.evaluation.evaluate import Evaluator, evaluate_adapter
+from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.evaluation.judges import ClipJudge
 from cat_cluster.evaluation.results import Evaluation
@@ -65,13 +65,13 @@ def concepts(tmp_path_factory: pytest.TempPathFactory) -> list[Concept]:
 
 @pytest.fixture(scope="module")
 def trained(tiny_base: BaseModel, bank: LoraBank, concepts: list[Concept], tiny_judge: ClipJudge) -> Evaluation:
-    return evaluate_adapter(tiny_base, bank, TRAINED, concepts, SPEC, [tiny_judge])
+    return Evaluator(tiny_base, bank, [tiny_judge]).evaluate(TRAINED, concepts, SPEC)
 
 
 def test_an_untrained_adapter_changes_nothing(
     tiny_base: BaseModel, bank: LoraBank, concepts: list[Concept], tiny_judge: ClipJudge
 ) -> None:
-    found = evaluate_adapter(tiny_base, bank, UNTRAINED, concepts[:1], SPEC, [tiny_judge]).to_json()
+    found = Evaluator(tiny_base, bank, [tiny_judge]).evaluate(UNTRAINED, concepts[:1], SPEC).to_json()
     assert found["base_drift"] == pytest.approx(0.0, abs=1e-6)
     assert found["fisher_drift"] == 0.0
     assert found["diversity_ratio"] == pytest.approx(1.0, abs=1e-3)
@@ -133,7 +133,7 @@ def test_the_json_has_the_contract_keys_and_survives_a_round_trip(trained: Evalu
 def test_the_same_spec_gives_the_same_images_and_scores(
     trained: Evaluation, tiny_base: BaseModel, bank: LoraBank, concepts: list[Concept], tiny_judge: ClipJudge
 ) -> None:
-    again = evaluate_adapter(tiny_base, bank, TRAINED, concepts, SPEC, [tiny_judge])
+    again = Evaluator(tiny_base, bank, [tiny_judge]).evaluate(TRAINED, concepts, SPEC)
     assert again.to_json() == trained.to_json()
     assert np.array_equal(again.images[0].with_token, trained.images[0].with_token)
 
@@ -160,7 +160,7 @@ def test_a_single_image_is_refused_before_anything_is_generated(
 ) -> None:
     lone = SPEC.model_copy(update={"prompts": ("a {}",), "images_per_prompt": 1})
     with pytest.raises(EvaluationError, match="images_per_prompt"):
-        evaluate_adapter(tiny_base, bank, TRAINED, concepts, lone, [tiny_judge])
+        Evaluator(tiny_base, bank, [tiny_judge]).evaluate(TRAINED, concepts, lone)
 
 
 def test_without_judges_the_spec_names_one(

@@ -13,7 +13,7 @@ from PIL import Image, ImageChops
 from cat_cluster.evaluation import samples
 from cat_cluster.evaluation.grid import Grid
 from cat_cluster.evaluation.prompts import GENERAL_TEMPLATES
-from cat_cluster.evaluation.samples import SampleGrids, sample_grid
+from cat_cluster.evaluation.samples import SampleGrids
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
@@ -71,8 +71,8 @@ def differ(one: Image.Image, other: Image.Image) -> bool:
 
 
 def test_an_adapter_draws_other_pictures_than_the_base(base: BaseModel, bank: LoraBank, drawn: list[Grid]) -> None:
-    adapted = sample_grid(base, bank, 1, CUP, title="mug", **FEW)
-    fresh = sample_grid(base, bank, 2, CUP, title="mug", **FEW)
+    adapted = SampleGrids(base, bank, **FEW).draw(1, CUP, "mug")
+    fresh = SampleGrids(base, bank, **FEW).draw(2, CUP, "mug")
     assert differ(adapted, fresh)
     of_base, without, _ = (np.stack(column.pictures) for column in drawn[0].columns)
     assert np.abs(without.astype(int) - of_base).mean() > 2
@@ -83,7 +83,7 @@ def test_an_adapter_draws_other_pictures_than_the_base(base: BaseModel, bank: Lo
 
 def test_pictures_are_those_of_the_shown_prompts_and_seeds(base: BaseModel, bank: LoraBank, drawn: list[Grid]) -> None:
     concepts = [*CUP, ("zwx", "fish")]
-    sample_grid(base, bank, 1, concepts, title="tea", seed=7, guidance=3.0, **FEW)
+    SampleGrids(base, bank, seed=7, guidance=3.0, **FEW).draw(1, concepts, "tea")
     for grid, (token, noun) in zip(drawn, concepts, strict=True):
         assert grid.seeds == (7, 8)
         assert grid.prompts == tuple(template.replace("{}", noun) for template in GENERAL_TEMPLATES[:2])
@@ -128,7 +128,7 @@ def test_more_pictures_than_prompts_get_seeds_of_their_own(base: BaseModel, bank
 
 def test_a_diverged_adapter_is_drawn_black(base: BaseModel, bank: LoraBank, drawn: list[Grid]) -> None:
     bank.load(1, strong_weights(base, scale=1e30))
-    sample_grid(base, bank, 1, CUP, title="mug", **FEW)
+    SampleGrids(base, bank, **FEW).draw(1, CUP, "mug")
     of_base, without, _ = (np.stack(column.pictures) for column in drawn[0].columns)
     assert of_base.any()
     assert not without.any()
