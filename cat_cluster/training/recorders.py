@@ -37,7 +37,7 @@ class TrainingMetrics:
         self._metrics = metrics
 
     def step(self, report: StepReport) -> None:
-        """Take in a step. An adapter counts as dropped in the step that dropped it, not again after a resume."""
+        """Record a step. An adapter counts as dropped in the step that dropped it, not again after a resume."""
         metrics = self._metrics
         metrics.inc(STEPS)
         metrics.inc(ROWS, report.rows)
@@ -55,7 +55,7 @@ class TrainingMetrics:
         metrics.inc(DROPPED_ADAPTERS, sum(adapter in report.losses for adapter in report.dropped))
 
     def checkpoint(self, seconds: float, size: int) -> None:
-        """Take in that a checkpoint of `size` bytes was stored in `seconds`."""
+        """Record that a checkpoint of `size` bytes was stored in `seconds`."""
         self._metrics.observe(CHECKPOINT_SECONDS, seconds)
         self._metrics.inc(CHECKPOINT_BYTES, size)
 
@@ -63,7 +63,7 @@ class TrainingMetrics:
 class TensorBoardRecorder:
     """Writes TensorBoard event files: losses and alpha scales per adapter and token, speed, and sample images.
 
-    Each run of the loop writes a file of its own, which begins by taking back all steps from its first one on: after
+    Each run of the loop writes a file of its own, which first marks all steps from its own first one on as replaced: after
     a resume TensorBoard shows every step once, as it was done last, as long as all files are in one folder.
     """
 
