@@ -63,8 +63,8 @@ class TrainingMetrics:
 class TensorBoardRecorder:
     """Writes TensorBoard event files: losses and alpha scales per adapter and token, speed, and sample images.
 
-    Each run of the loop writes a file of its own, which first marks all steps from its own first one on as replaced: after
-    a resume TensorBoard shows every step once, as it was done last, as long as all files are in one folder.
+    Each run of the loop writes a file of its own, which first discards all steps from its own first one on: after a
+    resume TensorBoard shows every step once, as it was last done, as long as all files are in one folder.
     """
 
     def __init__(self, folder: Path) -> None:
