@@ -11,14 +11,12 @@ from typing import Any
 
 import yaml
 
-from cat_cluster.cluster.kuberay.job_rules import job_findings
-from cat_cluster.cluster.kuberay.rules import cluster_findings, service_findings
+from cat_cluster.cluster.kuberay.rules import CLUSTERS, operator_findings
 from cat_cluster.cluster.kuberay.schemas import Finding, Schemas
 from cat_cluster.cluster.kuberay.security import restricted_findings
 from cat_cluster.errors import SpecError
 
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")  # a colon: roles may have one
-_OPERATOR = {"RayCluster": cluster_findings, "RayJob": job_findings, "RayService": service_findings}
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class ManifestProblem:
+class ManifestFinding:
     """What is wrong at one field of one document, and what to do about it."""
 
     file: str
@@ -64,7 +62,7 @@ def read_manifests(files: Iterable[str | Path]) -> list[Document]:
             contents = list(yaml.load_all(text, Loader=_Once))
         except OSError as error:
             raise SpecError(f"{name}: cannot be read: {error.strerror}; give files of manifests, or -") from error
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
             raise SpecError(f"{name}: is not YAML: {' '.join(str(error).split())}; correct it") from error
         for number, content in enumerate(contents, 1):
             if content is None:
@@ -81,22 +79,22 @@ def read_manifests(files: Iterable[str | Path]) -> list[Document]:
 
 def check_manifests(
     documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True
-) -> list[ManifestProblem]:
+) -> list[ManifestFinding]:
     """Return what an API server, KubeRay's operator or a namespace of the restricted profile would not take.
 
-    A document that its schema refuses is not looked at further: the rules rely on its shape. Raises ClusterError when
-    schemas are needed that are not installed.
+    A document that its schema refuses is not looked at further: the rules rely on its shape.
     """
-    problems = []
+    found = []
     for document in documents:
-        findings = list(_shape_findings(document.content))
-        findings = findings or list(schemas.findings(document.content))
-        findings = findings or list(_rule_findings(document.content, restricted=restricted))
-        problems += [
-            ManifestProblem(document.file, document.number, document.title, field_text(path), message)
+        content = _without_nulls(document.content)
+        findings = list(_shape_findings(content))
+        findings = findings or list(schemas.findings(content))
+        findings = findings or list(_rule_findings(content, restricted=restricted))
+        found += [
+            ManifestFinding(document.file, document.number, document.title, field_text(path), message)
             for path, message in findings
         ]
-    return problems
+    return found
 
 
 def field_text(path: Sequence[str | int]) -> str:
@@ -112,6 +110,13 @@ def field_text(path: Sequence[str | int]) -> str:
     return text or "the whole document"
 
 
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the keys that hold nothing: the API server takes them as left out."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(below) for key, below in value.items() if below is not None}
+    return [_without_nulls(below) for below in value] if isinstance(value, list) else value
+
+
 def _shape_findings(content: dict[str, Any]) -> Iterator[Finding]:
     for field, example in (("apiVersion", "ray.io/v1"), ("kind", "RayJob")):
         if not isinstance(content.get(field), str) or not content[field]:
@@ -120,14 +125,14 @@ def _shape_findings(content: dict[str, Any]) -> Iterator[Finding]:
     if not isinstance(metadata, dict):
         yield ("metadata",), "must be a mapping with the object's name"
         return
-    name = metadata.get("name")
+    name = metadata.get("name", "generated" if metadata.get("generateName") else None)
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 253:
         yield ("metadata", "name"), f"{name!r} is no name of an object: a-z, 0-9, - and ., at most 253 characters"
 
 
 def _rule_findings(content: dict[str, Any], *, restricted: bool) -> Iterator[Finding]:
-    if str(content["apiVersion"]).startswith("ray.io/") and content["kind"] in _OPERATOR:
-        yield from _OPERATOR[content["kind"]](content)
+    if content["apiVersion"].startswith("ray.io/") and content["kind"] in CLUSTERS:
+        yield from operator_findings(content)
     if restricted:
         yield from restricted_findings(content)
 
