@@ -16,6 +16,7 @@ from cat_cluster.cluster.kuberay.schemas import Finding, Schemas
 from cat_cluster.cluster.kuberay.security import restricted_findings
 from cat_cluster.errors import SpecError
 
+MAX_VALUES, MAX_DEPTH = 100_000, 100  # of a document; a manifest here has fewer than 2,000, 20 deep
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")  # a colon: roles may have one
 
 
@@ -52,7 +53,7 @@ class ManifestFinding:
 def read_manifests(files: Iterable[str | Path]) -> list[Document]:
     """Return the documents of files of YAML or JSON, `-` being stdin; those of a List count one by one.
 
-    Raises SpecError for what cannot be read, is not YAML, or gives a key twice.
+    Raises SpecError for what cannot be read, is not YAML, gives a key twice, or is far larger than any manifest.
     """
     documents = []
     for file in files:
@@ -62,13 +63,17 @@ def read_manifests(files: Iterable[str | Path]) -> list[Document]:
             contents = list(yaml.load_all(text, Loader=_Once))
         except OSError as error:
             raise SpecError(f"{name}: cannot be read: {error.strerror}; give files of manifests, or -") from error
-        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError, TypeError) as error:
             raise SpecError(f"{name}: is not YAML: {' '.join(str(error).split())}; correct it") from error
         for number, content in enumerate(contents, 1):
             if content is None:
                 continue
             if not isinstance(content, dict):
                 raise SpecError(f"{name}: document {number}: must be a mapping with apiVersion and kind")
+            if not _is_bounded(content):
+                raise SpecError(
+                    f"{name}: document {number}: is nested too deeply, or too large with its aliases expanded"
+                )
             items = content.get("items") if content.get("kind") == "List" else None
             for item in items if isinstance(items, list) else [content]:
                 if not isinstance(item, dict):
@@ -108,6 +113,19 @@ def field_text(path: Sequence[str | int]) -> str:
         else:
             text += f"[{part!r}]"
     return text or "the whole document"
+
+
+def _is_bounded(content: Any) -> bool:
+    """Whether a document can be walked through: aliases of aliases make a short text endless."""
+    waiting, seen = [(content, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if seen > MAX_VALUES or depth > MAX_DEPTH:
+            return False
+        below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        waiting += [(one, depth + 1) for one in below]
+    return True
 
 
 def _without_nulls(value: Any) -> Any:

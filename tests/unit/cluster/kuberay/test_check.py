@@ -146,6 +146,13 @@ def test_files_hold_documents_and_lists(tmp_path: Path) -> None:
         ("a: [", "is not YAML"),
         ("- a\n", "must be a mapping"),
         ("? [a]\n: b\n", "is not YAML"),
+        ("a: &a [*a]\n", "nested too deeply"),
+        ("a: " + "[" * 150 + "]" * 150, "nested too deeply"),
+        (
+            "a: &a [1, 1, 1]\n"
+            + "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in ("ab", "bc", "cd", "de", "ef", "fg")),
+            "aliases",
+        ),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, text: str, said: str) -> None:
@@ -206,6 +213,9 @@ def test_crds_below_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sources_that_hold_no_crd(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("kind: Other")
     with pytest.raises(ClusterError, match="holds no CustomResourceDefinition"):
+        load_schemas(str(tmp_path))
+    (tmp_path / "a.yaml").write_text("kind: [")
+    with pytest.raises(ClusterError, match=r"a\.yaml is not YAML"):
         load_schemas(str(tmp_path))
     with pytest.raises(ClusterError, match="must be https"):
         load_schemas("http://example.org/crds")

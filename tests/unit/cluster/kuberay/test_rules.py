@@ -141,3 +141,18 @@ def test_the_longest_names(base: str, most: int, bases: dict[str, dict[str, Any]
     for name, fits in (("a" * most, True), ("a" * (most + 1), False)):
         findings = check({**bases[base], "metadata": {"name": name}})
         assert [finding.field for finding in findings] == ([] if fits else ["metadata.name"])
+
+
+def test_what_the_operator_adds_must_be_restricted_too(bases: dict[str, dict[str, Any]]) -> None:
+    job = copy.deepcopy(bases["rayjob"])
+    del job["spec"]["submitterPodTemplate"]
+    assert [finding.field for finding in check(job)] == ["spec.submitterPodTemplate"]
+    assert check_manifests([Document("a.yaml", 1, job)], load_schemas(), restricted=False) == []
+    job["spec"]["submissionMode"] = "HTTPMode"
+    assert check(job) == []
+
+    elastic = copy.deepcopy(bases["rayjob-elastic"])
+    del elastic["spec"]["rayClusterSpec"]["autoscalerOptions"]["securityContext"]
+    place = "spec.rayClusterSpec.autoscalerOptions.securityContext"
+    missing = {f"{place}.allowPrivilegeEscalation", f"{place}.capabilities.drop"}
+    assert {finding.field for finding in check(elastic)} == missing
