@@ -2,9 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class CatClusterError(Exception):
     """Root of all expected errors; the command line prints the message alone and exits with code 1."""
+
+
+class MissingExtraError(CatClusterError):
+    """An optional part of the package is needed and not installed."""
+
+
+@contextmanager
+def needs_extra(extra: str, purpose: str, otherwise: str = "") -> Iterator[None]:
+    """Import what `pip install 'cat-cluster[extra]'` brings inside this block.
+
+    Raises MissingExtraError, which names the extra, when a package is not there. purpose: what needs it, as the subject
+    of the message; otherwise: what to do instead.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "cat_cluster", "serve", "jobs"):
+            raise
+        raise MissingExtraError(
+            f"{purpose} needs {package}, which is not installed: pip install 'cat-cluster[{extra}]'{otherwise}"
+        ) from error
 
 
 class SpecError(CatClusterError):

@@ -17,7 +17,7 @@ from rich.table import Table
 from cat_cluster.cli.jobs import mount
 from cat_cluster.cli.k8s import mount_k8s
 from cat_cluster.cli.serve import serve
-from cat_cluster.errors import CatClusterError
+from cat_cluster.errors import CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.choices import AdapterFormat, SamplerName
 
@@ -97,7 +97,8 @@ def train(
 
             results = run_job(job, store, settings, listener)
         else:
-            from cat_cluster.cluster.driver import run_on_ray
+            with needs_extra("cluster", "training on Ray", "; or train in this process with --in-process"):
+                from cat_cluster.cluster.driver import run_on_ray
 
             results = run_on_ray(job, store.url, settings, listener, address=address)
     if as_json:

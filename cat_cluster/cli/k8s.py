@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from cat_cluster.errors import SpecError
+from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
 
 # Training's modules take seconds to import: commands import what they need.
@@ -72,7 +72,7 @@ def check(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files of manifests; - is stdin.")],
     crds: Annotated[
         str | None,
-        typer.Option(metavar="DIR|URL", help="KubeRay's CRDs. Default: the pinned release's, fetched once and kept."),
+        typer.Option(metavar="DIR|URL", help="KubeRay's CRDs. Default: those of this package, KubeRay 1.7."),
     ] = None,
     restricted: Annotated[bool, typer.Option(help="Whether pods must fit the restricted pod-security profile.")] = True,
     as_json: Annotated[
@@ -81,21 +81,22 @@ def check(
 ) -> None:
     """Check manifests before they are applied: unknown fields, what KubeRay's operator refuses, pod security.
 
-    No cluster is asked. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
+    No cluster and no network is needed. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
     """
-    from cat_cluster.cluster.kuberay.check import check_manifests, read_manifests
-    from cat_cluster.cluster.kuberay.schemas import load_schemas
+    with needs_extra("k8s", "checking manifests"):
+        from cat_cluster.cluster.kuberay.check import check_manifests, read_manifests
+        from cat_cluster.cluster.kuberay.schemas import load_schemas
 
     documents = read_manifests(files)
     if not documents:
         raise SpecError(f"{', '.join(files)}: no manifest there; give files that hold some")
-    problems = check_manifests(documents, load_schemas(crds, load_settings().cache_dir), restricted=restricted)
+    findings = check_manifests(documents, load_schemas(crds), restricted=restricted)
     if as_json:
-        record = {"documents": len(documents), "problems": [asdict(problem) for problem in problems]}
+        record = {"documents": len(documents), "problems": [asdict(finding) for finding in findings]}
         sys.stdout.write(json.dumps(record, indent=2) + "\n")
-        if problems:
+        if findings:
             raise typer.Exit(1)
         return
-    if problems:
-        raise SpecError("\n".join(map(str, problems)))
+    if findings:
+        raise SpecError("\n".join(map(str, findings)))
     people.print(f"{len(documents)} documents are right", soft_wrap=True)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 from rich.console import Console
 
-from cat_cluster.errors import SpecError
+from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.choices import DriftPolicy
 
@@ -37,7 +37,8 @@ def serve(
 
     Every request may name another adapter; all are drawn together. docs/serving.md has the settings and the API.
     """
-    from serve.local import serve_here
+    with needs_extra("serve", "serving"):
+        from serve.local import serve_here
     from serve.settings import ProbeSettings, ServeSettings
 
     ours = load_settings()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from cat_cluster.errors import ClusterError
+from cat_cluster.errors import ClusterError, needs_extra
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -86,7 +86,8 @@ def _token_of_environment(cluster: RayCluster) -> str | None:
 
 def connect(cluster: RayCluster) -> JobSubmissionClient:
     """Return a client of the cluster's Jobs API after a look whether it answers; raises ClusterError."""
-    from ray.job_submission import JobSubmissionClient
+    with needs_extra("cluster", "a Ray cluster"):
+        from ray.job_submission import JobSubmissionClient
 
     headers = {"Authorization": f"Bearer {cluster.token}"} if cluster.token else {}
     with explained(cluster), _address_as_given():

@@ -19,14 +19,16 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import boto3
-from botocore.config import Config
-from botocore.exceptions import BotoCoreError
-
-from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, StoreError
+from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, StoreError, needs_extra
 from cat_cluster.store.protocol import KeyList, check_key, check_prefix
 from cat_cluster.store.retries import with_retries
-from cat_cluster.store.s3_errors import S3_ERRORS, UploadGoneError, damaged, explain, may_pass
+
+with needs_extra("s3", "a storage in S3"):
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    from cat_cluster.store.s3_errors import S3_ERRORS, UploadGoneError, damaged, explain, may_pass
 
 RETRY_SECONDS = 60.0  # from the first failure of a request to its last try
 CONNECT_SECONDS, READ_SECONDS = 5.0, 30.0

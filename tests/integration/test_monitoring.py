@@ -30,21 +30,21 @@ from serve.settings import ProbeSettings, ServeSettings
 from tests.support.monitoring import (
     DASHBOARDS,
     FOLDER,
+    PROMETHEUS_RULE,
     RULES,
     SPECS,
     THEIR_LABELS,
     THEIR_METRICS,
-    WRAPPED,
     Prometheus,
     Query,
     dashboard_queries,
     panels,
     prometheus,
+    prometheus_rule,
     rule_queries,
     rules,
     spec_of,
     tool,
-    wrapped,
 )
 from tests.support.serving import ROOT, Served, ask, deployment_of, publish_random, served
 from tests.support.tiny_jobs import adapter, run_process, write_spec
@@ -105,10 +105,10 @@ def test_every_alert_says_what_to_do_and_is_tested() -> None:
 
 
 def test_the_operators_rules_are_the_same() -> None:
-    assert WRAPPED.read_text() == wrapped(), (
-        f"{WRAPPED} is not rules.yaml: write it with `python -m tests.support.monitoring`"
+    assert PROMETHEUS_RULE.read_text() == prometheus_rule(), (
+        f"{PROMETHEUS_RULE} is not rules.yaml: write it with `python -m tests.support.monitoring`"
     )
-    document = yaml.safe_load(WRAPPED.read_text())
+    document = yaml.safe_load(PROMETHEUS_RULE.read_text())
     assert document["spec"] == yaml.safe_load(RULES.read_text())
 
 
@@ -143,7 +143,7 @@ def test_every_metric_is_shown_and_every_record_used() -> None:
     named = set[str]().union(*(query.metrics for query in all_queries()))
     assert {spec.name for spec in (*TRAINING_METRICS, *SERVING_METRICS)} - named == NOT_SHOWN
     used = set[str]().union(*(query.recorded for query in all_queries()))
-    assert {query.gives for query in rule_queries()} - {None} <= used
+    assert {query.record for query in rule_queries()} - {None} <= used
 
 
 @pytest.mark.parametrize("name", DASHBOARDS)
@@ -280,7 +280,7 @@ def test_a_real_prometheus_runs_every_expression_and_shows_what_was_done(
     ports = [urlsplit(url).netloc for url in (service.metrics, training_metrics)]
     with prometheus(tmp_path, *ports) as running, traffic(service):
         asked = [query for query in dashboard_queries() if not query.metrics & NEVER]
-        asked += [Query(query.place, query.gives) for query in rule_queries() if query.gives is not None]
+        asked += [Query(query.place, query.record) for query in rule_queries() if query.record is not None]
         asked += [Query(name, name) for name in THEIR_METRICS]
         deadline = time.monotonic() + PATIENCE_S
         while asked := [query for query in asked if not has_data(running, query)]:

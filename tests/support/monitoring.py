@@ -25,7 +25,7 @@ from tests.support.ray_head import free_ports
 from tests.support.serving import until
 
 FOLDER = Path(__file__).resolve().parents[2] / "k8s" / "monitoring"
-RULES, WRAPPED = FOLDER / "rules.yaml", FOLDER / "prometheusrule.yaml"
+RULES, PROMETHEUS_RULE = FOLDER / "rules.yaml", FOLDER / "prometheusrule.yaml"
 DASHBOARDS = {path.stem: path for path in sorted((FOLDER / "dashboards").glob("*.json"))}
 SPECS: Mapping[str, MetricSpec] = {spec.name: spec for spec in (*TRAINING_METRICS, *SERVING_METRICS)}
 VARIABLES = {"$namespace": ".*", "$adapter": ".*", "$__rate_interval": "15s"}
@@ -57,11 +57,11 @@ spec:
 
 @dataclass(frozen=True)
 class Query:
-    """A PromQL expression and where it stands; `gives`: the name it is recorded under, if any."""
+    """A PromQL expression and where it is from; record: the name it is recorded under, if any."""
 
     place: str
     expr: str
-    gives: str | None = None
+    record: str | None = None
 
     @property
     def metrics(self) -> set[str]:
@@ -138,8 +138,8 @@ def dashboard_queries() -> list[Query]:
     ]
 
 
-def wrapped() -> str:
-    """What prometheusrule.yaml has to be."""
+def prometheus_rule() -> str:
+    """rules.yaml as a PrometheusRule: what prometheusrule.yaml has to be."""
     lines = RULES.read_text().splitlines()
     return _HEADER + "".join(f"  {line}\n" if line else "\n" for line in lines[lines.index("groups:") :])
 
@@ -161,10 +161,10 @@ class Prometheus:
     http: httpx2.Client
 
     def get(self, path: str, **parameters: str) -> Any:
-        """The data of an answer of its API, which must be a success."""
-        answer = self.http.get(f"/api/v1/{path}", params=parameters)
-        assert answer.status_code == 200, (parameters, answer.text)
-        return answer.json()["data"]
+        """The data of a response of its API, which must be a success."""
+        response = self.http.get(f"/api/v1/{path}", params=parameters)
+        assert response.status_code == 200, (parameters, response.text)
+        return response.json()["data"]
 
     def query(self, expr: str) -> list[Any]:
         """The series that an expression gives now."""
@@ -216,4 +216,4 @@ def prometheus(folder: Path, *targets: str) -> Iterator[Prometheus]:
 
 
 if __name__ == "__main__":
-    WRAPPED.write_text(wrapped())
+    PROMETHEUS_RULE.write_text(prometheus_rule())

@@ -11,14 +11,13 @@ from typing import Any
 
 import yaml
 
-from cat_cluster.cluster.kuberay.job_rules import job_findings
-from cat_cluster.cluster.kuberay.rules import cluster_findings, service_findings
+from cat_cluster.cluster.kuberay.rules import CLUSTERS, operator_findings
 from cat_cluster.cluster.kuberay.schemas import Finding, Schemas
 from cat_cluster.cluster.kuberay.security import restricted_findings
 from cat_cluster.errors import SpecError
 
+MAX_VALUES, MAX_DEPTH = 100_000, 100  # of a document; a manifest here has fewer than 2,000, 20 deep
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")  # a colon: roles may have one
-_OPERATOR = {"RayCluster": cluster_findings, "RayJob": job_findings, "RayService": service_findings}
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Document:
 
 
 @dataclass(frozen=True)
-class ManifestProblem:
+class ManifestFinding:
     """What is wrong at one field of one document, and what to do about it."""
 
     file: str
@@ -54,7 +53,7 @@ class ManifestProblem:
 def read_manifests(files: Iterable[str | Path]) -> list[Document]:
     """Return the documents of files of YAML or JSON, `-` being stdin; those of a List count one by one.
 
-    Raises SpecError for what cannot be read, is not YAML, or gives a key twice.
+    Raises SpecError for what cannot be read, is not YAML, gives a key twice, or is far larger than any manifest.
     """
     documents = []
     for file in files:
@@ -64,13 +63,17 @@ def read_manifests(files: Iterable[str | Path]) -> list[Document]:
             contents = list(yaml.load_all(text, Loader=_Once))
         except OSError as error:
             raise SpecError(f"{name}: cannot be read: {error.strerror}; give files of manifests, or -") from error
-        except (yaml.YAMLError, ValueError) as error:
+        except (yaml.YAMLError, ValueError, TypeError) as error:
             raise SpecError(f"{name}: is not YAML: {' '.join(str(error).split())}; correct it") from error
         for number, content in enumerate(contents, 1):
             if content is None:
                 continue
             if not isinstance(content, dict):
                 raise SpecError(f"{name}: document {number}: must be a mapping with apiVersion and kind")
+            if not _is_bounded(content):
+                raise SpecError(
+                    f"{name}: document {number}: is nested too deeply, or too large with its aliases expanded"
+                )
             items = content.get("items") if content.get("kind") == "List" else None
             for item in items if isinstance(items, list) else [content]:
                 if not isinstance(item, dict):
@@ -81,22 +84,22 @@ def read_manifests(files: Iterable[str | Path]) -> list[Document]:
 
 def check_manifests(
     documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True
-) -> list[ManifestProblem]:
+) -> list[ManifestFinding]:
     """Return what an API server, KubeRay's operator or a namespace of the restricted profile would not take.
 
-    A document that its schema refuses is not looked at further: the rules rely on its shape. Raises ClusterError when
-    schemas are needed that are not installed.
+    A document that its schema refuses is not looked at further: the rules rely on its shape.
     """
-    problems = []
+    found = []
     for document in documents:
-        findings = list(_shape_findings(document.content))
-        findings = findings or list(schemas.findings(document.content))
-        findings = findings or list(_rule_findings(document.content, restricted=restricted))
-        problems += [
-            ManifestProblem(document.file, document.number, document.title, field_text(path), message)
+        content = _without_nulls(document.content)
+        findings = list(_shape_findings(content))
+        findings = findings or list(schemas.findings(content))
+        findings = findings or list(_rule_findings(content, restricted=restricted))
+        found += [
+            ManifestFinding(document.file, document.number, document.title, field_text(path), message)
             for path, message in findings
         ]
-    return problems
+    return found
 
 
 def field_text(path: Sequence[str | int]) -> str:
@@ -112,6 +115,26 @@ def field_text(path: Sequence[str | int]) -> str:
     return text or "the whole document"
 
 
+def _is_bounded(content: Any) -> bool:
+    """Whether a document can be walked through: aliases of aliases make a short text endless."""
+    waiting, seen = [(content, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        seen += 1
+        if seen > MAX_VALUES or depth > MAX_DEPTH:
+            return False
+        below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        waiting += [(one, depth + 1) for one in below]
+    return True
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the keys that hold nothing: the API server takes them as left out."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(below) for key, below in value.items() if below is not None}
+    return [_without_nulls(below) for below in value] if isinstance(value, list) else value
+
+
 def _shape_findings(content: dict[str, Any]) -> Iterator[Finding]:
     for field, example in (("apiVersion", "ray.io/v1"), ("kind", "RayJob")):
         if not isinstance(content.get(field), str) or not content[field]:
@@ -120,14 +143,14 @@ def _shape_findings(content: dict[str, Any]) -> Iterator[Finding]:
     if not isinstance(metadata, dict):
         yield ("metadata",), "must be a mapping with the object's name"
         return
-    name = metadata.get("name")
+    name = metadata.get("name", "generated" if metadata.get("generateName") else None)
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 253:
         yield ("metadata", "name"), f"{name!r} is no name of an object: a-z, 0-9, - and ., at most 253 characters"
 
 
 def _rule_findings(content: dict[str, Any], *, restricted: bool) -> Iterator[Finding]:
-    if str(content["apiVersion"]).startswith("ray.io/") and content["kind"] in _OPERATOR:
-        yield from _OPERATOR[content["kind"]](content)
+    if content["apiVersion"].startswith("ray.io/") and content["kind"] in CLUSTERS:
+        yield from operator_findings(content)
     if restricted:
         yield from restricted_findings(content)
 

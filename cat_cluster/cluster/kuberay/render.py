@@ -23,7 +23,7 @@ from cat_cluster.cluster.kuberay.pods import (
     submitter_template,
     worker_template,
 )
-from cat_cluster.cluster.kuberay.rules import MOST_NAME
+from cat_cluster.cluster.kuberay.rules import MAX_NAME_LENGTH
 from cat_cluster.cluster.runs import run_id_of
 from cat_cluster.cluster.submit import image_digests_of, with_stored_images
 from cat_cluster.errors import SpecError
@@ -77,9 +77,10 @@ def render_job(job: JobSpec, storage: str, options: RenderOptions) -> list[dict[
     content = job.model_copy(update={"storage": storage}).model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
     name = options.name or _name(job.name, text)
-    if len(name) > MOST_NAME["RayJob"] or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+    longest = MAX_NAME_LENGTH["RayJob"]
+    if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise SpecError(
-            f"--name {name}: must begin with a letter and hold a-z, 0-9 and -, {MOST_NAME['RayJob']} characters at most"
+            f"--name {name}: must begin with a letter and hold a-z, 0-9 and -, {longest} characters at most"
         )
     about = {"name": name, "namespace": options.namespace, "labels": dict(_LABELS)}
     spec_map = {
@@ -136,7 +137,7 @@ def _name(title: str, text: str) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     slug = slug if re.match(r"[a-z]", slug) else f"job-{slug}".rstrip("-")
     digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST]
-    return f"{slug[: MOST_NAME['RayJob'] - _DIGEST - 1].rstrip('-')}-{digest}"
+    return f"{slug[: MAX_NAME_LENGTH['RayJob'] - _DIGEST - 1].rstrip('-')}-{digest}"
 
 
 def _job_spec(job: JobSpec, name: str, options: RenderOptions) -> dict[str, Any]:

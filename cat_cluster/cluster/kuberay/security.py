@@ -1,168 +1,121 @@
 """The restricted pod-security profile, looked for in every pod that a manifest leads to.
 
-Rules: https://kubernetes.io/docs/concepts/security/pod-security-standards/, "Restricted".
+Rules: https://kubernetes.io/docs/concepts/security/pod-security-standards/, "Baseline" and "Restricted".
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from cat_cluster.cluster.kuberay.schemas import Finding, Path_
+from cat_cluster.cluster.kuberay.rules import CLUSTERS, at
+from cat_cluster.cluster.kuberay.schemas import FieldPath, Finding
 
-VOLUMES = frozenset(
-    ("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret")
-)
 _PROFILES = ("RuntimeDefault", "Localhost")
-_SELINUX = (None, "", "container_t", "container_init_t", "container_kvm_t", "container_engine_t")
-_SYSCTLS = frozenset(
-    (
-        "kernel.shm_rmid_forced",
-        "net.ipv4.ip_local_port_range",
-        "net.ipv4.ip_local_reserved_ports",
-        "net.ipv4.ip_unprivileged_port_start",
-        "net.ipv4.ping_group_range",
-        "net.ipv4.tcp_fin_timeout",
-        "net.ipv4.tcp_keepalive_intvl",
-        "net.ipv4.tcp_keepalive_probes",
-        "net.ipv4.tcp_keepalive_time",
-        "net.ipv4.tcp_rmem",
-        "net.ipv4.tcp_syncookies",
-        "net.ipv4.tcp_wmem",
-    )
+_VOLUMES = ("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret")
+_SYSCTLS = (
+    "kernel.shm_rmid_forced",
+    *(f"net.ipv4.ip_{name}" for name in ("local_port_range", "local_reserved_ports", "unprivileged_port_start")),
+    "net.ipv4.ping_group_range",
+    *(f"net.ipv4.tcp_{name}" for name in ("fin_timeout", "rmem", "syncookies", "wmem")),
+    *(f"net.ipv4.tcp_keepalive_{name}" for name in ("intvl", "probes", "time")),
 )
-# Where a kind keeps its pod.
-_TEMPLATES: Mapping[str, Path_] = {
-    "Pod": (),
-    "Deployment": ("spec", "template"),
-    "StatefulSet": ("spec", "template"),
-    "DaemonSet": ("spec", "template"),
-    "ReplicaSet": ("spec", "template"),
-    "Job": ("spec", "template"),
-    "CronJob": ("spec", "jobTemplate", "spec", "template"),
-    "RayJob": ("spec", "submitterPodTemplate"),
+# What a field of a pod may be if it is there, by its name or its last two names; nowhere in a pod do others share them.
+_ALLOWED: Mapping[str, Collection[Any]] = {
+    **dict.fromkeys(("hostNetwork", "hostPID", "hostIPC", "privileged", "hostProcess"), (False,)),
+    "allowPrivilegeEscalation": (False,),
+    "runAsNonRoot": (True,),
+    "runAsUser": range(1, 2**31),
+    "hostPort": (0,),
+    "httpGet.host": ("",),
+    "tcpSocket.host": ("",),
+    "procMount": ("Default",),
+    "seccompProfile.type": _PROFILES,
+    "appArmorProfile.type": _PROFILES,
+    "seLinuxOptions.type": ("", "container_t", "container_init_t", "container_kvm_t", "container_engine_t"),
+    "seLinuxOptions.user": ("",),
+    "seLinuxOptions.role": ("",),
+    "sysctls.name": _SYSCTLS,
+    "capabilities.add": ("NET_BIND_SERVICE",),
 }
-_CLUSTERS: Mapping[str, Path_] = {
-    "RayCluster": ("spec",),
-    "RayJob": ("spec", "rayClusterSpec"),
-    "RayService": ("spec", "rayClusterConfig"),
-}
+# Where a kind keeps pods of its own; a RayJob's other pods are those of its cluster.
+_TEMPLATES: tuple[FieldPath, ...] = ((), ("spec", "template"), ("spec", "submitterPodTemplate"))
 Json = Mapping[str, Any]
 
 
 def restricted_findings(document: Json) -> Iterator[Finding]:
     """Yield what keeps the pods of a manifest, KubeRay's additions to it included, out of such a namespace."""
-    kind = document["kind"]
     for path, pod in pods_of(document):
-        yield from _pod_findings((*path, "spec"), pod)
-    cluster = _at(document, _CLUSTERS[kind]) if kind in _CLUSTERS else None
+        yield from _forbidden((*path, "spec"), pod)
+        for index, volume in enumerate(pod.get("volumes", ())):
+            for kind in volume.keys() - {"name", *_VOLUMES}:
+                yield (*path, "spec", "volumes", index, kind), f"must be one of {', '.join(_VOLUMES)}"
+        for group in ("initContainers", "containers"):
+            for index, container in enumerate(pod.get(group, ())):
+                yield from _missing((*path, "spec", group, index), container, pod)
+    path = CLUSTERS.get(document["kind"], ())
+    cluster = at(document, path) if path else None
     if cluster and cluster.get("enableInTreeAutoscaling"):
-        yield from _autoscaler_findings(_CLUSTERS[kind], cluster)
-    if kind == "RayJob" and cluster:
+        yield from _autoscaler_findings((*path, "autoscalerOptions"), cluster)
+    if cluster and document["kind"] == "RayJob":
         yield from _submitter_findings(document["spec"])
 
 
-def pods_of(document: Json) -> Iterator[tuple[Path_, Json]]:
+def pods_of(document: Json) -> Iterator[tuple[FieldPath, Json]]:
     """Yield the path of each pod template of a manifest, and the pod's spec."""
-    kind = document["kind"]
-    places = [_TEMPLATES[kind]] if kind in _TEMPLATES else []
-    if kind in _CLUSTERS and (cluster := _at(document, _CLUSTERS[kind])):
-        places.append((*_CLUSTERS[kind], "headGroupSpec", "template"))
-        for index, _ in enumerate(cluster.get("workerGroupSpecs") or ()):
-            places.append((*_CLUSTERS[kind], "workerGroupSpecs", index, "template"))
+    places = list(_TEMPLATES)
+    if path := CLUSTERS.get(document["kind"]):
+        places.append((*path, "headGroupSpec", "template"))
+        groups = at(document, (*path, "workerGroupSpecs")) or ()
+        places += [(*path, "workerGroupSpecs", index, "template") for index in range(len(groups))]
     for place in places:
-        template = _at(document, place)
-        if template and template.get("spec"):
-            yield place, template["spec"]
+        pod = at(document, (*place, "spec"))
+        if pod and pod.get("containers"):
+            yield place, pod
 
 
-def _at(document: Json, path: Path_) -> Any:
-    value: Any = document
-    for part in path:
-        if isinstance(value, dict):
-            value = value.get(str(part))
-        else:
-            value = value[part] if isinstance(value, list) and isinstance(part, int) else None
-    return value
-
-
-def _autoscaler_findings(path: Path_, cluster: Json) -> Iterator[Finding]:
+def _autoscaler_findings(path: FieldPath, cluster: Json) -> Iterator[Finding]:
     """The operator puts the autoscaler into the head's pod, with this securityContext alone."""
-    head = cluster["headGroupSpec"]["template"].get("spec") or {}
-    container = {"securityContext": (cluster.get("autoscalerOptions") or {}).get("securityContext") or {}}
-    yield from _container_findings((*path, "autoscalerOptions"), container, head)
+    container = {"securityContext": at(cluster, ("autoscalerOptions", "securityContext")) or {}}
+    yield from _forbidden(path, container)
+    yield from _missing(path, container, at(cluster, ("headGroupSpec", "template", "spec")) or {})
 
 
 def _submitter_findings(spec: Json) -> Iterator[Finding]:
     """The operator's own container that submits a job has no securityContext."""
     mode = spec.get("submissionMode", "K8sJobMode")
     if mode == "SidecarMode":
-        yield ("spec", "submissionMode"), "a restricted namespace refuses the operator's sidecar: use K8sJobMode"
+        text = "SidecarMode adds a container without allowPrivilegeEscalation: false: use K8sJobMode"
+        yield ("spec", "submissionMode"), text
     elif mode == "K8sJobMode" and not spec.get("submitterPodTemplate"):
         place = ("spec", "submitterPodTemplate")
         yield place, "is missing, and a restricted namespace refuses the operator's own: write one, or use HTTPMode"
 
 
-def _pod_findings(path: Path_, pod: Json) -> Iterator[Finding]:
-    for name in ("hostNetwork", "hostPID", "hostIPC"):
-        if pod.get(name):
-            yield (*path, name), "shares a namespace of the machine; leave it out"
-    for index, volume in enumerate(pod.get("volumes") or ()):
-        for kind in volume:
-            if kind != "name" and kind not in VOLUMES:
-                yield (*path, "volumes", index, kind), f"use one of {', '.join(sorted(VOLUMES))} instead"
-    context = pod.get("securityContext") or {}
-    for index, sysctl in enumerate(context.get("sysctls") or ()):
-        if sysctl["name"] not in _SYSCTLS:
-            yield (*path, "securityContext", "sysctls", index), f"{sysctl['name']} is not a safe one; leave it out"
-    yield from _context_findings((*path, "securityContext"), context)
-    for group in ("initContainers", "containers", "ephemeralContainers"):
-        for index, container in enumerate(pod.get(group) or ()):
-            yield from _container_findings((*path, group, index), container, pod)
+def _forbidden(path: FieldPath, value: Any) -> Iterator[Finding]:
+    """What is there and may not be."""
+    if isinstance(value, dict | list):
+        for key, below in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _forbidden((*path, key), below)
+        return
+    names = [part for part in path if isinstance(part, str)]
+    allowed = _ALLOWED.get(".".join(names[-2:]), _ALLOWED.get(names[-1]))
+    if allowed is not None and value not in allowed:
+        choices = ["more than 0"] if isinstance(allowed, range) else [json.dumps(one) for one in allowed if one != ""]
+        text = f"must be {' or '.join(choices)}" if choices else "must be left out"
+        yield path, f"{text} in a restricted namespace, got {json.dumps(value)}"
 
 
-def _container_findings(path: Path_, container: Json, pod: Json) -> Iterator[Finding]:
-    context, pod_context = container.get("securityContext") or {}, pod.get("securityContext") or {}
-    place = (*path, "securityContext")
-    yield from _host_findings(path, container)
-    if context.get("privileged"):
-        yield (*place, "privileged"), "has every right on the machine; leave it out"
-    if context.get("allowPrivilegeEscalation") is not False:
+def _missing(path: FieldPath, container: Json, pod: Json) -> Iterator[Finding]:
+    """What a container, or its pod for it, must say and does not."""
+    context, place = container.get("securityContext", {}), (*path, "securityContext")
+    inherited = {**pod.get("securityContext", {}), **context}
+    if "allowPrivilegeEscalation" not in context:
         yield (*place, "allowPrivilegeEscalation"), "must be false"
-    if context.get("runAsNonRoot", pod_context.get("runAsNonRoot")) is not True:
-        yield (*place, "runAsNonRoot"), "must be true, here or for the pod"
-    seccomp = context.get("seccompProfile") or pod_context.get("seccompProfile") or {}
-    if seccomp.get("type") not in _PROFILES:
-        yield (*place, "seccompProfile", "type"), "must be RuntimeDefault or Localhost, here or for the pod"
-    capabilities = context.get("capabilities") or {}
-    if "ALL" not in (capabilities.get("drop") or ()):
+    if "ALL" not in (at(context, ("capabilities", "drop")) or ()):
         yield (*place, "capabilities", "drop"), "must hold ALL"
-    for name in capabilities.get("add") or ():
-        if name != "NET_BIND_SERVICE":
-            yield (*place, "capabilities", "add"), f"{name} may not be added; leave it out"
-    if context.get("procMount", "Default") != "Default":
-        yield (*place, "procMount"), "must be Default"
-    yield from _context_findings(place, context)
-
-
-def _host_findings(path: Path_, container: Json) -> Iterator[Finding]:
-    for index, port in enumerate(container.get("ports") or ()):
-        if port.get("hostPort"):
-            yield (*path, "ports", index, "hostPort"), "takes a port of the machine; leave it out"
-    for name in ("livenessProbe", "readinessProbe", "startupProbe"):
-        for action in ("httpGet", "tcpSocket"):
-            if ((container.get(name) or {}).get(action) or {}).get("host"):
-                yield (*path, name, action, "host"), "asks another machine; leave it out"
-
-
-def _context_findings(place: Path_, context: Json) -> Iterator[Finding]:
-    """What is forbidden for a pod and for a container alike."""
-    if context.get("runAsUser") == 0:
-        yield (*place, "runAsUser"), "must not be 0, which is root"
-    if (context.get("windowsOptions") or {}).get("hostProcess"):
-        yield (*place, "windowsOptions", "hostProcess"), "has every right on the machine; leave it out"
-    if (context.get("appArmorProfile") or {}).get("type", "RuntimeDefault") not in _PROFILES:
-        yield (*place, "appArmorProfile", "type"), "must be RuntimeDefault or Localhost"
-    labels = context.get("seLinuxOptions") or {}
-    if labels.get("type") not in _SELINUX or labels.get("user") or labels.get("role"):
-        yield (*place, "seLinuxOptions"), "may name a container type alone, and no user or role"
+    if "runAsNonRoot" not in inherited:
+        yield (*place, "runAsNonRoot"), "must be true, here or for the pod"
+    if "seccompProfile" not in inherited:
+        yield (*place, "seccompProfile", "type"), "must be RuntimeDefault or Localhost, here or for the pod"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
+import json
+import urllib.error
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +15,17 @@ import pytest
 import yaml
 
 from cat_cluster.cluster.kuberay import schemas as kuberay_schemas
-from cat_cluster.cluster.kuberay.check import Document, ManifestProblem, check_manifests, field_text, read_manifests
-from cat_cluster.cluster.kuberay.schemas import CRD_FILES, Schemas, load_schemas
+from cat_cluster.cluster.kuberay.check import Document, ManifestFinding, check_manifests, field_text, read_manifests
+from cat_cluster.cluster.kuberay.schemas import CRD_FILES, SHIPPED, Schemas, load_schemas, ship, shipped
 from cat_cluster.cluster.kuberay.security import restricted_findings
 from cat_cluster.errors import ClusterError, SpecError
 
 SPEC_SCHEMA = {
     "type": "object",
-    "required": ["size"],
+    "required": ["size", "age"],
     "properties": {
         "size": {"type": "integer"},
+        "age": {"type": "integer", "default": 1},
         "colour": {"type": "string", "enum": ["red", "blue"]},
         "port": {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]},
         "labels": {"type": "object", "additionalProperties": {"type": "string"}},
@@ -62,10 +66,10 @@ CUP_CRD = {
 def schemas(tmp_path: Path) -> Schemas:
     (tmp_path / "crds").mkdir()
     (tmp_path / "crds" / "cup.yaml").write_text(yaml.safe_dump(CUP_CRD))
-    return load_schemas(str(tmp_path / "crds"), tmp_path / "cache")
+    return load_schemas(str(tmp_path / "crds"))
 
 
-def problems(schemas: Schemas, spec: Any, **document: Any) -> list[ManifestProblem]:
+def findings(schemas: Schemas, spec: Any, **document: Any) -> list[ManifestFinding]:
     content = {
         "apiVersion": "example.org/v1",
         "kind": "Cup",
@@ -81,11 +85,12 @@ def problems(schemas: Schemas, spec: Any, **document: Any) -> list[ManifestProbl
     [
         {"size": 1},
         {"size": 1, "port": "http", "labels": {"any": "thing"}, "free": {"any": ["thing"]}},
+        {"size": 1, "colour": None, "age": 2},
         {"size": 1, "port": 80, "ports": [{"number": 1}, {"number": 1, "protocol": "UDP"}]},
     ],
 )
 def test_a_document_that_fits(schemas: Schemas, spec: dict[str, Any]) -> None:
-    assert problems(schemas, spec) == []
+    assert findings(schemas, spec) == []
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,7 @@ def test_a_document_that_fits(schemas: Schemas, spec: dict[str, Any]) -> None:
         ({}, "spec.size", "required"),
         ({"size": "1"}, "spec.size", "must be integer, got '1'"),
         ({"size": 1, "color": "red"}, "spec.color", "did you mean colour?"),
-        ({"size": 1, "zzz": 1}, "spec.zzz", "here may be colour, free, labels, port, ports, size"),
+        ({"size": 1, "zzz": 1}, "spec.zzz", "here may be age, colour, free, labels, port, ports, size"),
         ({"size": 1, "colour": "green"}, "spec.colour", "not one of red, blue"),
         ({"size": 1, "labels": {"a": 1}}, "spec.labels.a", "must be string"),
         ({"size": 1, "ports": [{"number": 1, "nummer": 2}]}, "spec.ports[0].nummer", "did you mean number?"),
@@ -103,38 +108,29 @@ def test_a_document_that_fits(schemas: Schemas, spec: dict[str, Any]) -> None:
     ],
 )
 def test_what_an_api_server_would_drop_or_refuse(schemas: Schemas, spec: Any, field: str, said: str) -> None:
-    (problem,) = problems(schemas, spec)
-    assert problem.field == field
-    assert said in problem.message
+    (finding,) = findings(schemas, spec)
+    assert finding.field == field
+    assert said in finding.message
 
 
 def test_the_document_itself_is_looked_at(schemas: Schemas) -> None:
-    assert [one.field for one in problems(schemas, {"size": 1}, metadata={"name": "a", "label": {}})] == [
+    assert [one.field for one in findings(schemas, {"size": 1}, metadata={"name": "a", "label": {}})] == [
         "metadata.label"
     ]
-    assert [one.field for one in problems(schemas, {"size": 1}, metadata={"name": "A_b"})] == ["metadata.name"]
-    assert [one.field for one in problems(schemas, {"size": 1}, metadata=None)] == ["metadata"]
-    assert [one.field for one in problems(schemas, {"size": 1}, kind=None)] == ["kind"]
-    assert [one.field for one in problems(schemas, {"size": 1}, spek={})] == ["spek"]
+    assert [one.field for one in findings(schemas, {"size": 1}, metadata={"name": "A_b"})] == ["metadata.name"]
+    assert [one.field for one in findings(schemas, {"size": 1}, metadata=None)] == ["metadata"]
+    assert [one.field for one in findings(schemas, {"size": 1}, kind=None)] == ["kind"]
+    assert [one.field for one in findings(schemas, {"size": 1}, spek={})] == ["spek"]
 
 
 def test_kubernetes_own_kinds_are_closed_too(schemas: Schemas) -> None:
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "a"}}
     assert check_manifests([Document("a", 1, account)], schemas) == []
-    (problem,) = check_manifests([Document("a", 1, {**account, "automountServiceAcountToken": False})], schemas)
-    assert problem.field == "automountServiceAcountToken"
-    assert "did you mean automountServiceAccountToken?" in problem.message
-    (problem,) = check_manifests([Document("a", 1, {**account, "kind": "ServiceAcount"})], schemas)
-    assert problem.field == "kind"
-
-
-def test_without_the_schemas_of_kubernetes_it_says_what_to_install(
-    schemas: Schemas, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "kubernetes_validate", None)
-    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "a"}}
-    with pytest.raises(ClusterError, match=r"cat-cluster\[k8s\]"):
-        check_manifests([Document("a", 1, account)], schemas)
+    (finding,) = check_manifests([Document("a", 1, {**account, "automountServiceAcountToken": False})], schemas)
+    assert finding.field == "automountServiceAcountToken"
+    assert "did you mean automountServiceAccountToken?" in finding.message
+    (finding,) = check_manifests([Document("a", 1, {**account, "kind": "ServiceAcount"})], schemas)
+    assert finding.field == "kind"
 
 
 def test_files_hold_documents_and_lists(tmp_path: Path) -> None:
@@ -145,7 +141,19 @@ def test_files_hold_documents_and_lists(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: 1\nb: {c: 1, c: 2}\n", "'c' is given twice"), ("a: [", "is not YAML"), ("- a\n", "must be a mapping")],
+    [
+        ("a: 1\nb: {c: 1, c: 2}\n", "'c' is given twice"),
+        ("a: [", "is not YAML"),
+        ("- a\n", "must be a mapping"),
+        ("? [a]\n: b\n", "is not YAML"),
+        ("a: &a [*a]\n", "nested too deeply"),
+        ("a: " + "[" * 150 + "]" * 150, "nested too deeply"),
+        (
+            "a: &a [1, 1, 1]\n"
+            + "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in ("ab", "bc", "cd", "de", "ef", "fg")),
+            "aliases",
+        ),
+    ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, text: str, said: str) -> None:
     file = tmp_path / "bad.yaml"
@@ -162,38 +170,57 @@ def test_fields_are_written_as_people_do() -> None:
     assert field_text(()) == "the whole document"
 
 
-def test_the_pinned_release_is_fetched_once_and_no_other_bytes_are_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text, asked = yaml.safe_dump(CUP_CRD).encode(), []
+def test_the_schemas_of_a_release_are_in_the_package(tmp_path: Path) -> None:
+    record = shipped()
+    assert record["licence"] == "Apache-2.0"
+    assert f"v{record['version']}" in record["source"]
+    assert {name.split()[1] for name in record["schemas"]} == {"RayCluster", "RayCronJob", "RayJob", "RayService"}
+    assert set(record["sha256"]) == set(CRD_FILES)
+    assert SHIPPED.stat().st_size < 20_000
+    assert "description" not in json.dumps(record["schemas"])
 
-    def fetch(url: str) -> bytes:
-        asked.append(url)
-        return text
 
-    monkeypatch.setattr(kuberay_schemas, "_fetch", fetch)
-    with pytest.raises(ClusterError, match="is not the file of KubeRay"):
-        load_schemas(None, tmp_path)
-    digest = hashlib.sha256(text).hexdigest()
-    monkeypatch.setattr(kuberay_schemas, "CRD_FILES", dict.fromkeys(CRD_FILES, digest))
-    asked.clear()
-    for _ in range(2):
-        assert ("example.org/v1", "Cup") in load_schemas(None, tmp_path).custom
-    assert len(asked) == len(CRD_FILES)
-    assert all(f"/v{kuberay_schemas.KUBERAY_VERSION}/" in url for url in asked)
-    next(tmp_path.rglob("ray.io_rayjobs.yaml")).write_bytes(b"kind: Other")
-    with pytest.raises(ClusterError, match="delete it if it is in the cache"):
-        load_schemas(None, tmp_path)
+def test_what_is_shipped_is_what_the_folder_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in CRD_FILES:
+        (tmp_path / name).write_text(yaml.safe_dump(CUP_CRD))
+    ship("9.9.9", tmp_path, tmp_path / "crds.json.xz")
+    expected = load_schemas(str(tmp_path))
+    shipped.cache_clear()
+    monkeypatch.setattr(kuberay_schemas, "SHIPPED", tmp_path / "crds.json.xz")
+    try:
+        assert shipped()["version"] == "9.9.9"
+        digest = hashlib.sha256((tmp_path / CRD_FILES[0]).read_bytes()).hexdigest()
+        assert shipped()["sha256"][CRD_FILES[0]] == digest
+        assert load_schemas() == expected
+    finally:
+        shipped.cache_clear()
+
+
+def test_crds_below_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def urlopen(address: str, timeout: float) -> io.BytesIO:
+        asked.append(address)
+        if not address.endswith(CRD_FILES[0]):
+            raise urllib.error.HTTPError(address, 404, "not there", None, None)  # type: ignore[arg-type]
+        return io.BytesIO(yaml.safe_dump(CUP_CRD).encode())
+
+    monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    assert set(load_schemas("https://example.org/crds/").custom) == {"example.org/v1 Cup"}
+    assert asked == [f"https://example.org/crds/{name}" for name in CRD_FILES]
 
 
 def test_sources_that_hold_no_crd(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("kind: Other")
     with pytest.raises(ClusterError, match="holds no CustomResourceDefinition"):
-        load_schemas(str(tmp_path), tmp_path)
-    with pytest.raises(ClusterError, match="only https"):
-        load_schemas("http://example.org/crds", tmp_path)
+        load_schemas(str(tmp_path))
+    (tmp_path / "a.yaml").write_text("kind: [")
+    with pytest.raises(ClusterError, match=r"a\.yaml is not YAML"):
+        load_schemas(str(tmp_path))
+    with pytest.raises(ClusterError, match="must be https"):
+        load_schemas("http://example.org/crds")
     with pytest.raises(ClusterError, match="cannot be fetched"):
-        load_schemas("https://localhost:1/crds", tmp_path)
+        load_schemas("https://localhost:1/crds")
 
 
 SECURE = {
@@ -258,10 +285,7 @@ def test_the_restricted_profile(change: Change, field: str) -> None:
 
 def test_init_containers_and_templates_are_looked_at() -> None:
     template = {"spec": {**POD["spec"], "initContainers": [{"name": "b"}]}}  # type: ignore[dict-item]
-    for kind, spec in (
-        ("Deployment", {"template": template}),
-        ("CronJob", {"jobTemplate": {"spec": {"template": template}}}),
-    ):
-        found = [field_text(path) for path, _ in restricted_findings({"kind": kind, "spec": spec})]
-        assert found
-        assert all("initContainers[0]" in field for field in found)
+    deployment = {"kind": "Deployment", "spec": {"template": template}}
+    found = [field_text(path) for path, _ in restricted_findings(deployment)]
+    assert found
+    assert all("initContainers[0]" in field for field in found)
