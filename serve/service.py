@@ -96,15 +96,15 @@ class Service:
                 unet=base.unet,
                 metrics=metrics,
             )
-            cleanup.callback(cache.close)
-            work = Codec(base)
-            cleanup.callback(work.close)
-            service = cls(EngineParts(base, engine, cache, work, sizes, metrics), registry, settings, metrics)
+            codec = Codec(base)
+            cleanup.callback(codec.close)
+            service = cls(EngineParts(base, engine, cache, codec, sizes, metrics), registry, settings, metrics)
             service._cleanup = cleanup.pop_all()
         return service
 
     async def __aenter__(self) -> Service:
-        """Warm up, and start probing."""
+        """Begin to pin adapters, warm up, and start probing."""
+        self._parts.cache.start()
         try:
             await self._warm_up()
         except BaseException:
@@ -128,6 +128,7 @@ class Service:
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        self._parts.cache.close()
         await asyncio.to_thread(self._cleanup.close)
 
     @property
@@ -143,32 +144,33 @@ class Service:
             yield Failed.of(error)
             return
         self._in_flight += call.count  # from here on: what is looked up now counts for those who come meanwhile
-        drawing: RunningCall | None = None
+        running: RunningCall | None = None
         try:
             try:
                 plan = await self._plan(call)
             except CatClusterError as error:
                 yield Failed.of(error)
                 return
-            drawing = RunningCall(self._parts, plan)
+            running = RunningCall(self._parts, plan)
             yield Accepted(plan.served_by, plan.drift, plan.note)
-            async for event in drawing.events():
+            async for event in running.events():
                 if isinstance(event, CatClusterError):
                     yield Failed.of(event)
                     return
                 if isinstance(event, Finished):
-                    self._probe_live(plan, event, drawing.pixels.pop(event.index))
+                    self._probe_live(plan, event, running.pixels.pop(event.index))
                 yield event
         finally:
-            if drawing is not None:
-                drawing.cancel()
+            if running is not None:
+                running.cancel()
             self._in_flight -= call.count
 
     async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
         """Act on an adapter; raises CatClusterError."""
         cache = self._parts.cache
         if action in ("load", "unload", "pin", "unpin", "prefetch"):
-            return await asyncio.wrap_future(getattr(cache, action)(reference))
+            placed: dict[str, Any] = await getattr(cache, action)(reference)
+            return placed
         if action == "release":
             manifest = await asyncio.to_thread(self._registry.resolve, reference)
             await asyncio.to_thread(self._registry.release, manifest.adapter_id, manifest.revision)
@@ -177,7 +179,7 @@ class Service:
             return {"released": manifest.name}
         if self.prober is None:
             raise SpecError("probes are disabled: start the service with probes.enabled true")
-        resolved = await asyncio.wrap_future(cache.resolve(reference))
+        resolved = await cache.resolve(reference)
         record = await self.prober.canonical(resolved.manifest)
         return record.model_dump(mode="json")
 
@@ -233,7 +235,7 @@ class Service:
         if call.model is not None:
             try:
                 async with asyncio.timeout(deadline_s):
-                    found = await asyncio.wrap_future(self._parts.cache.resolve(call.model))
+                    found = await self._parts.cache.resolve(call.model)
             except TimeoutError:
                 raise DeadlineError("the deadline passed while the adapter was looked up: ask again") from None
         drift = "unknown"
@@ -277,7 +279,7 @@ class Service:
         plan = ImagePlan.of(call, self._parts, None, None, "unknown")
         await draw(self._parts, plan)
         latents = initial_latents(self._parts.base, call.seed, plan.table, plan.size)
-        await asyncio.wrap_future(self._parts.work.preview(latents))
+        await asyncio.wrap_future(self._parts.codec.preview(latents))
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -23,7 +23,6 @@ from torch.nn import functional
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import png_bytes
-from serve.adapters.futures import claim, failed, finished
 
 TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
 AT_ONCE = 8  # prompts or latents in one call
@@ -39,7 +38,7 @@ class _Job(Generic[A]):
 
 
 class Codec:
-    """Text encoding, decoding and PNGs off the device thread. Close it after use."""
+    """Text encoding, decoding and PNGs off the device thread; close it after use, and it raises EngineStoppedError."""
 
     def __init__(self, base: BaseModel, threads: int = 1) -> None:
         self._base, self._threads = base, threads
@@ -60,7 +59,7 @@ class Codec:
             jobs: list[_Job[Any]] = [*self._prompts, *self._latents]
             self._prompts, self._latents = [], []
         for job in jobs:
-            if claim(job.future):
+            if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(_stopping())
         self._torch.shutdown()
         self._png.shutdown()
@@ -69,10 +68,12 @@ class Codec:
         """Return the embedding [L, D] of a prompt, on the base's device."""
         with self._lock:
             known = self._texts.get(prompt)
-            if known is not None:
-                self._texts.move_to_end(prompt)
-                return finished(known)
-            return self._put(self._prompts, prompt, self._encode_waiting)
+            if known is None:
+                return self._put(self._prompts, prompt, self._encode_waiting)
+            self._texts.move_to_end(prompt)
+        future = Future[Tensor]()
+        future.set_result(known)
+        return future
 
     def decode(self, latents: Tensor) -> Future[Tensor]:
         """Return the image [3, H, W] in [0, 1] of latents [C, h, w], on the CPU; ServingError when it is not finite.
@@ -85,20 +86,25 @@ class Codec:
     def png(self, image: Tensor, metadata: Mapping[str, str]) -> Future[bytes]:
         """Return an image [3, H, W] in [0, 1] as PNG bytes with text chunks."""
         with self._lock:
-            return failed(_stopping()) if self._closed else self._png.submit(png_bytes, image, metadata)
+            self._check_open()
+            return self._png.submit(png_bytes, image, metadata)
 
     def preview(self, denoised: Tensor) -> Future[bytes]:
         """Return a small picture (PNG) of latents [C, h, w] by a linear map of their channels to colours."""
         with self._lock:
-            return failed(_stopping()) if self._closed else self._torch.submit(self._preview, denoised)
+            self._check_open()
+            return self._torch.submit(self._preview, denoised)
 
     def _put(self, jobs: list[_Job[A]], value: A, work: Callable[[], None]) -> Future[Tensor]:
-        if self._closed:
-            return failed(_stopping())
+        self._check_open()
         future = Future[Tensor]()
         jobs.append(_Job(value, future))
         self._torch.submit(work)
         return future
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _stopping()
 
     def _start(self) -> None:
         own_threads(self._threads)
@@ -155,7 +161,7 @@ class Codec:
 
 def _finish(jobs: list[_Job[A]], work: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
     """Give each job that is still wanted its result or its error."""
-    _settle([job for job in jobs if claim(job.future)], work)
+    _settle([job for job in jobs if job.future.set_running_or_notify_cancel()], work)
 
 
 def _settle(jobs: list[_Job[A]], work: Callable[[list[_Job[A]]], list[Tensor]]) -> None:

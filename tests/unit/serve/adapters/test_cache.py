@@ -24,8 +24,19 @@ from cat_cluster.errors import (
     StoreError,
 )
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from serve.adapters.disk_and_host import MIB
-from tests.support.served_adapters import ROW, SOON, Clock, World, held, lease, random_weights, wait_until, weights_key
+from serve.adapters.loader import MIB
+from tests.support.served_adapters import (
+    ROW,
+    SOON,
+    CacheOnLoop,
+    Clock,
+    World,
+    held,
+    lease,
+    random_weights,
+    wait_until,
+    weights_key,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +83,11 @@ def test_the_least_recently_used_slot_goes_first_and_comes_back_from_host_memory
     assert world.metric("cat_adapter_requests_total", tier="host") == 1
     assert world.metric("cat_adapter_evictions_total", tier="slot") == 2
     assert all(world.store.asked[weights_key(manifest)] == 1 for manifest in manifests[2:])
+
+
+def nothing_is_awaited(cache: CacheOnLoop) -> bool:
+    status = cache.status()
+    return (status["loading"], status["waiting"]) == ([], [])
 
 
 def bad_manifests(world: World, unet: UNet2DConditionModel) -> dict[str, tuple[object, type[CatClusterError]]]:
@@ -144,7 +160,7 @@ def test_a_failure_is_remembered_for_a_while(world: World) -> None:
             lease(cache, manifest)
     assert world.store.asked[weights_key(manifest)] == 1
     assert world.metric("cat_adapter_load_failures_total") == 1
-    (remembered,) = [error for error, _ in cache._tiers._failures.values()]
+    (remembered,) = [error for error, _ in cache.cache._host._failures._errors.values()]
     assert remembered.__traceback__ is None  # its frames would keep the file alive
     world.store.put(weights_key(manifest), data)
     clock.now += 5.1
@@ -193,8 +209,7 @@ def test_a_wait_ends_at_the_time_limit(world: World) -> None:
         no_slot.result(SOON)
     with pytest.raises(OverloadedError, match="the store is slow"):
         slow.result(SOON)
-    status = cache.status()
-    assert (status["loading"], status["waiting"]) == ([], [])
+    wait_until(lambda: nothing_is_awaited(cache))
     gate.set()
     holder.release()
     lease(cache, manifests[1]).release()
@@ -205,7 +220,7 @@ def test_all_who_ask_at_once_share_one_load(world: World) -> None:
     cache = world.cache()
     gate = world.store.gates[weights_key(manifest)] = threading.Event()
     futures = [cache.lease(manifest) for _ in range(20)]
-    assert cache.status()["loading"] == [manifest.name]
+    wait_until(lambda: cache.status()["loading"] == [manifest.name])
     gate.set()
     leases = [future.result(SOON) for future in futures]
     assert world.store.asked[weights_key(manifest)] == 1
@@ -215,7 +230,7 @@ def test_all_who_ask_at_once_share_one_load(world: World) -> None:
     assert world.metric("cat_adapter_requests_total", tier="store") == 20
 
 
-def test_slow_loads_hold_up_neither_hits_nor_the_keeper(world: World) -> None:
+def test_slow_loads_hold_up_neither_hits_nor_copies(world: World) -> None:
     """More slow loads than workers; Ray Serve's one lock makes a slow load block every other."""
     here, in_host = world.publish("cup", seed=50), world.publish("mug", seed=51)
     slow = [world.publish(f"a{number}", seed=number) for number in range(8)]
@@ -254,11 +269,10 @@ def test_a_cancelled_lease_leaves_no_trace(world: World) -> None:
     wait_until(lambda: cache.status()["waiting"] == [queued.name] and world.store.asked[weights_key(loading)] == 1)
     assert first.cancel()
     assert second.cancel()
-    status = cache.status()
-    assert (status["loading"], status["waiting"]) == ([], [])
+    wait_until(lambda: nothing_is_awaited(cache))
     gate.set()
     hold.release()
-    wait_until(lambda: not cache._tiers._flights)
+    wait_until(cache.is_idle)
     status = cache.status()
     assert held(cache) == {holder.name}
     assert loading.name not in status["host"]  # nobody waited for it when it arrived
@@ -313,8 +327,9 @@ def test_a_revision_published_again_with_other_weights_is_another_adapter(
 def test_pins_are_made_at_the_start_and_never_evicted(world: World, caplog: pytest.LogCaptureFixture) -> None:
     manifests = [world.publish(f"a{number}", seed=number) for number in range(4)]
     cache = world.cache(slots=3, pins=("a0", "nobody"))
-    assert cache.starting[0].result(SOON) == {"model": manifests[0].name, "tier": "slot", "pinned": True}
-    assert isinstance(cache.starting[1].exception(SOON), AdapterNotFoundError)
+    pinned, not_pinned = cache.pinning()
+    assert pinned.result(SOON) == {"model": manifests[0].name, "tier": "slot", "pinned": True}
+    assert isinstance(not_pinned.exception(SOON), AdapterNotFoundError)
     assert "nobody is not pinned" in caplog.text
     for manifest in manifests[1:]:
         lease(cache, manifest).release()

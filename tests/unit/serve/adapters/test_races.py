@@ -17,8 +17,8 @@ from torch import Tensor
 from cat_cluster.errors import CatClusterError
 from cat_cluster.registry import Manifest
 from cat_cluster.registry.manifest import WEIGHTS
-from serve.adapters.cache import AdapterCache, Lease
-from tests.support.served_adapters import SOON, World, lease, wait_until
+from serve.adapters.cache import Lease
+from tests.support.served_adapters import SOON, CacheOnLoop, World, lease, wait_until
 
 IDS = [f"a{number}" for number in range(12)]
 THREADS, SECONDS = 8, 4.0
@@ -55,7 +55,7 @@ class Vectors:
 class User(threading.Thread):
     """Leases, checks, holds, cancels, loads, prefetches and unloads at random until told to stop."""
 
-    def __init__(self, cache: AdapterCache, vectors: Vectors, seed: int, stop: threading.Event) -> None:
+    def __init__(self, cache: CacheOnLoop, vectors: Vectors, seed: int, stop: threading.Event) -> None:
         super().__init__()
         self._cache = cache
         self._vectors = vectors
@@ -131,7 +131,7 @@ def test_slots_hold_what_was_leased_whatever_threads_do(world: World, tmp_path: 
     assert [problem for user in users for problem in user.problems] == []
     assert all(user.granted > 10 for user in users), [user.granted for user in users]
 
-    wait_until(lambda: not cache._tiers._flights)
+    wait_until(cache.is_idle)
     status = cache.status()
     assert (status["loading"], status["waiting"]) == ([], [])
     assert [slot for slot in status["held"] if slot["leases"] or slot["pinned"]] == []

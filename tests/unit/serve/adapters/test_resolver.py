@@ -16,10 +16,11 @@ from cat_cluster.errors import (
     RegistryError,
     StoreError,
 )
-from serve.adapters.cache import AdapterCache, Resolved
-from serve.adapters.resolver import MOST_KEPT, MOST_STALE_S, PATIENCE_S
+from serve.adapters.cache import Resolved
+from serve.adapters.failures import MOST_KEPT
+from serve.adapters.resolver import MOST_STALE_S, PATIENCE_S
 from serve.settings import ProbeSettings
-from tests.support.served_adapters import SOON, Clock, World, wait_until
+from tests.support.served_adapters import SOON, CacheOnLoop, Clock, World, wait_until
 
 ALIAS_1 = "aliases/cup/latest/00000001.json"
 
@@ -36,7 +37,7 @@ def world(unet: UNet2DConditionModel, tmp_path: Path) -> Iterator[World]:
     world.close()
 
 
-def resolve(cache: AdapterCache, reference: str) -> Resolved:
+def resolve(cache: CacheOnLoop, reference: str) -> Resolved:
     return cache.resolve(reference).result(SOON)
 
 
@@ -141,7 +142,7 @@ def test_a_store_that_hangs_holds_up_nobody_whose_adapter_is_known(world: World)
     clock.now += 2.1
     first = cache.resolve("cup")
     clock.now += PATIENCE_S + 0.1
-    assert cache.resolve("cup").result(0).manifest == manifest
+    assert cache.resolve("cup").result(SOON / 2).manifest == manifest
     assert not first.done()
     gate.set()
     assert first.result(SOON).manifest == manifest
