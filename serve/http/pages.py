@@ -12,7 +12,7 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 PAGE = Path(__file__).parents[1] / "page"
-SWAGGER = Path(str(files("swagger_ui_bundle"))) / "vendor" / "swagger-ui-4.15.5"
+SWAGGER = Path(str(files("fastapi_swagger"))) / "resources"
 # Swagger UI writes style attributes and has pictures in its style sheet.
 _DOCS_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
 _DOCS = """<!doctype html>
@@ -28,10 +28,7 @@ _DOCS = """<!doctype html>
 <body><div id="api"></div></body>
 </html>
 """
-# Swagger UI 4 draws OpenAPI 3.1 as this service writes it, but refuses to try by the number.
-_START = """fetch("openapi.json").then((answer) => answer.json()).then((spec) => {
-  SwaggerUIBundle({ spec: { ...spec, openapi: "3.0.3" }, dom_id: "#api", deepLinking: true });
-});
+_START = """SwaggerUIBundle({ url: "openapi.json", dom_id: "#api", deepLinking: true, validatorUrl: null });
 """
 
 router = APIRouter(include_in_schema=False)
