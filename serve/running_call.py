@@ -1,4 +1,4 @@
-"""One call on its way: its images from text and adapter to the engine's rows, and from latents to PNGs."""
+"""A running call: its images from text and adapter to the engine's rows, and from latents to PNGs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,12 @@ class ImagePlan:
 
     @classmethod
     def of(
-        cls, call: ImageCall, parts: EngineParts, found: Resolved | None, deadline: float | None, drift: str
+        cls,
+        call: ImageCall,
+        parts: EngineParts,
+        found: Resolved | None = None,
+        deadline: float | None = None,
+        drift: str = "unknown",
     ) -> ImagePlan:
         """Check a call against what is served; SpecError names the field."""
         width, height = call.size or parts.sizes[0]
@@ -204,7 +209,7 @@ class _Awaited:
         self.latents: asyncio.Future[Tensor] = self._loop.create_future()
 
     def stepped(self, step: int, steps: int, denoised: Tensor | None) -> None:
-        """Nobody watches."""
+        """Steps are not reported."""
 
     def denoised(self, latents: Tensor, facts: ImageFacts) -> None:
         _call_soon(self._loop, self._settle, latents, None)
@@ -222,7 +227,7 @@ class _Awaited:
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, what: Callable[..., None], *values: Any) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the call
         loop.call_soon_threadsafe(what, *values)
 
 
@@ -234,8 +239,8 @@ def _expected(error: Exception, what: str) -> CatClusterError:
     return ServingError(f"the image could not be {what} ({type(error).__name__}): {error}")
 
 
-async def draw(parts: EngineParts, plan: ImagePlan) -> NDArray[np.uint8]:
-    """Draw the first image of a plan in spare rows; uint8 [H, W, 3]."""
+async def generate_in_spare_rows(parts: EngineParts, plan: ImagePlan) -> NDArray[np.uint8]:
+    """Generate the first image of a plan in rows that no user needs; uint8 [H, W, 3]."""
     listener = _Awaited()
     image = await prepare_image(parts, plan, 0, listener, probe=True)
     try:
@@ -272,7 +277,7 @@ async def prepare_image(
         if lease is not None:
             lease.release()
         if isinstance(error, TimeoutError):
-            raise DeadlineError("the deadline passed before the adapter was loaded: ask again in a moment") from None
+            raise DeadlineError("the deadline passed before the adapter was loaded: try again in a moment") from None
         raise
     return EngineImage(
         rows=rows,

@@ -181,7 +181,7 @@ class AdapterCache:
         }
 
     def close(self) -> None:
-        """Let whatever waits raise EngineStoppedError, and stop the threads; the pool and its leases stay."""
+        """Let all callers that wait get EngineStoppedError, and stop the threads; the pool and its leases stay."""
         self._closed = True
         self._resolver.close()
         self._copies.close()
@@ -202,38 +202,40 @@ class AdapterCache:
             slow = not to_slot or key in self._host.loading()
             reason = "the store is slow" if slow else f"all {len(self._slots)} slots are in use"
             waited = f"{name_of(key)} was not ready within {self._settings.load_timeout_s:g} s"
-            raise OverloadedError(f"{waited}: {reason}; ask again") from None
+            raise OverloadedError(f"{waited}: {reason}; try again") from None
         finally:
-            self._changed.set()  # a slot filled for one who has left is anybody's
+            self._changed.set()  # a slot that was filled for a caller that has left can be taken
 
     async def _fill_slot(self, shared: SharedTask[tuple[Slot, Tier]], manifest: Manifest) -> tuple[Slot, Tier]:
         """Bring an adapter into host memory, then into a slot: nothing is evicted for one that is not ready."""
         vector, tier = await self._host.get(manifest)
         async with self._copying:
-            # Those who wait for a copy that is made lease it at the loop's next turn: until then it is theirs.
+            # Callers lease a slot that was filled for them at the loop's next turn: until then it is not taken.
             while (taken := self._slots.take(self._copies.wanted())) is None:
                 self._changed.clear()
                 await self._changed.wait()
             slot, evicts = taken
             self._metrics.inc(ADAPTER_EVICTIONS, float(evicts), tier="slot")
-            started = time.perf_counter()
             try:
-                await shared.in_thread(self._thread, self._slots.write, slot, vector)
-            except BaseException:  # a device that fails; it is for the engine to stop
+                await shared.in_thread(self._thread, self._write, slot, vector)
+                self._slots.fill(slot, manifest)
+            except BaseException:  # of a device that fails: the engine will stop by itself
                 self._slots.empty(slot)
                 raise
             finally:
                 self._record()
-            self._metrics.observe(ADAPTER_SWAPS, time.perf_counter() - started)
-            self._slots.fill(slot, manifest)
-            self._record()
         return slot, tier
+
+    def _write(self, slot: Slot, vector: Tensor) -> None:
+        started = time.perf_counter()
+        self._slots.write(slot, vector)
+        self._metrics.observe(ADAPTER_SWAPS, time.perf_counter() - started)
 
     async def _lease_of(self, reference: str) -> Lease:
         return await self.lease((await self.resolve(reference)).manifest)
 
     async def _revision(self, reference: str) -> tuple[str, str]:
-        """What is here can be named by its revision even when the store cannot be reached or has it no more."""
+        """Return adapter id and revision; one that the reference names is not looked up, for the store may be away."""
         parsed = parse_reference(reference)
         if parsed.revision is not None:
             return parsed.adapter_id, parsed.revision
@@ -262,7 +264,7 @@ class AdapterCache:
         self._changed.set()
 
     def _record(self) -> None:
-        """Show the slots in the metrics, and let who waits for one look again."""
+        """Update the metrics of slots, and let the copy that waits for one look again."""
         self._metrics.set(SLOTS_USED, len(self._slots.held()))
         self._metrics.set(ADAPTERS_PINNED, self._slots.pinned)
         self._changed.set()

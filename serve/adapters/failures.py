@@ -1,4 +1,4 @@
-"""Errors remembered for a while, so that what cannot be had is not asked for again at once."""
+"""Errors remembered for a while, so that what failed is not tried again at once."""
 
 from __future__ import annotations
 

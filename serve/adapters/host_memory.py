@@ -1,4 +1,4 @@
-"""Adapters in host memory: each fetched once for all who ask, and kept while there is room."""
+"""Adapters in host memory: each loaded once for all callers, and kept while there is room."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cat_cluster.errors import (
 from cat_cluster.registry import Manifest
 from cat_cluster.telemetry import ADAPTER_EVICTIONS, ADAPTER_FAILURES, ADAPTER_LOADS, HOST_BYTES, Metrics
 from serve.adapters.failures import Failures
-from serve.adapters.loader import MIB, Key, Loader, Tier, key_of
+from serve.adapters.loader import MIB, Key, Loaded, Loader, Tier, key_of
 from serve.adapters.shared_tasks import SharedTask, SharedTasks
 from serve.settings import ServeSettings
 
@@ -106,7 +106,7 @@ class HostMemory:
         return self._vectors.held()
 
     def loading(self) -> list[Key]:
-        """Return what is being loaded for somebody."""
+        """Return what is being loaded while callers wait for it."""
         return self._loads.wanted()
 
     @property
@@ -115,29 +115,33 @@ class HostMemory:
         return self._vectors.bytes
 
     def close(self) -> None:
-        """Cancel the loads, whose waiters raise EngineStoppedError, and stop the threads."""
+        """Cancel the loads, whose callers get EngineStoppedError, and stop the threads."""
         self._loads.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _load(self, shared: SharedTask[tuple[Tensor, Tier]], manifest: Manifest) -> tuple[Tensor, Tier]:
         await self._turns.acquire()
-        started = time.perf_counter()
         try:
-            loaded = await shared.in_thread(self._threads, self._loader.load, manifest)
+            loaded = await shared.in_thread(self._threads, self._fetch, manifest)
         except BaseException as error:
             self._turns.release()
             if isinstance(error, Exception):
                 self._count_failure(manifest, error)
             raise
-        self._metrics.observe(ADAPTER_LOADS, time.perf_counter() - started)
-        # Its turn ends when the file is on disk too, so that few files wait to be written; those who ask do not wait.
+        # Callers do not wait for the disk, but the next load does: few files wait in memory to be written.
         loop = asyncio.get_running_loop()
         loop.run_in_executor(self._threads, self._loader.keep, manifest, loaded).add_done_callback(self._written)
-        if shared.waiting:  # nothing is evicted for what nobody waits for any more
+        if shared.waiting:  # nothing is evicted for an adapter that no caller waits for any more
             evicted = self._vectors.put(key_of(manifest), loaded.vector)
             self._metrics.inc(ADAPTER_EVICTIONS, evicted, tier="host")
             self._metrics.set(HOST_BYTES, self._vectors.bytes)
         return loaded.vector, loaded.tier
+
+    def _fetch(self, manifest: Manifest) -> Loaded:
+        started = time.perf_counter()
+        loaded = self._loader.load(manifest)
+        self._metrics.observe(ADAPTER_LOADS, time.perf_counter() - started)
+        return loaded
 
     def _written(self, evicted: asyncio.Future[int]) -> None:
         self._turns.release()

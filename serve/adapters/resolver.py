@@ -1,4 +1,4 @@
-"""What a reference names now: aliases read from the registry by key, kept for a moment, shared by all who ask."""
+"""What a reference names now: aliases read from the registry by key, cached briefly, looked up once for all callers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Resolved:
 
 @dataclass
 class _Known:
-    """What a reference named when the look-up began at `checked`; `retry_at`: the store has not answered since."""
+    """What a reference named when the look-up began at `checked`; `retry_at`: the store has not responded since."""
 
     resolved: Resolved
     checked: float
@@ -79,7 +79,7 @@ class ReferenceResolver:
         slow = now - running.started > PATIENCE_S
         if known is not None and now - known.checked <= MOST_STALE_S and (slow or known.retry_at is not None):
             return known.resolved
-        await asyncio.wait({running.task})  # who leaves takes nothing from the others
+        await asyncio.wait({running.task})  # cancelling one caller does not cancel the look-up
         if running.task.cancelled():
             raise stopping()
         return running.task.result()
@@ -89,7 +89,7 @@ class ReferenceResolver:
         return {"known": len(self._known), "refused": len(self._refused), "running": len(self._running)}
 
     def close(self) -> None:
-        """Let whatever waits raise EngineStoppedError, and look nothing up any more."""
+        """Cancel the look-ups, whose callers get EngineStoppedError, and stop the threads."""
         self._closed = True
         for running in self._running.values():
             running.task.cancel()
@@ -113,7 +113,7 @@ class ReferenceResolver:
             now, known = self._clock(), self._known.get(wanted)
             if known is None or now - known.checked > MOST_STALE_S:
                 raise
-            _log.warning("%s still serves: the store does not answer (%s)", known.resolved.manifest.name, error)
+            _log.warning("%s still serves: the store does not respond (%s)", known.resolved.manifest.name, error)
             known.retry_at = now + self._settings.alias_ttl_s
             return known.resolved
         except CatClusterError as error:

@@ -1,4 +1,4 @@
-"""One task for all who want the same thing at once."""
+"""Single flight: one task for all callers that want the same thing at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ R = TypeVar("R")
 
 
 class SharedTask(Generic[T]):
-    """A task that several coroutines wait for: the last one that gives up cancels it, unless a thread works for it."""
+    """A task that several callers wait for: the last one that is cancelled cancels it, unless a thread works for it."""
 
     def __init__(self, make: Callable[[SharedTask[T]], Coroutine[Any, Any, T]]) -> None:
         self.waiting = 0
@@ -36,7 +36,7 @@ class SharedTask(Generic[T]):
         return self.task.result()
 
     async def in_thread(self, threads: Executor, function: Callable[..., R], *arguments: Any) -> R:
-        """Call a function in a thread; part of the task, which nobody who gives up cancels meanwhile."""
+        """Call a function in a thread, for the task; until it returns no caller cancels the task."""
         self._in_thread = True
         try:
             return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
@@ -45,12 +45,12 @@ class SharedTask(Generic[T]):
 
     @property
     def ending(self) -> bool:
-        """Whether it is too late to join: nobody waits, and the task is done or was cancelled."""
+        """Whether it is too late to wait for it: nobody does, and the task is done or was cancelled."""
         return not self.waiting and (self.task.done() or self.task.cancelling() > 0)
 
 
 class SharedTasks(Generic[K, T]):
-    """Shared tasks by key; a key's task stays until it is done and everyone who waits for it has its result."""
+    """Shared tasks by key; each stays until it is done and every caller that waits for it has its result."""
 
     def __init__(self) -> None:
         self._tasks: dict[K, SharedTask[T]] = {}
@@ -67,11 +67,11 @@ class SharedTasks(Generic[K, T]):
             self._forget(key, shared)
 
     def wanted(self) -> list[K]:
-        """Return the keys that somebody waits for."""
+        """Return the keys that callers wait for."""
         return [key for key, shared in self._tasks.items() if shared.waiting]
 
     def close(self) -> None:
-        """Cancel every task; those who wait raise EngineStoppedError."""
+        """Cancel every task; callers that wait get EngineStoppedError."""
         for shared in list(self._tasks.values()):
             shared.task.cancel()
 
@@ -83,11 +83,11 @@ class SharedTasks(Generic[K, T]):
 
 
 def log_nothing(done: asyncio.Task[Any]) -> None:
-    """Look at a task's error, which asyncio logs when nobody does: everyone who wanted the result may have left."""
+    """Retrieve a task's error, which asyncio logs otherwise: every caller may have been cancelled before."""
     if not done.cancelled():
         done.exception()
 
 
 def stopping() -> EngineStoppedError:
-    """Return the error of whoever waits for an adapter when the engine stops."""
-    return EngineStoppedError("the engine is stopping: ask another replica")
+    """Return the error of callers that wait for an adapter when the engine stops."""
+    return EngineStoppedError("the engine is stopping: try again, another replica will take the request")

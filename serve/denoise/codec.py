@@ -1,6 +1,6 @@
-"""Work beside the device thread: prompts to text embeddings, latents to PNGs, and cheap previews of latents.
+"""The codec: prompts to text embeddings, latents to images and PNGs, and cheap previews, off the device thread.
 
-One worker thread does what waits together: all prompts in one call of the text encoder, all finished latents of one
+One thread processes what waits in batches: all prompts in one call of the text encoder, all finished latents of one
 size in one call of the VAE. PNGs are made by a few more, since compression holds no lock.
 """
 
@@ -48,12 +48,12 @@ class Codec:
         self._lock = threading.Lock()
         self._closed = False
         self._stream: torch.cuda.Stream | None = None
-        self._torch = ThreadPoolExecutor(1, "cat-side", initializer=self._start)
+        self._torch = ThreadPoolExecutor(1, "cat-codec", initializer=self._start)
         self._png = ThreadPoolExecutor(2, "cat-png")
         self._to_rgb: Tensor | None = None
 
     def close(self) -> None:
-        """Finish what was begun; what waits, and what comes later, fails with EngineStoppedError."""
+        """Finish what has started; what waits fails with EngineStoppedError."""
         with self._lock:
             self._closed = True
             jobs: list[_Job[Any]] = [*self._prompts, *self._latents]
@@ -95,11 +95,11 @@ class Codec:
             self._check_open()
             return self._torch.submit(self._preview, denoised)
 
-    def _put(self, jobs: list[_Job[A]], value: A, work: Callable[[], None]) -> Future[Tensor]:
+    def _put(self, jobs: list[_Job[A]], value: A, compute: Callable[[], None]) -> Future[Tensor]:
         self._check_open()
         future = Future[Tensor]()
         jobs.append(_Job(value, future))
-        self._torch.submit(work)
+        self._torch.submit(compute)
         return future
 
     def _check_open(self) -> None:
@@ -138,7 +138,7 @@ class Codec:
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
-        """Work beside the engine's stream on a GPU, and be done with it at the end."""
+        """Use a stream beside the engine's on a GPU, and wait for it at the end."""
         if self._base.device.type != "cuda":
             yield
             return
@@ -159,22 +159,22 @@ class Codec:
         return png_bytes(larger[0], {})
 
 
-def _finish(jobs: list[_Job[A]], work: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
+def _finish(jobs: list[_Job[A]], compute: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
     """Give each job that is still wanted its result or its error."""
-    _settle([job for job in jobs if job.future.set_running_or_notify_cancel()], work)
+    _settle([job for job in jobs if job.future.set_running_or_notify_cancel()], compute)
 
 
-def _settle(jobs: list[_Job[A]], work: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
+def _settle(jobs: list[_Job[A]], compute: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
     if not jobs:
         return
     try:
-        results = work(jobs)
+        results = compute(jobs)
     except Exception as error:
         if len(jobs) == 1:
             jobs[0].future.set_exception(error)
         else:  # the error of one, or the memory that all take together, must not end the others
             for job in jobs:
-                _settle([job], work)
+                _settle([job], compute)
         return
     for job, result in zip(jobs, results, strict=True):
         if bool(result.isfinite().all()):
@@ -193,7 +193,7 @@ def own_threads(count: int) -> None:
 
 
 def _stopping() -> EngineStoppedError:
-    return EngineStoppedError("the engine is stopping: ask again, another replica will answer")
+    return EngineStoppedError("the engine is stopping: try again, another replica will take the request")
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""The web page and the API's description, from this machine alone: no outside host is ever asked for anything."""
+"""The web page and the API's description, from this machine alone: nothing is loaded from another host."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ async def start_docs() -> Response:
     return Response(_START, media_type="text/javascript")
 
 
-class _AskedAgain(StaticFiles):
-    """Files that a browser asks for again: after an upgrade none may be of the version before."""
+class _RevalidatedFiles(StaticFiles):
+    """Files that a browser checks each time: after an upgrade none may be of the previous version."""
 
     def file_response(self, *args: Any, **options: Any) -> Response:
         response = super().file_response(*args, **options)
@@ -66,5 +66,5 @@ class _AskedAgain(StaticFiles):
 
 def mount_files(app: FastAPI) -> None:
     """Serve the files of both pages."""
-    app.mount("/page", _AskedAgain(directory=PAGE, check_dir=False), name="page")
+    app.mount("/page", _RevalidatedFiles(directory=PAGE, check_dir=False), name="page")
     app.mount("/docs/assets", StaticFiles(directory=SWAGGER), name="swagger")

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from serve.adapters.disk_cache import DiskCache
 from serve.adapters.host_memory import Vectors
 from tests.support.served_adapters import World, lease, wait_until, weights_key
-
-
-@pytest.fixture(scope="module")
-def unet(tiny_base_folder: Path) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(tiny_base_folder / "unet")
-
-
-@pytest.fixture
-def world(unet: UNet2DConditionModel, tmp_path: Path) -> Iterator[World]:
-    world = World(unet, tmp_path)
-    yield world
-    world.close()
 
 
 def put(disk: DiskCache, data: bytes) -> str:

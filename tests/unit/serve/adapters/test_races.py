@@ -5,13 +5,10 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
-import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from cat_cluster.errors import CatClusterError
@@ -21,19 +18,9 @@ from serve.adapters.cache import Lease
 from tests.support.served_adapters import SOON, CacheOnLoop, World, lease, wait_until
 
 IDS = [f"a{number}" for number in range(12)]
+
+
 THREADS, SECONDS = 8, 4.0
-
-
-@pytest.fixture(scope="module")
-def unet(tiny_base_folder: Path) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(tiny_base_folder / "unet")
-
-
-@pytest.fixture
-def world(unet: UNet2DConditionModel, tmp_path: Path) -> Iterator[World]:
-    world = World(unet, tmp_path)
-    yield world
-    world.close()
 
 
 class Vectors:
