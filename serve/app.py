@@ -1,6 +1,6 @@
 """The Ray Serve application: a thin HTTP ingress before engines that own a device each. The only wiring.
 
-`serve deploy serve/config.yaml`, KubeRay and `cat-cluster serve` all come through `build`.
+`serve deploy serve/config.yaml`, KubeRay and `cat-cluster serve` all use `build`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class EngineReplica:
             yield event
 
     async def admin(self, action: AdminAction, reference: str) -> dict[str, Any] | Failed:
-        """See EngineClient; an expected error is an answer, so that its class and words survive the way back."""
+        """See EngineClient; an expected error is returned, so that its class and message survive the transport."""
         try:
             return await self._service.admin(action, reference)
         except CatClusterError as error:
@@ -72,10 +72,10 @@ class EngineReplica:
         return await self._service.metrics()
 
     async def check_health(self) -> None:
-        """End this process when the engine is stuck or gone.
+        """End this process when the engine is stuck or has ended.
 
-        Nothing else ends a step that hangs. Its calls are drawn elsewhere at once and Ray Serve starts another replica;
-        if this raised instead, it would ask thrice more and then wait for the calls that hang.
+        Nothing else ends a step that hangs. Its calls go to other engines at once and Ray Serve starts another replica;
+        if this raised instead, Ray Serve would check three more times and then wait for the calls that hang.
         """
         try:
             self._service.check_health()
@@ -123,7 +123,7 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     document = settings.model_dump(mode="json")
     most, images = deployment.most_engines, settings.max_rows // 2
     room = settings.max_waiting + images
-    # A single engine queues and refuses by itself, fairly. Of several, another draws what one has too many of.
+    # A single engine queues and refuses by itself, fairly. Of several, another takes what one has too many of.
     ongoing, queued = room + images, room
     if most > 1:
         ongoing = min(room, ROUNDS * images)
@@ -134,7 +134,7 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
             "autoscaling_config": {
                 "min_replicas": deployment.min_engines,
                 "max_replicas": most,
-                # As many requests as an engine draws at once, and half as many again waiting, before one more starts.
+                # An engine's images at once, and half as many again waiting, before one more engine starts.
                 "target_ongoing_requests": images * 1.5,
                 "upscale_delay_s": 10.0,
                 "downscale_delay_s": 300.0,
@@ -170,5 +170,5 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
 
 
 def _listens_at() -> str:
-    """Return the address of Ray Serve's proxies, which ask for no key themselves."""
+    """Return the address of Ray Serve's proxies, which check no key themselves."""
     return str(_get_global_client().http_config.host or "")

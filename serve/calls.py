@@ -1,4 +1,4 @@
-"""What an ingress and an engine say to each other: plain, picklable values, whichever process each is in."""
+"""The messages between an ingress and an engine: plain, picklable values, whichever process each is in."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ class ImageCall:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The call waits for rows; `model` is what serves it (`id@r-...`, or the base's name), `note` says if not as asked.
+    """The call is queued; `model` is what serves it (`id@r-...`, or the base's name), `note` says why it is
+    another revision than requested, if so.
 
     drift: the drift state of the revision ("ok", "warning", "alarm", "unknown").
     """
@@ -60,7 +61,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Preview:
-    """A cheap picture (PNG bytes) of image `index` after `step` of `steps`; `number` counts an image's previews."""
+    """A cheap image (PNG bytes) of image `index` after `step` of `steps`; `number` counts an image's previews."""
 
     index: int
     number: int

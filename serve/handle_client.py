@@ -1,4 +1,4 @@
-"""The engines as an ingress reaches them on Ray Serve; a call whose engine is lost goes to another one."""
+"""The engines as an ingress reaches them on Ray Serve; a call whose engine is lost is sent to another one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCal
 
 logger = logging.getLogger("cat_cluster.serve")
 
-TRIES = 4  # of a call whose engine goes away: its images are a function of the call, so another engine's are the same
+TRIES = 4  # of a call whose engine is lost: its images are a function of the call, so another engine's are the same
 RETRY_S = 1.0
 PATIENCE_S = 30.0  # an engine that died is replaced within it; without any for so long, calls are refused
 STATUS_S = 5.0
@@ -34,61 +34,61 @@ class HandleClient:
         self._handle, self._patience_s, self._retry_s = handle, patience_s, retry_s
 
     async def generate(self, call: ImageCall) -> AsyncIterator[Event]:
-        """Yield the call's events; when its engine goes away, another one draws what is not finished yet."""
+        """Yield the call's events; when its engine is lost, another one generates the images that are not finished."""
         handle = self._handle.options(stream=True, session_id=_session(call))
         until = None if call.deadline_s is None else time.monotonic() + call.deadline_s
-        told = _EventsSent()
+        sent = _EventsSent()
         for attempt in range(TRIES):
             stream = handle.generate.remote(call)
-            gone = Failed.of(EngineStoppedError("the engine went away while it drew: ask again"))
+            lost = Failed.of(EngineStoppedError("the engine stopped before the images were done: try again"))
             try:
                 while (event := await self._next(stream)) is not None:
                     if isinstance(event, Failed) and event.kind == EngineStoppedError.__name__:
-                        gone = event
+                        lost = event
                         break
                     if isinstance(event, Accepted) and call.model is not None:
                         # Whatever the alias names by then, all images of a call are of one revision.
                         call = replace(call, model=event.model)
-                    if told.is_news(event):
+                    if sent.is_new(event):
                         yield event
                 else:
                     return
             except _GONE:
                 pass
             except DeploymentUnavailableError:
-                yield Failed.of(EngineStoppedError("no engine runs now: ask again"))
+                yield Failed.of(EngineStoppedError("no engine is running: try again"))
                 return
             except BackPressureError:
-                error = OverloadedError("every engine has as many requests as it takes: ask again", self._retry_s)
+                error = OverloadedError("every engine has as many requests as it takes: try again", self._retry_s)
                 yield Failed.of(error)
                 return
             finally:
                 stream.cancel()
             left = None if until is None else until - time.monotonic()
             if attempt == TRIES - 1 or (left is not None and left <= 0):
-                yield gone
+                yield lost
                 return
-            logger.warning("an engine went away: call %s is sent to another", call.request_id)
+            logger.warning("an engine was lost: call %s is sent to another", call.request_id)
             call = replace(call, deadline_s=left)
             await asyncio.sleep(self._retry_s * attempt)
 
     async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
-        """Act on an adapter in every engine, and return the first one's answer; raises CatClusterError."""
-        answers = await self._all("admin", action, reference)
-        for answer in answers:
-            if isinstance(answer, Failed):
-                raise answer.to_error()
-        return dict(answers[0])
+        """Act on an adapter in every engine, and return the first one's result; raises CatClusterError."""
+        results = await self._all("admin", action, reference)
+        for result in results:
+            if isinstance(result, Failed):
+                raise result.to_error()
+        return dict(results[0])
 
     async def status(self) -> dict[str, Any]:
         """Return one engine's status, with the drift that any engine knows of and the number of engines."""
-        answers = await self._all("status", timeout_s=STATUS_S)
+        results = await self._all("status", timeout_s=STATUS_S)
         drift: dict[str, Any] = {}
-        for answer in answers:
-            for name, status in answer["drift"].items():
+        for result in results:
+            for name, status in result["drift"].items():
                 if name not in drift or status["probes"]:
                     drift[name] = status
-        return {**answers[0], "drift": drift, "engines": len(answers)}
+        return {**results[0], "drift": drift, "engines": len(results)}
 
     async def metrics(self) -> bytes:
         """Return one engine's metrics; with several, scrape Ray's metrics port instead."""
@@ -106,30 +106,30 @@ class HandleClient:
             coming.cancel()
 
     async def _all(self, method: str, *arguments: str, timeout_s: float | None = None) -> list[Any]:
-        """Return the answers of the engines that live, one at least; EngineStoppedError when none does."""
+        """Return the results of the engines that run, one at least; EngineStoppedError when none does."""
         try:
             calls = self._handle.broadcast(method, *arguments)
-            answers = await calls.results_async(timeout_s=timeout_s, return_exceptions=True)
+            results = await calls.results_async(timeout_s=timeout_s, return_exceptions=True)
         except (DeploymentUnavailableError, TimeoutError):
-            raise EngineStoppedError("no engine answers: ask again") from None
-        here = [answer for answer in answers if not isinstance(answer, _GONE)]
-        for answer in here:
-            if isinstance(answer, BaseException):
-                raise answer
-        if not here:
-            raise EngineStoppedError("no engine answers: ask again")
-        return here
+            raise EngineStoppedError("no engine responds: try again") from None
+        running = [result for result in results if not isinstance(result, _GONE)]
+        for result in running:
+            if isinstance(result, BaseException):
+                raise result
+        if not running:
+            raise EngineStoppedError("no engine responds: try again")
+        return running
 
 
 class _EventsSent:
-    """What a call's client has heard, so that a second engine says only what is new."""
+    """The events that a call's client has had, so that from a second engine it gets only new ones."""
 
     def __init__(self) -> None:
         self._accepted = False
         self._steps: dict[tuple[type, int], float] = {}
 
-    def is_news(self, event: Event) -> bool:
-        """Whether an event goes on to the client."""
+    def is_new(self, event: Event) -> bool:
+        """Whether the client has not had this event, nor a later one of the same kind and image."""
         if isinstance(event, Accepted):
             first, self._accepted = not self._accepted, True
             return first

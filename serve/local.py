@@ -29,7 +29,7 @@ from serve.settings import Deployment, ServeSettings
 
 APPLICATION = "cat-cluster"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_OBJECTS = 256 * 2**20  # bytes of Ray's memory for what processes hand each other: some pictures
+_OBJECTS = 256 * 2**20  # bytes of Ray's shared memory between processes: some images
 
 
 def serve_here(
@@ -41,7 +41,7 @@ def serve_here(
     on_stop: Callable[[], None] = lambda: None,
     engines: int = 1,
 ) -> None:
-    """Serve until SIGINT, SIGTERM or SIGHUP; on_ready receives the address once requests are answered.
+    """Serve until SIGINT, SIGTERM or SIGHUP; on_ready receives the address once the service is ready.
 
     At the first signal requests in flight have a minute to finish, at a second one no more; no process is left.
     Raises SpecError when it would listen beyond this machine without API keys, ClusterError when the port is taken or
@@ -88,11 +88,11 @@ def start(deployment: Deployment, host: str, port: int) -> None:
 
 
 def _reason() -> str:
-    """Return the last line that a replica which does not start has to say: its error."""
+    """Return the last line of the messages of replicas that did not start: their errors."""
     application = ray_serve.status().applications.get(APPLICATION)
     deployments = {} if application is None else application.deployments
-    said = [found.message.strip().splitlines() for found in deployments.values() if found.status != "HEALTHY"]
-    return "; ".join(lines[-1] for lines in said if lines)
+    messages = [found.message.strip().splitlines() for found in deployments.values() if found.status != "HEALTHY"]
+    return "; ".join(lines[-1] for lines in messages if lines)
 
 
 def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
@@ -109,7 +109,7 @@ def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
     if engines > 1 and settings.device in ("auto", "cuda") and torch.cuda.device_count() >= engines:
         gpus = 1.0
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        # Ray would leave an engine that sets no CPU aside a single thread.
+        # Ray would give an engine that reserves no CPU a single thread.
         threads = max(1, len(os.sched_getaffinity(0)) // engines)
     return Deployment(
         settings=ServeSettings.model_validate({**settings.model_dump(), **whole, "threads": threads}),
@@ -125,7 +125,7 @@ def _reached_at(host: str) -> str:
 
 
 class _Signals:
-    """Each of the first two signals is an interrupt; later ones, and those while Ray ends, are not heeded."""
+    """Each of the first two signals is an interrupt; later ones, and those while Ray ends, are ignored."""
 
     def __init__(self) -> None:
         self._left = 2
@@ -149,7 +149,7 @@ class _Signals:
                 ray_serve.delete(APPLICATION)
                 ray_serve.shutdown()
         except (KeyboardInterrupt, TimeoutError, RayServeException, RayError):
-            pass  # an end at once was asked for, or there is nothing to wait for
+            pass  # a second signal, or there is nothing to wait for
         finally:
             self._left = 0
             ray.shutdown()

@@ -1,4 +1,4 @@
-"""One call on its way: its images from text and adapter to the engine's rows, and from latents to PNGs."""
+"""A running call: its images from text and adapter to the engine's rows, and from latents to PNGs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,12 +37,12 @@ logger = logging.getLogger("cat_cluster.serve")
 
 @dataclass(frozen=True, eq=False)
 class EngineParts:
-    """What drawing takes: base model, engine, adapter cache, side work, the sizes served, metrics."""
+    """What generating images takes: base model, engine, adapter cache, codec, the sizes served, metrics."""
 
     base: BaseModel
     engine: DenoisingEngine
     cache: AdapterCache
-    work: Codec
+    codec: Codec
     sizes: tuple[Pixels, ...]
     metrics: Metrics
 
@@ -63,7 +62,12 @@ class ImagePlan:
 
     @classmethod
     def of(
-        cls, call: ImageCall, parts: EngineParts, found: Resolved | None, deadline: float | None, drift: str
+        cls,
+        call: ImageCall,
+        parts: EngineParts,
+        found: Resolved | None = None,
+        deadline: float | None = None,
+        drift: str = "unknown",
     ) -> ImagePlan:
         """Check a call against what is served; SpecError names the field."""
         width, height = call.size or parts.sizes[0]
@@ -147,7 +151,7 @@ class RunningCall:
 
     async def _preview(self, index: int, step: int, steps: int, denoised: Tensor) -> None:
         try:
-            png = await asyncio.wrap_future(self._parts.work.preview(denoised))
+            png = await asyncio.wrap_future(self._parts.codec.preview(denoised))
         except Exception:  # the image itself may yet be done
             logger.exception("a preview could not be made")
             return
@@ -155,11 +159,11 @@ class RunningCall:
         self._queue.put_nowait(Preview(index, number, step, steps, png))
 
     async def _finish(self, index: int, latents: Tensor, facts: ImageFacts) -> None:
-        work, metrics, seed = self._parts.work, self._parts.metrics, self._plan.call.seed + index
+        codec, metrics, seed = self._parts.codec, self._parts.metrics, self._plan.call.seed + index
         started = time.monotonic()
         try:
-            image = await asyncio.wrap_future(work.decode(latents))
-            png = await asyncio.wrap_future(work.png(image, self._plan.metadata(seed)))
+            image = await asyncio.wrap_future(codec.decode(latents))
+            png = await asyncio.wrap_future(codec.png(image, self._plan.metadata(seed)))
         except Exception as error:
             self.fail(_expected(error, "decoded"))
             return
@@ -169,8 +173,8 @@ class RunningCall:
             metrics.inc(telemetry.ADAPTER_IMAGES, adapter=self._plan.manifest.adapter_id)
         metrics.observe(telemetry.IMAGE_SECONDS, facts.wait_s + facts.denoise_s + after)
         self.pixels[index] = image
-        told = {key: round(value, 4) for key, value in asdict(facts).items()}
-        self._queue.put_nowait(Finished(index, seed, png, {**told, "decode_s": round(after, 4)}))
+        rounded = {key: round(value, 4) for key, value in asdict(facts).items()}
+        self._queue.put_nowait(Finished(index, seed, png, {**rounded, "decode_s": round(after, 4)}))
 
     def _count(self, error: CatClusterError) -> None:
         outcomes: dict[type[CatClusterError], str] = {CancelledRequestError: "cancelled", DeadlineError: "expired"}
@@ -180,20 +184,20 @@ class RunningCall:
 class _Forwarder:
     """The engine's listener: carries what happens from its thread to the event loop of the call."""
 
-    def __init__(self, drawing: RunningCall, index: int) -> None:
-        self._drawing, self._index = drawing, index
+    def __init__(self, call: RunningCall, index: int) -> None:
+        self._call, self._index = call, index
         self._loop = asyncio.get_running_loop()
 
     def stepped(self, step: int, steps: int, denoised: Tensor | None) -> None:
-        self._tell(self._drawing.stepped, self._index, step, steps, denoised)
+        self._call_soon(self._call.stepped, self._index, step, steps, denoised)
 
     def denoised(self, latents: Tensor, facts: ImageFacts) -> None:
-        self._tell(self._drawing.finish, self._index, latents, facts)
+        self._call_soon(self._call.finish, self._index, latents, facts)
 
     def failed(self, error: CatClusterError) -> None:
-        self._tell(self._drawing.fail, error)
+        self._call_soon(self._call.fail, error)
 
-    def _tell(self, what: Callable[..., None], *values: Any) -> None:
+    def _call_soon(self, what: Callable[..., None], *values: Any) -> None:
         _call_soon(self._loop, what, *values)
 
 
@@ -205,7 +209,7 @@ class _Awaited:
         self.latents: asyncio.Future[Tensor] = self._loop.create_future()
 
     def stepped(self, step: int, steps: int, denoised: Tensor | None) -> None:
-        """Nobody watches."""
+        """Steps are not reported."""
 
     def denoised(self, latents: Tensor, facts: ImageFacts) -> None:
         _call_soon(self._loop, self._settle, latents, None)
@@ -223,7 +227,7 @@ class _Awaited:
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, what: Callable[..., None], *values: Any) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the call
         loop.call_soon_threadsafe(what, *values)
 
 
@@ -235,8 +239,8 @@ def _expected(error: Exception, what: str) -> CatClusterError:
     return ServingError(f"the image could not be {what} ({type(error).__name__}): {error}")
 
 
-async def draw(parts: EngineParts, plan: ImagePlan) -> NDArray[np.uint8]:
-    """Draw the first image of a plan in spare rows; uint8 [H, W, 3]."""
+async def generate_in_spare_rows(parts: EngineParts, plan: ImagePlan) -> NDArray[np.uint8]:
+    """Generate the first image of a plan in rows that no user needs; uint8 [H, W, 3]."""
     listener = _Awaited()
     image = await prepare_image(parts, plan, 0, listener, probe=True)
     try:
@@ -244,7 +248,7 @@ async def draw(parts: EngineParts, plan: ImagePlan) -> NDArray[np.uint8]:
         latents = await listener.latents
     finally:
         image.cancel()
-    return image_array(await asyncio.wrap_future(parts.work.decode(latents)))
+    return image_array(await asyncio.wrap_future(parts.codec.decode(latents)))
 
 
 async def prepare_image(
@@ -253,14 +257,13 @@ async def prepare_image(
     """Encode the texts and lease the adapter's slot at once, and return the image ready for the engine."""
     call, deadline = plan.call, plan.deadline
     prompts = [call.prompt, call.negative_prompt] if plan.guided else [call.prompt]
-    texts = [asyncio.wrap_future(parts.work.encode(prompt)) for prompt in prompts]
-    lease = None if plan.manifest is None else parts.cache.lease(plan.manifest)
-    held: Lease | None = None
+    texts = [asyncio.wrap_future(parts.codec.encode(prompt)) for prompt in prompts]  # begun, while the lease is awaited
+    lease: Lease | None = None
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+            if plan.manifest is not None:
+                lease = await parts.cache.lease(plan.manifest)
             encoded = torch.stack(await asyncio.gather(*texts))
-            if lease is not None:
-                held = await asyncio.wrap_future(lease)
         rows = ImageRows(
             texts=encoded,
             table=plan.table,
@@ -269,27 +272,24 @@ async def prepare_image(
             strength=call.strength,
         )
     except BaseException as error:
-        if lease is not None and not lease.cancel():  # granted already, though perhaps nobody here has heard of it
-            lease.add_done_callback(_release)
+        for text in texts:
+            text.cancel()
+        if lease is not None:
+            lease.release()
         if isinstance(error, TimeoutError):
-            raise DeadlineError("the deadline passed before the adapter was loaded: ask again in a moment") from None
+            raise DeadlineError("the deadline passed before the adapter was loaded: try again in a moment") from None
         raise
     return EngineImage(
         rows=rows,
         size=plan.size,
         listener=listener,
-        lease=held,
+        lease=lease,
         adapter=None if plan.manifest is None else plan.manifest.name,
         deadline=deadline,
         probe=probe,
         notify_steps=preview_steps(call.previews, len(plan.table)),
         notify_all=call.progress,
     )
-
-
-def _release(granted: Future[Lease]) -> None:
-    if granted.exception() is None:
-        granted.result().release()
 
 
 def preview_steps(previews: int, steps: int) -> frozenset[int]:

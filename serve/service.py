@@ -1,4 +1,4 @@
-"""One engine with all it needs, as an ingress sees it: adapters found and leased, images drawn, probes taken."""
+"""One engine with all it needs, as an ingress sees it: it leases adapters, generates images and runs probes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import logging
 import os
 import socket
 import time
-import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -37,8 +36,8 @@ from serve.denoise.codec import Codec, image_array
 from serve.denoise.engine import DenoisingEngine
 from serve.denoise.sizes import parse_sizes
 from serve.probes.prober import Prober
-from serve.probes.revision_monitor import ProbeImage
-from serve.running_call import EngineParts, ImagePlan, RunningCall, draw
+from serve.probes.revision_monitor import ProbeCall
+from serve.running_call import EngineParts, ImagePlan, RunningCall, generate_in_spare_rows
 from serve.settings import ServeSettings
 
 logger = logging.getLogger("cat_cluster.serve")
@@ -96,15 +95,15 @@ class Service:
                 unet=base.unet,
                 metrics=metrics,
             )
-            cleanup.callback(cache.close)
-            work = Codec(base)
-            cleanup.callback(work.close)
-            service = cls(EngineParts(base, engine, cache, work, sizes, metrics), registry, settings, metrics)
+            codec = Codec(base)
+            cleanup.callback(codec.close)
+            service = cls(EngineParts(base, engine, cache, codec, sizes, metrics), registry, settings, metrics)
             service._cleanup = cleanup.pop_all()
         return service
 
     async def __aenter__(self) -> Service:
-        """Warm up, and start probing."""
+        """Begin to pin adapters, warm up, and start probing."""
+        self._parts.cache.start()
         try:
             await self._warm_up()
         except BaseException:
@@ -114,7 +113,7 @@ class Service:
             self.prober = Prober(
                 self._registry,
                 self._parts.base,
-                self._draw_probes,
+                self._generate_probes,
                 self._settings.probes,
                 self._metrics,
                 replica=self._replica,
@@ -128,6 +127,7 @@ class Service:
         for task in list(self._background):
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        self._parts.cache.close()
         await asyncio.to_thread(self._cleanup.close)
 
     @property
@@ -142,33 +142,34 @@ class Service:
         except OverloadedError as error:
             yield Failed.of(error)
             return
-        self._in_flight += call.count  # from here on: what is looked up now counts for those who come meanwhile
-        drawing: RunningCall | None = None
+        self._in_flight += call.count  # from here on: later calls must see it while its adapter is looked up
+        running: RunningCall | None = None
         try:
             try:
                 plan = await self._plan(call)
             except CatClusterError as error:
                 yield Failed.of(error)
                 return
-            drawing = RunningCall(self._parts, plan)
+            running = RunningCall(self._parts, plan)
             yield Accepted(plan.served_by, plan.drift, plan.note)
-            async for event in drawing.events():
+            async for event in running.events():
                 if isinstance(event, CatClusterError):
                     yield Failed.of(event)
                     return
                 if isinstance(event, Finished):
-                    self._probe_live(plan, event, drawing.pixels.pop(event.index))
+                    self._probe_live(plan, event, running.pixels.pop(event.index))
                 yield event
         finally:
-            if drawing is not None:
-                drawing.cancel()
+            if running is not None:
+                running.cancel()
             self._in_flight -= call.count
 
     async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
         """Act on an adapter; raises CatClusterError."""
         cache = self._parts.cache
         if action in ("load", "unload", "pin", "unpin", "prefetch"):
-            return await asyncio.wrap_future(getattr(cache, action)(reference))
+            placed: dict[str, Any] = await getattr(cache, action)(reference)
+            return placed
         if action == "release":
             manifest = await asyncio.to_thread(self._registry.resolve, reference)
             await asyncio.to_thread(self._registry.release, manifest.adapter_id, manifest.revision)
@@ -177,7 +178,7 @@ class Service:
             return {"released": manifest.name}
         if self.prober is None:
             raise SpecError("probes are disabled: start the service with probes.enabled true")
-        resolved = await asyncio.wrap_future(cache.resolve(reference))
+        resolved = await cache.resolve(reference)
         record = await self.prober.canonical(resolved.manifest)
         return record.model_dump(mode="json")
 
@@ -206,7 +207,7 @@ class Service:
         return self.exposition()
 
     def check_health(self) -> None:
-        """Raise EngineStoppedError when the engine's thread is gone or makes no steps although there is work."""
+        """Raise EngineStoppedError when the engine's thread has ended or makes no step while there are images."""
         engine = self._parts.engine
         if not engine.alive:
             raise EngineStoppedError("the engine's thread has ended: the replica must be replaced")
@@ -217,12 +218,12 @@ class Service:
         room = self._settings.max_waiting + self._settings.max_rows // 2
         if self._in_flight + call.count > room:
             raise OverloadedError(
-                f"{self._in_flight} images are in flight and the service takes {room}: ask again in a moment",
+                f"{self._in_flight} images are in flight and the service takes {room}: try again in a moment",
                 self._parts.engine.expected_wait(),
             )
 
     async def _plan(self, call: ImageCall) -> ImagePlan:
-        """Settle what is drawn with what; raises CatClusterError before anything is begun."""
+        """Look the adapter up and check the call; raises CatClusterError before anything is started."""
         if not 1 <= call.steps <= self._settings.max_steps:
             raise SpecError(
                 f"num_inference_steps: {call.steps} is out of range; ask for 1 to {self._settings.max_steps}"
@@ -233,54 +234,43 @@ class Service:
         if call.model is not None:
             try:
                 async with asyncio.timeout(deadline_s):
-                    found = await asyncio.wrap_future(self._parts.cache.resolve(call.model))
+                    found = await self._parts.cache.resolve(call.model)
             except TimeoutError:
-                raise DeadlineError("the deadline passed while the adapter was looked up: ask again") from None
+                raise DeadlineError("the deadline passed while the adapter was looked up: try again") from None
         drift = "unknown"
         if found is not None and self.prober is not None:
             drift = self.prober.state(found.manifest).state
         return ImagePlan.of(call, self._parts, found, deadline, drift)
 
     def _probe_live(self, plan: ImagePlan, event: Finished, image: torch.Tensor) -> None:
-        """Let a share of users' images be the first of a live probe; the answer does not wait for it."""
+        """Start a live probe with a user's image, for a share of them; the response does not wait for it."""
         if self.prober is None or plan.manifest is None:
             return
         if self.prober.wants_live(plan.manifest, plan.call):
             self._spawn(self.prober.live(plan.manifest, plan.call, event.seed, image_array(image)))
 
-    async def _draw_probes(self, images: Sequence[ProbeImage]) -> list[NDArray[np.uint8]]:
-        """Draw probe images in spare rows."""
-        calls = [
-            ImageCall(
-                request_id=f"probe-{uuid.uuid4().hex[:12]}",
-                prompt=image.prompt,
-                seed=image.seed,
-                steps=image.steps,
-                guidance=image.guidance,
-                sampler=image.sampler,
-            )
-            for image in images
-        ]
+    async def _generate_probes(self, calls: Sequence[ProbeCall]) -> list[NDArray[np.uint8]]:
+        """Generate the images of probes in spare rows."""
         plans = [
-            ImagePlan.of(call, self._parts, None if image.adapter is None else Resolved(image.adapter), None, "unknown")
-            for call, image in zip(calls, images, strict=True)
+            ImagePlan.of(call, self._parts, None if manifest is None else Resolved(manifest))
+            for call, manifest in calls
         ]
-        return await asyncio.gather(*(draw(self._parts, plan) for plan in plans))
+        return await asyncio.gather(*(generate_in_spare_rows(self._parts, plan) for plan in plans))
 
     async def _on_alarm(self, manifest: Manifest, reason: str) -> None:
         """Take a revision out of service; every replica reads it from the registry, where aliases fall back."""
         await asyncio.to_thread(self._registry.quarantine, manifest.adapter_id, manifest.revision, reason)
 
     async def _warm_up(self) -> None:
-        """Draw once, so that the first user does not pay for allocations, compilation and the preview's colours."""
+        """Generate once: the first user does not wait for allocations, compilation and the preview's colours."""
         call = ImageCall("warm-up", "", steps=2)
-        plan = ImagePlan.of(call, self._parts, None, None, "unknown")
-        await draw(self._parts, plan)
+        plan = ImagePlan.of(call, self._parts)
+        await generate_in_spare_rows(self._parts, plan)
         latents = initial_latents(self._parts.base, call.seed, plan.table, plan.size)
-        await asyncio.wrap_future(self._parts.work.preview(latents))
+        await asyncio.wrap_future(self._parts.codec.preview(latents))
 
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.ensure_future(work)
+    def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        task = asyncio.create_task(coroutine)
         self._background.add(task)
         task.add_done_callback(self._reap)
 

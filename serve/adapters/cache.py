@@ -1,39 +1,53 @@
-"""The adapter cache: store -> disk -> host -> slot, with leases, single flight, pins and admit-then-evict."""
+"""The adapter cache: store -> disk -> host -> slot, with leases, single flight, pins and admit-then-evict.
+
+Everything but reading, packing and copying, which threads do, happens on one event loop, so nothing needs a lock.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from cat_cluster.errors import RegistryError
+from cat_cluster.errors import ConflictError, OverloadedError
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.registry.references import parse_reference
-from cat_cluster.telemetry import Metrics
-from serve.adapters.disk_and_host import MIB, DiskTier, Loader
-from serve.adapters.futures import failed, finished, then
+from cat_cluster.telemetry import (
+    ADAPTER_EVICTIONS,
+    ADAPTER_REQUESTS,
+    ADAPTER_SWAPS,
+    ADAPTERS_PINNED,
+    SLOTS_LEASED,
+    SLOTS_USED,
+    Metrics,
+)
+from serve.adapters.disk_cache import DiskCache
+from serve.adapters.host_memory import HostMemory
+from serve.adapters.loader import MIB, Key, Loader, Tier, key_of, name_of
 from serve.adapters.resolver import ReferenceResolver, Resolved
-from serve.adapters.slots import Lease
-from serve.adapters.tiers import Tiers
+from serve.adapters.shared_tasks import SharedTask, SharedTasks, stopping
+from serve.adapters.slots import Lease, Slot, Slots
 from serve.settings import ServeSettings
 
 __all__ = ["AdapterCache", "Lease", "Resolved"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
 
 class AdapterCache:
-    """The adapters of one engine; every method may be called from any thread, and none waits for store or slots.
+    """The adapters of one engine. Every method runs on one event loop, and none blocks it; leases end on any thread.
 
     pool: [slots, F] on the engine's device, one row per slot, written here alone. pack: weights -> CPU vector [F],
-    AdapterMismatchError if they do not fit. Futures are settled on threads of the cache: callbacks must be short.
-    starting: the futures of the pins of the settings.
+    AdapterMismatchError if they do not fit. pinning: after `start`, the tasks that pin what the settings name.
     """
 
     def __init__(
@@ -48,88 +62,214 @@ class AdapterCache:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        disk = None if settings.disk_cache is None else DiskTier(settings.disk_cache, settings.disk_mib * MIB)
+        disk = None if settings.disk_cache is None else DiskCache(settings.disk_cache, settings.disk_mib * MIB)
         loader = Loader(
             registry, disk, pack, pool, max_rank=settings.max_rank, base_fingerprint=base_fingerprint, unet=unet
         )
-        self._lookups = ReferenceResolver(registry, settings, clock)
-        self._tiers = Tiers(loader, pool, settings, metrics, clock)
-        self.starting = tuple(self._pin_at_start(reference) for reference in settings.pins)
+        self._settings, self._metrics = settings, metrics
+        self._resolver = ReferenceResolver(registry, settings, clock)
+        self._host = HostMemory(loader, settings, metrics, clock)
+        self._slots = Slots(pool)
+        self._copies = SharedTasks[Key, tuple[Slot, Tier]]()  # adapters on their way into a slot
+        self._copying = asyncio.Lock()  # its queue is that for slots: first ready, first served, one copy at a time
+        self._changed = asyncio.Event()  # a slot may have become free
+        self._thread = ThreadPoolExecutor(1, "adapter-copy")
+        self._closed = False
+        self.pinning: tuple[asyncio.Task[dict[str, Any]], ...] = ()
 
-    def resolve(self, reference: str) -> Future[Resolved]:
-        """Return a future of the revision that serves `id`, `id@alias` or `id@r-...` now.
+    def start(self) -> None:
+        """Begin to pin what the settings name; what cannot be pinned is logged."""
+        self.pinning = tuple(asyncio.create_task(self.pin(reference)) for reference in self._settings.pins)
+        for reference, task in zip(self._settings.pins, self.pinning, strict=True):
+            task.add_done_callback(lambda done, name=reference: _log_unpinned(done, name))  # type: ignore[misc]
 
-        It fails with RegistryError (malformed, damaged), AdapterNotFoundError, QuarantinedError, or StoreError.
+    async def resolve(self, reference: str) -> Resolved:
+        """Return the revision that serves `id`, `id@alias` or `id@r-...` now.
+
+        Raises RegistryError (malformed, damaged), AdapterNotFoundError, QuarantinedError, or StoreError.
         """
-        return self._lookups.resolve(reference)
+        return await self._resolver.resolve(reference)
 
-    def lease(self, manifest: Manifest) -> Future[Lease]:
-        """Return a future of a lease on a slot that holds the revision; cancelling it leaves no trace.
+    async def lease(self, manifest: Manifest) -> Lease:
+        """Return a lease on a slot that holds the revision; a caller that is cancelled leaves no trace.
 
-        It fails with OverloadedError after `load_timeout_s`, AdapterMismatchError or AdapterFormatError for an adapter
-        that cannot be served, StoreError when it cannot be fetched, EngineStoppedError.
+        Raises OverloadedError after `load_timeout_s`, AdapterMismatchError or AdapterFormatError for an adapter that
+        cannot be served, StoreError when it cannot be fetched, EngineStoppedError.
         """
-        return self._tiers.lease(manifest)
+        key = self._check(manifest)
+        slot = self._slots.find(key)
+        if slot is not None:
+            return self._granted(slot, "slot")
+        copied = self._copies.wait(key, lambda shared: self._fill_slot(shared, manifest))
+        return self._granted(*await self._within_limit(key, copied))
 
-    def load(self, reference: str) -> Future[dict[str, Any]]:
-        """Bring an adapter into a slot; the result says where it is then, as those of the methods below do."""
-        return self._with_lease(reference, self._tiers.let_go)
+    async def load(self, reference: str) -> dict[str, Any]:
+        """Bring an adapter into a slot, and say where it is then, as the methods below do."""
+        with await self._lease_of(reference) as lease:
+            return self._place(lease.manifest.adapter_id, lease.manifest.revision)
 
-    def prefetch(self, reference: str) -> Future[dict[str, Any]]:
+    async def prefetch(self, reference: str) -> dict[str, Any]:
         """Bring an adapter into host memory, from where a slot is one copy away."""
-        return then(self.resolve(reference), lambda found: self._tiers.prefetch(found.manifest))
+        manifest = (await self.resolve(reference)).manifest
+        key = self._check(manifest)
+        if self._slots.find(key) is None:
+            await self._within_limit(key, self._host.get(manifest), to_slot=False)
+        return self._place(manifest.adapter_id, manifest.revision)
 
-    def pin(self, reference: str) -> Future[dict[str, Any]]:
+    async def pin(self, reference: str) -> dict[str, Any]:
         """Bring the revision that a reference names now into a slot and never evict it.
 
         ConflictError when that would leave no slot unpinned.
         """
-        return self._with_lease(reference, self._tiers.pin)
+        with await self._lease_of(reference) as lease:
+            if not lease.slot.pinned and self._slots.pinned + 1 >= len(self._slots):
+                raise ConflictError(
+                    f"{lease.manifest.name} cannot be pinned: one of {len(self._slots)} slots must stay free for other "
+                    "adapters; unpin one, or raise slots"
+                )
+            self._slots.pin(lease.slot, True)
+            self._record()
+            return self._place(lease.manifest.adapter_id, lease.manifest.revision)
 
-    def unpin(self, reference: str) -> Future[dict[str, Any]]:
+    async def unpin(self, reference: str) -> dict[str, Any]:
         """Let a pinned revision be evicted again; `id@r-...` is not looked up in the store."""
-        return then(self._revision(reference), lambda place: finished(self._tiers.unpin(*place)))
+        adapter_id, revision = await self._revision(reference)
+        pinned = [slot for slot in self._slots.of(adapter_id, revision) if slot.pinned]
+        if not pinned:
+            names = ", ".join(manifest.name for slot, manifest in self._slots.held() if slot.pinned) or "none"
+            raise ConflictError(f"{adapter_id}@{revision} is not pinned: pinned are {names}")
+        for slot in pinned:
+            self._slots.pin(slot, False)
+        self._record()
+        return self._place(adapter_id, revision)
 
-    def unload(self, reference: str) -> Future[dict[str, Any]]:
+    async def unload(self, reference: str) -> dict[str, Any]:
         """Drop a revision from slot and host memory; ConflictError while it is pinned, leased or being loaded."""
-        return then(self._revision(reference), lambda place: finished(self._tiers.unload(*place)))
+        adapter_id, revision = await self._revision(reference)
+        name = f"{adapter_id}@{revision}"
+        slots = self._slots.of(adapter_id, revision)
+        if any(slot.pinned for slot in slots):
+            raise ConflictError(f"{name} is pinned: unpin it first")
+        if any(slot.leases for slot in slots):
+            raise ConflictError(f"{name} is in use: unload it when its images are done")
+        if name in map(name_of, (*self._host.loading(), *self._copies.wanted())):
+            raise ConflictError(f"{name} is being loaded: unload it when that is done")
+        for slot in slots:
+            self._slots.empty(slot)
+        self._host.drop(adapter_id, revision)
+        self._record()
+        return self._place(adapter_id, revision)
 
     def resident(self) -> list[Manifest]:
-        """Return the revisions in slots."""
-        return self._tiers.resident()
+        """Return the revisions in slots, in the order of the slots."""
+        return [manifest for _, manifest in self._slots.held()]
 
     def status(self) -> dict[str, Any]:
         """Return slots, host memory, loads, queue and the numbers of known references as JSON."""
-        return {**self._tiers.status(), "references": self._lookups.counts()}
+        loading = self._host.loading()
+        return {
+            "slots": len(self._slots),
+            "held": [
+                {"slot": slot.index, "model": manifest.name, "leases": slot.leases, "pinned": slot.pinned}
+                for slot, manifest in self._slots.held()
+            ],
+            "host": [name_of(key) for key in self._host.held()],
+            "host_bytes": self._host.bytes,
+            "loading": [name_of(key) for key in loading],
+            "waiting": [name_of(key) for key in self._copies.wanted() if key not in loading],
+            "references": self._resolver.counts(),
+        }
 
     def close(self) -> None:
-        """Fail whatever waits with EngineStoppedError and stop the threads; the pool and its leases stay."""
-        self._lookups.close()
-        self._tiers.close()
+        """Let all callers that wait get EngineStoppedError, and stop the threads; the pool and its leases stay."""
+        self._closed = True
+        self._resolver.close()
+        self._copies.close()
+        self._host.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _with_lease(self, reference: str, act: Callable[[Lease], dict[str, Any]]) -> Future[dict[str, Any]]:
-        def leased(found: Resolved) -> Future[dict[str, Any]]:
-            return then(self.lease(found.manifest), lambda lease: finished(act(lease)))
+    def _check(self, manifest: Manifest) -> Key:
+        if self._closed:
+            raise stopping()
+        self._host.check(manifest)
+        return key_of(manifest)
 
-        return then(self.resolve(reference), leased)
-
-    def _revision(self, reference: str) -> Future[tuple[str, str]]:
-        """What is here can be named by its revision even when the store cannot be reached or has it no more."""
+    async def _within_limit(self, key: Key, coming: Coroutine[Any, Any, T], *, to_slot: bool = True) -> T:
         try:
-            parsed = parse_reference(reference)
-        except RegistryError as error:
-            return failed(error)
+            async with asyncio.timeout(self._settings.load_timeout_s):
+                return await coming
+        except TimeoutError:
+            slow = not to_slot or key in self._host.loading()
+            reason = "the store is slow" if slow else f"all {len(self._slots)} slots are in use"
+            waited = f"{name_of(key)} was not ready within {self._settings.load_timeout_s:g} s"
+            raise OverloadedError(f"{waited}: {reason}; try again") from None
+        finally:
+            self._changed.set()  # a slot that was filled for a caller that has left can be taken
+
+    async def _fill_slot(self, shared: SharedTask[tuple[Slot, Tier]], manifest: Manifest) -> tuple[Slot, Tier]:
+        """Bring an adapter into host memory, then into a slot: nothing is evicted for one that is not ready."""
+        vector, tier = await self._host.get(manifest)
+        async with self._copying:
+            # Callers lease a slot that was filled for them at the loop's next turn: until then it is not taken.
+            while (taken := self._slots.take(self._copies.wanted())) is None:
+                self._changed.clear()
+                await self._changed.wait()
+            slot, evicts = taken
+            self._metrics.inc(ADAPTER_EVICTIONS, float(evicts), tier="slot")
+            try:
+                await shared.in_thread(self._thread, self._write, slot, vector)
+                self._slots.fill(slot, manifest)
+            except BaseException:  # of a device that fails: the engine will stop by itself
+                self._slots.empty(slot)
+                raise
+            finally:
+                self._record()
+        return slot, tier
+
+    def _write(self, slot: Slot, vector: Tensor) -> None:
+        started = time.perf_counter()
+        self._slots.write(slot, vector)
+        self._metrics.observe(ADAPTER_SWAPS, time.perf_counter() - started)
+
+    async def _lease_of(self, reference: str) -> Lease:
+        return await self.lease((await self.resolve(reference)).manifest)
+
+    async def _revision(self, reference: str) -> tuple[str, str]:
+        """Return adapter id and revision; one that the reference names is not looked up, for the store may be away."""
+        parsed = parse_reference(reference)
         if parsed.revision is not None:
-            return finished((parsed.adapter_id, parsed.revision))
-        return then(
-            self.resolve(reference), lambda found: finished((found.manifest.adapter_id, found.manifest.revision))
-        )
+            return parsed.adapter_id, parsed.revision
+        manifest = (await self.resolve(reference)).manifest
+        return manifest.adapter_id, manifest.revision
 
-    def _pin_at_start(self, reference: str) -> Future[dict[str, Any]]:
-        def report(pinned: Future[dict[str, Any]]) -> None:
-            if not pinned.cancelled() and (error := pinned.exception()) is not None:
-                _log.warning("%s is not pinned: %s", reference, error)
+    def _place(self, adapter_id: str, revision: str) -> dict[str, Any]:
+        """Say where a revision is: `tier` slot, host or None, and whether it is pinned."""
+        slots = self._slots.of(adapter_id, revision)
+        in_host = any(key[:2] == (adapter_id, revision) for key in self._host.held())
+        return {
+            "model": f"{adapter_id}@{revision}",
+            "tier": "slot" if slots else "host" if in_host else None,
+            "pinned": any(slot.pinned for slot in slots),
+        }
 
-        future = self.pin(reference)
-        future.add_done_callback(report)
-        return future
+    def _granted(self, slot: Slot, tier: Tier) -> Lease:
+        lease = self._slots.lease(slot, self._give_back)
+        self._metrics.inc(ADAPTER_REQUESTS, tier=tier)
+        self._metrics.set(SLOTS_LEASED, self._slots.leased)
+        return lease
+
+    def _give_back(self, lease: Lease) -> None:
+        self._slots.give_back(lease)
+        self._metrics.set(SLOTS_LEASED, self._slots.leased)
+        self._changed.set()
+
+    def _record(self) -> None:
+        """Update the metrics of slots, and let the copy that waits for one look again."""
+        self._metrics.set(SLOTS_USED, len(self._slots.held()))
+        self._metrics.set(ADAPTERS_PINNED, self._slots.pinned)
+        self._changed.set()
+
+
+def _log_unpinned(pinned: asyncio.Task[dict[str, Any]], reference: str) -> None:
+    if not pinned.cancelled() and (error := pinned.exception()) is not None:
+        _log.warning("%s is not pinned: %s", reference, error)

@@ -1,36 +1,26 @@
-"""What a reference names now: aliases read from the registry by key, kept for a moment, shared by all who ask."""
+"""What a reference names now: aliases read from the registry by key, cached briefly, looked up once for all callers."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
-from cat_cluster.errors import (
-    AdapterNotFoundError,
-    CatClusterError,
-    EngineStoppedError,
-    QuarantinedError,
-    RegistryError,
-    StoreError,
-)
+from cat_cluster.errors import AdapterNotFoundError, CatClusterError, QuarantinedError, StoreError
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.registry.references import LATEST, Reference, parse_reference
-from serve.adapters.futures import bare, claim, fail, failed, finished
+from serve.adapters.failures import MOST_KEPT, Failures
+from serve.adapters.shared_tasks import log_nothing, stopping
 from serve.settings import ServeSettings
 
-MOST_KEPT = 1024  # references of each table: a flood of names must not fill the memory
 MOST_STALE_S = 600.0  # how long the store may be unreachable before what it last said no longer counts
 PATIENCE_S = 1.0  # a look-up that takes longer, of a reference that is known, is not waited for
-_WORKERS = 4
+_THREADS = 4
 
 _log = logging.getLogger(__name__)
-_K = TypeVar("_K")
-_V = TypeVar("_V")
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class Resolved:
 
 @dataclass
 class _Known:
-    """What a reference named when the look-up began at `checked`; `retry_at`: the store has not answered since."""
+    """What a reference named when the look-up began at `checked`; `retry_at`: the store has not responded since."""
 
     resolved: Resolved
     checked: float
@@ -51,26 +41,18 @@ class _Known:
 
 
 @dataclass(frozen=True)
-class _Refused:
-    """Why a reference cannot be served, and until when nobody looks again."""
-
-    error: CatClusterError
-    until: float
-
-
-@dataclass(frozen=True)
-class _Running:
-    """A look-up under way and those who wait for it."""
+class _LookUp:
+    """A look-up under way."""
 
     started: float
-    waiters: list[Future[Resolved]] = field(default_factory=list)
+    task: asyncio.Task[Resolved]
 
 
 class ReferenceResolver:
-    """Resolves references without ever listing the store; safe to call from any thread, and it never blocks.
+    """Resolves references without ever listing the store; every method runs on one event loop.
 
-    An answer counts for `alias_ttl_s`; unknown names stay unknown for `missing_ttl_s`. While the store cannot be
-    reached, or is slow, the last answer stands for at most MOST_STALE_S.
+    What a reference names counts for `alias_ttl_s`; unknown names stay unknown for `missing_ttl_s`. While the store
+    cannot be reached, or is slow, what it last said is used for at most MOST_STALE_S.
     """
 
     def __init__(self, registry: Registry, settings: ServeSettings, clock: Callable[[], float]) -> None:
@@ -78,76 +60,77 @@ class ReferenceResolver:
         self._settings = settings
         self._clock = clock
         self._known: OrderedDict[Reference, _Known] = OrderedDict()
-        self._refused: OrderedDict[Reference, _Refused] = OrderedDict()
-        self._running: dict[Reference, _Running] = {}
-        self._lock = threading.Lock()
-        self._workers = ThreadPoolExecutor(_WORKERS, "adapter-lookup")
+        self._refused = Failures[Reference](clock)
+        self._running: dict[Reference, _LookUp] = {}
+        self._threads = ThreadPoolExecutor(_THREADS, "adapter-lookup")
         self._closed = False
 
-    def resolve(self, reference: str) -> Future[Resolved]:
-        """Return a future of the revision that serves `id`, `id@alias` or `id@r-...` now.
-
-        It fails with RegistryError (malformed, damaged), AdapterNotFoundError, QuarantinedError, or StoreError.
-        """
-        try:
-            wanted = parse_reference(reference)
-        except RegistryError as error:
-            return failed(error)
-        with self._lock:
-            if self._closed:
-                return failed(EngineStoppedError("the engine is stopping: ask another replica"))
-            now = self._clock()
-            refused = self._refused.get(wanted)
-            if refused is not None and now < refused.until:
-                return failed(refused.error)
-            known = self._known.get(wanted)
-            if known is not None and self._stands(known, now):
-                self._known.move_to_end(wanted)
-                return finished(known.resolved)
-            running = self._running.get(wanted) or self._start(wanted, now)
-            slow = now - running.started > PATIENCE_S
-            if known is not None and now - known.checked <= MOST_STALE_S and (slow or known.retry_at is not None):
-                return finished(known.resolved)
-            future: Future[Resolved] = Future()
-            running.waiters.append(future)
-            return future
+    async def resolve(self, reference: str) -> Resolved:
+        """Return the revision that serves `id`, `id@alias` or `id@r-...` now; see AdapterCache.resolve."""
+        wanted = parse_reference(reference)
+        if self._closed:
+            raise stopping()
+        self._refused.check(wanted)
+        now, known = self._clock(), self._known.get(wanted)
+        if known is not None and self._is_current(known, now):
+            self._known.move_to_end(wanted)
+            return known.resolved
+        running = self._running.get(wanted) or self._start(wanted, now)
+        slow = now - running.started > PATIENCE_S
+        if known is not None and now - known.checked <= MOST_STALE_S and (slow or known.retry_at is not None):
+            return known.resolved
+        await asyncio.wait({running.task})  # cancelling one caller does not cancel the look-up
+        if running.task.cancelled():
+            raise stopping()
+        return running.task.result()
 
     def counts(self) -> dict[str, int]:
         """Return how many references are known, refused, and being looked up."""
-        with self._lock:
-            return {"known": len(self._known), "refused": len(self._refused), "running": len(self._running)}
+        return {"known": len(self._known), "refused": len(self._refused), "running": len(self._running)}
 
     def close(self) -> None:
-        """Fail what waits with EngineStoppedError and look nothing up any more."""
-        with self._lock:
-            self._closed = True
-            running, self._running = self._running, {}
-        self._workers.shutdown(wait=False, cancel_futures=True)
-        for lookup in running.values():
-            _settle(lookup.waiters, EngineStoppedError("the engine is stopping: ask another replica"))
+        """Cancel the look-ups, whose callers get EngineStoppedError, and stop the threads."""
+        self._closed = True
+        for running in self._running.values():
+            running.task.cancel()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _stands(self, known: _Known, now: float) -> bool:
+    def _is_current(self, known: _Known, now: float) -> bool:
         if now - known.checked < self._settings.alias_ttl_s:
             return True
         return known.retry_at is not None and now < known.retry_at and now - known.checked <= MOST_STALE_S
 
-    def _start(self, wanted: Reference, now: float) -> _Running:
-        running = self._running[wanted] = _Running(now)
-        self._workers.submit(self._run, wanted, running)
+    def _start(self, wanted: Reference, now: float) -> _LookUp:
+        running = self._running[wanted] = _LookUp(now, asyncio.create_task(self._run(wanted, now)))
+        running.task.add_done_callback(log_nothing)
         return running
 
-    def _run(self, wanted: Reference, running: _Running) -> None:
-        outcome: Resolved | Exception
+    async def _run(self, wanted: Reference, started: float) -> Resolved:
+        """Look a reference up, and keep what is found for as long as its kind counts."""
         try:
-            outcome = self._look_up(wanted)
-        except Exception as error:
-            outcome = error
-        with self._lock:
-            if self._running.get(wanted) is not running:
-                return  # closed meanwhile
+            resolved = await asyncio.get_running_loop().run_in_executor(self._threads, self._look_up, wanted)
+        except StoreError as error:
+            now, known = self._clock(), self._known.get(wanted)
+            if known is None or now - known.checked > MOST_STALE_S:
+                raise
+            _log.warning("%s still serves: the store does not respond (%s)", known.resolved.manifest.name, error)
+            known.retry_at = now + self._settings.alias_ttl_s
+            return known.resolved
+        except CatClusterError as error:
+            self._known.pop(wanted, None)
+            quarantined = isinstance(error, QuarantinedError)
+            self._refused.add(
+                wanted, error, self._settings.alias_ttl_s if quarantined else self._settings.missing_ttl_s
+            )
+            raise
+        finally:
             del self._running[wanted]
-            outcome = self._remembered(wanted, outcome, running.started)
-        _settle(running.waiters, outcome)
+        self._refused.forget(wanted)
+        self._known[wanted] = _Known(resolved, started)
+        self._known.move_to_end(wanted)
+        while len(self._known) > MOST_KEPT:
+            self._known.popitem(last=False)
+        return resolved
 
     def _look_up(self, wanted: Reference) -> Resolved:
         name = f"{wanted.adapter_id}@{wanted.revision or wanted.alias}"
@@ -169,38 +152,3 @@ class ReferenceResolver:
     def _fallback(self, manifest: Manifest, alias: str) -> Manifest | None:
         revision = self._registry.previous_revision(manifest.adapter_id, alias, manifest.revision)
         return None if revision is None else self._registry.look_up(f"{manifest.adapter_id}@{revision}")
-
-    def _remembered(self, wanted: Reference, outcome: Resolved | Exception, started: float) -> Resolved | Exception:
-        """Keep an outcome for as long as its kind counts, and return the one to answer with."""
-        now, known = self._clock(), self._known.get(wanted)
-        if isinstance(outcome, Resolved):
-            self._refused.pop(wanted, None)
-            _keep(self._known, wanted, _Known(outcome, started))
-        elif isinstance(outcome, StoreError):
-            if known is not None and now - known.checked <= MOST_STALE_S:
-                _log.warning("%s still serves: the store does not answer (%s)", known.resolved.manifest.name, outcome)
-                known.retry_at = now + self._settings.alias_ttl_s
-                return known.resolved
-        elif isinstance(outcome, CatClusterError):
-            self._known.pop(wanted, None)
-            quarantined = isinstance(outcome, QuarantinedError)
-            ttl = self._settings.alias_ttl_s if quarantined else self._settings.missing_ttl_s
-            _keep(self._refused, wanted, _Refused(bare(outcome), now + ttl))
-        return outcome
-
-
-def _keep(table: OrderedDict[_K, _V], key: _K, value: _V) -> None:
-    """Put an entry last in a table, and drop the first ones of a table that is full."""
-    table[key] = value
-    table.move_to_end(key)
-    while len(table) > MOST_KEPT:
-        table.popitem(last=False)
-
-
-def _settle(waiters: list[Future[Resolved]], outcome: Resolved | Exception) -> None:
-    for future in waiters:
-        if claim(future):
-            if isinstance(outcome, Resolved):
-                future.set_result(outcome)
-            else:
-                fail(future, outcome)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -11,17 +13,18 @@ import torch
 from torch import Tensor
 
 from cat_cluster.registry import Manifest
-from serve.adapters.disk_and_host import Key, key_of
+from serve.adapters.loader import Key, key_of
 
 
 @dataclass(eq=False)
 class Slot:
-    """A row of the pool. manifest: what it holds, None while it is empty or being filled.
+    """A row of the pool, `flat` [F]. manifest: what it holds, None while it is empty or being filled.
 
     reads: for each CUDA stream that read the row for a lease, the point up to which it did.
     """
 
     index: int
+    flat: Tensor
     manifest: Manifest | None = None
     leases: int = 0
     pinned: bool = False
@@ -34,16 +37,20 @@ class Lease:
     On CUDA, release it on the stream that reads it, once the reads are enqueued; they need not be done.
     """
 
-    def __init__(self, manifest: Manifest, flat: Tensor, slot: Slot, give_back: Callable[[Lease], None]) -> None:
-        self.manifest = manifest
-        self.flat = flat
-        self.slot = slot
+    def __init__(self, slot: Slot, manifest: Manifest, give_back: Callable[[Lease], None]) -> None:
+        """`give_back` is called on the event loop that runs now, once per release."""
+        self.slot, self.manifest, self.flat = slot, manifest, slot.flat
         self.released = False
         self._give_back = give_back
+        self._loop = asyncio.get_running_loop()
 
     def release(self) -> None:
-        """Give the slot back; again is no error."""
-        self._give_back(self)
+        """Give the slot back, from any thread; again is no error. The slot is free at the loop's next turn."""
+        if self.flat.is_cuda:
+            stream = torch.cuda.current_stream(self.flat.device)
+            self.slot.reads[stream.cuda_stream] = stream.record_event()
+        with suppress(RuntimeError):  # the loop is closed, and nobody wants the slot any more
+            self._loop.call_soon_threadsafe(self._give_back, self)
 
     def __enter__(self) -> Lease:
         return self
@@ -53,22 +60,23 @@ class Lease:
 
 
 class Slots:
-    """The slots of a pool [slots, F]. Not thread-safe, except that one thread at a time may `write` without a lock."""
+    """The slots of a pool [slots, F]. Used on one event loop, except that one thread at a time may `write`."""
 
     def __init__(self, pool: Tensor) -> None:
-        self._pool = pool
         self._stream = torch.cuda.Stream(pool.device) if pool.is_cuda else None  # type: ignore[no-untyped-call]
-        self._empty = [Slot(index) for index in reversed(range(len(pool)))]
+        self._count = len(pool)
+        self._empty = [Slot(index, pool[index]) for index in reversed(range(len(pool)))]
         self._held: OrderedDict[Key, Slot] = OrderedDict()  # the least recently used first
         self.leased = 0  # slots with a lease
         self.pinned = 0
 
     def __len__(self) -> int:
-        return len(self._pool)
+        return self._count
 
-    def held(self) -> list[Slot]:
-        """Return the slots that hold an adapter, the least recently used first."""
-        return list(self._held.values())
+    def held(self) -> list[tuple[Slot, Manifest]]:
+        """Return the slots that hold an adapter, and what they hold, in the order of the pool."""
+        slots = sorted(self._held.values(), key=lambda slot: slot.index)
+        return [(slot, slot.manifest) for slot in slots if slot.manifest is not None]
 
     def find(self, key: Key) -> Slot | None:
         """Return the slot that holds an adapter, None if there is none."""
@@ -78,50 +86,49 @@ class Slots:
         """Return the slots that hold a revision: two, if it was deleted and then published with other weights."""
         return [slot for key, slot in self._held.items() if key[:2] == (adapter_id, revision)]
 
-    def row(self, slot: Slot) -> Tensor:
-        """Return the slot's part [F] of the pool; it shares the pool's memory."""
-        return self._pool[slot.index]
-
-    def lease(self, slot: Slot) -> None:
+    def lease(self, slot: Slot, give_back: Callable[[Lease], None]) -> Lease:
         """Count one more user of a slot."""
         assert slot.manifest is not None
         self._held.move_to_end(key_of(slot.manifest))
         slot.leases += 1
         self.leased += slot.leases == 1
+        return Lease(slot, slot.manifest, give_back)
 
-    def give_back(self, slot: Slot) -> None:
-        """Count one user less; what the calling thread's CUDA stream was told to read is read before a `write`."""
-        if self._stream is not None:
-            stream = torch.cuda.current_stream(self._pool.device)
-            slot.reads[stream.cuda_stream] = stream.record_event()
-        slot.leases -= 1
-        self.leased -= slot.leases == 0
+    def give_back(self, lease: Lease) -> None:
+        """Count one user less, the first time that a lease is given back."""
+        if not lease.released:
+            lease.released = True
+            lease.slot.leases -= 1
+            self.leased -= lease.slot.leases == 0
 
     def pin(self, slot: Slot, pinned: bool) -> None:
         """Say whether a slot may never be taken."""
         self.pinned += pinned - slot.pinned
         slot.pinned = pinned
 
-    def take(self) -> tuple[Slot, bool] | None:
-        """Return a slot to fill and whether it was taken from another adapter; None when all are leased or pinned."""
+    def take(self, wanted: Container[Key]) -> tuple[Slot, bool] | None:
+        """Return a slot to fill and whether it was taken from another adapter.
+
+        None when every slot is leased, pinned, or holds an adapter of `wanted`.
+        """
         if self._empty:
             return self._empty.pop(), False
-        victim = next((slot for slot in self._held.values() if not slot.leases and not slot.pinned), None)
-        if victim is None:
-            return None
-        self._release(victim)
-        return victim, True
+        for key, slot in self._held.items():
+            if not slot.leases and not slot.pinned and key not in wanted:
+                self._release(slot)
+                return slot, True
+        return None
 
     def write(self, slot: Slot, vector: Tensor) -> None:
         """Copy a vector [F] from host memory into a slot that was taken, and return when it is there."""
         with torch.inference_mode():
             if self._stream is None:
-                self.row(slot).copy_(vector)
+                slot.flat.copy_(vector)
                 return
             with torch.cuda.stream(self._stream):
                 for event in slot.reads.values():
                     self._stream.wait_event(event)
-                self.row(slot).copy_(vector, non_blocking=True)
+                slot.flat.copy_(vector, non_blocking=True)
             self._stream.synchronize()
             slot.reads.clear()
 

@@ -1,6 +1,6 @@
-"""Work beside the device thread: prompts to text embeddings, latents to PNGs, and cheap previews of latents.
+"""The codec: prompts to text embeddings, latents to images and PNGs, and cheap previews, off the device thread.
 
-One worker thread does what waits together: all prompts in one call of the text encoder, all finished latents of one
+One thread processes what waits in batches: all prompts in one call of the text encoder, all finished latents of one
 size in one call of the VAE. PNGs are made by a few more, since compression holds no lock.
 """
 
@@ -23,7 +23,6 @@ from torch.nn import functional
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import png_bytes
-from serve.adapters.futures import claim, failed, finished
 
 TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
 AT_ONCE = 8  # prompts or latents in one call
@@ -39,7 +38,7 @@ class _Job(Generic[A]):
 
 
 class Codec:
-    """Text encoding, decoding and PNGs off the device thread. Close it after use."""
+    """Text encoding, decoding and PNGs off the device thread; close it after use, and it raises EngineStoppedError."""
 
     def __init__(self, base: BaseModel, threads: int = 1) -> None:
         self._base, self._threads = base, threads
@@ -49,18 +48,18 @@ class Codec:
         self._lock = threading.Lock()
         self._closed = False
         self._stream: torch.cuda.Stream | None = None
-        self._torch = ThreadPoolExecutor(1, "cat-side", initializer=self._start)
+        self._torch = ThreadPoolExecutor(1, "cat-codec", initializer=self._start)
         self._png = ThreadPoolExecutor(2, "cat-png")
         self._to_rgb: Tensor | None = None
 
     def close(self) -> None:
-        """Finish what was begun; what waits, and what comes later, fails with EngineStoppedError."""
+        """Finish what has started; what waits fails with EngineStoppedError."""
         with self._lock:
             self._closed = True
             jobs: list[_Job[Any]] = [*self._prompts, *self._latents]
             self._prompts, self._latents = [], []
         for job in jobs:
-            if claim(job.future):
+            if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(_stopping())
         self._torch.shutdown()
         self._png.shutdown()
@@ -69,10 +68,12 @@ class Codec:
         """Return the embedding [L, D] of a prompt, on the base's device."""
         with self._lock:
             known = self._texts.get(prompt)
-            if known is not None:
-                self._texts.move_to_end(prompt)
-                return finished(known)
-            return self._put(self._prompts, prompt, self._encode_waiting)
+            if known is None:
+                return self._put(self._prompts, prompt, self._encode_waiting)
+            self._texts.move_to_end(prompt)
+        future = Future[Tensor]()
+        future.set_result(known)
+        return future
 
     def decode(self, latents: Tensor) -> Future[Tensor]:
         """Return the image [3, H, W] in [0, 1] of latents [C, h, w], on the CPU; ServingError when it is not finite.
@@ -85,20 +86,25 @@ class Codec:
     def png(self, image: Tensor, metadata: Mapping[str, str]) -> Future[bytes]:
         """Return an image [3, H, W] in [0, 1] as PNG bytes with text chunks."""
         with self._lock:
-            return failed(_stopping()) if self._closed else self._png.submit(png_bytes, image, metadata)
+            self._check_open()
+            return self._png.submit(png_bytes, image, metadata)
 
     def preview(self, denoised: Tensor) -> Future[bytes]:
         """Return a small picture (PNG) of latents [C, h, w] by a linear map of their channels to colours."""
         with self._lock:
-            return failed(_stopping()) if self._closed else self._torch.submit(self._preview, denoised)
+            self._check_open()
+            return self._torch.submit(self._preview, denoised)
 
-    def _put(self, jobs: list[_Job[A]], value: A, work: Callable[[], None]) -> Future[Tensor]:
-        if self._closed:
-            return failed(_stopping())
+    def _put(self, jobs: list[_Job[A]], value: A, compute: Callable[[], None]) -> Future[Tensor]:
+        self._check_open()
         future = Future[Tensor]()
         jobs.append(_Job(value, future))
-        self._torch.submit(work)
+        self._torch.submit(compute)
         return future
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise _stopping()
 
     def _start(self) -> None:
         own_threads(self._threads)
@@ -132,7 +138,7 @@ class Codec:
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
-        """Work beside the engine's stream on a GPU, and be done with it at the end."""
+        """Use a stream beside the engine's on a GPU, and wait for it at the end."""
         if self._base.device.type != "cuda":
             yield
             return
@@ -153,22 +159,22 @@ class Codec:
         return png_bytes(larger[0], {})
 
 
-def _finish(jobs: list[_Job[A]], work: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
+def _finish(jobs: list[_Job[A]], compute: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
     """Give each job that is still wanted its result or its error."""
-    _settle([job for job in jobs if claim(job.future)], work)
+    _settle([job for job in jobs if job.future.set_running_or_notify_cancel()], compute)
 
 
-def _settle(jobs: list[_Job[A]], work: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
+def _settle(jobs: list[_Job[A]], compute: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
     if not jobs:
         return
     try:
-        results = work(jobs)
+        results = compute(jobs)
     except Exception as error:
         if len(jobs) == 1:
             jobs[0].future.set_exception(error)
         else:  # the error of one, or the memory that all take together, must not end the others
             for job in jobs:
-                _settle([job], work)
+                _settle([job], compute)
         return
     for job, result in zip(jobs, results, strict=True):
         if bool(result.isfinite().all()):
@@ -187,7 +193,7 @@ def own_threads(count: int) -> None:
 
 
 def _stopping() -> EngineStoppedError:
-    return EngineStoppedError("the engine is stopping: ask again, another replica will answer")
+    return EngineStoppedError("the engine is stopping: try again, another replica will take the request")
 
 
 @torch.inference_mode()

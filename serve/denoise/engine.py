@@ -52,7 +52,7 @@ class DenoisingEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`buckets`: rising row counts that calls are padded to, the last one `max_rows`, which is at least 2."""
-        self._batches = RunningImages(base, bank, metrics, max_rows, buckets, clock)
+        self._running_images = RunningImages(base, bank, metrics, max_rows, buckets, clock)
         self._metrics, self._clock = metrics, clock
         self._max_rows, self._max_waiting, self._probe_share = max_rows, max_waiting, probe_share
         self._threads = threads or torch.get_num_threads()
@@ -74,10 +74,10 @@ class DenoisingEngine:
         try:
             with self._wake:
                 if not self._running:
-                    raise EngineStoppedError("the engine is stopping: ask again, another replica will answer")
+                    raise EngineStoppedError("the engine is stopping: try again, another replica will take the request")
                 if not image.probe and len(self._users) >= self._max_waiting:
                     raise OverloadedError(
-                        f"{len(self._users)} images wait already (max_waiting): ask again in a moment",
+                        f"{len(self._users)} images wait already (max_waiting): try again in a moment",
                         self.expected_wait(),
                     )
                 image.submitted = self._clock()
@@ -105,16 +105,16 @@ class DenoisingEngine:
     @property
     def active(self) -> int:
         """Images being denoised, probes among them."""
-        return len(self._batches.active)
+        return len(self._running_images.active)
 
     @property
     def rows_in_use(self) -> int:
         """Rows of all sizes in use."""
-        return self._batches.rows_in_use
+        return self._running_images.rows_in_use
 
     def expected_wait(self) -> float:
         """Seconds until an image that came now would start, for Retry-After: at least one."""
-        return max(1.0, len(self._users) * self._batches.image_seconds / max(1, self._max_rows // 2))
+        return max(1.0, len(self._users) * self._running_images.image_seconds / max(1, self._max_rows // 2))
 
     def stuck_for(self) -> float:
         """Seconds since the last turn while there is work; 0 when idle."""
@@ -146,26 +146,26 @@ class DenoisingEngine:
     def _wait_for_work(self) -> bool:
         """Wait until there is work; False when the engine is to stop."""
         with self._wake:
-            while self._running and not (self._users or self._probes or self._batches.active):
+            while self._running and not (self._users or self._probes or self._running_images.active):
                 self._idle = True
                 self._wake.wait()
             self._last_turn, self._idle = self._clock(), False
             return self._running
 
     def _end_all(self) -> None:
-        stopped = EngineStoppedError("the engine was stopped before the image was done: ask again")
-        for image in [*self._batches.active.values(), *self._users, *self._probes]:
+        stopped = EngineStoppedError("the engine was stopped before the image was done: try again")
+        for image in [*self._running_images.active.values(), *self._users, *self._probes]:
             image.end(stopped)
 
     def _turn(self) -> None:
         self._drop_leaving()
         self._admit_users()
         self._place_probes()
-        size = self._batches.next_size()
+        size = self._running_images.next_size()
         if size is not None:
-            paid = self._batches.step(size) * self._probe_share
+            paid = self._running_images.step(size) * self._probe_share
             self._saved = min(self._saved + paid, MOST_SAVED)
-        self._step_aside()
+        self._step_separate_probe()
         self._metrics.set(telemetry.IMAGES_ACTIVE, self.active)
         self._metrics.set(telemetry.IMAGES_WAITING, self.waiting)
         self._metrics.set(telemetry.ENGINE_STEP_TIME, time.time())
@@ -179,10 +179,10 @@ class DenoisingEngine:
                 if error is not None:
                     self._take(queue, image)
                     image.end(error)
-        for image in list(self._batches.active.values()):
+        for image in list(self._running_images.active.values()):
             error = image.leaves(now)
             if error is not None:
-                self._batches.remove(image)
+                self._running_images.remove(image)
                 image.end(error)
 
     def _admit_users(self) -> None:
@@ -192,36 +192,36 @@ class DenoisingEngine:
                 full.add(image.size)
                 continue
             self._take(self._users, image)
-            self._batches.join(image)
+            self._running_images.join(image)
 
     def _make_room(self, image: EngineImage) -> bool:
         """Park as many probes as a user's image needs rows; False when that would not do."""
-        probes = self._batches.probes(image.size)
-        if not self._batches.fits(image, without=probes):
+        probes = self._running_images.probes(image.size)
+        if not self._running_images.fits(image, without=probes):
             return False
-        while not self._batches.fits(image):
+        while not self._running_images.fits(image):
             self._park(probes.pop())
         return True
 
     def _place_probes(self) -> None:
         """Park the probes that cost users something by now, and let those join that cost nothing."""
-        batches = self._batches
+        images = self._running_images
         if self._serves_users:
-            for size in batches.sizes():
-                for probe in reversed(batches.probes(size)):
-                    if batches.enlarged(size):
+            for size in images.sizes():
+                for probe in reversed(images.probes(size)):
+                    if images.enlarged(size):
                         self._park(probe)
         while self._probes:
             probe = self._probes[0]
-            free = not self._serves_users or not batches.enlarged(probe.size, probe.rows.rows)
-            if not (free and batches.fits(probe)):
+            free = not self._serves_users or not images.enlarged(probe.size, probe.rows.rows)
+            if not (free and images.fits(probe)):
                 return
             self._take(self._probes, probe)
-            batches.join(probe)
+            images.join(probe)
 
-    def _step_aside(self) -> None:
-        """Step one probe in a call of its own, once users have paid for that."""
-        probe = self._batches.aside
+    def _step_separate_probe(self) -> None:
+        """Step one probe in a call of its own, if the share that users' steps have earned allows it."""
+        probe = self._running_images.separate_probe
         if probe is None and not (self._probes and self._serves_users):
             return
         chosen = probe or self._probes[0]
@@ -230,18 +230,18 @@ class DenoisingEngine:
             return
         if probe is None:
             self._take(self._probes, chosen)
-            chosen.aside = True
-            if not self._batches.join(chosen):
+            chosen.separate = True
+            if not self._running_images.join(chosen):
                 return
         self._saved -= cost
-        self._batches.step(chosen.size, aside=True)
+        self._running_images.step(chosen.size, separate=True)
 
     @property
     def _serves_users(self) -> bool:
-        return bool(self._users) or self._batches.has_users
+        return bool(self._users) or self._running_images.has_users
 
     def _park(self, probe: EngineImage) -> None:
-        self._batches.park(probe)
+        self._running_images.park(probe)
         with self._wake:
             self._probes.appendleft(probe)
 

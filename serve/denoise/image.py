@@ -1,4 +1,4 @@
-"""An image as the engine has it: rows that are ready to join, who hears of it, and the lease of its adapter."""
+"""An image in the engine: rows that are ready to join, its listener, and the lease of its adapter."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class AdapterLease(Protocol):
 
 
 class Listener(Protocol):
-    """Who is told of an image; called on the engine's thread, so it must return at once."""
+    """Receives the events of an image on the engine's thread, so it must return at once."""
 
     def stepped(self, step: int, steps: int, denoised: Tensor | None) -> None:
-        """`step` of `steps` are done; denoised [C, H, W] comes at the steps that were asked for."""
+        """`step` of `steps` are done; denoised [C, H, W] is given at the requested steps."""
 
     def denoised(self, latents: Tensor, facts: ImageFacts) -> None:
         """All steps are done: the final latents [C, H, W]."""
@@ -56,7 +56,7 @@ class EngineImage:
     """An image handed to the engine, which fills the last three fields.
 
     adapter: name for the count of adapters in a call; deadline: on the engine's clock; probe: see DenoisingEngine;
-    aside: a probe that is stepped in calls of its own.
+    separate: a probe that is stepped in calls of its own.
     """
 
     rows: ImageRows
@@ -70,7 +70,7 @@ class EngineImage:
     notify_all: bool = False
     cancelled: bool = False
     facts: ImageFacts = field(default_factory=ImageFacts)
-    aside: bool = False
+    separate: bool = False
     submitted: float = 0.0
     joined: float | None = None
 
@@ -83,7 +83,9 @@ class EngineImage:
         if self.cancelled:
             return CancelledRequestError("the request was cancelled")
         if self.deadline is not None and now > self.deadline:
-            return DeadlineError("the deadline passed before the image was done: ask for fewer steps, or ask later")
+            return DeadlineError(
+                "the deadline passed before the image was done: ask for fewer steps, or try again later"
+            )
         return None
 
     def release(self) -> None:
@@ -93,21 +95,21 @@ class EngineImage:
             lease.release()
 
     def end(self, error: CatClusterError) -> None:
-        """Give the slot back and tell the listener that the image ends here."""
+        """Give the slot back and pass the error to the listener."""
         self.release()
-        _tell(self.listener.failed, error)
+        _notify(self.listener.failed, error)
 
     def stepped(self, denoised: Tensor | None) -> None:
-        """Tell the listener of the step that was made."""
-        _tell(self.listener.stepped, self.rows.step, len(self.rows.table), denoised)
+        """Pass the step that was made to the listener."""
+        _notify(self.listener.stepped, self.rows.step, len(self.rows.table), denoised)
 
     def done(self) -> None:
-        """Hand the listener the final latents."""
-        _tell(self.listener.denoised, self.rows.latents, self.facts)
+        """Pass the final latents to the listener."""
+        _notify(self.listener.denoised, self.rows.latents, self.facts)
 
 
-def _tell(listener: Callable[..., None], *values: Any) -> None:
+def _notify(listener: Callable[..., None], *values: Any) -> None:
     try:
         listener(*values)
-    except Exception:  # one image's listener must not end the thread of all
+    except Exception:  # a listener must not end the engine's thread
         logger.exception("an image's listener failed")

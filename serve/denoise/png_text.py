@@ -1,4 +1,4 @@
-"""What a served PNG says of itself: our own keys, and the `parameters` line that other tools read."""
+"""The text chunks of a served PNG: our own keys, and the `parameters` line that other tools read."""
 
 from __future__ import annotations
 

@@ -50,9 +50,9 @@ class RunningImages:
         return any(not image.probe for image in self.active.values())
 
     @property
-    def aside(self) -> EngineImage | None:
+    def separate_probe(self) -> EngineImage | None:
         """The probe that is stepped in calls of its own."""
-        return next((image for image in self.active.values() if image.aside), None)
+        return next((image for image in self.active.values() if image.separate), None)
 
     def probes(self, size: Size) -> list[EngineImage]:
         """The probes that share calls of a size."""
@@ -98,7 +98,7 @@ class RunningImages:
             if not image.probe:
                 self._metrics.observe(telemetry.WAIT_SECONDS, image.facts.wait_s)
         self.active[image.rows] = image
-        if not image.aside and image.size not in self._turns:
+        if not image.separate and image.size not in self._turns:
             self._turns.append(image.size)
         return True
 
@@ -121,13 +121,13 @@ class RunningImages:
                 return size
         return None
 
-    def step(self, size: Size, *, aside: bool = False) -> int:
+    def step(self, size: Size, *, separate: bool = False) -> int:
         """Advance the images of a size by one step and return the rows of users among them.
 
         Images that are done leave. A call that fails is made again for each image alone: only those that fail alone
         end. Raises what a device raises that has failed.
         """
-        rows, started = self._rows[size, aside], self._clock()
+        rows, started = self._rows[size, separate], self._clock()
         images = [self.active[one] for one in rows.images]
         users = sum(image.rows.rows for image in images if not image.probe)
         try:
@@ -197,9 +197,9 @@ class RunningImages:
             torch.cuda.current_stream(self._base.device).synchronize()
 
     def _lane(self, image: EngineImage) -> Rows:
-        lane = (image.size, image.aside)
+        lane = (image.size, image.separate)
         if lane not in self._rows:
-            most = next(size for size in self._buckets if size >= 2) if image.aside else self._max_rows
+            most = next(size for size in self._buckets if size >= 2) if image.separate else self._max_rows
             buckets = [size for size in self._buckets if size <= most]
             self._rows[lane] = Rows(self._base, self._bank, most, buckets, image.size)
         return self._rows[lane]

@@ -1,4 +1,4 @@
-"""Who may ask, and how much at once: API keys, and the limits of each key in this process."""
+"""Access control: API keys, and the limits of each key in this process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Use:
 
 @dataclass(frozen=True)
 class Caller:
-    """Whoever sent a request. name: the first 8 hex of the key's sha256, which may be logged, or "anonymous"."""
+    """The sender of a request. name: the first 8 hex of the key's sha256, which may be logged, or "anonymous"."""
 
     name: str
     is_admin: bool
@@ -105,7 +105,7 @@ class Access:
     def images(self, caller: Caller, count: int) -> Iterator[None]:
         """Hold `count` images in flight; 429 when the caller has too many, 400 when it could never have as many."""
         if count > self._images:
-            raise SpecError(f"n: this service draws {self._images} images of one key at a time; ask for fewer")
+            raise SpecError(f"n: one key may have {self._images} images in flight; ask for fewer")
         use = self._used_by(caller)
         if use.images + count > self._images:
             raise _too_much(f"this key has {use.images} of at most {self._images} images in flight", _RETRY_S)
@@ -137,7 +137,7 @@ def _is_loopback(host: str) -> bool:
 
 def _too_much(message: str, retry_after: float) -> HttpError:
     return HttpError(
-        429, f"{message}; ask again later", "rate_limit_exceeded", type="rate_limit_error", retry_after=retry_after
+        429, f"{message}; try again later", "rate_limit_exceeded", type="rate_limit_error", retry_after=retry_after
     )
 
 
@@ -156,5 +156,5 @@ def _digest(key: str) -> bytes:
 
 
 def _among(digest: bytes, known: Sequence[bytes]) -> bool:
-    """Compare with every digest, in time that does not tell which of them is like it."""
+    """Compare with every digest, in a time that does not depend on which of them matches."""
     return sum(hmac.compare_digest(digest, other) for other in known) > 0

@@ -18,7 +18,7 @@ from cat_cluster.errors import AdapterNotFoundError
 from cat_cluster.evaluation.drift import SCORES, DriftMonitor
 from cat_cluster.registry import Manifest, Registry
 from serve.calls import AdminAction
-from serve.http.http_errors import HttpError, answers
+from serve.http.http_errors import HttpError, error_responses
 from serve.http.registry_listing import parse_model
 from serve.http.routes import IngressDep, KeyedRoute, RouteParts, bearer, caller_of, ingress_of, request_entry
 from serve.http.schema import (
@@ -37,7 +37,7 @@ from serve.http.schema import (
 from serve.probes.records import read_history
 
 FOREVER = "private, max-age=31536000, immutable"  # a revision's pictures never change
-A_WHILE = "private, no-cache"  # what an alias names may change: ask again, and get 304
+A_WHILE = "private, no-cache"  # what an alias names may change: the browser revalidates, and gets 304
 _EVER = 24 * 366
 
 router = APIRouter(prefix="/v1", route_class=KeyedRoute, tags=["catalogue"], dependencies=[Depends(bearer)])
@@ -54,23 +54,23 @@ def admin_only(request: Request) -> None:
     ingress_of(request).access.check_admin(caller_of(request))
 
 
-@router.get("/models", responses=answers(401, 429, 503))
+@router.get("/models", responses=error_responses(401, 429, 503))
 async def list_models(ingress: IngressDep) -> ModelList:
     """List the base model, then every adapter with a `latest` revision."""
-    adapters = (await ingress.listing.adapters()).values()
+    adapters = (await ingress.registry_listing.adapters()).values()
     cards = [_model_card(ingress, item.adapter_id, item.latest) for item in adapters if item.latest is not None]
     return ModelList(data=[_base_card(ingress), *cards])
 
 
-@router.get("/models/{model:path}", responses=answers(400, 401, 404, 429, 503))
+@router.get("/models/{model:path}", responses=error_responses(400, 401, 404, 429, 503))
 async def get_model(model: str, ingress: IngressDep) -> ModelCard:
-    """Say what a model name stands for: the base model's name, or an adapter's `id`, `id@alias` or `id@r-...`."""
+    """Describe what a model name refers to: the base model, or an adapter by `id`, `id@alias` or `id@r-...`."""
     if model == ingress.settings.base:
         return _base_card(ingress)
-    return _model_card(ingress, model, (await ingress.listing.manifest(model))[1])
+    return _model_card(ingress, model, (await ingress.registry_listing.manifest(model))[1])
 
 
-@router.get("/adapters", responses=answers(401, 429, 503))
+@router.get("/adapters", responses=error_responses(401, 429, 503))
 async def list_adapters(ingress: IngressDep) -> AdapterList:
     """List every adapter with its aliases, revisions and scores."""
     return AdapterList(
@@ -82,15 +82,15 @@ async def list_adapters(ingress: IngressDep) -> AdapterList:
                 damaged=list(item.damaged),
                 latest=None if item.latest is None else RevisionCard(**_revision(item.latest)),
             )
-            for item in (await ingress.listing.adapters()).values()
+            for item in (await ingress.registry_listing.adapters()).values()
         ]
     )
 
 
-@router.get("/adapters/{reference}", responses=answers(400, 401, 404, 429, 503))
+@router.get("/adapters/{reference}", responses=error_responses(400, 401, 404, 429, 503))
 async def get_adapter(reference: ReferencePath, ingress: IngressDep) -> AdapterDetail:
     """Describe the revision that a reference names, and the names of its adapter."""
-    summary, manifest = await ingress.listing.manifest(reference)
+    summary, manifest = await ingress.registry_listing.manifest(reference)
     names: dict[str, Any] = {"aliases": summary.aliases, "revisions": list(summary.revisions)}
     return AdapterDetail(id=summary.adapter_id, **names, **_revision(manifest))
 
@@ -101,7 +101,7 @@ async def get_adapter(reference: ReferencePath, ingress: IngressDep) -> AdapterD
     responses={
         200: {"description": "The picture.", "content": {"image/png": {}}},
         304: {"description": "The picture is the one that If-None-Match names."},
-        **answers(400, 401, 404, 422, 429, 503),
+        **error_responses(400, 401, 404, 422, 429, 503),
     },
 )
 async def get_sample(
@@ -111,7 +111,7 @@ async def get_sample(
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """Return an example picture of a revision; under `id@r-...` it may be kept for ever."""
-    _, manifest = await ingress.listing.manifest(reference)
+    _, manifest = await ingress.registry_listing.manifest(reference)
     if name not in manifest.samples or name not in manifest.objects:
         raise AdapterNotFoundError(
             f"{manifest.name} has no sample of this name; GET /v1/adapters/{{reference}} lists them"
@@ -120,22 +120,22 @@ async def get_sample(
     headers = {"etag": tag, "cache-control": A_WHILE if parse_model(reference).revision is None else FOREVER}
     if if_none_match is not None and tag in if_none_match:
         return Response(status_code=304, headers=headers)
-    picture = await asyncio.to_thread(ingress.listing.registry.read_object, manifest, name)
+    picture = await asyncio.to_thread(ingress.registry_listing.registry.read_object, manifest, name)
     return Response(picture, headers=headers, media_type="image/png")
 
 
-@router.get("/adapters/{reference}/drift", responses=answers(400, 401, 404, 429, 503))
+@router.get("/adapters/{reference}/drift", responses=error_responses(400, 401, 404, 429, 503))
 async def get_drift(
     reference: ReferencePath,
     ingress: IngressDep,
-    hours: Annotated[int, Query(ge=1, le=_EVER, description="How far back the history goes.")] = 24,
+    hours: Annotated[int, Query(ge=1, le=_EVER, description="Hours of history.")] = 24,
 ) -> DriftResponse:
-    """Tell how a revision's scores have moved since it was measured: state, reference, detectors, probe records."""
-    summary, manifest = await ingress.listing.manifest(reference)
+    """Return how a revision's scores have moved since it was measured: state, reference, detectors, probe records."""
+    summary, manifest = await ingress.registry_listing.manifest(reference)
     live: Mapping[str, Any] = (await ingress.engine().status()).get("drift", {})
     own = {name.partition("@")[2]: found for name, found in live.items() if name.startswith(f"{summary.adapter_id}@")}
     now = own.get(manifest.revision, {})
-    registry = ingress.listing.registry
+    registry = ingress.registry_listing.registry
     history = await asyncio.to_thread(_history, registry, manifest, hours)
     quarantine = await asyncio.to_thread(registry.quarantined, manifest.adapter_id, manifest.revision)
     return DriftResponse(
@@ -154,7 +154,7 @@ async def get_drift(
 
 @router.post(
     "/adapters/{reference}/{action}",
-    responses=answers(400, 401, 403, 404, 409, 422, 429, 503, 504),
+    responses=error_responses(400, 401, 403, 404, 409, 422, 429, 503, 504),
     dependencies=[Depends(admin_only)],
 )
 async def act(reference: ReferencePath, action: AdminAction, request: Request, ingress: IngressDep) -> ActionResponse:
@@ -169,7 +169,7 @@ async def act(reference: ReferencePath, action: AdminAction, request: Request, i
     return ActionResponse(action=action, reference=reference, result=result)
 
 
-@router.get("/status", responses=answers(401, 429, 503))
+@router.get("/status", responses=error_responses(401, 429, 503))
 async def get_status(ingress: IngressDep) -> StatusResponse:
     """Return the engine's state: what is loaded, waiting and running, and the drift of what is probed."""
     return StatusResponse.model_validate(await ingress.engine().status())
@@ -225,7 +225,7 @@ def _reference(manifest: Manifest) -> dict[str, ReferenceScore]:
 
 
 def _history(registry: Registry, manifest: Manifest, hours: int) -> list[dict[str, Any]]:
-    """Read probe records; where a record says how its token's detectors stood, say it as shares of their limits."""
+    """Read probe records; a record of detectors gets their statistics as shares of their limits."""
     monitors: dict[str, DriftMonitor] = {}
     for token, concept in _measured(manifest).items():
         with suppress(ValueError, KeyError, TypeError):  # measured on too few pairs: it has no live probes

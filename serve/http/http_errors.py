@@ -1,4 +1,4 @@
-"""The one table from errors to HTTP: which status, type and code each has, in OpenAI's error shape."""
+"""The one table from errors to HTTP: the status, type and code of each, in OpenAI's error shape."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from starlette.responses import Response
 from cat_cluster import errors
 from serve.http.schema import ErrorResponse
 
-_SHOWN = 400  # characters of a message: what a client sent may come back in it
+_SHOWN = 400  # characters of a message: it may quote what the client sent
 
 
 @dataclass(frozen=True)
 class ErrorKind:
-    """How an error looks from outside; `message` stands in for one that tells of the inside."""
+    """How an error appears in HTTP; `message` replaces one that would reveal internals."""
 
     status: int
     type: str
@@ -29,9 +29,7 @@ class ErrorKind:
 
 
 INVALID, SERVER = "invalid_request_error", "server_error"
-INTERNAL = ErrorKind(
-    500, SERVER, "internal_error", "something went wrong inside; the log has it under this request's id"
-)
+INTERNAL = ErrorKind(500, SERVER, "internal_error", "internal error; the log has its details under this request's id")
 
 KINDS: Mapping[type[BaseException], ErrorKind] = {
     errors.SpecError: ErrorKind(400, INVALID, "invalid_value"),
@@ -46,11 +44,11 @@ KINDS: Mapping[type[BaseException], ErrorKind] = {
     errors.CancelledRequestError: ErrorKind(499, INVALID, "request_cancelled"),
     errors.OverloadedError: ErrorKind(503, SERVER, "overloaded"),
     errors.EngineStoppedError: ErrorKind(503, SERVER, "engine_stopped"),
-    errors.StoreError: ErrorKind(503, SERVER, "store_unavailable", "the adapters' store does not answer; ask again"),
+    errors.StoreError: ErrorKind(503, SERVER, "store_unavailable", "the adapters' store does not respond; try again"),
     errors.DeadlineError: ErrorKind(504, SERVER, "deadline_exceeded"),
 }
 
-# Problems that no class of errors stands for, by status; and what each status means, for the API's description.
+# Errors that have no class of their own, by status; and what each status means, for the API's description.
 _PLAIN_CODES: Mapping[int, str] = {404: "not_found", 405: "method_not_allowed"}
 _MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
     400: ("The request is not valid.", "size: write WIDTHxHEIGHT", "invalid_value", "size"),
@@ -73,14 +71,14 @@ _MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
     ),
     429: ("Too much at once for this key; see Retry-After.", "60 requests a minute", "rate_limit_exceeded", None),
     499: ("The client has gone, or the call was cancelled.", "the client has gone", "request_cancelled", None),
-    500: ("Something went wrong inside.", str(INTERNAL.message), INTERNAL.code, None),
+    500: ("Internal error.", str(INTERNAL.message), INTERNAL.code, None),
     503: ("No room or no store now; see Retry-After.", "the service is full", "overloaded", None),
     504: ("The deadline passed.", "not done within 120 s", "deadline_exceeded", None),
 }
 
 
 class HttpError(HTTPException):
-    """An answer that is not a success."""
+    """A response that is not a success."""
 
     def __init__(
         self,
@@ -103,12 +101,12 @@ class HttpError(HTTPException):
         return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
 
     def response(self) -> Response:
-        """Return the answer; ASCII alone, since a message may quote what is not even Unicode."""
+        """Return the response; ASCII alone, since a message may quote text that is not valid Unicode."""
         return Response(json.dumps(self.body()), self.status_code, self.headers, "application/json")
 
 
 def http_error_of(error: BaseException) -> HttpError:
-    """Return how an error looks from outside; what the table does not know is 500 and tells nothing."""
+    """Return an error's HTTP form; one that the table does not have is 500, without its message."""
     if isinstance(error, HttpError):
         return error
     if isinstance(error, RequestValidationError):
@@ -141,7 +139,7 @@ def _invalid(found: Sequence[Any]) -> HttpError:
     return HttpError(400, "; ".join(lines), code, param=names[0] or None)
 
 
-def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the description of these failures for a route, each with an example; 500 is always among them."""
     described: dict[int | str, dict[str, Any]] = {}
     for status in sorted({*statuses, 500}):

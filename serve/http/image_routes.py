@@ -1,4 +1,4 @@
-"""POST /v1/images/generations: a request becomes a call, and the engine's events an answer or a stream."""
+"""POST /v1/images/generations: a request becomes a call, and the engine's events a response or a stream."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from starlette.responses import Response
 from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.http.access import Caller
-from serve.http.http_errors import answers, http_error_of
+from serve.http.http_errors import error_responses, http_error_of
 from serve.http.registry_listing import parse_model
-from serve.http.request_log import GONE, RequestEntry, log_unexpected
+from serve.http.request_log import CLIENT_CLOSED, RequestEntry, log_unexpected
 from serve.http.routes import IngressDep, KeyedRoute, RouteParts, bearer, caller_of, request_entry
 from serve.http.schema import ImageRequest, ImagesResponse
-from serve.http.streams import EventStream, attended
+from serve.http.streams import EventStream, cancelled_on_disconnect
 
-GRACE_S = 10.0  # the engine keeps deadlines itself; past this much more it is taken for dead
+GRACE_S = 10.0  # the engine keeps deadlines itself; this much later it is assumed to be dead
 _NO_TOKENS = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
     "output_tokens": 0,
     "total_tokens": 0,
 }
-_PICTURE = {"quality": "auto", "background": "opaque", "output_format": "png"}
+_FORMAT = {"quality": "auto", "background": "opaque", "output_format": "png"}
 _EVENTS = """The images. With `stream`, server-sent events instead: `image_generation.partial_image`,
 `image_generation.completed` for each image, with `progress` also `image_generation.progress`, and `error` where the
-call breaks after its start."""
+call fails after its start."""
 
 router = APIRouter(prefix="/v1/images", route_class=KeyedRoute, tags=["images"], dependencies=[Depends(bearer)])
 
@@ -45,22 +45,22 @@ router = APIRouter(prefix="/v1/images", route_class=KeyedRoute, tags=["images"],
 @router.post(
     "/generations",
     response_model=None,
-    summary="Draw images",
+    summary="Generate images",
     responses={
         200: {
             "model": ImagesResponse,
             "description": _EVENTS,
             "content": {"text/event-stream": {}},
             "headers": {
-                "x-cat-model": {"description": "What serves the call.", "schema": {"type": "string"}},
+                "x-cat-model": {"description": "The model that serves the call.", "schema": {"type": "string"}},
                 "x-cat-drift": {"description": "Drift state of the revision.", "schema": {"type": "string"}},
             },
         },
-        **answers(400, 401, 404, 409, 413, 415, 422, 429, 499, 503, 504),
+        **error_responses(400, 401, 404, 409, 413, 415, 422, 429, 499, 503, 504),
     },
 )
 async def create_image(body: ImageRequest, request: Request, ingress: IngressDep) -> Response:
-    """Draw `n` images of a prompt, with an adapter or with the base model alone.
+    """Generate `n` images of a prompt, with an adapter or with the base model alone.
 
     The parameters are those of OpenAI's images API, and some of this service's own. Those of OpenAI's that mean nothing
     here (quality, style, background, moderation, output_compression, user) are accepted and change nothing.
@@ -72,20 +72,20 @@ async def create_image(body: ImageRequest, request: Request, ingress: IngressDep
         entry.facts["prompt"] = call.prompt
     limit_s = ingress.settings.deadline_s + GRACE_S
     events = _events(ingress, caller_of(request), call)
-    async with attended(request.receive, limit_s):
+    async with cancelled_on_disconnect(request.receive, limit_s):
         accepted = cast(Accepted, await anext(events))
         entry.facts["model"] = accepted.model
         headers = {"x-cat-model": quote(accepted.model, safe="@/:"), "x-cat-drift": accepted.drift}
         cat = {"request_id": entry.request_id, "drift": accepted.drift, "note": accepted.note}
         if not body.stream:
             finished = [event async for event in events if isinstance(event, Finished)]
-            content = await asyncio.to_thread(_answer, finished, accepted.model, cat)
+            content = await asyncio.to_thread(_response_body, finished, accepted.model, cat)
     if not body.stream:
         return Response(content, headers=headers, media_type="application/json")
     return EventStream(
         events,
         lambda event: _sse(event, accepted.model, cat),
-        lambda error: _broken(error, entry),
+        lambda error: _error_event(error, entry),
         limit_s=limit_s,
         headers=headers,
     )
@@ -119,25 +119,25 @@ async def _events(ingress: RouteParts, caller: Caller, call: ImageCall) -> Async
     """Yield the engine's events within the caller's limit; a call that fails, or ends early, raises."""
     left = call.count
     with ingress.access.images(caller, call.count):
-        # Closing is what cancels the work, so the contract's iterators are generators.
+        # Closing the iterator cancels the call, so those of EngineClient are generators.
         generated = cast(AsyncGenerator[Event, None], ingress.engine().generate(call))
         async with aclosing(generated) as events:
             async for event in events:
                 if isinstance(event, Failed):
                     error = event.to_error()
                     if isinstance(error, AdapterNotFoundError) and call.model is not None:
-                        await ingress.listing.summary(call.model)  # says it without naming the store
+                        await ingress.registry_listing.summary(call.model)  # its error does not name the store
                     raise error
                 left -= isinstance(event, Finished)
                 yield event
     if left:
-        raise EngineStoppedError("the engine stopped before the images were done; ask again")
+        raise EngineStoppedError("the engine stopped before the images were done; try again")
 
 
-def _answer(finished: list[Finished], model: str, cat: Mapping[str, Any]) -> bytes:
+def _response_body(finished: list[Finished], model: str, cat: Mapping[str, Any]) -> bytes:
     finished = sorted(finished, key=lambda image: image.index)
     items = [
-        _with_picture(image.png, {"seed": image.seed, "revised_prompt": None, "facts": dict(image.facts)})
+        _with_image(image.png, {"seed": image.seed, "revised_prompt": None, "facts": dict(image.facts)})
         for image in finished
     ]
     rest = {
@@ -155,12 +155,12 @@ def _sse(event: Event, model: str, cat: Mapping[str, Any]) -> bytes:
     if isinstance(event, Preview):
         kind = "image_generation.partial_image"
         fields = {"partial_image_index": event.number, "index": event.index, "step": event.step, "steps": event.steps}
-        data = _with_picture(event.png, {"type": kind, **_picture(event.png), **fields})
+        data = _with_image(event.png, {"type": kind, **_image_fields(event.png), **fields})
     elif isinstance(event, Finished):
         kind = "image_generation.completed"
         done = {"index": event.index, "seed": event.seed, "model": model, "usage": _NO_TOKENS}
         more = {"facts": dict(event.facts), "cat": cat}
-        data = _with_picture(event.png, {"type": kind, **_picture(event.png), **done, **more})
+        data = _with_image(event.png, {"type": kind, **_image_fields(event.png), **done, **more})
     elif isinstance(event, Progress):
         kind = "image_generation.progress"
         data = json.dumps({"type": kind, "index": event.index, "step": event.step, "steps": event.steps}).encode()
@@ -169,24 +169,26 @@ def _sse(event: Event, model: str, cat: Mapping[str, Any]) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
 
 
-def _broken(error: Exception, entry: RequestEntry) -> bytes:
-    """Return the last event of a stream that breaks, and tell the journal."""
-    problem = http_error_of(error)
-    entry.code = problem.code
-    if problem.status_code == 500:
+def _error_event(error: Exception, entry: RequestEntry) -> bytes:
+    """Return the last event of a stream that fails, and add its error to the request log."""
+    http_error = http_error_of(error)
+    entry.code = http_error.code
+    if http_error.status_code == 500:
         log_unexpected(entry, error)
     if isinstance(error, CancelledRequestError):
-        entry.status = GONE
-    return b"event: error\ndata: %b\n\n" % json.dumps(problem.body()).encode()
+        entry.status = CLIENT_CLOSED
+    return b"event: error\ndata: %b\n\n" % json.dumps(http_error.body()).encode()
 
 
-def _picture(png: bytes) -> dict[str, Any]:
-    return {"created_at": int(time.time()), "size": _size(png), **_PICTURE}
+def _image_fields(png: bytes) -> dict[str, Any]:
+    return {"created_at": int(time.time()), "size": _size(png), **_FORMAT}
 
 
-def _with_picture(png: bytes, fields: Mapping[str, Any]) -> bytes:
-    """Return JSON of the fields and `b64_json`. Base64 has nothing to escape, and a JSON encoder looks all the same:
-    over megabytes of pictures it would hold the interpreter, and so the event loop, for a while."""
+def _with_image(png: bytes, fields: Mapping[str, Any]) -> bytes:
+    """Return JSON of the fields and `b64_json`, which needs no escaping.
+
+    A JSON encoder would check it all the same, and block the interpreter, and so the event loop, over megabytes.
+    """
     return b'{"b64_json":"' + b64encode(png) + b'",' + json.dumps(fields).encode()[1:]
 
 

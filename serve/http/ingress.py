@@ -19,11 +19,9 @@ from cat_cluster.registry import Registry
 from cat_cluster.registry.manifest import package_version
 from cat_cluster.telemetry import Metrics
 from serve.calls import EngineClient
-from serve.http import adapter_routes as catalogue
-from serve.http import image_routes as images
-from serve.http import pages
+from serve.http import adapter_routes, image_routes, pages
 from serve.http.access import Access
-from serve.http.http_errors import answers, http_error_of
+from serve.http.http_errors import error_responses, http_error_of
 from serve.http.registry_listing import RegistryListing
 from serve.http.request_log import RequestLog, log_unexpected
 from serve.http.routes import IngressDep, RouteParts, request_entry
@@ -32,8 +30,8 @@ from serve.settings import ServeSettings
 
 PROMPTS_VARIABLE = "CAT_LOG_PROMPTS"
 _ENGINE_S = 5.0
-_ABOUT = """Draws pictures with CAT adapters of one Stable Diffusion base: every request names an adapter, and those of
-different adapters are drawn together. Any OpenAI client can use `/v1/images/generations` and `/v1/models`."""
+_ABOUT = """Generates images with CAT adapters of one Stable Diffusion base: each request names an adapter, and requests
+of different adapters are denoised in one batch. Any OpenAI client can use `/v1/images/generations` and `/v1/models`."""
 
 router = APIRouter(tags=["operation"])
 
@@ -61,58 +59,58 @@ def build_app(
     )
     app.state.ingress = RouteParts(
         engine=client if callable(client) else lambda: client,
-        listing=RegistryListing(registry),
+        registry_listing=RegistryListing(registry),
         settings=settings,
         access=access,
         exposition=exposition,
     )
-    for part in (router, images.router, catalogue.router, pages.router):
+    for part in (router, image_routes.router, adapter_routes.router, pages.router):
         app.include_router(part)
     pages.mount_files(app)
     for expected in (CatClusterError, HTTPException, RequestValidationError):
-        app.add_exception_handler(expected, _refusal)
+        app.add_exception_handler(expected, _error_response)
     app.add_middleware(RequestLog, metrics=metrics, may_quote=os.environ.get(PROMPTS_VARIABLE) == "1")
     app.openapi = _without_default_422(app.openapi)  # type: ignore[method-assign]
     return app
 
 
-@router.get("/health", responses=answers())
+@router.get("/health", responses=error_responses())
 async def health() -> HealthResponse:
-    """Say that the process lives."""
+    """Report that the process is running."""
     return HealthResponse(status="ok")
 
 
-@router.get("/ready", responses=answers(503))
+@router.get("/ready", responses=error_responses(503))
 async def ready(ingress: IngressDep) -> HealthResponse:
-    """Say whether the engine answers; 503 until it does."""
+    """Report whether the engine responds; 503 until it does."""
     try:
         await asyncio.wait_for(ingress.engine().status(), _ENGINE_S)
-    except Exception as error:  # whatever keeps the engine from answering, a load balancer must hear 503
-        raise EngineStoppedError("the engine does not answer yet; ask again") from error
+    except Exception as error:  # whatever keeps the engine from responding, a load balancer must get 503
+        raise EngineStoppedError("the engine does not respond yet; try again") from error
     return HealthResponse(status="ready")
 
 
 @router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"description": "Prometheus' text format.", "content": {"text/plain": {}}}, **answers()},
+    responses={200: {"description": "Prometheus' text format.", "content": {"text/plain": {}}}, **error_responses()},
 )
 async def metrics(ingress: IngressDep) -> Response:
-    """Return the metrics of this process, and of its engine while that answers, in Prometheus' text format."""
+    """Return the metrics of this process, and of its engine if that responds, in Prometheus' text format."""
     text = ingress.exposition()
     with suppress(Exception):  # an engine that is away is when these numbers matter most
         text += await asyncio.wait_for(ingress.engine().metrics(), _ENGINE_S)
     return Response(text, headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-async def _refusal(request: Request, error: Exception) -> Response:
-    """Answer an expected error by the table; one that the table does not know is logged as well."""
-    problem, entry = http_error_of(error), request_entry(request)
-    if problem.status_code == 500:
+async def _error_response(request: Request, error: Exception) -> Response:
+    """Return the response to an expected error; one that the table does not have is logged as well."""
+    http_error, entry = http_error_of(error), request_entry(request)
+    if http_error.status_code == 500:
         log_unexpected(entry, error)
     else:
-        entry.code = problem.code
-    return problem.response()
+        entry.code = http_error.code
+    return http_error.response()
 
 
 def _without_default_422(describe: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The web page and the API's description, from this machine alone: no outside host is ever asked for anything."""
+"""The web page and the API's description, from this machine alone: nothing is loaded from another host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 PAGE = Path(__file__).parents[1] / "page"
-SWAGGER = Path(str(files("swagger_ui_bundle"))) / "vendor" / "swagger-ui-4.15.5"
+SWAGGER = Path(str(files("fastapi_swagger"))) / "resources"
 # Swagger UI writes style attributes and has pictures in its style sheet.
 _DOCS_POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"
 _DOCS = """<!doctype html>
@@ -28,10 +28,7 @@ _DOCS = """<!doctype html>
 <body><div id="api"></div></body>
 </html>
 """
-# Swagger UI 4 draws OpenAPI 3.1 as this service writes it, but refuses to try by the number.
-_START = """fetch("openapi.json").then((answer) => answer.json()).then((spec) => {
-  SwaggerUIBundle({ spec: { ...spec, openapi: "3.0.3" }, dom_id: "#api", deepLinking: true });
-});
+_START = """SwaggerUIBundle({ url: "openapi.json", dom_id: "#api", deepLinking: true, validatorUrl: null });
 """
 
 router = APIRouter(include_in_schema=False)
@@ -58,8 +55,8 @@ async def start_docs() -> Response:
     return Response(_START, media_type="text/javascript")
 
 
-class _AskedAgain(StaticFiles):
-    """Files that a browser asks for again: after an upgrade none may be of the version before."""
+class _RevalidatedFiles(StaticFiles):
+    """Files that a browser checks each time: after an upgrade none may be of the previous version."""
 
     def file_response(self, *args: Any, **options: Any) -> Response:
         response = super().file_response(*args, **options)
@@ -69,5 +66,5 @@ class _AskedAgain(StaticFiles):
 
 def mount_files(app: FastAPI) -> None:
     """Serve the files of both pages."""
-    app.mount("/page", _AskedAgain(directory=PAGE, check_dir=False), name="page")
+    app.mount("/page", _RevalidatedFiles(directory=PAGE, check_dir=False), name="page")
     app.mount("/docs/assets", StaticFiles(directory=SWAGGER), name="swagger")

@@ -1,4 +1,4 @@
-"""The registry as HTTP reads it: one listing for all who ask within a few seconds, never one per request."""
+"""The registry as HTTP reads it: one listing for all requests within a few seconds, never one per request."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cat_cluster.registry import AdapterSummary, Manifest, Registry
 from cat_cluster.registry.references import Reference, parse_reference
 
 TTL_S = 5.0
-_KEPT = 256  # manifests of revisions that are nobody's `latest`
+_KEPT = 256  # manifests of revisions that are not `latest`
 
 
 class RegistryListing:
@@ -34,10 +34,10 @@ class RegistryListing:
         reading = self._reading
         if reading is None or (reading.done() and self._clock() - self._read_at >= self._ttl_s):
             self._reading = reading = asyncio.create_task(self._read())
-        return await asyncio.shield(reading)  # one who leaves takes nothing from the others
+        return await asyncio.shield(reading)  # cancelling one waiter does not cancel the read
 
     async def summary(self, reference: str) -> tuple[AdapterSummary, str]:
-        """Return the adapter and the revision that a reference names; AdapterNotFoundError says what there is."""
+        """Return the adapter and the revision that a reference names; AdapterNotFoundError lists what there is."""
         parsed, adapters = parse_model(reference), await self.adapters()
         summary = adapters.get(parsed.adapter_id)
         if summary is None:

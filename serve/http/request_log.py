@@ -1,4 +1,4 @@
-"""One line of JSON and two metrics for every request, and the last place that an error can reach."""
+"""The request log: one line of JSON and two metrics for every request, and the handler of unexpected errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from serve.http.http_errors import http_error_of
 
 logger = logging.getLogger("cat_cluster.serve")
 
-GONE = 499  # the client left before its answer
+CLIENT_CLOSED = 499  # the client disconnected before its response
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNKNOWN_ROUTE = "/unknown"  # paths that a client makes up never become label values
 _HEADERS = {
@@ -34,14 +34,14 @@ _HEADERS = {
 
 @dataclass
 class RequestEntry:
-    """What is told of one request. code: of the error, if any; facts: what its route adds (key, model, images).
+    """What is logged of one request. code: of the error, if any; facts: what its route adds (key, model, images).
 
     may_quote: prompts, and the messages of unexpected errors, which may hold one, may be logged.
     """
 
     request_id: str
     may_quote: bool = False
-    status: int = GONE
+    status: int = CLIENT_CLOSED
     code: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -49,7 +49,7 @@ class RequestEntry:
 class RequestLog:
     """ASGI middleware: request ids, security headers, the log and HTTP's metrics.
 
-    Errors that no handler knows end here, as 500 where the answer has not begun.
+    Errors that no handler knows end here, as 500 where the response has not started.
     """
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, may_quote: bool) -> None:
@@ -58,7 +58,7 @@ class RequestLog:
         self._may_quote = may_quote
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass one request on, and tell of it when it has ended."""
+        """Pass one request on, and log it when it has ended."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -81,17 +81,17 @@ class RequestLog:
         try:
             await self._app(scope, receive, sent)
         except asyncio.CancelledError:
-            entry.status = GONE
+            entry.status = CLIENT_CLOSED
             raise
         except Exception as error:
             log_unexpected(entry, error)
-            # After its start an answer can only be cut off, which the server does when it is left unfinished.
+            # After its start a response can only be cut off, which the server does when it is left unfinished.
             if not has_begun:
                 await http_error_of(error).response()(scope, receive, sent)
         finally:
-            self._tell(entry, scope, time.perf_counter() - began)
+            self._log(entry, scope, time.perf_counter() - began)
 
-    def _tell(self, entry: RequestEntry, scope: Scope, seconds: float) -> None:
+    def _log(self, entry: RequestEntry, scope: Scope, seconds: float) -> None:
         route = getattr(scope.get("route"), "path_format", _UNKNOWN_ROUTE)
         self._metrics.inc(HTTP_REQUESTS, route=route, code=str(entry.status))
         self._metrics.observe(HTTP_SECONDS, seconds, route=route)
@@ -109,7 +109,7 @@ class RequestLog:
 
 
 def log_unexpected(entry: RequestEntry, error: BaseException) -> None:
-    """Log an error that should not be, with the lines of code it passed."""
+    """Log an unexpected error, with the lines of code of its traceback."""
     entry.code = type(error).__name__
     trace = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
     line = {"request_id": entry.request_id, "error": entry.code, "trace": trace}

@@ -21,7 +21,7 @@ from serve.http.registry_listing import RegistryListing
 from serve.http.request_log import RequestEntry
 from serve.settings import ServeSettings
 
-# It describes the scheme; KeyedRoute is what asks for a key, before a body is read.
+# It only describes the scheme; KeyedRoute checks the key, before a body is read.
 bearer = HTTPBearer(auto_error=False, description="A key of CAT_API_KEYS; any, or none, where no keys are set.")
 
 
@@ -30,7 +30,7 @@ class RouteParts:
     """The parts that routes use. engine: returns the client, which may be known only once the process runs."""
 
     engine: Callable[[], EngineClient]
-    listing: RegistryListing
+    registry_listing: RegistryListing
     settings: ServeSettings
     access: Access
     exposition: Callable[[], bytes]
@@ -42,7 +42,7 @@ def ingress_of(request: Request) -> RouteParts:
 
 
 def request_entry(request: Request) -> RequestEntry:
-    """Return the journal's entry of the request."""
+    """Return the request's entry in the request log."""
     return cast(RequestEntry, request.state.entry)
 
 
@@ -55,12 +55,12 @@ IngressDep = Annotated[RouteParts, Depends(ingress_of)]
 
 
 class StrictRequest(Request):
-    """A request whose body has a largest size, and must be plain JSON that says so."""
+    """A request whose body has a size limit and must be JSON, also by its content type."""
 
     _whole: bytes | None = None
 
     async def body(self) -> bytes:
-        """Return the body, counted as it comes: 413 when it is too large, 415 when it is not called JSON."""
+        """Return the body, counted as it arrives: 413 when it is too large, 415 when its content type is not JSON."""
         if self._whole is None:
             most = ingress_of(self).settings.max_body_bytes
             chunks, size = [], 0
@@ -73,7 +73,7 @@ class StrictRequest(Request):
                         raise _too_large(most)
                     chunks.append(chunk)
             except ClientDisconnect:
-                raise http_error_of(CancelledRequestError("the client has gone")) from None
+                raise http_error_of(CancelledRequestError("the client has disconnected")) from None
             self._whole = b"".join(chunks)
             if self._whole and not _is_json(self.headers.get("content-type", "")):
                 raise HttpError(415, "send the body as JSON, with Content-Type: application/json", "not_json")
@@ -92,10 +92,10 @@ class StrictRequest(Request):
 
 
 class KeyedRoute(APIRoute):
-    """A route that asks for the key, and counts the request, before it reads anything else."""
+    """A route that checks the key, and counts the request, before it reads anything else."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return what answers a request."""
+        """Return the handler of a request."""
         handle = super().get_route_handler()
 
         async def keyed(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""What goes over HTTP: requests and answers in OpenAI's images shape, with this service's own fields beside it."""
+"""The bodies of HTTP requests and responses: those of OpenAI's images API, and this service's own fields."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Ignored = Annotated[str, Field(max_length=256, description="Accepted for OpenAI'
 
 
 def _describe(schema: dict[str, Any]) -> None:
-    """Add to the JSON schema that null stands for an absent field, as OpenAI's clients send it, and two examples."""
+    """Add to the JSON schema that null means an absent field, as OpenAI's clients send it, and two examples."""
     for name, field in schema["properties"].items():
         if name not in schema["required"] and "anyOf" not in field:
             outer = {key: field.pop(key) for key in ("title", "description", "default", "examples") if key in field}
@@ -34,12 +34,12 @@ def _describe(schema: dict[str, Any]) -> None:
 
 
 class ImageRequest(BaseModel):
-    """A prompt, and how to draw it. Any field but the prompt may be absent or null; an unknown one is refused."""
+    """A prompt, and how to generate its images. Fields but the prompt may be absent or null; no others are accepted."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", json_schema_extra=_describe)
 
     prompt: Annotated[Text, Field(min_length=1)] = Field(
-        description="What to draw. An adapter's concept is drawn only where its token is a word of the prompt.",
+        description="What the image shows. An adapter's concept appears only where its token is a word of the prompt.",
         examples=["a photo of a sks cup on grass"],
     )
     model: str | None = Field(
@@ -48,11 +48,11 @@ class ImageRequest(BaseModel):
         description="An adapter (`id`, `id@alias` or `id@r-...`), or the base model's name; absent: the base model.",
         examples=["striped-cup"],
     )
-    n: int = Field(default=1, ge=1, le=10, description="Images to draw; image i has seed + i.")
+    n: int = Field(default=1, ge=1, le=10, description="Number of images; image i has seed + i.")
     size: str = Field(
         default="auto", pattern=_SIZE, description="WIDTHxHEIGHT in pixels, or auto: the base model's own."
     )
-    response_format: Literal["b64_json"] = Field(default="b64_json", description="Images come in the answer itself.")
+    response_format: Literal["b64_json"] = Field(default="b64_json", description="Images are part of the response.")
     seed: int | None = Field(
         default=None, ge=0, le=MAX_SEED, description="Seed of the first image; absent: a random one, which is returned."
     )
@@ -60,16 +60,16 @@ class ImageRequest(BaseModel):
     guidance_scale: float = Field(
         default=4.0, ge=0, le=50, allow_inf_nan=False, description="Classifier-free guidance; 1 or less: none."
     )
-    negative_prompt: Text = Field(default="", description="What to keep out of the picture.")
-    sampler: SamplerName = Field(default="ddim", description="How noise becomes a picture.")
+    negative_prompt: Text = Field(default="", description="What the image must not show.")
+    sampler: SamplerName = Field(default="ddim", description="The sampler.")
     strength: float = Field(
         default=1.0,
         ge=0,
         le=2,
         allow_inf_nan=False,
-        description="How much of the adapter is applied; 0: nothing of it.",
+        description="Strength of the adapter; 0: none.",
     )
-    stream: bool = Field(default=False, description="Answer with server-sent events.")
+    stream: bool = Field(default=False, description="Send server-sent events.")
     partial_images: int = Field(default=0, ge=0, le=8, description="Previews of each image, with stream.")
     progress: bool = Field(default=False, description="An event for every denoising step, with stream.")
     user: Ignored | None = None
@@ -112,11 +112,11 @@ class ImageRequest(BaseModel):
 
 
 class CatFacts(BaseModel):
-    """What this service says beside OpenAI's fields."""
+    """This service's fields beside OpenAI's."""
 
     request_id: str = Field(description="As in the header x-request-id.")
     drift: str = Field(description="Drift state of the revision: ok, warning, alarm or unknown.")
-    note: str | None = Field(description="Why another revision than the one asked for has served, if so.")
+    note: str | None = Field(description="Why another revision than the requested one was used, if so.")
 
 
 class ImageItem(BaseModel):
@@ -133,7 +133,7 @@ class ImagesResponse(BaseModel):
 
     created: int = Field(description="Unix time.")
     data: list[ImageItem]
-    model: str = Field(description="What has served: `id@r-...`, or the base model's name.")
+    model: str = Field(description="The model used: `id@r-...`, or the base model's name.")
     size: str = Field(description="WIDTHxHEIGHT of the images.")
     output_format: Literal["png"] = "png"
     cat: CatFacts
@@ -144,12 +144,12 @@ class ErrorDetail(BaseModel):
 
     message: str
     type: str
-    param: str | None = Field(default=None, description="The field that is to blame.")
+    param: str | None = Field(default=None, description="The field with the error.")
     code: str
 
 
 class ErrorResponse(BaseModel):
-    """Every answer that is not a success, in OpenAI's shape."""
+    """Every response that is not a success, in OpenAI's shape."""
 
     error: ErrorDetail
 
@@ -161,7 +161,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int = Field(description="Unix time of publication; 0 for the base model.")
     owned_by: str = "cat-cluster"
-    root: str = Field(description="What it stands for now: `id@r-...`, or the base model itself.")
+    root: str = Field(description="What it refers to now: `id@r-...`, or the base model itself.")
     parent: str | None = Field(description="The base model of an adapter.")
 
 
@@ -197,7 +197,7 @@ class RevisionCard(BaseModel):
     intervals: dict[str, Any] = Field(description="95% intervals of the scores.")
     leak_matrix: Any = None
     judge: dict[str, Any] | None = None
-    samples: list[str] = Field(description="Pictures at /v1/adapters/{reference}/samples/{name}.")
+    samples: list[str] = Field(description="Images at /v1/adapters/{reference}/samples/{name}.")
 
 
 class AdapterCard(BaseModel):
@@ -263,6 +263,6 @@ class StatusResponse(BaseModel):
 
 
 class HealthResponse(BaseModel):
-    """Whether the process lives, or is ready."""
+    """Whether the process is running, or ready."""
 
     status: Literal["ok", "ready"]

@@ -1,4 +1,4 @@
-"""Answers that take long: given up when the client goes or the time is up, and sent as events where asked."""
+"""Long responses: cancelled when the client disconnects or the time is up, and streamed as server-sent events."""
 
 from __future__ import annotations
 
@@ -16,29 +16,31 @@ Item = TypeVar("Item")
 
 
 @asynccontextmanager
-async def attended(receive: Receive, limit_s: float) -> AsyncIterator[None]:
-    """Cancel what runs inside when the client goes (CancelledRequestError) or the time is up (DeadlineError).
+async def cancelled_on_disconnect(receive: Receive, limit_s: float) -> AsyncIterator[None]:
+    """Cancel the block when the client disconnects (CancelledRequestError) or the time is up (DeadlineError).
 
     The body must have been read. A server that cancels the whole task instead, as Ray Serve does, is left to do so.
     """
     task = asyncio.current_task()
     assert task is not None  # a coroutine always runs in one
 
-    async def watch() -> None:
+    async def cancel_on_disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         task.cancel()
 
-    watcher = asyncio.create_task(watch())
+    watcher = asyncio.create_task(cancel_on_disconnect())
     try:
         async with asyncio.timeout(limit_s):
             yield
     except TimeoutError:
-        raise DeadlineError(f"the images were not done within {limit_s:g} s; ask for fewer, or again later") from None
+        raise DeadlineError(
+            f"the images were not done within {limit_s:g} s; ask for fewer, or try again later"
+        ) from None
     except asyncio.CancelledError:
         if not watcher.done() or task.uncancel() > 0:
-            raise  # somebody else wants an end too
-        raise CancelledRequestError("the client has gone") from None
+            raise  # the task was cancelled by somebody else too
+        raise CancelledRequestError("the client has disconnected") from None
     finally:
         watcher.cancel()
         with suppress(asyncio.CancelledError):
@@ -70,7 +72,7 @@ class EventStream(Response, Generic[Item]):
         self._limit_s = limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the events until they end, fail, or nobody listens."""
+        """Send the events until they end, fail, or the client disconnects."""
 
         async def push(chunk: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": chunk, "more_body": more})
@@ -78,7 +80,7 @@ class EventStream(Response, Generic[Item]):
         async with aclosing(self._items):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             try:
-                async with attended(receive, self._limit_s), aclosing(self._items):
+                async with cancelled_on_disconnect(receive, self._limit_s), aclosing(self._items):
                     async for item in self._items:
                         await push(await asyncio.to_thread(self._encode, item))
             except Exception as error:

@@ -1,1 +1,1 @@
-"""Drift probes: what is drawn, how it is judged, and where records are kept."""
+"""Drift probes: what is generated, how it is judged, and where records are kept."""

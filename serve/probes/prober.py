@@ -1,8 +1,8 @@
-"""The prober: small measurements of adapters while they serve, what they say of drift, and what an alarm does.
+"""The prober: small measurements of adapters while they serve, the drift they show, and what an alarm does.
 
-Canonical probes draw an evaluated pair again, which must score as it did: a wrong, damaged or mixed-up adapter is seen
-at once. Live probes score users' own images against two more of the same seed: a change of traffic, or a fault
-between two canonical probes, is seen after a few. The images ride in spare rows of the engine.
+Canonical probes generate an evaluated pair again, which must score as it did: a wrong, damaged or mixed-up adapter is
+seen at once. Live probes score users' own images against two more of the same seed: a change of traffic, or a fault
+between two canonical probes, is seen after a few. Their images take spare rows of the engine.
 """
 
 from __future__ import annotations
@@ -45,20 +45,20 @@ from serve.probes.revision_monitor import (
     CanonicalPair,
     DriftStatus,
     LoadJudge,
-    ProbeImage,
+    ProbeCall,
     RevisionMonitor,
     live_token,
-    open_watch,
+    open_monitor,
     score_images,
 )
 from serve.settings import ProbeSettings
 
 Pixels = NDArray[np.uint8]
-Draw = Callable[[Sequence[ProbeImage]], Awaitable[list[Pixels]]]
+Generate = Callable[[Sequence[ProbeCall]], Awaitable[list[Pixels]]]
 OnAlarm = Callable[[Manifest, str], Awaitable[None]]
 
 MOST_LIVE = 4  # live probes that wait for spare rows; under load there are none to spare, and more would pile up
-MOST_WATCHES = 4096
+MOST_MONITORS = 4096
 MOST_BASE_ROWS = 8192
 _STATES = get_args(DriftState)
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class Prober:
         self,
         registry: Registry,
         base: BaseModel,
-        draw: Draw,
+        generate: Generate,
         settings: ProbeSettings,
         metrics: Metrics,
         *,
@@ -82,13 +82,13 @@ class Prober:
         clock: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
-        """draw: makes images uint8 [H, W, 3] of the base's size. replica: a name no other running replica has.
+        """generate: makes images uint8 [H, W, 3] of the base's size. replica: a name no other running replica has.
 
         on_alarm(manifest, reason): takes a revision out of service; called once per alarm, unless the policy is to
         annotate. judges: loads a judge by name. clock: Unix seconds.
         """
         self._base = base
-        self._draw = draw
+        self._generate = generate
         self._settings = settings
         self._metrics = metrics
         self._on_alarm = on_alarm
@@ -97,37 +97,37 @@ class Prober:
         self._clock = clock
         self._rng = random.Random() if rng is None else rng
         self._log = ProbeLog(registry.store, replica, run_in_thread)
-        self._watches: dict[str, RevisionMonitor] = {}
+        self._monitors: dict[str, RevisionMonitor] = {}
         self._judges: dict[str, Judge] = {}
-        self._base_rows: dict[tuple[str, ProbeImage], Array] = {}
+        self._base_rows: dict[tuple[str, ImageCall], Array] = {}
         self._opening = asyncio.Lock()
         self._live = 0
 
     def state(self, manifest: Manifest) -> DriftStatus:
-        """Return where a revision stands on this replica; "unknown" before its first probe."""
-        watch = self._watches.get(manifest.name)
-        return DriftStatus() if watch is None else watch.status()
+        """Return a revision's drift on this replica; "unknown" before its first probe."""
+        monitor = self._monitors.get(manifest.name)
+        return DriftStatus() if monitor is None else monitor.status()
 
     def reset(self, manifest: Manifest) -> None:
-        """Forget what probes said of a revision, as when it is released from quarantine."""
-        watch = self._watches.get(manifest.name)
-        if watch is not None:
-            watch.reset()
-            self._show(manifest, watch)
+        """Forget what probes found of a revision, as when it is released from quarantine."""
+        monitor = self._monitors.get(manifest.name)
+        if monitor is not None:
+            monitor.reset()
+            self._show(manifest, monitor)
 
     def wants_live(self, manifest: Manifest, call: ImageCall) -> bool:
         """Whether a finished image of this call is to be probed: a random share of those that compare."""
-        watch, token = self._watches.get(manifest.name), live_token(manifest, call)
-        if watch is None or token not in watch.monitors or self._live >= MOST_LIVE:
+        monitor, token = self._monitors.get(manifest.name), live_token(manifest, call)
+        if monitor is None or token not in monitor.drift_monitors or self._live >= MOST_LIVE:
             return False
         return self._settings.enabled and self._rng.random() < self._settings.live_share
 
     async def canonical(self, manifest: Manifest) -> ProbeRecord:
-        """Draw the next canonical pair again and compare; an error is a record too, never raised."""
+        """Generate the next canonical pair again and compare; an error is a record too, never raised."""
         return await self._recorded(manifest, "canonical", self._canonical(manifest))
 
     async def live(self, manifest: Manifest, call: ImageCall, seed: int, pixels: Pixels) -> ProbeRecord | None:
-        """Probe with a user's finished image (uint8 [H, W, 3], drawn with `seed`); None where it does not compare."""
+        """Probe with a user's finished image (uint8 [H, W, 3], of `seed`); None where it does not compare."""
         token, side = live_token(manifest, call), self._base.resolution
         if token is None or pixels.shape != (side, side, 3):
             return None
@@ -168,20 +168,20 @@ class Prober:
         return ProbeRecord(time=self._clock(), replica=self._log.replica, kind=kind, verdict="error", reason=reason)
 
     async def _canonical(self, manifest: Manifest) -> ProbeRecord:
-        watch = await self._watch(manifest)
-        pair = watch.pair
-        scores, fault, of_base = await self._compare(watch, pair)
+        monitor = await self._monitor_of(manifest)
+        pair = monitor.pair
+        scores, fault, of_base = await self._compare(manifest, monitor, pair)
         verdict: DriftState = "ok"
         reason = None
         if fault is not None:
-            # Drawn again at once: what is wrong stays wrong, and a glitch must not take an adapter out of service.
-            scores, again, of_base = await self._compare(watch, pair)
-            verdict, reason = ("alarm", again) if again else ("warning", f"{fault}; drawn again it was right")
-        if watch.canonical == "alarm" and verdict == "ok":
-            watch.reset()  # mended: what live probes saw of the fault is over, too
-        watch.canonical = verdict
+            # Generated again at once: what is wrong stays wrong, and a glitch must not take an adapter out of service.
+            scores, again, of_base = await self._compare(manifest, monitor, pair)
+            verdict, reason = ("alarm", again) if again else ("warning", f"{fault}; generated again it was right")
+        if monitor.canonical == "alarm" and verdict == "ok":
+            monitor.reset()  # repaired: what live probes saw of the fault is over, too
+        monitor.canonical = verdict
         if verdict != "alarm":
-            watch.cursor += 1  # a pair that is wrong is asked again, until it is right
+            monitor.cursor += 1  # a wrong pair is probed again, until it is right
         if of_base:
             self._metrics.inc(BASE_MISMATCHES)
         record = ProbeRecord(
@@ -196,15 +196,17 @@ class Prober:
             reason=reason,
         )
         # Where the base's own image is wrong the adapter is not to blame.
-        await self._conclude(manifest, watch, record, blamed=not of_base)
+        await self._conclude(manifest, monitor, record, blamed=not of_base)
         return record
 
-    async def _compare(self, watch: RevisionMonitor, pair: CanonicalPair) -> tuple[dict[str, float], str | None, bool]:
-        """Draw a canonical pair: its scores, what is wrong if anything, and whether that is the base's own image."""
-        images = await self._draw(pair.images())
-        scores, row = await self._run_in_thread(score_images, watch.judge, watch.photos[pair.token], images)
+    async def _compare(
+        self, manifest: Manifest, monitor: RevisionMonitor, pair: CanonicalPair
+    ) -> tuple[dict[str, float], str | None, bool]:
+        """Return a canonical pair's scores now, what is wrong if anything, and whether that is the base's own image."""
+        images = await self._generate(pair.calls(manifest))
+        scores, row = await self._run_in_thread(score_images, monitor.judge, monitor.photos[pair.token], images)
         tolerance, where = self._settings.tolerance, f"canonical pair {pair.index} of {pair.token!r}"
-        known = self._base_rows.setdefault((watch.judge.digest, pair.bare), row)
+        known = self._base_rows.setdefault((monitor.judge.digest, pair.without_token), row)
         if len(self._base_rows) > MOST_BASE_ROWS:
             del self._base_rows[next(iter(self._base_rows))]
         if 1.0 - paired_similarity(known, row)[0] > tolerance:
@@ -218,16 +220,17 @@ class Prober:
     async def _live_probe(
         self, manifest: Manifest, call: ImageCall, seed: int, pixels: Pixels, token: str
     ) -> ProbeRecord:
-        watch = await self._watch(manifest)
-        monitor = watch.monitors.get(token)
-        if monitor is None:
+        monitor = await self._monitor_of(manifest)
+        drift = monitor.drift_monitors.get(token)
+        if drift is None:
             raise EvaluationError(f"{manifest.name}: too few evaluated pairs of {token!r} to judge live probes by")
         prompt = remove_token(call.prompt, token)
-        drawn = await self._draw(
-            [ProbeImage(prompt, a, seed, call.steps, call.guidance, call.sampler) for a in (manifest, None)]
+        without_token = ImageCall(
+            "probe", prompt, seed=seed, steps=call.steps, guidance=call.guidance, sampler=call.sampler
         )
-        scores, _ = await self._run_in_thread(score_images, watch.judge, watch.photos[token], [pixels, *drawn])
-        verdict = monitor.update(scores)
+        others = await self._generate([(without_token, manifest), (without_token, None)])
+        scores, _ = await self._run_in_thread(score_images, monitor.judge, monitor.photos[token], [pixels, *others])
+        verdict = drift.update(scores)
         record = ProbeRecord(
             time=self._clock(),
             replica=self._log.replica,
@@ -235,60 +238,62 @@ class Prober:
             verdict=verdict,
             token=token,
             scores=scores,
-            reason=None if verdict == "ok" else _furthest(token, monitor.shares),
-            detectors=monitor.to_json(),
+            reason=None if verdict == "ok" else _furthest(token, drift.shares),
+            detectors=drift.to_json(),
         )
-        await self._conclude(manifest, watch, record, blamed=True)
+        await self._conclude(manifest, monitor, record, blamed=True)
         return record
 
-    async def _conclude(self, manifest: Manifest, watch: RevisionMonitor, record: ProbeRecord, *, blamed: bool) -> None:
+    async def _conclude(
+        self, manifest: Manifest, monitor: RevisionMonitor, record: ProbeRecord, *, blamed: bool
+    ) -> None:
         """Show a probe in the metrics, and take the revision out of service when that is the policy."""
         adapter, kind = manifest.adapter_id, record.kind
-        watch.probes[kind] = watch.probes.get(kind, 0) + 1
-        watch.last[kind], watch.scores[kind] = record.time, record.scores or {}
+        monitor.probes[kind] = monitor.probes.get(kind, 0) + 1
+        monitor.last[kind], monitor.scores[kind] = record.time, record.scores or {}
         self._metrics.set(PROBE_TIME, record.time, adapter=adapter, kind=kind)
-        for score, value in watch.scores[kind].items():
+        for score, value in monitor.scores[kind].items():
             self._metrics.set(PROBE_SCORE, value, adapter=adapter, kind=kind, score=score)
             self._metrics.inc(PROBE_SCORE_SUM, value, adapter=adapter, kind=kind, score=score)
             self._metrics.inc(PROBE_SCORE_COUNT, adapter=adapter, kind=kind, score=score)
         if record.reason is not None:
-            watch.reason = record.reason
-        self._show(manifest, watch)
-        if watch.state != "alarm":
-            watch.told = False
-        elif record.verdict == "alarm" and blamed and not watch.told and self._settings.policy != "annotate":
-            watch.told = True
+            monitor.reason = record.reason
+        self._show(manifest, monitor)
+        if monitor.state != "alarm":
+            monitor.alarm_handled = False
+        elif record.verdict == "alarm" and blamed and not monitor.alarm_handled and self._settings.policy != "annotate":
+            monitor.alarm_handled = True
             try:
                 await self._on_alarm(manifest, record.reason or "drift")
                 self._metrics.inc(QUARANTINED)
             except Exception:
-                watch.told = False  # tried again with the next probe
+                monitor.alarm_handled = False  # tried again with the next probe
                 _log.exception("%s could not be taken out of service", manifest.name)
 
-    def _show(self, manifest: Manifest, watch: RevisionMonitor) -> None:
+    def _show(self, manifest: Manifest, monitor: RevisionMonitor) -> None:
         adapter = manifest.adapter_id
-        if watch.state is not None:
-            self._metrics.set(DRIFT_STATE, _STATES.index(watch.state), adapter=adapter)
-        shares = [monitor.shares for monitor in watch.monitors.values()]
+        if monitor.state is not None:
+            self._metrics.set(DRIFT_STATE, _STATES.index(monitor.state), adapter=adapter)
+        shares = [drift.shares for drift in monitor.drift_monitors.values()]
         for score in SCORES if shares else ():
             for detector in DETECTORS:
                 furthest = max(share[score][detector] for share in shares)
                 self._metrics.set(DRIFT_STATISTIC, furthest, adapter=adapter, score=score, detector=detector)
-            mean = float(np.mean([own[score] for own in watch.reference.values()]))
+            mean = float(np.mean([own[score] for own in monitor.reference.values()]))
             self._metrics.set(PROBE_REFERENCE, mean, adapter=adapter, score=score)
 
-    async def _watch(self, manifest: Manifest) -> RevisionMonitor:
-        """Return a revision's watch, opened once and going on from what a replica of this name recorded last."""
+    async def _monitor_of(self, manifest: Manifest) -> RevisionMonitor:
+        """Return a revision's monitor, opened once; it continues from what a replica of this name recorded last."""
         async with self._opening:
-            watch = self._watches.get(manifest.name)
-            if watch is None:
-                watch = await self._run_in_thread(open_watch, manifest, self._base, self._judge)
+            monitor = self._monitors.get(manifest.name)
+            if monitor is None:
+                monitor = await self._run_in_thread(open_monitor, manifest, self._base, self._judge)
                 recorded = await self._log.resume(manifest.adapter_id, manifest.revision, self._clock())
-                _restore(watch, recorded)
-                if len(self._watches) >= MOST_WATCHES:
-                    del self._watches[next(iter(self._watches))]
-                self._watches[manifest.name] = watch
-        return watch
+                _restore(monitor, recorded)
+                if len(self._monitors) >= MOST_MONITORS:
+                    del self._monitors[next(iter(self._monitors))]
+                self._monitors[manifest.name] = monitor
+        return monitor
 
     def _judge(self, name: str, base: BaseModel) -> Judge:
         if name not in self._judges:
@@ -301,13 +306,13 @@ def _furthest(token: str, shares: dict[str, dict[str, float]]) -> str:
     return f"live probes of {token!r}: {score} has moved; {detector} is at {share:.0%} of its limit"
 
 
-def _restore(watch: RevisionMonitor, records: Sequence[ProbeRecord]) -> None:
+def _restore(monitor: RevisionMonitor, records: Sequence[ProbeRecord]) -> None:
     for record in records:
-        monitor = watch.monitors.get(record.token or "")
-        if record.detectors is not None and monitor is not None:
+        drift = monitor.drift_monitors.get(record.token or "")
+        if record.detectors is not None and drift is not None:
             try:
-                monitor.restore(record.detectors)
+                drift.restore(record.detectors)
             except ValueError as error:
-                _log.warning("a recorded drift state is not taken up: %s", error)
+                _log.warning("a recorded drift state cannot be restored: %s", error)
                 continue
-            watch.reason = record.reason
+            monitor.reason = record.reason

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 class ProbeRecord(BaseModel):
     """One probe. time: Unix seconds; pair: index of a canonical pair; reason: of any verdict but ok.
 
-    expected: a canonical pair's recorded scores; detectors: where the token's drift monitor stood after a live probe.
+    expected: a canonical pair's recorded scores; detectors: the state of the token's drift monitor after a live probe.
     The prompt of a live probe is a user's and is not kept.
     """
 
@@ -69,7 +69,7 @@ def read_history(
 
 
 class ProbeLog:
-    """One replica's records on their way to the store; what the store refuses is kept and tried again."""
+    """One replica's records on their way to the store; what cannot be written is kept and tried again."""
 
     def __init__(self, store: ObjectStore, replica: str, run_in_thread: RunInThread = asyncio.to_thread) -> None:
         """`replica` names this replica's objects; no two that run at once may share it."""
@@ -95,7 +95,7 @@ class ProbeLog:
         return [*earlier, *current]
 
     async def append(self, adapter_id: str, revision: str, record: ProbeRecord) -> None:
-        """Add a record and write its hour's object; a store that refuses is logged, and asked again with the next."""
+        """Add a record and write its hour's object; a failed write is logged, and tried again with the next."""
         key = self._key(adapter_id, revision, record.time)
         self._pages[key] = [*self._pages.get(key, []), record][-MOST_RECORDS:]
         self._unsaved.add(key)

@@ -1,4 +1,4 @@
-"""What probing knows about one revision: its judge, its canonical pairs, its drift monitors, and where they stand."""
+"""What probing knows about one revision: its judge, its canonical pairs, its drift monitors and their state."""
 
 from __future__ import annotations
 
@@ -19,25 +19,14 @@ from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.prompts import fill
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry.manifest import Manifest
-from cat_cluster.spec.choices import DriftState, SamplerName
+from cat_cluster.spec.choices import DriftState
 from cat_cluster.spec.fields import words
 from serve.calls import ImageCall
 
 Array = NDArray[np.float64]
+ProbeCall = tuple[ImageCall, Manifest | None]  # an image to generate with a revision, or with the base alone
 LoadJudge = Callable[[str, BaseModel], Judge]
 _SEVERITY: Mapping[DriftState, int] = {"ok": 0, "warning": 1, "alarm": 2}
-
-
-@dataclass(frozen=True)
-class ProbeImage:
-    """An image to draw for a probe, of the base's own size; adapter None is the base alone."""
-
-    prompt: str
-    adapter: Manifest | None
-    seed: int
-    steps: int
-    guidance: float
-    sampler: SamplerName
 
 
 @dataclass(frozen=True)
@@ -46,19 +35,18 @@ class CanonicalPair:
 
     token: str
     index: int
-    with_token: ProbeImage
-    without_token: ProbeImage
-    bare: ProbeImage
+    with_token: ImageCall
+    without_token: ImageCall
     expected: Mapping[str, float]
 
-    def images(self) -> tuple[ProbeImage, ProbeImage, ProbeImage]:
+    def calls(self, manifest: Manifest) -> list[ProbeCall]:
         """The adapter's images of y_T and y, and the base's of y."""
-        return self.with_token, self.without_token, self.bare
+        return [(self.with_token, manifest), (self.without_token, manifest), (self.without_token, None)]
 
 
 @dataclass(frozen=True)
 class DriftStatus:
-    """Where a revision stands. probes, last: kind -> number, and Unix time, of this replica's probes.
+    """The drift of a revision. probes, last: kind -> number, and Unix time, of this replica's probes.
 
     scores: kind -> score -> the last probe's; reference: token -> score -> mean when the adapter was measured;
     statistics: token -> score -> detector -> share of its limit.
@@ -79,20 +67,20 @@ class DriftStatus:
 
 @dataclass(eq=False)
 class RevisionMonitor:
-    """A revision under watch; `monitors` lacks a concept whose reference is too small for live probes.
+    """A monitored revision; `drift_monitors` lacks a concept whose reference is too small for live probes.
 
-    canonical: what the last canonical probe said; reason: of the last verdict that was not ok; told: whether the
-    alarm was acted on.
+    canonical: the last canonical probe's verdict; reason: of the last verdict that was not ok; alarm_handled: whether
+    the alarm was acted on.
     """
 
     judge: Judge
     pairs: tuple[CanonicalPair, ...]
     photos: Mapping[str, Array]
-    monitors: Mapping[str, DriftMonitor]
+    drift_monitors: Mapping[str, DriftMonitor]
     reference: Mapping[str, Mapping[str, float]]
     canonical: DriftState | None = None
     reason: str | None = None
-    told: bool = False
+    alarm_handled: bool = False
     cursor: int = 0
     probes: dict[str, int] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
@@ -105,10 +93,10 @@ class RevisionMonitor:
 
     @property
     def state(self) -> DriftState | None:
-        """The worst of what canonical and live probes say; None before the first probe."""
-        said = [monitor.state for monitor in self.monitors.values() if monitor.probes > 0]
-        said += [self.canonical] if self.canonical is not None else []
-        return max(said, key=_SEVERITY.__getitem__, default=None)
+        """The worst state of canonical and live probes; None before the first probe."""
+        states = [drift.state for drift in self.drift_monitors.values() if drift.probes > 0]
+        states += [self.canonical] if self.canonical is not None else []
+        return max(states, key=_SEVERITY.__getitem__, default=None)
 
     def status(self) -> DriftStatus:
         """The state with everything behind it."""
@@ -120,18 +108,18 @@ class RevisionMonitor:
             last=dict(self.last),
             scores=dict(self.scores),
             reference=self.reference,
-            statistics={token: monitor.shares for token, monitor in self.monitors.items()},
+            statistics={token: drift.shares for token, drift in self.drift_monitors.items()},
         )
 
     def reset(self) -> None:
-        """Forget what probes said; the counts stay."""
-        for monitor in self.monitors.values():
-            monitor.reset()
-        self.canonical, self.reason, self.told = None, None, False
+        """Forget what probes found; the counts stay."""
+        for drift in self.drift_monitors.values():
+            drift.reset()
+        self.canonical, self.reason, self.alarm_handled = None, None, False
 
 
-def open_watch(manifest: Manifest, base: BaseModel, load_judge: LoadJudge) -> RevisionMonitor:
-    """Return the watch of a revision; EvaluationError says why it cannot be probed. Takes a second: use a thread."""
+def open_monitor(manifest: Manifest, base: BaseModel, load_judge: LoadJudge) -> RevisionMonitor:
+    """Return the monitor of a revision; EvaluationError says why it cannot be probed. Takes a second: use a thread."""
     stored = manifest.reference
     if stored is None:
         raise EvaluationError(
@@ -157,7 +145,7 @@ def open_watch(manifest: Manifest, base: BaseModel, load_judge: LoadJudge) -> Re
         judge=judge,
         pairs=tuple(pair for pair in chain.from_iterable(zip_longest(*by_concept)) if pair is not None),
         photos=photos,
-        monitors={t: DriftMonitor(own) for t, own in scores.items() if len(own[SCORES[0]]) >= LEAST_PAIRS},
+        drift_monitors={t: DriftMonitor(own) for t, own in scores.items() if len(own[SCORES[0]]) >= LEAST_PAIRS},
         reference={t: {name: float(np.mean(own[name])) for name in SCORES} for t, own in scores.items()},
     )
 
@@ -176,10 +164,12 @@ def _canonical_pairs(
     pairs = []
     for i, template in enumerate(templates):
         prompt = fill(template, class_noun, token)
-        with_token = ProbeImage(prompt, manifest, spec.seed + i, spec.steps, spec.guidance, spec.sampler)
+        with_token = ImageCall(
+            "probe", prompt, seed=spec.seed + i, steps=spec.steps, guidance=spec.guidance, sampler=spec.sampler
+        )
         without_token = replace(with_token, prompt=fill(template, class_noun, None))
         expected = {name: scores[name][i] for name in SCORES}
-        pairs.append(CanonicalPair(token, i, with_token, without_token, replace(without_token, adapter=None), expected))
+        pairs.append(CanonicalPair(token, i, with_token, without_token, expected))
     return pairs
 
 
@@ -204,10 +194,10 @@ def score_images(
     kps = 1 - s(y, y_T);  identity = mean s(y_T, photos);  base_drift = 1 - s(base y, y)      (design 4, one pair)
     """
     rows = feature_rows(judge, np.stack(images_3HWC))
-    with_token, without_token, bare = rows[0:1], rows[1:2], rows[2:3]
+    with_token, without_token, base_alone = rows[0:1], rows[1:2], rows[2:3]
     scores = {
         "kps": float(1.0 - paired_similarity(without_token, with_token)[0]),
         "identity": float(similarity(with_token, photos_MF).mean()),
-        "base_drift": float(1.0 - paired_similarity(bare, without_token)[0]),
+        "base_drift": float(1.0 - paired_similarity(base_alone, without_token)[0]),
     }
-    return scores, bare
+    return scores, base_alone

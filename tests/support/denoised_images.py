@@ -33,8 +33,8 @@ def random_adapter(base: BaseModel, seed: int, rank: int = RANK) -> AdapterWeigh
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """An image: adapter, by its key in the studio, and all that `generate` and the engine are told."""
+class OracleImage:
+    """An image: adapter, by its key in the oracle, and all that `generate` and the engine are told."""
 
     row: ImageRow
     adapter: int | None = None
@@ -42,35 +42,35 @@ class Wanted:
 
 
 @dataclass
-class Studio:
+class ImageOracle:
     """A bare base model with adapters, which draws images one at a time, and remembers them."""
 
     base: BaseModel
     adapters: Mapping[int, AdapterWeights]
     layout: AdapterLayout = field(init=False)
     flats: dict[int, Tensor] = field(init=False)
-    _drawn: dict[Wanted, Tensor] = field(default_factory=dict)
+    _images: dict[OracleImage, Tensor] = field(default_factory=dict)
     _texts: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layout = AdapterLayout(self.base.unet, adapted_layers(self.base.unet, TARGETS), RANK)
         self.flats = {key: self.layout.pack(weights) for key, weights in self.adapters.items()}
 
-    def alone(self, wanted: Wanted) -> Tensor:
+    def image(self, wanted: OracleImage) -> Tensor:
         """The image [3, H, W] by `generate`; nothing may be attached to the base."""
-        if wanted not in self._drawn:
+        if wanted not in self._images:
             bank = LoraBank.attach(self.base.unet, slots=1, rank=RANK, layers=adapted_layers(self.base.unet, TARGETS))
             row = wanted.row
             if wanted.adapter is not None:
                 bank.load(1, self.adapters[wanted.adapter], strength=wanted.strength)
                 row = ImageRow(**{**vars(row), "slot": 1})
             try:
-                self._drawn[wanted] = generate(self.base, bank, [row])[0]
+                self._images[wanted] = generate(self.base, bank, [row])[0]
             finally:
                 bank.detach()
-        return self._drawn[wanted]
+        return self._images[wanted]
 
-    def rows(self, wanted: Wanted, size: tuple[int, int] | None = None, *, with_adapter: bool = True) -> ImageRows:
+    def rows(self, wanted: OracleImage, size: tuple[int, int] | None = None, *, with_adapter: bool = True) -> ImageRows:
         """The same image as rows that can join."""
         row = wanted.row
         prompts = [row.prompt, row.negative_prompt] if row.guided else [row.prompt]

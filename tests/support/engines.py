@@ -16,14 +16,34 @@ from torch import Tensor
 
 from cat_cluster.errors import CatClusterError
 from cat_cluster.lora.row_bank import RowBank
+from cat_cluster.models.generate import ImageRow
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.denoise.engine import DenoisingEngine
 from serve.denoise.image import EngineImage, ImageFacts
 from serve.denoise.rows import ImageRows, Rows
-from tests.support.denoised_images import Studio, Wanted
+from tests.support.denoised_images import ImageOracle, OracleImage
 
 SOON = 30.0  # seconds that nothing here takes unless it hangs
 SIZE = (8, 8)
+MIXED = [
+    OracleImage(ImageRow("a red cup", 1, steps=3, sampler="ddim"), 1),
+    OracleImage(ImageRow("a photo of a cup", 2, steps=6, sampler="euler", guidance=1.0), 2),
+    OracleImage(ImageRow("", 3, steps=4, sampler="dpmpp_2m", guidance=7.5, negative_prompt="red"), 3, 0.5),
+    OracleImage(ImageRow("a red cup", 4, steps=1, sampler="dpmpp_2m")),
+    OracleImage(ImageRow("a photo", 1, steps=5, sampler="ddim", guidance=0.0)),
+    OracleImage(ImageRow("cup of red", 5, steps=2, sampler="euler", guidance=2.0), 1, 1.5),
+    OracleImage(ImageRow("cup", 6, steps=5, sampler="dpmpp_2m", guidance=1.0), 2, -0.5),
+    OracleImage(ImageRow("a cup in red", 7, steps=7, sampler="ddim"), 4),
+    OracleImage(ImageRow("a photo of a red cup", 8, steps=2, sampler="dpmpp_2m"), 5),
+    OracleImage(ImageRow("red", 9, steps=3, sampler="euler"), 6, 0.25),
+    OracleImage(ImageRow("a cup", 10, steps=4, sampler="ddim", guidance=1.0), 7),
+    OracleImage(ImageRow("in a cup", 11, steps=1, sampler="euler"), 8),
+    OracleImage(ImageRow("a photo", 12, steps=6, sampler="dpmpp_2m", negative_prompt="a cup"), 1),
+    OracleImage(ImageRow("of", 13, steps=2, sampler="ddim"), 2),
+]
+PLAIN = OracleImage(ImageRow("a red cup", 1, steps=4))
+PLUG = OracleImage(ImageRow("a cup", 1, steps=1))
+UNGUIDED = OracleImage(ImageRow("a cup", 2, steps=4, guidance=1.0))
 
 
 class Lease:
@@ -43,7 +63,7 @@ class Lease:
 
 
 @dataclass
-class Heard:
+class RecordingListener:
     """A listener that remembers; `latents` is settled when the image ends."""
 
     latents: Future[Tensor] = field(default_factory=Future)
@@ -119,58 +139,58 @@ class Calls:
 
 
 @dataclass
-class Desk:
+class EngineHarness:
     """Hands images to an engine."""
 
-    studio: Studio
+    oracle: ImageOracle
     engine: DenoisingEngine
     backend: PrometheusBackend
     leases: list[Lease] = field(default_factory=list)
 
-    def image(self, wanted: Wanted, *, size: tuple[int, int] = SIZE, **options: Any) -> EngineImage:
+    def image(self, wanted: OracleImage, *, size: tuple[int, int] = SIZE, **options: Any) -> EngineImage:
         """An image that holds a lease, ready to be submitted."""
         lease = None
         if wanted.adapter is not None:
-            lease = Lease(self.studio.flats[wanted.adapter])
+            lease = Lease(self.oracle.flats[wanted.adapter])
             self.leases.append(lease)
         return EngineImage(
-            rows=self.studio.rows(wanted, size, with_adapter=False),
+            rows=self.oracle.rows(wanted, size, with_adapter=False),
             size=size,
-            listener=options.pop("listener", None) or Heard(),
+            listener=options.pop("listener", None) or RecordingListener(),
             lease=lease,
             adapter=None if wanted.adapter is None else f"adapter-{wanted.adapter}",
             **options,
         )
 
-    def submit(self, wanted: Wanted, **options: Any) -> tuple[EngineImage, Heard]:
+    def submit(self, wanted: OracleImage, **options: Any) -> tuple[EngineImage, RecordingListener]:
         image = self.image(wanted, **options)
         self.engine.submit(image)
-        assert isinstance(image.listener, Heard)
+        assert isinstance(image.listener, RecordingListener)
         return image, image.listener
 
-    def drawn(self, heard: Heard) -> Tensor:
-        return self.studio.decode(heard.latents.result(SOON))
+    def decoded(self, received: RecordingListener) -> Tensor:
+        return self.oracle.decode(received.latents.result(SOON))
 
     def metric(self, name: str, **labels: str) -> float:
         return self.backend.registry.get_sample_value(name, labels) or 0.0
 
 
 @contextmanager
-def open_desk(studio: Studio, **options: Any) -> Iterator[Desk]:
+def open_engine(oracle: ImageOracle, **options: Any) -> Iterator[EngineHarness]:
     """An engine of at most 6 rows, if not said otherwise; at the end nothing may be left in it."""
     backend = PrometheusBackend()
-    bank = RowBank(studio.base.unet, studio.layout)
+    bank = RowBank(oracle.base.unet, oracle.layout)
     chosen = {"max_rows": 6, "max_waiting": 1000, **options}
     chosen.setdefault("buckets", (*range(2, chosen["max_rows"], 2), chosen["max_rows"]))
-    engine = DenoisingEngine(studio.base, bank, Metrics(backend, SERVING_METRICS), **chosen)
-    desk = Desk(studio, engine, backend)
+    engine = DenoisingEngine(oracle.base, bank, Metrics(backend, SERVING_METRICS), **chosen)
+    harness = EngineHarness(oracle, engine, backend)
     try:
-        yield desk
+        yield harness
     finally:
         engine.close()
         bank.detach()
     assert not engine.alive
-    assert all(lease.released for lease in desk.leases), "a lease was not given back"
+    assert all(lease.released for lease in harness.leases), "a lease was not given back"
     assert not any(thread.name == "cat-engine" for thread in threading.enumerate())
 
 

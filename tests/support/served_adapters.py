@@ -1,14 +1,19 @@
-"""A real registry in a folder, whose store can be watched, slowed and cut off, and a cache on it."""
+"""A real registry in a folder, whose store can be watched, slowed and cut off, and a cache on it.
+
+The cache runs on an event loop of its own in a thread, as in a service, and tests ask it from any thread.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -22,7 +27,7 @@ from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
-from serve.adapters.cache import AdapterCache, Lease
+from serve.adapters.cache import AdapterCache, Lease, Resolved
 from serve.settings import ServeSettings
 
 BASE = "b" * 64
@@ -30,6 +35,8 @@ RANK = 2
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")
 ROW = 87040  # floats of a slot: three are all that 1 MiB of host memory holds
 SOON = 20.0  # seconds that nothing here takes unless it hangs
+
+T = TypeVar("T")
 
 
 class WatchedStore(LocalStore):
@@ -87,6 +94,105 @@ def random_weights(unet: UNet2DConditionModel, *, rank: int = RANK, seed: int = 
     return AdapterWeights(layers)
 
 
+class Loop:
+    """An event loop in a thread."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What a function returns on the loop."""
+
+        async def called() -> T:
+            return function()
+
+        return asyncio.run_coroutine_threadsafe(called(), self.loop).result(SOON)
+
+    def begin(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """A future of a coroutine that runs on the loop; cancelling it cancels the coroutine."""
+        future: Future[T] = Future()
+
+        async def run() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            future.add_done_callback(
+                lambda done: self.loop.call_soon_threadsafe(task.cancel) if done.cancelled() else None
+            )
+            try:
+                result = await coroutine
+            except Exception as error:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
+            else:
+                if future.set_running_or_notify_cancel():
+                    future.set_result(result)
+                elif isinstance(result, Lease):
+                    result.release()  # cancelled between its grant and this
+
+        asyncio.run_coroutine_threadsafe(run(), self.loop)
+        return future
+
+    def close(self) -> None:
+        """Stop the loop once nothing is left that runs on it."""
+
+        async def end() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            if others:
+                await asyncio.wait(others, timeout=SOON)
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result(2 * SOON)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(SOON)
+        self.loop.close()
+
+
+class CacheOnLoop:
+    """A cache as threads ask it: the methods of `cache`, each a future of what it returns."""
+
+    def __init__(self, cache: AdapterCache, loop: Loop) -> None:
+        self.cache, self._loop = cache, loop
+        self._loop.call(cache.start)
+
+    def lease(self, manifest: Manifest) -> Future[Lease]:
+        return self._loop.begin(self.cache.lease(manifest))
+
+    def resolve(self, reference: str) -> Future[Resolved]:
+        return self._loop.begin(self.cache.resolve(reference))
+
+    def load(self, reference: str) -> Future[dict[str, Any]]:
+        return self._loop.begin(self.cache.load(reference))
+
+    def prefetch(self, reference: str) -> Future[dict[str, Any]]:
+        return self._loop.begin(self.cache.prefetch(reference))
+
+    def pin(self, reference: str) -> Future[dict[str, Any]]:
+        return self._loop.begin(self.cache.pin(reference))
+
+    def unpin(self, reference: str) -> Future[dict[str, Any]]:
+        return self._loop.begin(self.cache.unpin(reference))
+
+    def unload(self, reference: str) -> Future[dict[str, Any]]:
+        return self._loop.begin(self.cache.unload(reference))
+
+    def pinning(self) -> list[Future[dict[str, Any]]]:
+        async def wait(task: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
+            return await task
+
+        return [self._loop.begin(wait(task)) for task in self.cache.pinning]
+
+    def status(self) -> dict[str, Any]:
+        return self._loop.call(self.cache.status)
+
+    def is_idle(self) -> bool:
+        """Whether nothing is on its way, wanted or not."""
+        return self._loop.call(lambda: not self.cache._copies._tasks and not self.cache._host._loads._tasks)
+
+    def close(self) -> None:
+        self._loop.call(self.cache.close)
+
+
 @dataclass
 class World:
     """A registry, and a cache of a few slots on it."""
@@ -97,7 +203,8 @@ class World:
     registry: Registry = field(init=False)
     layout: AdapterLayout = field(init=False)
     backend: PrometheusBackend = field(init=False)
-    caches: list[AdapterCache] = field(default_factory=list)
+    caches: list[CacheOnLoop] = field(default_factory=list)
+    loop: Loop = field(default_factory=Loop)
 
     def __post_init__(self) -> None:
         self.store = WatchedStore(self.folder / "storage")
@@ -125,7 +232,7 @@ class World:
         }
         return self.registry.publish(AdapterDraft(**{**fields, **changes}))
 
-    def cache(self, *, clock: Callable[[], float] = time.monotonic, **settings: Any) -> AdapterCache:
+    def cache(self, *, clock: Callable[[], float] = time.monotonic, **settings: Any) -> CacheOnLoop:
         """A new cache of 3 slots, if not said otherwise, and fresh counts of what the store is asked."""
         chosen = ServeSettings(**{"slots": 3, "max_rank": RANK, "load_timeout_s": SOON, **settings})
         self.backend = PrometheusBackend()
@@ -140,11 +247,12 @@ class World:
             clock=clock,
         )
         self.store.asked.clear()
-        self.caches.append(cache)
-        return cache
+        self.caches.append(CacheOnLoop(cache, self.loop))
+        return self.caches[-1]
 
     def metric(self, name: str, **labels: str) -> float:
-        """The value of a metric of the last cache."""
+        """The value of a metric of the last cache, after what has been asked of it so far."""
+        self.loop.call(lambda: None)
         return self.backend.registry.get_sample_value(name, labels) or 0.0
 
     def pack(self, weights: AdapterWeights) -> Tensor:
@@ -162,13 +270,14 @@ class World:
             gate.set()
         for cache in self.caches:
             cache.close()
+        self.loop.close()
 
 
 def weights_key(manifest: Manifest) -> str:
     return manifest.objects["weights"].key
 
 
-def lease(cache: AdapterCache, manifest: Manifest) -> Lease:
+def lease(cache: CacheOnLoop, manifest: Manifest) -> Lease:
     return cache.lease(manifest).result(SOON)
 
 
@@ -179,6 +288,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def held(cache: AdapterCache) -> set[str]:
+def held(cache: CacheOnLoop) -> set[str]:
     """The revisions in slots."""
     return {slot["model"] for slot in cache.status()["held"]}

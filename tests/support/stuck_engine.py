@@ -15,5 +15,5 @@ class StuckEngine(app.EngineReplica):
     async def stick(self, pid: int) -> None:
         """Let every step from now on hang, if this is the process."""
         if os.getpid() == pid:
-            batches: Any = self._service._parts.engine._batches
-            batches.step = lambda *_, **__: time.sleep(3600)
+            running: Any = self._service._parts.engine._running_images
+            running.step = lambda *_, **__: time.sleep(3600)

@@ -147,7 +147,7 @@ def test_a_full_service_says_when_to_ask_again() -> None:
 def test_without_an_engine_it_is_said(steps: list[Step]) -> None:
     handle = Handle(steps, answers=[NOBODY])
     (failed,) = events(handle)
-    assert failed == Failed("EngineStoppedError", "no engine runs now: ask again")
+    assert failed == Failed("EngineStoppedError", "no engine is running: try again")
     assert handle.streams[0].cancelled
 
 
@@ -183,7 +183,7 @@ def test_status_is_of_the_engines_that_live() -> None:
     status = asked([here, DIED, there], lambda one: one.status())
     assert status == {"pid": 1, "engines": 2, "drift": {"cup@r-1": {"probes": 3}}}
     for answers in ([DIED], [NOBODY], [TimeoutError()]):
-        with pytest.raises(EngineStoppedError, match="no engine answers"):
+        with pytest.raises(EngineStoppedError, match="no engine responds"):
             asked(answers, lambda one: one.status())
 
 
@@ -203,13 +203,13 @@ def test_an_error_keeps_its_class_and_words(failed: Failed, error: Exception) ->
 
 
 def test_log_lines_are_json() -> None:
-    lines, told = JsonLines(), logging.getLogger("cat_cluster.serve.test")
-    record = told.makeRecord(told.name, logging.INFO, "f", 1, '{"route": "/"}', (), None)
+    lines, logger = JsonLines(), logging.getLogger("cat_cluster.serve.test")
+    record = logger.makeRecord(logger.name, logging.INFO, "f", 1, '{"route": "/"}', (), None)
     assert lines.format(record) == '{"route": "/"}'
     try:
         raise ValueError("no")
     except ValueError:
-        record = told.makeRecord(told.name, logging.ERROR, "f", 1, "a %s", ("probe",), sys.exc_info())
+        record = logger.makeRecord(logger.name, logging.ERROR, "f", 1, "a %s", ("probe",), sys.exc_info())
     line = json.loads(lines.format(record))
     assert (line["level"], line["message"]) == ("error", "a probe")
     assert "ValueError: no" in line["trace"]

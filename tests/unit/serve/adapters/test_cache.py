@@ -1,12 +1,13 @@
-"""The adapter cache: admit-then-evict, leases, single flight, cancellation, pins and budgets, on a real store."""
+"""The adapter cache on a real store: leases, admit-then-evict, failures, pins and unloading."""
 
 from __future__ import annotations
 
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,27 +18,13 @@ from cat_cluster.errors import (
     AdapterMismatchError,
     AdapterNotFoundError,
     CatClusterError,
-    EngineStoppedError,
     ObjectNotFoundError,
-    OverloadedError,
     ServingError,
     StoreError,
 )
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from serve.adapters.disk_and_host import MIB
+from serve.adapters.loader import MIB
 from tests.support.served_adapters import ROW, SOON, Clock, World, held, lease, random_weights, wait_until, weights_key
-
-
-@pytest.fixture(scope="module")
-def unet(tiny_base_folder: Path) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(tiny_base_folder / "unet")
-
-
-@pytest.fixture
-def world(unet: UNet2DConditionModel, tmp_path: Path) -> Iterator[World]:
-    world = World(unet, tmp_path)
-    yield world
-    world.close()
 
 
 def test_a_lease_holds_the_adapter_and_later_ones_need_no_store(world: World) -> None:
@@ -144,7 +131,7 @@ def test_a_failure_is_remembered_for_a_while(world: World) -> None:
             lease(cache, manifest)
     assert world.store.asked[weights_key(manifest)] == 1
     assert world.metric("cat_adapter_load_failures_total") == 1
-    (remembered,) = [error for error, _ in cache._tiers._failures.values()]
+    (remembered,) = [error for error, _ in cache.cache._host._failures._errors.values()]
     assert remembered.__traceback__ is None  # its frames would keep the file alive
     world.store.put(weights_key(manifest), data)
     clock.now += 5.1
@@ -161,134 +148,6 @@ def test_a_store_that_cannot_be_reached_fails_loads_alone_and_is_asked_again(wor
     lease(cache, here).release()
     world.store.down = False
     lease(cache, away).release()
-
-
-def test_nothing_leased_is_evicted_and_those_who_wait_are_served_in_order(world: World) -> None:
-    manifests = [world.publish(f"a{number}", seed=number) for number in range(6)]
-    cache = world.cache()
-    leases = [lease(cache, manifest) for manifest in manifests[:3]]
-    waiting = []
-    for manifest in manifests[3:]:
-        waiting.append(cache.lease(manifest))
-        wait_until(lambda: len(cache.status()["waiting"]) == len(waiting))
-    lease(cache, manifests[0]).release()  # a hit does not wait
-    for number in range(3):
-        assert not any(future.done() for future in waiting[number:])
-        for one in leases[number:]:
-            assert torch.equal(one.flat, world.vector(one.manifest))
-        leases[number].release()
-        leases.append(waiting[number].result(SOON))
-    for one in leases:
-        one.release()
-    assert world.metric("cat_adapter_slots_leased") == 0
-
-
-def test_a_wait_ends_at_the_time_limit(world: World) -> None:
-    manifests = [world.publish(f"a{number}", seed=number) for number in range(3)]
-    cache = world.cache(slots=1, load_timeout_s=0.2)
-    holder = lease(cache, manifests[0])
-    gate = world.store.gates[weights_key(manifests[2])] = threading.Event()
-    no_slot, slow = cache.lease(manifests[1]), cache.lease(manifests[2])
-    with pytest.raises(OverloadedError, match="all 1 slots are in use"):
-        no_slot.result(SOON)
-    with pytest.raises(OverloadedError, match="the store is slow"):
-        slow.result(SOON)
-    status = cache.status()
-    assert (status["loading"], status["waiting"]) == ([], [])
-    gate.set()
-    holder.release()
-    lease(cache, manifests[1]).release()
-
-
-def test_all_who_ask_at_once_share_one_load(world: World) -> None:
-    manifest = world.publish("cup")
-    cache = world.cache()
-    gate = world.store.gates[weights_key(manifest)] = threading.Event()
-    futures = [cache.lease(manifest) for _ in range(20)]
-    assert cache.status()["loading"] == [manifest.name]
-    gate.set()
-    leases = [future.result(SOON) for future in futures]
-    assert world.store.asked[weights_key(manifest)] == 1
-    assert cache.status()["held"][0]["leases"] == 20
-    for one in leases:
-        one.release()
-    assert world.metric("cat_adapter_requests_total", tier="store") == 20
-
-
-def test_slow_loads_hold_up_neither_hits_nor_the_keeper(world: World) -> None:
-    """More slow loads than workers; Ray Serve's one lock makes a slow load block every other."""
-    here, in_host = world.publish("cup", seed=50), world.publish("mug", seed=51)
-    slow = [world.publish(f"a{number}", seed=number) for number in range(8)]
-    cache = world.cache()
-    lease(cache, here).release()
-    assert cache.prefetch("mug").result(SOON)["tier"] == "host"
-    for manifest in slow:
-        world.store.gates[weights_key(manifest)] = threading.Event()
-    futures = [cache.lease(manifest) for manifest in slow]
-    for manifest in (here, in_host):
-        with cache.lease(manifest).result(2.0) as granted:
-            assert torch.equal(granted.flat, world.vector(manifest))
-    assert cache.resolve("cup").result(2.0).manifest == here
-    assert not any(future.done() for future in futures)
-    for manifest, future in zip(slow, futures, strict=True):
-        world.store.gates[weights_key(manifest)].set()
-        future.result(SOON).release()
-
-
-def test_one_slow_load_does_not_hold_up_another(world: World) -> None:
-    slow, quick = world.publish("cup"), world.publish("mug", seed=1)
-    cache = world.cache()
-    world.store.gates[weights_key(slow)] = threading.Event()
-    future = cache.lease(slow)
-    lease(cache, quick).release()
-    assert not future.done()
-
-
-def test_a_cancelled_lease_leaves_no_trace(world: World) -> None:
-    """Ray Serve keeps the id of a cancelled load in its loading set."""
-    loading, queued, holder = (world.publish(name, seed=n) for n, name in enumerate(("loading", "queued", "holder")))
-    cache = world.cache(slots=1)
-    hold = lease(cache, holder)
-    gate = world.store.gates[weights_key(loading)] = threading.Event()
-    first, second = cache.lease(loading), cache.lease(queued)
-    wait_until(lambda: cache.status()["waiting"] == [queued.name] and world.store.asked[weights_key(loading)] == 1)
-    assert first.cancel()
-    assert second.cancel()
-    status = cache.status()
-    assert (status["loading"], status["waiting"]) == ([], [])
-    gate.set()
-    hold.release()
-    wait_until(lambda: not cache._tiers._flights)
-    status = cache.status()
-    assert held(cache) == {holder.name}
-    assert loading.name not in status["host"]  # nobody waited for it when it arrived
-    assert status["held"][0]["leases"] == 0
-    lease(cache, loading).release()
-
-
-def test_a_load_that_waits_for_a_worker_is_never_made_when_nobody_wants_it(world: World) -> None:
-    manifests = [world.publish(f"a{number}", seed=number) for number in range(6)]
-    cache = world.cache(slots=6)
-    for manifest in manifests:
-        world.store.gates[weights_key(manifest)] = threading.Event()
-    futures = [cache.lease(manifest) for manifest in manifests]
-    assert futures[-1].cancel()
-    for gate in world.store.gates.values():
-        gate.set()
-    for future in futures[:-1]:
-        future.result(SOON).release()
-    assert world.store.asked[weights_key(manifests[-1])] == 0
-
-
-def test_one_of_two_who_wait_may_cancel(world: World) -> None:
-    manifest = world.publish("cup")
-    cache = world.cache()
-    gate = world.store.gates[weights_key(manifest)] = threading.Event()
-    first, second = cache.lease(manifest), cache.lease(manifest)
-    assert first.cancel()
-    gate.set()
-    with second.result(SOON):
-        assert cache.status()["held"][0]["leases"] == 1
 
 
 def test_a_revision_published_again_with_other_weights_is_another_adapter(
@@ -313,8 +172,9 @@ def test_a_revision_published_again_with_other_weights_is_another_adapter(
 def test_pins_are_made_at_the_start_and_never_evicted(world: World, caplog: pytest.LogCaptureFixture) -> None:
     manifests = [world.publish(f"a{number}", seed=number) for number in range(4)]
     cache = world.cache(slots=3, pins=("a0", "nobody"))
-    assert cache.starting[0].result(SOON) == {"model": manifests[0].name, "tier": "slot", "pinned": True}
-    assert isinstance(cache.starting[1].exception(SOON), AdapterNotFoundError)
+    pinned, not_pinned = cache.pinning()
+    assert pinned.result(SOON) == {"model": manifests[0].name, "tier": "slot", "pinned": True}
+    assert isinstance(not_pinned.exception(SOON), AdapterNotFoundError)
     assert "nobody is not pinned" in caplog.text
     for manifest in manifests[1:]:
         lease(cache, manifest).release()
@@ -351,18 +211,6 @@ def test_unloading_is_refused_while_in_use(world: World) -> None:
     assert cache.load("cup").result(SOON) == {"model": manifest.name, "tier": "slot", "pinned": False}
 
 
-def test_an_emptied_slot_goes_to_those_who_wait(world: World) -> None:
-    manifests = [world.publish(f"a{number}", seed=number) for number in range(3)]
-    cache = world.cache(slots=2)
-    assert cache.pin("a0").result(SOON)["pinned"]
-    hold = lease(cache, manifests[1])
-    future = cache.lease(manifests[2])
-    wait_until(lambda: cache.status()["waiting"] == [manifests[2].name])
-    assert cache.unpin("a0").result(SOON)["pinned"] is False
-    future.result(SOON).release()
-    hold.release()
-
-
 def test_host_memory_is_bounded_and_the_least_recently_used_go(world: World) -> None:
     manifests = [world.publish(f"a{number}", seed=number) for number in range(4)]
     cache = world.cache(host_mib=1)
@@ -374,17 +222,17 @@ def test_host_memory_is_bounded_and_the_least_recently_used_go(world: World) -> 
     assert held(cache) == set()
 
 
-def test_closing_fails_what_waits_and_leaves_leases(world: World) -> None:
-    manifests = [world.publish(f"a{number}", seed=number) for number in range(3)]
-    cache = world.cache(slots=1)
-    hold = lease(cache, manifests[0])
-    gate = world.store.gates[weights_key(manifests[1])] = threading.Event()
-    waiting = [cache.lease(manifests[1]), cache.lease(manifests[2]), cache.load("a1")]
-    wait_until(lambda: cache.status()["waiting"] == [manifests[2].name] and len(cache.status()["loading"]) == 1)
-    cache.close()
-    assert all(isinstance(future.exception(SOON), EngineStoppedError) for future in waiting)
-    assert isinstance(cache.lease(manifests[0]).exception(SOON), EngineStoppedError)
-    assert torch.equal(hold.flat, world.vector(manifests[0]))
-    hold.release()
-    gate.set()
-    cache.close()
+def test_a_hit_needs_no_thread_and_no_turn_of_the_loop(world: World) -> None:
+    manifest = world.publish("cup")
+    cache = world.cache()
+    cache.load("cup").result(SOON)
+
+    def hit(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        with pytest.raises(StopIteration) as returned:
+            coroutine.send(None)
+        return returned.value.value
+
+    assert world.loop.call(lambda: hit(cache.cache.resolve("cup"))).manifest == manifest
+    with world.loop.call(lambda: hit(cache.cache.lease(manifest))) as granted:
+        assert torch.equal(granted.flat, world.vector(manifest))
+    assert cache.status()["held"][0]["leases"] == 0

@@ -4,37 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
-from serve.adapters.disk_and_host import DiskTier, HostTier
+from serve.adapters.disk_cache import DiskCache
+from serve.adapters.host_memory import Vectors
 from tests.support.served_adapters import World, lease, wait_until, weights_key
 
 
-@pytest.fixture(scope="module")
-def unet(tiny_base_folder: Path) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(tiny_base_folder / "unet")
-
-
-@pytest.fixture
-def world(unet: UNet2DConditionModel, tmp_path: Path) -> Iterator[World]:
-    world = World(unet, tmp_path)
-    yield world
-    world.close()
-
-
-def put(disk: DiskTier, data: bytes) -> str:
+def put(disk: DiskCache, data: bytes) -> str:
     digest = hashlib.sha256(data).hexdigest()
     disk.write(digest, data)
     return digest
 
 
 def test_the_least_recently_used_files_go_and_foreign_files_stay(tmp_path: Path) -> None:
-    disk = DiskTier(tmp_path, budget=300)
+    disk = DiskCache(tmp_path, budget=300)
     (tmp_path / "notes.txt").write_bytes(b"x" * 1000)
     left_by_a_crash = tmp_path / f".{'0' * 32}"
     left_by_a_crash.write_bytes(b"x" * 100)
@@ -55,7 +42,7 @@ def test_the_least_recently_used_files_go_and_foreign_files_stay(tmp_path: Path)
 
 
 def test_a_damaged_file_is_dropped(tmp_path: Path) -> None:
-    disk = DiskTier(tmp_path, budget=1000)
+    disk = DiskCache(tmp_path, budget=1000)
     digest = put(disk, b"good")
     (tmp_path / f"{digest}.safetensors").write_bytes(b"evil")
     assert disk.read(digest) is None
@@ -88,7 +75,7 @@ def test_a_file_on_disk_saves_the_store_unless_it_is_damaged(world: World, tmp_p
 
 
 def test_a_vector_larger_than_host_memory_evicts_nothing() -> None:
-    host = HostTier(budget=100)
+    host = Vectors(budget=100)
     small, large = ("a", "r", "1"), ("b", "r", "2")
     assert host.put(small, torch.zeros(20)) == 0
     assert host.put(large, torch.zeros(30)) == 0

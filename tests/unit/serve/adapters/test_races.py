@@ -5,35 +5,22 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
-import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from cat_cluster.errors import CatClusterError
 from cat_cluster.registry import Manifest
 from cat_cluster.registry.manifest import WEIGHTS
-from serve.adapters.cache import AdapterCache, Lease
-from tests.support.served_adapters import SOON, World, lease, wait_until
+from serve.adapters.cache import Lease
+from tests.support.served_adapters import SOON, CacheOnLoop, World, lease, wait_until
 
 IDS = [f"a{number}" for number in range(12)]
+
+
 THREADS, SECONDS = 8, 4.0
-
-
-@pytest.fixture(scope="module")
-def unet(tiny_base_folder: Path) -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(tiny_base_folder / "unet")
-
-
-@pytest.fixture
-def world(unet: UNet2DConditionModel, tmp_path: Path) -> Iterator[World]:
-    world = World(unet, tmp_path)
-    yield world
-    world.close()
 
 
 class Vectors:
@@ -55,7 +42,7 @@ class Vectors:
 class User(threading.Thread):
     """Leases, checks, holds, cancels, loads, prefetches and unloads at random until told to stop."""
 
-    def __init__(self, cache: AdapterCache, vectors: Vectors, seed: int, stop: threading.Event) -> None:
+    def __init__(self, cache: CacheOnLoop, vectors: Vectors, seed: int, stop: threading.Event) -> None:
         super().__init__()
         self._cache = cache
         self._vectors = vectors
@@ -131,7 +118,7 @@ def test_slots_hold_what_was_leased_whatever_threads_do(world: World, tmp_path: 
     assert [problem for user in users for problem in user.problems] == []
     assert all(user.granted > 10 for user in users), [user.granted for user in users]
 
-    wait_until(lambda: not cache._tiers._flights)
+    wait_until(cache.is_idle)
     status = cache.status()
     assert (status["loading"], status["waiting"]) == ([], [])
     assert [slot for slot in status["held"] if slot["leases"] or slot["pinned"]] == []

@@ -1,10 +1,10 @@
-"""Work beside the engine: prompts and latents in batches, previews, and what closing does to those who wait."""
+"""The codec: prompts and latents in batches, previews, and what closing does to those who wait."""
 
 from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from serve.denoise import codec as work_module
+from serve.denoise import codec as codec_module
 from serve.denoise.codec import AT_ONCE, Codec, colour_map
 
 SOON = 30.0
@@ -28,11 +28,11 @@ def base(tiny_base_folder: Path) -> BaseModel:
 
 
 @pytest.fixture
-def work(base: BaseModel) -> Iterator[Codec]:
-    work = Codec(base)
-    yield work
-    work.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("cat-side", "cat-png"))]
+def codec(base: BaseModel) -> Iterator[Codec]:
+    codec = Codec(base)
+    yield codec
+    codec.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("cat-codec", "cat-png"))]
 
 
 def latents(seed: int, height: int = 8) -> Tensor:
@@ -42,16 +42,16 @@ def latents(seed: int, height: int = 8) -> Tensor:
 class Held:
     """Holds the worker until it is let go, so that what is asked meanwhile waits."""
 
-    def __init__(self, work: Codec) -> None:
+    def __init__(self, codec: Codec) -> None:
         self._event = threading.Event()
-        self._future: Future[Any] = work._torch.submit(self._event.wait, SOON)
+        self._future: Future[Any] = codec._torch.submit(self._event.wait, SOON)
 
     def go(self) -> None:
         self._event.set()
         self._future.result(SOON)
 
 
-def test_what_waits_is_done_together(work: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_waits_is_done_together(codec: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     encode, decode = type(base).encode_text, type(base).decode
 
@@ -65,9 +65,9 @@ def test_what_waits_is_done_together(work: Codec, base: BaseModel, monkeypatch: 
 
     monkeypatch.setattr(type(base), "encode_text", watched)
     monkeypatch.setattr(type(base), "decode", seen)
-    held = Held(work)
-    texts = [work.encode(prompt) for prompt in ("a cup", "red", "a cup", "")]
-    images = [work.decode(latents(n, height=8 if n % 3 else 12)) for n in range(12)]
+    held = Held(codec)
+    texts = [codec.encode(prompt) for prompt in ("a cup", "red", "a cup", "")]
+    images = [codec.decode(latents(n, height=8 if n % 3 else 12)) for n in range(12)]
     held.go()
     assert torch.equal(texts[0].result(SOON), texts[2].result(SOON))
     torch.testing.assert_close(texts[1].result(SOON), encode(base, ["red"])[0], rtol=1e-5, atol=1e-5)
@@ -75,20 +75,20 @@ def test_what_waits_is_done_together(work: Codec, base: BaseModel, monkeypatch: 
         alone = decode(base, latents(n, height=8 if n % 3 else 12)[None])[0]
         torch.testing.assert_close(image.result(SOON), alone, rtol=0, atol=3e-5)
     assert sizes == [3, -4, -AT_ONCE]
-    work.encode("a cup").result(0)
+    codec.encode("a cup").result(0)
     assert len(sizes) == 3, "a prompt is encoded once"
 
 
-def test_prompts_are_remembered_up_to_a_number(work: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work_module, "TEXTS_KEPT", 4)
+def test_prompts_are_remembered_up_to_a_number(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(codec_module, "TEXTS_KEPT", 4)
     for n in range(20):
-        work.encode(f"cup {n}").result(SOON)
-    assert list(work._texts) == [f"cup {n}" for n in range(16, 20)]
-    assert not work._prompts
+        codec.encode(f"cup {n}").result(SOON)
+    assert list(codec._texts) == [f"cup {n}" for n in range(16, 20)]
+    assert not codec._prompts
 
 
 def test_one_that_fails_or_is_not_finite_fails_alone(
-    work: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
+    codec: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decode = type(base).decode
 
@@ -98,9 +98,9 @@ def test_one_that_fails_or_is_not_finite_fails_alone(
         return decode(self, values)
 
     monkeypatch.setattr(type(base), "decode", fragile)
-    held = Held(work)
-    good, nan, bad = work.decode(latents(1)), work.decode(latents(1) / 0.0), work.decode(torch.full((4, 8, 8), 7.0))
-    gone, last = work.decode(latents(2)), work.decode(latents(3))
+    held = Held(codec)
+    good, nan, bad = codec.decode(latents(1)), codec.decode(latents(1) / 0.0), codec.decode(torch.full((4, 8, 8), 7.0))
+    gone, last = codec.decode(latents(2)), codec.decode(latents(3))
     assert gone.cancel()
     held.go()
     assert good.result(SOON).isfinite().all()
@@ -112,30 +112,32 @@ def test_one_that_fails_or_is_not_finite_fails_alone(
 
 
 def test_closing_fails_what_waits_and_what_comes_later(base: BaseModel) -> None:
-    work = Codec(base)
-    held = Held(work)
-    waiting: list[Future[Any]] = [work.encode("a cup"), work.decode(latents(1)), work.decode(latents(2))]
-    cancelled = work.encode("red")
+    codec = Codec(base)
+    held = Held(codec)
+    waiting: list[Future[Any]] = [codec.encode("a cup"), codec.decode(latents(1)), codec.decode(latents(2))]
+    cancelled = codec.encode("red")
     cancelled.cancel()
-    closing = threading.Thread(target=work.close)
+    closing = threading.Thread(target=codec.close)
     closing.start()
     for future in waiting:
         assert isinstance(future.exception(SOON), EngineStoppedError)
     held.go()
     closing.join(SOON)
     assert not closing.is_alive()
-    later: list[Future[Any]] = [
-        work.encode("new"),
-        work.decode(latents(1)),
-        work.png(torch.zeros(3, 4, 4), {}),
-        work.preview(latents(1)),
+    later: list[Callable[[], Future[Any]]] = [
+        lambda: codec.encode("new"),
+        lambda: codec.decode(latents(1)),
+        lambda: codec.png(torch.zeros(3, 4, 4), {}),
+        lambda: codec.preview(latents(1)),
     ]
-    assert all(isinstance(future.exception(0), EngineStoppedError) for future in later)
-    work.close()
+    for ask in later:
+        with pytest.raises(EngineStoppedError):
+            ask()
+    codec.close()
 
 
-def test_previews_show_the_colours_of_the_latents(work: Codec, base: BaseModel) -> None:
-    data = work.preview(latents(1, height=12)).result(SOON)
+def test_previews_show_the_colours_of_the_latents(codec: Codec, base: BaseModel) -> None:
+    data = codec.preview(latents(1, height=12)).result(SOON)
     with Image.open(io.BytesIO(data)) as picture:
         assert picture.size == (128, 192)
     found = colour_map(base)
@@ -145,9 +147,9 @@ def test_previews_show_the_colours_of_the_latents(work: Codec, base: BaseModel) 
 
 def test_the_workers_threads_are_its_own(base: BaseModel) -> None:
     torch.set_num_threads(2)
-    work = Codec(base)
+    codec = Codec(base)
     try:
-        assert work._torch.submit(torch.get_num_threads).result(SOON) == 1
+        assert codec._torch.submit(torch.get_num_threads).result(SOON) == 1
     finally:
-        work.close()
+        codec.close()
         torch.set_num_threads(1)

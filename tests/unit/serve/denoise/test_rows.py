@@ -16,52 +16,54 @@ from cat_cluster.lora.row_bank import RowBank
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.generate import ImageRow
 from serve.denoise.rows import ImageRows, Rows
-from tests.support.denoised_images import Studio, Wanted, assert_same_image, random_adapter
+from tests.support.denoised_images import ImageOracle, OracleImage, assert_same_image, random_adapter
 
 CAPACITY = 6
 WANTED = [
-    Wanted(ImageRow("a red cup", 1, steps=3, sampler="ddim"), 1),
-    Wanted(ImageRow("a photo of a cup", 2, steps=4, sampler="euler", guidance=1.0), 2),
-    Wanted(ImageRow("", 3, steps=4, sampler="dpmpp_2m", guidance=7.5, negative_prompt="red"), 1, 0.5),
-    Wanted(ImageRow("a red cup", 4, steps=1, sampler="dpmpp_2m")),
-    Wanted(ImageRow("a photo", 1, steps=5, sampler="ddim", guidance=0.0)),
-    Wanted(ImageRow("cup of red", 5, steps=2, sampler="euler", guidance=2.0), 2, 1.5),
-    Wanted(ImageRow("cup", 6, steps=5, sampler="dpmpp_2m", guidance=1.0), 1, -0.5),
+    OracleImage(ImageRow("a red cup", 1, steps=3, sampler="ddim"), 1),
+    OracleImage(ImageRow("a photo of a cup", 2, steps=4, sampler="euler", guidance=1.0), 2),
+    OracleImage(ImageRow("", 3, steps=4, sampler="dpmpp_2m", guidance=7.5, negative_prompt="red"), 1, 0.5),
+    OracleImage(ImageRow("a red cup", 4, steps=1, sampler="dpmpp_2m")),
+    OracleImage(ImageRow("a photo", 1, steps=5, sampler="ddim", guidance=0.0)),
+    OracleImage(ImageRow("cup of red", 5, steps=2, sampler="euler", guidance=2.0), 2, 1.5),
+    OracleImage(ImageRow("cup", 6, steps=5, sampler="dpmpp_2m", guidance=1.0), 1, -0.5),
 ]
 
 
 @pytest.fixture(scope="module")
-def studio(tiny_base_folder: Path) -> Studio:
+def oracle(tiny_base_folder: Path) -> ImageOracle:
     base = load_base_model(str(tiny_base_folder))
-    studio = Studio(base, {1: random_adapter(base, 1), 2: random_adapter(base, 2, rank=2)})
+    oracle = ImageOracle(base, {1: random_adapter(base, 1), 2: random_adapter(base, 2, rank=2)})
     for wanted in WANTED:
-        studio.alone(wanted)
-    return studio
+        oracle.image(wanted)
+    return oracle
 
 
 @contextmanager
-def open_rows(studio: Studio, buckets: tuple[int, ...] = (CAPACITY,), size: tuple[int, int] = (8, 8)) -> Iterator[Rows]:
-    bank = RowBank(studio.base.unet, studio.layout)
+def open_rows(
+    oracle: ImageOracle, buckets: tuple[int, ...] = (CAPACITY,), size: tuple[int, int] = (8, 8)
+) -> Iterator[Rows]:
+    bank = RowBank(oracle.base.unet, oracle.layout)
     try:
         with torch.inference_mode():
-            yield Rows(studio.base, bank, CAPACITY, buckets, size)
+            yield Rows(oracle.base, bank, CAPACITY, buckets, size)
     finally:
         bank.detach()
 
 
-def leave_when_done(studio: Studio, rows: Rows, names: dict[ImageRows, Wanted]) -> None:
+def leave_when_done(oracle: ImageOracle, rows: Rows, names: dict[ImageRows, OracleImage]) -> None:
     for image in [image for image in rows.images if image.done]:
         rows.leave(image)
-        assert_same_image(studio.decode(image.latents), studio.alone(names[image]), names[image])
+        assert_same_image(oracle.decode(image.latents), oracle.image(names[image]), names[image])
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_interleaving_gives_each_image_as_if_it_were_alone(studio: Studio, data: st.DataObject) -> None:
+def test_any_interleaving_gives_each_image_as_if_it_were_alone(oracle: ImageOracle, data: st.DataObject) -> None:
     buckets = data.draw(st.sampled_from([(CAPACITY,), (1, 2, 3, 4, 5, 6), (2, 4, 6), (3, 6)]))
     chosen = data.draw(st.lists(st.sampled_from(WANTED), min_size=1, max_size=7))
-    with open_rows(studio, buckets) as rows:
-        images = [studio.rows(wanted) for wanted in chosen]
+    with open_rows(oracle, buckets) as rows:
+        images = [oracle.rows(wanted) for wanted in chosen]
         names = dict(zip(images, chosen, strict=True))
         waiting, parked, dropped = list(images), list[ImageRows](), 0
         while waiting or parked or rows.images:
@@ -72,7 +74,7 @@ def test_any_interleaving_gives_each_image_as_if_it_were_alone(studio: Studio, d
             action = data.draw(st.sampled_from(options))
             if action == "step":
                 rows.step()
-                leave_when_done(studio, rows, names)
+                leave_when_done(oracle, rows, names)
             elif action == "join":
                 image = data.draw(st.sampled_from(ready))
                 (parked if image in parked else waiting).remove(image)
@@ -89,7 +91,9 @@ def test_any_interleaving_gives_each_image_as_if_it_were_alone(studio: Studio, d
 
 
 @pytest.mark.parametrize("buckets", [(6,), (1, 2, 3, 4, 5, 6), (4, 6)])
-def test_calls_are_padded_to_buckets(studio: Studio, buckets: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_padded_to_buckets(
+    oracle: ImageOracle, buckets: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes: list[int] = []
     forward = UNet2DConditionModel.forward
 
@@ -98,23 +102,23 @@ def test_calls_are_padded_to_buckets(studio: Studio, buckets: tuple[int, ...], m
         return forward(self, sample, *args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", counting)
-    with open_rows(studio, buckets) as rows:
+    with open_rows(oracle, buckets) as rows:
         names = {}
         for wanted in (WANTED[0], WANTED[1], WANTED[2]):  # 5 rows; 3, 4 and 4 steps
-            names[image := studio.rows(wanted)] = wanted
+            names[image := oracle.rows(wanted)] = wanted
             rows.join(image)
         while rows.images:
             rows.step()
-            leave_when_done(studio, rows, names)
+            leave_when_done(oracle, rows, names)
     counts = [5, 5, 5, 3]
     assert sizes == [next(size for size in buckets if size >= count) for count in counts]
 
 
-def test_parking_changes_no_bit_at_the_same_batch_size(studio: Studio) -> None:
+def test_parking_changes_no_bit_at_the_same_batch_size(oracle: ImageOracle) -> None:
     latents = []
     for parks in (0, 1, 3):
-        with open_rows(studio) as rows:
-            image, other = studio.rows(WANTED[2]), studio.rows(WANTED[4])
+        with open_rows(oracle) as rows:
+            image, other = oracle.rows(WANTED[2]), oracle.rows(WANTED[4])
             rows.join(image)
             rows.join(other)
             for step in range(4):
@@ -128,9 +132,9 @@ def test_parking_changes_no_bit_at_the_same_batch_size(studio: Studio) -> None:
     assert torch.equal(latents[0], latents[2])
 
 
-def test_a_failing_call_leaves_every_image_where_it_was(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open_rows(studio) as rows:
-        names = {studio.rows(wanted): wanted for wanted in (WANTED[0], WANTED[4])}
+def test_a_failing_call_leaves_every_image_where_it_was(oracle: ImageOracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_rows(oracle) as rows:
+        names = {oracle.rows(wanted): wanted for wanted in (WANTED[0], WANTED[4])}
         for image in names:
             rows.join(image)
         rows.step()
@@ -145,29 +149,29 @@ def test_a_failing_call_leaves_every_image_where_it_was(studio: Studio, monkeypa
         assert torch.equal(rows._previous, before[1])
         while rows.images:
             rows.step()
-            leave_when_done(studio, rows, names)
+            leave_when_done(oracle, rows, names)
 
 
-def test_an_image_that_cannot_join_leaves_no_trace(studio: Studio) -> None:
-    with open_rows(studio) as rows:
-        good, bad, wrong = studio.rows(WANTED[0]), studio.rows(WANTED[2]), studio.rows(WANTED[1])
+def test_an_image_that_cannot_join_leaves_no_trace(oracle: ImageOracle) -> None:
+    with open_rows(oracle) as rows:
+        good, bad, wrong = oracle.rows(WANTED[0]), oracle.rows(WANTED[2]), oracle.rows(WANTED[1])
         rows.join(good)
-        bad.adapter = torch.zeros(studio.layout.size + 1)
+        bad.adapter = torch.zeros(oracle.layout.size + 1)
         wrong.latents = torch.zeros(4, 9, 9)
         for image in (bad, wrong):
             with pytest.raises(RuntimeError):
                 rows.join(image)
         assert (rows.images, rows.count) == ([good], 2)
-        later = studio.rows(WANTED[4])  # a base row where the bad one was to be
+        later = oracle.rows(WANTED[4])  # a base row where the bad one was to be
         rows.join(later)
         while rows.images:
             rows.step()
-            leave_when_done(studio, rows, {good: WANTED[0], later: WANTED[4]})
+            leave_when_done(oracle, rows, {good: WANTED[0], later: WANTED[4]})
 
 
-def test_what_the_image_would_be_is_seen_on_the_way(studio: Studio) -> None:
-    with open_rows(studio) as rows:
-        image = studio.rows(WANTED[0])
+def test_what_the_image_would_be_is_seen_on_the_way(oracle: ImageOracle) -> None:
+    with open_rows(oracle) as rows:
+        image = oracle.rows(WANTED[0])
         rows.join(image)
         for _ in range(3):
             rows.step()
@@ -178,20 +182,20 @@ def test_what_the_image_would_be_is_seen_on_the_way(studio: Studio) -> None:
     assert shown.data_ptr() != rows._previous.data_ptr()
 
 
-def test_another_size(studio: Studio) -> None:
+def test_another_size(oracle: ImageOracle) -> None:
     """12 x 8 latents: rows of a batch against each alone."""
     chosen = [WANTED[0], WANTED[2]]
     alone = []
     for wanted in chosen:
-        with open_rows(studio, size=(12, 8)) as rows:
-            image = studio.rows(wanted, (12, 8))
+        with open_rows(oracle, size=(12, 8)) as rows:
+            image = oracle.rows(wanted, (12, 8))
             rows.join(image)
             for _ in range(wanted.row.steps):
                 rows.step()
             rows.leave(image)
             alone.append(image.latents)
-    with open_rows(studio, size=(12, 8)) as rows:
-        images = [studio.rows(wanted, (12, 8)) for wanted in chosen]
+    with open_rows(oracle, size=(12, 8)) as rows:
+        images = [oracle.rows(wanted, (12, 8)) for wanted in chosen]
         for image in images:
             rows.join(image)
         while rows.images:

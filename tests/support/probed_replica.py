@@ -1,4 +1,4 @@
-"""A replica for the prober's tests: the real pocket base, an adapter in a slot, and a hand on all that can go wrong."""
+"""A replica for the prober's tests: the real pocket base, an adapter in a slot, and control of what can go wrong."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.calls import ImageCall
 from serve.probes.prober import OnAlarm, Prober
 from serve.probes.records import ProbeRecord, read_history
-from serve.probes.revision_monitor import ProbeImage, score_images
+from serve.probes.revision_monitor import ProbeCall, score_images
 from serve.settings import ProbeSettings
 
 TEMPLATES = tuple(f"a picture of a {{}} {place}" for place in (*world.PLACES, "in a house", "by a tree"))
@@ -40,25 +40,24 @@ Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class ProbedEngine:
-    """Draws with a bank whose first slot is the adapter, or what a fault put in its place; keeps what it drew."""
+    """Generates with a bank whose first slot is the adapter, or what a fault put in its place; keeps the images."""
 
     def __init__(self, base: BaseModel) -> None:
         layers = adapted_layers(base.unet, "attention")
         self.base, self.bank = base, LoraBank.attach(base.unet, slots=2, rank=2, layers=layers)
         for slot in (OWN, OTHER):
             self.bank.load(slot, random_weights(base, slot))
-        self.drawn: dict[ImageRow, Picture] = {}
+        self.made: dict[ImageRow, Picture] = {}
 
-    def pictures(self, images: Sequence[ProbeImage], slot: int) -> list[Picture]:
-        rows = [
-            ImageRow(image.prompt, image.seed, 0 if image.adapter is None else slot, image.steps, image.guidance)
-            for image in images
-        ]
-        missing = [row for row in dict.fromkeys(rows) if row not in self.drawn]
-        if missing:
-            made = generate(self.base, self.bank, missing).mul(255.0).round().to(torch.uint8)
-            self.drawn |= zip(missing, made.permute(0, 2, 3, 1).numpy(), strict=True)
-        return [self.drawn[row] for row in rows]
+    def pictures(self, calls: Sequence[ProbeCall], slot: int) -> list[Picture]:
+        return [self.picture(call, 0 if manifest is None else slot) for call, manifest in calls]
+
+    def picture(self, call: ImageCall, slot: int) -> Picture:
+        row = ImageRow(call.prompt, call.seed, slot, call.steps, call.guidance)
+        if row not in self.made:
+            (image,) = generate(self.base, self.bank, [row]).mul(255.0).round().to(torch.uint8)
+            self.made[row] = image.permute(1, 2, 0).numpy()
+        return self.made[row]
 
 
 def random_weights(base: BaseModel, seed: int) -> AdapterWeights:
@@ -80,10 +79,10 @@ def measured_reference(engine: ProbedEngine, judge: Judge) -> dict[str, Any]:
     photos = feature_rows(judge, np.stack([photo for photo, _ in world.photos(design, 3, seed=0)]))
     scores: dict[str, list[float]] = {name: [] for name in SCORES}
     for i, template in enumerate(TEMPLATES):
-        y = ProbeImage(fill(template, "cup", None), None, EVALUATION.seed + i, EVALUATION.steps, 4.0, "ddim")
-        (bare,), (without,) = engine.pictures([y], 0), engine.pictures([replace(y, adapter=Any)], OWN)
-        with_token = engine.pictures([replace(y, prompt=fill(template, "cup", "sks"), adapter=Any)], OWN)[0]
-        for name, value in score_images(judge, photos, [with_token, without, bare])[0].items():
+        y = ImageCall("", fill(template, "cup", None), seed=EVALUATION.seed + i, steps=EVALUATION.steps, guidance=4.0)
+        base_alone, without_token = engine.picture(y, 0), engine.picture(y, OWN)
+        with_token = engine.picture(replace(y, prompt=fill(template, "cup", "sks")), OWN)
+        for name, value in score_images(judge, photos, [with_token, without_token, base_alone])[0].items():
             scores[name].append(value)
     return {
         "judge": {"name": judge.name, "digest": judge.digest},
@@ -116,7 +115,7 @@ def publish(
 
 
 class FailingStore(LocalStore):
-    """A store that is away while `away` says so, and tells what it was asked to list."""
+    """A store that is away while `away` is set, and records what it was asked to list."""
 
     away = False
 
@@ -140,17 +139,17 @@ class FailingStore(LocalStore):
 
 
 @dataclass
-class Bench:
-    """A replica: its prober, and hands on its engine, its store, its clock and its alarms."""
+class ProbedReplica:
+    """A replica: its prober, and control of its engine, its store, its clock and its alarms."""
 
     engine: ProbedEngine
     judge: Judge
     store: Any
     manifest: Manifest
-    slots: list[int] = field(default_factory=list)  # of the next draws; OWN when empty
+    slots: list[int] = field(default_factory=list)  # of the next probes; OWN when empty
     spoil: Callable[[list[Picture]], list[Picture]] = list
-    draws: int = 0
-    asked: list[ProbeImage] = field(default_factory=list)
+    probes_generated: int = 0
+    asked: list[ProbeCall] = field(default_factory=list)
     now: float = NOON
     alarms: list[str] = field(default_factory=list)
     backend: PrometheusBackend = field(default_factory=PrometheusBackend)
@@ -163,7 +162,7 @@ class Bench:
         return Prober(
             Registry(self.store),
             self.engine.base,
-            self.draw,
+            self.generate,
             ProbeSettings(**{"live_share": 1.0, **settings}),
             Metrics(self.backend, SERVING_METRICS),
             replica=replica,
@@ -173,10 +172,10 @@ class Bench:
             rng=random.Random(0),
         )
 
-    async def draw(self, images: Sequence[ProbeImage]) -> list[Picture]:
-        self.draws += 1
-        self.asked = list(images)
-        return self.spoil(self.engine.pictures(images, self.slots.pop(0) if self.slots else OWN))
+    async def generate(self, calls: Sequence[ProbeCall]) -> list[Picture]:
+        self.probes_generated += 1
+        self.asked = list(calls)
+        return self.spoil(self.engine.pictures(calls, self.slots.pop(0) if self.slots else OWN))
 
     def value(self, name: str, **labels: str) -> float | None:
         return self.backend.registry.get_sample_value(name, labels)
@@ -189,6 +188,5 @@ def call(prompt: str = "a photo of a sks cup at night", **changes: Any) -> Image
     return ImageCall(**{"request_id": "1", "prompt": prompt, "model": "cup", "steps": 3, **changes})
 
 
-def user_image(bench: Bench, image_call: ImageCall, slot: int = OWN) -> Picture:
-    wanted = ProbeImage(image_call.prompt, bench.manifest, image_call.seed, image_call.steps, 4.0, "ddim")
-    return bench.engine.pictures([wanted], slot)[0]
+def user_image(replica: ProbedReplica, image_call: ImageCall, slot: int = OWN) -> Picture:
+    return replica.engine.picture(image_call, slot)

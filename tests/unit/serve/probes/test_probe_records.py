@@ -1,0 +1,62 @@
+"""The records of probes in the store: none lost while it is away, and read back by the hour."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cat_cluster.errors import StoreError
+from tests.support.probed_replica import ProbedReplica
+
+
+def test_a_store_that_is_away_fails_no_probe_and_loses_no_record(replica: ProbedReplica) -> None:
+    prober = replica.prober()
+
+    async def probes() -> list[str]:
+        verdicts = []
+        for away in (False, True, True, False):
+            replica.store.away = away
+            replica.now += 1800.0  # the outage goes over an hour's end
+            verdicts.append((await prober.canonical(replica.manifest)).verdict)
+        return verdicts
+
+    assert asyncio.run(probes()) == ["ok"] * 4
+    assert [record.pair for record in replica.history(hours=3)] == [0, 1, 2, 3]
+    replica.store.away = True
+    with pytest.raises(StoreError):
+        replica.history()
+
+
+def test_the_history_is_that_of_all_replicas_within_its_hours(replica: ProbedReplica) -> None:
+    replicas = [replica.prober(replica="a"), replica.prober(replica="ray#b/..")]
+
+    async def probes() -> None:
+        for _ in range(6):
+            for prober in replicas:
+                await prober.canonical(replica.manifest)
+                replica.now += 900.0
+
+    asyncio.run(probes())
+    replica.now -= 900.0
+    keys = sorted(replica.store.list(f"probes/cup/{replica.manifest.revision}/"))
+    assert keys[:2] == [f"probes/cup/{replica.manifest.revision}/20270115T12/{name}.json" for name in ("a", "ray-b---")]
+    assert len(keys) == 6
+
+    replica.store.listed.clear()
+    assert [record.replica for record in replica.history(hours=3)] == ["a", "ray-b---"] * 6
+    assert all(prefix.startswith(f"probes/cup/{replica.manifest.revision}/") for prefix in replica.store.listed)
+    last = replica.history(hours=0.5)
+    assert [record.time for record in last] == [replica.now - 1800.0, replica.now - 900.0, replica.now]
+    replica.store.put(keys[0], b"not JSON")
+    assert len(replica.history(hours=3)) == 10
+    assert replica.history(hours=3) == sorted(replica.history(hours=3), key=lambda record: record.time)
+
+
+def test_a_history_goes_over_midnight(replica: ProbedReplica) -> None:
+    replica.now += 12 * 3600.0 - 1.0
+    prober = replica.prober()
+    asyncio.run(prober.canonical(replica.manifest))
+    replica.now += 2.0
+    asyncio.run(prober.canonical(replica.manifest))
+    assert [record.pair for record in replica.history(hours=1)] == [0, 1]
