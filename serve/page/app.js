@@ -1,9 +1,9 @@
 // The page: its routes, the state of the service in the header, and the API key.
 
-import { getJson, listeners, loadAdapters, loadStatus, session } from "./api.js";
 import { openCatalogue, openDetail, setUpCatalogue } from "./adapters.js";
+import { getJson, listeners, loadAdapters, loadStatus, session } from "./api.js";
 import { hideError, openCompare, setUpCompare, showSizes } from "./compare.js";
-import { byId, plural, poll } from "./dom.js";
+import { byId, poll } from "./dom.js";
 import { closeDrift, openDrift, setUpDrift } from "./drift.js";
 
 const VIEWS = ["compare", "adapters", "detail", "drift"];
@@ -70,7 +70,10 @@ async function showStatus() {
     const { used, rows, waiting, sizes } = await loadStatus();
     showSizes(sizes);
     box.dataset.state = waiting > 0 ? "busy" : "ready";
-    byId("engine-text").textContent = [rows ? `${used} of ${rows} rows in use` : `${used} rows in use`, `${waiting} waiting`].join(", ");
+    byId("engine-text").textContent = [
+      rows ? `${used} of ${rows} rows in use` : `${used} rows in use`,
+      `${waiting} waiting`,
+    ].join(", ");
   } catch (error) {
     box.dataset.state = "down";
     byId("engine-text").textContent = error.status === 401 ? "Needs an API key" : "Not answering";
@@ -100,7 +103,8 @@ function setUpKey() {
 
 function askForKey(reason = null) {
   const dialog = byId("key-dialog");
-  byId("key-reason").textContent = reason ?? "Sent with every request of this tab, and forgotten when the tab closes. Leave it empty to send none.";
+  byId("key-reason").textContent =
+    reason ?? "Sent with every request of this tab, and forgotten when the tab closes. Leave it empty to send none.";
   byId("key-reason").classList.toggle("wrong", reason !== null);
   if (dialog.open) return;
   byId("key").value = session.key;

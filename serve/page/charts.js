@@ -83,7 +83,11 @@ function drawTime({ summary, points, from, to, height, line, reference, limit, w
   }
   const placed = points.filter(({ time, value }) => Number.isFinite(value) && time >= from && time <= to);
   if (line && placed.length > 1) {
-    parts.push(svg("path.line", { d: `M${placed.map(({ time, value }) => `${x(time).toFixed(1)},${y(value).toFixed(1)}`).join("L")}` }));
+    parts.push(
+      svg("path.line", {
+        d: `M${placed.map(({ time, value }) => `${x(time).toFixed(1)},${y(value).toFixed(1)}`).join("L")}`,
+      }),
+    );
   }
   for (const point of placed) parts.push(mark(point, x(point.time), y(point.value), line));
   return svg("svg", { role: "img", "aria-label": summary, width, height, viewBox: `0 0 ${width} ${height}` }, ...parts);
@@ -92,7 +96,14 @@ function drawTime({ summary, points, from, to, height, line, reference, limit, w
 function referenceParts({ mean, low, high }, y, right) {
   const parts = [];
   if (Number.isFinite(low) && Number.isFinite(high)) {
-    parts.push(svg("rect.band", { x: MARGIN.left, width: right - MARGIN.left, y: y(high), height: Math.max(1, y(low) - y(high)) }));
+    parts.push(
+      svg("rect.band", {
+        x: MARGIN.left,
+        width: right - MARGIN.left,
+        y: y(high),
+        height: Math.max(1, y(low) - y(high)),
+      }),
+    );
   }
   if (Number.isFinite(mean)) parts.push(svg("line.mean", { x1: MARGIN.left, x2: right, y1: y(mean), y2: y(mean) }));
   return parts;
@@ -135,7 +146,15 @@ export function probeTable(probes) {
       el(
         "table.data",
         {},
-        el("thead", {}, el("tr", {}, ...["Time", "Kind", "KPS", "Base drift", "Verdict"].map((name) => el("th", { scope: "col" }, name)))),
+        el(
+          "thead",
+          {},
+          el(
+            "tr",
+            {},
+            ...["Time", "Kind", "KPS", "Base drift", "Verdict"].map((name) => el("th", { scope: "col" }, name)),
+          ),
+        ),
         el(
           "tbody",
           {},
@@ -143,11 +162,16 @@ export function probeTable(probes) {
             .slice(-100)
             .reverse()
             .map((probe) =>
-              el("tr", {}, ...[when(probe.when), probe.kind, number(probe.kps), number(probe.baseDrift), probe.verdict].map((cell) => el("td", {}, cell))),
+              el(
+                "tr",
+                {},
+                ...[when(probe.when), probe.kind, number(probe.kps), number(probe.baseDrift), probe.verdict].map(
+                  (cell) => el("td", {}, cell),
+                ),
+              ),
             ),
         ),
       ),
     ),
   );
 }
-

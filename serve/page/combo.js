@@ -44,14 +44,24 @@ export class Combo {
     this.shown = this.options.filter(({ text }) => parts.every((part) => text.toLowerCase().includes(part)));
     this.list.replaceChildren(
       ...this.shown.map((option, index) =>
-        el("li", { role: "option", id: `${this.list.id}-${index}`, "data-index": index, "aria-selected": String(option.value === this.value) },
-          option.node()),
+        el(
+          "li",
+          {
+            role: "option",
+            id: `${this.list.id}-${index}`,
+            "data-index": index,
+            "aria-selected": String(option.value === this.value),
+          },
+          option.node(),
+        ),
       ),
       ...(this.shown.length ? [] : [el("li.none", { role: "presentation" }, "No adapter matches")]),
     );
     this.list.hidden = false;
     this.input.setAttribute("aria-expanded", "true");
-    this.activate(query ? Math.min(0, this.shown.length - 1) : this.shown.findIndex(({ value }) => value === this.value));
+    this.activate(
+      query ? Math.min(0, this.shown.length - 1) : this.shown.findIndex(({ value }) => value === this.value),
+    );
   }
 
   close() {

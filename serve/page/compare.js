@@ -26,7 +26,8 @@ let combo;
 
 export function setUpCompare() {
   combo = new Combo(byId("adapter"), byId("adapter-list"), chooseAdapter);
-  byId("pictures").append(...KINDS.map((kind) => (cards[kind] = new Card(kind)).node));
+  for (const kind of KINDS) cards[kind] = new Card(kind);
+  byId("pictures").append(...KINDS.map((kind) => cards[kind].node));
   byId("dice").append(diceIcon());
   byId("dice").addEventListener("click", () => (byId("seed").value = Math.floor(Math.random() * 1_000_000)));
   byId("prompt").addEventListener("input", showDerived);
@@ -65,7 +66,13 @@ export async function openCompare(wanted, models) {
     return;
   }
   hideError();
-  combo.show(state.adapters.map((adapter) => ({ value: adapter.id, node: () => adapterOption(adapter), text: searchText(adapter) })));
+  combo.show(
+    state.adapters.map((adapter) => ({
+      value: adapter.id,
+      node: () => adapterOption(adapter),
+      text: searchText(adapter),
+    })),
+  );
   if (!state.adapters.length) {
     combo.empty("None published yet");
     byId("prompt").placeholder = "Publish an adapter first: cat-cluster train";
@@ -98,7 +105,11 @@ function adapterOption(adapter) {
   return [
     el("span.option-id", {}, adapter.id),
     el("span.option-kps", {}, "KPS ", el("b", {}, number(adapter.metrics.kps))),
-    el("span.option-tokens", {}, adapter.concepts.map(({ token, class_noun: noun }) => `${token} ${noun ?? ""}`.trim()).join(", ")),
+    el(
+      "span.option-tokens",
+      {},
+      adapter.concepts.map(({ token, class_noun: noun }) => `${token} ${noun ?? ""}`.trim()).join(", "),
+    ),
     adapter.drift === "ok" || adapter.drift === "unknown" ? null : driftBadge(adapter.drift),
   ];
 }
@@ -113,7 +124,11 @@ function chooseAdapter(id, prompt = null) {
   const offered = examples(adapter.concepts, state.base);
   byId("chips").replaceChildren(
     ...offered.map((example) =>
-      el("button.chip", { type: "button", "data-prompt": example.prompt, onclick: () => setPrompt(example.prompt) }, example.label),
+      el(
+        "button.chip",
+        { type: "button", "data-prompt": example.prompt, onclick: () => setPrompt(example.prompt) },
+        example.label,
+      ),
     ),
   );
   const old = byId("prompt").value.trim();
@@ -130,10 +145,14 @@ function movedPrompt(prompt, before, after) {
   if (!from || !to) return prompt;
   const swap = new Map([[from.token.toLowerCase(), to.token]]);
   if (from.class_noun && to.class_noun) swap.set(from.class_noun.toLowerCase(), to.class_noun);
-  return prompt.split(/([\s,]+)/).map((word) => swap.get(word.toLowerCase()) ?? word).join("");
+  return prompt
+    .split(/([\s,]+)/)
+    .map((word) => swap.get(word.toLowerCase()) ?? word)
+    .join("");
 }
 
-const sameEnding = (left, right) => right.length > 0 && left.split(" ").slice(-2).join(" ") === right.split(" ").slice(-2).join(" ");
+const sameEnding = (left, right) =>
+  right.length > 0 && left.split(" ").slice(-2).join(" ") === right.split(" ").slice(-2).join(" ");
 
 function showRevisions(adapter) {
   const options = [el("option", { value: "" }, `latest (${adapter.revision})`)];
@@ -175,7 +194,9 @@ function showDerived() {
   }
   const { token, class_noun: noun } = state.adapter.concepts[0];
   hint.classList.add("wrong");
-  hint.replaceChildren(`No token in this prompt. Write ${token}${noun ? ` before ${noun}` : ""}, as a word of its own.`);
+  hint.replaceChildren(
+    `No token in this prompt. Write ${token}${noun ? ` before ${noun}` : ""}, as a word of its own.`,
+  );
 }
 
 /** Samples of the adapter stand in the frames until something is drawn. */
@@ -193,7 +214,9 @@ function checkedNumber(id, name, right = Number.isFinite) {
   if (!right(value) || value < Number(input.min) || value > Number(input.max)) {
     if (byId("more-fields").contains(input)) showMore(true);
     input.focus();
-    throw new ApiError(`${name}: write a ${right === Number.isInteger ? "whole " : ""}number from ${input.min} to ${input.max}.`);
+    throw new ApiError(
+      `${name}: write a ${right === Number.isInteger ? "whole " : ""}number from ${input.min} to ${input.max}.`,
+    );
   }
   return value;
 }
@@ -209,7 +232,9 @@ function readForm() {
   const tokens = tokensOf(state.adapter);
   if (!tokensIn(prompt, tokens).length) {
     byId("prompt").focus();
-    throw new ApiError(`The prompt has none of the adapter's tokens (${tokens.join(", ")}): with and without would be the same.`);
+    throw new ApiError(
+      `The prompt has none of the adapter's tokens (${tokens.join(", ")}): with and without would be the same.`,
+    );
   }
   const revision = byId("revision").value;
   return {
@@ -260,7 +285,8 @@ async function draw() {
 async function drawOne(run, kind) {
   const { form } = run;
   const card = cards[kind];
-  const controller = (run.controllers[kind] = new AbortController());
+  const controller = new AbortController();
+  run.controllers[kind] = controller;
   const request = {
     model: kind === "base" ? state.base : form.model,
     prompt: kind === "with" ? form.prompt : form.prior,
@@ -295,7 +321,8 @@ async function drawOne(run, kind) {
       if (current()) card.stopped();
       return;
     }
-    const shown = error instanceof ApiError ? error : new ApiError("The connection broke before the picture was done. Draw again.");
+    const shown =
+      error instanceof ApiError ? error : new ApiError("The connection broke before the picture was done. Draw again.");
     run.failures.push(shown);
     if (current()) card.failed(shown.message);
   }
@@ -378,11 +405,24 @@ class Card {
     this.bar = el("i");
     this.meter = el(
       "div.meter",
-      { role: "progressbar", "aria-label": `Progress: ${title}`, "aria-valuemin": "0", "aria-valuemax": "100", hidden: true },
+      {
+        role: "progressbar",
+        "aria-label": `Progress: ${title}`,
+        "aria-valuemin": "0",
+        "aria-valuemax": "100",
+        hidden: true,
+      },
       this.bar,
     );
     this.status = el("span.status");
-    this.frame = el("div.frame", {}, this.image, el("span.empty-mark", { "aria-hidden": "true" }, emptyIcon(kind)), this.status, this.meter);
+    this.frame = el(
+      "div.frame",
+      {},
+      this.image,
+      el("span.empty-mark", { "aria-hidden": "true" }, emptyIcon(kind)),
+      this.status,
+      this.meter,
+    );
     this.prompt = el("p.prompt");
     this.facts = el("dl.facts-line");
     this.note = el("p.note");
@@ -481,10 +521,15 @@ class Card {
 }
 
 /** hidden: the value speaks for itself to those who see it. */
-const fact = (name, value, { hidden = false } = {}) => el("div", {}, el(hidden ? "dt.sr" : "dt", {}, name), el("dd", {}, value));
+const fact = (name, value, { hidden = false } = {}) =>
+  el("div", {}, el(hidden ? "dt.sr" : "dt", {}, name), el("dd", {}, value));
 
 function fileName(kind, form, result) {
-  const slug = result.prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "").slice(0, 60);
+  const slug = result.prompt
+    .toLowerCase()
+    .replace(/[^a-z0-9]+/g, "-")
+    .replace(/^-|-$/g, "")
+    .slice(0, 60);
   return `${kind === "base" ? "base" : `${form.adapter}-${kind}`}-${slug}-seed${result.seed}.png`;
 }
 
@@ -499,14 +544,19 @@ function remember(run) {
   byId("history-list").replaceChildren(
     ...state.history.map((one) => {
       const { form, results } = one;
-      return el("li", {}, (one.button = el(
+      one.button = el(
         "button.past",
-        { type: "button", title: `${form.adapter}, seed ${form.seed}: ${form.prompt}`, onclick: () => restore(one),
-          "aria-label": `Show again: ${form.prompt}, ${form.adapter}, seed ${form.seed}` },
+        {
+          type: "button",
+          title: `${form.adapter}, seed ${form.seed}: ${form.prompt}`,
+          onclick: () => restore(one),
+          "aria-label": `Show again: ${form.prompt}, ${form.adapter}, seed ${form.seed}`,
+        },
         el("span.thumbs", {}, ...KINDS.map((kind) => el("img", { src: results[kind].url, alt: "" }))),
         el("span.past-id", {}, form.adapter),
         el("span.past-seed", {}, `seed ${form.seed}`),
-      )));
+      );
+      return el("li", {}, one.button);
     }),
   );
   markHistory();
@@ -534,7 +584,13 @@ const diceIcon = () =>
     "svg",
     { viewBox: "0 0 20 20", "aria-hidden": "true" },
     svg("rect", { x: 2.5, y: 2.5, width: 15, height: 15, rx: 3.5 }),
-    ...[[6.6, 6.6], [13.4, 6.6], [10, 10], [6.6, 13.4], [13.4, 13.4]].map(([cx, cy]) => svg("circle", { cx, cy, r: 1.35 })),
+    ...[
+      [6.6, 6.6],
+      [13.4, 6.6],
+      [10, 10],
+      [6.6, 13.4],
+      [13.4, 13.4],
+    ].map(([cx, cy]) => svg("circle", { cx, cy, r: 1.35 })),
   );
 
 /** A cup for the base, the same for the adapter without its token, and one with a band where the concept should be. */

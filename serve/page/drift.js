@@ -79,7 +79,9 @@ async function refresh(own, quiet) {
 async function update(one, hours, own) {
   let drift;
   try {
-    drift = readDrift(await getJson(`v1/adapters/${encodeURIComponent(one.adapter.id)}/drift?hours=${hours}`, { quiet: true }));
+    drift = readDrift(
+      await getJson(`v1/adapters/${encodeURIComponent(one.adapter.id)}/drift?hours=${hours}`, { quiet: true }),
+    );
   } catch (error) {
     drift = { state: one.adapter.drift, probes: [], failure: error.message };
   }
@@ -103,14 +105,24 @@ function arrange() {
   const parts = byId("drift-filter").value.toLowerCase().split(/\s+/).filter(Boolean);
   const shown = [...cards.values()]
     .filter(({ adapter, drift }) => drift && parts.every((part) => adapter.id.includes(part)))
-    .sort((a, b) => WORST.indexOf(a.drift.state) - WORST.indexOf(b.drift.state) || a.adapter.id.localeCompare(b.adapter.id));
+    .sort(
+      (a, b) => WORST.indexOf(a.drift.state) - WORST.indexOf(b.drift.state) || a.adapter.id.localeCompare(b.adapter.id),
+    );
   byId("drift-count").textContent = `${plural(shown.length, "adapter")}, refreshed every ${EVERY_S} s`;
   const told = shown.filter(({ drift }) => drift.probes.length || drift.failure || drift.quarantined);
   const silent = shown.filter((one) => !told.includes(one));
   const nodes = told.map(({ node }) => node);
   if (silent.length) nodes.push(silentCard(silent));
   if (!shown.length) {
-    nodes.push(el("p.notice", {}, cards.size ? "No adapter matches this filter." : "No adapter is published in this registry yet. Those that are served are measured here."));
+    nodes.push(
+      el(
+        "p.notice",
+        {},
+        cards.size
+          ? "No adapter matches this filter."
+          : "No adapter is published in this registry yet. Those that are served are measured here.",
+      ),
+    );
   }
   const list = byId("drift-list");
   const kept = nodes.length === list.children.length && nodes.every((node, index) => node === list.children[index]);
@@ -194,11 +206,17 @@ function silentCard(silent) {
     el(
       "p.hint",
       {},
-      `Nothing was measured in ${PERIODS[hours]} for the adapters below. Once one has drawn a picture and stays on the device, a canonical `
-        + `probe (fixed prompts and seeds) follows in spare moments, every ${often}; some of the pictures that users draw become live probes. `
-        + "Their KPS and base drift then appear here, beside the reference measured at publication.",
+      `Nothing was measured in ${PERIODS[hours]} for the adapters below. Once one has drawn a picture and stays on the device, a canonical ` +
+        `probe (fixed prompts and seeds) follows in spare moments, every ${often}; some of the pictures that users draw become live probes. ` +
+        "Their KPS and base drift then appear here, beside the reference measured at publication.",
     ),
-    el("ul.names", {}, ...silent.map(({ adapter }) => el("li", {}, el("a", { href: `#/adapters/${encodeURIComponent(adapter.id)}` }, adapter.id)))),
+    el(
+      "ul.names",
+      {},
+      ...silent.map(({ adapter }) =>
+        el("li", {}, el("a", { href: `#/adapters/${encodeURIComponent(adapter.id)}` }, adapter.id)),
+      ),
+    ),
   );
 }
 
@@ -213,13 +231,21 @@ function scoreChart(title, probes, field, reference, span) {
       title: `${title} ${number(probe[field])}, ${probe.kind} probe of ${probe.token}, ${ago(probe.when)}${probe.verdict === "ok" ? "" : `: ${probe.verdict}`}`,
     }));
   const last = points.at(-1);
-  const summary = [`${title} of ${plural(points.length, "probe")}`, last && `the last is ${number(last.value)}`, reference && `the reference is ${number(reference.mean)}`];
+  const summary = [
+    `${title} of ${plural(points.length, "probe")}`,
+    last && `the last is ${number(last.value)}`,
+    reference && `the reference is ${number(reference.mean)}`,
+  ];
   return timeChart({
     ...span,
     title: reference ? `${title}, reference ${number(reference.mean)}` : title,
     summary: `${summary.filter(Boolean).join("; ")}.`,
     points,
-    reference: reference && { mean: reference.mean, low: Math.max(0, reference.mean - 2 * reference.std), high: reference.mean + 2 * reference.std },
+    reference: reference && {
+      mean: reference.mean,
+      low: Math.max(0, reference.mean - 2 * reference.std),
+      high: reference.mean + 2 * reference.std,
+    },
   });
 }
 
@@ -241,7 +267,9 @@ function shareChart(probes, span) {
     points,
     title: "Detector of live probes, as share of its limit",
     limit: { value: 1, words: "alarm" },
-    summary: last ? `The detector's statistic is at ${number(last.value, 2)} of its limit; 1 is an alarm.` : "No live probe yet.",
+    summary: last
+      ? `The detector's statistic is at ${number(last.value, 2)} of its limit; 1 is an alarm.`
+      : "No live probe yet.",
   });
 }
 

@@ -15,7 +15,7 @@ from tests.support.cluster_jobs import Process, Site, StepLog, Watcher, check_pu
 from tests.support.s3_server import S3Server
 from tests.support.tiny_jobs import adapter, write_photos, write_spec
 
-pytestmark = pytest.mark.chaos
+pytestmark = [pytest.mark.chaos, pytest.mark.ray]
 
 CHECKPOINT_EVERY = 8
 ADAPTERS = ("bowl", "cup", "mug")

@@ -18,7 +18,7 @@ from serve.settings import ProbeSettings, ServeSettings
 from tests.support.serving import Gallery, Served, deployment_of, publish_random, served, until
 from tests.support.serving_load import Load, Memory, Mover, Order
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(600)]
 
 ADAPTERS, GOING, SLOTS, ENGINES, CLIENTS = 32, 6, 8, 2, 64
 PROMPTS, SEEDS, STEPS = ("a photo of a sks cup", "a red cup"), range(1, 4), 6

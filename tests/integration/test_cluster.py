@@ -40,7 +40,7 @@ from tests.support.tiny_jobs import (
     write_spec,
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 LAW = 1e-3  # ||W - W_ref|| / ||W_ref|| after 20 steps (design, section 4)

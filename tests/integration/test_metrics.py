@@ -14,6 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cat_cluster.telemetry import IDENTITY_LOSS, TRAINING_METRICS
 
+pytestmark = pytest.mark.ray
+
 ROOT = Path(__file__).parents[2]
 PATIENCE_SECONDS = 60
 RAY_LABELS = {"Component", "NodeAddress", "SessionName", "Version", "WorkerId", "JobId"}

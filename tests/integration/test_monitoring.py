@@ -274,6 +274,7 @@ def traffic(service: Served) -> Iterator[None]:
         running.result()
 
 
+@pytest.mark.ray
 def test_a_real_prometheus_runs_every_expression_and_shows_what_was_done(
     service: Served, training_metrics: str, tmp_path: Path
 ) -> None:

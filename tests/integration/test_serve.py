@@ -50,7 +50,7 @@ from tests.support.serving import (
 )
 from tests.support.tiny_jobs import Finished
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 KEY, ADMIN = "a-key", "an-admins-key"
 STEPS, LONG = 4, 900  # LONG takes seconds

@@ -29,7 +29,7 @@ from serve.settings import Deployment, ServeSettings
 from tests.support.ray_head import TOKEN, free_ports, ray_head
 from tests.support.serving import PATH, ROOT, ask, ray_folder, surroundings, until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 CONFIG = ROOT / "serve" / "config.yaml"
 COMMAND = (sys.executable, "-c", "from cat_cluster.cli.app import main; main()", "serve")

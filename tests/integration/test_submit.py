@@ -38,6 +38,8 @@ from tests.integration.conftest import Published
 from tests.support.ray_head import RayHead, free_ports, ray_head
 from tests.support.tiny_jobs import adapter, open_registry, write_spec
 
+pytestmark = pytest.mark.ray
+
 END_SECONDS = 90
 
 

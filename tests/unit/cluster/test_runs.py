@@ -219,15 +219,17 @@ def test_changes_are_written_seldom_and_a_heartbeat_without_any(run: Run, monkey
 
     attempt = run.claim()
     monkeypatch.setattr(LocalStore, "put", counted)
+    began = time.monotonic()
     with ProgressWriter(attempt, begun(attempt), interval=0.2) as writer:
         for step in range(200):
             writer.adapter("cup", step=step)
             time.sleep(0.005)
-        assert 3 <= len(puts) <= 8  # in a good second
+        # A second or more: on a busy machine the steps take longer, and so there are more writes.
+        assert 3 <= len(puts) <= (time.monotonic() - began) / 0.2 + 3
         puts.clear()
-        before = run.progress().updated
+        began, before = time.monotonic(), run.progress().updated
         time.sleep(1.1)
-        assert 2 <= len(puts) <= 5
+        assert 2 <= len(puts) <= (time.monotonic() - began) / 0.4 + 2
         assert run.progress().updated > before
         assert run.progress().adapter("cup").step == 199
 

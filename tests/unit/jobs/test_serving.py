@@ -80,12 +80,14 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_every_part_is_measured_and_says_where(result: dict[str, Any]) -> None:
     assert list(result["parts"]) == list(MEASURED)
     for part in result["parts"].values():
         assert {"measured", "commit", "dirty", "machine", "load_before", "load_after"} <= set(part)
 
 
+@pytest.mark.slow
 def test_every_way_draws_the_same_images(result: dict[str, Any]) -> None:
     differences = {**result["parts"]["serial"]["differences"], **result["parts"]["peft"]["differences"]}
     assert set(differences) == {"hot swap", "set_adapters", "fuse and unfuse", "PEFT"}
@@ -94,6 +96,7 @@ def test_every_way_draws_the_same_images(result: dict[str, Any]) -> None:
     assert calls["to_peft"] < 1e-5 < calls["to_bare"]
 
 
+@pytest.mark.slow
 def test_adapters_are_swapped_where_slots_are_few(result: dict[str, Any]) -> None:
     swaps = result["parts"]["adapters"]["swaps"]
     assert swaps["16"] == 3
@@ -101,6 +104,7 @@ def test_adapters_are_swapped_where_slots_are_few(result: dict[str, Any]) -> Non
     assert result["parts"]["join"]["swap"]["bytes"] > 0
 
 
+@pytest.mark.slow
 def test_the_page_calls_a_missed_figure_missed(result: dict[str, Any], tmp_path: Path) -> None:
     text = serving_page(result, "serving.png")
     found = verdicts(result["parts"])
@@ -142,6 +146,7 @@ def test_an_unknown_name_is_refused_with_those_there_are(arguments: list[str], s
     assert says in refused.output
 
 
+@pytest.mark.slow
 def test_it_runs_where_neither_ray_nor_deepspeed_is() -> None:
     absent = ("ray", "deepspeed", "fastapi", "boto3", "matplotlib", "psutil")
     program = f"import sys; sys.modules.update(dict.fromkeys({absent})); import jobs.benchmark.serving.measure"
@@ -165,6 +170,7 @@ class Adder:
         return self._sum
 
 
+@pytest.mark.slow
 def test_a_contender_apart_answers_as_one_here_does() -> None:
     with Apart(Adder, 1) as apart, Here(Adder, 1) as here:
         for contender in (apart, here):

@@ -49,6 +49,7 @@ def test_unknown_blocks_are_refused(one_unet: UNet2DConditionModel) -> None:
         adapted_layers(one_unet, "attention", "down")
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_rows_and_another_adapter_compiles_nothing(
     one_unet: UNet2DConditionModel, make_weights: WeightsFactory
 ) -> None:

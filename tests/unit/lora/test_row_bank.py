@@ -228,6 +228,7 @@ def test_detach_restores_and_an_exception_unbinds(one_unet: UNet2DConditionModel
     assert all(after[name] is module for name, module in before.items())
 
 
+@pytest.mark.slow
 def test_compiled_blocks_give_the_same_rows_and_swapping_adapters_compiles_nothing(
     one_unet: UNet2DConditionModel, make_weights: WeightsFactory
 ) -> None:

@@ -18,6 +18,8 @@ from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.registry import AdapterDraft, Registry
 from cat_cluster.store import LocalStore
 
+pytestmark = pytest.mark.slow
+
 MakeDraft = Callable[..., AdapterDraft]
 Work = Callable[..., Any]
 
