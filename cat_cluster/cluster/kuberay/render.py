@@ -35,8 +35,8 @@ NAMESPACE = "cat-cluster"
 TOKEN_SECRET = "cat-training-ray-token"
 RETRIES = 2  # each is a new cluster, and goes on from the store
 START_SECONDS = 3600  # machines may have to be bought first
-LOOK_SECONDS = 600  # that a cluster stays to be looked at after a job that failed
-KEEP_SECONDS = 7 * 24 * 3600  # that the record of a job stays in Kubernetes; the run's own is in the storage
+INSPECTION_SECONDS = 600  # that the cluster of a failed job is kept for inspection
+KEEP_SECONDS = 7 * 24 * 3600  # that a job's record is kept in Kubernetes; the run's own is in the storage
 _DIGEST = 8
 _LABELS = {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/component": "training"}
 
@@ -60,7 +60,7 @@ def upload_job(job: JobSpec, store: ObjectStore) -> tuple[JobSpec, str]:
 
     Raises ConceptError for photos that training would refuse, StoreError.
     """
-    refuse_unseen(job, store.url, uploads=True)
+    refuse_local_paths(job, store.url, uploads=True)
     store.check_access()
     return with_stored_images(job, store), run_id_of(job, image_digests_of(job))
 
@@ -71,7 +71,7 @@ def render_job(job: JobSpec, storage: str, options: RenderOptions) -> list[dict[
     Unless it is given, the name ends with a digest of the spec: a changed spec is another job, as KubeRay disregards
     changes of one that is there. Raises SpecError for what a cluster in Kubernetes cannot see or KubeRay refuses.
     """
-    refuse_unseen(job, storage)
+    refuse_local_paths(job, storage)
     if options.queue is not None and not isinstance(job.cluster.workers, int):
         raise SpecError("cluster.workers: Kueue admits a fixed number; give one, or leave --queue out")
     content = job.model_copy(update={"storage": storage}).model_dump(mode="json", exclude_unset=True)
@@ -105,8 +105,8 @@ def manifest_text(documents: Sequence[dict[str, Any]]) -> str:
     return "".join("---\n" + yaml.dump(one, Dumper=_Dumper, sort_keys=False, width=120) for one in documents)
 
 
-def refuse_unseen(job: JobSpec, storage: str, *, uploads: bool = False) -> None:
-    """Raise SpecError for what lies on this machine alone. uploads: photos may, they are stored first."""
+def refuse_local_paths(job: JobSpec, storage: str, *, uploads: bool = False) -> None:
+    """Raise SpecError for paths of this machine. uploads: photos may be here, as they are stored first."""
     if not storage.startswith("s3://"):
         raise SpecError(
             f"storage: {storage} is a folder of this machine, and a cluster in Kubernetes cannot see it; use a bucket "
@@ -159,12 +159,12 @@ def _job_spec(job: JobSpec, name: str, options: RenderOptions) -> dict[str, Any]
 def _ending(options: RenderOptions) -> dict[str, Any]:
     """Who waits for a start, and Kueue, need the simple form, which KubeRay does not let go with rules."""
     if options.suspend or options.queue is not None:
-        return {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": LOOK_SECONDS}
+        return {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": INSPECTION_SECONDS}
     # The last case is a deadline that passed: the job's own status says nothing then, and machines would stay.
-    cases = (("jobStatus", "SUCCEEDED", 60), ("jobStatus", "FAILED", LOOK_SECONDS))
+    cases = (("jobStatus", "SUCCEEDED", 60), ("jobStatus", "FAILED", INSPECTION_SECONDS))
     rules = [
         {"policy": policy, "condition": {field: value, "ttlSeconds": seconds}}
-        for field, value, soon in (*cases, ("jobDeploymentStatus", "Failed", LOOK_SECONDS))
+        for field, value, soon in (*cases, ("jobDeploymentStatus", "Failed", INSPECTION_SECONDS))
         for policy, seconds in (("DeleteCluster", soon), ("DeleteSelf", KEEP_SECONDS))
     ]
     return {"deletionStrategy": {"deletionRules": rules}}

@@ -36,7 +36,7 @@ _UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 _RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 _TOKEN_AUTH_SINCE = (2, 52)
 _DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")  # a later one may not come before an earlier one
-_RULES: FieldPath = ("spec", "deletionStrategy", "deletionRules")
+_DELETION_RULES: FieldPath = ("spec", "deletionStrategy", "deletionRules")
 
 
 def operator_findings(document: Json) -> Iterator[Finding]:
@@ -85,8 +85,8 @@ def _job_findings(spec: Json) -> Iterator[Finding]:
     for name in ("suspend", "ttlSecondsAfterFinished"):
         if spec.get(name) and not ends:
             yield ("spec", name), "needs shutdownAfterJobFinishes: true"
-    if ends and at(spec, _RULES[1:]):
-        yield _RULES, "cannot be used with shutdownAfterJobFinishes: keep one of them"
+    if ends and at(spec, _DELETION_RULES[1:]):
+        yield _DELETION_RULES, "cannot be used with shutdownAfterJobFinishes: keep one of them"
     yield from _deletion_findings(spec)
     selector = spec.get("clusterSelector")
     if selector:
@@ -94,7 +94,7 @@ def _job_findings(spec: Json) -> Iterator[Finding]:
             yield ("spec", "clusterSelector", "ray.io/cluster"), "is missing: it names the cluster"
         for name in ("suspend", "backoffLimit"):
             if spec.get(name):
-                yield ("spec", name), "does not go with clusterSelector: the cluster is not the job's own"
+                yield ("spec", name), "cannot be used with clusterSelector: the cluster is not the job's own"
     elif "rayClusterSpec" not in spec:
         yield ("spec", "rayClusterSpec"), "is missing: give it, or a clusterSelector"
     environment = _yaml(spec.get("runtimeEnvYAML", ""))
@@ -104,18 +104,21 @@ def _job_findings(spec: Json) -> Iterator[Finding]:
 
 def _deletion_findings(spec: Json) -> Iterator[Finding]:
     if at(spec, ("deletionStrategy",)) == {}:
-        yield _RULES, "is missing: give rules, or leave deletionStrategy out"
+        yield _DELETION_RULES, "is missing: give rules, or leave deletionStrategy out"
     seconds: dict[tuple[str, str], dict[str, int]] = {}
-    for index, rule in enumerate(at(spec, _RULES[1:]) or ()):
-        place, policy, condition = (*_RULES, index), rule["policy"], rule["condition"]
+    for index, rule in enumerate(at(spec, _DELETION_RULES[1:]) or ()):
+        place, policy, condition = (*_DELETION_RULES, index), rule["policy"], rule["condition"]
         states = [(name, condition[name]) for name in ("jobStatus", "jobDeploymentStatus") if name in condition]
         if len(states) != 1:
             yield (*place, "condition"), "must hold one of jobStatus and jobDeploymentStatus"
             continue
         if policy in ("DeleteCluster", "DeleteWorkers") and spec.get("clusterSelector"):
-            yield (*place, "policy"), f"{policy} does not go with clusterSelector: the cluster is not the job's own"
+            yield (
+                (*place, "policy"),
+                f"{policy} cannot be used with clusterSelector: the cluster is not the job's own",
+            )
         if policy == "DeleteWorkers" and at(spec, ("rayClusterSpec", "enableInTreeAutoscaling")):
-            yield (*place, "policy"), "DeleteWorkers does not go with enableInTreeAutoscaling: use DeleteCluster"
+            yield (*place, "policy"), "DeleteWorkers cannot be used with enableInTreeAutoscaling: use DeleteCluster"
         given = seconds.setdefault(states[0], {})
         if policy in given:
             yield place, f"is the second {policy} for {' '.join(states[0])}: keep one of them"
@@ -123,7 +126,10 @@ def _deletion_findings(spec: Json) -> Iterator[Finding]:
     for state, given in seconds.items():
         times = [given[policy] for policy in _DELETION_ORDER if policy in given]
         if times != sorted(times):
-            yield _RULES, f"for {' '.join(state)} ttlSeconds must rise in the order {', '.join(_DELETION_ORDER)}"
+            yield (
+                _DELETION_RULES,
+                f"for {' '.join(state)} ttlSeconds must rise in the order {', '.join(_DELETION_ORDER)}",
+            )
 
 
 def _service_findings(spec: Json) -> Iterator[Finding]:
