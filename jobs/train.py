@@ -1,6 +1,6 @@
 """Entry point of the Ray job that drives a run: `python -m jobs.train --storage URL --run RUN_ID`, or with a SPEC file.
 
-It says how training goes in plain lines, for `cat-cluster jobs logs`; exit code 0 only if no adapter failed.
+It writes plain lines about the training, for `cat-cluster jobs logs`; the exit code is 0 only if no adapter failed.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class LogListener:
         say(f"step {report.step}/{report.steps}: {losses}{dropped}")
 
     def images(self, adapter_id: str, done: int, total: int) -> None:
-        """Say when measuring an adapter is done."""
+        """Say when the evaluation of an adapter is done."""
         if done == total:
             say(f"measured {adapter_id}")
 
     def finished(self, result: AdapterResult) -> None:
-        """Say what became of an adapter."""
+        """Write the result of an adapter."""
         say(f"{result.outcome} {result.adapter_id}: {result.reason or result.revision}")
 
 
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, SupersededError):
             _record_end(run, "failed", str(error))
         return 1
-    except (KeyboardInterrupt, SystemExit):  # Ray's own answer to SIGTERM, once a driver has joined it, is SystemExit
+    except (KeyboardInterrupt, SystemExit):  # a driver that has joined Ray gets SystemExit on SIGTERM
         say("stopped; submit the job again to go on from the last checkpoint")
         _record_end(run, "stopped")
         return 130
@@ -115,7 +115,7 @@ def _train(job: JobSpec, storage: str) -> int:
 
 
 def _record_end(run: Run | None, state: RunState, reason: str | None = None) -> None:
-    """Let those who wait know of an end that came before the driver had a record of its own to write."""
+    """Record an end that came before the driver began its own record, for those who follow the run."""
     if run is None:
         return
     with suppress(CatClusterError):
@@ -125,7 +125,7 @@ def _record_end(run: Run | None, state: RunState, reason: str | None = None) -> 
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Stop as Ctrl-C does, once: what follows is tidying up."""
+    """Stop as Ctrl-C does, and ignore further signals while the driver cleans up."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting one on this machine, and saying early what it cannot carry."""
+"""Joining a Ray cluster, or starting one on this machine, and refusing early a job that it is too small for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import os
 import secrets
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,13 +15,10 @@ import ray
 from cat_cluster.errors import ClusterError, SpecError
 from cat_cluster.spec.job import JobSpec
 
-PACK_THREAD = "pack-"  # begins the names of the threads that train packs
-START_SECONDS = 3600  # a worker group may wait for pods to start, or for evaluations that hold its processors
-
 
 @dataclass(frozen=True)
 class ClusterSize:
-    """What a Ray cluster has in all, and what one worker of a pack takes of it."""
+    """The CPUs and GPUs of a whole Ray cluster, and what one worker of a pack takes of them."""
 
     cpus: float
     gpus: float
@@ -39,12 +35,11 @@ class ClusterSize:
 
 
 @contextmanager
-def ray_session(address: str | None = None) -> Iterator[ClusterSize]:
+def ray_connection(address: str | None = None) -> Iterator[ClusterSize]:
     """Join the cluster at `address` or of RAY_ADDRESS, else start Ray on this machine for the time of the block.
 
-    A Ray that this process has joined already is used and left as it is. Raises ClusterError when none answers.
+    A Ray that this process has joined already is used and stays. Raises ClusterError when none answers.
     """
-    _settings_of_train()
     joined = ray.is_initialized()
     if not joined:
         address = address or os.environ.get("RAY_ADDRESS")
@@ -61,27 +56,25 @@ def ray_session(address: str | None = None) -> Iterator[ClusterSize]:
         resources = ray.cluster_resources()
         yield ClusterSize(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
     finally:
-        # With a pack still inside, a shutdown would end this process at once, before it has said why it stops: then
-        # Ray goes with the process.
-        if not joined and not any(thread.name.startswith(PACK_THREAD) for thread in threading.enumerate()):
+        if not joined:
             ray.shutdown()
 
 
 def _join(address: str | None) -> None:
     quiet = {"logging_level": logging.ERROR, "configure_logging": True}
     if address is not None:
-        with _asking_once():
+        with _one_attempt():
             ray.init(address=address, **quiet)
         return
-    # Ray asks for a token by default and would write one into the home directory: ours is this process's alone.
+    # Ray asks for a token by default and would write one into the home directory: this one is our process's alone.
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(address="local", include_dashboard=False, log_to_driver=False, **quiet)
 
 
 @contextmanager
-def _asking_once() -> Iterator[None]:
-    """Let Ray ask a cluster for its 40 seconds once, not 20 times, which a mistyped address would cost otherwise."""
+def _one_attempt() -> Iterator[None]:
+    """Let Ray try an address for 40 seconds once, not 20 times, so that a mistyped one is refused soon."""
     name = "RAY_gcs_server_port_wait_time_s"  # read as a number of attempts where a process joins
     before = os.environ.get(name)
     os.environ.setdefault(name, "1")
@@ -90,12 +83,6 @@ def _asking_once() -> Iterator[None]:
     finally:
         if before is None:
             del os.environ[name]
-
-
-def _settings_of_train() -> None:
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in the environment keep their meaning
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 
 def check_cluster(job: JobSpec, storage: str, size: ClusterSize) -> None:

@@ -1,4 +1,4 @@
-"""Where workers and tasks leave word for the driver: an actor that keeps events until it asks."""
+"""The event queue from workers and tasks to the driver: an actor that keeps events until the driver takes them."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
 class _QueueActor:
-    """Keeps events as bytes: its process need not know what is in them, and so imports neither torch nor the rest."""
+    """Keeps events as bytes: to unpickle them its process would have to import torch and the rest."""
 
     def __init__(self) -> None:
         self._events: list[bytes] = []
 
     def put(self, event: bytes) -> None:
-        """Take an event."""
+        """Append an event."""
         self._events.append(event)
 
     def take(self) -> list[bytes]:
-        """Give all events since the last time."""
+        """Return and forget all events."""
         events, self._events = self._events, []
         return events
 
 
 @dataclass(frozen=True, eq=False)
 class EventQueue:
-    """A handle on the mailbox of one driver; it may be sent to any worker."""
+    """A handle on the event queue of one driver; it may be sent to any worker."""
 
-    mailbox: Any
+    actor: Any
 
     @classmethod
     def start(cls) -> EventQueue:
-        """Start a mailbox beside the driver; it ends with it."""
+        """Start the actor on the driver's node; it ends with the driver."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         return cls(ray.remote(_QueueActor).options(num_cpus=0, scheduling_strategy=here).remote())
 
-    def tell(self, *event: Any, wait: bool = False) -> None:
-        """Leave an event: what kind it is, then what it says. wait: until it is there."""
-        reference = self.mailbox.put.remote(pickle.dumps(event))
+    def put(self, kind: str, *values: Any, wait: bool = False) -> None:
+        """Append an event: its kind and its values. wait: until the queue has it."""
+        reference = self.actor.put.remote(pickle.dumps((kind, *values)))
         if wait:
             ray.get(reference)
 
     def take(self) -> list[tuple[Any, ...]]:
-        """Return all events since the last time, in the order they came."""
-        return [pickle.loads(event) for event in ray.get(self.mailbox.take.remote())]
+        """Return all events (kind, *values) since the last call, oldest first."""
+        return [pickle.loads(event) for event in ray.get(self.actor.take.remote())]

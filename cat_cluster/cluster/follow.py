@@ -1,4 +1,4 @@
-"""Following a run from afar: through the store, which outlives the connection to the cluster and the cluster."""
+"""Following a run through the store, which outlives the connection to the cluster and the cluster itself."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from cat_cluster.cluster.runs import Run
 from cat_cluster.errors import ClusterError, RunError, StoreError
 
 POLL_SECONDS = 1.0
-ASK_SECONDS = 5.0  # between questions to Ray about a run whose driver is silent
+ASK_SECONDS = 5.0  # between requests to Ray about a run whose driver is silent
 
 
 class Watcher(Protocol):
-    """Who is shown a run that is followed."""
+    """Receives the state of a run that is followed."""
 
     def show(self, progress: RunProgress) -> None:
-        """How the run stands now."""
+        """The newest state of the run."""
 
     def message(self, text: str) -> None:
         """A line for people."""
 
 
 def follow_run(run: Run, watcher: Watcher, cluster: RayCluster | None = None) -> RunProgress:
-    """Show the run until it ends, and return how it ended.
+    """Show the run until it ends, and return its last state.
 
-    A store or a cluster out of reach is told and asked again. With a cluster, a driver that died without a word is
-    noticed: RunError says so. RunError also when the run's record is missing or damaged.
+    A store or a cluster that cannot be reached is reported and tried again. Raises RunError when the run's record is
+    missing or damaged and, if a cluster is given, when the driver has died without recording it.
     """
-    told = ""
-    asked = time.monotonic()
+    reported = ""
+    checked = time.monotonic()
     while True:
         try:
             progress = run.progress()
@@ -39,14 +39,14 @@ def follow_run(run: Run, watcher: Watcher, cluster: RayCluster | None = None) ->
             if progress.ended:
                 return progress
             if is_alive(progress):
-                told = ""
-            elif cluster is not None and time.monotonic() - asked >= ASK_SECONDS:
-                asked = time.monotonic()
+                reported = ""
+            elif cluster is not None and time.monotonic() - checked >= ASK_SECONDS:
+                checked = time.monotonic()
                 _refuse_dead(run, cluster)
         except (StoreError, ClusterError) as error:
-            if str(error) != told:
-                told = str(error)
-                watcher.message(f"{told}; trying again")
+            if str(error) != reported:
+                reported = str(error)
+                watcher.message(f"{reported}; trying again")
         time.sleep(POLL_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""The Jobs API of a Ray cluster: how to get in, the jobs that drive a run, and errors that say what to do."""
+"""The Jobs API of a Ray cluster: access, the jobs that drive a run, and errors with their remedies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cat_cluster.errors import ClusterError, needs_extra
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-# Ray is imported inside functions: looking at runs in a store needs none of it.
+# Ray is imported inside functions: reading runs in a store does not need it.
 
 CONNECT_SECONDS = 15
 TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
@@ -85,7 +85,7 @@ def _token_of_environment(cluster: RayCluster) -> str | None:
 
 
 def connect(cluster: RayCluster) -> JobSubmissionClient:
-    """Return a client of the cluster's Jobs API after a look whether it answers; raises ClusterError."""
+    """Return a client of the cluster's Jobs API after a check that it answers; raises ClusterError."""
     with needs_extra("cluster", "a Ray cluster"):
         from ray.job_submission import JobSubmissionClient
 
@@ -96,31 +96,31 @@ def connect(cluster: RayCluster) -> JobSubmissionClient:
 
 
 def _probe(cluster: RayCluster, headers: Mapping[str, str]) -> None:
-    """Ask for the version with a limit of time: Ray's own client has none, and a dead address would hang it."""
+    """Request the version with a timeout: Ray's own client has none, and would hang at a dead address."""
     import requests
 
-    answer = requests.get(
+    response = requests.get(
         f"{cluster.address}/api/version",
         headers=dict(headers),
         timeout=CONNECT_SECONDS,
         verify=str(cluster.ca) if cluster.ca else True,
     )
-    if answer.status_code in (401, 403):
-        raise _refused_token(cluster, answer.status_code)
+    if response.status_code in (401, 403):
+        raise _refused_token(cluster, response.status_code)
     try:
-        known = answer.ok and "ray_version" in answer.json()
+        known = response.ok and "ray_version" in response.json()
     except ValueError:
         known = False
     if not known:
         raise ClusterError(
-            f"{cluster.address} answers, but not as a Ray dashboard (status {answer.status_code}): give the address "
+            f"{cluster.address} answers, but not as a Ray dashboard (status {response.status_code}): give the address "
             "of the cluster's dashboard, port 8265 unless it was changed"
         )
 
 
 @contextmanager
 def explained(cluster: RayCluster) -> Iterator[None]:
-    """Turn what Ray's client raises into the ClusterError that names the cluster and the remedy."""
+    """Turn an error of Ray's client into a ClusterError that names the cluster and the remedy."""
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -155,7 +155,7 @@ def _refused_token(cluster: RayCluster, status: int) -> ClusterError:
 
 @contextmanager
 def _address_as_given() -> Iterator[None]:
-    """Take away the variables by which Ray's client would go to another cluster than the one it was given."""
+    """Unset the variables by which Ray's client would use another cluster than the given one."""
     kept = {name: os.environ.pop(name) for name in _OVERRIDES if name in os.environ}
     try:
         yield
@@ -207,7 +207,7 @@ def stop_jobs(cluster: RayCluster, run_id: str) -> list[str]:
 
 
 def current_job() -> str | None:
-    """Return the submission id of the Ray job this process is the entry point of, None outside of one."""
+    """Return the submission id of the Ray job whose entry point this process is, None outside of one."""
     try:
         metadata: Any = json.loads(os.environ[_JOB_CONFIG_VARIABLE])["metadata"]
         return str(metadata["job_submission_id"])

@@ -1,4 +1,4 @@
-"""How a run stands: the record that its driver keeps in the store and that everybody else reads."""
+"""The progress record of a run, which its driver keeps in the store and everybody else reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cat_cluster.spec.choices import AdapterPhase, Outcome
 from cat_cluster.spec.job import JobSpec
 
 HEARTBEAT_SECONDS = 10.0  # a driver writes its record at least this often
-MISSED_HEARTBEATS = 6  # so many in a row, and the driver counts as lost: a minute covers a slow store and skewed clocks
+MISSED_HEARTBEATS = 6  # in a row, until the driver counts as lost: a minute covers a slow store and skewed clocks
 
 RunState = Literal["waiting", "running", "done", "failed", "stopped"]
 ENDED_RUN: tuple[RunState, ...] = ("done", "failed", "stopped")
@@ -20,7 +20,7 @@ ENDED_ADAPTER: tuple[AdapterPhase, ...] = get_args(Outcome)
 
 
 def _finite(value: float | None) -> float | None:
-    """JSON has no NaN: a loss or metric that is not finite is recorded as none."""
+    """Return the value if it is finite, else None: JSON has no NaN."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -43,7 +43,7 @@ class TokenLoss(_Record):
 
 
 class AdapterProgress(_Record):
-    """How one adapter of a run stands: step of steps, last losses by token, metrics once it is measured."""
+    """The progress of one adapter: its state, the step it has reached, last losses by token, metrics once evaluated."""
 
     id: str
     revision: str | None = None
@@ -56,9 +56,9 @@ class AdapterProgress(_Record):
 
 
 class RunProgress(_Record):
-    """How a run stands. attempt: the attempt that writes the record, or will; times are ISO 8601 in UTC.
+    """The progress of a run. attempt: the attempt that writes the record, or will; times are ISO 8601 in UTC.
 
-    started: when that attempt began (of a waiting run: when it was submitted). reason: why the run as a whole failed.
+    started: when that attempt began, or a waiting run was submitted. reason: why the run as a whole failed.
     """
 
     run_id: str
@@ -72,7 +72,7 @@ class RunProgress(_Record):
 
     @classmethod
     def begin(cls, run_id: str, job: JobSpec, *, state: RunState, attempt: int) -> RunProgress:
-        """Return the first record of an attempt: no adapter has begun."""
+        """Return the first record of an attempt, in which no adapter has begun."""
         now = timestamp()
         adapters = tuple(AdapterProgress(id=one.id, steps=one.training.steps) for one in job.resolved())
         return cls(
@@ -85,32 +85,32 @@ class RunProgress(_Record):
         return self.state in ENDED_RUN
 
     def adapter(self, adapter_id: str) -> AdapterProgress:
-        """Return how an adapter stands; KeyError if it is none of the run's."""
+        """Return the progress of an adapter; KeyError if the run has no such adapter."""
         for adapter in self.adapters:
             if adapter.id == adapter_id:
                 return adapter
         raise KeyError(adapter_id)
 
     def with_adapter(self, adapter_id: str, **changes: Any) -> RunProgress:
-        """Return the record with some fields of one adapter replaced; KeyError if it is none of the run's."""
+        """Return the record with some fields of one adapter replaced; KeyError if the run has no such adapter."""
         changed = self.adapter(adapter_id).changed(**changes)
         return self.changed(adapters=tuple(changed if one.id == adapter_id else one for one in self.adapters))
 
     def outcome(self) -> RunState:
-        """Return what the adapters make of the run that ends now: done when each ended and none failed."""
-        good = all(adapter.state in ENDED_ADAPTER and adapter.state != "failed" for adapter in self.adapters)
-        return "done" if good else "failed"
+        """Return the state in which the run ends: done when each adapter has ended and none failed, else failed."""
+        succeeded = all(adapter.state in ENDED_ADAPTER and adapter.state != "failed" for adapter in self.adapters)
+        return "done" if succeeded else "failed"
 
     def silent_seconds(self, now: datetime | None = None) -> float:
-        """Return the seconds since the record was last written, as far as the two machines' clocks agree."""
+        """Return the seconds since the record was last written; the clocks of two machines may differ."""
         return ((now or datetime.now(UTC)) - datetime.fromisoformat(self.updated)).total_seconds()
 
 
 def is_alive(progress: RunProgress, now: datetime | None = None) -> bool:
-    """Say whether a driver works on the run: its record says so, and it was written within the last minute."""
+    """Say whether a driver works on the run: its record says so and was written within the last minute."""
     return progress.state == "running" and progress.silent_seconds(now) < HEARTBEAT_SECONDS * MISSED_HEARTBEATS
 
 
 def timestamp() -> str:
-    """Return the present as ISO 8601 in UTC, to the millisecond."""
+    """Return the current time as ISO 8601 in UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")

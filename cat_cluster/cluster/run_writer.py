@@ -1,4 +1,4 @@
-"""Writing how a run stands while it runs: few writes, a heartbeat, and an end to every record."""
+"""Writing the progress record of a run: few writes, a heartbeat, and an end to every record."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class ProgressWriter:
     """Keeps the record of a running attempt in the store up to date. A context manager; threads may share it.
 
     Changes are written every `interval` seconds, a change of any state at once, and a heartbeat when nothing changes.
-    A store that fails is asked again at the next turn: progress is not worth a training. Once another driver has
-    taken over, the next call raises SupersededError. On leaving, a run that has no end yet gets one: done or failed
-    by its adapters, stopped by KeyboardInterrupt or SystemExit (what Ray makes of SIGTERM), failed by any other error.
+    A write that fails is repeated at the next turn and never stops training. Once another driver has taken over, the
+    next call raises SupersededError. On exit a run without an end gets one: done or failed by its adapters, stopped
+    by KeyboardInterrupt or SystemExit (which Ray raises on SIGTERM), failed by any other error.
     """
 
     def __init__(self, attempt: Attempt, progress: RunProgress, *, interval: float = WRITE_SECONDS) -> None:
@@ -30,17 +30,17 @@ class ProgressWriter:
         self._key = attempt.run.key("progress.json")
         self._progress = progress.changed(attempt=attempt.number)
         self._interval = interval
-        self._changes, self._written = 1, 0  # how many there were, and how many of them the store has
+        self._changes, self._written = 1, 0  # how many were made, and how many of them are stored
         self._written_at = time.monotonic()
         self._superseded: SupersededError | None = None
         self._changing = threading.Lock()
-        self._writing = threading.Lock()  # apart from the other: a training step must not wait for a slow store
+        self._writing = threading.Lock()  # another lock, so that a change need not wait for a slow store
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._keep_writing, name="run-progress", daemon=True)
 
     @property
     def progress(self) -> RunProgress:
-        """The newest record, written or not."""
+        """The newest record, which may not be stored yet."""
         return self._progress
 
     def update(self, **changes: Any) -> None:
@@ -48,7 +48,7 @@ class ProgressWriter:
         self._change(lambda progress: progress.changed(**changes))
 
     def adapter(self, adapter_id: str, **changes: Any) -> None:
-        """Change fields of one adapter; KeyError if it is none of the run's."""
+        """Change fields of one adapter; KeyError if the run has no such adapter."""
         self._change(lambda progress: progress.with_adapter(adapter_id, **changes))
 
     def __enter__(self) -> ProgressWriter:
@@ -65,7 +65,7 @@ class ProgressWriter:
             self._refuse_superseded()
             self._end(self._progress.outcome())
         elif not isinstance(error, SupersededError):
-            with suppress(StoreError, SupersededError):  # the first error is the one to tell
+            with suppress(StoreError, SupersededError):  # the first error is the one to report
                 if isinstance(error, KeyboardInterrupt | SystemExit):
                     self._end("stopped")
                 else:
@@ -93,7 +93,7 @@ class ProgressWriter:
                     self._write()
 
     def _write(self) -> None:
-        """Write the newest record; raises StoreError, and SupersededError now and from then on."""
+        """Write the newest record. Raises StoreError; SupersededError also at every later call."""
         with self._writing:
             with self._changing:
                 changes, progress = self._changes, self._progress

@@ -1,8 +1,8 @@
 """A run's identity, attempts, claims and progress, kept in the object store: it outlives client, driver and cluster.
 
 Under `runs/<run id>/`: `spec.json` is the job to run; `attempts/<8-digit n>.json` is written once by the driver that
-claims attempt n; `progress.json` is how the run stands; `stop.json` names an attempt that is asked to stop. A driver
-that sees attempt n + 1 has been superseded, and its next write is refused.
+claims attempt n; `progress.json` is the state of the run; `stop.json` names an attempt that is asked to stop. A driver
+that finds attempt n + 1 has been superseded, and its next write is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore, open_store
 from cat_cluster.store.protocol import KeyList
 
-MAX_CLAIMS = 1000  # each lost race is another driver's success, so this many means a store that lies
+MAX_CLAIMS = 1000  # each lost race is another driver's success, so this many means a store that answers wrongly
 
 _RUN_ID = re.compile(r"run-[0-9a-f]{12}")
 _RECORD = re.compile(r"runs/(run-[0-9a-f]{12})/progress\.json")
@@ -33,10 +33,11 @@ _CLAIM = re.compile(r"([0-9]{8})\.json")
 
 
 def run_id_of(job: JobSpec, image_digests: Sequence[Sequence[str]]) -> str:
-    """Return `run-` + 12 hex of what the run makes: every resolved adapter and the digests of its images.
+    """Return `run-` + 12 hex of the SHA-256 of what the run makes: its resolved adapters and their images' digests.
 
-    image_digests: per adapter, in the order of the spec. How the work is spread or watched, where photos and results
-    lie, the job's name and the order of its adapters make no other run. Raises SpecError as ResolvedAdapter.digest.
+    image_digests: per adapter, in the order of the spec. The id does not depend on `cluster` and `monitoring`, on where
+    photos and adapters are stored, on the job's name, or on the order of its adapters. Raises SpecError as
+    ResolvedAdapter.digest.
     """
     parts = sorted([adapter.digest(), *digests] for adapter, digests in zip(job.resolved(), image_digests, strict=True))
     return f"run-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
@@ -50,7 +51,7 @@ def check_run_id(run_id: str) -> str:
 
 
 class Claim(BaseModel):
-    """Who claimed an attempt: a nonce of the driver's own, its machine, its process, when, and its Ray job if any."""
+    """Who claimed an attempt: a nonce, the driver's host and process, the time, and the id of its Ray job if any."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -63,7 +64,7 @@ class Claim(BaseModel):
 
 @dataclass(frozen=True)
 class Run:
-    """One run in a store; raises RunError for an id that is none."""
+    """One run in a store; raises RunError for a malformed id."""
 
     store: ObjectStore
     run_id: str
@@ -72,7 +73,7 @@ class Run:
         check_run_id(self.run_id)
 
     def write_spec(self, job: JobSpec) -> None:
-        """Store the job to run; one that is there gives way, as equal runs differ only in how the work is spread."""
+        """Store the job to run, in place of an earlier one: specs of one run differ only in how it is carried out."""
         data = job.model_dump_json(indent=1).encode()
         with suppress(ObjectNotFoundError):
             if self.store.get(self.key("spec.json")) == data:
@@ -80,7 +81,7 @@ class Run:
         self.store.put(self.key("spec.json"), data)
 
     def read_spec(self) -> JobSpec:
-        """Return the job to run; RunError when the store has none, or one this version cannot read."""
+        """Return the job to run; RunError when the store has none, or one that this version cannot read."""
         try:
             return JobSpec.model_validate_json(self.store.get(self.key("spec.json")))
         except ObjectNotFoundError:
@@ -124,11 +125,11 @@ class Run:
             return None
 
     def is_claimed(self, number: int) -> bool:
-        """Say whether an attempt was claimed: one look at one key."""
+        """Say whether an attempt was claimed, with one request."""
         return self.store.exists(self._attempt_key(number))
 
     def progress(self) -> RunProgress:
-        """Return how the run stands; RunError when the store knows no such run, or its record is damaged."""
+        """Return the state of the run; RunError when the store has no such run, or its record is damaged."""
         try:
             return RunProgress.model_validate_json(self.store.get(self.key("progress.json")))
         except ObjectNotFoundError:
@@ -143,15 +144,15 @@ class Run:
             ) from error
 
     def write_progress(self, progress: RunProgress) -> None:
-        """Replace the record of how the run stands, for one who drives no attempt: a driver has a ProgressWriter."""
+        """Replace the run's progress record, from outside an attempt: a driver uses a ProgressWriter."""
         self.store.put(self.key("progress.json"), progress.model_dump_json().encode())
 
     def request_stop(self, attempt: int) -> None:
-        """Ask an attempt, and any before it, to stop; its driver looks for this between steps."""
+        """Ask an attempt, and any before it, to stop; its driver checks for the request every two seconds."""
         self.store.put(self.key("stop.json"), json.dumps({"attempt": attempt, "time": timestamp()}).encode())
 
     def withdraw_stop(self) -> None:
-        """Take a request to stop back, so that a new attempt is not stopped by the request to an old one."""
+        """Withdraw a request to stop, so that it does not stop the next attempt."""
         self.store.delete(self.key("stop.json"))
 
     def key(self, name: str) -> str:
@@ -164,7 +165,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One driver's hold on a run, lost as soon as a higher attempt is claimed."""
+    """One driver's claim on a run, superseded as soon as a higher attempt is claimed."""
 
     run: Run
     number: int
@@ -184,26 +185,26 @@ class Attempt:
     def stop_requested(self) -> bool:
         """Say whether somebody asked this attempt to stop."""
         try:
-            named = json.loads(self.run.store.get(self.run.key("stop.json")))["attempt"]
-            return int(named) >= self.number
+            last = json.loads(self.run.store.get(self.run.key("stop.json")))["attempt"]
+            return int(last) >= self.number
         except (ObjectNotFoundError, ValueError, KeyError, TypeError):
-            return False  # a request that nobody can read stops nothing
+            return False  # an unreadable request stops nothing
 
 
 class FencedStore:
     """A store whose writes are refused, with SupersededError, once another driver has taken over the run.
 
-    Reads pass through. Ray workers can be handed one, or open their own with open_fenced_store. The look and the
-    write are two requests: a write already on its way when the takeover happens still arrives.
+    Reads pass through. The check and the write are two requests: a write already on its way when the other driver
+    takes over still arrives.
     """
 
     def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
+        self.attempt = attempt
         self._store = attempt.run.store
 
     @property
     def url(self) -> str:
-        """The address of the store behind."""
+        """The address of the wrapped store."""
         return self._store.url
 
     def get(self, key: str) -> bytes:
@@ -211,8 +212,8 @@ class FencedStore:
         return self._store.get(key)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
-        """Store an object as the store behind does; SupersededError if the attempt is not the last."""
-        self._attempt.check()
+        """Store an object as the wrapped store does; SupersededError if the attempt is not the last."""
+        self.attempt.check()
         self._store.put(key, data, if_absent=if_absent)
 
     def exists(self, key: str) -> bool:
@@ -225,7 +226,7 @@ class FencedStore:
 
     def delete(self, key: str) -> None:
         """Remove an object; SupersededError if the attempt is not the last."""
-        self._attempt.check()
+        self.attempt.check()
         self._store.delete(key)
 
     def size(self, key: str) -> int:
@@ -234,19 +235,19 @@ class FencedStore:
 
     def check_access(self) -> None:
         """Write and remove a probe, so that a store that cannot be used is a StoreError before any work begins."""
-        self._attempt.check()
+        self.attempt.check()
         self._store.check_access()
 
 
 def open_fenced_store(
     url: str, run_id: str, attempt: int, *, on_retry: Callable[[str], None] | None = None
 ) -> FencedStore:
-    """Return the store at the address, fenced for an attempt that somebody else holds: what a Ray worker opens."""
+    """Return the store at the address, fenced for an attempt that the driver has claimed: what a Ray worker opens."""
     return FencedStore(Attempt(Run(open_store(url, on_retry=on_retry), run_id), attempt))
 
 
 def list_runs(store: ObjectStore) -> tuple[list[RunProgress], list[str]]:
-    """Return how each run of a store stands, newest first, and the ids of those whose record cannot be read."""
+    """Return the progress of each run of a store, newest first, and the ids of those whose record cannot be read."""
     runs, damaged = [], []
     for match in map(_RECORD.fullmatch, store.list("runs/run-")):
         if match is None:
@@ -254,7 +255,7 @@ def list_runs(store: ObjectStore) -> tuple[list[RunProgress], list[str]]:
         try:
             runs.append(RunProgress.model_validate_json(store.get(match[0])))
         except ObjectNotFoundError:
-            continue  # removed since it was listed
+            continue  # removed after it was listed
         except ValidationError:
             damaged.append(match[1])
     return sorted(runs, key=lambda run: (run.started, run.run_id), reverse=True), damaged

@@ -1,4 +1,4 @@
-"""Handing a job to a Ray cluster: once per run, with its photos where the cluster can read them."""
+"""Submitting a job to a Ray cluster: once per run, with its photos where the cluster can read them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from cat_cluster.store import ObjectStore
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-MAX_SUBMISSIONS = 1000  # ids tried for one attempt: each taken one is a job that ended before it claimed the attempt
+MAX_SUBMISSIONS = 1000  # ids tried for one attempt: each that is taken is a job that ended before its claim
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What became of a submission: the run, and the id of its new Ray job or None when the run was already done."""
+    """The result of a submission: the run, and the id of its new Ray job, None when the run was already done."""
 
     run_id: str
     outcome: Literal["submitted", "already done"]
@@ -43,19 +43,19 @@ def submit_run(
     runtime_env: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> Submission:
-    """Start a job on a Ray cluster, or say that its run is done; what an earlier attempt has stored is not done again.
+    """Start a job on a Ray cluster unless its run is done; work that an earlier attempt has stored is not repeated.
 
     force: also start when the run is done or has a driver, which is then superseded. Raises SpecError for a storage
-    the cluster cannot see, ConceptError for photos, RunError when a driver is at work, ClusterError, StoreError.
+    that the cluster cannot reach, ConceptError for photos, RunError when a driver is at work, ClusterError, StoreError.
     """
     _refuse_local_paths_storage(job, store, cluster)
     store.check_access()
     run = Run(store, run_id_of(job, image_digests_of(job)))
-    before = _progress_or_none(run, damaged_ok=force)
-    if before is not None and not force:
-        if before.state == "done" and _still_published(before, store):
+    previous = _progress_or_none(run, damaged_ok=force)
+    if previous is not None and not force:
+        if previous.state == "done" and _still_published(previous, store):
             return Submission(run.run_id, "already done", None, store.url)
-        _refuse_alive(run, before)
+        _refuse_alive(run, previous)
     client = connect(cluster)
     run.write_spec(with_stored_images(job, store).model_copy(update={"storage": store.url}))
     run.withdraw_stop()
@@ -63,7 +63,7 @@ def submit_run(
     try:
         submission_id = _start(client, run, job, cluster, runtime_env or {}, force=force)
     except (ClusterError, SpecError):
-        _put_back(run, before)
+        _restore_progress(run, previous)
         raise
     return Submission(run.run_id, "submitted", submission_id, store.url)
 
@@ -71,8 +71,8 @@ def submit_run(
 def stop_run(run: Run, cluster: RayCluster | None = None) -> tuple[int, list[str]]:
     """Ask the run's attempt to stop, and Ray to stop its jobs when a cluster is given.
 
-    Returns the attempt and the ids of those jobs. Raises RunError when the run has ended, and ClusterError, with the
-    request standing: a driver that lives sees it.
+    Returns the attempt and the ids of those jobs. Raises RunError when the run has ended. ClusterError leaves the
+    request in the store, where a live driver finds it.
     """
     progress = run.progress()
     if progress.ended:
@@ -80,7 +80,7 @@ def stop_run(run: Run, cluster: RayCluster | None = None) -> tuple[int, list[str
     attempt = max(progress.attempt, run.last_attempt())
     run.request_stop(attempt)
     jobs = [] if cluster is None else stop_jobs(cluster, run.run_id)
-    if jobs and run.progress().state == "waiting":  # no driver has begun that could say so itself
+    if jobs and run.progress().state == "waiting":  # no driver has begun that would record it
         run.write_progress(run.progress().changed(state="stopped"))
     return attempt, jobs
 
@@ -90,7 +90,7 @@ def read_runtime_env(
 ) -> dict[str, Any]:
     """Return Ray's runtime environment from a YAML or JSON file, KEY=VALUE pairs, names of variables to copy, an image.
 
-    Nothing of this shell's environment goes along but the variables named. Raises SpecError.
+    Of this shell's environment only the named variables are copied. Raises SpecError.
     """
     content: Any = {}
     if file is not None:
@@ -134,7 +134,7 @@ def _refuse_local_paths_storage(job: JobSpec, store: ObjectStore, cluster: RayCl
 
 
 def image_digests_of(job: JobSpec) -> list[list[str]]:
-    """Read every photo and caption of the job, which also refuses those that training would."""
+    """Return per adapter the digests of its photos and captions; ConceptError for what training would refuse."""
     from cat_cluster.data.concepts import load_concepts
     from cat_cluster.pipeline.publish import image_digests
 
@@ -153,7 +153,7 @@ def _progress_or_none(run: Run, *, damaged_ok: bool) -> RunProgress | None:
 
 
 def _still_published(progress: RunProgress, store: ObjectStore) -> bool:
-    """Say whether the adapters of a run that is done are still there: one may have been deleted since."""
+    """Say whether the adapters of a finished run are still published: one may have been deleted since."""
     from cat_cluster.registry.references import manifest_key
 
     return all(
@@ -173,7 +173,7 @@ def _refuse_alive(run: Run, progress: RunProgress) -> None:
 
 
 def with_stored_images(job: JobSpec, store: ObjectStore) -> JobSpec:
-    """Return the job with its photos in the storage, unless that is a folder: then the cluster is this machine."""
+    """Return the job with its photos in the storage, unless that is a folder, which only this machine can read."""
     if store.url.startswith("file:"):
         return job
 
@@ -235,9 +235,9 @@ def _follow(run: Run) -> str:
     return f"cat-cluster jobs status {run.run_id} --wait --storage {run.store.url}"
 
 
-def _put_back(run: Run, before: RunProgress | None) -> None:
-    """Undo the record of a submission that started nothing."""
-    if before is None:
+def _restore_progress(run: Run, previous: RunProgress | None) -> None:
+    """Replace the record of a submission that failed by the one before it."""
+    if previous is None:
         run.store.delete(run.key("progress.json"))
     else:
-        run.write_progress(before)
+        run.write_progress(previous)

@@ -1,4 +1,4 @@
-"""Ray tasks beside the training: how large a pack may be, and measuring and publishing one trained adapter."""
+"""Ray tasks beside the training: how large a pack may be, and evaluating and publishing one trained adapter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.pipeline.job import AdapterResult, finish_adapter, pack_size
 from cat_cluster.pipeline.prepare import PreparedAdapter, prepare_adapter, prepare_again, trained_adapter
 from cat_cluster.registry import Registry
-from cat_cluster.settings import Settings
+from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.telemetry.ray_backend import RayBackend
 
@@ -29,42 +29,43 @@ EVALUATION_RETRIES = 3  # of a task whose process or machine is lost
 IMAGE_EVENT_SECONDS = 0.25
 
 
-def pack_size_on_ray(
-    group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings, *, on_gpus: bool, side_by_side: int
-) -> int:
+def pack_size_on_ray(group: Sequence[PreparedAdapter], job: JobSpec, *, on_gpus: bool, side_by_side: int) -> int:
     """Return how many adapters of a group are trained together; `auto` is measured where workers run."""
     if job.cluster.max_pack != "auto" or len(group) == 1:
-        return pack_size(group, job, settings)
+        return pack_size(group, job, load_settings())
     adapters = [adapter.resolved for adapter in group]
     task = ray.remote(_pack_size).options(num_cpus=1, num_gpus=1 if on_gpus else 0)
-    size: int = ray.get(task.remote(adapters, job, settings, 1 if on_gpus else side_by_side))
+    size: int = ray.get(task.remote(adapters, job, 1 if on_gpus else side_by_side))
     return size
 
 
 def evaluate_on_ray(
     adapter: PreparedAdapter,
-    settings: Settings,
     *,
     storage: str,
     run_id: str,
     attempt: int,
     seconds: float,
-    board: EventQueue,
+    events: EventQueue,
     on_gpus: bool,
 ) -> Any:
-    """Start measuring and publishing an adapter whose training is done; return the reference of its AdapterResult."""
+    """Start evaluating and publishing a trained adapter; return the reference of its AdapterResult.
+
+    seconds: how long its pack trained.
+    """
     task = ray.remote(_evaluate).options(
         num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=EVALUATION_RETRIES, name=f"evaluate {adapter.resolved.id}"
     )
-    return task.remote(adapter.resolved, adapter.revision, settings, storage, run_id, attempt, seconds, board)
+    return task.remote(adapter.resolved, adapter.revision, storage, run_id, attempt, seconds, events)
 
 
-def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, settings: Settings, shared_by: int) -> int:
+def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, shared_by: int) -> int:
+    settings = load_settings()
     torch.set_num_threads(1)
     bases: dict[str, Any] = {}
     usable = []
     for adapter in adapters:
-        with suppress(CatClusterError):  # what turned bad since the job was checked fails with its pack, by name
+        with suppress(CatClusterError):  # one that became unusable after the check fails with its pack, by name
             usable.append(prepare_adapter(adapter, settings, bases))
     return pack_size(usable, job, settings, shared_by=shared_by) if usable else 1
 
@@ -72,30 +73,29 @@ def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, settings: Sett
 def _evaluate(
     resolved: ResolvedAdapter,
     revision: str,
-    settings: Settings,
     storage: str,
     run_id: str,
     attempt: int,
     seconds: float,
-    board: EventQueue,
+    events: EventQueue,
 ) -> AdapterResult:
     torch.set_num_threads(1)
-    transformers_logging.disable_progress_bar()  # its bars for files that load in a moment would fill the job's log
+    transformers_logging.disable_progress_bar()  # bars for files that load in a moment would fill the job's log
     metrics = telemetry.Metrics(RayBackend())
-    told = 0.0
+    sent = 0.0
 
     def on_images(adapter_id: str, done: int, total: int) -> None:
-        nonlocal told
-        if done == total or time.monotonic() - told >= IMAGE_EVENT_SECONDS:
-            told = time.monotonic()
-            board.tell("images", adapter_id, done, total)
+        nonlocal sent
+        if done == total or time.monotonic() - sent >= IMAGE_EVENT_SECONDS:
+            sent = time.monotonic()
+            events.put("images", adapter_id, done, total)
 
     started = time.perf_counter()
     store = open_fenced_store(storage, run_id, attempt)
     try:
-        adapter = _kept.prepare(resolved, revision, settings)
+        adapter = _cache.prepare(resolved, revision)
         result = finish_adapter(
-            adapter, trained_adapter(adapter, store), Registry(store), seconds, on_images, _kept.memory
+            adapter, trained_adapter(adapter, store), Registry(store), seconds, on_images, _cache.memory
         )
     except CatClusterError as error:
         result = AdapterResult(resolved.id, revision, "failed", reason=str(error))
@@ -104,18 +104,18 @@ def _evaluate(
 
 
 @dataclass(eq=False)
-class _Kept:
-    """What a process keeps from one task to the next, of which Ray gives it many: the base and what is known of it."""
+class _Cache:
+    """What a process keeps from one evaluation to the next: the base, and what was found for it."""
 
     bases: dict[str, BaseModel] = field(default_factory=dict)
     memory: EvaluationMemory = field(default_factory=EvaluationMemory)
 
-    def prepare(self, resolved: ResolvedAdapter, revision: str, settings: Settings) -> PreparedAdapter:
-        """Read an adapter's photos, and its base unless the task before had the same."""
+    def prepare(self, resolved: ResolvedAdapter, revision: str) -> PreparedAdapter:
+        """Read an adapter's photos, and its base unless the last evaluation had the same."""
         if resolved.base not in self.bases:
             self.bases.clear()
             self.memory = EvaluationMemory()
-        return prepare_again(resolved, revision, settings, self.bases)
+        return prepare_again(resolved, revision, load_settings(), self.bases)
 
 
-_kept = _Kept()
+_cache = _Cache()

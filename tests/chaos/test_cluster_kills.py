@@ -11,7 +11,16 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.support.cluster_jobs import Process, Site, StepLog, Watcher, check_published, suspended, train_whole
+from tests.support.cluster_jobs import (
+    PACK_TASK,
+    Process,
+    Site,
+    StepLog,
+    Watcher,
+    check_published,
+    suspended,
+    train_whole,
+)
 from tests.support.s3_server import S3Server
 from tests.support.tiny_jobs import adapter, write_photos, write_spec
 
@@ -22,6 +31,7 @@ ADAPTERS = ("bowl", "cup", "mug")
 STEPS = 120
 WORKER_KILLS, DRIVER_KILLS, NODE_KILLS, OUTAGES = 7, 4, 3, 6
 SURVIVES = 50  # max_failures: no kill here may be the one too many
+ORPHAN_SECONDS = 20  # in which a pack's workers end after whatever started them
 
 
 @pytest.fixture
@@ -79,6 +89,15 @@ def fail_for_a_while(server: S3Server, rng: random.Random) -> None:
     server.kill(name)
     time.sleep(rng.uniform(1.0, 4.0))
     server.restart(name)
+
+
+def await_no_workers(cluster: Process) -> None:
+    """Fail unless no training worker is left soon."""
+    started = time.monotonic()
+    while workers := cluster.workers():
+        assert time.monotonic() - started < ORPHAN_SECONDS, workers
+        time.sleep(0.1)
+    print(f"workers gone after {time.monotonic() - started:.1f} s")
 
 
 @pytest.mark.timeout(900)
@@ -186,12 +205,13 @@ def test_a_driver_that_was_held_up_writes_nothing_after_another_took_over(make_s
 def test_a_run_that_is_asked_to_stop_does_and_can_go_on(make_site: Any) -> None:
     site = make_site(adapters=2, steps=60, stage=None)
     whole = train_whole(site.spec, site.folder / "whole")
-    _, address = site.cluster(2)
+    cluster, address = site.cluster(2)
     driver = site.drive(address)
     site.await_step(20, driver)
     site.run().request_stop(1)
     assert driver.end(20) == 130, driver.said()
     assert "Traceback" not in driver.said()
+    await_no_workers(cluster)
     assert site.run().progress().state == "stopped"
     stopped_at = site.journal.reached()
     assert 20 <= stopped_at < 60
@@ -200,4 +220,27 @@ def test_a_run_that_is_asked_to_stop_does_and_can_go_on(make_site: Any) -> None:
     (redone,) = site.journal.redone()
     assert -1 <= redone <= CHECKPOINT_EVERY
     assert site.run().progress().state == "done"
+    check_published(site.store, whole, ADAPTERS[:2])
+
+
+@pytest.mark.timeout(600)
+def test_workers_end_with_the_task_of_their_pack_and_with_their_driver(make_site: Any) -> None:
+    """On a cluster that outlives them, where the next driver needs their processors."""
+    site = make_site(adapters=2, steps=60, stage=None)
+    whole = train_whole(site.spec, site.folder / "whole")
+    cluster, address = site.cluster(2)
+    driver = site.drive(address)
+    site.await_step(10, driver)
+    (task,) = cluster.named(PACK_TASK)
+    task.kill()
+    assert driver.end() == 1, driver.said()
+    assert "controls the training of bowl, cup was killed" in driver.said()
+    await_no_workers(cluster)
+    again = site.drive(address)
+    site.await_step(30, again)
+    again.kill()
+    await_no_workers(cluster)
+    last = site.drive(address)
+    assert last.end() == 0, last.said()
+    assert len(site.journal.redone()) == 2
     check_published(site.store, whole, ADAPTERS[:2])

@@ -30,7 +30,8 @@ from tests.support.tiny_jobs import open_registry, relative_change
 HOOKS = Path(__file__).parent / "worker_hooks"
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE_SECONDS = 240
-WORKER = "ray::RayTrainWorker"  # how Ray names the processes of a worker group
+WORKER = "ray::RayTrainWorker"  # how Ray names the processes of a worker group,
+PACK_TASK = "ray::train "  # and the task of a pack
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,14 @@ class Process:
 
     def workers(self) -> list[psutil.Process]:
         """The training workers among them."""
+        return self.named(WORKER)
+
+    def named(self, beginning: str) -> list[psutil.Process]:
+        """Those among them whose command line begins so."""
         found = []
         for process in self.family():
             with suppress(psutil.Error):
-                if "".join(process.cmdline()[:1]).startswith(WORKER):
+                if "".join(process.cmdline()[:1]).startswith(beginning):
                     found.append(process)
         return found
 

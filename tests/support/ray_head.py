@@ -1,4 +1,4 @@
-"""A real Ray head with its dashboard on loopback, apart from any other on the machine, and stopped for sure."""
+"""A real Ray head with its dashboard on loopback, apart from any other on the machine, and always stopped."""
 
 from __future__ import annotations
 

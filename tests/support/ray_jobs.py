@@ -24,7 +24,7 @@ import ray
 
 from cat_cluster.cli.app import main
 from cat_cluster.cluster import driver
-from cat_cluster.cluster.trainer import PackOrder
+from cat_cluster.cluster.trainer import PackSpec
 from cat_cluster.errors import StoreError
 from cat_cluster.registry import Registry
 
@@ -47,15 +47,15 @@ def start_ray() -> None:
 def run(arguments: list[str]) -> dict[str, Any]:
     """Run `cat-cluster` in this process: its exit code, its output, and which packs went to workers."""
     packs: list[dict[str, Any]] = []
-    train_on_ray = driver.train_on_ray
+    start_pack = driver.start_pack
 
-    def noted(order: PackOrder, *given: Any) -> None:
-        packs.append({"ids": order.ids, "workers": order.workers})
-        train_on_ray(order, *given)
+    def noted(pack: PackSpec) -> Any:
+        packs.append({"ids": pack.ids, "workers": pack.workers})
+        return start_pack(pack)
 
     out, err, started, code = io.StringIO(), io.StringIO(), time.monotonic(), 0
     with (
-        patch.object(driver, "train_on_ray", noted),
+        patch.object(driver, "start_pack", noted),
         patch.object(sys, "argv", ["cat-cluster", *arguments]),
         redirect_stdout(out),
         redirect_stderr(err),

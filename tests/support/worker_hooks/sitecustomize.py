@@ -1,6 +1,6 @@
-"""Lets every training worker of a chaos test note its steps; Python reads this at start because of PYTHONPATH.
+"""Has every training worker of a chaos test record its steps; Python reads this at start because of PYTHONPATH.
 
-The program itself has no such hook: a worker tells its driver of some steps only, and late, while these tests must
+The program itself has no such hook: a worker reports only some steps to its driver, and late, while these tests must
 know exactly how far a killed one had come.
 """
 
