@@ -293,7 +293,7 @@ def pocket_pretrain(
     seed: Annotated[int, typer.Option(help="Seed of the world and of every model.")] = 0,
 ) -> None:
     """Pretrain Pocket-SD from scratch on its procedural world: hours on a CPU, minutes on a GPU. Resumable."""
-    from cat_cluster.models.pocket.pretrain import pretrain
+    from cat_cluster.models.pocket.pretraining.pretrain import pretrain
 
     pretrain(out, minutes=minutes, device=_device(), compile=compile_unet, seed=seed)
 
@@ -305,7 +305,7 @@ def pocket_grid(
 ) -> None:
     """Draw a grid of what Pocket-SD knows."""
     from cat_cluster.models.base_model import base_folder
-    from cat_cluster.models.pocket.quality import prompt_grid
+    from cat_cluster.models.pocket.pretraining.quality import prompt_grid
 
     people.print(f"wrote {prompt_grid(base_folder('pocket'), out, seed)}")
 
