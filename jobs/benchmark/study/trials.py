@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from cat_cluster.cli.demo import draw_photos
-from cat_cluster.cli.job_bars import TerminalListener
+from cat_cluster.cli.job_bars import JobBars
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.intervals import ConceptFeatures
 from cat_cluster.evaluation.recognition import Recognition
@@ -138,7 +138,7 @@ class Bench:
         }
 
 
-class _Keeper(TerminalListener):
+class _Keeper(JobBars):
     """Shows progress, and keeps what the judges saw of each adapter as soon as it is published."""
 
     def __init__(self, console: Console, paths: Mapping[str, Path]) -> None:
