@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo serve test lint chaos s3 install clean
+.PHONY: demo serve test lint chaos generate s3 install clean
 
 install: $(STAMP)
 
@@ -38,6 +38,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Writes every generated file that is stale: tables in docs, metrics page, alert rules, benchmark pages and pictures.
+generate: $(STAMP)
+	$(BIN)/python -m jobs.generate
 
 # A real S3 server on loopback, to try things with; the first start installs it in a place of its own.
 s3: $(STAMP)

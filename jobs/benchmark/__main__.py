@@ -53,9 +53,9 @@ def study(
 
 
 @app.command()
-def levers() -> None:
-    """Time a step with each lever beside plain LoRA (about ten minutes on 2 cores)."""
-    from jobs.benchmark.training.levers import run
+def optimisations() -> None:
+    """Time a step with each optimisation beside plain LoRA (about ten minutes on 2 cores)."""
+    from jobs.benchmark.training.optimisations import run
 
     people.print(f"wrote {run(people)}")
 
@@ -76,7 +76,8 @@ def cluster(
     only: Annotated[list[str] | None, typer.Option(help="steps, checkpoints, sharding, batch; none: all.")] = None,
 ) -> None:
     """Measure what workers, ZeRO, Ray, checkpoints and batches cost and gain (about forty minutes on 2 cores)."""
-    from jobs.benchmark.cluster.measure import PARTS, run
+    from jobs.benchmark.cluster import PARTS
+    from jobs.benchmark.cluster.measure import run
 
     _check("only", only, PARTS)
     for path in run(people, only or PARTS):
@@ -118,7 +119,7 @@ def drift(
 
 @app.command()
 def report() -> None:
-    """Write docs/benchmarks from the result files."""
+    """Write docs/benchmarks from the result files, as `make generate` does."""
     from jobs.benchmark.pages import write_pages
 
     for path in write_pages():

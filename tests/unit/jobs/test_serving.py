@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from cat_cluster.errors import CatClusterError, SpecError
 from cat_cluster.telemetry import PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
 from jobs.benchmark.__main__ import app
-from jobs.benchmark.pages import write_pages
+from jobs.benchmark.pages import page_texts, write_pages
 from jobs.benchmark.record import ROOT, read_result
 from jobs.benchmark.serving import measure as serving
 from jobs.benchmark.serving.bench import Ask, Counter, Scale, take_turns_for
@@ -23,9 +23,9 @@ from jobs.benchmark.serving.between_steps import spent_on_probes, waits_in_steps
 from jobs.benchmark.serving.contenders import Apart, Here
 from jobs.benchmark.serving.materials import write_random_base
 from jobs.benchmark.serving.measure import PARTS, Size
-from jobs.benchmark.serving.page import serving_page, verdicts
 from jobs.benchmark.serving.rates import busy_rate
 from jobs.benchmark.serving.rivals import static_batches
+from jobs.benchmark.serving.verdicts import verdicts
 
 TINY = Scale(
     rows=4,
@@ -102,7 +102,8 @@ def test_adapters_are_swapped_where_slots_are_few(result: dict[str, Any]) -> Non
 
 
 def test_the_page_calls_a_missed_figure_missed(result: dict[str, Any], tmp_path: Path) -> None:
-    text = serving_page(result, "serving.png")
+    (tmp_path / "serving.json").write_text(json.dumps(result), encoding="utf-8")
+    text = page_texts(tmp_path)["serving.md"]
     found = verdicts(result["parts"])
     assert text.count("**missed**") == sum(not verdict.reached for verdict in found)
     assert len(found) == 2 + 2 + 1 + 1 + 2 + 3 + 1
@@ -111,7 +112,6 @@ def test_the_page_calls_a_missed_figure_missed(result: dict[str, Any], tmp_path:
         assert [verdict.reached for verdict in verdicts({"serial": {"ways": ways}})] == [reached]
     for throughput, reached in ((0.981, True), (0.979, False)):
         assert [one.reached for one in verdicts({"probes": {"throughput": throughput}})] == [reached]
-    (tmp_path / "serving.json").write_text(json.dumps(result), encoding="utf-8")
     pages = write_pages(tmp_path, tmp_path / "pages")
     assert {path.name for path in pages} == {"README.md", "serving.md"}
     assert (tmp_path / "pages" / "serving.png").stat().st_size > 5_000
