@@ -92,8 +92,10 @@ def serving(
     size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seconds: Annotated[float, typer.Option(help="About how long each part takes turns.")] = 60.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every way; none: all cores.")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the U-Net's blocks, where a way can.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every backend; none: all cores.")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the U-Net's blocks, where a backend can.")
+    ] = False,
 ) -> None:
     """Measure the serving engine beside pipelines and PEFT batches (about twenty minutes on 2 cores)."""
     from jobs.benchmark.serving.measure import SIZES, run

@@ -26,7 +26,9 @@ def digest_of(sources: Sequence[Path]) -> str:
 
 
 def digest_in(picture: Path) -> str | None:
-    """Return the digest of the result files that a PNG shows, or None for one that carries none."""
+    """Return the digest of the result files that a PNG shows, or None for one that carries none or is missing."""
+    if not picture.is_file():
+        return None
     with Image.open(picture) as image:
         found: str | None = image.info.get(_DIGEST)
         return found
@@ -98,13 +100,13 @@ def draw_packing(result: Mapping[str, Any], path: Path, digest: str) -> None:
     figure = Figure(figsize=(12.4, 4.4), dpi=130, layout="constrained", facecolor=_PAPER)
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    ways = list(next(iter(result["rows"].values()))["concepts_per_hour"])
+    methods = list(next(iter(result["rows"].values()))["concepts_per_hour"])
     colours = ("#9aa3ab", "#d9a441", _CAT, "#c58b2a", "#0b5f56")
-    width = 0.8 / len(ways)
-    for i, way in enumerate(ways):
-        places = [n + (i - (len(ways) - 1) / 2) * width for n in range(len(result["rows"]))]
-        values = [entry["concepts_per_hour"][way] for entry in result["rows"].values()]
-        left.bar(places, values, width * 0.92, color=colours[i % len(colours)], label=way)
+    width = 0.8 / len(methods)
+    for i, method in enumerate(methods):
+        places = [n + (i - (len(methods) - 1) / 2) * width for n in range(len(result["rows"]))]
+        values = [entry["concepts_per_hour"][method] for entry in result["rows"].values()]
+        left.bar(places, values, width * 0.92, color=colours[i % len(colours)], label=method)
     left.set_xticks(range(len(result["rows"])), list(result["rows"]))
     left.legend(frameon=False, fontsize=8, labelcolor=_INK)
     _style(left, "Throughput", "rows per concept and step", "concepts / hour")
@@ -131,9 +133,11 @@ def draw_serving(result: Mapping[str, Any], path: Path, digest: str) -> None:
     left, right = figure.subplots(1, 2)
     bars = [("engine", 1.0, _CAT)]
     for name, colour in (("serial", _QUIET), ("peft", _LORA)):
-        ways = parts.get(name, {"ways": {}})["ways"]
+        compared = parts.get(name, {"backends": {}})["backends"]
         bars += [
-            (way, 1.0 / found["engine_over"], colour) for way, found in ways.items() if not way.startswith("engine")
+            (backend, 1.0 / found["engine_over"], colour)
+            for backend, found in compared.items()
+            if not backend.startswith("engine")
         ]
     for place, (name, value, colour) in enumerate(reversed(bars)):
         left.barh(place, value, color=colour, height=0.7)
@@ -143,8 +147,10 @@ def draw_serving(result: Mapping[str, Any], path: Path, digest: str) -> None:
     _style(left, "Throughput, 16 adapters", "images per second, the engine's = 1", "")
     poisson = parts.get("poisson")
     if poisson is not None:
-        for colour, name in zip((_CAT, _LORA, _SERIES[1]), next(iter(poisson["rates"].values()))["ways"], strict=True):
-            values = [found["ways"][name]["p95_s"] for found in poisson["rates"].values()]
+        for colour, name in zip(
+            (_CAT, _LORA, _SERIES[1]), next(iter(poisson["rates"].values()))["backends"], strict=True
+        ):
+            values = [found["backends"][name]["p95_s"] for found in poisson["rates"].values()]
             right.plot([float(share) for share in poisson["rates"]], values, "o-", color=colour, label=name)
         right.set_yscale("log")
         right.legend(frameon=False, fontsize=8, labelcolor=_INK)

@@ -48,26 +48,26 @@ def _overhead_verdicts(part: Part) -> Iterable[Verdict]:
 
 
 def _serial_verdicts(part: Part) -> Iterable[Verdict]:
-    best = min((way["engine_over"], name) for name, way in part["ways"].items() if name != ENGINE)
+    best = min((backend["engine_over"], name) for name, backend in part["backends"].items() if name != ENGINE)
     yield _at_least(f"engine over the best pipeline ({best[1]})", 1.4, best[0])
 
 
 def _peft_verdicts(part: Part) -> Iterable[Verdict]:
-    best = min((way["engine_over"], name) for name, way in part["ways"].items() if name.startswith("PEFT"))
+    best = min((one["engine_over"], name) for name, one in part["backends"].items() if name.startswith("PEFT"))
     yield _at_least(f"engine over a PEFT mixed batch ({best[1].removeprefix('PEFT, ')})", 1.1, best[0])
 
 
 def _poisson_verdicts(part: Part) -> Iterable[Verdict]:
     share, found = max(part["rates"].items(), key=lambda item: float(item[0]))
-    for name, way in found["ways"].items():
+    for name, backend in found["backends"].items():
         if name != ENGINE:
             steps = "-".join(str(end) for end in part["steps"])
             yield _at_least(
-                f"engine over {name}, {steps} steps, arrivals at {share} of its capacity", 1.5, way["engine_over"]
+                f"engine over {name}, {steps} steps, arrivals at {share} of its capacity", 1.5, backend["engine_over"]
             )
     for share, found in part["rates"].items():
-        ours = found["ways"][ENGINE]["p95_s"]
-        best = min(way["p95_s"] for name, way in found["ways"].items() if name != ENGINE)
+        ours = found["backends"][ENGINE]["p95_s"]
+        best = min(backend["p95_s"] for name, backend in found["backends"].items() if name != ENGINE)
         what = f"p95 latency at {share} of the engine's capacity, engine and best PEFT batches"
         yield Verdict(what, "not worse", f"{ours:.2f} s, {best:.2f} s", ours <= best)
 

@@ -20,14 +20,14 @@ from jobs.benchmark.timing import StepOptions, concept_task, pack_step, sd15_siz
 from jobs.benchmark.training.peft_loop import peft_step
 
 ADAPTERS = 8
-TRAINING_STEPS = 300  # of the concepts per hour; every way does equally many
+TRAINING_STEPS = 300  # of the concepts per hour; every method does equally many
 MEMORY_ROWS = 4
 SMALL_POOL = 16  # the frontier's cat-pool16: a pool of 64 draws holds more entries than a short run has CAT rows
 
 
 @dataclass(frozen=True)
 class Size:
-    """A base model and the ways to train on it: `same` has the reference's rows and loss, `optimised` fewer rows."""
+    """A base model and how it is trained: `same` has the reference's rows and loss, `optimised` fewer rows."""
 
     result: str
     load: Callable[[], BaseModel]
@@ -52,12 +52,12 @@ SIZES = {
 
 
 def run(console: Console, size_name: str = "pocket", *, steps: int = 2, turns: int = 3, largest: int = 32) -> Path:
-    """Time 8 adapters in every way at 1, 2 and 4 rows per concept, then measure the peak memory of 1 .. 32 adapters."""
+    """Time 8 adapters with every method at 1, 2 and 4 rows per concept; measure the peak memory of 1 .. 32 adapters."""
     size = SIZES[size_name]
     base = size.load()
     rows = {}
     for count in (1, 2, 4):
-        rows[str(count)] = compare_ways(base, size, count, steps, turns)
+        rows[str(count)] = compare_methods(base, size, count, steps, turns)
         console.print(f"{count} rows per concept: {json.dumps(rows[str(count)]['speed_up'])}")
     memory = {}
     for adapters in (k for k in (1, 2, 4, 8, 16, 32) if k <= largest):
@@ -70,16 +70,16 @@ def run(console: Console, size_name: str = "pocket", *, steps: int = 2, turns: i
     )
 
 
-def compare_ways(base: BaseModel, size: Size, rows: int, steps: int, turns: int) -> dict[str, Any]:
-    """Seconds per step of all 8 adapters, each way; one adapter's step counts 8 times where they run one by one."""
-    ways = {
+def compare_methods(base: BaseModel, size: Size, rows: int, steps: int, turns: int) -> dict[str, Any]:
+    """Seconds per step of all 8 adapters by each method; an adapter's step counts 8 times where they run one by one."""
+    methods = {
         "reference": _reference(base, rows, size.same, steps),
         "sequential": _ours(base, 1, rows, size.same, steps),
         "packed": _ours(base, ADAPTERS, rows, size.same, steps),
         "sequential, optimised": _ours(base, 1, rows, size.optimised, steps),
         "packed, optimised": _ours(base, ADAPTERS, rows, size.optimised, steps),
     }
-    times = take_turns(ways, turns)
+    times = take_turns(methods, turns)
 
     def faster(slow: str, fast: str) -> float:
         return times[slow].ratio(times[fast])

@@ -42,12 +42,14 @@ def test_only_what_differs_from_its_source_is_stale(copy: Path) -> None:
     page.write_text(page.read_text(encoding="utf-8").replace("0.341", "0.431"), encoding="utf-8")
     shutil.copy(copy / "docs/benchmarks/study.png", picture)
     (copy / "docs/metrics.md").unlink()
+    (copy / "docs/benchmarks/study.png").unlink()
     rules = copy / "k8s/monitoring/rules.yaml"
     rules.write_text(rules.read_text(encoding="utf-8") + "# one more line\n", encoding="utf-8")
     assert set(stale_files(copy)) == {
         "docs/metrics.md",
         "k8s/monitoring/prometheusrule.yaml",
         "docs/benchmarks/study.md",
+        "docs/benchmarks/study.png",
         "docs/benchmarks/packing.png",
     }
 

@@ -11,7 +11,7 @@ from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from jobs.benchmark.timing import StepOptions, Timed, concept_task, pack_step, take_turns
 from jobs.benchmark.training.optimisations import VARIANTS
-from jobs.benchmark.training.packing import SIZES, compare_ways
+from jobs.benchmark.training.packing import SIZES, compare_methods
 from jobs.benchmark.training.peft_loop import peft_step
 
 
@@ -44,8 +44,8 @@ def test_the_reference_loop_trains_its_adapter_and_leaves_the_unet_as_it_was(bas
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_ways_are_compared_in_turns(base: BaseModel) -> None:
-    found = compare_ways(base, SIZES["pocket"], 1, 1, 1)
+def test_methods_are_compared_in_turns(base: BaseModel) -> None:
+    found = compare_methods(base, SIZES["pocket"], 1, 1, 1)
     assert set(found["step_seconds"]) == {
         "reference",
         "sequential",
