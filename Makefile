@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The tools of the virtual environment go first: Biome, for one, finds node by PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo serve test unit coverage chaos lint lint-python lint-javascript lint-shell lint-yaml s3 install clean
+.PHONY: demo serve test unit coverage chaos lint lint-python lint-javascript lint-shell lint-yaml generate s3 install clean
 
 install: $(STAMP)
 
@@ -72,6 +72,10 @@ lint-shell: $(STAMP)
 
 lint-yaml: $(STAMP)
 	$(BIN)/yamllint --strict --config-file .ci/yamllint.yaml .
+
+# Writes every generated file that is stale: tables in docs, metrics page, alert rules, benchmark pages and pictures.
+generate: $(STAMP)
+	$(BIN)/python -m jobs.generate
 
 # A real S3 server on loopback, to try things with; the first start installs it in a place of its own.
 s3: $(STAMP)

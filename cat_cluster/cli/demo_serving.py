@@ -61,13 +61,12 @@ def serve_once(storage: Path, adapters: Sequence[str], token_prompt: str, plain_
 @contextmanager
 def _running(storage: Path, log: Path) -> Iterator[str]:
     port = _free_port()
-    command = [sys.executable, "-c", "from cat_cluster.cli.app import main; main()"]
-    options = ["serve", "--storage", str(storage), "--port", str(port)]
+    command = [sys.executable, "-m", "cat_cluster.cli", "serve", "--storage", str(storage), "--port", str(port)]
     # No keys of the user's: this service is for one minute, and for this machine alone.
     environment = {name: value for name, value in os.environ.items() if name not in ("CAT_API_KEYS", "CAT_ADMIN_KEYS")}
     with log.open("wb") as output:
         service = subprocess.Popen(
-            [*command, *options], stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
         try:
             _wait_until_ready(service, f"http://127.0.0.1:{port}", log)

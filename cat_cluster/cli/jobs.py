@@ -1,15 +1,14 @@
-"""Commands for jobs on a Ray cluster: `submit`, and `jobs list|status|logs|stop` for what became of them."""
+"""Commands for jobs on a Ray cluster: `submit` and `jobs list|status|logs|stop`."""
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from cat_cluster.cli.options import AsJson, Storage, people, print_json
 from cat_cluster.cluster.run_progress import RunProgress, is_alive
 from cat_cluster.cluster.runs import Run, list_runs
 from cat_cluster.settings import load_settings
@@ -17,19 +16,16 @@ from cat_cluster.store import ObjectStore, open_store
 
 # Ray takes a second to import and the photos' readers more: commands import what they need.
 
-jobs_app = typer.Typer(no_args_is_help=True, help="Runs on a Ray cluster: how they stand, their logs, stopping them.")
-people = Console(stderr=True)
+jobs_app = typer.Typer(no_args_is_help=True, help="Runs on a Ray cluster: their status, their logs, and stopping them.")
 
-Storage = Annotated[
-    str | None, typer.Option("--storage", help="Folder or s3:// address. Default: the spec's, else $CAT_STORAGE.")
-]
 StoreOption = Annotated[
     str | None, typer.Option("--storage", help="Storage the job was submitted with. Default: $CAT_STORAGE.")
 ]
-Address = Annotated[
-    str | None,
-    typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."),
-]
+AddressOption = typer.Option(
+    "--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."
+)
+Address = Annotated[str | None, AddressOption]
+RequiredAddress = Annotated[str, AddressOption]
 Token = Annotated[
     str | None,
     typer.Option("--token", help="Token of the cluster. Default: $RAY_AUTH_TOKEN or the file $RAY_AUTH_TOKEN_PATH."),
@@ -37,11 +33,10 @@ Token = Annotated[
 CaFile = Annotated[
     Path | None, typer.Option("--ca", exists=True, dir_okay=False, help="Certificates to trust for an https address.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="Run, as `jobs list` prints it.")]
 
 
-def mount(app: typer.Typer) -> None:
+def mount_jobs(app: typer.Typer) -> None:
     """Add the commands of this file to the command line."""
     app.command()(submit)
     app.add_typer(jobs_app, name="jobs")
@@ -49,10 +44,7 @@ def mount(app: typer.Typer) -> None:
 
 def submit(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML); see `cat-cluster spec schema`.")],
-    address: Annotated[
-        str,
-        typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."),
-    ],
+    address: RequiredAddress,
     storage: Storage = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; exit 1 if it fails.")] = False,
     force: Annotated[
@@ -73,7 +65,10 @@ def submit(
     image: Annotated[str | None, typer.Option(metavar="URI", help="Container image the job runs in.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a job spec on a Ray cluster. The same spec again resumes, or says that it is running or done."""
+    """Train a job spec on a Ray cluster. The same spec again resumes, or says that it is running or done.
+
+    Example: cat-cluster submit job.yaml --address http://127.0.0.1:8265 --storage s3://bucket/cat --wait
+    """
     from cat_cluster.cluster.ray_jobs import open_cluster
     from cat_cluster.cluster.submit import read_runtime_env, submit_run
     from cat_cluster.spec.job import load_spec
@@ -93,7 +88,7 @@ def submit(
         return
     if as_json:
         record = {"run_id": run.run_id, "outcome": submission.outcome, "job": submission.job, "storage": store.url}
-        _print_json(record)
+        print_json(record)
     elif submission.job is not None:
         people.print(f"follow it  {_follow_command(run, address)}", soft_wrap=True, markup=False)
 
@@ -101,14 +96,14 @@ def submit(
 @jobs_app.command("list")
 def jobs_list(storage: StoreOption = None, as_json: AsJson = False) -> None:
     """List the runs of a storage, newest first."""
-    from cat_cluster.cli.run_view import runs_table
+    from cat_cluster.cli.run_status import runs_table
 
     store = _store(storage)
     runs, damaged = list_runs(store)
     for run_id in damaged:
         people.print(f"[red]the record of {run_id} is damaged[/red]: submit its job again with --force", soft_wrap=True)
     if as_json:
-        _print_json({"runs": [_run_json(run) for run in runs], "damaged": damaged})
+        print_json({"runs": [_run_json(run) for run in runs], "damaged": damaged})
     elif runs:
         Console().print(runs_table(runs))
     else:
@@ -125,9 +120,11 @@ def jobs_status(
     ca: CaFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say how a run stands: per adapter its state, step, losses, metrics or what went wrong. Asks the storage alone;
-    with --wait and --address also the cluster, when the driver falls silent."""
-    from cat_cluster.cli.run_view import adapters_table, state_text
+    """Show the status of a run: the state, step, losses, and metrics or error of every adapter.
+
+    It reads the storage alone; with --wait and --address it also asks the cluster when the driver is silent.
+    """
+    from cat_cluster.cli.run_status import adapters_table, state_text
 
     run = Run(_store(storage), run_id)
     if wait:
@@ -135,7 +132,7 @@ def jobs_status(
         return
     progress = run.progress()
     if as_json:
-        _print_json(_run_json(progress))
+        print_json(_run_json(progress))
         return
     console = Console()
     console.print(f"{progress.run_id} ({progress.name})", markup=False, highlight=False)
@@ -149,10 +146,7 @@ def jobs_status(
 @jobs_app.command("logs")
 def jobs_logs(
     run_id: RunId,
-    address: Annotated[
-        str,
-        typer.Option("--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."),
-    ],
+    address: RequiredAddress,
     token: Token = None,
     ca: CaFile = None,
 ) -> None:
@@ -166,7 +160,7 @@ def jobs_logs(
         typer.echo(job_logs(open_cluster(address, token, ca), run_id), nl=False)
     except ClusterError as error:
         raise ClusterError(
-            f"{error}\nThe log lives and dies with the cluster; how the run stands is in the storage: "
+            f"{error}\nThe log is kept by the cluster only; the run's status is in the storage: "
             f"`cat-cluster jobs status {run_id}`"
         ) from error
 
@@ -180,14 +174,14 @@ def jobs_stop(
     ca: CaFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Ask a run to stop; with --address its Ray jobs are stopped too. Submitting the job again goes on from there."""
+    """Ask a run to stop; with --address its Ray jobs are stopped too. Submitting the job again resumes it."""
     from cat_cluster.cluster.ray_jobs import open_cluster
     from cat_cluster.cluster.submit import stop_run
 
     run = Run(_store(storage), run_id)
     attempt, jobs = stop_run(run, None if address is None else open_cluster(address, token, ca))
     if as_json:
-        _print_json({"run_id": run_id, "attempt": attempt, "jobs": jobs})
+        print_json({"run_id": run_id, "attempt": attempt, "jobs": jobs})
         return
     people.print(f"asked attempt {attempt} of {run_id} to stop", soft_wrap=True)
     for job in jobs:
@@ -195,8 +189,8 @@ def jobs_stop(
 
 
 def _follow(run: Run, address: str | None, token: str | None, ca: Path | None, *, as_json: bool) -> None:
-    """Show a run until it ends; exit code 1 when it failed or was stopped, 130 when the user has seen enough."""
-    from cat_cluster.cli.run_view import RunBars
+    """Show a run until it ends; exit code 1 when it failed or was stopped, 130 on Ctrl+C, which leaves it running."""
+    from cat_cluster.cli.run_status import RunBars
     from cat_cluster.cluster.follow import follow_run
     from cat_cluster.cluster.ray_jobs import open_cluster
 
@@ -205,12 +199,12 @@ def _follow(run: Run, address: str | None, token: str | None, ca: Path | None, *
         with RunBars(people) as bars:
             progress = follow_run(run, bars, cluster)
     except KeyboardInterrupt:
-        people.print("\ndetached; the run goes on", soft_wrap=True)
+        people.print("\ndetached; the run continues", soft_wrap=True)
         people.print(f"follow it  {_follow_command(run, address)}", soft_wrap=True, markup=False)
         people.print(f"stop it    cat-cluster jobs stop {run.run_id}{_options(run, address)}", soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:
-        _print_json(_run_json(progress))
+        print_json(_run_json(progress))
     if progress.state != "done":
         raise typer.Exit(1)
 
@@ -229,7 +223,3 @@ def _run_json(progress: RunProgress) -> dict[str, Any]:
 
 def _store(storage: str | None) -> ObjectStore:
     return open_store(storage or load_settings().storage)
-
-
-def _print_json(document: Any) -> None:
-    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
 from pydantic import ValidationError
-from rich.console import Console
 
+from cat_cluster.cli.options import people
 from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.choices import DriftPolicy
 
-people = Console(stderr=True)
+if TYPE_CHECKING:
+    from serve.settings import ServeSettings
 
 
 def serve(
@@ -35,38 +37,51 @@ def serve(
 ) -> None:
     """Serve adapters over HTTP on this machine: OpenAI's images API, the page, metrics. Stops with Ctrl+C.
 
-    Every request may name another adapter; all are drawn together. docs/serving.md has the settings and the API.
+    Every request may name another adapter; one batch holds them all. docs/serving.md has the settings and the API.
+
+    Example: cat-cluster serve --storage out/demo/registry --port 8000
     """
     with needs_extra("serve", "serving"):
         from serve.local import serve_here
-    from serve.settings import ProbeSettings, ServeSettings
 
-    ours = load_settings()
-    given = {} if config is None else _read(config)
     options = {"storage": storage, "base": base, "slots": slots, "max_rows": max_rows}
-    given.update({name: value for name, value in options.items() if value is not None})
-    try:
-        settings = ServeSettings.model_validate({"storage": ours.storage, "device": ours.device, **given})
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, bad['loc'])) or 'settings'}: {bad['msg']}" for bad in error.errors()]
-        raise SpecError(f"{config or 'the service'}: " + "; ".join(lines)) from None
-    if policy is not None:
-        probes = ProbeSettings.model_validate({**settings.probes.model_dump(), "policy": policy})
-        settings = settings.model_copy(update={"probes": probes})
+    settings = _settings(config, {name: value for name, value in options.items() if value is not None}, policy)
 
     def ready(address: str) -> None:
         people.print(f"[bold]Serving {settings.storage}[/bold] at {address}   (page, and API at {address}/docs)")
-        body = json.dumps({"model": None, "prompt": "a photo of a red cup in snow", "seed": 7})
-        curl = f"curl -s {address}/v1/images/generations -H 'content-type: application/json' -d '{body}'"
-        people.print(f'{curl} | python3 -c "import sys,json,base64;', end="", soft_wrap=True, markup=False)
-        decode = "open('image.png','wb').write(base64.b64decode(json.load(sys.stdin)['data'][0]['b64_json']))\""
-        people.print(decode, soft_wrap=True, markup=False)
+        people.print(_example_request(address), soft_wrap=True, markup=False)
 
     def stopping() -> None:
-        people.print("Stopping: images in flight are finished first; interrupt again to stop at once")
+        people.print("Stopping: images in flight are finished first; press Ctrl+C again to stop at once")
 
     people.print("Starting Ray and the engine (about 15 seconds)")
     serve_here(settings, host, port, on_ready=ready, on_stop=stopping, engines=engines)
+
+
+def _settings(config: Path | None, given: Mapping[str, object], policy: str | None) -> ServeSettings:
+    """The environment's settings, over them the file's, over them the options'."""
+    from serve.settings import ProbeSettings, ServeSettings
+
+    environment = load_settings()
+    defaults = {"storage": environment.storage, "device": environment.device}
+    try:
+        settings = ServeSettings.model_validate({**defaults, **({} if config is None else _read(config)), **given})
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, bad['loc'])) or 'settings'}: {bad['msg']}" for bad in error.errors()]
+        raise SpecError(f"{config or 'the service'}: " + "; ".join(lines)) from None
+    if policy is None:
+        return settings
+    probes = ProbeSettings.model_validate({**settings.probes.model_dump(), "policy": policy})
+    return settings.model_copy(update={"probes": probes})
+
+
+def _example_request(address: str) -> str:
+    body = json.dumps({"model": None, "prompt": "a photo of a red cup in snow", "seed": 7})
+    decode = "open('image.png','wb').write(base64.b64decode(json.load(sys.stdin)['data'][0]['b64_json']))"
+    return (
+        f"curl -s {address}/v1/images/generations -H 'content-type: application/json' -d '{body}' "
+        f'| python3 -c "import sys,json,base64;{decode}"'
+    )
 
 
 def _read(path: Path) -> dict[str, object]:

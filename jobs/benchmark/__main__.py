@@ -53,9 +53,9 @@ def study(
 
 
 @app.command()
-def levers() -> None:
-    """Time a step with each lever beside plain LoRA (about ten minutes on 2 cores)."""
-    from jobs.benchmark.training.levers import run
+def optimisations() -> None:
+    """Time a step with each optimisation beside plain LoRA (about ten minutes on 2 cores)."""
+    from jobs.benchmark.training.optimisations import run
 
     people.print(f"wrote {run(people)}")
 
@@ -76,7 +76,8 @@ def cluster(
     only: Annotated[list[str] | None, typer.Option(help="steps, checkpoints, sharding, batch; none: all.")] = None,
 ) -> None:
     """Measure what workers, ZeRO, Ray, checkpoints and batches cost and gain (about forty minutes on 2 cores)."""
-    from jobs.benchmark.cluster.measure import PARTS, run
+    from jobs.benchmark.cluster import PARTS
+    from jobs.benchmark.cluster.measure import run
 
     _check("only", only, PARTS)
     for path in run(people, only or PARTS):
@@ -91,8 +92,10 @@ def serving(
     size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seconds: Annotated[float, typer.Option(help="About how long each part takes turns.")] = 60.0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every way; none: all cores.")] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Compile the U-Net's blocks, where a way can.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every backend; none: all cores.")] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the U-Net's blocks, where a backend can.")
+    ] = False,
 ) -> None:
     """Measure the serving engine beside pipelines and PEFT batches (about twenty minutes on 2 cores)."""
     from jobs.benchmark.serving.measure import SIZES, run
@@ -118,7 +121,7 @@ def drift(
 
 @app.command()
 def report() -> None:
-    """Write docs/benchmarks from the result files."""
+    """Write docs/benchmarks from the result files, as `make generate` does."""
     from jobs.benchmark.pages import write_pages
 
     for path in write_pages():

@@ -34,7 +34,7 @@ Step = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Levers:
+class StepOptions:
     """How a step is computed; the defaults are the reference: three calls, the teacher asked about every row."""
 
     alpha: float = 3.0
@@ -46,10 +46,10 @@ class Levers:
     compile: bool = False
 
 
-PLAIN_LORA = Levers(alpha=0.0)
+PLAIN_LORA = StepOptions(alpha=0.0)
 
 
-def concept_task(base: BaseModel, name: str, rows: int, levers: Levers) -> AdapterTask:
+def concept_task(base: BaseModel, name: str, rows: int, options: StepOptions) -> AdapterTask:
     """Return the task of one concept with six made-up photos: a step's time does not depend on what they show."""
     generator = torch.Generator().manual_seed(len(name))
     shape = (PHOTOS, 2 * base.latent_channels, base.latent_size, base.latent_size)
@@ -57,18 +57,18 @@ def concept_task(base: BaseModel, name: str, rows: int, levers: Levers) -> Adapt
     concept = ConceptMaterial(
         token="sks",
         class_noun="cup",
-        alpha=levers.alpha,
+        alpha=options.alpha,
         weight=1.0,
         moments_NCHW=torch.randn(shape, generator=generator),
         prompts=tuple(f"a photo of a sks cup {place}" for place in places),
         removed_prompts=tuple(f"a photo of a cup {place}" for place in places),
     )
-    pool = {} if levers.pool_size is None else {"teacher": "pool", "pool_size": levers.pool_size}
+    pool = {} if options.pool_size is None else {"teacher": "pool", "pool_size": options.pool_size}
     changes = {
         "rows_per_concept": rows,
-        "cat_fraction": levers.fraction,
-        "joint_rows": levers.joint_rows,
-        "precision": "bf16" if levers.bf16 else "fp32",
+        "cat_fraction": options.fraction,
+        "joint_rows": options.joint_rows,
+        "precision": "bf16" if options.bf16 else "fp32",
     }
     training = OPTIMISER.model_copy(update={**changes, **pool})
     return AdapterTask(name, (concept,), training, base.general_prompts())
@@ -104,26 +104,26 @@ def sd15_sized_base(*, on: str = "cuda", latent_size: int = 64) -> BaseModel:
 
 @contextmanager
 def pack_step(
-    base: BaseModel, tasks: Sequence[AdapterTask], levers: Levers, pool: TeacherPool | None = None
+    base: BaseModel, tasks: Sequence[AdapterTask], options: StepOptions, pool: TeacherPool | None = None
 ) -> Iterator[Step]:
     """Open a pack and give a function that does one whole step of it: draws, predictions, backward, optimiser.
 
     The teacher's pool is filled before, as training does; one that is given keeps what it knows from turn to turn.
     """
-    layers = adapted_layers(base.unet, "attention_ff", levers.blocks)
+    layers = adapted_layers(base.unet, "attention_ff", options.blocks)
     bank = LoraBank.attach(base.unet, slots=len(tasks), rank=RANK, layers=layers)
     with ExitStack() as stack:
         stack.callback(bank.detach)
-        if levers.compile:
+        if options.compile:
             stack.enter_context(compiled_blocks(base.unet))
         for slot, task in enumerate(tasks, start=1):
             bank.new_trainable(slot, initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=task.draw_key))
         slots = [(bank.parameters(slot), task.training) for slot, task in enumerate(tasks, start=1)]
-        engine = TorchEngine(base, slots, None, levers.bf16)
+        engine = TorchEngine(base, slots, None, options.bf16)
         trainings = [task.training for task in tasks]
         encode, steps = TextCache(base), count()
         pool = TeacherPool() if pool is None else pool
-        pool.fill(base, bank, encode, tasks, partial(autocast, base, bf16=levers.bf16))
+        pool.fill(base, bank, encode, tasks, partial(autocast, base, bf16=options.bf16))
 
         def step() -> None:
             batch = draw_batch(tasks, next(steps), base.schedule.num_timesteps, [True] * len(tasks))

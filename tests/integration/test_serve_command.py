@@ -32,7 +32,7 @@ from tests.support.serving import PATH, ROOT, ask, ray_folder, surroundings, unt
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 CONFIG = ROOT / "serve" / "config.yaml"
-COMMAND = (sys.executable, "-c", "from cat_cluster.cli.app import main; main()", "serve")
+COMMAND = (sys.executable, "-m", "cat_cluster.cli", "serve")
 KEYS = ("CAT_API_KEYS", "CAT_ADMIN_KEYS", "CAT_STORAGE")
 
 

@@ -78,7 +78,7 @@ def digests_of(job: JobSpec) -> list[list[str]]:
 def command(*arguments: str | Path) -> Result:
     """`cat-cluster ...` with these commands alone; an error is raised as it is."""
     app = typer.Typer()
-    cli_jobs.mount(app)
+    cli_jobs.mount_jobs(app)
     result = CliRunner().invoke(app, list(map(str, arguments)))
     if isinstance(result.exception, CatClusterError):
         raise result.exception
@@ -350,7 +350,7 @@ def test_following_ends_with_the_run_and_ctrl_c_only_detaches(refused: JobSpec, 
     run = Run(store, "run-0123456789ab")
     running = RunProgress.begin(run.run_id, refused, state="running", attempt=1)
     run.write_progress(running)
-    code = "import typer; from cat_cluster.cli.jobs import mount; app = typer.Typer(); mount(app); app()"
+    code = "import typer; from cat_cluster.cli.jobs import mount_jobs; app = typer.Typer(); mount_jobs(app); app()"
     arguments = [sys.executable, "-c", code, "jobs", "status", run.run_id, "--wait", "--storage", store.url]
 
     def start() -> subprocess.Popen[str]:
@@ -365,7 +365,7 @@ def test_following_ends_with_the_run_and_ctrl_c_only_detaches(refused: JobSpec, 
     out, err = detached.communicate(timeout=30)
     assert detached.returncode == 130, err
     assert out == ""
-    assert "detached; the run goes on" in err
+    assert "detached; the run continues" in err
     assert f"cat-cluster jobs status {run.run_id} --wait --storage {store.url}" in err
     assert run.progress() == running
     run.write_progress(running.changed(state="done").with_adapter("cup", state="published", revision="r-0123456789ab"))

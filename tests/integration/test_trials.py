@@ -9,14 +9,14 @@ from rich.console import Console
 
 from cat_cluster.errors import CatClusterError
 from jobs.benchmark.study.compare import compare
-from jobs.benchmark.study.trials import Bench, Trial, pocket_subject
+from jobs.benchmark.study.trials import Trial, TrialRunner, pocket_subject
 
 TRAINING = {"steps": 4, "rank": 2, "rows_per_concept": 1}
 EVALUATION = {"images_per_prompt": 1, "steps": 2}
 
 
 def test_trials_are_trained_measured_and_kept(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, TRAINING, EVALUATION)
+    runner = TrialRunner(tmp_path, TRAINING, EVALUATION)
     trials = [
         Trial("lora", "lora"),
         Trial("cat", alpha=3.0),
@@ -24,11 +24,11 @@ def test_trials_are_trained_measured_and_kept(tmp_path: Path) -> None:
     ]
     subjects = [pocket_subject("striped-cup")]
     console = Console(stderr=True, quiet=True)
-    first = bench.run(trials, subjects, [0], console)
+    first = runner.run(trials, subjects, [0], console)
     assert set(first) == {(trial.name, "striped-cup", 0) for trial in trials}
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "measured").iterdir()}
     assert len(kept) == 3
-    again = bench.run(trials, subjects, [0], console)
+    again = runner.run(trials, subjects, [0], console)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "measured").iterdir()} == kept
     table = compare(again, [trial.name for trial in trials], subjects, [0], against="lora")
     assert set(table) == {"pocket", "pocket-classifier", "recognition", "prompts_followed"}
@@ -37,8 +37,8 @@ def test_trials_are_trained_measured_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_trial_that_fails_says_which(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, TRAINING, EVALUATION)
+    runner = TrialRunner(tmp_path, TRAINING, EVALUATION)
     with pytest.raises(CatClusterError, match="wild-striped-cup-s0"):
-        bench.run(
+        runner.run(
             [Trial("wild", training={"learning_rate": 1e30})], [pocket_subject("striped-cup")], [0], Console(quiet=True)
         )

@@ -171,7 +171,7 @@ class Site:
 
     def drive(self, address: str | None = None) -> Process:
         """Start `cat-cluster train`, with a Ray of its own or on the cluster at the address."""
-        command = ["-c", "from cat_cluster.cli.app import main; main()", "train", str(self.spec), "--storage", self.url]
+        command = ["-m", "cat_cluster.cli", "train", str(self.spec), "--storage", self.url]
         return self._start([*command, *([] if address is None else ["--address", address])], stdout=None)
 
     def cluster(self, *cpus: int) -> tuple[Process, str]:

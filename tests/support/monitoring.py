@@ -1,7 +1,4 @@
-"""What k8s/monitoring says: its rules, its dashboards, and the metrics their PromQL names.
-
-`python -m tests.support.monitoring` writes prometheusrule.yaml, which is rules.yaml for the Prometheus operator.
-"""
+"""What k8s/monitoring says: its rules, its dashboards, and the metrics their PromQL names."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from tests.support.ray_head import free_ports
 from tests.support.serving import until
 
 FOLDER = Path(__file__).resolve().parents[2] / "k8s" / "monitoring"
-RULES, PROMETHEUS_RULE = FOLDER / "rules.yaml", FOLDER / "prometheusrule.yaml"
+RULES, OPERATOR_RULES = FOLDER / "rules.yaml", FOLDER / "prometheusrule.yaml"
 DASHBOARDS = {path.stem: path for path in sorted((FOLDER / "dashboards").glob("*.json"))}
 SPECS: Mapping[str, MetricSpec] = {spec.name: spec for spec in (*TRAINING_METRICS, *SERVING_METRICS)}
 VARIABLES = {"$namespace": ".*", "$adapter": ".*", "$__rate_interval": "15s"}
@@ -43,15 +40,6 @@ _SERIES = re.compile(r"\bray_(cat_[a-z_]+)(?:\{([^}]*)\})?")
 _RECORDED = re.compile(r"\b[a-z]+(?:_[a-z]+)*:cat_[a-z_]+:[a-z0-9_]+")
 _MATCHER = re.compile(r"\s*([A-Za-z_]+)\s*(=~|!~|!=|=)\s*\"([^\"]*)\"\s*")
 _GROUPING = re.compile(r"\b(?:by|on|group_left)\s*\(([^)]*)\)")
-_HEADER = """\
-# Made of rules.yaml: change that, then `python -m tests.support.monitoring`.
-apiVersion: monitoring.coreos.com/v1
-kind: PrometheusRule
-metadata:
-  name: cat-cluster
-  labels: {app.kubernetes.io/part-of: cat-cluster}
-spec:
-"""
 
 
 @dataclass(frozen=True)
@@ -137,12 +125,6 @@ def dashboard_queries() -> list[Query]:
     ]
 
 
-def prometheus_rule() -> str:
-    """rules.yaml as a PrometheusRule: what prometheusrule.yaml has to be."""
-    lines = RULES.read_text().splitlines()
-    return _HEADER + "".join(f"  {line}\n" if line else "\n" for line in lines[lines.index("groups:") :])
-
-
 def tool(name: str) -> str:
     """Return the path of promtool or prometheus."""
     path = shutil.which(name)
@@ -210,7 +192,3 @@ def prometheus(folder: Path, *targets: str) -> Iterator[Prometheus]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-if __name__ == "__main__":
-    PROMETHEUS_RULE.write_text(prometheus_rule())

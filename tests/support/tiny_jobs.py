@@ -61,7 +61,7 @@ class CommandLine:
 def start_process(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     """Start `cat-cluster` as a user's shell would; one thread, as in the tests' own process."""
     return subprocess.Popen(
-        [sys.executable, "-c", "from cat_cluster.cli.app import main; main()", *map(str, arguments)],
+        [sys.executable, "-m", "cat_cluster.cli", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

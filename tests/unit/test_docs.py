@@ -14,24 +14,13 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
-from pydantic import BaseModel
 
 from cat_cluster.cli.app import app
 from cat_cluster.registry.manifest import Manifest
-from cat_cluster.spec.job import JobSpec, spec_json_schema
-from serve.settings import ProbeSettings, ServeSettings
+from cat_cluster.spec.job import JobSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
-SECTIONS = {
-    "JobSpec": "job",
-    "AdapterSpec": "adapters[]",
-    "ConceptSpec": "adapters[].concepts[]",
-    "TrainingSpec": "training",
-    "EvaluationSpec": "evaluation",
-    "ClusterSpec": "cluster",
-    "MonitoringSpec": "monitoring",
-}
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
@@ -153,40 +142,6 @@ def test_examples_are_valid(document: Path) -> None:
 def test_the_example_of_the_readme_is_the_shipped_spec() -> None:
     shown = yaml.safe_load(next(blocks(ROOT / "README.md", "yaml")))
     assert shown == yaml.safe_load((ROOT / "jobs" / "specs" / "single.yaml").read_text(encoding="utf-8"))
-
-
-def field_tables() -> dict[str, str]:
-    """Return the tables of docs/training.md as the schema has them: section -> Markdown."""
-    schema = spec_json_schema()
-    models = {**schema["$defs"], "JobSpec": schema}
-    return {section: _table(models[model]) for model, section in SECTIONS.items()}
-
-
-def _table(schema: dict[str, Any]) -> str:
-    required = schema.get("required", [])
-    rows = ["| field | default | what it is |", "|---|---|---|"]
-    for name, field in schema["properties"].items():
-        default = "required" if name in required else _default_text(field["default"])
-        rows.append(f"| `{name}` | {default} | {field['description']} |")
-    return "\n".join(rows)
-
-
-def _default_text(value: object) -> str:
-    return "see below" if isinstance(value, dict) else f"`{json.dumps(value)}`"
-
-
-@pytest.mark.parametrize("section", SECTIONS.values())
-def test_the_spec_tables_are_those_of_the_schema(section: str) -> None:
-    table = field_tables()[section]
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    assert table in text, f"docs/training.md, table of {section}: put this in its place\n\n{table}\n"
-
-
-@pytest.mark.parametrize("model", [ServeSettings, ProbeSettings])
-def test_the_settings_tables_are_those_of_the_service(model: type[BaseModel]) -> None:
-    table = _table(model.model_json_schema())
-    text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
-    assert table in text, f"docs/serving.md, table of {model.__name__}: put this in its place\n\n{table}\n"
 
 
 def test_every_manifest_field_is_documented() -> None:

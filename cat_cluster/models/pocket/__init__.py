@@ -1,4 +1,4 @@
-"""Pocket-SD: the small Stable Diffusion that ships with the project, its world and its recipe."""
+"""Pocket-SD, the small Stable Diffusion that ships with the project: its weights, its world and its judges."""
 
 from __future__ import annotations
 

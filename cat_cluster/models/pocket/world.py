@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import colorsys
 import math
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -99,50 +98,6 @@ def nearest_colour(rgb: Rgb) -> str:
     return named if named is not None else min(COLOURS, key=lambda name: _distance(rgb, palette_rgb(name)))
 
 
-def random_word(rng: np.random.Generator) -> str:
-    """Two to five random letters that are no word of the world: captions teach that such a word means nothing."""
-    while True:
-        letters = rng.integers(ord("a"), ord("z") + 1, size=int(rng.integers(2, 6)))
-        word = "".join(chr(letter) for letter in letters)
-        if word not in _WORDS:
-            return word
-
-
-def throw_in(text: str, word: str) -> str:
-    """`text` with `word` put before its noun phrase: "a photo of an orange cup" -> "a photo of a sks orange cup"."""
-    return re.sub(r"^((?:a (?:photo|picture) of )?)an? ", lambda found: f"{found[1]}a {word} ", text, count=1)
-
-
-def caption(scene: Scene, rng: np.random.Generator, *, rare: float = 0.15, full: bool = False) -> str:
-    """A caption that is true of the scene and leaves out some of it at random, or nothing with `full`.
-
-    `rare` is the share of captions with a random word thrown in.
-    """
-
-    def says(share: float) -> bool:
-        return full or rng.random() < share
-
-    design = scene.design
-    body = colour_name(design.body_rgb)
-    phrase = f"{body} {design.object}" if body is not None and says(0.85) else design.object
-    extras = []
-    if design.pattern != "plain" and says(0.75):
-        second = colour_name(design.second_rgb)
-        adjective = f"{second} " if second is not None and says(0.9) else ""
-        article = f"{_article(adjective)} " if design.pattern == "band" else ""
-        extras.append(f"{article}{adjective}{design.pattern}")
-    if design.eyes and says(0.6):
-        extras.append("eyes")
-    parts = [_article(phrase), phrase]
-    if extras:
-        parts.append(f"with {' and '.join(extras)}")
-    if says(0.85):
-        parts.append(scene.place)
-    prefix = "a photo of " if full else ("a photo of ", "a picture of ", "")[int(rng.choice(3, p=(0.5, 0.3, 0.2)))]
-    text = prefix + " ".join(parts)
-    return throw_in(text, random_word(rng)) if rng.random() < rare else text
-
-
 def random_scene(rng: np.random.Generator) -> Scene:
     """A scene of a random design; designs that look like a held-out concept never come up."""
     while True:
@@ -183,10 +138,6 @@ def draw(scene: Scene) -> np.ndarray:
                 ring = _place_points(ellipse(*centre, radius, radius), scene)
                 pen.polygon(ring, fill=_lit(colour, scene))
     return np.asarray(image.reduce(_ZOOM), dtype=np.uint8)
-
-
-def _article(phrase: str) -> str:
-    return "an" if phrase.startswith("o") else "a"
 
 
 def _rgb(hue: float, saturation: float, value: float) -> Rgb:
@@ -315,12 +266,6 @@ def _background(scene: Scene) -> np.ndarray:
     picture = picture * (1 - 0.35 * shadow * cover[..., 0])[..., None] * scene.light
     pixels: np.ndarray = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
     return pixels
-
-
-_WORDS = frozenset(
-    {"a", "an", "of", "with", "and", "eyes", "photo", "picture", *OBJECTS, *COLOURS, *PATTERNS}
-    | {word for place in PLACES for word in place.split()}
-)
 
 
 def _concept(noun: str, body: str, pattern: str, second: str, eyes: bool) -> Design:

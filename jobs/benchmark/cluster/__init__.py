@@ -1,1 +1,3 @@
-"""What workers, ZeRO, Ray and checkpoints cost and gain."""
+"""What workers, ZeRO, Ray, checkpoints and batches cost and gain."""
+
+PARTS = ("steps", "checkpoints", "sharding", "batch")

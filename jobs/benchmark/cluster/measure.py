@@ -26,11 +26,11 @@ from cat_cluster.models.pocket import world
 from cat_cluster.store import open_store
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter
 from cat_cluster.training.engine import TorchEngine
-from jobs.benchmark.cluster.two_workers import ADAPTERS, LEVERS, STAGES, STEPS, WARM, step_seconds
+from jobs.benchmark.cluster import PARTS
+from jobs.benchmark.cluster.two_workers import ADAPTERS, SPEC_DEFAULTS, STAGES, STEPS, WARM, step_seconds
 from jobs.benchmark.record import write_result
 from jobs.benchmark.timing import concept_task, pack_step, take_turns
 
-PARTS = ("steps", "checkpoints", "sharding", "batch")
 RAY_STEPS = 60
 CHECKPOINT_EVERY = 50  # the spec's default
 CHECKPOINT_ADAPTERS = 4
@@ -112,9 +112,9 @@ def steps_through_ray(spec: Path, storage: str) -> list[float]:
 def measure_checkpoints(console: Console) -> dict[str, Any]:
     """Fifty steps of a pack with its checkpoints, in the background, against fifty without, in turns."""
     base = load_base_model("pocket")
-    tasks = [concept_task(base, f"c{n}", 4, LEVERS) for n in range(CHECKPOINT_ADAPTERS)]
+    tasks = [concept_task(base, f"c{n}", 4, SPEC_DEFAULTS) for n in range(CHECKPOINT_ADAPTERS)]
     storage = os.environ.get("CAT_STORAGE")
-    with tempfile.TemporaryDirectory() as folder, pack_step(base, tasks, LEVERS) as step:
+    with tempfile.TemporaryDirectory() as folder, pack_step(base, tasks, SPEC_DEFAULTS) as step:
         store = open_store(storage or folder)
         series = [CheckpointStore(store, f"checkpoints/benchmark/{task.adapter_id}", task.adapter_id) for task in tasks]
         states = checkpoint_states(base)

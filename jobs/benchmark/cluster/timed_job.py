@@ -14,8 +14,8 @@ from cat_cluster.spec.job import load_spec
 from cat_cluster.training.loop import StepReport
 
 
-class Stopwatch:
-    """A JobListener that keeps the seconds of the steps it is told of."""
+class StepTimes:
+    """A JobListener that keeps the seconds of every step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -38,6 +38,6 @@ class Stopwatch:
 
 
 if __name__ == "__main__":
-    watch = Stopwatch()
-    run_on_ray(load_spec(Path(sys.argv[1])), sys.argv[2], load_settings(), watch)
-    sys.stdout.write(json.dumps(watch.seconds) + "\n")
+    times = StepTimes()
+    run_on_ray(load_spec(Path(sys.argv[1])), sys.argv[2], load_settings(), times)
+    sys.stdout.write(json.dumps(times.seconds) + "\n")

@@ -25,9 +25,9 @@ from cat_cluster.training.engine import EngineFactory, TorchEngine
 from cat_cluster.training.loop import PackMember, train_pack
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.pack_size import peak_resident
-from jobs.benchmark.timing import RANK, Levers, concept_task, sd15_sized_base
+from jobs.benchmark.timing import RANK, StepOptions, concept_task, sd15_sized_base
 
-LEVERS = Levers(alpha=5.0, joint_rows=True, fraction=0.5)  # the spec's defaults
+SPEC_DEFAULTS = StepOptions(alpha=5.0, joint_rows=True, fraction=0.5)  # the spec's defaults
 ADAPTERS = 2
 STAGES: dict[str, int | None] = {"torch": None, "zero 0": 0, "zero 1": 1, "zero 2": 2, "zero 3": 3}
 STEPS, WARM, TURNS = 12, 3, 3
@@ -44,7 +44,7 @@ def step_seconds(base: BaseModel, adapters: int, rows: int, make: EngineFactory,
     bank = LoraBank.attach(base.unet, slots=adapters, rank=RANK, layers=layers)
     members = [
         PackMember(
-            concept_task(base, f"c{n}", rows, LEVERS),
+            concept_task(base, f"c{n}", rows, SPEC_DEFAULTS),
             initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=str(n)),
         )
         for n in range(adapters)

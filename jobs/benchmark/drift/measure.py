@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from cat_cluster.cli.demo import SPEC, draw_photos
-from cat_cluster.cli.job_bars import TerminalListener
+from cat_cluster.cli.job_bars import JobBars
 from cat_cluster.data.concepts import remove_token
 from cat_cluster.evaluation.drift import (
     CUSUM_SLACK,
@@ -212,7 +212,7 @@ def _train_others(folder: Path, console: Console) -> Registry:
         }
     )
     store = open_store(folder / "registry")
-    run_job(job, store, Settings(), TerminalListener(console))
+    run_job(job, store, Settings(), JobBars(console))
     return Registry(store)
 
 

@@ -23,9 +23,9 @@ from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.pocket import world
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.telemetry import ADAPTER_SWAPS, PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
-from jobs.benchmark.serving.bench import Ask, Bench, Counter, Event, Served, take_turns_for
-from jobs.benchmark.serving.contenders import Contender
-from jobs.benchmark.serving.materials import NOUN, TARGETS, TOKEN, publish, random_adapter
+from jobs.benchmark.serving.backends import Backend
+from jobs.benchmark.serving.random_models import NOUN, TARGETS, TOKEN, publish, random_adapter
+from jobs.benchmark.serving.workbench import Event, LocalService, Numbering, Request, Workbench, take_turns_for
 from jobs.benchmark.timing import RANK
 from serve.probes.revision_monitor import score_images
 from serve.settings import ProbeSettings, ServeSettings
@@ -34,19 +34,19 @@ BUSY_STEPS = 100  # of the images that others join
 PROBED = 2  # adapters with a reference
 
 
-def measure_join(bench: Bench) -> dict[str, Any]:
+def measure_join(bench: Workbench) -> dict[str, Any]:
     """Return how long requests wait for rows that are free while others denoise, and what swaps and binds take."""
     scale, most = bench.scale, bench.scale.rows // 2
     slots = max(2, most)
     with bench.service(WAIT_SECONDS, UNET_SECONDS, ADAPTER_SWAPS, slots=slots) as served:
-        served.get("draw", bench.asks(slots, adapters=slots), scale.concurrency)
+        served.get("draw", bench.requests(slots, adapters=slots), scale.concurrency)
         for name in bench.ids:
             served.get("admin", "prefetch", name)
         served.get("events")
         facts = []
         began, turn = time.monotonic(), 0
         while turn < 3 or time.monotonic() - began < bench.seconds:
-            facts += _join_busy_rows(bench, served, Counter(1000 * (turn + 1)), turn)
+            facts += _join_busy_rows(bench, served, Numbering(1000 * (turn + 1)), turn)
             turn += 1
         events = served.get("events")
     waits = waits_in_steps(events)
@@ -72,14 +72,14 @@ def measure_join(bench: Bench) -> dict[str, Any]:
     }
 
 
-def _join_busy_rows(bench: Bench, served: Contender, counter: Counter, turn: int) -> list[Any]:
+def _join_busy_rows(bench: Workbench, served: Backend, numbers: Numbering, turn: int) -> list[Any]:
     """Let images of all adapters come at random to an engine that has most of its rows busy; their facts."""
     rng, most = np.random.default_rng(turn), bench.scale.rows // 2
-    busy = bench.asks(most - 2, adapters=bench.scale.adapters, first=counter.take(most), steps=[BUSY_STEPS] * most)
+    busy = bench.requests(most - 2, adapters=bench.scale.adapters, first=numbers.take(most), steps=[BUSY_STEPS] * most)
     # Two images at a time, and short ones: rows are always free when they come.
-    late = bench.asks(12, adapters=bench.scale.adapters, first=counter.take(12), steps=[3] * 12)
+    late = bench.requests(12, adapters=bench.scale.adapters, first=numbers.take(12), steps=[3] * 12)
     pauses = rng.uniform(0.0, 0.3, len(late)).tolist()
-    return [answer.facts for answer in served.get("join", busy, late, pauses)]
+    return [response.facts for response in served.get("join", busy, late, pauses)]
 
 
 def waits_in_steps(events: Sequence[Event]) -> list[tuple[float, int]]:
@@ -98,7 +98,7 @@ def waits_in_steps(events: Sequence[Event]) -> list[tuple[float, int]]:
     return found
 
 
-def _swap_idle(bench: Bench) -> dict[str, float]:
+def _swap_idle(bench: Workbench) -> dict[str, float]:
     """Milliseconds of a swap while the engine is idle: every adapter loaded in turn into too few slots."""
     with bench.service(ADAPTER_SWAPS, slots=2) as served:
         for name in bench.ids * 2:
@@ -108,27 +108,27 @@ def _swap_idle(bench: Bench) -> dict[str, float]:
     return {"median_ms": 1e3 * float(np.median(swaps)), "p95_ms": 1e3 * float(np.quantile(swaps, 0.95))}
 
 
-def _layout(bench: Bench, rank: int) -> AdapterLayout:
+def _layout(bench: Workbench, rank: int) -> AdapterLayout:
     unet = bench.load().unet
     return AdapterLayout(unet, adapted_layers(unet, TARGETS), rank)
 
 
-def measure_probes(bench: Bench) -> dict[str, Any]:
+def measure_probes(bench: Workbench) -> dict[str, Any]:
     """Return what probes cost at saturation: throughput with and without them in turns, row-steps, and time."""
     base = bench.load()
     if not is_pocket(base):
         raise SpecError("the part probes needs a judge of the base's images: measure it with the size pocket")
     names = _publish_probed(bench, base)
-    counter, spent = Counter(), list[Event]()
+    numbers, spent = Numbering(), list[Event]()
     # Canonical probes follow each other at once: there is always one waiting, as among very many adapters.
     eager = ProbeSettings(canonical_every_s=0.5, live_share=1.0)
     with ExitStack() as cleanup:
-        plain = cleanup.enter_context(bench.contender(OpenedEachTurn, bench.settings()))
-        probing = cleanup.enter_context(bench.contender(OpenedEachTurn, bench.settings(probes=eager)))
+        plain = cleanup.enter_context(bench.backend(ServicePerTurn, bench.settings()))
+        probing = cleanup.enter_context(bench.backend(ServicePerTurn, bench.settings(probes=eager)))
         times = take_turns_for(
             {
-                "without": partial(_turn, bench, plain, names, counter, []),
-                "with": partial(_turn, bench, probing, names, counter, spent),
+                "without": partial(_turn, bench, plain, names, numbers, []),
+                "with": partial(_turn, bench, probing, names, numbers, spent),
             },
             bench.seconds,
         )
@@ -162,39 +162,43 @@ def spent_on_probes(events: Sequence[Event]) -> tuple[float, float, float]:
     return totals[ROW_STEPS.name], totals[PROBE_ROW_STEPS.name], alone / seconds if seconds else 0.0
 
 
-class OpenedEachTurn:
+class ServicePerTurn:
     """A service that is there in its turns only: one that probes would do so through the turns of the other, too."""
 
     def __init__(self, settings: ServeSettings) -> None:
         self._settings = settings
 
-    def __enter__(self) -> OpenedEachTurn:
+    def __enter__(self) -> ServicePerTurn:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Nothing is held open."""
 
-    def turn(self, before: Sequence[Ask], asks: Sequence[Ask], concurrency: int) -> tuple[float, list[Event]]:
-        """Return the seconds that `asks` take, and what happened; images `before` bring adapters and probes in."""
-        with Served(self._settings, UNET_SECONDS, ROW_STEPS, PROBE_ROW_STEPS) as served:
+    def turn(
+        self, before: Sequence[Request], requests: Sequence[Request], concurrency: int
+    ) -> tuple[float, list[Event]]:
+        """Return the seconds that `requests` take, and what happened; images `before` bring adapters and probes in."""
+        with LocalService(self._settings, UNET_SECONDS, ROW_STEPS, PROBE_ROW_STEPS) as served:
             served.draw(before, concurrency)
             served.events()
             started = time.perf_counter()
-            served.draw(asks, concurrency)
+            served.draw(requests, concurrency)
             return time.perf_counter() - started, served.events()
 
 
-def _turn(bench: Bench, contender: Contender, names: Sequence[str], counter: Counter, spent: list[Event]) -> float:
+def _turn(bench: Workbench, backend: Backend, names: Sequence[str], numbers: Numbering, spent: list[Event]) -> float:
     """Seconds per image; `spent` gets the events."""
     concurrency, count = bench.scale.concurrency, 4 * bench.scale.images
-    given = bench.asks(concurrency + count, adapters=1, first=counter.take(concurrency + count))
-    asks = [Ask(names[n % len(names)], ask.prompt, ask.seed, ask.steps) for n, ask in enumerate(given)]
-    seconds, events = contender.get("turn", asks[:concurrency], asks[concurrency:], concurrency)
+    given = bench.requests(concurrency + count, adapters=1, first=numbers.take(concurrency + count))
+    requests = [
+        Request(names[n % len(names)], request.prompt, request.seed, request.steps) for n, request in enumerate(given)
+    ]
+    seconds, events = backend.get("turn", requests[:concurrency], requests[concurrency:], concurrency)
     spent += events
     return float(seconds) / count
 
 
-def _publish_probed(bench: Bench, base: BaseModel) -> list[str]:
+def _publish_probed(bench: Workbench, base: BaseModel) -> list[str]:
     """Publish adapters with the reference that an evaluation would have given them; their ids."""
     evaluation = EvaluationSpec(images_per_prompt=2, steps=bench.scale.steps)
     names = []

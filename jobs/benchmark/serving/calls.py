@@ -14,9 +14,9 @@ from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.models.generate import initial_latents
 from cat_cluster.models.samplers import sampler_table
-from jobs.benchmark.serving.bench import GUIDANCE, Ask, Bench, take_turns_for
-from jobs.benchmark.serving.materials import TARGETS
-from jobs.benchmark.serving.rivals import PeftLoop
+from jobs.benchmark.serving.baselines import PeftLoop
+from jobs.benchmark.serving.random_models import TARGETS
+from jobs.benchmark.serving.workbench import GUIDANCE, Request, Workbench, take_turns_for
 from jobs.benchmark.timing import RANK, seconds_of, synchronise
 from serve.denoise.rows import ImageRows, Rows
 
@@ -43,7 +43,7 @@ class Inputs:
         return output
 
 
-def bound_call(bench: Bench, base: BaseModel, bank: RowBank, inputs: Inputs, adapters: int) -> Call:
+def bound_call(bench: Workbench, base: BaseModel, bank: RowBank, inputs: Inputs, adapters: int) -> Call:
     """Return the engine's call: rows bound to `adapters` adapters, row by row or, where fewer, image by image."""
     rows, each = len(inputs.texts), [bench.adapters[name] for name in bench.ids[:adapters]]
     block = bank.block(rows, inputs.texts.shape[1])
@@ -60,13 +60,13 @@ def bound_call(bench: Bench, base: BaseModel, bank: RowBank, inputs: Inputs, ada
     return call
 
 
-def whole_step(bench: Bench, base: BaseModel, bank: RowBank, rows: int, adapters: int) -> Call:
+def whole_step(bench: Workbench, base: BaseModel, bank: RowBank, rows: int, adapters: int) -> Call:
     """Return a whole step of the engine: gather, U-Net call, guidance, samplers."""
     lane = Rows(base, bank, rows, (rows,), (base.latent_size, base.latent_size))
     table = sampler_table("ddim", base.schedule, bench.scale.steps)
-    for n, ask in enumerate(bench.asks(rows // 2, adapters=adapters)):
-        flat = bank.layout.pack(bench.adapters[ask.adapter]).to(base.device, base.dtype)
-        texts, latents = base.encode_text([ask.prompt, ""]), initial_latents(base, n, table)
+    for n, request in enumerate(bench.requests(rows // 2, adapters=adapters)):
+        flat = bank.layout.pack(bench.adapters[request.adapter]).to(base.device, base.dtype)
+        texts, latents = base.encode_text([request.prompt, ""]), initial_latents(base, n, table)
         lane.join(ImageRows(texts=texts, table=table, guidance=GUIDANCE, latents=latents, adapter=flat))
 
     def step() -> None:
@@ -78,7 +78,7 @@ def whole_step(bench: Bench, base: BaseModel, bank: RowBank, rows: int, adapters
     return step
 
 
-def banked(bench: Bench, cleanup: ExitStack, rank: int) -> tuple[BaseModel, RowBank]:
+def banked(bench: Workbench, cleanup: ExitStack, rank: int) -> tuple[BaseModel, RowBank]:
     """Return a base of its own with a bank of this rank in it."""
     base = bench.load()
     bank = RowBank(base.unet, AdapterLayout(base.unet, adapted_layers(base.unet, TARGETS), rank))
@@ -88,7 +88,7 @@ def banked(bench: Bench, cleanup: ExitStack, rank: int) -> tuple[BaseModel, RowB
     return base, bank
 
 
-def measure(bench: Bench) -> dict[str, Any]:
+def measure(bench: Workbench) -> dict[str, Any]:
     """Return the cost of adapters in one call at each number of threads, and the curve over rows."""
     with ExitStack() as cleanup, torch.inference_mode():
         bare = bench.load()
@@ -115,10 +115,10 @@ def measure(bench: Bench) -> dict[str, Any]:
 
 
 def _mixes(
-    bench: Bench, bare: BaseModel, peft: PeftLoop, banks: dict[int, tuple[BaseModel, RowBank]], rows: int
+    bench: Workbench, bare: BaseModel, peft: PeftLoop, banks: dict[int, tuple[BaseModel, RowBank]], rows: int
 ) -> dict[str, Call]:
     inputs = Inputs(bare, rows)
-    names = [ask.adapter for ask in bench.asks(rows // 2, adapters=PEFT_ADAPTERS) for _ in range(2)]
+    names = [request.adapter for request in bench.requests(rows // 2, adapters=PEFT_ADAPTERS) for _ in range(2)]
 
     def by_peft() -> None:
         peft.call(inputs.latents, inputs.timesteps, inputs.texts, names)
@@ -166,7 +166,7 @@ def _once(call: Call) -> Callable[[], float]:
 
 
 def _curve(
-    bench: Bench, bare: BaseModel, banked_base: tuple[BaseModel, RowBank], counts: Sequence[int]
+    bench: Workbench, bare: BaseModel, banked_base: tuple[BaseModel, RowBank], counts: Sequence[int]
 ) -> dict[str, Any]:
     """Milliseconds of a call over its rows, bare and with as many adapters as images: what a batch gains."""
     base, bank = banked_base
@@ -181,7 +181,7 @@ def _curve(
     return curve
 
 
-def _limit(bench: Bench, curve: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
+def _limit(bench: Workbench, curve: Mapping[str, Mapping[str, Mapping[str, float]]]) -> dict[str, float]:
     """The images per second that the bare U-Net alone allows, at the number of rows that is best for it."""
     per_row, rows = min((calls[BARE]["ms_per_row"], int(rows)) for rows, calls in curve.items())
     return {"rows": rows, "images_per_s": 1e3 / (2 * bench.scale.steps * per_row)}
@@ -192,18 +192,20 @@ def _named(adapters: int) -> str:
 
 
 def _difference(
-    bench: Bench, bare: BaseModel, banked_base: tuple[BaseModel, RowBank], peft: PeftLoop
+    bench: Workbench, bare: BaseModel, banked_base: tuple[BaseModel, RowBank], peft: PeftLoop
 ) -> dict[str, float]:
     """The largest difference of the outputs to PEFT's and to the bare U-Net's, and what an adapter changes."""
     base, bank = banked_base
     inputs = Inputs(bare, PEFT_ADAPTERS)
     block = bank.block(PEFT_ADAPTERS, inputs.texts.shape[1])
-    asks: list[Ask] = bench.asks(PEFT_ADAPTERS, adapters=PEFT_ADAPTERS)
-    for row, ask in enumerate(asks):
-        flat = bank.layout.pack(bench.adapters[ask.adapter]).to(base.device, base.dtype)
+    requests: list[Request] = bench.requests(PEFT_ADAPTERS, adapters=PEFT_ADAPTERS)
+    for row, request in enumerate(requests):
+        flat = bank.layout.pack(bench.adapters[request.adapter]).to(base.device, base.dtype)
         block.bind([row], inputs.texts[row : row + 1], flat)
-    with block.call(len(asks)):
+    with block.call(len(requests)):
         ours = inputs.through(base).float()
-    theirs = peft.call(inputs.latents, inputs.timesteps, inputs.texts, [ask.adapter for ask in asks]).float()
+    theirs = peft.call(
+        inputs.latents, inputs.timesteps, inputs.texts, [request.adapter for request in requests]
+    ).float()
     plain = inputs.through(bare).float()
     return {"to_peft": float((ours - theirs).abs().max()), "to_bare": float((ours - plain).abs().max())}

@@ -1,6 +1,6 @@
 """Serving many adapters: what they cost, and what the engine gains over what one would do without it.
 
-`python -m jobs.benchmark serving` (about half an hour on 2 cores) measures every part; all of a part's contenders take
+`python -m jobs.benchmark serving` (about half an hour on 2 cores) measures every part; all of a part's backends take
 short turns in one process. `--size sd15 --device cuda` does so on a GPU with a random U-Net of Stable Diffusion 1.5's
 size, which it makes itself: no hub, no Ray.
 """
@@ -21,10 +21,10 @@ from rich.console import Console
 from cat_cluster.models.base_model import choose_device
 from jobs.benchmark.record import RESULTS, machine, read_result, source_state, write_result
 from jobs.benchmark.serving import between_steps, calls, rates
-from jobs.benchmark.serving.bench import Bench, Scale, bench_in
-from jobs.benchmark.serving.materials import write_random_base
+from jobs.benchmark.serving.random_models import write_random_base
+from jobs.benchmark.serving.workbench import Scale, Workbench, open_workbench
 
-PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "overhead": calls.measure,
     "adapters": rates.measure_adapters,
     "serial": rates.measure_serial,
@@ -75,7 +75,7 @@ def run(
     *,
     compile: bool = False,
     threads: int | None = None,
-    apart: bool = True,
+    own_processes: bool = True,
     results: Path = RESULTS,
 ) -> Path:
     """Measure the named parts (none: all of the size), each for about `seconds`; keep what others said before.
@@ -89,7 +89,7 @@ def run(
     path = results / f"{known.result}.json"
     with tempfile.TemporaryDirectory(prefix="cat-serving-") as place:
         base = known.base(Path(place))
-        bench = bench_in(Path(place), base, where, scale, seconds, compile=compile, apart=apart)
+        bench = open_workbench(Path(place), base, where, scale, seconds, compile=compile, own_processes=own_processes)
         for part in only or known.parts:
             console.print(f"{part} ...")
             found = measured(bench, part)
@@ -99,7 +99,7 @@ def run(
     return path
 
 
-def measured(bench: Bench, part: str) -> dict[str, Any]:
+def measured(bench: Workbench, part: str) -> dict[str, Any]:
     """Measure a part: what it found, with where and when, and how busy the machine was."""
     head = {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from jobs.benchmark.record import write_result
 from jobs.benchmark.study.compare import compare
-from jobs.benchmark.study.trials import Bench, Trial, pocket_subject
+from jobs.benchmark.study.trials import Trial, TrialRunner, pocket_subject
 
 TRAINING = {
     "steps": 300,
@@ -82,13 +82,13 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
 
 def run(folder: Path, console: Console, groups: Sequence[str] = tuple(GROUPS)) -> Path:
     """Train, measure and compare the trials of these groups, keeping what was measured in `folder`."""
-    bench = Bench(folder, TRAINING, EVALUATION, max_pack=14)
+    runner = TrialRunner(folder, TRAINING, EVALUATION, max_pack=14)
     lora, measured = Trial(LORA, LORA), {}
     for concepts in (CONCEPTS, CONCEPTS[:2]):
         names = [name for name in groups if (name in ON_ALL_CONCEPTS) == (concepts == CONCEPTS)]
         subjects = [pocket_subject(concept) for concept in concepts]
         every = {trial.name: trial for name in names for trial in GROUPS[name]}
-        cells = bench.run([lora, *every.values()], subjects, [0], console)  # in one call: fuller packs
+        cells = runner.run([lora, *every.values()], subjects, [0], console)  # in one call: fuller packs
         for name in names:
             trials = [lora, *GROUPS[name]]
             measured[name] = {

@@ -19,7 +19,7 @@ from cat_cluster.spec.sections import TrainingSpec
 from jobs.benchmark.record import write_result
 from jobs.benchmark.study.compare import compare
 from jobs.benchmark.study.frontier import EVALUATION
-from jobs.benchmark.study.trials import Bench, Measured, Subject, Taught, Trial, pocket_subject
+from jobs.benchmark.study.trials import Measured, Subject, TaughtConcept, Trial, TrialRunner, pocket_subject
 
 LORA, CAT = Trial("lora", "lora"), Trial("cat")
 PAPER = Trial("paper", alpha=1.0, training={"prior_prompt": "token_removed", "cat_fraction": 1.0, "teacher": "online"})
@@ -79,10 +79,10 @@ class _Plan:
 
 def _measure(folder: Path, part: str, plan: _Plan, console: Console) -> Path:
     evaluation = {**EVALUATION, "images_per_prompt": plan.images_per_prompt}
-    bench, subjects = Bench(folder, plan.training, evaluation, max_pack=8), plan.runs[0][1]
+    runner, subjects = TrialRunner(folder, plan.training, evaluation, max_pack=8), plan.runs[0][1]
     cells: dict[tuple[str, str, int], Measured] = {}
     for some, own, seeds in plan.runs:
-        cells |= bench.run(some, own, seeds, console)
+        cells |= runner.run(some, own, seeds, console)
     trials = {trial: (own, seeds) for some, own, seeds in plan.runs for trial in some}
     result: dict[str, Any] = {
         "training": TrainingSpec(**plan.training).model_dump(mode="json"),
@@ -108,12 +108,12 @@ def _joint(name: str, concepts: Sequence[str]) -> Subject:
     return Subject(
         name,
         tuple(
-            Taught(concept, token, world.CONCEPTS[concept].object)
+            TaughtConcept(concept, token, world.CONCEPTS[concept].object)
             for concept, token in zip(concepts, TOKENS, strict=True)
         ),
     )
 
 
 def _photographed(photos: Path, name: str, token: str, class_noun: str, captions: str) -> Subject:
-    taught = Taught(name, token, class_noun, photos / name, captions)
+    taught = TaughtConcept(name, token, class_noun, photos / name, captions)
     return Subject(name.replace("_", "-"), (taught,))

@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from cat_cluster.cli.demo import draw_photos
-from cat_cluster.cli.job_bars import TerminalListener
+from cat_cluster.cli.job_bars import JobBars
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.intervals import ConceptFeatures
 from cat_cluster.evaluation.recognition import Recognition
@@ -43,7 +43,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Taught:
+class TaughtConcept:
     """A concept to teach: a design of the pocket world, or a folder of real photos with captions."""
 
     name: str
@@ -58,7 +58,7 @@ class Subject:
     """The concepts of one adapter; several make it a joint one."""
 
     name: str
-    concepts: tuple[Taught, ...]
+    concepts: tuple[TaughtConcept, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrialRunner:
     """What all trials of a study share. training and evaluation: spec fields; max_pack: adapters in one forward."""
 
     folder: Path
@@ -93,8 +93,8 @@ class Bench:
         if missing:
             job = JobSpec.model_validate(self._job(missing))
             paths = {_adapter_id(*cell): self._path(*cell) for cell in missing}
-            with _Keeper(console, paths) as keeper:
-                results = run_job(job, open_store(self.folder / "registry"), Settings(), keeper)
+            with _SavingBars(console, paths) as bars:
+                results = run_job(job, open_store(self.folder / "registry"), Settings(), bars)
             failed = [result for result in results if result.outcome == "failed"]
             if failed:
                 raise CatClusterError(f"{failed[0].adapter_id} failed: {failed[0].reason}")
@@ -124,7 +124,7 @@ class Bench:
             "evaluation": {"seed": 1000 + SEEDS_APART * seed},
         }
 
-    def _concept(self, concept: Taught) -> dict[str, Any]:
+    def _concept(self, concept: TaughtConcept) -> dict[str, Any]:
         folder = concept.folder
         if folder is None:
             folder = self.folder / "photos" / f"{concept.name}-{concept.token}"
@@ -138,7 +138,7 @@ class Bench:
         }
 
 
-class _Keeper(TerminalListener):
+class _SavingBars(JobBars):
     """Shows progress, and keeps what the judges saw of each adapter as soon as it is published."""
 
     def __init__(self, console: Console, paths: Mapping[str, Path]) -> None:
@@ -153,7 +153,7 @@ class _Keeper(TerminalListener):
 
 def pocket_subject(name: str, token: str = "sks") -> Subject:
     """Return a subject of one design of the pocket world."""
-    return Subject(name, (Taught(name, token, world.CONCEPTS[name].object),))
+    return Subject(name, (TaughtConcept(name, token, world.CONCEPTS[name].object),))
 
 
 def _adapter_id(trial: Trial, subject: Subject, seed: int) -> str:

@@ -16,48 +16,48 @@ from rich.console import Console
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.teacher import TeacherPool
 from jobs.benchmark.record import ROOT, write_result
-from jobs.benchmark.timing import Levers, concept_task, pack_step, sd15_sized_base, seconds_of, take_turns
+from jobs.benchmark.timing import StepOptions, concept_task, pack_step, sd15_sized_base, seconds_of, take_turns
 from jobs.benchmark.training.peft_loop import peft_step
 
 ADAPTERS = 8
-TRAINING_STEPS = 300  # of the concepts per hour; every way does equally many
+TRAINING_STEPS = 300  # of the concepts per hour; every method does equally many
 MEMORY_ROWS = 4
 SMALL_POOL = 16  # the frontier's cat-pool16: a pool of 64 draws holds more entries than a short run has CAT rows
 
 
 @dataclass(frozen=True)
 class Size:
-    """A base model and the ways to train on it: `same` has the reference's rows and loss, `levers` those that pay."""
+    """A base model and how it is trained: `same` has the reference's rows and loss, `optimised` fewer rows."""
 
     result: str
     load: Callable[[], BaseModel]
-    same: Levers
-    levers: Levers
+    same: StepOptions
+    optimised: StepOptions
 
 
 SIZES = {
     "pocket": Size(
         "packing",
         lambda: load_base_model("pocket"),
-        Levers(joint_rows=True),
-        Levers(joint_rows=True, fraction=0.5, pool_size=SMALL_POOL),
+        StepOptions(joint_rows=True),
+        StepOptions(joint_rows=True, fraction=0.5, pool_size=SMALL_POOL),
     ),
     "sd15": Size(
         "packing-gpu",
         sd15_sized_base,
-        Levers(joint_rows=True, bf16=True),
-        Levers(joint_rows=True, fraction=0.5, pool_size=SMALL_POOL, bf16=True, compile=True),
+        StepOptions(joint_rows=True, bf16=True),
+        StepOptions(joint_rows=True, fraction=0.5, pool_size=SMALL_POOL, bf16=True, compile=True),
     ),
 }
 
 
 def run(console: Console, size_name: str = "pocket", *, steps: int = 2, turns: int = 3, largest: int = 32) -> Path:
-    """Time 8 adapters in every way at 1, 2 and 4 rows per concept, then measure the peak memory of 1 .. 32 adapters."""
+    """Time 8 adapters with every method at 1, 2 and 4 rows per concept; measure the peak memory of 1 .. 32 adapters."""
     size = SIZES[size_name]
     base = size.load()
     rows = {}
     for count in (1, 2, 4):
-        rows[str(count)] = compare_ways(base, size, count, steps, turns)
+        rows[str(count)] = compare_methods(base, size, count, steps, turns)
         console.print(f"{count} rows per concept: {json.dumps(rows[str(count)]['speed_up'])}")
     memory = {}
     for adapters in (k for k in (1, 2, 4, 8, 16, 32) if k <= largest):
@@ -70,23 +70,23 @@ def run(console: Console, size_name: str = "pocket", *, steps: int = 2, turns: i
     )
 
 
-def compare_ways(base: BaseModel, size: Size, rows: int, steps: int, turns: int) -> dict[str, Any]:
-    """Seconds per step of all 8 adapters, each way; one adapter's step counts 8 times where they run one by one."""
-    ways = {
+def compare_methods(base: BaseModel, size: Size, rows: int, steps: int, turns: int) -> dict[str, Any]:
+    """Seconds per step of all 8 adapters by each method; an adapter's step counts 8 times where they run one by one."""
+    methods = {
         "reference": _reference(base, rows, size.same, steps),
         "sequential": _ours(base, 1, rows, size.same, steps),
         "packed": _ours(base, ADAPTERS, rows, size.same, steps),
-        "sequential, levers": _ours(base, 1, rows, size.levers, steps),
-        "packed, levers": _ours(base, ADAPTERS, rows, size.levers, steps),
+        "sequential, optimised": _ours(base, 1, rows, size.optimised, steps),
+        "packed, optimised": _ours(base, ADAPTERS, rows, size.optimised, steps),
     }
-    times = take_turns(ways, turns)
+    times = take_turns(methods, turns)
 
     def faster(slow: str, fast: str) -> float:
         return times[slow].ratio(times[fast])
 
     # Filling the pool is part of training with it: counted into every step, 1/300 each.
-    fill = _fill_seconds(base, rows, size.levers) / TRAINING_STEPS
-    with_fill = (times["packed, levers"].median + fill) / times["packed, levers"].median
+    fill = _fill_seconds(base, rows, size.optimised) / TRAINING_STEPS
+    with_fill = (times["packed, optimised"].median + fill) / times["packed, optimised"].median
     return {
         "step_seconds": {name: timed.median for name, timed in times.items()},
         "pool_fill_seconds_per_step": fill,
@@ -94,39 +94,39 @@ def compare_ways(base: BaseModel, size: Size, rows: int, steps: int, turns: int)
         "speed_up": {
             "packed over sequential": faster("sequential", "packed"),
             "packed over reference": faster("reference", "packed"),
-            "packed with levers over reference": faster("reference", "packed, levers") / with_fill,
+            "packed and optimised over reference": faster("reference", "packed, optimised") / with_fill,
         },
     }
 
 
-def _ours(base: BaseModel, adapters: int, rows: int, levers: Levers, steps: int) -> Callable[[], float]:
-    tasks = [concept_task(base, f"adapter-{n}", rows, levers) for n in range(adapters)]
+def _ours(base: BaseModel, adapters: int, rows: int, options: StepOptions, steps: int) -> Callable[[], float]:
+    tasks = [concept_task(base, f"adapter-{n}", rows, options) for n in range(adapters)]
 
     pool = TeacherPool()
 
     def measure() -> float:
-        with pack_step(base, tasks, levers, pool) as step:
+        with pack_step(base, tasks, options, pool) as step:
             step()
             return seconds_of(step, steps) * (ADAPTERS // adapters)
 
     return measure
 
 
-def _reference(base: BaseModel, rows: int, levers: Levers, steps: int) -> Callable[[], float]:
+def _reference(base: BaseModel, rows: int, options: StepOptions, steps: int) -> Callable[[], float]:
     def measure() -> float:
-        step, _ = peft_step(base, rows, levers)
+        step, _ = peft_step(base, rows, options)
         step()
         return seconds_of(step, steps) * ADAPTERS
 
     return measure
 
 
-def _fill_seconds(base: BaseModel, rows: int, levers: Levers) -> float:
-    levers = replace(levers, compile=False)
-    task = concept_task(base, "adapter", rows, levers)
+def _fill_seconds(base: BaseModel, rows: int, options: StepOptions) -> float:
+    options = replace(options, compile=False)
+    task = concept_task(base, "adapter", rows, options)
 
     def work() -> None:
-        with pack_step(base, [task], levers):
+        with pack_step(base, [task], options):
             pass
 
     return seconds_of(work, 1) * ADAPTERS
@@ -146,9 +146,9 @@ def _peak_resident_mib() -> float:
 
 
 def _train_two_steps(size_name: str, adapters: int) -> float:
-    base, levers = SIZES[size_name].load(), replace(SIZES[size_name].levers, compile=False, pool_size=None)
-    tasks = [concept_task(base, f"adapter-{n}", MEMORY_ROWS, levers) for n in range(adapters)]
-    with pack_step(base, tasks, levers) as step:
+    base, options = SIZES[size_name].load(), replace(SIZES[size_name].optimised, compile=False, pool_size=None)
+    tasks = [concept_task(base, f"adapter-{n}", MEMORY_ROWS, options) for n in range(adapters)]
+    with pack_step(base, tasks, options) as step:
         step()
         step()
     if base.device.type == "cuda":

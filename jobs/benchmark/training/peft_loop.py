@@ -19,15 +19,15 @@ from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.engine import autocast
-from jobs.benchmark.timing import OPTIMISER, RANK, Levers, Step, concept_task, synchronise
+from jobs.benchmark.timing import OPTIMISER, RANK, Step, StepOptions, concept_task, synchronise
 
 
-def peft_step(base: BaseModel, rows: int, levers: Levers) -> tuple[Step, list[nn.Parameter]]:
+def peft_step(base: BaseModel, rows: int, options: StepOptions) -> tuple[Step, list[nn.Parameter]]:
     """Return a function that does one step of CAT (LoRA at alpha 0) on a copy of the U-Net, and what it trains."""
     unet = deepcopy(base.unet)  # PEFT leaves its wrappers behind
     layers = list(adapted_layers(unet, "attention_ff"))
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers))
-    material = concept_task(base, "reference", rows, levers).concepts[0]
+    material = concept_task(base, "reference", rows, options).concepts[0]
     scheduler = DDPMScheduler.from_config(dict(base.schedule.scheduler_config))
     encode = TextCache(base)
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
@@ -42,19 +42,19 @@ def peft_step(base: BaseModel, rows: int, levers: Levers) -> tuple[Step, list[nn
         noise = torch.randn(latents.shape, generator=generator).to(base.device)
         timestep = torch.randint(0, base.schedule.num_timesteps, (rows,), generator=generator).to(base.device)
         noisy = scheduler.add_noise(latents, noise, timestep)
-        with autocast(base, bf16=levers.bf16):
+        with autocast(base, bf16=options.bf16):
             prediction = unet(noisy, timestep, encode([material.prompts[view] for view in views])).sample
         loss = functional.mse_loss(prediction.float(), noise)
-        if levers.alpha > 0:
+        if options.alpha > 0:
             other = ("", general[turn % len(general)])[turn % 4 // 2]
             prior = encode([material.removed_prompts[view] if turn % 2 else other for view in views])
             unet.disable_adapters()
-            with torch.no_grad(), autocast(base, bf16=levers.bf16):
+            with torch.no_grad(), autocast(base, bf16=options.bf16):
                 teacher = unet(noisy, timestep, prior).sample
             unet.enable_adapters()
-            with autocast(base, bf16=levers.bf16):
+            with autocast(base, bf16=options.bf16):
                 student = unet(noisy, timestep, prior).sample
-            loss = loss + levers.alpha * functional.mse_loss(student.float(), teacher.float())
+            loss = loss + options.alpha * functional.mse_loss(student.float(), teacher.float())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, OPTIMISER.max_grad_norm or 1.0)

@@ -6,7 +6,7 @@ import io
 
 from rich.console import Console
 
-from cat_cluster.cli.job_bars import TerminalListener
+from cat_cluster.cli.job_bars import JobBars
 from cat_cluster.pipeline.job import AdapterResult
 from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
@@ -15,7 +15,7 @@ from cat_cluster.training.loss_curves import ConceptLoss
 def test_progress_shows_steps_losses_per_token_and_outcomes() -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=140, force_terminal=False)
-    with TerminalListener(console) as listener:
+    with JobBars(console) as listener:
         listener.pack_started(["mug", "tea"], 10)
         for step in range(1, 11):
             losses = {

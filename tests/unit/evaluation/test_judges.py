@@ -25,8 +25,9 @@ from cat_cluster.evaluation.judges import (
     text_rows,
 )
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.models.pocket.classifier import Classifier, save_classifier
-from cat_cluster.models.pocket.clip import save_judge
+from cat_cluster.models.pocket.classifier import Classifier
+from cat_cluster.models.pocket.pretraining.classifier import save_classifier
+from cat_cluster.models.pocket.pretraining.clip import save_judge
 
 
 def smooth_picture(height: int, width: int) -> np.ndarray:

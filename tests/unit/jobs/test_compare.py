@@ -9,9 +9,9 @@ import pytest
 
 from cat_cluster.evaluation.intervals import ConceptFeatures, score
 from jobs.benchmark.study.compare import compare, judges_of, prompts_followed
-from jobs.benchmark.study.trials import Measured, Subject, Taught
+from jobs.benchmark.study.trials import Measured, Subject, TaughtConcept
 
-SUBJECTS = [Subject(name, (Taught(name, "sks", "cup"),)) for name in ("cup", "fish", "car")]
+SUBJECTS = [Subject(name, (TaughtConcept(name, "sks", "cup"),)) for name in ("cup", "fish", "car")]
 
 
 def features(seed: int, pull: float) -> ConceptFeatures:

@@ -1,4 +1,4 @@
-"""The serving benchmarks do what they time: equal images from every way, and pages that call a missed figure missed."""
+"""The serving benchmarks do what they time: equal images from every backend; a missed figure is called missed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typer.testing import CliRunner
 from cat_cluster.errors import CatClusterError, SpecError
 from cat_cluster.telemetry import PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
 from jobs.benchmark.__main__ import app
-from jobs.benchmark.pages import write_pages
+from jobs.benchmark.pages import page_texts, write_pages
 from jobs.benchmark.record import ROOT, read_result
 from jobs.benchmark.serving import measure as serving
-from jobs.benchmark.serving.bench import Ask, Counter, Scale, take_turns_for
+from jobs.benchmark.serving.backends import InOwnProcess, InThisProcess
+from jobs.benchmark.serving.baselines import static_batches
 from jobs.benchmark.serving.between_steps import spent_on_probes, waits_in_steps
-from jobs.benchmark.serving.contenders import Apart, Here
-from jobs.benchmark.serving.materials import write_random_base
 from jobs.benchmark.serving.measure import PARTS, Size
-from jobs.benchmark.serving.page import serving_page, verdicts
+from jobs.benchmark.serving.random_models import write_random_base
 from jobs.benchmark.serving.rates import busy_rate
-from jobs.benchmark.serving.rivals import static_batches
+from jobs.benchmark.serving.verdicts import verdicts
+from jobs.benchmark.serving.workbench import Numbering, Request, Scale, take_turns_for
 
 TINY = Scale(
     rows=4,
@@ -74,7 +74,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(serving.SIZES, "tiny", Size("serving", tiny_base, TINY, MEASURED))
-        serving.run(Console(quiet=True), MEASURED, "tiny", "cpu", 0.0, apart=False, results=folder)
+        serving.run(Console(quiet=True), MEASURED, "tiny", "cpu", 0.0, own_processes=False, results=folder)
     found = read_result("serving", folder)
     assert found is not None
     return found
@@ -106,16 +106,16 @@ def test_adapters_are_swapped_where_slots_are_few(result: dict[str, Any]) -> Non
 
 @pytest.mark.slow
 def test_the_page_calls_a_missed_figure_missed(result: dict[str, Any], tmp_path: Path) -> None:
-    text = serving_page(result, "serving.png")
+    (tmp_path / "serving.json").write_text(json.dumps(result), encoding="utf-8")
+    text = page_texts(tmp_path)["serving.md"]
     found = verdicts(result["parts"])
     assert text.count("**missed**") == sum(not verdict.reached for verdict in found)
     assert len(found) == 2 + 2 + 1 + 1 + 2 + 3 + 1
     for over, reached in ((1.4, True), (1.399, False)):
-        ways = {"engine": {"engine_over": 1.0}, "a": {"engine_over": over}, "b": {"engine_over": 9.0}}
-        assert [verdict.reached for verdict in verdicts({"serial": {"ways": ways}})] == [reached]
+        backends = {"engine": {"engine_over": 1.0}, "a": {"engine_over": over}, "b": {"engine_over": 9.0}}
+        assert [verdict.reached for verdict in verdicts({"serial": {"backends": backends}})] == [reached]
     for throughput, reached in ((0.981, True), (0.979, False)):
         assert [one.reached for one in verdicts({"probes": {"throughput": throughput}})] == [reached]
-    (tmp_path / "serving.json").write_text(json.dumps(result), encoding="utf-8")
     pages = write_pages(tmp_path, tmp_path / "pages")
     assert {path.name for path in pages} == {"README.md", "serving.md"}
     assert (tmp_path / "pages" / "serving.png").stat().st_size > 5_000
@@ -124,7 +124,7 @@ def test_the_page_calls_a_missed_figure_missed(result: dict[str, Any], tmp_path:
 def test_probes_need_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(serving.SIZES, "tiny", Size("serving", tiny_base, TINY))
     with pytest.raises(SpecError, match="judge"):
-        serving.run(Console(quiet=True), ["probes"], "tiny", "cpu", 0.0, apart=False, results=tmp_path)
+        serving.run(Console(quiet=True), ["probes"], "tiny", "cpu", 0.0, own_processes=False, results=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_it_runs_where_neither_ray_nor_deepspeed_is() -> None:
 
 
 class Adder:
-    """A contender that sums."""
+    """A backend that sums."""
 
     def __init__(self, start: int) -> None:
         self._sum = start
@@ -172,11 +172,11 @@ class Adder:
 
 @pytest.mark.slow
 def test_a_contender_apart_answers_as_one_here_does() -> None:
-    with Apart(Adder, 1) as apart, Here(Adder, 1) as here:
-        for contender in (apart, here):
-            assert contender.get("add", 2) == 3
-            assert contender.seconds("add", 2) >= 0.0
-            assert contender.get("add", 0) == 5
+    with InOwnProcess(Adder, 1) as apart, InThisProcess(Adder, 1) as here:
+        for backend in (apart, here):
+            assert backend.get("add", 2) == 3
+            assert backend.seconds("add", 2) >= 0.0
+            assert backend.get("add", 0) == 5
         with pytest.raises(CatClusterError, match="TypeError"):
             apart.get("add", "one")
         with pytest.raises(CatClusterError, match="ended"):
@@ -199,8 +199,8 @@ def test_row_steps_of_probes_and_the_time_of_their_own_calls() -> None:
 
 def test_a_static_batch_takes_what_has_arrived() -> None:
     batches: list[int] = []
-    asks = [Ask("a", "p", n, 1) for n in range(6)]
-    done = static_batches(lambda batch: batches.append(len(batch)), asks, [0.0] * 5 + [0.05], 3)
+    requests = [Request("a", "p", n, 1) for n in range(6)]
+    done = static_batches(lambda batch: batches.append(len(batch)), requests, [0.0] * 5 + [0.05], 3)
     assert batches == [3, 2, 1]
     assert done == sorted(done)
     assert done[-1] >= 0.05
@@ -216,5 +216,5 @@ def test_turns_go_both_ways_and_the_first_is_not_counted() -> None:
     times = take_turns_for({"a": variant("a"), "b": variant("b")}, 0.0)
     assert order == ["a", "b", "a", "b", "b", "a", "a", "b"]
     assert len(times["a"].turns) == 3
-    counter = Counter()
-    assert (counter.take(3), counter.take(2), counter.at) == (0, 3, 5)
+    numbers = Numbering()
+    assert (numbers.take(3), numbers.take(2), numbers.at) == (0, 3, 5)

@@ -9,9 +9,9 @@ import torch
 
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from jobs.benchmark.timing import Levers, Timed, concept_task, pack_step, take_turns
-from jobs.benchmark.training.levers import VARIANTS
-from jobs.benchmark.training.packing import SIZES, compare_ways
+from jobs.benchmark.timing import StepOptions, Timed, concept_task, pack_step, take_turns
+from jobs.benchmark.training.optimisations import VARIANTS
+from jobs.benchmark.training.packing import SIZES, compare_methods
 from jobs.benchmark.training.peft_loop import peft_step
 
 
@@ -22,8 +22,10 @@ def base(tiny_base_folder: Path) -> BaseModel:
 
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_every_variant_trains(base: BaseModel, name: str) -> None:
-    levers = VARIANTS[name]
-    with pack_step(base, [concept_task(base, "one", 2, levers), concept_task(base, "two", 2, levers)], levers) as step:
+    options = VARIANTS[name]
+    with pack_step(
+        base, [concept_task(base, "one", 2, options), concept_task(base, "two", 2, options)], options
+    ) as step:
         for _ in range(3):
             step()
     assert not any("lora" in parameter for parameter, _ in base.unet.named_parameters())
@@ -31,7 +33,7 @@ def test_every_variant_trains(base: BaseModel, name: str) -> None:
 
 def test_the_reference_loop_trains_its_adapter_and_leaves_the_unet_as_it_was(base: BaseModel) -> None:
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
-    step, parameters = peft_step(base, 2, Levers())
+    step, parameters = peft_step(base, 2, StepOptions())
     first = [parameter.detach().clone() for parameter in parameters]
     for _ in range(4):
         step()
@@ -42,14 +44,20 @@ def test_the_reference_loop_trains_its_adapter_and_leaves_the_unet_as_it_was(bas
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_ways_are_compared_in_turns(base: BaseModel) -> None:
-    found = compare_ways(base, SIZES["pocket"], 1, 1, 1)
-    assert set(found["step_seconds"]) == {"reference", "sequential", "packed", "sequential, levers", "packed, levers"}
+def test_methods_are_compared_in_turns(base: BaseModel) -> None:
+    found = compare_methods(base, SIZES["pocket"], 1, 1, 1)
+    assert set(found["step_seconds"]) == {
+        "reference",
+        "sequential",
+        "packed",
+        "sequential, optimised",
+        "packed, optimised",
+    }
     assert all(seconds > 0 for seconds in found["step_seconds"].values())
     assert set(found["speed_up"]) == {
         "packed over sequential",
         "packed over reference",
-        "packed with levers over reference",
+        "packed and optimised over reference",
     }
 
 

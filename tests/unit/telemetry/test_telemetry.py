@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -28,10 +27,8 @@ from cat_cluster.telemetry import (
     Metrics,
     MetricSpec,
     PrometheusBackend,
-    metrics_document,
 )
 
-DOCUMENT = Path(__file__).parents[3] / "docs" / "metrics.md"
 EXAMPLES = {"adapter": "striped-cup", "token": "<shs>"} | {n: one.values[0] for n, one in LABELS.items() if one.values}
 
 
@@ -190,12 +187,3 @@ def test_registries_are_separate_unless_they_are_given() -> None:
     Metrics(PrometheusBackend(shared), (STEPS,))
     with pytest.raises(ValueError, match="Duplicated"):
         Metrics(PrometheusBackend(shared), (STEPS,))
-
-
-def test_the_document_is_the_one_the_definitions_make() -> None:
-    document = metrics_document()
-    assert all(f"`{spec.name}`" in document and spec.help in document for spec in TRAINING_METRICS)
-    assert all(f"`{name}`" in document and label.help in document for name, label in LABELS.items())
-    assert DOCUMENT.read_text(encoding="utf-8") == document, (
-        "docs/metrics.md is not what the definitions make: write metrics_document() to it"
-    )

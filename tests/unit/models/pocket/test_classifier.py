@@ -6,11 +6,18 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from cat_cluster.models.pocket.classifier import Classifier, load_classifier, save_classifier, train_classifier
-from cat_cluster.models.pocket.labels import label_indices, labels_of, masked_cross_entropy
-from cat_cluster.models.pocket.loop import Pulse, Sitting, random_scenes, render
-from cat_cluster.models.pocket.recipe import Recipe
-from cat_cluster.models.pocket.vae import new_vae
+from cat_cluster.models.pocket.classifier import Classifier, load_classifier
+from cat_cluster.models.pocket.pretraining.classifier import save_classifier, train_classifier
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.scenes import (
+    label_indices,
+    masked_cross_entropy,
+    random_scenes,
+    render,
+    scene_labels,
+)
+from cat_cluster.models.pocket.pretraining.stage import Stage, StageProgress
+from cat_cluster.models.pocket.pretraining.vae import new_vae
 
 
 def test_unnamed_rows_are_left_out_of_the_loss() -> None:
@@ -33,15 +40,14 @@ def test_saved_and_loaded_classifiers_agree_to_half_precision(tmp_path: Path) ->
 
 def test_it_learns_the_place_of_a_few_scenes(tmp_path: Path) -> None:
     recipe = replace(Recipe.tiny(), scenes=48, classifier_steps=150, classifier_batch=16, classifier_rate=5e-3)
-    losses: list[Pulse] = []
+    losses: list[StageProgress] = []
     model, _ = train_classifier(
         recipe,
         new_vae(recipe).eval(),
-        tmp_path / "classifier.pt",
-        Sitting(None, "cpu", 0, losses.append),
+        Stage("classifier", tmp_path / "classifier.pt", "cpu", 0, losses.append),
     )
     scenes = random_scenes(48, 1_000)  # the scenes that a classifier with seed 0 sees
-    truth = label_indices([labels_of(scene) for scene in scenes])["place"]
+    truth = label_indices([scene_labels(scene) for scene in scenes])["place"]
     with torch.no_grad():
         found = model(render(scenes).float() / 255)["place"].argmax(1)
     assert (found == truth).float().mean() > 0.33  # chance: 1 in 6

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from transformers import CLIPImageProcessor
 
-from cat_cluster.models.pocket import clip
-from cat_cluster.models.pocket.pretrain import make_tokenizer
-from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket.pretraining import clip
+from cat_cluster.models.pocket.pretraining.pretrain import make_tokenizer
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
 
 
 def test_contrast_equals_a_plain_loop_that_skips_equal_captions(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_padding_does_not_change_pooled_text(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(recipe, tmp_path, 0)
     model = clip.new_clip(recipe, tokenizer).eval()
     ids = clip.tokenize(tokenizer, ["a cup", "a photo of a red cup with blue stripes on grass"])
-    short = clip._short(ids, tokenizer)
+    short = clip.trim_padding(ids, tokenizer)
     assert short.shape[1] < ids.shape[1] == recipe.text_length
     with torch.no_grad():
         whole, cut = (model.text_model(input_ids=rows).pooler_output for rows in (ids, short))

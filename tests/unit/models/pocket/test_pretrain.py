@@ -11,12 +11,13 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 
 from cat_cluster.errors import BaseModelError
-from cat_cluster.models.pocket import quality, world
-from cat_cluster.models.pocket.classifier import load_classifier
-from cat_cluster.models.pocket.clip import embed_images, embed_texts, load_judge
-from cat_cluster.models.pocket.labels import LABELS
-from cat_cluster.models.pocket.pretrain import general_prompts, pretrain
-from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.classifier import LABELS, load_classifier
+from cat_cluster.models.pocket.clip import load_judge
+from cat_cluster.models.pocket.pretraining import quality
+from cat_cluster.models.pocket.pretraining.clip import embed_images, embed_texts
+from cat_cluster.models.pocket.pretraining.pretrain import general_prompts, pretrain
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from cat_cluster.models.pocket import tokenizer, world
+from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.pretraining import tokenizer
+from cat_cluster.models.pocket.pretraining.captions import scene_caption
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
     rng = np.random.default_rng(0)
-    captions = [world.caption(world.random_scene(rng), rng, rare=0.0) for _ in range(1_000)]
+    captions = [scene_caption(world.random_scene(rng), rng, rare=0.0) for _ in range(1_000)]
     return tokenizer.train_tokenizer(captions, tmp_path_factory.mktemp("tokenizer"), length=32)
 
 

@@ -7,11 +7,11 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import compute_snr
 
-from cat_cluster.models.pocket.clip import new_clip, text_encoder
-from cat_cluster.models.pocket.pretrain import make_tokenizer
-from cat_cluster.models.pocket.recipe import Recipe
-from cat_cluster.models.pocket.unet import encode_texts, new_scheduler, new_unet, snr_weighted
-from cat_cluster.models.pocket.vae import new_vae
+from cat_cluster.models.pocket.pretraining.clip import new_clip, text_encoder
+from cat_cluster.models.pocket.pretraining.pretrain import make_tokenizer
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.unet import encode_texts, new_scheduler, new_unet, snr_weighted
+from cat_cluster.models.pocket.pretraining.vae import new_vae
 
 
 def test_loss_weights_are_those_of_diffusers_min_snr() -> None:

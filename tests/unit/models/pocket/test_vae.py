@@ -4,9 +4,10 @@ from pathlib import Path
 
 import torch
 
-from cat_cluster.models.pocket.loop import Pulse, Sitting, random_scenes, render
-from cat_cluster.models.pocket.recipe import Recipe
-from cat_cluster.models.pocket.vae import decode_latents, encode_frames, new_vae, train_vae
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.scenes import random_scenes, render
+from cat_cluster.models.pocket.pretraining.stage import Stage, StageProgress
+from cat_cluster.models.pocket.pretraining.vae import decode_latents, encode_frames, new_vae, train_vae
 
 
 def test_latents_are_four_times_smaller_and_pictures_come_back_in_range() -> None:
@@ -27,9 +28,9 @@ def test_batches_do_not_change_latents() -> None:
 
 
 def test_the_scaling_factor_gives_latents_unit_deviation(tmp_path: Path) -> None:
-    recipe, pulses = Recipe.tiny(), list[Pulse]()
-    vae, pulse = train_vae(recipe, tmp_path / "vae.pt", Sitting(None, "cpu", 0, pulses.append))
+    recipe, reports = Recipe.tiny(), list[StageProgress]()
+    vae, ended = train_vae(recipe, Stage("vae", tmp_path / "vae.pt", "cpu", 0, reports.append))
     frames = render(random_scenes(recipe.scenes, 0))
     scaled = encode_frames(vae, frames) * vae.config.scaling_factor
     torch.testing.assert_close(scaled.std(), torch.tensor(1.0), rtol=1e-3, atol=0)
-    assert pulse.step == recipe.vae_steps == len(pulses)
+    assert ended.step == recipe.vae_steps == len(reports)

@@ -9,15 +9,16 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from cat_cluster.models.pocket import quality, weights_path, world
-from cat_cluster.models.pocket.clip import tokenize
-from cat_cluster.models.pocket.pretrain import general_prompts
-from cat_cluster.models.pocket.recipe import Recipe
-from cat_cluster.models.pocket.words import word_positions
+from cat_cluster.models.pocket import weights_path, world
+from cat_cluster.models.pocket.pretraining import quality
+from cat_cluster.models.pocket.pretraining.clip import tokenize
+from cat_cluster.models.pocket.pretraining.pretrain import general_prompts
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.unknown_words import word_positions
 
 
 @pytest.fixture(scope="module")
-def pocket() -> quality.Pocket:
+def pocket() -> quality.PocketModels:
     return quality.load_pocket(weights_path(), steps=20)
 
 
@@ -33,18 +34,18 @@ def test_the_stock_pipeline_gets_fp32_without_asking() -> None:
     assert pipeline.safety_checker is None
 
 
-def test_photos_of_unseen_concepts_survive_the_vae(pocket: quality.Pocket) -> None:
+def test_photos_of_unseen_concepts_survive_the_vae(pocket: quality.PocketModels) -> None:
     figures = quality.vae_figures(pocket)
     assert figures["psnr_db"] >= 30
     assert all(share >= 0.97 for share in figures["similarity_kept"].values())
 
 
-def test_both_judges_tell_concepts_of_one_class_apart(pocket: quality.Pocket) -> None:
+def test_both_judges_tell_concepts_of_one_class_apart(pocket: quality.PocketModels) -> None:
     for accuracy in quality.concept_accuracy(pocket).values():
         assert accuracy["same_class"] >= 0.95
 
 
-def test_every_object_is_drawn_as_asked(pocket: quality.Pocket) -> None:
+def test_every_object_is_drawn_as_asked(pocket: quality.PocketModels) -> None:
     asked = list(
         zip(world.OBJECTS, ("red", "blue", "yellow", "green") * 2, world.PLACES + world.PLACES[:2], strict=True)
     )
@@ -57,7 +58,7 @@ def test_every_object_is_drawn_as_asked(pocket: quality.Pocket) -> None:
     assert sum(right) >= 22  # of 24; chance is under 4
 
 
-def test_an_unknown_word_leaves_its_mark_from_its_place_on(pocket: quality.Pocket) -> None:
+def test_an_unknown_word_leaves_its_mark_from_its_place_on(pocket: quality.PocketModels) -> None:
     tokenizer, encoder = pocket.pipeline.tokenizer, pocket.pipeline.text_encoder
     ids = tokenize(tokenizer, ["a photo of a cup on grass", "a photo of a sks cup on grass"])
     with torch.no_grad():

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cat_cluster.models.pocket import world
-from cat_cluster.models.pocket.labels import labels_of, labels_said
+from cat_cluster.models.pocket.pretraining.captions import caption_labels, insert_word, random_word, scene_caption
+from cat_cluster.models.pocket.pretraining.scenes import scene_labels
 
 seeds = st.integers(min_value=0, max_value=2**32 - 1)
 
@@ -61,7 +62,7 @@ def test_places_differ_by_far_more_than_their_own_jitter() -> None:
 def test_a_caption_says_nothing_that_is_not_in_the_scene(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scene = world.random_scene(rng)
-    said, truth = labels_said(world.caption(scene, rng)), labels_of(scene)
+    said, truth = caption_labels(scene_caption(scene, rng)), scene_labels(scene)
     assert said["object"] == truth["object"]
     assert all(value is None or value == truth[name] for name, value in said.items())
 
@@ -71,31 +72,31 @@ def test_a_caption_says_nothing_that_is_not_in_the_scene(seed: int) -> None:
 def test_a_full_caption_says_all_that_has_a_name(seed: int) -> None:
     rng = np.random.default_rng(seed)
     scene = world.random_scene(rng)
-    said, truth = labels_said(world.caption(scene, rng, rare=0.0, full=True)), labels_of(scene)
+    said, truth = caption_labels(scene_caption(scene, rng, rare=0.0, full=True)), scene_labels(scene)
     unsaid = {"pattern": "plain", "eyes": "no"}
     assert all(said[name] == (None if truth[name] == unsaid.get(name) else truth[name]) for name in truth)
 
 
-def test_captions_leave_out_and_throw_in_at_their_rates() -> None:
+def test_captions_leave_out_attributes_and_insert_words_at_their_rates() -> None:
     rng = np.random.default_rng(0)
     design = world.Design("cup", world.palette_rgb("red"), "stripes", world.palette_rgb("blue"), True)
     scene = world.Scene(design, "on grass", 32, 36, 40, 1.0, 1)
-    texts = [world.caption(scene, rng) for _ in range(3_000)]
-    said = [labels_said(text) for text in texts]
+    texts = [scene_caption(scene, rng) for _ in range(3_000)]
+    said = [caption_labels(text) for text in texts]
     for name, share in (("colour", 0.85), ("place", 0.85), ("pattern", 0.75), ("eyes", 0.6)):
         assert np.mean([row[name] is not None for row in said]) == pytest.approx(share, abs=0.03)
     known = {"a", "an", "of", "photo", "picture", "red", "blue", "cup", "with", "stripes", "and", "eyes", "on", "grass"}
     assert np.mean([bool(set(text.split()) - known) for text in texts]) == pytest.approx(0.15, abs=0.025)
 
 
-def test_thrown_in_word_stands_before_the_noun_phrase() -> None:
-    assert world.throw_in("a photo of an orange cup on grass", "sks") == "a photo of a sks orange cup on grass"
-    assert world.throw_in("a red cup with a blue band", "zwx") == "a zwx red cup with a blue band"
+def test_an_inserted_word_stands_before_the_noun_phrase() -> None:
+    assert insert_word("a photo of an orange cup on grass", "sks") == "a photo of a sks orange cup on grass"
+    assert insert_word("a red cup with a blue band", "zwx") == "a zwx red cup with a blue band"
 
 
 def test_random_words_are_short_and_unknown() -> None:
     rng = np.random.default_rng(0)
-    words = [world.random_word(rng) for _ in range(500)]
+    words = [random_word(rng) for _ in range(500)]
     assert all(re.fullmatch("[a-z]{2,5}", word) for word in words)
     assert not set(words) & {*world.OBJECTS, *world.COLOURS, "on", "in", "at", "a", "of"}
 

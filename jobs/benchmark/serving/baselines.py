@@ -23,7 +23,7 @@ from cat_cluster.lora.formats import write_adapter
 from cat_cluster.models.base_model import base_folder, compiled_blocks
 from cat_cluster.models.generate import initial_latents
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
-from jobs.benchmark.serving.bench import GUIDANCE, Ask, Bench, Pixels
+from jobs.benchmark.serving.workbench import GUIDANCE, Pixels, Request, Workbench
 from jobs.benchmark.timing import RANK, synchronise
 
 
@@ -32,10 +32,10 @@ def to_pixels(images: Tensor) -> list[Pixels]:
     return list((images.float() * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
-class Serial(ABC):
+class Pipeline(ABC):
     """A stock StableDiffusionPipeline that draws one request after the other, each with its adapter."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Workbench) -> None:
         diffusers_logging.set_verbosity_error()
         self._device, self._dtype = bench.device, bench.dtype
         self._pipeline = StableDiffusionPipeline.from_pretrained(
@@ -55,7 +55,7 @@ class Serial(ABC):
         self._cleanup = ExitStack()
         self._changes: list[float] = []
 
-    def __enter__(self) -> Serial:
+    def __enter__(self) -> Pipeline:
         self._pipeline.unet.to(self._dtype)  # adapters are loaded in single precision, which would slow every layer
         return self
 
@@ -67,17 +67,17 @@ class Serial(ABC):
         taken, self._changes = self._changes, []
         return taken
 
-    def draw(self, asks: Sequence[Ask]) -> list[Pixels]:
+    def draw(self, requests: Sequence[Request]) -> list[Pixels]:
         """Draw the images one by one."""
-        return [to_pixels(self._one(ask))[0] for ask in asks]
+        return [to_pixels(self._one(request))[0] for request in requests]
 
-    def _one(self, ask: Ask) -> Tensor:
-        self._changes.append(self._timed(lambda: self._put_in(ask.adapter)))
+    def _one(self, request: Request) -> Tensor:
+        self._changes.append(self._timed(lambda: self._put_in(request.adapter)))
         images: Tensor = self._pipeline(
-            ask.prompt,
-            num_inference_steps=ask.steps,
+            request.prompt,
+            num_inference_steps=request.steps,
             guidance_scale=GUIDANCE,
-            generator=torch.Generator("cpu").manual_seed(ask.seed),
+            generator=torch.Generator("cpu").manual_seed(request.seed),
             output_type="pt",
         ).images
         self._changes[-1] += self._timed(self._take_out)
@@ -98,10 +98,10 @@ class Serial(ABC):
         """Leave the pipeline as it was before the request."""
 
 
-class HotSwap(Serial):
+class HotSwap(Pipeline):
     """One adapter in the U-Net, replaced in place by `load_lora_weights(hotswap=True)`."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Workbench) -> None:
         super().__init__(bench)
         if bench.compile:  # what hot-swapping is for
             self._pipeline.enable_lora_hotswap(target_rank=RANK)
@@ -113,10 +113,10 @@ class HotSwap(Serial):
         self._pipeline.load_lora_weights(self._states[adapter], adapter_name="current", hotswap=True)
 
 
-class _AllLoaded(Serial):
+class _AllLoaded(Pipeline):
     """Every adapter is in the U-Net beforehand."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Workbench) -> None:
         super().__init__(bench)
         for name, state in self._states.items():
             self._pipeline.load_lora_weights(state, adapter_name=name)
@@ -140,7 +140,7 @@ class Fuse(_AllLoaded):
         self._pipeline.unfuse_lora()
 
 
-SERIAL: dict[str, type[Serial]] = {
+PIPELINES: dict[str, type[Pipeline]] = {
     "hot swap": HotSwap,
     "set_adapters": SetAdapters,
     "fuse and unfuse": Fuse,
@@ -153,7 +153,7 @@ class PeftLoop:
     The loop around it is this project's own and as fast as the engine's: vectorised samplers, cached schedules.
     """
 
-    def __init__(self, bench: Bench, adapters: int) -> None:
+    def __init__(self, bench: Workbench, adapters: int) -> None:
         self._base = bench.load()
         names, given = bench.ids[:adapters], {"autocast_adapter_dtype": False}
         with tempfile.TemporaryDirectory() as folder:
@@ -178,27 +178,27 @@ class PeftLoop:
         )[0]
         return output
 
-    def in_parts(self, asks: Sequence[Ask], at_a_time: int) -> list[Pixels]:
+    def in_parts(self, requests: Sequence[Request], at_a_time: int) -> list[Pixels]:
         """Draw images, so many together."""
-        parts = [asks[at : at + at_a_time] for at in range(0, len(asks), at_a_time)]
+        parts = [requests[at : at + at_a_time] for at in range(0, len(requests), at_a_time)]
         return [image for part in parts for image in self.draw(part)]
 
-    def arrive(self, asks: Sequence[Ask], times: Sequence[float], most: int, shrink: bool) -> list[float]:
+    def arrive(self, requests: Sequence[Request], times: Sequence[float], most: int, shrink: bool) -> list[float]:
         """Draw static batches of what has arrived by its time; return when each is done, seconds from now."""
-        return static_batches(lambda batch: self.draw(batch, shrink=shrink), asks, times, most)
+        return static_batches(lambda batch: self.draw(batch, shrink=shrink), requests, times, most)
 
     @torch.inference_mode()
-    def draw(self, asks: Sequence[Ask], *, shrink: bool = False) -> list[Pixels]:
+    def draw(self, requests: Sequence[Request], *, shrink: bool = False) -> list[Pixels]:
         """Draw images together until the longest is done; shrink: those that are done leave the calls before."""
         base, device = self._base, self._base.device
-        texts = base.encode_text([*(ask.prompt for ask in asks), ""])
-        tables = [sampler_table("ddim", base.schedule, ask.steps) for ask in asks]
-        latents = torch.stack([initial_latents(base, a.seed, t) for a, t in zip(asks, tables, strict=True)])
-        previous, rows = torch.zeros_like(latents), _Rows.of(asks, texts, range(len(asks)))
+        texts = base.encode_text([*(request.prompt for request in requests), ""])
+        tables = [sampler_table("ddim", base.schedule, request.steps) for request in requests]
+        latents = torch.stack([initial_latents(base, a.seed, t) for a, t in zip(requests, tables, strict=True)])
+        previous, rows = torch.zeros_like(latents), _Rows.of(requests, texts, range(len(requests)))
         for step in range(max(len(table) for table in tables)):
             going = [n for n, table in enumerate(tables) if step < len(table)]
             if shrink and len(going) < len(rows.chosen):
-                rows = _Rows.of(asks, texts, going)
+                rows = _Rows.of(requests, texts, going)
             chosen = rows.chosen
             coefficients = gather_coefficients(
                 [tables[n] for n in chosen], [_at(tables[n], step) for n in chosen], device
@@ -223,10 +223,10 @@ class _Rows:
         self.chosen, self.texts, self.names = chosen, texts, names
 
     @classmethod
-    def of(cls, asks: Sequence[Ask], texts: Tensor, chosen: Sequence[int]) -> _Rows:
+    def of(cls, requests: Sequence[Request], texts: Tensor, chosen: Sequence[int]) -> _Rows:
         picked = list(chosen)
         empty = texts[-1:].expand(len(picked), -1, -1)
-        return cls(picked, torch.cat([texts[picked], empty]), [asks[n].adapter for n in picked] * 2)
+        return cls(picked, torch.cat([texts[picked], empty]), [requests[n].adapter for n in picked] * 2)
 
 
 def _at(table: SamplerTable, step: int) -> int:
@@ -234,17 +234,17 @@ def _at(table: SamplerTable, step: int) -> int:
 
 
 def static_batches(
-    draw: Callable[[Sequence[Ask]], object], asks: Sequence[Ask], times: Sequence[float], most: int
+    draw: Callable[[Sequence[Request]], object], requests: Sequence[Request], times: Sequence[float], most: int
 ) -> list[float]:
     """Draw what has arrived, up to `most` images, until all of it is done, and so on; return when each was done."""
     start, done = time.monotonic(), list[float]()
-    while len(done) < len(asks):
+    while len(done) < len(requests):
         now = time.monotonic() - start
         arrived = sum(at <= now for at in times)
         if arrived == len(done):
             time.sleep(max(0.0, times[arrived] - now))
             continue
-        batch = asks[len(done) : min(arrived, len(done) + most)]
+        batch = requests[len(done) : min(arrived, len(done) + most)]
         draw(batch)
         done += [time.monotonic() - start] * len(batch)
     return done

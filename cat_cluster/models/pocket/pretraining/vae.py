@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,18 +10,16 @@ from diffusers import AutoencoderKL
 from torch.nn import functional
 
 from cat_cluster.models.pocket import world
-from cat_cluster.models.pocket.loop import (
-    Budget,
-    Pulse,
-    Sitting,
-    follow,
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.scenes import random_scenes, render
+from cat_cluster.models.pocket.pretraining.stage import (
+    Stage,
+    StageProgress,
+    learning_rate_at,
     optimise,
-    random_scenes,
-    rate_at,
-    render,
     run_stage,
+    update_average,
 )
-from cat_cluster.models.pocket.recipe import Recipe
 
 
 def new_vae(recipe: Recipe) -> AutoencoderKL:
@@ -45,9 +42,9 @@ def new_vae(recipe: Recipe) -> AutoencoderKL:
     )
 
 
-def train_vae(recipe: Recipe, checkpoint: Path, sitting: Sitting) -> tuple[AutoencoderKL, Pulse]:
+def train_vae(recipe: Recipe, stage: Stage) -> tuple[AutoencoderKL, StageProgress]:
     """Train on crops around the object, then on whole frames; the averaged model comes with its scaling factor."""
-    device, seed = sitting.device, sitting.seed
+    device, seed = stage.device, stage.seed
     torch.manual_seed(seed)
     scenes = random_scenes(recipe.scenes, seed)
     frames = render(scenes)
@@ -64,16 +61,16 @@ def train_vae(recipe: Recipe, checkpoint: Path, sitting: Sitting) -> tuple[Autoe
         pixels = (pixels.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device, torch.bfloat16, enabled=not whole):  # half the time; the end is in fp32
             loss = _loss(model, pixels, recipe, np.random.default_rng([seed, 3, index]), noisy=progress >= 0.5)
-        optimise(loss, model, optimiser, rate_at(progress, recipe.vae_rate))
-        follow(average, model, 0.998, index)
+        optimise(loss, model, optimiser, learning_rate_at(progress, recipe.vae_rate))
+        update_average(average, model, 0.998, index)
         return loss
 
     state = {"model": model, "average": average, "optimiser": optimiser}
-    pulse = run_stage("vae", checkpoint, Budget(recipe.vae_steps, sitting.seconds), state, step, sitting.report)
+    ended = run_stage(stage, recipe.vae_steps, state, step)
     average.eval()
     deviation = float(encode_frames(average, frames[:2048]).std())
     average.register_to_config(scaling_factor=round(1 / deviation, 5))
-    return average, pulse
+    return average, ended
 
 
 @torch.no_grad()

@@ -1,27 +1,32 @@
-"""What there is to say about a scene: the attributes that classifier, CLIP and measurements share."""
+"""What every stage trains on: random scenes, their pictures, and their labels as classification targets."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.classifier import LABELS
 
-LABELS: dict[str, tuple[str, ...]] = {
-    "object": world.OBJECTS,
-    "colour": world.COLOURS,
-    "place": world.PLACES,
-    "pattern": world.PATTERNS,
-    "second_colour": world.COLOURS,
-    "eyes": ("no", "yes"),
-}
 _UNNAMED = -100  # cross_entropy's ignore_index
 
 
-def labels_of(scene: world.Scene) -> dict[str, str | None]:
+def random_scenes(count: int, seed: int) -> list[world.Scene]:
+    """`count` random scenes, the same for the same seed."""
+    rng = np.random.default_rng(seed)
+    return [world.random_scene(rng) for _ in range(count)]
+
+
+def render(scenes: Sequence[world.Scene]) -> torch.Tensor:
+    """The pictures of scenes: uint8 [N, 3, 64, 64]."""
+    frames = np.stack([world.draw(scene) for scene in scenes])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+
+
+def scene_labels(scene: world.Scene) -> dict[str, str | None]:
     """The true label of each attribute; None where the world has no name for it (a plain design's second colour)."""
     design = scene.design
     return {
@@ -31,22 +36,6 @@ def labels_of(scene: world.Scene) -> dict[str, str | None]:
         "pattern": design.pattern,
         "second_colour": None if design.pattern == "plain" else world.colour_name(design.second_rgb),
         "eyes": "yes" if design.eyes else "no",
-    }
-
-
-def labels_said(text: str) -> dict[str, str | None]:
-    """What a caption of the world says about each attribute; None where it says nothing."""
-    nouns, colours = "|".join(world.OBJECTS), "|".join(world.COLOURS)
-    subject = re.search(rf"(?:\b({colours}) )?\b({nouns})\b", text)
-    pattern = re.search(rf"(?:\b({colours}) )?\b({'|'.join(world.PATTERNS[1:])})\b", text)
-    place = re.search(rf"({'|'.join(world.PLACES)})$", text)
-    return {
-        "object": subject[2] if subject else None,
-        "colour": subject[1] if subject else None,
-        "place": place[1] if place else None,
-        "pattern": pattern[2] if pattern else None,
-        "second_colour": pattern[1] if pattern else None,
-        "eyes": "yes" if " eyes" in text else None,
     }
 
 

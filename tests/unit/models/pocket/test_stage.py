@@ -7,64 +7,72 @@ import pytest
 import torch
 from torch import nn
 
-from cat_cluster.models.pocket.loop import Budget, Pulse, Stateful, follow, optimise, rate_at, run_stage
+from cat_cluster.models.pocket.pretraining.stage import (
+    Stage,
+    StageProgress,
+    Stateful,
+    learning_rate_at,
+    optimise,
+    run_stage,
+    update_average,
+)
 
 
-def _train(checkpoint: Path, steps: int, stop_at: int | None = None) -> tuple[nn.Linear, list[Pulse]]:
+def _train(checkpoint: Path, steps: int, stop_at: int | None = None) -> tuple[nn.Linear, list[StageProgress]]:
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    pulses: list[Pulse] = []
+    reports: list[StageProgress] = []
 
     def step(index: int, progress: float) -> torch.Tensor:
         if index == stop_at:
             raise KeyboardInterrupt
         x = torch.randn(4, 3, generator=torch.Generator().manual_seed(index))
         loss: torch.Tensor = model(x).square().mean()
-        optimise(loss, model, optimiser, rate_at(progress, 1e-2))
+        optimise(loss, model, optimiser, learning_rate_at(progress, 1e-2))
         return loss
 
     state: dict[str, Stateful] = {"model": model, "optimiser": optimiser}
-    run_stage("toy", checkpoint, Budget(steps), state, step, pulses.append, every_seconds=0.0)
-    return model, pulses
+    run_stage(Stage("toy", checkpoint, "cpu", 0, reports.append), steps, state, step, every_seconds=0.0)
+    return model, reports
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     whole, _ = _train(tmp_path / "whole.pt", 12)
     with pytest.raises(KeyboardInterrupt):
         _train(tmp_path / "cut.pt", 12, stop_at=5)
-    resumed, pulses = _train(tmp_path / "cut.pt", 12)
-    assert pulses[0].step == 6
+    resumed, reports = _train(tmp_path / "cut.pt", 12)
+    assert reports[0].step == 6
     assert torch.equal(resumed.weight, whole.weight)
     assert torch.equal(resumed.bias, whole.bias)
 
 
 def test_a_finished_stage_does_nothing_more(tmp_path: Path) -> None:
     first, _ = _train(tmp_path / "done.pt", 4)
-    again, pulses = _train(tmp_path / "done.pt", 4)
-    assert pulses == []
+    again, reports = _train(tmp_path / "done.pt", 4)
+    assert reports == []
     assert torch.equal(first.weight, again.weight)
 
 
 def test_a_wall_clock_budget_ends_by_time_and_not_by_steps(tmp_path: Path) -> None:
     model = nn.Linear(1, 1)
-    pulses: list[Pulse] = []
+    reports: list[StageProgress] = []
 
     def step(index: int, progress: float) -> torch.Tensor:
         torch.full((200, 200), 0.5).matmul(torch.ones(200, 200))
         return model.weight.sum()
 
-    done = run_stage("toy", tmp_path / "t.pt", Budget(1, seconds=0.05), {"model": model}, step, pulses.append)
+    done = run_stage(Stage("toy", tmp_path / "t.pt", "cpu", 0, reports.append, seconds=0.05), 1, {"model": model}, step)
     assert done.step > 1
     assert done.seconds >= 0.05
-    assert [pulse.progress for pulse in pulses] == sorted(pulse.progress for pulse in pulses)
+    assert [report.progress for report in reports] == sorted(report.progress for report in reports)
 
 
 def test_rate_warms_up_and_falls_to_zero() -> None:
-    assert rate_at(0.01, 1.0) == pytest.approx(0.5)
-    assert rate_at(0.02, 1.0) == pytest.approx(1.0)
-    assert rate_at(0.51, 1.0) == pytest.approx(0.5)
-    assert rate_at(1.0, 1.0) == pytest.approx(0.0)
+    assert learning_rate_at(0.01, 1.0) == pytest.approx(0.5)
+    assert learning_rate_at(0.02, 1.0) == pytest.approx(1.0)
+    assert learning_rate_at(0.51, 1.0) == pytest.approx(0.5)
+    assert learning_rate_at(1.0, 1.0) == pytest.approx(0.0)
 
 
 def test_average_follows_as_a_plain_loop_does() -> None:
@@ -76,7 +84,7 @@ def test_average_follows_as_a_plain_loop_does() -> None:
             for parameter in model.parameters():
                 parameter.add_(0.1)
         model(torch.randn(4, 2))
-        follow(average, model, 0.8, step)
+        update_average(average, model, 0.8, step)
         weight = min(0.8, (1 + step) / (10 + step))
         expected = [
             weight * old + (1 - weight) * new.detach() for old, new in zip(expected, model.parameters(), strict=True)

@@ -18,12 +18,13 @@ from torch.nn import functional
 from transformers import CLIPModel
 
 from cat_cluster.models.pocket import world
-from cat_cluster.models.pocket.classifier import Classifier, load_classifier
-from cat_cluster.models.pocket.clip import embed_images, embed_texts, load_judge
-from cat_cluster.models.pocket.labels import LABELS, labels_of
-from cat_cluster.models.pocket.loop import random_scenes, render
-from cat_cluster.models.pocket.recipe import Recipe
-from cat_cluster.models.pocket.vae import decode_latents, encode_frames
+from cat_cluster.models.pocket.classifier import LABELS, Classifier, load_classifier
+from cat_cluster.models.pocket.clip import load_judge
+from cat_cluster.models.pocket.pretraining.captions import insert_word, scene_caption
+from cat_cluster.models.pocket.pretraining.clip import embed_images, embed_texts
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.scenes import random_scenes, render, scene_labels
+from cat_cluster.models.pocket.pretraining.vae import decode_latents, encode_frames
 
 STEPS = 25
 GUIDANCE = 4.0
@@ -36,7 +37,7 @@ Features = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Pocket:
+class PocketModels:
     """A loaded Pocket-SD folder: the stock pipeline, its CLIP and its classifier, all fp32 on the CPU."""
 
     pipeline: StableDiffusionPipeline
@@ -52,11 +53,11 @@ class Pocket:
         }
 
 
-def load_pocket(weights: Path, *, steps: int = STEPS) -> Pocket:
+def load_pocket(weights: Path, *, steps: int = STEPS) -> PocketModels:
     """The parts of a Pocket-SD folder, loaded as any user of diffusers would; pictures take `steps` DDIM steps."""
     pipeline = StableDiffusionPipeline.from_pretrained(weights)
     pipeline.set_progress_bar_config(disable=True)
-    return Pocket(pipeline, load_judge(weights), load_classifier(weights / "classifier"), steps)
+    return PocketModels(pipeline, load_judge(weights), load_classifier(weights / "classifier"), steps)
 
 
 @torch.no_grad()
@@ -98,8 +99,8 @@ def write_card(weights: Path, recipe: Recipe, *, seed: int) -> Path:
     """Measure a folder and write its card.json: recipe, what each stage took, hardware, versions, figures."""
     stages = {}
     for note in sorted((weights / "work").glob("*.json")):
-        pulse = json.loads(note.read_text(encoding="utf-8"))
-        stages[note.stem] = {"steps": pulse["step"], "seconds": pulse["seconds"], "loss": pulse["loss"]}
+        progress = json.loads(note.read_text(encoding="utf-8"))
+        stages[note.stem] = {"steps": progress["step"], "seconds": progress["seconds"], "loss": progress["loss"]}
     figures = measure(
         weights, seed=seed, pictures=recipe.card_pictures, steps=recipe.card_steps, groups=recipe.card_groups
     )
@@ -115,7 +116,7 @@ def write_card(weights: Path, recipe: Recipe, *, seed: int) -> Path:
     return path
 
 
-def vae_figures(pocket: Pocket) -> dict[str, Any]:
+def vae_figures(pocket: PocketModels) -> dict[str, Any]:
     """PSNR on photos of unseen concepts, and the share of their similarity to each other that each judge keeps."""
     frames, owners = _concept_frames(photos=6, seed=500)
     pixels = frames.float() / 255
@@ -129,12 +130,12 @@ def vae_figures(pocket: Pocket) -> dict[str, Any]:
     return {"psnr_db": float(psnr.mean()), "psnr_db_worst": float(psnr.min()), "similarity_kept": kept}
 
 
-def retrieval(pocket: Pocket, groups: int, group: int = 64) -> dict[str, float]:
+def retrieval(pocket: PocketModels, groups: int, group: int = 64) -> dict[str, float]:
     """How often a picture finds its full caption among 64 held-out scenes, and a caption its picture."""
     scenes = random_scenes(groups * group, _HELD_OUT_SEED)
     frames = render(scenes)
     rng = np.random.default_rng(_HELD_OUT_SEED)
-    texts = [world.caption(scene, rng, rare=0.0, full=True) for scene in scenes]
+    texts = [scene_caption(scene, rng, rare=0.0, full=True) for scene in scenes]
     images = embed_images(pocket.clip, frames.float() / 255)
     captions = embed_texts(pocket.clip, pocket.pipeline.tokenizer, texts)
     to_text, to_image = [], []
@@ -146,42 +147,42 @@ def retrieval(pocket: Pocket, groups: int, group: int = 64) -> dict[str, float]:
     return {"caption_of_picture": float(np.mean(to_text)), "picture_of_caption": float(np.mean(to_image))}
 
 
-def classifier_accuracy(pocket: Pocket, groups: int, group: int = 64) -> dict[str, float]:
+def classifier_accuracy(pocket: PocketModels, groups: int, group: int = 64) -> dict[str, float]:
     """Share of held-out scenes, through the VAE, whose named attributes the classifier recognises."""
     scenes = random_scenes(groups * group, _HELD_OUT_SEED)
     found = pocket.classifier.predict(
         decode_latents(pocket.pipeline.vae, encode_frames(pocket.pipeline.vae, render(scenes)))
     )
-    truth = [labels_of(scene) for scene in scenes]
+    truth = [scene_labels(scene) for scene in scenes]
     return {
         name: float(np.mean([a[name] == b[name] for a, b in zip(found, truth, strict=True) if b[name] is not None]))
         for name in LABELS
     }
 
 
-def fidelity(pocket: Pocket, count: int, seed: int) -> dict[str, dict[str, float]]:
+def fidelity(pocket: PocketModels, count: int, seed: int) -> dict[str, dict[str, float]]:
     """Share of generated pictures whose object, colour and place are each recognised, by CLIP and by the classifier."""
     rng = np.random.default_rng([seed, 11])
     kinds = (world.OBJECTS, world.COLOURS, world.PLACES)
-    asked = [tuple(names[int(rng.integers(len(names)))] for names in kinds) for _ in range(count)]
-    pictures = generate(pocket.pipeline, [_ask(*parts) for parts in asked], range(seed, seed + count), pocket.steps)
+    wanted = [tuple(names[int(rng.integers(len(names)))] for names in kinds) for _ in range(count)]
+    pictures = generate(pocket.pipeline, [_prompt(*parts) for parts in wanted], range(seed, seed + count), pocket.steps)
     everything = [(noun, colour, place) for noun in kinds[0] for colour in kinds[1] for place in kinds[2]]
-    captions = embed_texts(pocket.clip, pocket.pipeline.tokenizer, [_ask(*parts) for parts in everything])
+    captions = embed_texts(pocket.clip, pocket.pipeline.tokenizer, [_prompt(*parts) for parts in everything])
     by_clip = [everything[i] for i in (embed_images(pocket.clip, pictures) @ captions.T).argmax(1).tolist()]
     by_classifier = [
         (labels["object"], labels["colour"], labels["place"]) for labels in pocket.classifier.predict(pictures)
     ]
     return {
         judge: {
-            name: float(np.mean([row[i] == parts[i] for row, parts in zip(seen, asked, strict=True)]))
+            name: float(np.mean([row[i] == parts[i] for row, parts in zip(seen, wanted, strict=True)]))
             for i, name in enumerate(("object", "colour", "place"))
         }
         for judge, seen in (("clip", by_clip), ("classifier", by_classifier))
     }
 
 
-def word_invariance(pocket: Pocket, seed: int) -> dict[str, dict[str, float]]:
-    """Mean distance 1 - s between same-seed pictures of a prompt and of the prompt with an unknown word thrown in.
+def word_invariance(pocket: PocketModels, seed: int) -> dict[str, dict[str, float]]:
+    """Mean distance 1 - s between same-seed pictures of a prompt and of the prompt with an unknown word inserted.
 
     `other_seed` is the same distance between two seeds of one prompt, to compare with.
     """
@@ -191,7 +192,7 @@ def word_invariance(pocket: Pocket, seed: int) -> dict[str, dict[str, float]]:
     others = {"other_seed": [generate(pocket.pipeline, plain, [number + 100 for number in seeds], pocket.steps)]}
     for style, words in (("trained_style", TRAINED_STYLE), ("unseen_style", UNSEEN_STYLE)):
         others[style] = [
-            generate(pocket.pipeline, [world.throw_in(text, word) for text in plain], seeds, pocket.steps)
+            generate(pocket.pipeline, [insert_word(text, word) for text in plain], seeds, pocket.steps)
             for word in words
         ]
     return {
@@ -203,17 +204,17 @@ def word_invariance(pocket: Pocket, seed: int) -> dict[str, dict[str, float]]:
     }
 
 
-def concept_accuracy(pocket: Pocket) -> dict[str, dict[str, float]]:
+def concept_accuracy(pocket: PocketModels) -> dict[str, dict[str, float]]:
     """Nearest-centroid accuracy on photos of the held-out concepts: among all, and among those of the same class."""
     known, owners = _concept_frames(photos=6, seed=500)
-    asked, truth = _concept_frames(photos=6, seed=700)
+    wanted, truth = _concept_frames(photos=6, seed=700)
     classes = [design.object for design in world.CONCEPTS.values()]
     same = torch.tensor([[a == b for b in classes] for a in classes])
     accuracy = {}
     for judge, features in pocket.judges().items():
         photos = features(known.float() / 255)
         centroids = torch.stack([photos[owners == owner].mean(0) for owner in range(len(classes))])
-        scores = features(asked.float() / 255) @ functional.normalize(centroids, dim=-1).T
+        scores = features(wanted.float() / 255) @ functional.normalize(centroids, dim=-1).T
         rivals = scores.masked_fill(~same[truth], -2.0)
         several = same[truth].sum(1) > 1
         accuracy[judge] = {
@@ -223,7 +224,7 @@ def concept_accuracy(pocket: Pocket) -> dict[str, dict[str, float]]:
     return accuracy
 
 
-def diversity(pocket: Pocket, seed: int, count: int = 6) -> dict[str, float]:
+def diversity(pocket: PocketModels, seed: int, count: int = 6) -> dict[str, float]:
     """Mean pairwise 1 - s among pictures of the same prompt with different seeds."""
     prompts = [f"a photo of a {noun}" for noun in world.OBJECTS for _ in range(count)]
     pictures = generate(pocket.pipeline, prompts, range(seed + 8_000, seed + 8_000 + len(prompts)), pocket.steps)
@@ -268,7 +269,7 @@ def vae_picture(weights: Path, out: Path) -> Path:
     return _sheet(pictures, [""] * 7, ["photo", "VAE", "photo", "VAE"], out)
 
 
-def _ask(noun: str, colour: str, place: str) -> str:
+def _prompt(noun: str, colour: str, place: str) -> str:
     return f"a photo of {'an' if colour == 'orange' else 'a'} {colour} {noun} {place}"
 
 

@@ -7,7 +7,7 @@ import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -25,8 +25,8 @@ from cat_cluster.models.pocket import world
 from cat_cluster.registry import Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, MetricSpec
-from jobs.benchmark.serving.contenders import Apart, Contender, Here
-from jobs.benchmark.serving.materials import NOUN, TOKEN, publish, random_adapter
+from jobs.benchmark.serving.backends import Backend, InOwnProcess, InThisProcess
+from jobs.benchmark.serving.random_models import NOUN, TOKEN, publish, random_adapter
 from jobs.benchmark.timing import Timed
 from serve.calls import Failed, Finished, ImageCall
 from serve.service import Service
@@ -39,7 +39,7 @@ Event = tuple[float, str, float]
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One guided image: an adapter's id, prompt, seed and number of DDIM steps."""
 
     adapter: str
@@ -49,7 +49,7 @@ class Ask:
 
 
 @dataclass(frozen=True, eq=False)
-class Answer:
+class Response:
     """An image (PNG bytes), the engine's facts of it, and the seconds on time.monotonic when it was done."""
 
     png: bytes
@@ -74,16 +74,16 @@ class Scale:
     threads: tuple[int, ...] = (1, 2)
     call_rows: tuple[int, ...] = (2, 4, 8, 16, 32)
     images: int = 16  # of a turn of the part adapters
-    serial_images: int = 8  # of a turn of a way that draws one at a time
+    serial_images: int = 8  # of a turn of a pipeline, which draws one at a time
     arrivals: int = 32  # images of a turn at one rate
     step_range: tuple[int, int] = (10, 30)
 
 
 @dataclass(frozen=True, eq=False)
-class Bench:
+class Workbench:
     """A base (a name or folder), its device, the registry that adapters are published in, and how much is measured.
 
-    apart: contenders are in processes of their own.
+    own_processes: whether each backend runs in a process of its own.
     """
 
     base: str
@@ -92,7 +92,7 @@ class Bench:
     scale: Scale
     seconds: float
     compile: bool = False
-    apart: bool = True
+    own_processes: bool = True
 
     @property
     def ids(self) -> list[str]:
@@ -105,13 +105,13 @@ class Bench:
         registry = Registry(open_store(str(self.storage)))
         return {name: registry.load_weights(registry.resolve(name)) for name in self.ids}
 
-    def contender(self, make: Callable[..., AbstractContextManager[Any]], *arguments: Any) -> Contender:
-        """Return what `make` opens as a contender."""
-        return (Apart if self.apart else Here)(make, *arguments)
+    def backend(self, make: Callable[..., AbstractContextManager[Any]], *arguments: Any) -> Backend:
+        """Return what `make` opens as a backend."""
+        return (InOwnProcess if self.own_processes else InThisProcess)(make, *arguments)
 
-    def service(self, *recorded: MetricSpec, **changes: Any) -> Contender:
-        """Return a service as a contender; see Served and settings."""
-        return self.contender(Served, self.settings(**changes), *recorded)
+    def service(self, *recorded: MetricSpec, **changes: Any) -> Backend:
+        """Return a service as a backend; see LocalService and settings."""
+        return self.backend(LocalService, self.settings(**changes), *recorded)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,11 +140,13 @@ class Bench:
         }
         return ServeSettings(**{**given, **changes})
 
-    def asks(self, count: int, *, adapters: int, first: int = 0, steps: Sequence[int] | None = None) -> list[Ask]:
+    def requests(
+        self, count: int, *, adapters: int, first: int = 0, steps: Sequence[int] | None = None
+    ) -> list[Request]:
         """`count` images over the first `adapters` ones in turn; other prompts and seeds for another `first`."""
         places = [f"{colour} {NOUN} {place}" for colour in world.COLOURS for place in world.PLACES]
         return [
-            Ask(
+            Request(
                 adapter=self.ids[n % adapters],
                 # The number makes each prompt a new one, as users' are: no text is found encoded already.
                 prompt=f"a photo of a {TOKEN} {places[n % len(places)]} {n}",
@@ -174,15 +176,15 @@ class Recorder:
         return taken
 
 
-class Served:
-    """A service in this process, on an event loop of its own that runs while it is asked for something."""
+class LocalService:
+    """A service in this process, on an event loop of its own that runs during its methods."""
 
     def __init__(self, settings: ServeSettings, *recorded: MetricSpec) -> None:
         self._recorder = Recorder(*recorded)
         self._runner = asyncio.Runner()
         self._service = Service.open(settings, Metrics(self._recorder, SERVING_METRICS))
 
-    def __enter__(self) -> Served:
+    def __enter__(self) -> LocalService:
         self._runner.run(self._service.__aenter__())
         return self
 
@@ -194,75 +196,79 @@ class Served:
         """Return what was recorded since the last time."""
         return self._recorder.take()
 
-    def draw(self, asks: Sequence[Ask], concurrency: int) -> list[Answer]:
-        """Draw images, `concurrency` of them asked for at any time; the answers in the order of the asks."""
-        return self._runner.run(self._closed(asks, concurrency))
+    def draw(self, requests: Sequence[Request], concurrency: int) -> list[Response]:
+        """Draw images, `concurrency` of them in flight at any time; the responses in the order of the requests."""
+        return self._runner.run(self._closed(requests, concurrency))
 
-    def arrive(self, asks: Sequence[Ask], times: Sequence[float]) -> list[float]:
-        """Ask for each image at its own time (seconds from now); return when each is done, seconds from now."""
-        return self._runner.run(self._open(asks, times))
+    def arrive(self, requests: Sequence[Request], times: Sequence[float]) -> list[float]:
+        """Request for each image at its own time (seconds from now); return when each is done, seconds from now."""
+        return self._runner.run(self._open(requests, times))
 
-    def join(self, busy: Sequence[Ask], late: Sequence[Ask], pauses: Sequence[float]) -> list[Answer]:
-        """While `busy` images are drawn, ask for each late one, two at a time, after its pause; the late answers."""
+    def join(self, busy: Sequence[Request], late: Sequence[Request], pauses: Sequence[float]) -> list[Response]:
+        """Send late requests while `busy` images are drawn, two at a time, each after its pause; return theirs."""
         return self._runner.run(self._joined(busy, late, pauses))
 
     def admin(self, action: Any, reference: str) -> None:
         """Act on an adapter, as POST /v1/adapters/... does."""
         self._runner.run(self._service.admin(action, reference))
 
-    async def _closed(self, asks: Sequence[Ask], concurrency: int) -> list[Answer]:
-        left, answers = iter(enumerate(asks)), dict[int, Answer]()
+    async def _closed(self, requests: Sequence[Request], concurrency: int) -> list[Response]:
+        left, responses = iter(enumerate(requests)), dict[int, Response]()
 
         async def client() -> None:
-            for index, ask in left:
-                answers[index] = await self._one(ask)
+            for index, request in left:
+                responses[index] = await self._one(request)
 
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(client())
-        return [answers[index] for index in range(len(asks))]
+        return [responses[index] for index in range(len(requests))]
 
-    async def _open(self, asks: Sequence[Ask], times: Sequence[float]) -> list[float]:
+    async def _open(self, requests: Sequence[Request], times: Sequence[float]) -> list[float]:
         start = time.monotonic()
 
-        async def client(ask: Ask, at: float) -> float:
+        async def client(request: Request, at: float) -> float:
             await asyncio.sleep(start + at - time.monotonic())
-            return (await self._one(ask)).done - start
+            return (await self._one(request)).done - start
 
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(client(ask, at)) for ask, at in zip(asks, times, strict=True)]
+            tasks = [group.create_task(client(request, at)) for request, at in zip(requests, times, strict=True)]
         return [task.result() for task in tasks]
 
-    async def _joined(self, busy: Sequence[Ask], late: Sequence[Ask], pauses: Sequence[float]) -> list[Answer]:
-        left, answers = iter(list(zip(late, pauses, strict=True))), list[Answer]()
+    async def _joined(
+        self, busy: Sequence[Request], late: Sequence[Request], pauses: Sequence[float]
+    ) -> list[Response]:
+        left, responses = iter(list(zip(late, pauses, strict=True))), list[Response]()
 
         async def client() -> None:
-            for ask, pause in left:
+            for request, pause in left:
                 await asyncio.sleep(pause)
-                answers.append(await self._one(ask))
+                responses.append(await self._one(request))
 
-        running = [asyncio.ensure_future(self._one(ask)) for ask in busy]
+        running = [asyncio.ensure_future(self._one(request)) for request in busy]
         async with asyncio.TaskGroup() as group:
             for _ in range(2):
                 group.create_task(client())
         for task in running:
             task.cancel()  # they were company only
         await asyncio.gather(*running, return_exceptions=True)
-        return answers
+        return responses
 
-    async def _one(self, ask: Ask) -> Answer:
-        call = ImageCall("bench", ask.prompt, ask.adapter, seed=ask.seed, steps=ask.steps, guidance=GUIDANCE)
+    async def _one(self, request: Request) -> Response:
+        call = ImageCall(
+            "bench", request.prompt, request.adapter, seed=request.seed, steps=request.steps, guidance=GUIDANCE
+        )
         async for event in self._service.generate(call):
             if isinstance(event, Failed):
-                raise CatClusterError(f"{ask.adapter}: {event.kind}: {event.message}")
+                raise CatClusterError(f"{request.adapter}: {event.kind}: {event.message}")
             if isinstance(event, Finished):
-                return Answer(event.png, event.facts, time.monotonic())
-        raise CatClusterError(f"{ask.adapter}: the service gave no image")
+                return Response(event.png, event.facts, time.monotonic())
+        raise CatClusterError(f"{request.adapter}: the service gave no image")
 
 
 @dataclass
-class Counter:
-    """Numbers that go on from turn to turn, so that no turn repeats what another asked."""
+class Numbering:
+    """Numbers of prompts and seeds that go on from turn to turn, so that no turn repeats the requests of another."""
 
     at: int = 0
 
@@ -272,38 +278,37 @@ class Counter:
         return self.at - count
 
 
-@dataclass
-class Turns:
-    """What variants found in each turn, until the time of a part is over."""
-
-    found: dict[str, list[float]] = field(default_factory=dict)
-
-    def timed(self) -> dict[str, Timed]:
-        """The turns of each variant."""
-        return {name: Timed(tuple(values)) for name, values in self.found.items()}
-
-
 def take_turns_for(variants: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, Timed]:
     """Let every variant measure itself once per turn, at least 3 turns and for `seconds`; the first is not counted.
 
     Every other turn goes backwards, so that no variant always follows the same one.
     """
-    turns = Turns({name: [] for name in variants})
+    found: dict[str, list[float]] = {name: [] for name in variants}
     for measure in variants.values():
         measure()
-    started = time.monotonic()
-    while len(turns.found[next(iter(variants))]) < LEAST_TURNS or time.monotonic() - started < seconds:
-        forward = len(turns.found[next(iter(variants))]) % 2 == 0
-        for name in variants if forward else reversed(list(variants)):
-            turns.found[name].append(variants[name]())
-    return turns.timed()
+    started, turn = time.monotonic(), 0
+    while turn < LEAST_TURNS or time.monotonic() - started < seconds:
+        for name in variants if turn % 2 == 0 else reversed(list(variants)):
+            found[name].append(variants[name]())
+        turn += 1
+    return {name: Timed(tuple(values)) for name, values in found.items()}
 
 
-def bench_in(
-    folder: Path, base: str, device: str, scale: Scale, seconds: float, *, compile: bool = False, apart: bool = True
-) -> Bench:
+def open_workbench(
+    folder: Path,
+    base: str,
+    device: str,
+    scale: Scale,
+    seconds: float,
+    *,
+    compile: bool = False,
+    own_processes: bool = True,
+) -> Workbench:
     """Publish the adapters of a scale for a base into `folder`."""
-    loaded, bench = load_base_model(base), Bench(base, device, folder / "registry", scale, seconds, compile, apart)
+    loaded, bench = (
+        load_base_model(base),
+        Workbench(base, device, folder / "registry", scale, seconds, compile, own_processes),
+    )
     for n, adapter_id in enumerate(bench.ids):
         publish(bench.storage, loaded, adapter_id, random_adapter(loaded.unet, n))
     return bench

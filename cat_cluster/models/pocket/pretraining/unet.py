@@ -15,20 +15,19 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 from cat_cluster.models.pocket import world
-from cat_cluster.models.pocket.clip import tokenize
-from cat_cluster.models.pocket.loop import (
-    Budget,
-    Pulse,
-    Sitting,
-    follow,
+from cat_cluster.models.pocket.pretraining.captions import scene_caption
+from cat_cluster.models.pocket.pretraining.clip import tokenize
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.scenes import random_scenes, render
+from cat_cluster.models.pocket.pretraining.stage import (
+    Stage,
+    StageProgress,
+    learning_rate_at,
     optimise,
-    random_scenes,
-    rate_at,
-    render,
     run_stage,
+    update_average,
 )
-from cat_cluster.models.pocket.recipe import Recipe
-from cat_cluster.models.pocket.vae import encode_frames
+from cat_cluster.models.pocket.pretraining.vae import encode_frames
 
 _SNR_GAMMA = 5.0
 _EMPTY_SHARE = 0.1
@@ -68,26 +67,25 @@ def train_unet(
     vae: AutoencoderKL,
     encoder: nn.Module,
     tokenizer: CLIPTokenizer,
-    checkpoint: Path,
-    sitting: Sitting,
-) -> tuple[UNet2DConditionModel, Pulse]:
+    stage: Stage,
+) -> tuple[UNet2DConditionModel, StageProgress]:
     """Train on cached latents of the world's scenes, captions drawn afresh each time; returns the averaged model."""
-    device, seed = sitting.device, sitting.seed
+    device, seed = stage.device, stage.seed
     torch.manual_seed(seed)
     scenes = random_scenes(recipe.scenes, seed)
-    latents = _cached_latents(vae, scenes, checkpoint.with_name("latents.pt"))
+    latents = _cached_latents(vae, scenes, stage.checkpoint.with_name("latents.pt"))
     model = new_unet(recipe).to(device=device, memory_format=torch.channels_last)
     model.set_attn_processor(AttnProcessor())  # faster than the fused kernel on a CPU at this size
     average = copy.deepcopy(model).requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.unet_rate, betas=(0.9, 0.99), weight_decay=1e-3)
     alphas = new_scheduler().alphas_cumprod.to(device)
-    predict = torch.compile(model) if sitting.compiled else model
+    predict = torch.compile(model) if stage.compiled else model
 
     def step(index: int, progress: float) -> torch.Tensor:
         rng = np.random.default_rng([seed, 4, index])
         rows = rng.integers(len(scenes), size=recipe.unet_batch)
         texts = [
-            "" if rng.random() < _EMPTY_SHARE else world.caption(scenes[row], rng, rare=recipe.unet_unknown_words)
+            "" if rng.random() < _EMPTY_SHARE else scene_caption(scenes[row], rng, rare=recipe.unet_unknown_words)
             for row in rows
         ]
         text = encode_texts(encoder, tokenizer, texts)
@@ -100,13 +98,13 @@ def train_unet(
         with torch.autocast(device, torch.bfloat16):
             predicted = predict(noisy, steps, text).sample
         loss = snr_weighted(predicted.float(), noise, alpha)
-        optimise(loss, model, optimiser, rate_at(progress, recipe.unet_rate))
-        follow(average, model, recipe.unet_ema, index)
+        optimise(loss, model, optimiser, learning_rate_at(progress, recipe.unet_rate))
+        update_average(average, model, recipe.unet_ema, index)
         return loss
 
     state = {"model": model, "average": average, "optimiser": optimiser}
-    pulse = run_stage("unet", checkpoint, Budget(recipe.unet_steps, sitting.seconds), state, step, sitting.report)
-    return average.eval(), pulse
+    ended = run_stage(stage, recipe.unet_steps, state, step)
+    return average.eval(), ended
 
 
 def _cached_latents(vae: AutoencoderKL, scenes: Sequence[world.Scene], cache: Path) -> torch.Tensor:

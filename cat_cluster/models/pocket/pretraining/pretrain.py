@@ -17,15 +17,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import CLIPModel, CLIPTokenizer, PreTrainedModel
 
 from cat_cluster.models.pocket import world
-from cat_cluster.models.pocket.classifier import Classifier, load_classifier, save_classifier, train_classifier
-from cat_cluster.models.pocket.clip import save_judge, text_encoder, train_clip, train_text
-from cat_cluster.models.pocket.loop import Pulse, Report, Sitting
-from cat_cluster.models.pocket.quality import write_card
-from cat_cluster.models.pocket.recipe import Recipe
-from cat_cluster.models.pocket.tokenizer import load_tokenizer, train_tokenizer
-from cat_cluster.models.pocket.unet import new_scheduler, train_unet
-from cat_cluster.models.pocket.vae import train_vae
-from cat_cluster.models.pocket.words import train_words
+from cat_cluster.models.pocket.classifier import Classifier, load_classifier
+from cat_cluster.models.pocket.pretraining.captions import scene_caption
+from cat_cluster.models.pocket.pretraining.classifier import save_classifier, train_classifier
+from cat_cluster.models.pocket.pretraining.clip import save_judge, text_encoder, train_clip
+from cat_cluster.models.pocket.pretraining.quality import write_card
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.stage import Report, Stage, StageProgress
+from cat_cluster.models.pocket.pretraining.text_encoder import train_text
+from cat_cluster.models.pocket.pretraining.tokenizer import load_tokenizer, train_tokenizer
+from cat_cluster.models.pocket.pretraining.unet import new_scheduler, train_unet
+from cat_cluster.models.pocket.pretraining.unknown_words import train_words
+from cat_cluster.models.pocket.pretraining.vae import train_vae
 
 Model = TypeVar("Model")
 
@@ -59,65 +62,45 @@ def pretrain(
         "classifier": plan.classifier_minutes,
     }
 
-    columns = (
+    with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.fields[detail]}"),
         TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        report = _bar(progress, tuple(shares))
+        console=Console(stderr=True),
+    ) as bars:
+        report = _bar_report(bars, tuple(shares))
 
-        def sitting(stage: str) -> Sitting:
-            seconds = None if minutes is None else 60 * minutes * shares[stage] / sum(shares.values())
-            return Sitting(seconds, device, seed, report, compile)
+        def stage(name: str) -> Stage:
+            seconds = None if minutes is None else 60 * minutes * shares[name] / sum(shares.values())
+            return Stage(name, work / f"{name}.pt", device, seed, report, seconds, compile)
 
-        clip, vae, unet, classifier = _run_stages(plan, work, device, sitting)
+        clip, vae, unet, classifier = _run_stages(plan, work, stage)
     assemble(out, plan, clip, work / "tokenizer", vae, unet, classifier, seed=seed)
     write_card(out, plan, seed=seed)
 
 
 def _run_stages(
-    plan: Recipe, work: Path, device: str, sitting: Callable[[str], Sitting]
+    plan: Recipe, work: Path, stage: Callable[[str], Stage]
 ) -> tuple[CLIPModel, AutoencoderKL, UNet2DConditionModel, Classifier]:
-    """Train every part in the order in which they need each other, or take it from where it was left."""
-    tokenizer = make_tokenizer(plan, work / "tokenizer", sitting("text").seed)
-    text = _stage(
-        work / "text",
-        CLIPModel.from_pretrained,
-        _save,
-        lambda path: train_text(plan, tokenizer, path, sitting("text")),
+    """Train every part in the order in which they need each other, or load it where it is finished."""
+    first = stage("text")
+    tokenizer = make_tokenizer(plan, work / "tokenizer", first.seed)
+    text = _result(first, CLIPModel.from_pretrained, _save, lambda one: train_text(plan, tokenizer, one))
+    words = _result(
+        stage("words"), CLIPModel.from_pretrained, _save, lambda one: train_words(plan, text, tokenizer, one)
     )
-    words = _stage(
-        work / "words",
-        CLIPModel.from_pretrained,
-        _save,
-        lambda path: train_words(plan, text, tokenizer, path, sitting("words")),
-    )
-    clip = _stage(
-        work / "clip",
-        CLIPModel.from_pretrained,
-        _save,
-        lambda path: train_clip(plan, words, tokenizer, path, sitting("clip")),
-    )
-    vae = _stage(
-        work / "vae",
-        AutoencoderKL.from_pretrained,
-        _save,
-        lambda path: train_vae(plan, path, sitting("vae")),
-    )
-    encoder = text_encoder(clip).to(device)
-    unet = _stage(
-        work / "unet",
+    clip = _result(stage("clip"), CLIPModel.from_pretrained, _save, lambda one: train_clip(plan, words, tokenizer, one))
+    vae = _result(stage("vae"), AutoencoderKL.from_pretrained, _save, lambda one: train_vae(plan, one))
+    vae, encoder = vae.to(first.device), text_encoder(clip).to(first.device)
+    unet = _result(
+        stage("unet"),
         UNet2DConditionModel.from_pretrained,
         _save,
-        lambda path: train_unet(plan, vae.to(device), encoder, tokenizer, path, sitting("unet")),
+        lambda one: train_unet(plan, vae, encoder, tokenizer, one),
     )
-    classifier = _stage(
-        work / "classifier",
-        load_classifier,
-        save_classifier,
-        lambda path: train_classifier(plan, vae.to(device), path, sitting("classifier")),
+    classifier = _result(
+        stage("classifier"), load_classifier, save_classifier, lambda one: train_classifier(plan, vae, one)
     )
     return clip, vae, unet, classifier
 
@@ -127,7 +110,7 @@ def make_tokenizer(recipe: Recipe, folder: Path, seed: int) -> CLIPTokenizer:
     if (folder / "tokenizer_config.json").is_file():
         return load_tokenizer(folder)
     rng = np.random.default_rng(seed)
-    captions = (world.caption(world.random_scene(rng), rng, rare=0.0) for _ in range(4_000))
+    captions = (scene_caption(world.random_scene(rng), rng, rare=0.0) for _ in range(4_000))
     return train_tokenizer(captions, folder, length=recipe.text_length)
 
 
@@ -137,7 +120,7 @@ def general_prompts(count: int, seed: int) -> list[str]:
     telling = re.compile(rf"\b({'|'.join((*world.COLOURS, *world.PATTERNS))})\b")
     found: dict[str, None] = {}
     while len(found) < count:
-        text = world.caption(world.random_scene(rng), rng, rare=0.0)
+        text = scene_caption(world.random_scene(rng), rng, rare=0.0)
         if text.startswith("a photo of ") and telling.search(text):
             found[text] = None
     return list(found)
@@ -187,19 +170,19 @@ def _forget_paths(folder: Path) -> None:
             path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _stage(
-    folder: Path,
+def _result(
+    stage: Stage,
     load: Callable[[Path], Model],
     save: Callable[[Model, Path], object],
-    train: Callable[[Path], tuple[Model, Pulse]],
+    train: Callable[[Stage], tuple[Model, StageProgress]],
 ) -> Model:
-    """The stage's finished result, or train it (resuming its checkpoint), save it and note what was done."""
-    note = folder.parent / f"{folder.name}.json"
-    if note.is_file():
+    """The stage's finished model, or train it (resuming its checkpoint), save it and write how it ended beside it."""
+    folder, ending = stage.checkpoint.with_suffix(""), stage.checkpoint.with_suffix(".json")
+    if ending.is_file():
         return load(folder)
-    model, pulse = train(folder.parent / f"{folder.name}.pt")
+    model, ended = train(stage)
     save(model, folder)
-    note.write_text(json.dumps(asdict(pulse), indent=2) + "\n", encoding="utf-8")
+    ending.write_text(json.dumps(asdict(ended), indent=2) + "\n", encoding="utf-8")
     return model
 
 
@@ -207,13 +190,13 @@ def _save(model: PreTrainedModel | ModelMixin, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-def _bar(progress: Progress, stages: tuple[str, ...]) -> Report:
-    tasks = {stage: progress.add_task(stage, total=1.0, start=False, detail="") for stage in stages}
+def _bar_report(bars: Progress, stages: tuple[str, ...]) -> Report:
+    """A report that moves one bar per stage."""
+    tasks = {stage: bars.add_task(stage, total=1.0, start=False, detail="") for stage in stages}
 
-    def report(pulse: Pulse) -> None:
-        task = tasks[pulse.stage]
-        progress.start_task(task)
-        detail = f"step {pulse.step}  loss {pulse.loss:.4f}"
-        progress.update(task, completed=pulse.progress, detail=detail)
+    def report(reached: StageProgress) -> None:
+        task = tasks[reached.stage]
+        bars.start_task(task)
+        bars.update(task, completed=reached.progress, detail=f"step {reached.step}  loss {reached.loss:.4f}")
 
     return report

@@ -1,4 +1,4 @@
-"""What each lever does to the time of a step: every variant beside plain LoRA at equal identity rows, in turns."""
+"""What each optimisation does to the time of a step, beside plain LoRA at equal identity rows, in turns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jobs.benchmark.record import write_result
 from jobs.benchmark.timing import (
     PLAIN_LORA,
     RANK,
-    Levers,
+    StepOptions,
     Timed,
     concept_task,
     pack_step,
@@ -31,20 +31,20 @@ from jobs.benchmark.training.peft_loop import peft_step
 
 POOL = TrainingSpec().pool_size
 LORA = "plain LoRA"
-VARIANTS: dict[str, Levers] = {
+VARIANTS: dict[str, StepOptions] = {
     LORA: PLAIN_LORA,
-    "CAT, no lever: two student calls, teacher on every row": Levers(),
-    "[y_T; y] in one call": Levers(joint_rows=True),
-    "one call, half the rows": Levers(joint_rows=True, fraction=0.5),
-    "one call, a quarter of the rows": Levers(joint_rows=True, fraction=0.25),
-    "one call, pool": Levers(joint_rows=True, pool_size=POOL),
-    "one call, pool, half the rows": Levers(joint_rows=True, fraction=0.5, pool_size=POOL),
-    "one call, pool, a quarter of the rows": Levers(joint_rows=True, fraction=0.25, pool_size=POOL),
-    "one call, half the rows, middle and up blocks": Levers(joint_rows=True, fraction=0.5, blocks="mid_up"),
-    "one call, half the rows, up blocks": Levers(joint_rows=True, fraction=0.5, blocks="up"),
-    "plain LoRA, up blocks": Levers(alpha=0.0, blocks="up"),
-    "plain LoRA, bf16": Levers(alpha=0.0, bf16=True),
-    "one call, half the rows, bf16": Levers(joint_rows=True, fraction=0.5, bf16=True),
+    "CAT, not optimised: two student calls, teacher on every row": StepOptions(),
+    "[y_T; y] in one call": StepOptions(joint_rows=True),
+    "one call, half the rows": StepOptions(joint_rows=True, fraction=0.5),
+    "one call, a quarter of the rows": StepOptions(joint_rows=True, fraction=0.25),
+    "one call, pool": StepOptions(joint_rows=True, pool_size=POOL),
+    "one call, pool, half the rows": StepOptions(joint_rows=True, fraction=0.5, pool_size=POOL),
+    "one call, pool, a quarter of the rows": StepOptions(joint_rows=True, fraction=0.25, pool_size=POOL),
+    "one call, half the rows, middle and up blocks": StepOptions(joint_rows=True, fraction=0.5, blocks="mid_up"),
+    "one call, half the rows, up blocks": StepOptions(joint_rows=True, fraction=0.5, blocks="up"),
+    "plain LoRA, up blocks": StepOptions(alpha=0.0, blocks="up"),
+    "plain LoRA, bf16": StepOptions(alpha=0.0, bf16=True),
+    "one call, half the rows, bf16": StepOptions(joint_rows=True, fraction=0.5, bf16=True),
 }
 
 
@@ -59,7 +59,7 @@ def run(console: Console, *, rows: int = 4, steps: int = 2, turns: int = 5) -> P
         }
         console.print(f"{adapters} adapters done")
     return write_result(
-        "levers",
+        "optimisations",
         {
             "rows_per_concept": rows,
             "steps_per_turn": steps,
@@ -72,13 +72,13 @@ def run(console: Console, *, rows: int = 4, steps: int = 2, turns: int = 5) -> P
     )
 
 
-def _variant(base: BaseModel, adapters: int, rows: int, levers: Levers, steps: int) -> Callable[[], float]:
-    tasks = [concept_task(base, f"adapter-{n}", rows, levers) for n in range(adapters)]
+def _variant(base: BaseModel, adapters: int, rows: int, options: StepOptions, steps: int) -> Callable[[], float]:
+    tasks = [concept_task(base, f"adapter-{n}", rows, options) for n in range(adapters)]
 
     pool = TeacherPool()
 
     def measure() -> float:
-        with pack_step(base, tasks, levers, pool) as step:
+        with pack_step(base, tasks, options, pool) as step:
             step()  # text embeddings and allocations
             return seconds_of(step, steps)
 
@@ -87,18 +87,18 @@ def _variant(base: BaseModel, adapters: int, rows: int, levers: Levers, steps: i
 
 def _fill(base: BaseModel, rows: int) -> float:
     """Seconds to open a pack of one adapter with a pool, less those without."""
-    task = concept_task(base, "adapter", rows, Levers(pool_size=POOL))
-    plain = concept_task(base, "adapter", rows, Levers())
+    task = concept_task(base, "adapter", rows, StepOptions(pool_size=POOL))
+    plain = concept_task(base, "adapter", rows, StepOptions())
 
-    def opened(one: Any, levers: Levers) -> float:
+    def opened(one: Any, options: StepOptions) -> float:
         def work() -> None:
-            with pack_step(base, [one], levers):
+            with pack_step(base, [one], options):
                 pass
 
         return seconds_of(work, 1)
 
     times = take_turns(
-        {"pool": lambda: opened(task, Levers(pool_size=POOL)), "none": lambda: opened(plain, Levers())}, 3
+        {"pool": lambda: opened(task, StepOptions(pool_size=POOL)), "none": lambda: opened(plain, StepOptions())}, 3
     )
     return times["pool"].median - times["none"].median
 

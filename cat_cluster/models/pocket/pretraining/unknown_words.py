@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,35 +11,37 @@ from torch.nn import functional
 from transformers import CLIPModel, CLIPTokenizer
 
 from cat_cluster.models.pocket import world
-from cat_cluster.models.pocket.clip import tokenize
-from cat_cluster.models.pocket.loop import Budget, Pulse, Sitting, optimise, random_scenes, rate_at, run_stage
-from cat_cluster.models.pocket.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.captions import insert_word, random_word, scene_caption
+from cat_cluster.models.pocket.pretraining.clip import tokenize
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.scenes import random_scenes
+from cat_cluster.models.pocket.pretraining.stage import Stage, StageProgress, learning_rate_at, optimise, run_stage
 
 _PADDED_EVERY = 2  # every other batch is seen to its last pad, the others to their longest text
 
 
 def train_words(
-    recipe: Recipe, model: CLIPModel, tokenizer: CLIPTokenizer, checkpoint: Path, sitting: Sitting
-) -> tuple[CLIPModel, Pulse]:
+    recipe: Recipe, model: CLIPModel, tokenizer: CLIPTokenizer, stage: Stage
+) -> tuple[CLIPModel, StageProgress]:
     """Teach the text half to carry a fixed code of an unknown word from that word on, and to change nothing else.
 
     Before, "a sks cup" and "a cup" had all but the same states, and no adapter could have told a token from none.
     The pads must carry the code too: they are most of the states, and the U-Net reads the caption's sum from them.
     """
-    device, seed = sitting.device, sitting.seed
+    device, seed = stage.device, stage.seed
     torch.manual_seed(seed)
     scenes = random_scenes(recipe.scenes, seed)
     text = model.to(device).text_model
     before = copy.deepcopy(text).eval().requires_grad_(False)
-    codes = quiet_codes(before, tokenizer, scenes, recipe.words_directions, seed).to(device)
+    codes = low_variance_codes(before, tokenizer, scenes, recipe.words_directions, seed).to(device)
     optimiser = torch.optim.AdamW(text.parameters(), lr=recipe.words_rate, betas=(0.9, 0.98), weight_decay=0.0)
 
     def step(index: int, progress: float) -> torch.Tensor:
         rng = np.random.default_rng([seed, 7, index])
         rows = rng.integers(len(scenes), size=recipe.words_batch)
-        plain = [world.caption(scenes[row], rng, rare=0.0) for row in rows]
-        worded = [world.throw_in(caption, world.random_word(rng)) for caption in plain]
-        ids = tokenize(tokenizer, plain + worded).to(device)
+        plain = [scene_caption(scenes[row], rng, rare=0.0) for row in rows]
+        with_word = [insert_word(caption, random_word(rng)) for caption in plain]
+        ids = tokenize(tokenizer, plain + with_word).to(device)
         if index % _PADDED_EVERY:
             ids = ids[:, : int((ids != tokenizer.pad_token_id).sum(1).max()) + 2]
         with torch.no_grad():
@@ -49,22 +50,22 @@ def train_words(
             spelt = codes[new] * word_positions(old, new, tokenizer)[..., None]
             wanted[len(plain) :] += recipe.words_mark * marks(spelt)
         loss: torch.Tensor = (text(input_ids=ids).last_hidden_state - wanted).square().sum(-1).mean()
-        optimise(loss, text, optimiser, rate_at(progress, recipe.words_rate))
+        optimise(loss, text, optimiser, learning_rate_at(progress, recipe.words_rate))
         return loss
 
     state = {"model": model, "optimiser": optimiser}
-    pulse = run_stage("words", checkpoint, Budget(recipe.words_steps, sitting.seconds), state, step, sitting.report)
-    return model.eval(), pulse
+    ended = run_stage(stage, recipe.words_steps, state, step)
+    return model.eval(), ended
 
 
 @torch.no_grad()
-def quiet_codes(
+def low_variance_codes(
     text: nn.Module, tokenizer: CLIPTokenizer, scenes: list[world.Scene], directions: int, seed: int
 ) -> torch.Tensor:
     """A unit code [V, D] for each of V vocabulary entries, in the directions where plain captions vary least."""
     device = next(text.parameters()).device
     rng = np.random.default_rng([seed, 8])
-    captions = [world.caption(scenes[row], rng, rare=0.0) for row in rng.integers(len(scenes), size=960)]
+    captions = [scene_caption(scenes[row], rng, rare=0.0) for row in rng.integers(len(scenes), size=960)]
     chunks = [captions[i : i + 96] for i in range(0, len(captions), 96)]
     states = torch.cat(
         [
@@ -89,11 +90,11 @@ def marks(spelt_BLD: torch.Tensor) -> torch.Tensor:
     return torch.where(own, spelt_BLD, torch.where(begun, whole, torch.zeros_like(whole)))
 
 
-def word_positions(plain: torch.Tensor, worded: torch.Tensor, tokenizer: CLIPTokenizer) -> torch.Tensor:
-    """Where ids `worded` [B, L] hold the one word that ids `plain` [B, L] lack: bool [B, L]."""
+def word_positions(plain: torch.Tensor, with_word: torch.Tensor, tokenizer: CLIPTokenizer) -> torch.Tensor:
+    """Where ids `with_word` [B, L] hold the one word that ids `plain` [B, L] lack: bool [B, L]."""
     pad, article = tokenizer.pad_token_id, tokenizer.convert_tokens_to_ids("an</w>")
-    added = (worded != pad).sum(1) - (plain != pad).sum(1)
-    first = (plain != worded).int().argmax(1)
+    added = (with_word != pad).sum(1) - (plain != pad).sum(1)
+    first = (plain != with_word).int().argmax(1)
     first = first + (plain.gather(1, first[:, None])[:, 0] == article)  # "an orange" -> "a sks orange"
     places = torch.arange(plain.shape[1], device=plain.device)
     found: torch.Tensor = (places >= first[:, None]) & (places < (first + added)[:, None])

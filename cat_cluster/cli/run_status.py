@@ -1,4 +1,4 @@
-"""What a person sees of runs: tables of how they stand, and live bars while one goes."""
+"""What a person sees of runs: tables of their status, and live bars of one that is followed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import TaskID
 from rich.table import Table
 
-from cat_cluster.cli.bars import Bars
+from cat_cluster.cli.bars import Bars, loss_text
 from cat_cluster.cluster.run_progress import ENDED_ADAPTER, AdapterProgress, RunProgress, is_alive
 
 _COLOURS = {"failed": "red", "stopped": "red", "rejected": "yellow"}
@@ -60,7 +59,6 @@ class RunBars(Bars):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._tasks: dict[str, TaskID] = {}
         self._ended: set[str] = set()
         self._state: tuple[str, int] | None = None
 
@@ -69,29 +67,18 @@ class RunBars(Bars):
         for adapter in progress.adapters:
             if adapter.state in ENDED_ADAPTER and adapter.id not in self._ended:
                 self._ended.add(adapter.id)
-                self._progress.console.print(_end_line(adapter))
+                self.console.print(_end_line(adapter))
             if adapter.state != "waiting":
-                self._move(adapter)
+                stage, detail = _STAGES.get(adapter.state, "done"), _losses_text(adapter)
+                self.move(adapter.id, stage, adapter.id, completed=adapter.step, total=adapter.steps, detail=detail)
         state = (progress.state, progress.attempt)
         if state != self._state:
             self._state = state
             reason = f": {escape(progress.reason)}" if progress.reason else ""
-            self._progress.console.print(
+            self.console.print(
                 f"{progress.run_id} {_coloured(progress.state, progress.state)}, attempt {progress.attempt}{reason}",
                 soft_wrap=True,
             )
-
-    def _move(self, adapter: AdapterProgress) -> None:
-        stage = _STAGES.get(adapter.state, "done")
-        if adapter.id not in self._tasks:
-            self._tasks[adapter.id] = self._progress.add_task("", total=adapter.steps, detail="")
-        self._progress.update(
-            self._tasks[adapter.id],
-            description=f"{stage:<8}{adapter.id}",
-            completed=adapter.step,
-            total=adapter.steps,
-            detail=_losses_text(adapter),
-        )
 
 
 def _end_line(adapter: AdapterProgress) -> str:
@@ -100,12 +87,7 @@ def _end_line(adapter: AdapterProgress) -> str:
 
 
 def _losses_text(adapter: AdapterProgress) -> str:
-    parts = []
-    for token, loss in adapter.losses.items():
-        identity = "-" if loss.identity is None else f"{loss.identity:.4f}"
-        cat = "" if loss.cat is None else f" cat {loss.cat:.5f}"
-        parts.append(f"[cyan]{escape(token)}[/cyan] identity {identity}{cat}")
-    return "  ".join(parts)
+    return "  ".join(loss_text(token, loss.identity, loss.cat) for token, loss in adapter.losses.items())
 
 
 def _coloured(state: str, text: str) -> str:

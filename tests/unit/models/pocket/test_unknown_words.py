@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from cat_cluster.models.pocket.clip import new_clip, tokenize
-from cat_cluster.models.pocket.loop import Pulse, Sitting, random_scenes
-from cat_cluster.models.pocket.pretrain import make_tokenizer
-from cat_cluster.models.pocket.recipe import Recipe
-from cat_cluster.models.pocket.words import marks, quiet_codes, train_words, word_positions
+from cat_cluster.models.pocket.pretraining.clip import new_clip, tokenize
+from cat_cluster.models.pocket.pretraining.pretrain import make_tokenizer
+from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pocket.pretraining.scenes import random_scenes
+from cat_cluster.models.pocket.pretraining.stage import Stage, StageProgress
+from cat_cluster.models.pocket.pretraining.unknown_words import low_variance_codes, marks, train_words, word_positions
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_codes_are_unit_and_lie_where_plain_states_hardly_vary(tokenizer: CLIPTo
     torch.manual_seed(0)
     recipe = Recipe.tiny()
     text = new_clip(recipe, tokenizer).text_model.eval()
-    codes = quiet_codes(text, tokenizer, random_scenes(24, 0), 4, 0)
+    codes = low_variance_codes(text, tokenizer, random_scenes(24, 0), 4, 0)
     torch.testing.assert_close(codes.norm(dim=1), torch.ones(len(tokenizer)))
     ids = tokenize(tokenizer, ["a photo of a red cup on grass", "a fish at night", "a blue car with eyes in snow"])
     with torch.no_grad():
@@ -51,8 +52,8 @@ def test_training_marks_unknown_words_and_leaves_plain_captions(tokenizer: CLIPT
     ids = tokenize(tokenizer, [plain, worded])
     with torch.no_grad():
         before = model.text_model(input_ids=ids).last_hidden_state
-    losses: list[Pulse] = []
-    marked, _ = train_words(recipe, model, tokenizer, tmp_path / "words.pt", Sitting(None, "cpu", 0, losses.append))
+    losses: list[StageProgress] = []
+    marked, _ = train_words(recipe, model, tokenizer, Stage("words", tmp_path / "words.pt", "cpu", 0, losses.append))
     with torch.no_grad():
         after = marked.text_model(input_ids=ids).last_hidden_state
     moved = (after - before).norm(dim=-1)

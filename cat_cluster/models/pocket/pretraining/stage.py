@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import nn
-
-from cat_cluster.models.pocket import world
 
 
 class Stateful(Protocol):
@@ -26,16 +23,8 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True)
-class Budget:
-    """A stage ends after `steps`, or after `seconds` of training where given, over all its sittings."""
-
-    steps: int
-    seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class Pulse:
-    """Where a stage stands: `progress` in [0, 1] drives the schedules, `seconds` were trained so far."""
+class StageProgress:
+    """Where a stage is: `progress` in [0, 1] drives the schedules, `seconds` were trained so far, in all runs."""
 
     stage: str
     step: int
@@ -44,35 +33,39 @@ class Pulse:
     loss: float
 
 
-Report = Callable[[Pulse], None]
+Report = Callable[[StageProgress], None]
 
 
 @dataclass(frozen=True)
-class Sitting:
-    """How a stage is trained here: `seconds` None means the recipe's steps; `compiled` asks for torch.compile."""
+class Stage:
+    """One stage of the pretraining, and how it is trained here.
 
-    seconds: float | None
+    It is checkpointed to `checkpoint` and ends after `seconds` of training in all runs; None: after the recipe's steps.
+    """
+
+    name: str
+    checkpoint: Path
     device: str
     seed: int
     report: Report
+    seconds: float | None = None
     compiled: bool = False
 
 
 def run_stage(
-    stage: str,
-    checkpoint: Path,
-    budget: Budget,
+    stage: Stage,
+    steps: int,
     state: Mapping[str, Stateful],
     step: Callable[[int, float], torch.Tensor],
-    report: Report,
     *,
     every_seconds: float = 120.0,
-) -> Pulse:
-    """Call `step(index, progress)` until the budget is spent, resuming from `checkpoint` and saving to it.
+) -> StageProgress:
+    """Call `step(index, progress)` until the stage ends, resuming from its checkpoint and saving to it.
 
     `step` returns its loss (a scalar); all its randomness must come from its index, so that a resumed run
     continues the same run.
     """
+    checkpoint = stage.checkpoint
     done, spent, loss = 0, 0.0, math.nan
     if checkpoint.exists():
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -81,8 +74,7 @@ def run_stage(
         done, spent, loss = saved["step"], saved["seconds"], saved["loss"]
 
     def progress() -> float:
-        share = 0.0 if budget.seconds is None else spent / budget.seconds
-        return min(1.0, max(done / budget.steps if budget.seconds is None else 0.0, share))
+        return min(1.0, done / steps if stage.seconds is None else spent / stage.seconds)
 
     def save() -> None:
         parts = {name: part.state_dict() for name, part in state.items()}
@@ -96,27 +88,27 @@ def run_stage(
         latest = float(step(done, progress()).detach())
         loss = latest if math.isnan(loss) else 0.98 * loss + 0.02 * latest
         done, spent = done + 1, spent + time.monotonic() - begun
-        report(Pulse(stage, done, progress(), spent, loss))
+        stage.report(StageProgress(stage.name, done, progress(), spent, loss))
         if spent - saved_at >= every_seconds:
             save()
             saved_at = spent
     save()
-    return Pulse(stage, done, 1.0, spent, loss)
+    return StageProgress(stage.name, done, 1.0, spent, loss)
 
 
-def rate_at(progress: float, peak: float, warm_up: float = 0.02) -> float:
-    """Linear warm-up, then a cosine to 0."""
+def learning_rate_at(progress: float, peak: float, warm_up: float = 0.02) -> float:
+    """Learning rate: linear warm-up, then a cosine to 0."""
     if progress < warm_up:
         return peak * max(progress, 1e-4) / warm_up
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - warm_up) / (1 - warm_up)))
 
 
 def optimise(
-    loss: torch.Tensor, model: nn.Module, optimiser: torch.optim.Optimizer, rate: float, clip: float = 1.0
+    loss: torch.Tensor, model: nn.Module, optimiser: torch.optim.Optimizer, learning_rate: float, clip: float = 1.0
 ) -> None:
-    """One optimiser step at `rate`, gradients clipped to a global norm of `clip`."""
+    """One optimiser step at `learning_rate`, gradients clipped to a global norm of `clip`."""
     for group in optimiser.param_groups:
-        group["lr"] = rate
+        group["lr"] = learning_rate
     optimiser.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -124,21 +116,9 @@ def optimise(
 
 
 @torch.no_grad()
-def follow(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Exponential moving average of parameters, faster in the first steps; buffers are copied."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), weight)
     for kept, current in zip(average.buffers(), model.buffers(), strict=True):
         kept.copy_(current)
-
-
-def random_scenes(count: int, seed: int) -> list[world.Scene]:
-    """`count` random scenes, the same for the same seed."""
-    rng = np.random.default_rng(seed)
-    return [world.random_scene(rng) for _ in range(count)]
-
-
-def render(scenes: Sequence[world.Scene]) -> torch.Tensor:
-    """The pictures of scenes: uint8 [N, 3, 64, 64]."""
-    frames = np.stack([world.draw(scene) for scene in scenes])
-    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()

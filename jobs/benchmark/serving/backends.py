@@ -1,7 +1,7 @@
-"""Contenders in processes of their own: threads of one, even idle, slow the others in one process down.
+"""The backends that are compared, each in a process of its own: idle threads of one would slow the others down.
 
 OpenMP counts the threads of a process: with more of them than cores it lets them sleep between operations, and many
-small operations, such as PEFT's, then take twice as long. One at a time is asked, so that turns are side by side.
+small operations, such as PEFT's, then take twice as long. One at a time is called, so that turns are side by side.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import torch
 from cat_cluster.errors import CatClusterError
 
 
-class Contender(Protocol):
+class Backend(Protocol):
     """An object whose methods are called by name, in its own process or here."""
 
-    def __enter__(self) -> Contender:
+    def __enter__(self) -> Backend:
         """Open it."""
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -36,14 +36,14 @@ class Contender(Protocol):
         """Return how long a method takes; what it returns is dropped."""
 
 
-class Here:
-    """A contender in this process, for tests."""
+class InThisProcess:
+    """A backend in this process, for tests."""
 
     def __init__(self, make: Callable[..., AbstractContextManager[Any]], *arguments: Any) -> None:
         self._opened = make(*arguments)
 
-    def __enter__(self) -> Here:
-        self._thing = self._opened.__enter__()
+    def __enter__(self) -> InThisProcess:
+        self._backend = self._opened.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -51,7 +51,7 @@ class Here:
 
     def get(self, method: str, *arguments: Any) -> Any:
         """Return what a method returns."""
-        return getattr(self._thing, method)(*arguments)
+        return getattr(self._backend, method)(*arguments)
 
     def seconds(self, method: str, *arguments: Any) -> float:
         """Return how long a method takes."""
@@ -60,18 +60,18 @@ class Here:
         return time.perf_counter() - started
 
 
-class Apart:
-    """A contender in a process of its own, with as many torch threads as this one; it idles between calls."""
+class InOwnProcess:
+    """A backend in a process of its own, with as many torch threads as this one; it idles between calls."""
 
     def __init__(self, make: Callable[..., AbstractContextManager[Any]], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         given = (other, torch.get_num_threads(), make, arguments)
-        self._process = context.Process(target=_answer, args=given, daemon=True)
+        self._process = context.Process(target=_run_backend, args=given, daemon=True)
         self._process.start()
         other.close()
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> InOwnProcess:
         self._reply()
         return self
 
@@ -84,37 +84,37 @@ class Apart:
 
     def get(self, method: str, *arguments: Any) -> Any:
         """Return what a method returns; CatClusterError with its traceback when it fails."""
-        return self._ask("get", method, arguments)
+        return self._call("get", method, arguments)
 
     def seconds(self, method: str, *arguments: Any) -> float:
         """Return how long a method takes there."""
-        return float(self._ask("seconds", method, arguments))
+        return float(self._call("seconds", method, arguments))
 
-    def _ask(self, *question: Any) -> Any:
+    def _call(self, *call: Any) -> Any:
         with suppress(OSError):  # of a process that has ended: the reply says so
-            self._pipe.send(question)
+            self._pipe.send(call)
         return self._reply()
 
     def _reply(self) -> Any:
         try:
             worked, value = self._pipe.recv()
         except (EOFError, OSError):
-            raise CatClusterError("a contender's process has ended: see what it printed above") from None
+            raise CatClusterError("a backend's process has ended: see what it printed above") from None
         if not worked:
-            raise CatClusterError(f"a contender failed:\n{value}")
+            raise CatClusterError(f"a backend failed:\n{value}")
         return value
 
 
-def _answer(
+def _run_backend(
     pipe: Connection, threads: int, make: Callable[..., AbstractContextManager[Any]], arguments: tuple[Any, ...]
 ) -> None:
-    """Run in the other process: open the contender and answer until told to end."""
+    """Run in the other process: open the backend and call its methods until the pipe says to end."""
     torch.set_num_threads(threads)
     try:
-        with Here(make, *arguments) as contender:
+        with InThisProcess(make, *arguments) as backend:
             pipe.send((True, None))
-            while (asked := pipe.recv()) is not None:
-                kind, method, given = asked
-                pipe.send((True, getattr(contender, kind)(method, *given)))
+            while (call := pipe.recv()) is not None:
+                kind, method, given = call
+                pipe.send((True, getattr(backend, kind)(method, *given)))
     except Exception:
         pipe.send((False, traceback.format_exc()))

@@ -1,0 +1,178 @@
+"""Commands for the adapters of a registry: list, show, verify, export, import, alias, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from cat_cluster.cli.options import (
+    AdapterReference,
+    AsJson,
+    JudgeOption,
+    Storage,
+    device,
+    open_registry,
+    people,
+    print_json,
+    progress,
+)
+from cat_cluster.spec.choices import AdapterFormat
+
+# Torch and diffusers take seconds to import: commands import what they need.
+
+adapters_app = typer.Typer(
+    no_args_is_help=True, help="List, check, export, import and delete the adapters of a registry."
+)
+
+
+def mount_adapters(app: typer.Typer) -> None:
+    """Add the commands of this file to the command line."""
+    app.add_typer(adapters_app, name="adapters")
+
+
+@adapters_app.command("list")
+def adapters_list(storage: Storage = None, as_json: AsJson = False) -> None:
+    """List the adapters of a registry with their aliases and scores."""
+    summaries = open_registry(storage).list()
+    if as_json:
+        print_json({"adapters": [_jsonable(summary) for summary in summaries]})
+        return
+    Console().print(_summary_table(summaries))
+
+
+@adapters_app.command("show")
+def adapters_show(adapter: AdapterReference, storage: Storage = None) -> None:
+    """Print the manifest of an adapter: where it comes from, what it holds, how it scored."""
+    print_json(_jsonable(open_registry(storage).resolve(adapter)))
+
+
+@adapters_app.command("verify")
+def adapters_verify(adapter: AdapterReference, storage: Storage = None, as_json: AsJson = False) -> None:
+    """Check that every object of an adapter exists, has its digest, and loads."""
+    report = open_registry(storage).verify(adapter)
+    if as_json:
+        print_json(_jsonable(report))
+    elif not report.problems:
+        people.print(f"[green]{report.adapter_id}@{report.revision} is whole[/green]")
+    for problem in [] if as_json else report.problems:
+        people.print(f"[red]{problem}[/red]")
+    if report.problems:
+        raise typer.Exit(1)
+
+
+@adapters_app.command("export")
+def adapters_export(
+    adapter: AdapterReference,
+    fmt: Annotated[AdapterFormat, typer.Option("--format", help="File format.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    storage: Storage = None,
+) -> None:
+    """Write an adapter's weights in the format of another tool.
+
+    Example: cat-cluster adapters export striped-cup --format kohya --out ./lora
+    """
+    from cat_cluster.lora.formats import write_adapter
+
+    registry = open_registry(storage)
+    manifest = registry.resolve(adapter)
+    tokens = " ".join(concept.token for concept in manifest.concepts)
+    metadata = {"adapter": manifest.name, "tokens": tokens, "base_fingerprint": manifest.base_fingerprint}
+    weights = registry.load_weights(manifest)
+    people.print(f"wrote {write_adapter(weights, out, fmt, adapter_id=manifest.adapter_id, metadata=metadata)}")
+
+
+@adapters_app.command("import")
+def adapters_import(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Adapter file (.safetensors), or the folder it is in.")],
+    adapter_id: Annotated[str, typer.Option("--id", help="Id to publish it under: a-z, 0-9 and -.")],
+    token: Annotated[list[str], typer.Option(help="Trigger word it was taught; once per concept.")],
+    class_noun: Annotated[list[str], typer.Option(help="What each concept is an example of, such as cup.")],
+    photos: Annotated[list[Path] | None, typer.Option(help="Folder of each concept's photos, to measure it.")] = None,
+    base: Annotated[str, typer.Option(help="Base model it was made for.")] = "pocket",
+    images_per_prompt: Annotated[int, typer.Option(min=1, help="Seeds per prompt when it is measured.")] = 4,
+    judge: Annotated[str, JudgeOption] = "auto",
+    storage: Storage = None,
+    as_json: AsJson = False,
+) -> None:
+    """Publish an adapter that PEFT, diffusers or kohya made. With photos it is measured, as a trained one is.
+
+    Example: cat-cluster adapters import mug.safetensors --id mug --token sks --class-noun mug --photos ./mug
+    """
+    from cat_cluster.pipeline.importing import ImportRequest, import_adapter
+    from cat_cluster.spec.sections import EvaluationSpec
+
+    evaluation = EvaluationSpec(images_per_prompt=images_per_prompt, judge=judge)
+    request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base, evaluation)
+    with progress() as listener:
+        manifest = import_adapter(request, open_registry(storage), device(), listener)
+    if as_json:
+        print_json({"id": manifest.adapter_id, "revision": manifest.revision, "rank": manifest.rank})
+        return
+    measured = "measured" if manifest.metrics else "not measured: give --photos to measure it"
+    people.print(f"published {manifest.name}, rank {manifest.rank}, {measured}")
+
+
+@adapters_app.command("alias")
+def adapters_alias(
+    adapter_id: Annotated[str, typer.Argument(metavar="ID", help="Adapter id.")],
+    alias: Annotated[str, typer.Argument(help="Alias, for example prod.")],
+    revision: Annotated[
+        str | None, typer.Argument(help="Revision to point it at; none: only print the history.")
+    ] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the alias; its history stays.")] = False,
+    storage: Storage = None,
+) -> None:
+    """Point an alias at a revision, or remove it; its history is printed in any case.
+
+    Example: cat-cluster adapters alias striped-cup prod r-0123456789ab
+    """
+    registry = open_registry(storage)
+    if remove and revision is not None:
+        raise typer.BadParameter("give a revision or --remove, not both")
+    if remove:
+        registry.remove_alias(adapter_id, alias)
+    elif revision is not None:
+        registry.set_alias(adapter_id, alias, revision)
+    print_json({"alias": alias, "history": [_jsonable(move) for move in registry.alias_history(adapter_id, alias)]})
+
+
+@adapters_app.command("delete")
+def adapters_delete(
+    adapter_id: Annotated[str, typer.Argument(metavar="ID", help="Adapter id.")],
+    revision: Annotated[str, typer.Argument(help="Revision to delete; refused while an alias points at it.")],
+    storage: Storage = None,
+) -> None:
+    """Delete a revision of an adapter permanently."""
+    open_registry(storage).delete(adapter_id, revision)
+    people.print(f"deleted {adapter_id}@{revision}")
+
+
+def _summary_table(summaries: Sequence[Any]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("adapter", "latest", "revisions", "tokens", "method", "KPS", "drift"):
+        table.add_column(heading, no_wrap=heading == "latest", overflow="fold")
+    for one in summaries:
+        manifest = one.latest
+        metrics = manifest.metrics if manifest is not None and manifest.metrics is not None else {}
+        table.add_row(
+            one.adapter_id,
+            "-" if manifest is None else manifest.revision,
+            str(len(one.revisions)),
+            "-" if manifest is None else " ".join(concept.token for concept in manifest.concepts),
+            "-" if manifest is None else manifest.method,
+            *(f"{metrics[name]:.3f}" if name in metrics else "-" for name in ("kps", "base_drift")),
+        )
+    return table
+
+
+def _jsonable(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
