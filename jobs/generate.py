@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pydantic import BaseModel
 from rich.console import Console
 
@@ -21,7 +20,7 @@ from cat_cluster.spec.job import AdapterSpec, ConceptSpec, JobSpec
 from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, TrainingSpec
 from cat_cluster.telemetry import LABELS, MOST_SERIES, OTHER, SERVING_METRICS, TRAINING_METRICS
 from jobs.benchmark.figures import digest_in, digest_of
-from jobs.benchmark.pages import PAGES, draw_picture, page_texts, pictures
+from jobs.benchmark.pages import PAGES, draw_picture, markdown_templates, page_texts, pictures
 from jobs.benchmark.record import ROOT
 from serve.settings import Deployment, ProbeSettings, ServeSettings
 
@@ -73,14 +72,7 @@ def stale_files(root: Path = ROOT) -> list[str]:
 
 def metrics_page() -> str:
     """Return docs/metrics.md: every metric and every label."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=False,  # Markdown
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    templates = markdown_templates(Path(__file__).parent / "templates")
     return templates.get_template("metrics.md.j2").render(
         training=TRAINING_METRICS, serving=SERVING_METRICS, labels=LABELS, most_series=MOST_SERIES, other=OTHER
     )

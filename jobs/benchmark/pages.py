@@ -78,20 +78,25 @@ def draw_picture(name: str, path: Path, results: Path = RESULTS) -> None:
     draw(result, path, digest)
 
 
-def _parts(name: str, parts: Sequence[str], results: Path) -> dict[str, dict[str, Any]]:
-    return {part: found for part in parts if (found := read_result(f"{name}-{part}", results)) is not None}
-
-
-def _templates() -> Environment:
-    """The templates, with what they ask of a result that is more than printing it."""
-    templates = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+def markdown_templates(folder: Path) -> Environment:
+    """Return the templates of a folder; a name that a template lacks is an error."""
+    return Environment(
+        loader=FileSystemLoader(folder),
         autoescape=False,  # Markdown
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+
+
+def _parts(name: str, parts: Sequence[str], results: Path) -> dict[str, dict[str, Any]]:
+    return {part: found for part in parts if (found := read_result(f"{name}-{part}", results)) is not None}
+
+
+def _templates() -> Environment:
+    """The templates of the pages, with filters for what takes more than printing a value."""
+    templates = markdown_templates(Path(__file__).parent / "templates")
     templates.filters |= {
         "f": format,
         "words": lambda name: name.replace("_", " "),
