@@ -71,6 +71,7 @@ class AdapterCache:
         self._host = HostMemory(loader, settings, metrics, clock)
         self._slots = Slots(pool)
         self._copies = SharedTasks[Key, tuple[Slot, Tier]]()  # adapters on their way into a slot
+        self._ready = set[Key]()  # those of them that only wait for a slot, or for the copy
         self._copying = asyncio.Lock()  # its queue is that for slots: first ready, first served, one copy at a time
         self._changed = asyncio.Event()  # a slot may have become free
         self._thread = ThreadPoolExecutor(1, "adapter-copy")
@@ -113,7 +114,7 @@ class AdapterCache:
         manifest = (await self.resolve(reference)).manifest
         key = self._check(manifest)
         if self._slots.find(key) is None:
-            await self._within_limit(key, self._host.get(manifest), to_slot=False)
+            await self._within_limit(key, self._host.get(manifest))
         return self._place(manifest.adapter_id, manifest.revision)
 
     async def pin(self, reference: str) -> dict[str, Any]:
@@ -166,7 +167,7 @@ class AdapterCache:
 
     def status(self) -> dict[str, Any]:
         """Return slots, host memory, loads, queue and the numbers of known references as JSON."""
-        loading = self._host.loading()
+        wanted = dict.fromkeys((*self._host.loading(), *self._copies.wanted()))
         return {
             "slots": len(self._slots),
             "held": [
@@ -175,8 +176,8 @@ class AdapterCache:
             ],
             "host": [name_of(key) for key in self._host.held()],
             "host_bytes": self._host.bytes,
-            "loading": [name_of(key) for key in loading],
-            "waiting": [name_of(key) for key in self._copies.wanted() if key not in loading],
+            "loading": [name_of(key) for key in wanted if key not in self._ready],
+            "waiting": [name_of(key) for key in wanted if key in self._ready],
             "references": self._resolver.counts(),
         }
 
@@ -194,13 +195,12 @@ class AdapterCache:
         self._host.check(manifest)
         return key_of(manifest)
 
-    async def _within_limit(self, key: Key, coming: Coroutine[Any, Any, T], *, to_slot: bool = True) -> T:
+    async def _within_limit(self, key: Key, coming: Coroutine[Any, Any, T]) -> T:
         try:
             async with asyncio.timeout(self._settings.load_timeout_s):
                 return await coming
         except TimeoutError:
-            slow = not to_slot or key in self._host.loading()
-            reason = "the store is slow" if slow else f"all {len(self._slots)} slots are in use"
+            reason = f"all {len(self._slots)} slots are in use" if key in self._ready else "the store is slow"
             waited = f"{name_of(key)} was not ready within {self._settings.load_timeout_s:g} s"
             raise OverloadedError(f"{waited}: {reason}; try again") from None
         finally:
@@ -209,6 +209,14 @@ class AdapterCache:
     async def _fill_slot(self, shared: SharedTask[tuple[Slot, Tier]], manifest: Manifest) -> tuple[Slot, Tier]:
         """Bring an adapter into host memory, then into a slot: nothing is evicted for one that is not ready."""
         vector, tier = await self._host.get(manifest)
+        key = key_of(manifest)
+        self._ready.add(key)
+        try:
+            return await self._copy_into_slot(shared, manifest, vector), tier
+        finally:
+            self._ready.discard(key)
+
+    async def _copy_into_slot(self, shared: SharedTask[Any], manifest: Manifest, vector: Tensor) -> Slot:
         async with self._copying:
             # Callers lease a slot that was filled for them at the loop's next turn: until then it is not taken.
             while (taken := self._slots.take(self._copies.wanted())) is None:
@@ -224,7 +232,7 @@ class AdapterCache:
                 raise
             finally:
                 self._record()
-        return slot, tier
+        return slot
 
     def _write(self, slot: Slot, vector: Tensor) -> None:
         started = time.perf_counter()

@@ -117,9 +117,12 @@ def test_a_store_that_hangs_holds_up_nobody_whose_adapter_is_known(world: World)
     manifest, clock = world.publish("cup"), Clock()
     cache = world.cache(clock=clock)
     assert resolve(cache, "cup").manifest == manifest
-    gate = world.store.gates["aliases/cup/latest/00000002.json"] = threading.Event()
+    key = "aliases/cup/latest/00000002.json"
+    gate = world.store.gates[key] = threading.Event()
     clock.now += 2.1
+    asked = world.store.asked[key]
     first = cache.resolve("cup")
+    wait_until(lambda: world.store.asked[key] > asked)
     clock.now += PATIENCE_S + 0.1
     assert cache.resolve("cup").result(SOON / 2).manifest == manifest
     assert not first.done()
