@@ -18,6 +18,8 @@ from cat_cluster.models.pocket.labels import LABELS
 from cat_cluster.models.pocket.pretrain import general_prompts, pretrain
 from cat_cluster.models.pocket.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,6 +15,8 @@ from cat_cluster.models.pocket.pretrain import general_prompts
 from cat_cluster.models.pocket.recipe import Recipe
 from cat_cluster.models.pocket.words import word_positions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pocket() -> quality.Pocket:
