@@ -3,6 +3,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch.nn import functional
 
@@ -38,6 +39,7 @@ def test_saved_and_loaded_classifiers_agree_to_half_precision(tmp_path: Path) ->
     torch.testing.assert_close(model.features(images, batch=2), model.features(images, batch=3))
 
 
+@pytest.mark.slow
 def test_it_learns_the_place_of_a_few_scenes(tmp_path: Path) -> None:
     recipe = replace(Recipe.tiny(), scenes=48, classifier_steps=150, classifier_batch=16, classifier_rate=5e-3)
     losses: list[StageProgress] = []

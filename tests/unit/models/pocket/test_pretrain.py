@@ -19,6 +19,8 @@ from cat_cluster.models.pocket.pretraining.clip import embed_images, embed_texts
 from cat_cluster.models.pocket.pretraining.pretrain import general_prompts, pretrain
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -44,6 +44,7 @@ def test_codes_are_unit_and_lie_where_plain_states_hardly_vary(tokenizer: CLIPTo
     assert along_codes < anywhere / 3
 
 
+@pytest.mark.slow
 def test_training_marks_unknown_words_and_leaves_plain_captions(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
     torch.manual_seed(0)
     recipe = replace(Recipe.tiny(), clip_width=32, words_steps=300, words_batch=16, words_rate=2e-3)

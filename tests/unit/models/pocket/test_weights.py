@@ -16,6 +16,8 @@ from cat_cluster.models.pocket.pretraining.pretrain import general_prompts
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.unknown_words import word_positions
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def pocket() -> quality.PocketModels:

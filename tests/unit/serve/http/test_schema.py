@@ -51,6 +51,7 @@ class KeyOfTheTest:
         case.headers["Authorization"] = f"Bearer {data}"
 
 
+@pytest.mark.slow
 @schema.parametrize()
 @settings(max_examples=100, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 def test_answers_are_those_described(case: schemathesis.Case, live: Live) -> None:
