@@ -20,7 +20,7 @@ from cat_cluster.lora.bank import LoraBank
 from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, open_bank, pack_member, prepare
 from cat_cluster.pipeline.publish import adapter_draft
 from cat_cluster.registry import Manifest, Registry
-from cat_cluster.settings import Settings
+from cat_cluster.settings import Settings, load_settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 from cat_cluster.training.engine import EngineFactory, TorchEngine
@@ -49,6 +49,10 @@ class JobListener(Protocol):
         """An adapter is published, was already, was rejected by its gates, or has failed."""
 
 
+class Silent(JobListener):
+    """A listener that shows nothing."""
+
+
 @dataclass(frozen=True, eq=False)
 class AdapterResult:
     """What became of one adapter of a job.
@@ -75,12 +79,16 @@ class AdapterResult:
         }
 
 
-def run_job(job: JobSpec, store: ObjectStore, settings: Settings, listener: JobListener) -> list[AdapterResult]:
+def run_job(
+    job: JobSpec, store: ObjectStore, settings: Settings | None = None, listener: JobListener | None = None
+) -> list[AdapterResult]:
     """Train, measure and publish every adapter of a job; one that is already published is left as it is.
 
+    settings: those of the environment unless given; listener: nobody is told unless given.
     Everything is validated before anything is trained. A failed adapter does not stop the others: its result says
     why. Results come in the order of the spec.
     """
+    settings, listener = settings or load_settings(), listener or Silent()
     prepared = prepare(job, settings)
     registry = Registry(store)
     results: dict[str, AdapterResult] = {}
