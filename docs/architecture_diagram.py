@@ -51,7 +51,15 @@ WAY = (
     Box(240, 20, 170, 70, "train", "prepare", ("pipeline/  models/", "checks all, then plans packs")),
     Box(460, 20, 170, 70, "train", "train a pack", ("training/  lora/", "cluster/ spreads it with Ray")),
     Box(680, 20, 170, 70, "train", "measure and publish", ("evaluation/  registry/",)),
-    Box(240, 160, 610, 60, "store", "object store: a folder or S3", ("store/  checkpoints, manifests, weights, aliases",)),
+    Box(
+        240,
+        160,
+        610,
+        60,
+        "store",
+        "object store: a folder or S3",
+        ("store/  checkpoints, manifests, weights, aliases",),
+    ),
     Box(20, 290, 170, 70, "you", "request", ("OpenAI's images API",)),
     Box(240, 290, 170, 70, "serve", "ingress", ("serve/http/", "keys, limits, streams")),
     Box(460, 290, 170, 70, "serve", "engine", ("serve/denoise/", "rows of any adapter together")),
@@ -71,17 +79,19 @@ ARROWS = (
     "M680 325H634",
     "M525 410V364",
     "M565 360V406",
-    "M460 440H330V224",
+    "M460 440H435V224",
 )
 LABELS = ((507, 130, "end", "checkpoints"), (583, 130, "start", "resume"), (773, 130, "start", "a revision"))
-LABELS += ((773, 258, "start", "aliases, weights"), (338, 258, "start", "probe records"))
+LABELS += ((773, 258, "start", "aliases, weights"), (427, 258, "end", "probe records"))
 
 
 def drawing(width: int, height: int, parts: list[str]) -> str:
     """An SVG of this size on white."""
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
     tip = f'<defs>{TIP}<path d="M0 0L8 4L0 8z" fill="#52606d"/></marker></defs>'
-    return "\n".join([head, f"<style>{STYLE}</style>{tip}", '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"])
+    return "\n".join(
+        [head, f"<style>{STYLE}</style>{tip}", '<rect width="100%" height="100%" fill="#fff"/>', *parts, "</svg>\n"]
+    )
 
 
 def way_of_the_data() -> str:
@@ -93,12 +103,16 @@ def way_of_the_data() -> str:
 
 def layers() -> str:
     """The layers of cat_cluster as the contract has them, highest first, with serve and jobs beside cluster."""
-    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ]
     rows = [row.split(" | ") for row in next(one for one in contracts if one["type"] == "layers")["layers"]]
     parts = []
     for number, row in enumerate(rows):
         width = (600 - 10 * (len(row) - 1)) // len(row)
-        parts += [Box(20 + n * (width + 10), 20 + 46 * number, width, 36, "library", room) for n, room in enumerate(row)]
+        parts += [
+            Box(20 + n * (width + 10), 20 + 46 * number, width, 36, "library", room) for n, room in enumerate(row)
+        ]
     beside = 20 + 46 * next(number for number, row in enumerate(rows) if "cluster" in row)
     parts += [
         Box(640, beside, 200, 36, "train", "jobs", ("uses cluster/",)),

@@ -39,10 +39,35 @@ SECTIONS = {
 HISTORY = {ROOT / "docs" / "log.md"}
 CURRENT = [document for document in DOCUMENTS if document not in HISTORY]
 # Names in the pages that belong to other programs, or to files that the reader or a command makes.
-OF_OTHERS: set[str] = set()
+OF_OTHERS = {
+    *(
+        "adapter_config.json",
+        "exported/pytorch_lora_weights.safetensors",
+        "manifest.json",
+        "report.html",
+        "report.json",
+    ),
+    *("out/demo/report.html", "out/demo/report.json", "draw_photos.py", "program.py", "photos/spotted-cup"),
+    *("openai/clip-vit-base-patch32", "stable-diffusion-v1-5/stable-diffusion-v1-5", "utils/eval_utils.py"),
+    *("aliases/", "inputs/", "objects/", "quarantine/", "runs/", "checkpoints/", "probes/"),  # keys of the store
+    *("serve.batch", "serve.multiplexed"),  # Ray's
+    *("--cni", "--local-s3"),  # minikube's, and k8s/secrets.sh's
+}
 _READ = {".py", ".js", ".css", ".sh", ".toml", ".yaml", ".yml", ".json", ".html", ".j2", ""}
-_PRUNED = {".git", ".venv", ".mypy_cache", ".pytest_cache", ".ruff_cache", "__pycache__", "out", "build", "node_modules"}
-_PATH = re.compile(r"[\w.-]*\w/(?:[\w.-]+/)*[\w.-]*|[\w-]+(?:\.[\w-]+)*\.(?:py|js|css|sh|toml|md|j2|yaml|yml|json|html)")
+_PRUNED = {
+    ".git",
+    ".venv",
+    ".mypy_cache",
+    ".pytest_cache",
+    ".ruff_cache",
+    "__pycache__",
+    "out",
+    "build",
+    "node_modules",
+}
+_PATH = re.compile(
+    r"[\w.-]*\w/(?:[\w.-]+/)*[\w.-]*|[\w-]+(?:\.[\w-]+)*\.(?:py|js|css|sh|toml|md|j2|yaml|yml|json|html)"
+)
 _MODULE = re.compile(r"(?<![\w./-])(?:cat_cluster|serve|jobs|tests)(?:\.[a-z_]\w*)+(?![\w/]|\.\w)")
 _IDENTIFIER = re.compile(r"[a-z]\w*_\w*|_\w+|[A-Z][a-z]+[A-Z]\w*")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
