@@ -48,6 +48,7 @@ def run_script(folder: Path, script: str) -> str:
         "PYTHONPATH": str(ROOT),
         "CAT_CACHE_DIR": str(folder / "cache"),
         "COLUMNS": "200",
+        "OMP_NUM_THREADS": "1",  # as in the other tests, which may run beside this one
     }
     finished = subprocess.run(
         ["bash", "-euxo", "pipefail", "-c", script],
