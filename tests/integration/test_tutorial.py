@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +52,22 @@ def run_script(folder: Path, script: str) -> str:
         "COLUMNS": "200",
         "OMP_NUM_THREADS": "1",  # as in the other tests, which may run beside this one
     }
-    finished = subprocess.run(
+    process = subprocess.Popen(
         ["bash", "-euxo", "pipefail", "-c", script],
         cwd=folder,
         env={**environment, **paths},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=SECONDS,
-        check=False,
+        start_new_session=True,
     )
-    assert finished.returncode == 0, f"{finished.stdout}\n{finished.stderr}"
-    return finished.stdout
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    finally:
+        with suppress(ProcessLookupError):  # what bash started, if it is still running
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, f"{out}\n{err}"
+    return out
 
 
 @pytest.fixture(scope="module")
