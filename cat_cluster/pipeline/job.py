@@ -49,8 +49,18 @@ class JobListener(Protocol):
         """An adapter is published, was already, was rejected by its gates, or has failed."""
 
 
-class Silent(JobListener):
+class _Silent:
     """A listener that shows nothing."""
+
+    def message(self, text: str) -> None: ...
+
+    def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None: ...
+
+    def step(self, report: StepReport) -> None: ...
+
+    def images(self, adapter_id: str, done: int, total: int) -> None: ...
+
+    def finished(self, result: AdapterResult) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +98,7 @@ def run_job(
     Everything is validated before anything is trained. A failed adapter does not stop the others: its result says
     why. Results come in the order of the spec.
     """
-    settings, listener = settings or load_settings(), listener or Silent()
+    settings, listener = settings or load_settings(), listener or _Silent()
     prepared = prepare(job, settings)
     registry = Registry(store)
     results: dict[str, AdapterResult] = {}
