@@ -27,7 +27,7 @@ from cat_cluster.pipeline.prepare import (
 )
 from cat_cluster.pipeline.publish import adapter_draft
 from cat_cluster.registry import Manifest, Reference, Registry
-from cat_cluster.settings import Settings
+from cat_cluster.settings import Settings, load_settings
 from cat_cluster.spec.choices import Outcome
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
@@ -56,6 +56,20 @@ class JobListener(Protocol):
         """An adapter is published, was already, was rejected by its gates, or has failed."""
 
 
+class _Silent:
+    """A listener that shows nothing."""
+
+    def message(self, text: str) -> None: ...
+
+    def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None: ...
+
+    def step(self, report: StepReport) -> None: ...
+
+    def images(self, adapter_id: str, done: int, total: int) -> None: ...
+
+    def finished(self, result: AdapterResult) -> None: ...
+
+
 @dataclass(frozen=True, eq=False)
 class AdapterResult:
     """What became of one adapter of a job.
@@ -82,12 +96,16 @@ class AdapterResult:
         }
 
 
-def run_job(job: JobSpec, store: ObjectStore, settings: Settings, listener: JobListener) -> list[AdapterResult]:
+def run_job(
+    job: JobSpec, store: ObjectStore, settings: Settings | None = None, listener: JobListener | None = None
+) -> list[AdapterResult]:
     """Train, measure and publish every adapter of a job; one that is already published is left as it is.
 
+    settings: those of the environment unless given; listener: nobody is told unless given.
     Everything is validated before anything is trained. A failed adapter does not stop the others: its result says
     why. Results come in the order of the spec.
     """
+    settings, listener = settings or load_settings(), listener or _Silent()
     prepared = prepare(job, settings)
     registry = Registry(store)
     results: dict[str, AdapterResult] = {}

@@ -58,7 +58,7 @@ def evaluate_published(
     base = base or load_base_model(manifest.base_name, device=device)
     spec = EvaluationSpec.model_validate({**settings.evaluation.model_dump(), **changes})
     described: Sequence[ConceptSpec | ImportedConcept] = settings.concepts
-    bank = _open_adapter(registry, manifest, base, strength=1.0)
+    bank = open_adapter(registry, manifest, base, strength=1.0)
     try:
         with tempfile.TemporaryDirectory() as folder:
             concepts = [
@@ -83,7 +83,7 @@ def draw_images(
         manifest = registry.resolve(request.adapter)
     base = load_base_model(request.base or ("pocket" if manifest is None else manifest.base_name), device=device)
     if manifest is not None and registry is not None:
-        bank = _open_adapter(registry, manifest, base, strength=request.strength)
+        bank = open_adapter(registry, manifest, base, strength=request.strength)
     slot = 0 if bank is None else 1
     rows = [
         ImageRow(request.prompt, request.seed + i, slot, request.steps, request.guidance, request.sampler)
@@ -100,7 +100,11 @@ def draw_images(
     return paths
 
 
-def _open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, strength: float) -> LoraBank:
+def open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, strength: float = 1.0) -> LoraBank:
+    """Put a published adapter into slot 1 of a new bank in the base's U-Net; `detach()` takes the bank out again.
+
+    Raises AdapterMismatchError for another base than it was trained on, AdapterFormatError for damaged weights.
+    """
     weights = registry.load_weights(manifest, base_fingerprint=base.fingerprint, unet=base.unet)
     bank = LoraBank.attach(base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
     bank.load(1, weights, strength=strength)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,46 @@ import yaml
 
 from cat_cluster.cli.app import app
 from cat_cluster.registry.manifest import Manifest
+from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+# The log tells what was tried and when; names in it are those of its day.
+HISTORY = {ROOT / "docs" / "log.md"}
+CURRENT = [document for document in DOCUMENTS if document not in HISTORY]
+# Names in the pages that belong to other programs, or to files that the reader or a command makes.
+OF_OTHERS = {
+    *(
+        "adapter_config.json",
+        "exported/pytorch_lora_weights.safetensors",
+        "manifest.json",
+        "report.html",
+        "report.json",
+    ),
+    *("out/demo/report.html", "out/demo/report.json", "draw_photos.py", "program.py", "photos/spotted-cup"),
+    *("openai/clip-vit-base-patch32", "stable-diffusion-v1-5/stable-diffusion-v1-5", "utils/eval_utils.py"),
+    *("aliases/", "inputs/", "objects/", "quarantine/", "runs/", "checkpoints/", "probes/"),  # keys of the store
+    *("serve.batch", "serve.multiplexed"),  # Ray's
+    *("--cni", "--local-s3"),  # minikube's, and k8s/secrets.sh's
+}
+_READ = {".py", ".js", ".css", ".sh", ".toml", ".yaml", ".yml", ".json", ".html", ".j2", ""}
+_PRUNED = {
+    ".git",
+    ".venv",
+    ".mypy_cache",
+    ".pytest_cache",
+    ".ruff_cache",
+    "__pycache__",
+    "out",
+    "build",
+    "node_modules",
+}
+_PATH = re.compile(
+    r"[\w.-]*\w/(?:[\w.-]+/)*[\w.-]*|[\w-]+(?:\.[\w-]+)*\.(?:py|js|css|sh|toml|md|j2|yaml|yml|json|html)"
+)
+_MODULE = re.compile(r"(?<![\w./-])(?:cat_cluster|serve|jobs|tests)(?:\.[a-z_]\w*)+(?![\w/]|\.\w)")
+_IDENTIFIER = re.compile(r"[a-z]\w*_\w*|_\w+|[A-Z][a-z]+[A-Z]\w*")
 _LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _INLINE = re.compile(r"`([^`\n]+)`")
@@ -72,6 +110,65 @@ def parse_command(words: list[str], *, whole: bool) -> None:
         command.make_context(" ".join(words), rest)
 
 
+def code_of(text: str) -> Iterator[str]:
+    """Yield the inline code of a page, and the lines of its fenced blocks."""
+    yield from _INLINE.findall(text)
+    for _, _, body in _FENCE.findall(text):
+        yield from body.splitlines()
+
+
+@cache
+def tree() -> frozenset[str]:
+    """Return every file and folder (with a slash at its end) of the project, relative to its root."""
+    found = set()
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if name not in _PRUNED and not name.endswith(".egg-info")]
+        here = Path(folder).relative_to(ROOT)
+        found |= {(here / name).as_posix() for name in files} | {f"{(here / name).as_posix()}/" for name in folders}
+    return frozenset(found)
+
+
+@cache
+def project_words() -> frozenset[str]:
+    """Return every word of the project's files but for its pages."""
+    words: set[str] = set()
+    for name in tree():
+        if Path(name).suffix in _READ and not name.endswith("/"):
+            words.update(re.findall(r"\w+", (ROOT / name).read_text(encoding="utf-8", errors="replace")))
+    return frozenset(words)
+
+
+def in_tree(name: str) -> bool:
+    """Whether a path as a page writes it, whole or only its end, is a file or a folder of the project."""
+    return any(f"/{entry}".endswith((f"/{name}", f"/{name}/")) for entry in tree())
+
+
+def named_paths(document: Path) -> set[str]:
+    """Return what looks like a path in a page's inline code and in its drawings, command lines left out."""
+    text = document.read_text(encoding="utf-8")
+    whole = {code for code in _INLINE.findall(text) if _PATH.fullmatch(code)}
+    drawn = {name for block in blocks(document, "", "text") for name in re.findall(r"[\w/-]+\.(?:py|js|yaml)\b", block)}
+    return whole | drawn
+
+
+def in_package(dotted: str) -> bool:
+    """Whether a dotted name is a module of the project, or a name in one."""
+    parts = dotted.split(".")
+    for end in range(len(parts), 0, -1):
+        path = "/".join(parts[:end])
+        if f"{path}.py" in tree() or f"{path}/" in tree():
+            module = importlib.import_module(".".join(parts[:end])) if end < len(parts) else None
+            return len(parts) - end <= 1 and (module is None or hasattr(module, parts[-1]))
+    return False
+
+
+def all_commands(command: Any) -> Iterator[Any]:
+    """Yield a command and every command below it."""
+    yield command
+    for below in getattr(command, "commands", {}).values():
+        yield from all_commands(below)
+
+
 def anchors(document: Path) -> set[str]:
     """Return the anchors of a document's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(encoding="utf-8"), re.MULTILINE)
@@ -115,13 +212,48 @@ def test_every_make_target_exists(document: Path) -> None:
     assert named <= targets, f"{documented(document)} names make targets that are not there: {named - targets}"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=documented)
-def test_every_named_file_of_the_project_exists(document: Path) -> None:
+@pytest.mark.parametrize("document", CURRENT, ids=documented)
+def test_every_named_file_and_folder_exists(document: Path) -> None:
+    missing = {code for code in named_paths(document) if not in_tree(code)} - OF_OTHERS
+    assert not missing, f"{documented(document)} names files that are not there: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("document", CURRENT, ids=documented)
+def test_every_named_module_exists(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
-    own = re.compile(r"(tests|cat_cluster|jobs|docs|\.ci)/[\w./-]+")
-    named = {code for code in _INLINE.findall(text) if own.fullmatch(code)}
-    missing = sorted(name for name in named if not (ROOT / name).exists())
-    assert not missing, f"{documented(document)} names what is not there: {missing}"
+    dotted = {name for code in code_of(text) for name in _MODULE.findall(code)} - OF_OTHERS
+    missing = sorted(name for name in dotted if not in_package(name))
+    assert not missing, f"{documented(document)} names modules that are not there: {missing}"
+
+
+@pytest.mark.parametrize("document", CURRENT, ids=documented)
+def test_every_named_identifier_is_written_somewhere_in_the_project(document: Path) -> None:
+    named = {code for code in _INLINE.findall(document.read_text(encoding="utf-8")) if _IDENTIFIER.fullmatch(code)}
+    missing = sorted(named - project_words() - OF_OTHERS)
+    assert not missing, f"{documented(document)} names what is nowhere in the project: {missing}"
+
+
+@pytest.mark.parametrize("document", CURRENT, ids=documented)
+def test_every_named_environment_variable_is_read(document: Path) -> None:
+    named = set(re.findall(r"\bCAT_[A-Z]\w*", document.read_text(encoding="utf-8")))
+    settings = {f"CAT_{name.upper()}" for name in Settings.model_fields}
+    missing = sorted(named - settings - project_words())
+    assert not missing, f"{documented(document)} names variables that nothing reads: {missing}"
+
+
+@pytest.mark.parametrize("document", CURRENT, ids=documented)
+def test_every_short_command_and_option_exists(document: Path) -> None:
+    root: Any = typer.main.get_command(app)
+    groups = {name for name, command in root.commands.items() if hasattr(command, "commands")}
+    options = {option for command in all_commands(root) for parameter in command.params for option in parameter.opts}
+    unknown = []
+    for code in _INLINE.findall(document.read_text(encoding="utf-8")):
+        first, *rest = code.split()[:2] or [""]
+        if first in groups and rest and re.fullmatch(r"[a-z|-]+", rest[0]):
+            unknown += [code for name in rest[0].split("|") if name not in root.commands[first].commands]
+        elif re.match(r"--[a-z]", first) and first.partition("=")[0] not in options | OF_OTHERS:
+            unknown.append(code)
+    assert not unknown, f"{documented(document)} names commands or options that are not there: {unknown}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=documented)

@@ -1,0 +1,65 @@
+"""docs/architecture.md says of the rooms and their layers what the tree and the import contract say."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import cat_cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+CONTRACTS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]["contracts"]
+LAYERS = next(contract for contract in CONTRACTS if contract["type"] == "layers")["layers"]
+
+
+def test_the_layers_of_the_page_are_those_of_the_contract() -> None:
+    shown = re.search(r"highest first:\n\n```text\n(.*?)```", PAGE, re.DOTALL)
+    assert shown is not None
+    assert shown[1].splitlines() == LAYERS
+
+
+def test_every_room_is_in_the_contract_and_on_the_page() -> None:
+    rooms = {path.parent.name for path in (ROOT / "cat_cluster").glob("*/__init__.py")}
+    files = {path.stem for path in (ROOT / "cat_cluster").glob("*.py")} - {"__init__"}
+    assert {room for layer in LAYERS for room in layer.split(" | ")} == rooms | files
+    named = {f"`cat_cluster/{room}/`" for room in rooms} | {f"`cat_cluster/{file}.py`" for file in files}
+    named |= {f"`serve/{path.parent.name}/`" for path in (ROOT / "serve").glob("*/__init__.py")}
+    assert not {name for name in named if name not in PAGE}
+    assert len(rooms) <= 12
+    assert len(files) <= 3
+    assert len(LAYERS) <= 9
+
+
+def test_the_drawings_are_current(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("architecture_diagram", ROOT / "docs" / "architecture_diagram.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    (tmp_path / module.IMAGES).mkdir(parents=True)
+    module.main(tmp_path)
+    for made in (tmp_path / module.IMAGES).iterdir():
+        kept = ROOT / module.IMAGES / made.name
+        assert made.read_text() == kept.read_text(), f"{made.name} is stale: run python docs/architecture_diagram.py"
+
+
+@pytest.mark.parametrize("name", cat_cluster.__all__)
+def test_every_name_of_the_api_is_there_and_documented(name: str) -> None:
+    assert getattr(cat_cluster, name) is not None
+    assert re.search(rf"^\| `{name}[`(]", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = "import sys, cat_cluster; print([name for name in ('torch', 'diffusers', 'ray') if name in sys.modules])"
+    finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = cat_cluster.no_such_name
