@@ -44,7 +44,7 @@ test: unit
 chaos: $(STAMP)
 	$(PYTEST) -m chaos
 
-# What `make unit` runs through; fails below the floor in pyproject.toml.
+# The lines and branches that `make unit` runs through, and those that it does not.
 coverage: $(STAMP)
 	$(UNIT) --cov --cov-report=term
 

@@ -1,7 +1,7 @@
 """Marks that say what a test needs, a guard that finds a missing mark, and no skipped test in CI.
 
-`ray`, `s3` and `browser` name what a test starts; `slow` is for tests that compile, pretrain or run Pocket-SD, fuzz,
-run a benchmark or start processes that load torch. A test of tests/unit with none of the four gets the mark `unit`:
+`ray`, `s3` and `browser` name what a test starts. `slow` is for tests that compile, pretrain or run Pocket-SD, fuzz,
+benchmark, or start processes that load torch. A test of tests/unit with none of the four gets the mark `unit`:
 `make unit` runs these.
 """
 
