@@ -19,6 +19,7 @@ from rich.console import Console
 from cat_cluster.spec.job import AdapterSpec, ConceptSpec, JobSpec
 from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, TrainingSpec
 from cat_cluster.telemetry import LABELS, MOST_SERIES, OTHER, SERVING_METRICS, TRAINING_METRICS
+from jobs.architecture_diagram import layers, way_of_the_data
 from jobs.benchmark.figures import digest_in, digest_of
 from jobs.benchmark.pages import PAGES, draw_picture, markdown_templates, page_texts, pictures
 from jobs.benchmark.record import ROOT
@@ -54,6 +55,8 @@ def generated_texts(root: Path = ROOT) -> dict[str, str]:
     """Return path -> content of every generated text file, as it should be. A new kind of file is one more line."""
     return {
         "docs/metrics.md": metrics_page(),
+        "docs/images/architecture.svg": way_of_the_data(),
+        "docs/images/layers.svg": layers(),
         _OPERATOR_RULES: operator_rules((root / _RULES).read_text(encoding="utf-8")),
         **{
             page: with_field_tables((root / page).read_text(encoding="utf-8"), *FIELD_TABLES[page])

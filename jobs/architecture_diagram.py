@@ -1,18 +1,16 @@
-"""Draws docs/images/architecture.svg and docs/images/layers.svg: `python docs/architecture_diagram.py`.
+"""The drawings of docs/architecture.md, as SVG; `make generate` writes them.
 
 The layers are read from the import contract in pyproject.toml; the way of the data is written down here.
 """
 
 from __future__ import annotations
 
-import sys
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 from xml.sax.saxutils import escape
 
-ROOT = Path(__file__).resolve().parents[1]
-IMAGES = Path("docs") / "images"
+from jobs.benchmark.record import ROOT
+
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1f2933}.name{font-weight:600}.small{font-size:11px;fill:#52606d}"
     ".box{stroke:#7b8794;rx:6}.way{stroke:#52606d;stroke-width:1.5;fill:none;marker-end:url(#tip)}"
@@ -81,8 +79,13 @@ ARROWS = (
     "M565 360V406",
     "M460 440H435V224",
 )
-LABELS = ((507, 130, "end", "checkpoints"), (583, 130, "start", "resume"), (773, 130, "start", "a revision"))
-LABELS += ((773, 258, "start", "aliases, weights"), (427, 258, "end", "probe records"))
+LABELS = (
+    (507, 130, "end", "checkpoints"),
+    (583, 130, "start", "resume"),
+    (773, 130, "start", "a revision"),
+    (773, 258, "start", "aliases, weights"),
+    (427, 258, "end", "probe records"),
+)
 
 
 def drawing(width: int, height: int, parts: list[str]) -> str:
@@ -119,13 +122,3 @@ def layers() -> str:
         Box(640, beside + 46, 200, 82, "serve", "serve", ("uses registry/ and below,", "never training/")),
     ]
     return drawing(860, 30 + 46 * len(rows), [box.svg() for box in parts])
-
-
-def main(root: Path) -> None:
-    """Write both drawings below `root`."""
-    for name, svg in (("architecture.svg", way_of_the_data()), ("layers.svg", layers())):
-        (root / IMAGES / name).write_text(svg, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT)
