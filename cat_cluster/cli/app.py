@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -359,7 +359,8 @@ def _listener() -> Iterator[Any]:
     from cat_cluster.cli.job_bars import TerminalListener
 
     logging.disable_progress_bar()  # its bars for files that load in a moment would tear ours apart
-    with TerminalListener(people) as listener:
+    # stdout is for the result alone, and Ray prints its warnings there.
+    with redirect_stdout(sys.stderr), TerminalListener(people) as listener:
         yield listener
 
 
