@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,5 +59,6 @@ def progress() -> Iterator[JobBars]:
     from cat_cluster.cli.job_bars import JobBars
 
     logging.disable_progress_bar()  # its bars for files that load in a moment would tear ours apart
-    with JobBars(people) as bars:
+    # stdout is for the result alone, and Ray prints its warnings there.
+    with redirect_stdout(sys.stderr), JobBars(people) as bars:
         yield bars
