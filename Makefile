@@ -33,7 +33,7 @@ PYTEST  := $(BIN)/python -m pytest
 WORKERS ?= 2
 UNIT    := $(PYTEST) tests/unit -m unit -n $(WORKERS) --dist worksteal
 
-# The tests that start neither Ray nor the S3 server nor a browser, and are not slow: a minute or so.
+# The tests that start neither Ray nor the S3 server nor a browser, and are not slow.
 unit: $(STAMP)
 	$(UNIT)
 

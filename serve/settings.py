@@ -28,7 +28,7 @@ class ProbeSettings(BaseModel):
     )
     policy: DriftPolicy = Field(
         default="annotate",
-        description="What an alarm does: annotate answers, fall back to the previous revision, or quarantine.",
+        description="What an alarm does: annotate responses, fall back to the previous revision, or quarantine.",
     )
 
 

@@ -28,7 +28,7 @@ from cat_cluster.store import open_store
 CONCEPT = "striped-cup"
 TOKEN = "sks"
 PHOTOS = 6
-# LoRA and CAT see equal draws (one draw key), the same rank, rate and steps: the CAT term is the only difference.
+# LoRA and CAT have equal draws (one draw key), rank, learning rate and steps: the CAT term is the only difference.
 SPEC = {
     "name": "demo",
     "base": "pocket",

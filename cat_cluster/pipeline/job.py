@@ -101,7 +101,7 @@ def run_job(
 ) -> list[AdapterResult]:
     """Train, measure and publish every adapter of a job; one that is already published is left as it is.
 
-    settings: those of the environment unless given; listener: nobody is told unless given.
+    settings: those of the environment unless given; listener: receives the progress, if given.
     Everything is validated before anything is trained. A failed adapter does not stop the others: its result says
     why. Results come in the order of the spec.
     """

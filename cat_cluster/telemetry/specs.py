@@ -35,7 +35,7 @@ LABELS: Mapping[str, LabelSpec] = {
     "operation": LabelSpec("What was asked of the store.", ("read", "write", "list", "delete")),
     "result": LabelSpec("hit: the prediction was kept; miss: the base model was asked.", ("hit", "miss")),
     "state": LabelSpec("Where an adapter of the job stands.", get_args(AdapterPhase)),
-    "code": LabelSpec("HTTP status of the answer.", pattern=r"[1-5][0-9]{2}"),
+    "code": LabelSpec("HTTP status of the response.", pattern=r"[1-5][0-9]{2}"),
     "route": LabelSpec("Path template of the request.", pattern=r"/[a-z0-9_/{}.-]*"),
     "outcome": LabelSpec("How an image ended.", ("done", "cancelled", "expired", "failed")),
     "tier": LabelSpec("Where an adapter was found: store means it was fetched.", ("slot", "host", "disk", "store")),
@@ -149,7 +149,7 @@ HTTP_REQUESTS = MetricSpec(
     "cat_http_requests_total", "counter", "requests", "HTTP requests answered.", ("route", "code")
 )
 HTTP_SECONDS = MetricSpec(
-    "cat_http_request_seconds", "histogram", "seconds", "Time to answer an HTTP request.", ("route",), _SECONDS
+    "cat_http_request_seconds", "histogram", "seconds", "Time to respond to an HTTP request.", ("route",), _SECONDS
 )
 IMAGES = MetricSpec("cat_serve_images_total", "counter", "images", "Images of users that ended.", ("outcome",))
 ADAPTER_IMAGES = MetricSpec(

@@ -41,7 +41,7 @@ async function send(path, { method = "GET", body, signal, quiet = false } = {}) 
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("The service does not answer. See whether it is still running, then try again.");
+    throw new ApiError("The service does not respond. Check that it is still running, then try again.");
   }
   if (!response.ok) {
     const error = await refusal(response);
@@ -60,7 +60,7 @@ async function refusal(response) {
     // not JSON: the status has to say it
   }
   const seconds = Number.parseFloat(response.headers.get("Retry-After") ?? "");
-  return new ApiError(message || `The service answered ${response.status} ${response.statusText}.`, {
+  return new ApiError(message || `The service responded with ${response.status} ${response.statusText}.`, {
     status: response.status,
     retryAfter: Number.isFinite(seconds) ? seconds : null,
   });

@@ -76,7 +76,7 @@ async function showStatus() {
     ].join(", ");
   } catch (error) {
     box.dataset.state = "down";
-    byId("engine-text").textContent = error.status === 401 ? "Needs an API key" : "Not answering";
+    byId("engine-text").textContent = error.status === 401 ? "Needs an API key" : "Not responding";
   }
 }
 

@@ -8,7 +8,7 @@ const EVERY_S = 10;
 const AT_ONCE = 4; // requests; each of them reads the store
 const WORST = ["quarantined", "alarm", "warning", "ok", "unknown"];
 const POLICIES = {
-  annotate: "answers tell of an alarm",
+  annotate: "responses say that there is an alarm",
   fallback: "on an alarm, aliases serve the previous revision",
   quarantine: "an alarm takes the revision out of service",
 };
