@@ -23,7 +23,7 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 # The log tells what was tried and when; names in it are those of its day.
 HISTORY = {ROOT / "docs" / "log.md"}
 CURRENT = [document for document in DOCUMENTS if document not in HISTORY]
