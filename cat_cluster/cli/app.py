@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -64,7 +65,9 @@ def demo(
 
     It needs no photos, no download and no GPU, and leaves a report and a registry that `cat-cluster serve` can serve.
     """
-    from cat_cluster.cli.demo import run_demo
+    with needs_extra("cluster,serve", "the demo"):
+        import_module("fastapi")  # of the service that it starts at its end: better missed before training than after
+        from cat_cluster.cli.demo import run_demo
 
     with progress() as listener:
         result = run_demo(out, load_settings(), listener)

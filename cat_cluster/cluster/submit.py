@@ -48,7 +48,7 @@ def submit_run(
     force: also start when the run is done or has a driver, which is then superseded. Raises SpecError for a storage
     that the cluster cannot reach, ConceptError for photos, RunError when a driver is at work, ClusterError, StoreError.
     """
-    _refuse_local_paths_storage(job, store, cluster)
+    _refuse_local_files(job, store, cluster)
     store.check_access()
     run = Run(store, run_id_of(job, image_digests_of(job)))
     previous = _progress_or_none(run, damaged_ok=force)
@@ -117,7 +117,7 @@ def read_runtime_env(
     }
 
 
-def _refuse_local_paths_storage(job: JobSpec, store: ObjectStore, cluster: RayCluster) -> None:
+def _refuse_local_files(job: JobSpec, store: ObjectStore, cluster: RayCluster) -> None:
     if cluster.is_loopback:
         return
     if store.url.startswith("file:"):

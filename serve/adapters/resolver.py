@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from cat_cluster.errors import AdapterNotFoundError, CatClusterError, QuarantinedError, StoreError
-from cat_cluster.registry import Manifest, Registry
-from cat_cluster.registry.references import LATEST, Reference, parse_reference
+from cat_cluster.registry import Manifest, Reference, Registry
+from cat_cluster.registry.references import parse_reference
 from serve.adapters.failures import MOST_KEPT, Failures
 from serve.adapters.shared_tasks import log_nothing, stopping
 from serve.settings import ServeSettings
@@ -133,22 +133,21 @@ class ReferenceResolver:
         return resolved
 
     def _look_up(self, wanted: Reference) -> Resolved:
-        name = f"{wanted.adapter_id}@{wanted.revision or wanted.alias}"
-        manifest = self._registry.look_up(name)
+        manifest = self._registry.look_up(wanted)
         if manifest is None:
             raise AdapterNotFoundError(
-                f"no adapter {name!r} in storage {self._registry.store.url}: GET /v1/models lists those there are"
+                f"no adapter '{wanted}' in storage {self._registry.store.url}: GET /v1/models lists those there are"
             )
         quarantine = self._registry.quarantined(manifest.adapter_id, manifest.revision)
         if quarantine is None:
             return Resolved(manifest)
         state = f"{manifest.name} is quarantined since {quarantine.created} ({quarantine.reason})"
         if wanted.revision is None and self._settings.probes.policy == "fallback":
-            earlier = self._fallback(manifest, wanted.alias or LATEST)
+            earlier = self._fallback(manifest, wanted.alias)
             if earlier is not None:
                 return Resolved(earlier, f"{state}; {earlier.name} serves in its place")
         raise QuarantinedError(f"{state}: name another revision, point the alias at one, or release it")
 
     def _fallback(self, manifest: Manifest, alias: str) -> Manifest | None:
         revision = self._registry.previous_revision(manifest.adapter_id, alias, manifest.revision)
-        return None if revision is None else self._registry.look_up(f"{manifest.adapter_id}@{revision}")
+        return None if revision is None else self._registry.look_up(Reference(manifest.adapter_id, revision))

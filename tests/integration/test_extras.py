@@ -12,7 +12,7 @@ from tests.support.tiny_jobs import Finished, adapter, assert_refused, write_spe
 
 # What only the extras bring; requests is there with diffusers too.
 PACKAGES = (
-    *("ray", "deepspeed", "boto3", "botocore", "fastapi", "starlette", "swagger_ui_bundle"),
+    *("ray", "deepspeed", "boto3", "botocore", "fastapi", "starlette", "fastapi_swagger"),
     *("jsonschema", "kubernetes_validate"),
 )
 SECONDS = 240
@@ -87,6 +87,7 @@ def test_what_needs_an_extra_says_which(tmp_path: Path, photos: Path) -> None:
         "s3": ["adapters", "list", "--storage", "s3://bucket/prod"],
         "serve": ["serve", *storage],
         "k8s": ["k8s", "check", str(spec)],
+        "cluster,serve": ["demo", "--out", str(tmp_path / "demo")],
     }
     for extra, refused in zip(commands, run_without_extras(*commands.values()), strict=True):
         assert_refused(refused, f"pip install 'cat-cluster[{extra}]'")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
 import torch
 
 from cat_cluster.errors import EngineStoppedError, OverloadedError
+from cat_cluster.registry import Manifest
+from serve.adapters.slots import Slot
 from tests.support.served_adapters import SOON, CacheOnLoop, World, held, lease, wait_until, weights_key
 
 
@@ -152,6 +155,32 @@ def test_an_emptied_slot_goes_to_those_who_wait(world: World) -> None:
     assert cache.unpin("a0").result(SOON)["pinned"] is False
     future.result(SOON).release()
     hold.release()
+
+
+def test_a_slot_filled_for_a_caller_that_leaves_just_then_goes_to_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = world.publish("cup"), world.publish("mug", seed=1)
+    cache = world.cache(slots=1, load_timeout_s=2.0)
+    for reference in ("cup", "mug"):
+        cache.prefetch(reference).result(SOON)
+
+    async def leave_when_filled() -> None:
+        fill = cache.cache._slots.fill
+        leaving = asyncio.create_task(cache.cache.lease(first))
+        staying = asyncio.create_task(cache.cache.lease(second))
+
+        def fill_and_cancel(slot: Slot, manifest: Manifest) -> None:
+            fill(slot, manifest)
+            asyncio.get_running_loop().call_soon(leaving.cancel)
+
+        monkeypatch.setattr(cache.cache._slots, "fill", fill_and_cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        with await staying as granted:
+            assert torch.equal(granted.flat, world.vector(second))
+
+    world.loop.begin(leave_when_filled()).result(SOON)
 
 
 def test_closing_fails_what_waits_and_leaves_leases(world: World) -> None:
