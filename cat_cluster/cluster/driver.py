@@ -152,8 +152,8 @@ class _Driver:
         workers = _workers_of(self._job, adapters)
         if workers != self._job.cluster.workers:
             self._listener.message(
-                f"{adapters[0].resolved.id}{' and others' if len(adapters) > 1 else ''}: uses {workers} workers, because "
-                "a step has only as many rows"
+                f"{adapters[0].resolved.id}{' and others' if len(adapters) > 1 else ''}: {workers} workers, because a "
+                "step has only as many rows"
             )
         spec = PackSpec(
             number=self._packs_started,
