@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from cat_cluster.cli.options import AsJson, people, print_json
 from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
 
 # Training's modules take seconds to import: commands import what they need.
 
 k8s_app = typer.Typer(no_args_is_help=True, help="Kubernetes with KubeRay: a job spec as a RayJob, and strict checks.")
-people = Console(stderr=True)
 
 
 def mount_k8s(app: typer.Typer) -> None:
@@ -75,9 +73,7 @@ def check(
         typer.Option(metavar="DIR|URL", help="KubeRay's CRDs. Default: those of this package, KubeRay 1.7."),
     ] = None,
     restricted: Annotated[bool, typer.Option(help="Whether pods must fit the restricted pod-security profile.")] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
-    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check manifests before they are applied: unknown fields, what KubeRay's operator refuses, pod security.
 
@@ -93,7 +89,7 @@ def check(
     findings = check_manifests(documents, load_schemas(crds), restricted=restricted)
     if as_json:
         record = {"documents": len(documents), "problems": [asdict(finding) for finding in findings]}
-        sys.stdout.write(json.dumps(record, indent=2) + "\n")
+        print_json(record)
         if findings:
             raise typer.Exit(1)
         return
