@@ -27,7 +27,7 @@ class ProgressWriter:
 
     def __init__(self, attempt: Attempt, progress: RunProgress, *, interval: float = WRITE_SECONDS) -> None:
         self._store = FencedStore(attempt)
-        self._key = attempt.run.key("progress.json")
+        self._key = attempt.run.progress_key(attempt.number)
         self._progress = progress.changed(attempt=attempt.number)
         self._interval = interval
         self._changes, self._written = 1, 0  # how many were made, and how many of them are stored

@@ -1,8 +1,9 @@
 """A run's identity, attempts, claims and progress, kept in the object store: it outlives client, driver and cluster.
 
 Under `runs/<run id>/`: `spec.json` is the job to run; `attempts/<8-digit n>.json` is written once by the driver that
-claims attempt n; `progress.json` is the state of the run; `stop.json` names an attempt that is asked to stop. A driver
-that finds attempt n + 1 has been superseded, and its next write is refused.
+claims attempt n; `progress/<8-digit n>.json` is the state of the run in that attempt, and the last one counts;
+`stop.json` names an attempt that is asked to stop. A driver that finds attempt n + 1 has been superseded, and its next
+write is refused; one that is already on its way changes only the record of its own attempt.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from cat_cluster.store.protocol import KeyList
 MAX_CLAIMS = 1000  # each lost race is another driver's success, so this many means a store that answers wrongly
 
 _RUN_ID = re.compile(r"run-[0-9a-f]{12}")
-_RECORD = re.compile(r"runs/(run-[0-9a-f]{12})/progress\.json")
+# Package 0.2 kept one record for all attempts, `progress.json`, which sorts before the others.
+_RECORD = re.compile(r"runs/(run-[0-9a-f]{12})/progress(?:/[0-9]{8})?\.json")
 _CLAIM = re.compile(r"([0-9]{8})\.json")
 
 
@@ -130,13 +132,14 @@ class Run:
 
     def progress(self) -> RunProgress:
         """Return the state of the run; RunError when the store has no such run, or its record is damaged."""
-        try:
-            return RunProgress.model_validate_json(self.store.get(self.key("progress.json")))
-        except ObjectNotFoundError:
+        record = self.last_record()
+        if record is None:
             raise RunError(
                 f"no run {self.run_id} in storage {self.store.url}: `cat-cluster jobs list` shows its runs; "
                 "give --storage if it is in another"
-            ) from None
+            )
+        try:
+            return RunProgress.model_validate_json(self.store.get(record))
         except ValidationError as error:
             raise RunError(
                 f"the progress record of {self.run_id} in storage {self.store.url} is damaged: submit the job again "
@@ -144,8 +147,16 @@ class Run:
             ) from error
 
     def write_progress(self, progress: RunProgress) -> None:
-        """Replace the run's progress record, from outside an attempt: a driver uses a ProgressWriter."""
-        self.store.put(self.key("progress.json"), progress.model_dump_json().encode())
+        """Replace the progress record of an attempt, from outside it: a driver uses a ProgressWriter."""
+        self.store.put(self.progress_key(progress.attempt), progress.model_dump_json().encode())
+
+    def last_record(self) -> str | None:
+        """Return the storage key of the progress record that counts, that of the last attempt; None without any."""
+        return _last_records(self.store, self.key("progress")).get(self.run_id)
+
+    def progress_key(self, attempt: int) -> str:
+        """Return the storage key of the progress record of an attempt."""
+        return self.key(f"progress/{attempt:08d}.json")
 
     def request_stop(self, attempt: int) -> None:
         """Ask an attempt, and any before it, to stop; its driver checks for the request every two seconds."""
@@ -195,7 +206,7 @@ class FencedStore:
     """A store whose writes are refused, with SupersededError, once another driver has taken over the run.
 
     Reads pass through. The check and the write are two requests: a write already on its way when the other driver
-    takes over still arrives.
+    takes over still arrives, so what two attempts may write under one key has the same content.
     """
 
     def __init__(self, attempt: Attempt) -> None:
@@ -249,13 +260,16 @@ def open_fenced_store(
 def list_runs(store: ObjectStore) -> tuple[list[RunProgress], list[str]]:
     """Return the progress of each run of a store, newest first, and the ids of those whose record cannot be read."""
     runs, damaged = [], []
-    for match in map(_RECORD.fullmatch, store.list("runs/run-")):
-        if match is None:
-            continue
+    for run_id, record in _last_records(store, "runs/run-").items():
         try:
-            runs.append(RunProgress.model_validate_json(store.get(match[0])))
+            runs.append(RunProgress.model_validate_json(store.get(record)))
         except ObjectNotFoundError:
             continue  # removed after it was listed
         except ValidationError:
-            damaged.append(match[1])
+            damaged.append(run_id)
     return sorted(runs, key=lambda run: (run.started, run.run_id), reverse=True), damaged
+
+
+def _last_records(store: ObjectStore, prefix: str) -> dict[str, str]:
+    """Return, by run, the key of the progress record of its last attempt."""
+    return {match[1]: match[0] for match in map(_RECORD.fullmatch, store.list(prefix)) if match}

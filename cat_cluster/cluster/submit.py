@@ -59,11 +59,14 @@ def submit_run(
     client = connect(cluster)
     run.write_spec(with_stored_images(job, store).model_copy(update={"storage": store.url}))
     run.withdraw_stop()
-    run.write_progress(RunProgress.begin(run.run_id, job, state="waiting", attempt=run.last_attempt() + 1))
+    waiting = RunProgress.begin(run.run_id, job, state="waiting", attempt=run.last_attempt() + 1)
+    run.write_progress(waiting)
     try:
         submission_id = _start(client, run, job, cluster, runtime_env or {}, force=force)
     except (ClusterError, SpecError):
-        _restore_progress(run, previous)
+        run.store.delete(run.progress_key(waiting.attempt))
+        if previous is not None:
+            run.write_progress(previous)  # it may have been a record of the same attempt
         raise
     return Submission(run.run_id, "submitted", submission_id, store.url)
 
@@ -142,7 +145,7 @@ def image_digests_of(job: JobSpec) -> list[list[str]]:
 
 
 def _progress_or_none(run: Run, *, damaged_ok: bool) -> RunProgress | None:
-    if not run.store.exists(run.key("progress.json")):
+    if run.last_record() is None:
         return None
     try:
         return run.progress()
@@ -233,11 +236,3 @@ def _is_taken(error: ClusterError) -> bool:
 
 def _follow(run: Run) -> str:
     return f"cat-cluster jobs status {run.run_id} --wait --storage {run.store.url}"
-
-
-def _restore_progress(run: Run, previous: RunProgress | None) -> None:
-    """Replace the record of a submission that failed by the one before it."""
-    if previous is None:
-        run.store.delete(run.key("progress.json"))
-    else:
-        run.write_progress(previous)

@@ -65,7 +65,7 @@ class Jobs:
 
     def progress(self, name: str) -> RunProgress:
         """The record of the one run in the job's storage."""
-        (record,) = (self.folder / name).glob("runs/run-*/progress.json")
+        *_, record = sorted((self.folder / name).glob("runs/run-*/progress/*.json"))
         return RunProgress.model_validate_json(record.read_bytes())
 
 
@@ -159,7 +159,7 @@ def test_nothing_but_the_registry_and_the_runs_record_is_left(jobs: Jobs, way: s
     keys = stored_files(jobs.folder / way)
     assert not [key for key in keys if "checkpoints" in key]
     runs = {key.split("/")[2] for key in keys if key.startswith("runs/")}
-    assert runs <= {"spec.json", "attempts", "progress.json", "tensorboard", "samples"}
+    assert runs <= {"spec.json", "attempts", "progress", "tensorboard", "samples"}
     assert {key.split("/")[0] for key in keys} <= {"runs", "adapters", "aliases", "objects"}
 
 

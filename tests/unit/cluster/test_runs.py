@@ -270,6 +270,38 @@ def test_a_superseded_writer_says_so_and_leaves_the_new_drivers_record(run: Run)
         assert (run.progress().attempt, run.progress().state) == (attempt + 1, "running")
 
 
+def test_a_write_that_arrives_after_another_driver_took_over_changes_no_record_but_its_own(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run.claim()
+    put = LocalStore.put
+
+    def held_up(self: LocalStore, key: str, data: bytes, *, if_absent: bool = False) -> None:
+        """The other driver does all its work between this one's check and its write."""
+        monkeypatch.setattr(LocalStore, "put", put)
+        second = run.claim()
+        with ProgressWriter(second, begun(second)) as writer:
+            for one in ("cup", "tea"):
+                writer.adapter(one, state="published")
+        put(self, key, data, if_absent=if_absent)
+
+    with pytest.raises(SupersededError), ProgressWriter(first, begun(first), interval=30):
+        monkeypatch.setattr(LocalStore, "put", held_up)
+        FencedStore(first).put(run.progress_key(1), begun(first).model_dump_json().encode())
+    assert run.store.exists(run.progress_key(1))
+    assert (run.progress().attempt, run.progress().state) == (2, "done")
+    assert [one.state for one in list_runs(run.store)[0]] == ["done"]
+
+
+def test_a_run_of_an_older_version_is_read_until_its_next_attempt(run: Run) -> None:
+    old = RunProgress.begin(run.run_id, make_job(), state="failed", attempt=3)
+    run.store.put(run.key("progress.json"), old.model_dump_json().encode())
+    assert run.progress() == old
+    run.write_progress(old.changed(attempt=4, state="waiting"))
+    assert run.progress().state == "waiting"
+    assert [one.attempt for one in list_runs(run.store)[0]] == [4]
+
+
 def test_a_silent_driver_counts_as_lost_after_a_minute(run: Run) -> None:
     progress = begun(run.claim())
     now = datetime.fromisoformat(progress.updated)
@@ -289,7 +321,7 @@ def test_runs_are_listed_newest_first_and_a_damaged_record_hides_none(run: Run) 
         one = Run(store, f"run-00000000000{number}")
         begin = RunProgress.begin(one.run_id, make_job(), state="waiting", attempt=1)
         one.write_progress(begin.changed(started=f"2026-11-0{number}T00:00:00+00:00"))
-    store.put("runs/run-000000000004/progress.json", b'{"run_id": 4}')
+    store.put("runs/run-000000000004/progress/00000001.json", b'{"run_id": 4}')
     store.put("runs/run-a-cup/r-0123456789ab/checkpoints/00000001.json", b"{}")  # of an earlier cat-cluster
     Run(store, "run-000000000005").write_spec(make_job())
     runs, damaged = list_runs(store)
