@@ -31,7 +31,10 @@ serve: $(STAMP)
 
 PYTEST  := $(BIN)/python -m pytest
 WORKERS ?= 2
-UNIT    := $(PYTEST) tests/unit -m unit -n $(WORKERS) --dist worksteal
+# One torch thread each: two processes with two threads each are slower on two cores.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) tests/unit -n $(WORKERS) --dist worksteal
+UNIT         := $(SIDE_BY_SIDE) -m unit
+SERVERS      := ray or s3 or browser
 
 # The tests that start neither Ray nor the S3 server nor a browser, and are not slow.
 unit: $(STAMP)
@@ -39,7 +42,8 @@ unit: $(STAMP)
 
 # All tests but chaos, each once: those that start servers run one after the other.
 test: unit
-	$(PYTEST) -m "not unit and not chaos"
+	$(SIDE_BY_SIDE) -m "slow and not ($(SERVERS))"
+	$(PYTEST) -m "not chaos and not unit and not (slow and not ($(SERVERS)))"
 
 chaos: $(STAMP)
 	$(PYTEST) -m chaos

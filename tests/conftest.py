@@ -16,8 +16,6 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.support.marks import pytest_collection_modifyitems as pytest_collection_modifyitems
 from tests.support.marks import pytest_make_collect_report as pytest_make_collect_report
@@ -129,6 +127,10 @@ def write_tiny_base(
     seed: int = 0,
 ) -> Path:
     """Write all parts of a pipeline and its model_index.json; the same seed gives the same weights."""
+    # Not at the top: the process that only hands tests to pytest-xdist's workers need not wait for these.
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(

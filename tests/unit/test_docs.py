@@ -191,6 +191,7 @@ def test_every_relative_link_resolves(document: Path) -> None:
     assert not missing, f"{documented(document)} links to what is not there: {missing}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=documented)
 def test_every_command_line_parses(document: Path) -> None:
     for line in shell_lines(document):

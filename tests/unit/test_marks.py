@@ -54,7 +54,12 @@ def run_suite(folder: Path, *, ci: bool) -> tuple[str, dict[str, str]]:
     """Run SUITE in a pytest of its own; its output, and the outcome of each test."""
     (folder / "test_suite.py").write_text(SUITE)
     command = [sys.executable, "-m", "pytest", "-p", "tests.support.marks", "-p", "no:cacheprovider", "-v"]
-    environment = {name: value for name, value in os.environ.items() if name not in GUARDED.values()}
+    # Nor what pytest-xdist tells its workers, or plugins of this pytest take it for one.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in GUARDED.values() and not name.startswith("PYTEST_")
+    }
     done = subprocess.run(
         [*command, "-c", "pyproject.toml", "--rootdir", folder, folder],
         cwd=TESTS.parent,
@@ -64,6 +69,7 @@ def run_suite(folder: Path, *, ci: bool) -> tuple[str, dict[str, str]]:
         timeout=200,
     )
     outcomes = dict(re.findall(r"test_suite\.py::test_(\S+) (\w+)", done.stdout))
+    assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
     return done.stdout, outcomes
 
 

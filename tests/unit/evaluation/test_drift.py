@@ -27,6 +27,8 @@ from cat_cluster.evaluation.drift import (
 )
 from jobs.benchmark.drift.measure import judge_scores, run_lengths
 
+pytestmark = pytest.mark.slow
+
 DOCUMENT: dict[str, Any] = json.loads((Path(__file__).parent / "drift_scores.json").read_text())
 CUP: dict[str, list[float]] = DOCUMENT["adapters"]["striped-cup"]
 HEALTHY = [name for name in DOCUMENT["arms"] if name.startswith("healthy")]

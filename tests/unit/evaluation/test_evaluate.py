@@ -25,6 +25,8 @@ from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.training.methods import initial_weights
 
+pytestmark = pytest.mark.slow
+
 SPEC = EvaluationSpec(prompts=("a photo {} in red", "{} of a cup"), images_per_prompt=2, steps=2, guidance=2.0, seed=5)
 UNTRAINED, TRAINED = 1, 2
 

@@ -55,6 +55,7 @@ def interval(metric: str, concepts: list[ConceptFeatures], *, draws: int, seed: 
     return found
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     """95% intervals of the mean of 10 skewed values hold the truth in 80 to 99 of 100 cases.
 

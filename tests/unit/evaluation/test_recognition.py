@@ -40,6 +40,7 @@ def of_design(design: world.Design, count: int, seed: int) -> np.ndarray:
     return np.stack([image for image, _ in world.photos(design, count, seed)])
 
 
+@pytest.mark.slow
 def test_the_head_knows_the_object_and_does_not_take_others_of_its_class_for_it(
     tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,8 @@ from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, report_json, write_report
 from cat_cluster.evaluation.results import Evaluation
 
+pytestmark = pytest.mark.slow
+
 MakeEvaluation = Callable[..., Evaluation]
 HISTORY = {
     "steps": list(range(1, 401, 4)),

@@ -11,6 +11,8 @@ from cat_cluster.evaluation.intervals import ConceptFeatures, score
 from jobs.benchmark.study.compare import compare, judges_of, prompts_followed
 from jobs.benchmark.study.trials import Measured, Subject, TaughtConcept
 
+pytestmark = pytest.mark.slow
+
 SUBJECTS = [Subject(name, (TaughtConcept(name, "sks", "cup"),)) for name in ("cup", "fish", "car")]
 
 

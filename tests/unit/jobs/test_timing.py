@@ -14,6 +14,8 @@ from jobs.benchmark.training.optimisations import VARIANTS
 from jobs.benchmark.training.packing import SIZES, compare_methods
 from jobs.benchmark.training.peft_loop import peft_step
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tiny_base_folder: Path) -> BaseModel:

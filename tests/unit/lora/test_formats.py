@@ -161,6 +161,7 @@ def test_peft_loads_our_folder(
 # -- what others write, we read ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -182,6 +183,7 @@ def test_a_folder_of_peft_means_the_same_here(
         close(bank_predicts(unet, read_adapter(source, unet=unet)), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"lora_alpha": 1}, {"lora_alpha": 3, "use_rslora": True}, {"lora_alpha": 4}])
 @pytest.mark.parametrize("writer", ["unet", "pipeline", "pipeline_without_metadata"])
 def test_a_file_of_diffusers_means_what_diffusers_makes_of_it(

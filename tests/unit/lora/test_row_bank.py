@@ -105,6 +105,7 @@ def test_what_does_not_fit_is_refused(one_unet: UNet2DConditionModel, make_weigh
 # -- rows ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", list(TARGETS))
 def test_every_row_of_a_mixed_batch_is_pefts_and_the_other_banks(
     unet: UNet2DConditionModel, make_weights: WeightsFactory, targets: str

@@ -26,6 +26,8 @@ from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.samplers import SAMPLERS
 from cat_cluster.spec.choices import SamplerName
 
+pytestmark = pytest.mark.slow
+
 SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 MIXED = [
     ImageRow("a red cup", 1, steps=3, sampler="ddim"),

@@ -18,7 +18,7 @@ from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
 from serve.calls import Accepted, Event, Finished, Preview, Progress
 from tests.support.services import CUP, LEVELS, Shop, events, open_service, pictures, pixels, run
 
-pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
 
 
 def test_the_events_of_a_call_are_in_order(shop: Shop) -> None:

@@ -15,7 +15,7 @@ from serve.calls import Accepted, Event, Failed, Preview, Progress
 from serve.denoise.rows import Rows
 from tests.support.services import CUP, Shop, events, failure_of, leased, open_service, pictures, run, until
 
-pytestmark = pytest.mark.usefixtures("no_thread_is_left")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
 
 
 def test_errors_end_a_call_and_only_that(shop: Shop) -> None:

@@ -17,6 +17,8 @@ from cat_cluster.training.loop import StepReport
 from tests.unit.training.test_loop import STEPS, Killed, bit_equal, member, names, series, train
 from tests.unit.training.test_step import concept, task
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, tuple[dict[str, object], bytes]]
 
 

@@ -15,6 +15,8 @@ from cat_cluster.training.loss_curves import ConceptLoss
 from tests.unit.training.test_loop import Killed, bit_equal, member, series, train
 from tests.unit.training.test_step import concept, task, with_training
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def base(tiny_base_folder: Path) -> BaseModel:

@@ -19,6 +19,8 @@ from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, tr
 from cat_cluster.training.methods import initial_weights
 from tests.unit.training.test_step import concept, task, with_training
 
+pytestmark = pytest.mark.slow
+
 STEPS, CHECKPOINT_EVERY = 20, 6
 
 

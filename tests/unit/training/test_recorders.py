@@ -22,6 +22,8 @@ from cat_cluster.training.recorders import TensorBoardRecorder, TrainingMetrics
 from tests.support.tiny_jobs import largest_file
 from tests.unit.training.test_loop import STEPS, members, train
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def base(tiny_base_folder: Path) -> BaseModel:
@@ -184,7 +186,6 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     assert (steps[0], steps[-1]) == (1, 200)
 
 
-@pytest.mark.slow
 def test_tensorboard_is_loaded_by_those_who_use_it_only() -> None:
     code = "import sys, cat_cluster.training.recorders; sys.exit('tensorboard' in sys.modules or 'ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -65,6 +65,7 @@ def test_a_step_from_the_pool_is_the_step_that_asks_the_teacher(base: BaseModel)
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_base_is_asked_once_about_each_entry_and_never_in_a_step(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +118,7 @@ def test_keys_tell_apart_all_that_changes_the_prediction(base: BaseModel) -> Non
     assert list(pool_entries(with_training(mug, teacher="online"), 1000)) == []
 
 
+@pytest.mark.slow
 def test_packed_and_resumed_training_from_a_pool_keep_their_laws(base: BaseModel, tmp_path: Path) -> None:
     def pack() -> list:  # type: ignore[type-arg]
         return [

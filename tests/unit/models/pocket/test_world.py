@@ -107,6 +107,7 @@ def test_palette_names_are_found_again_and_disjoint() -> None:
     assert world.nearest_colour((0, 128, 128)) in world.COLOURS
 
 
+@pytest.mark.slow
 def test_random_scenes_never_show_a_held_out_concept() -> None:
     held_out = {
         (d.object, world.colour_name(d.body_rgb), d.pattern, world.colour_name(d.second_rgb))

@@ -8,6 +8,7 @@ import time
 from concurrent.futures import CancelledError, Future
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from cat_cluster.registry import Manifest
 from cat_cluster.registry.manifest import WEIGHTS
 from serve.adapters.cache import Lease
 from tests.support.served_adapters import SOON, CacheOnLoop, World, lease, wait_until
+
+pytestmark = pytest.mark.slow
 
 IDS = [f"a{number}" for number in range(12)]
 

@@ -65,6 +65,7 @@ def test_an_unknown_name_is_asked_for_once_while_it_is_remembered(world: World) 
     assert resolve(cache, "cup").manifest == manifest
 
 
+@pytest.mark.slow
 def test_a_flood_of_unknown_names_fills_no_memory_and_forgets_no_known_one(world: World) -> None:
     manifest, clock = world.publish("cup"), Clock()
     cache = world.cache(clock=clock)

@@ -23,6 +23,7 @@ from tests.support.engines import (
 # -- images --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_rows", "buckets"), [(2, (1, 2)), (7, (3, 7)), (16, (2, 4, 8, 16))])
 def test_a_mixed_batch_gives_each_image_as_if_it_were_alone(
     oracle: ImageOracle, max_rows: int, buckets: tuple[int, ...]

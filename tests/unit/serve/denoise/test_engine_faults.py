@@ -15,6 +15,8 @@ from serve.denoise.running_images import RunningImages
 from tests.support.denoised_images import ImageOracle, OracleImage, assert_same_image
 from tests.support.engines import MIXED, PLAIN, PLUG, SIZE, Calls, RecordingListener, open_engine, wait_until
 
+pytestmark = pytest.mark.slow
+
 # -- leaving -------------------------------------------------------------------------------------------------------
 
 

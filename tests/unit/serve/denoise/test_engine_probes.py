@@ -15,6 +15,8 @@ from serve.denoise.image import EngineImage
 from tests.support.denoised_images import ImageOracle, OracleImage, assert_same_image, random_adapter
 from tests.support.engines import Calls, EngineHarness, RecordingListener, open_engine, wait_until
 
+pytestmark = pytest.mark.slow
+
 PROBE = OracleImage(ImageRow("a red cup", 1, steps=4), 1)
 OTHER_PROBE = OracleImage(ImageRow("a photo of a cup", 2, steps=5, sampler="dpmpp_2m"), 2, 0.5)
 SMALL_PROBE = OracleImage(ImageRow("a cup", 3, steps=4, guidance=1.0), 1)

@@ -57,6 +57,7 @@ def leave_when_done(oracle: ImageOracle, rows: Rows, names: dict[ImageRows, Orac
         assert_same_image(oracle.decode(image.latents), oracle.image(names[image]), names[image])
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_interleaving_gives_each_image_as_if_it_were_alone(oracle: ImageOracle, data: st.DataObject) -> None:

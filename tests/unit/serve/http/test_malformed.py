@@ -16,6 +16,8 @@ import pytest
 
 from tests.support.ingress_server import Live, furnish, serving
 
+pytestmark = pytest.mark.slow
+
 PATH = "/v1/images/generations"
 GOOD: dict[str, Any] = {"prompt": "a sks cup", "model": "cup", "n": 1, "num_inference_steps": 2, "size": "16x16"}
 TRICKS = [

@@ -15,6 +15,8 @@ from serve.probes.prober import MOST_LIVE, Prober
 from serve.probes.revision_monitor import ProbeCall, live_token, score_images
 from tests.support.probed_replica import OTHER, OWN, Picture, ProbedReplica, call, user_image
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("prompt", "changes", "token"),

@@ -9,6 +9,8 @@ import pytest
 from cat_cluster.errors import StoreError
 from tests.support.probed_replica import ProbedReplica
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_store_that_is_away_fails_no_probe_and_loses_no_record(replica: ProbedReplica) -> None:
     prober = replica.prober()

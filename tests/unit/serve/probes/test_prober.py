@@ -15,6 +15,8 @@ from serve.probes.prober import Prober
 from serve.probes.records import ProbeRecord
 from tests.support.probed_replica import OTHER, OWN, TEMPLATES, ProbedReplica, call, publish
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_healthy_adapter_passes_every_canonical_pair(replica: ProbedReplica) -> None:
     prober = replica.prober()
