@@ -11,9 +11,13 @@ import typer
 from rich.console import Console
 
 from cat_cluster.errors import CatClusterError
+from jobs.benchmark.record import begin
 
 app = typer.Typer(no_args_is_help=True, help="Measurements of cat-cluster; results go to jobs/benchmark/results.")
 people = Console(stderr=True)
+AllowDirty = Annotated[
+    bool, typer.Option("--allow-dirty", help="Measure with uncommitted changes; the result file says so.")
+]
 
 
 @app.callback()
@@ -27,12 +31,13 @@ def frontier(
         "out/frontier"
     ),
     only: Annotated[list[str] | None, typer.Option(help="Groups of trials to run; none means all.")] = None,
+    allow_dirty: AllowDirty = False,
 ) -> None:
     """Vary one setting of CAT at a time: identity against drift (about an hour on 2 cores)."""
     from jobs.benchmark.study.frontier import GROUPS, run
 
     _check("only", only, GROUPS)
-    people.print(f"wrote {run(folder, people, only or list(GROUPS))}")
+    people.print(f"wrote {run(begin(allow_dirty=allow_dirty), folder, people, only or list(GROUPS))}")
 
 
 @app.command()
@@ -42,45 +47,48 @@ def study(
     ),
     photos: Annotated[Path | None, typer.Option(help="Folder of the paper's concepts, for the part photos.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="single, joint, photos; none means all there is.")] = None,
+    allow_dirty: AllowDirty = False,
 ) -> None:
     """Compare CAT with plain LoRA on held-out concepts, three seeds, single and joint (over an hour on 2 cores)."""
     from jobs.benchmark.study.measure import run
 
     _check("only", only, ("single", "joint", "photos"))
     parts = only or ["single", "joint", *(["photos"] if photos else [])]
-    for path in run(folder, people, photos, parts):
+    for path in run(begin(allow_dirty=allow_dirty), folder, people, photos, parts):
         people.print(f"wrote {path}")
 
 
 @app.command()
-def optimisations() -> None:
+def optimisations(allow_dirty: AllowDirty = False) -> None:
     """Time a step with each optimisation beside plain LoRA (about ten minutes on 2 cores)."""
     from jobs.benchmark.training.optimisations import run
 
-    people.print(f"wrote {run(people)}")
+    people.print(f"wrote {run(begin(allow_dirty=allow_dirty), people)}")
 
 
 @app.command()
 def packing(
     size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
+    allow_dirty: AllowDirty = False,
 ) -> None:
     """Time 8 adapters packed, one by one, and in a plain PEFT loop; and the memory of packs (about ten minutes)."""
     from jobs.benchmark.training.packing import SIZES, run
 
     _check("size", [size], SIZES)
-    people.print(f"wrote {run(people, size)}")
+    people.print(f"wrote {run(begin(allow_dirty=allow_dirty), people, size)}")
 
 
 @app.command()
 def cluster(
     only: Annotated[list[str] | None, typer.Option(help="steps, checkpoints, sharding, batch; none: all.")] = None,
+    allow_dirty: AllowDirty = False,
 ) -> None:
     """Measure what workers, ZeRO, Ray, checkpoints and batches cost and gain (about forty minutes on 2 cores)."""
     from jobs.benchmark.cluster import PARTS
     from jobs.benchmark.cluster.measure import run
 
     _check("only", only, PARTS)
-    for path in run(people, only or PARTS):
+    for path in run(begin(allow_dirty=allow_dirty), people, only or PARTS):
         people.print(f"wrote {path}")
 
 
@@ -96,13 +104,15 @@ def serving(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the U-Net's blocks, where a backend can.")
     ] = False,
+    allow_dirty: AllowDirty = False,
 ) -> None:
     """Measure the serving engine beside pipelines and PEFT batches (about twenty minutes on 2 cores)."""
     from jobs.benchmark.serving.measure import SIZES, run
 
     _check("size", [size], SIZES)
     _check("only", only, SIZES[size].parts)
-    people.print(f"wrote {run(people, only or (), size, device, seconds, compile=compile, threads=threads)}")
+    start = begin(allow_dirty=allow_dirty)
+    people.print(f"wrote {run(start, people, only or (), size, device, seconds, compile=compile, threads=threads)}")
 
 
 @app.command()
@@ -112,11 +122,12 @@ def drift(
         "out/drift"
     ),
     judge_only: Annotated[bool, typer.Option("--judge-only", help="Judge the scores that are there again.")] = False,
+    allow_dirty: AllowDirty = False,
 ) -> None:
     """Draw probes of healthy adapters and of faults, and let the drift detectors judge them (half an hour)."""
     from jobs.benchmark.drift.measure import run
 
-    people.print(f"wrote {run(demo, folder, people, judge_only=judge_only)}")
+    people.print(f"wrote {run(begin(allow_dirty=allow_dirty), demo, folder, people, judge_only=judge_only)}")
 
 
 @app.command()

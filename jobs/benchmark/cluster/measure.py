@@ -28,7 +28,7 @@ from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, Check
 from cat_cluster.training.engine import TorchEngine
 from jobs.benchmark.cluster import PARTS
 from jobs.benchmark.cluster.two_workers import ADAPTERS, SPEC_DEFAULTS, STAGES, STEPS, WARM, step_seconds
-from jobs.benchmark.record import write_result
+from jobs.benchmark.record import Start, write_result
 from jobs.benchmark.timing import concept_task, pack_step, take_turns
 
 RAY_STEPS = 60
@@ -39,7 +39,7 @@ BATCHES = ((1, 100),)  # rows per concept, steps
 PATIENCE_SECONDS = 3600
 
 
-def run(console: Console, parts: Sequence[str]) -> list[Path]:
+def run(start: Start, console: Console, parts: Sequence[str]) -> list[Path]:
     """Measure the parts and write a result file for each; raises CatClusterError for an unknown part."""
     measures = {
         "steps": measure_steps,
@@ -53,7 +53,7 @@ def run(console: Console, parts: Sequence[str]) -> list[Path]:
     paths = []
     for part in parts:
         console.print(f"measuring {part}")
-        paths.append(write_result(f"cluster-{part}", measures[part](console)))
+        paths.append(write_result(f"cluster-{part}", measures[part](console), start))
     return paths
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ from cat_cluster.spec.choices import SamplerName
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.store import open_store
-from jobs.benchmark.record import ROOT, write_result
+from jobs.benchmark.record import ROOT, Start, training_digest, write_result
 
 SCORES_FILE = ROOT / "tests/unit/evaluation/drift_scores.json"
 HEALTHY = 240  # live probes of the adapter under test, and of each other healthy adapter:
@@ -93,11 +93,12 @@ class Arm:
     sampler: SamplerName = "ddim"
 
 
-def run(demo: Path, folder: Path, console: Console, *, judge_only: bool) -> Path:
+def run(start: Start, demo: Path, folder: Path, console: Console, *, judge_only: bool) -> Path:
     """Draw the scores unless they are only to be judged again; write what the detectors make of them."""
     if not judge_only:
-        console.print(f"wrote {draw_scores(demo, folder, console)}")
-    return write_result("drift", judge_scores(json.loads(SCORES_FILE.read_text(encoding="utf-8"))))
+        console.print(f"wrote {draw_scores(start, demo, folder, console)}")
+    document = json.loads(SCORES_FILE.read_text(encoding="utf-8"))
+    return write_result("drift", {"scores": document.get("start"), **judge_scores(document)}, start)
 
 
 def judge_scores(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def user_prompts(token: str, class_noun: str, count: int, seed: int) -> list[tup
     return found
 
 
-def draw_scores(demo: Path, folder: Path, console: Console) -> Path:
+def draw_scores(start: Start, demo: Path, folder: Path, console: Console) -> Path:
     """Draw every arm's probes and write their scores; what was drawn before is read back from `folder`."""
     registry = Registry(open_store(demo / "registry"))
     others = _train_others(folder, console)
@@ -174,14 +175,16 @@ def draw_scores(demo: Path, folder: Path, console: Console) -> Path:
     drawer = _Drawer(load_judge("auto", base))
     document: dict[str, Any] = {
         "made_by": "python -m jobs.benchmark drift",
+        "start": asdict(start),
         "adapters": {},
         "canonical_pairs": list(canonical_pairs(registry.resolve("striped-cup").settings.evaluation)),
         "arms": {},
     }
+    place = folder / f"arms-{training_digest([HEALTHY, OTHERS, FAULTY, STEPS, GUIDANCE])}"
     for arm in _arms(registry, others, base):
         console.print(f"{arm.name}: {arm.count} live probes")
         document["adapters"].setdefault(arm.manifest.adapter_id, _reference(arm.manifest))
-        path = folder / "arms" / f"{arm.name}.json"
+        path = place / f"{arm.name}-{arm.manifest.revision}.json"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps({"adapter": arm.manifest.adapter_id, **drawer.probe(arm)}).encode())

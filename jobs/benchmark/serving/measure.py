@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from cat_cluster.models.base_model import choose_device
-from jobs.benchmark.record import RESULTS, machine, read_result, source_state, write_result
+from jobs.benchmark.record import RESULTS, Start, machine, read_result, write_result
 from jobs.benchmark.serving import between_steps, calls, rates
 from jobs.benchmark.serving.random_models import write_random_base
 from jobs.benchmark.serving.workbench import Scale, Workbench, open_workbench
@@ -67,6 +67,7 @@ SIZES = {
 
 
 def run(
+    start: Start,
     console: Console,
     only: Sequence[str] = (),
     size: str = "pocket",
@@ -92,18 +93,18 @@ def run(
         bench = open_workbench(Path(place), base, where, scale, seconds, compile=compile, own_processes=own_processes)
         for part in only or known.parts:
             console.print(f"{part} ...")
-            found = measured(bench, part)
+            found = measured(bench, part, start)
             before = (read_result(known.result, results) or {}).get("parts", {})
             ordered = {name: one for name in PARTS if (one := {**before, part: found}.get(name)) is not None}
-            path = write_result(known.result, {"size": size, "parts": ordered}, results)
+            path = write_result(known.result, {"size": size, "parts": ordered}, start, results)
     return path
 
 
-def measured(bench: Workbench, part: str) -> dict[str, Any]:
+def measured(bench: Workbench, part: str, start: Start) -> dict[str, Any]:
     """Measure a part: what it found, with where and when, and how busy the machine was."""
     head = {
+        **asdict(start),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        **source_state(),
         "machine": machine(),
         "device": bench.device,
         "compiled": bench.compile,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jobs.benchmark.record import write_result
+from jobs.benchmark.record import Start, write_result
 from jobs.benchmark.study.compare import compare
-from jobs.benchmark.study.trials import Trial, TrialRunner, pocket_subject
+from jobs.benchmark.study.trials import Trial, TrialRunner, pocket_subject, starts_of
 
 TRAINING = {
     "steps": 300,
@@ -80,9 +80,9 @@ GROUPS: dict[str, tuple[Trial, ...]] = {
 }
 
 
-def run(folder: Path, console: Console, groups: Sequence[str] = tuple(GROUPS)) -> Path:
+def run(start: Start, folder: Path, console: Console, groups: Sequence[str] = tuple(GROUPS)) -> Path:
     """Train, measure and compare the trials of these groups, keeping what was measured in `folder`."""
-    runner = TrialRunner(folder, TRAINING, EVALUATION, max_pack=14)
+    runner = TrialRunner(start, folder, TRAINING, EVALUATION, max_pack=14)
     lora, measured = Trial(LORA, LORA), {}
     for concepts in (CONCEPTS, CONCEPTS[:2]):
         names = [name for name in groups if (name in ON_ALL_CONCEPTS) == (concepts == CONCEPTS)]
@@ -94,8 +94,14 @@ def run(folder: Path, console: Console, groups: Sequence[str] = tuple(GROUPS)) -
             measured[name] = {
                 "concepts": list(concepts),
                 "trials": {
-                    trial.name: {"method": trial.method, "alpha": trial.alpha, **trial.training} for trial in trials
+                    trial.name: {
+                        "method": trial.method,
+                        "alpha": trial.alpha,
+                        "trained": starts_of(cells[trial.name, subject.name, 0] for subject in subjects),
+                        **trial.training,
+                    }
+                    for trial in trials
                 },
                 "judges": compare(cells, [trial.name for trial in trials], subjects, [0], against=LORA),
             }
-    return write_result("frontier", {"setting": TRAINING, "evaluation": EVALUATION, "groups": measured})
+    return write_result("frontier", {"setting": TRAINING, "evaluation": EVALUATION, "groups": measured}, start)

@@ -16,10 +16,10 @@ from rich.console import Console
 from cat_cluster.models.pocket import world
 from cat_cluster.spec.job import DEFAULT_ALPHA
 from cat_cluster.spec.sections import TrainingSpec
-from jobs.benchmark.record import write_result
+from jobs.benchmark.record import Start, write_result
 from jobs.benchmark.study.compare import compare
 from jobs.benchmark.study.frontier import EVALUATION
-from jobs.benchmark.study.trials import Measured, Subject, TaughtConcept, Trial, TrialRunner, pocket_subject
+from jobs.benchmark.study.trials import Measured, Subject, TaughtConcept, Trial, TrialRunner, pocket_subject, starts_of
 
 LORA, CAT = Trial("lora", "lora"), Trial("cat")
 PAPER = Trial("paper", alpha=1.0, training={"prior_prompt": "token_removed", "cat_fraction": 1.0, "teacher": "online"})
@@ -49,7 +49,7 @@ PHOTOS = (
 )
 
 
-def run(folder: Path, console: Console, photos: Path | None, parts: Sequence[str]) -> list[Path]:
+def run(start: Start, folder: Path, console: Console, photos: Path | None, parts: Sequence[str]) -> list[Path]:
     """Run these parts (single, joint, photos) and write a result file for each; what was measured is kept in `folder`.
 
     photos: the folder of the paper's concepts, for `photos`.
@@ -62,7 +62,7 @@ def run(folder: Path, console: Console, photos: Path | None, parts: Sequence[str
     }
     if photos is not None:
         plans["photos"] = _Plan([([LORA, CAT], [_photographed(photos, *entry) for entry in PHOTOS], SEEDS[:1])])
-    return [_measure(folder, part, plans[part], console) for part in parts]
+    return [_measure(start, folder, part, plans[part], console) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class _Plan:
     images_per_prompt: int = 2
 
 
-def _measure(folder: Path, part: str, plan: _Plan, console: Console) -> Path:
+def _measure(start: Start, folder: Path, part: str, plan: _Plan, console: Console) -> Path:
     evaluation = {**EVALUATION, "images_per_prompt": plan.images_per_prompt}
-    runner, subjects = TrialRunner(folder, plan.training, evaluation, max_pack=8), plan.runs[0][1]
+    runner, subjects = TrialRunner(start, folder, plan.training, evaluation, max_pack=8), plan.runs[0][1]
     cells: dict[tuple[str, str, int], Measured] = {}
     for some, own, seeds in plan.runs:
         cells |= runner.run(some, own, seeds, console)
@@ -90,7 +90,14 @@ def _measure(folder: Path, part: str, plan: _Plan, console: Console) -> Path:
         "evaluation": evaluation,
         "subjects": {subject.name: [concept.name for concept in subject.concepts] for subject in subjects},
         "trials": {
-            t.name: {"method": t.method, "alpha": t.alpha, "subjects": len(own), "seeds": list(seeds), **t.training}
+            t.name: {
+                "method": t.method,
+                "alpha": t.alpha,
+                "subjects": len(own),
+                "seeds": list(seeds),
+                "trained": starts_of(cells[t.name, subject.name, seed] for subject in own for seed in seeds),
+                **t.training,
+            }
             for t, (own, seeds) in trials.items()
         },
         "judges": compare(cells, [trial.name for trial in trials], subjects, SEEDS, against=LORA.name),
@@ -101,7 +108,7 @@ def _measure(folder: Path, part: str, plan: _Plan, console: Console) -> Path:
             for trial in trials
             for subject in subjects
         }
-    return write_result(f"study-{part}", result)
+    return write_result(f"study-{part}", result, start)
 
 
 def _joint(name: str, concepts: Sequence[str]) -> Subject:

@@ -1,15 +1,18 @@
 """Trials: many settings trained on the same concepts, seeds and draws, so that only the setting differs.
 
 A trial is what a user could write in a job spec; it runs through the same workflow, in packs, into a registry of its
-own. What the judges saw is kept beside it, so that an interrupted study goes on where it stopped.
+own. What the judges saw is kept beside it, so that an interrupted study goes on where it stopped: under a digest of the
+settings and of the code, so that no other study's trials are taken for its own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from cat_cluster.pipeline.job import AdapterResult, run_job
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
+from jobs.benchmark.record import Start, training_digest
 
 SEEDS_APART = 100  # training seed s is judged on image seeds 1000 + 100 s and on: its pairs are its own
 _ARRAYS = ("without_NF", "with_NF", "base_without_NF", "base_with_NF", "photos_MF", "text_NF", "fisher_N")
@@ -63,18 +67,23 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What became of one adapter: judge name -> token -> features; recognition, curves and its pack's seconds."""
+    """What became of one adapter: judge name -> token -> features; recognition, curves and its pack's seconds.
+
+    start: when it was trained, and at which commit.
+    """
 
     judges: Mapping[str, Mapping[str, ConceptFeatures]]
     recognition: Mapping[str, Mapping[str, float]]
     leaks: Mapping[str, Any]
     training: Mapping[str, Any]
+    start: Start
 
 
 @dataclass(frozen=True)
 class TrialRunner:
     """What all trials of a study share. training and evaluation: spec fields; max_pack: adapters in one forward."""
 
+    start: Start
     folder: Path
     training: Mapping[str, Any]
     evaluation: Mapping[str, Any]
@@ -93,8 +102,8 @@ class TrialRunner:
         if missing:
             job = JobSpec.model_validate(self._job(missing))
             paths = {_adapter_id(*cell): self._path(*cell) for cell in missing}
-            with _SavingBars(console, paths) as bars:
-                results = run_job(job, open_store(self.folder / "registry"), Settings(), bars)
+            with _SavingBars(console, paths, self.start) as bars:
+                results = run_job(job, open_store(self._place / "registry"), Settings(), bars)
             failed = [result for result in results if result.outcome == "failed"]
             if failed:
                 raise CatClusterError(f"{failed[0].adapter_id} failed: {failed[0].reason}")
@@ -102,8 +111,16 @@ class TrialRunner:
             (trial.name, subject.name, seed): _read(self._path(trial, subject, seed)) for trial, subject, seed in cells
         }
 
+    @cached_property
+    def _place(self) -> Path:
+        """Where trials of these settings and this code are kept."""
+        return self.folder / training_digest([self.training, self.evaluation])
+
     def _path(self, trial: Trial, subject: Subject, seed: int) -> Path:
-        return self.folder / "measured" / f"{_adapter_id(trial, subject, seed)}.npz"
+        name = _adapter_id(trial, subject, seed)
+        photos = [_content(concept.folder) for concept in subject.concepts if concept.folder is not None]
+        settings = json.dumps([self._adapter(trial, subject, seed), photos], sort_keys=True)
+        return self._place / "measured" / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.npz"
 
     def _job(self, cells: Sequence[tuple[Trial, Subject, int]]) -> dict[str, Any]:
         return {
@@ -127,7 +144,7 @@ class TrialRunner:
     def _concept(self, concept: TaughtConcept) -> dict[str, Any]:
         folder = concept.folder
         if folder is None:
-            folder = self.folder / "photos" / f"{concept.name}-{concept.token}"
+            folder = self._place / "photos" / f"{concept.name}-{concept.token}"
             if not folder.exists():
                 draw_photos(folder, world.CONCEPTS[concept.name], concept.token)
         return {
@@ -141,14 +158,14 @@ class TrialRunner:
 class _SavingBars(JobBars):
     """Shows progress, and keeps what the judges saw of each adapter as soon as it is published."""
 
-    def __init__(self, console: Console, paths: Mapping[str, Path]) -> None:
+    def __init__(self, console: Console, paths: Mapping[str, Path], start: Start) -> None:
         super().__init__(console)
-        self._paths = paths
+        self._paths, self._start = paths, start
 
     def finished(self, result: AdapterResult) -> None:
         super().finished(result)
         if result.evaluation is not None and result.manifest is not None:
-            _write(self._paths[result.adapter_id], result)
+            _write(self._paths[result.adapter_id], result, self._start)
 
 
 def pocket_subject(name: str, token: str = "sks") -> Subject:
@@ -160,7 +177,19 @@ def _adapter_id(trial: Trial, subject: Subject, seed: int) -> str:
     return f"{trial.name}-{subject.name}-s{seed}"
 
 
-def _write(path: Path, result: AdapterResult) -> None:
+def starts_of(cells: Iterable[Measured]) -> list[dict[str, Any]]:
+    """Return when and at which commits these adapters were trained, each start once, in order of time."""
+    return [asdict(start) for start in sorted({cell.start for cell in cells}, key=lambda start: start.measured)]
+
+
+def _content(folder: Path) -> str:
+    """Return the digest of a folder's files, by name and content."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    named = [path.name.encode() + hashlib.sha256(path.read_bytes()).digest() for path in files]
+    return hashlib.sha256(b"".join(named)).hexdigest()
+
+
+def _write(path: Path, result: AdapterResult, start: Start) -> None:
     evaluation, manifest = result.evaluation, result.manifest
     assert evaluation is not None
     assert manifest is not None
@@ -175,6 +204,7 @@ def _write(path: Path, result: AdapterResult) -> None:
         "recognition": {t: f.to_json() for t, f in evaluation.recognition.items() if isinstance(f, Recognition)},
         "leaks": {judge.name: judge.leaks.to_json() for judge in evaluation.judges},
         "training": dict(manifest.training),
+        "start": asdict(start),
     }
     buffer = io.BytesIO()
     np.savez(buffer, record=json.dumps(record), **arrays)
@@ -192,7 +222,7 @@ def _read(path: Path) -> Measured:
     judges = {
         judge: {token: _features(token, arrays) for token, arrays in tokens.items()} for judge, tokens in found.items()
     }
-    return Measured(judges, record["recognition"], record["leaks"], record["training"])
+    return Measured(judges, record["recognition"], record["leaks"], record["training"], Start(**record["start"]))
 
 
 def _features(token: str, arrays: Mapping[str, Any]) -> ConceptFeatures:

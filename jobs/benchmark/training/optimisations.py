@@ -15,7 +15,7 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.teacher import TeacherPool
-from jobs.benchmark.record import write_result
+from jobs.benchmark.record import Start, write_result
 from jobs.benchmark.timing import (
     PLAIN_LORA,
     RANK,
@@ -48,7 +48,7 @@ VARIANTS: dict[str, StepOptions] = {
 }
 
 
-def run(console: Console, *, rows: int = 4, steps: int = 2, turns: int = 5) -> Path:
+def run(start: Start, console: Console, *, rows: int = 4, steps: int = 2, turns: int = 5) -> Path:
     """Time every variant with 1 and with 8 adapters, the LoRA layers themselves, and the fill of a pool."""
     base = load_base_model("pocket")
     packs = {}
@@ -69,6 +69,7 @@ def run(console: Console, *, rows: int = 4, steps: int = 2, turns: int = 5) -> P
             "pool_entries": POOL * 6,
             "layers": _layers(base, turns),
         },
+        start,
     )
 
 

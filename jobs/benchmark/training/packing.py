@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.teacher import TeacherPool
-from jobs.benchmark.record import ROOT, write_result
+from jobs.benchmark.record import ROOT, Start, write_result
 from jobs.benchmark.timing import StepOptions, concept_task, pack_step, sd15_sized_base, seconds_of, take_turns
 from jobs.benchmark.training.peft_loop import peft_step
 
@@ -51,7 +51,9 @@ SIZES = {
 }
 
 
-def run(console: Console, size_name: str = "pocket", *, steps: int = 2, turns: int = 3, largest: int = 32) -> Path:
+def run(
+    start: Start, console: Console, size_name: str = "pocket", *, steps: int = 2, turns: int = 3, largest: int = 32
+) -> Path:
     """Time 8 adapters with every method at 1, 2 and 4 rows per concept; measure the peak memory of 1 .. 32 adapters."""
     size = SIZES[size_name]
     base = size.load()
@@ -67,6 +69,7 @@ def run(console: Console, size_name: str = "pocket", *, steps: int = 2, turns: i
     return write_result(
         size.result,
         {"adapters": ADAPTERS, "training_steps": TRAINING_STEPS, "rows": rows, "memory": memory},
+        start,
     )
 
 

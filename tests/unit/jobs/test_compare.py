@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 
 from cat_cluster.evaluation.intervals import ConceptFeatures, score
+from jobs.benchmark.record import Start
 from jobs.benchmark.study.compare import compare, judges_of, prompts_followed
 from jobs.benchmark.study.trials import Measured, Subject, TaughtConcept
 
 pytestmark = pytest.mark.slow
+
+START = Start("2026-11-25T06:03:30+00:00", "3e808594ebfb", dirty=False)
 
 SUBJECTS = [Subject(name, (TaughtConcept(name, "sks", "cup"),)) for name in ("cup", "fish", "car")]
 
@@ -38,7 +41,7 @@ def features(seed: int, pull: float) -> ConceptFeatures:
 
 
 def measured(seed: int, pull: float) -> Measured:
-    return Measured({"judge": {"sks": features(seed, pull)}}, {"sks": {"rate": pull}}, {}, {})
+    return Measured({"judge": {"sks": features(seed, pull)}}, {"sks": {"rate": pull}}, {}, {}, START)
 
 
 CELLS = {

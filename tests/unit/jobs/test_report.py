@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
 from jobs.benchmark.pages import PAGES, page_texts, write_pages
-from jobs.benchmark.record import RESULTS, read_result, source_state, write_result
+from jobs.benchmark.record import RESULTS, Start, read_result, write_result
 from jobs.benchmark.study.aims import AIMS
+
+START = Start("2026-11-25T06:03:30+00:00", "3e808594ebfb", dirty=False)
 
 
 def test_there_is_no_page_without_results() -> None:
@@ -26,12 +29,12 @@ def test_every_result_says_where_it_comes_from() -> None:
         assert {"processor", "cores", "threads", "gpu", "python", "versions"} <= set(result["machine"])
 
 
-def test_a_result_file_records_this_tree_and_machine(tmp_path: Path) -> None:
-    path = write_result("tried", {"ratio": 2.0}, tmp_path)
+def test_a_result_file_records_its_start_and_this_machine(tmp_path: Path) -> None:
+    path = write_result("tried", {"ratio": 2.0}, START, tmp_path)
     assert read_result("tried", tmp_path) == json.loads(path.read_text())
     assert read_result("not-measured", tmp_path) is None
     result = json.loads(path.read_text())
-    assert (result["ratio"], result["commit"]) == (2.0, source_state()["commit"])
+    assert (result["ratio"], result["measured"], result["commit"], result["dirty"]) == (2.0, *astuple(START))
     assert result["machine"]["versions"]["torch"]
 
 
@@ -59,6 +62,7 @@ def test_a_ratio_below_its_aim_is_called_missed(tmp_path: Path, factor: float, m
                 "prompts_followed": {},
             },
         },
+        START,
         tmp_path,
     )
     pages = write_pages(tmp_path, tmp_path / "pages")

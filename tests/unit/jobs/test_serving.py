@@ -16,7 +16,7 @@ from cat_cluster.errors import CatClusterError, SpecError
 from cat_cluster.telemetry import PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
 from jobs.benchmark.__main__ import app
 from jobs.benchmark.pages import page_texts, write_pages
-from jobs.benchmark.record import ROOT, read_result
+from jobs.benchmark.record import ROOT, begin, read_result
 from jobs.benchmark.serving import measure as serving
 from jobs.benchmark.serving.backends import InOwnProcess, InThisProcess
 from jobs.benchmark.serving.baselines import static_batches
@@ -74,7 +74,16 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(serving.SIZES, "tiny", Size("serving", tiny_base, TINY, MEASURED))
-        serving.run(Console(quiet=True), MEASURED, "tiny", "cpu", 0.0, own_processes=False, results=folder)
+        serving.run(
+            begin(allow_dirty=True),
+            Console(quiet=True),
+            MEASURED,
+            "tiny",
+            "cpu",
+            0.0,
+            own_processes=False,
+            results=folder,
+        )
     found = read_result("serving", folder)
     assert found is not None
     return found
@@ -124,7 +133,16 @@ def test_the_page_calls_a_missed_figure_missed(result: dict[str, Any], tmp_path:
 def test_probes_need_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(serving.SIZES, "tiny", Size("serving", tiny_base, TINY))
     with pytest.raises(SpecError, match="judge"):
-        serving.run(Console(quiet=True), ["probes"], "tiny", "cpu", 0.0, own_processes=False, results=tmp_path)
+        serving.run(
+            begin(allow_dirty=True),
+            Console(quiet=True),
+            ["probes"],
+            "tiny",
+            "cpu",
+            0.0,
+            own_processes=False,
+            results=tmp_path,
+        )
 
 
 @pytest.mark.parametrize(
