@@ -139,7 +139,7 @@ def evaluate(
     if as_json:
         print_json(measures)
         return
-    people.print(_scores_table(adapter, measures))
+    people.print(_scores_table(adapter, measures, evaluation.judges[0].leaks.decoy_gain))
 
 
 @app.command()
@@ -232,10 +232,11 @@ def spec_schema() -> None:
     print_json(spec_json_schema())
 
 
-def _scores_table(adapter: str, measures: Mapping[str, Any]) -> Table:
+def _scores_table(adapter: str, measures: Mapping[str, Any], decoy_gain: float) -> Table:
     table = Table("metric", "value", "95% interval", title=f"{adapter} under {measures['judge']['name']}")
     for name, (low, high) in measures["intervals"].items():
         table.add_row(name, f"{measures[name]:.4f}", f"{low:.4f} to {high:.4f}")
+    table.add_row("identity gain by a decoy word", f"{decoy_gain:.4f}", "")
     return table
 
 

@@ -61,6 +61,8 @@ class DemoResult:
             lora, cat = self.lora.metrics[metric], self.cat.metrics[metric]
             better = "lower" if metric == "base_drift" else "near 1" if metric == "diversity_ratio" else "higher"
             table.add_row(metric, *(f"{value:.3f}" for value in (lora, cat) if value is not None), better)
+        decoys = (one.judges[0].leaks.decoy_gain for one in (self.lora, self.cat))
+        table.add_row("identity gain by a decoy word", *(f"{value:.3f}" for value in decoys), "near 0")
         return table
 
 

@@ -192,7 +192,11 @@ def load_clip(folder: Path, name: str, base: BaseModel) -> ClipJudge:
     try:
         if not (folder / "config.json").is_file():
             raise ValueError("config.json is not there")
-        model, info = CLIPModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        if not any(folder.glob("*.safetensors")):
+            raise ValueError("no .safetensors file is there; pickled weights such as pytorch_model.bin are not read")
+        model, info = CLIPModel.from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
         lost = sorted(key for key in info["missing_keys"] if not key.endswith("position_ids"))
         if lost:
             # transformers fills what is missing with random numbers and goes on.

@@ -29,6 +29,11 @@ class LeakMatrix:
     triggers: tuple[str, ...]
     values: Array
 
+    @property
+    def decoy_gain(self) -> float:
+        """What a rare word that was never taught brings of a concept, in identity similarity; mean over concepts."""
+        return float(self.values[:, -1].mean())
+
     def to_json(self) -> dict[str, Any]:
         """Rows by token, columns in the order of `triggers`; the last is the decoy word."""
         return {"tokens": list(self.tokens), "triggers": list(self.triggers), "values": self.values.tolist()}

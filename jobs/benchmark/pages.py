@@ -12,7 +12,7 @@ from jobs.benchmark import cluster, figures
 from jobs.benchmark.record import RESULTS, ROOT, measured_on, read_result
 from jobs.benchmark.serving.verdicts import threads_text, verdicts
 from jobs.benchmark.study.aims import AIMS, Aim
-from jobs.benchmark.study.compare import judges_of
+from jobs.benchmark.study.compare import judges_of, leak_means
 
 PAGES = ROOT / "docs" / "benchmarks"
 STUDY_PARTS = ("single", "joint", "photos")
@@ -104,6 +104,8 @@ def _templates() -> Environment:
         "measured_on": measured_on,
         "judges_of": judges_of,
         "ends": _ends,
+        "difference": _difference,
+        "leak_means": leak_means,
         "verdict": _verdict,
         "shown_metrics": lambda scores: [metric for metric in _SHOWN if metric in next(iter(scores.values()))],
         "settings": lambda own: ", ".join(f"{name} {value}" for name, value in own.items() if name != "method"),
@@ -115,6 +117,10 @@ def _templates() -> Environment:
 def _ends(interval: Sequence[float | None]) -> str:
     low, high = ("\N{INFINITY}" if end is None else f"{end:.3f}" for end in interval)
     return f"({low} to {high})"
+
+
+def _difference(difference: Sequence[float] | None) -> str:
+    return "-" if difference is None else f"{difference[0]:+.3f} ({difference[1]:+.3f} to {difference[2]:+.3f})"
 
 
 def _verdict(scores: Mapping[str, Any], aim: Aim) -> str:

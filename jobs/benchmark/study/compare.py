@@ -46,6 +46,35 @@ def compare(
     return found
 
 
+def leak_means(leaks: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Return {judge: {trial: {own, other, decoy, none}}}: the means of leak matrices by what was put before the noun.
+
+    leaks: `trial/subject` -> judge -> {tokens, triggers, values}, as LeakMatrix.to_json gives them. The words are the
+    concept's own token, the other tokens of its adapter (None in an adapter of one concept), a decoy, and no word.
+    """
+    cells: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for name, judges in leaks.items():
+        trial = name.partition("/")[0]
+        for judge, matrix in judges.items():
+            kinds = cells.setdefault(judge, {}).setdefault(trial, {"own": [], "other": [], "decoy": [], "none": []})
+            for token, row in zip(matrix["tokens"], matrix["values"], strict=True):
+                for trigger, value in zip(matrix["triggers"], row, strict=True):
+                    kinds["own" if trigger == token else _kind(trigger, matrix["tokens"])].append(value)
+    return {
+        judge: {
+            trial: {kind: float(np.mean(values)) if values else None for kind, values in kinds.items()}
+            for trial, kinds in trials.items()
+        }
+        for judge, trials in cells.items()
+    }
+
+
+def _kind(trigger: str, tokens: Sequence[str]) -> str:
+    if trigger in tokens:
+        return "other"
+    return "none" if trigger == "none" else "decoy"
+
+
 def judges_of(table: Mapping[str, Any]) -> list[str]:
     """Return the judges of a comparison, without the tables that stand beside them."""
     return [name for name in table if name not in ("recognition", "prompts_followed")]

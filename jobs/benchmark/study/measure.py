@@ -102,12 +102,11 @@ def _measure(start: Start, folder: Path, part: str, plan: _Plan, console: Consol
         },
         "judges": compare(cells, [trial.name for trial in trials], subjects, SEEDS, against=LORA.name),
     }
-    if part == "joint":
-        result["leaks"] = {
-            f"{trial.name}/{subject.name}": cells[trial.name, subject.name, SEEDS[0]].leaks
-            for trial in trials
-            for subject in subjects
-        }
+    result["leaks"] = {
+        f"{trial.name}/{subject.name}": cells[trial.name, subject.name, seeds[0]].leaks
+        for trial, (own, seeds) in trials.items()
+        for subject in own
+    }
     return write_result(f"study-{part}", result, start)
 
 

@@ -189,6 +189,15 @@ def test_another_base_is_no_pocket_base_and_has_one_judge(tiny_base: BaseModel, 
     assert [judge.name for judge in load_judges(str(clip_folder), tiny_base)] == [str(clip_folder)]
 
 
+def test_pickled_weights_are_not_read(tiny_base: BaseModel, clip_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    load_judge(str(folder), tiny_base)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(EvaluationError, match=r"pytorch_model\.bin are not read"):
+        load_judge(str(folder), tiny_base)
+
+
 def test_a_pocket_base_without_classifier_weights_is_named(pocket_like: BaseModel) -> None:
     (pocket_like.folder / "classifier" / "model.safetensors").unlink()
     with pytest.raises(BaseModelError, match="no pocket classifier in"):

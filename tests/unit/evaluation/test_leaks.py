@@ -38,6 +38,7 @@ def test_only_what_the_adapter_added_counts() -> None:
     base = {(0, 0): north, (0, 1): north, (0, 2): east}
     found = measure_leaks(chosen, adapted, base, [east])
     assert found.values.tolist() == [[0.5, 0.0, -0.5]]
+    assert found.decoy_gain == -0.5
     assert found.to_json() == {
         "tokens": ["sks"],
         "triggers": ["sks", "none", "decoy wjq"],

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from jobs.benchmark.pages import PAGES, page_texts, write_pages
-from jobs.benchmark.record import RESULTS, Start, read_result, write_result
+from jobs.benchmark.record import RESULTS, ROOT, Start, read_result, write_result
 from jobs.benchmark.study.aims import AIMS
+from jobs.benchmark.study.compare import leak_means
 
 START = Start("2026-11-25T06:03:30+00:00", "3e808594ebfb", dirty=False)
 
@@ -53,7 +54,7 @@ def test_a_ratio_below_its_aim_is_called_missed(tmp_path: Path, factor: float, m
             )
             | {"teacher": "online"},
             "default_alpha": 5.0,
-            "evaluation": {"images_per_prompt": 1},
+            "evaluation": {"images_per_prompt": 1, "steps": 20},
             "subjects": {"cup": ["cup"]},
             "trials": {name: {"subjects": 1, "seeds": [0]} for name in ("lora", "cat")},
             "judges": {
@@ -70,3 +71,36 @@ def test_a_ratio_below_its_aim_is_called_missed(tmp_path: Path, factor: float, m
     assert ("**missed**" in text) is missed
     assert (tmp_path / "pages" / "study.png").stat().st_size > 5_000
     assert {path.name for path in pages} == {"README.md", "study.md"}
+
+
+def test_the_means_of_leaks_are_over_concepts_by_what_stood_before_the_noun() -> None:
+    matrix = {
+        "tokens": ["sks", "zwx"],
+        "triggers": ["sks", "zwx", "none", "decoy wjq"],
+        "values": [[0.4, 0.1, 0.0, 0.2], [0.3, 0.6, 0.1, 0.0]],
+    }
+    alone = {"tokens": ["sks"], "triggers": ["sks", "none", "decoy wjq"], "values": [[0.5, 0.25, 0.0]]}
+    found = leak_means({"cat/one": {"pocket": matrix}, "lora/cup": {"pocket": alone}})["pocket"]
+    assert found["cat"] == pytest.approx({"own": 0.5, "other": 0.2, "decoy": 0.1, "none": 0.05})
+    assert found["lora"] == {"own": 0.5, "other": None, "decoy": 0.0, "none": 0.25}
+
+
+def test_the_readme_has_the_figures_of_the_studys_result_files() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for part, start in (
+        ("single", "| one concept per adapter |"),
+        ("joint", "| four concepts per adapter, 2 rows each |"),
+    ):
+        result = read_result(f"study-{part}")
+        assert result is not None
+        scores, seen = result["judges"]["pocket"], result["judges"]["recognition"]
+        cells = [
+            " -> ".join(f"{scores[method][metric]['estimate']:.3f}" for method in ("lora", "cat"))
+            for metric in ("kps", "base_drift", "identity_gain")
+        ]
+        rates = (f"{seen[m]['rate']:.0%} / {seen[m]['rate_without_token']:.0%}" for m in ("lora", "cat"))
+        assert f"{start} {' | '.join(cells)} | {' -> '.join(rates)} |" in readme
+    assert result is not None
+    for trial, name in (("lora", "plain LoRA"), ("cat", "CAT")):
+        means = leak_means(result["leaks"])["pocket"][trial]
+        assert f"| {name} | {' | '.join(f'{value:.3f}' for value in means.values())} |" in readme
