@@ -54,8 +54,7 @@ class TeacherPool:
         missing = [(key, entry) for key, entry in wanted.items() if key not in self._predictions]
         for start in range(0, len(missing), ENTRIES_PER_CALL):
             keys, chunk = zip(*missing[start : start + ENTRIES_PER_CALL], strict=True)
-            with autocast():
-                predictions = _predict_entries(base, bank, encode_text, chunk).float().cpu()
+            predictions = _predict_entries(base, bank, encode_text, chunk, autocast).float().cpu()
             # Copies: a view would keep the whole chunk alive.
             self._predictions.update(zip(keys, map(Tensor.clone, predictions), strict=True))
 
@@ -91,11 +90,19 @@ class TeacherPool:
         return predictions
 
 
-def _predict_entries(base: BaseModel, bank: LoraBank, encode_text: TextEncoder, entries: Sequence[Draw]) -> Tensor:
+def _predict_entries(
+    base: BaseModel,
+    bank: LoraBank,
+    encode_text: TextEncoder,
+    entries: Sequence[Draw],
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> Tensor:
     moments, posterior_noise, noise = (
         torch.stack([getattr(entry, name) for entry in entries]).to(base.device)
         for name in ("moments", "posterior_noise", "noise")
     )
     timestep = torch.tensor([entry.timestep for entry in entries], device=base.device)
     noisy = base.schedule.add_noise(base.sample_latents(moments, posterior_noise), noise, timestep)
-    return predict_base(base.unet, bank, noisy, timestep, encode_text([entry.prior_prompt for entry in entries]))
+    text = encode_text([entry.prior_prompt for entry in entries])
+    with autocast():  # the U-Net alone, as in a step: text that is encoded in bf16 is another text
+        return predict_base(base.unet, bank, noisy, timestep, text)

@@ -55,7 +55,7 @@ def run_suite(folder: Path, *, ci: bool) -> tuple[str, dict[str, str]]:
     (folder / "test_suite.py").write_text(SUITE)
     command = [sys.executable, "-m", "pytest", "-p", "tests.support.marks", "-p", "no:cacheprovider", "-v"]
     command += ["-p", "no:schemathesis"]  # imports itself at the end, which Python 3.11 fails at now and then
-    # Nor what pytest-xdist tells its workers, or plugins of this pytest take it for one.
+    # Without what pytest-xdist tells its workers, or plugins of this pytest would take it for one.
     environment = {
         name: value
         for name, value in os.environ.items()

@@ -71,6 +71,14 @@ def test_two_adapters_with_one_draw_key_see_equal_rows() -> None:
     assert all(row[-1] is None for row in rows_of(batch, 1))
 
 
+def test_two_adapters_with_one_draw_key_have_their_cat_term_on_the_same_rows() -> None:
+    changes = {"draw_key": "pair", "cat_fraction": 0.25, "rows_per_concept": 4}
+    pair = [task("one", **changes), task("two", **changes)]
+    for step in range(6):
+        batch = draw_batch(pair, step, 1000, [True, True])
+        assert rows_of(batch, 0) == rows_of(batch, 1)
+
+
 def test_row_weights_add_up_to_the_loss_of_the_design() -> None:
     """sum_k weight_k (identity_k + alpha_k cat_k) / sum_k weight_k, each term a mean over the concept's rows."""
     concepts = (concept("sks", weight=3.0, alpha=2.0), concept("zwx", weight=1.0, alpha=0.5))
@@ -123,14 +131,16 @@ def test_alpha_zero_draws_no_prior_rows() -> None:
 
 
 def test_every_view_is_seen_equally_often_and_timesteps_cover_the_schedule() -> None:
-    seen: dict[str, int] = {}
+    shown: list[str] = []
     timesteps = []
     for step in range(30):
         batch = draw_batch([task(rows_per_concept=2)], step, 1000, [True])
         timesteps += batch.timestep_B.tolist()
-        for prompt in batch.prompts:
-            seen[prompt] = seen.get(prompt, 0) + 1
+        shown += batch.prompts
+    seen = {prompt: shown.count(prompt) for prompt in shown}
+    orders = [tuple(shown[start : start + 3]) for start in range(0, len(shown), 3)]
     assert set(seen.values()) == {20}
+    assert len(set(orders)) > 1, "each epoch has an order of its own"
     assert min(timesteps) >= 0
     assert max(timesteps) < 1000
     assert all(abs(a - b) == 500 for a, b in zip(timesteps[::2], timesteps[1::2], strict=True))

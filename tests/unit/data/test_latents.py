@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,14 @@ def test_another_size_is_another_entry(base: BaseModel, concept: Concept, tmp_pa
     small = cache.material(concept, resolution=16, crops_per_image=1, alpha=1.0)
     large = cache.material(concept, resolution=32, crops_per_image=1, alpha=1.0)
     assert small.moments_NCHW.shape[-1] * 2 == large.moments_NCHW.shape[-1]
+
+
+def test_another_base_or_precision_is_another_entry(base: BaseModel, concept: Concept, tmp_path: Path) -> None:
+    other = replace(base, fingerprint="0" * 64)
+    low = load_base_model(str(base.folder), dtype=torch.bfloat16)
+    for number, one in enumerate((base, other, low), start=1):
+        LatentCache(one, tmp_path / "cache").material(concept, resolution=16, crops_per_image=1, alpha=1.0)
+        assert len(list((tmp_path / "cache" / "latents").iterdir())) == number * len(concept.examples)
 
 
 def test_the_first_crop_is_the_centre_square_and_others_are_keyed_by_the_photo(concept: Concept) -> None:

@@ -63,3 +63,4 @@ def test_the_decoy_is_never_a_token() -> None:
     assert decoy(["sks"]) == DECOYS[0]
     assert decoy([DECOYS[0].upper()]) == DECOYS[1]
     assert decoy(DECOYS) not in DECOYS
+    assert decoy([word.title() for word in DECOYS]) not in DECOYS

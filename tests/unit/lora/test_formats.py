@@ -298,3 +298,8 @@ def test_the_digest_follows_names_shapes_and_values(
     changed = {name: LoraLayer(layer.down.clone(), layer.up.clone()) for name, layer in weights.layers.items()}
     changed[QUERY].up[0, 0] += 1e-6
     assert AdapterWeights(changed).digest() != weights.digest()
+    # The same bytes in the same order, under another name and in another shape.
+    layer = LoraLayer(torch.arange(4.0).reshape(1, 4), torch.arange(4.0).reshape(4, 1))
+    reshaped = LoraLayer(layer.down.reshape(2, 2), layer.up.reshape(2, 2))
+    digests = {AdapterWeights({name: one}).digest() for name in ("a", "b") for one in (layer, reshaped)}
+    assert len(digests) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from safetensors.torch import load_file
 
 from cat_cluster.errors import CheckpointError
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.store.local import LocalStore
+from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter
 from cat_cluster.training.loop import StepReport
 from tests.unit.training.test_loop import STEPS, Killed, bit_equal, member, names, series, train
 from tests.unit.training.test_step import concept, task
@@ -70,6 +73,43 @@ def test_a_tensor_bears_the_path_of_its_module(base: BaseModel, tmp_path: Path) 
         assert torch.equal(stored[f"{path}.lora_B.value"], layer.up)
         assert stored[f"{path}.lora_A.mean"].shape == stored[f"{path}.lora_A.square"].shape == layer.down.shape
     assert len(stored) == 2 * 3 * len(trained.layers)
+
+
+def one_state(step: int, value: torch.Tensor) -> AdapterState:
+    return AdapterState(step, {"layer.lora_A": (value, value.clone(), value.clone())}, None, {}, [])
+
+
+def test_a_checkpoint_holds_what_was_there_when_it_was_taken(tmp_path: Path) -> None:
+    """Training goes on in the same tensors while the checkpoint is written."""
+    go_on = threading.Event()
+
+    class SlowSeries(CheckpointStore):
+        def save(self, state: AdapterState) -> None:
+            assert go_on.wait(30)
+            super().save(state)
+
+    checkpoints = SlowSeries(LocalStore(tmp_path), "checkpoints/mug", "run")
+    state = one_state(5, torch.zeros(3))
+    with CheckpointWriter([checkpoints], 100) as writer:
+        writer.save([state])
+        for tensor in state.parameters["layer.lora_A"]:
+            tensor.fill_(7.0)
+        go_on.set()
+    stored = checkpoints.load(5, ["layer.lora_A"]).parameters["layer.lora_A"]
+    assert all(torch.equal(tensor, torch.zeros(3)) for tensor in stored)
+
+
+def test_a_marker_is_written_after_its_tensors(tmp_path: Path) -> None:
+    """A reader that finds the marker finds the tensors."""
+    written: list[str] = []
+
+    class Watched(LocalStore):
+        def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+            super().put(key, data, if_absent=if_absent)
+            written.append(key.rsplit(".", 1)[-1])
+
+    CheckpointStore(Watched(tmp_path), "checkpoints/mug", "run").save(one_state(5, torch.zeros(3)))
+    assert written == ["safetensors", "json"]
 
 
 def test_the_order_in_a_file_means_nothing(base: BaseModel, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,16 @@ def test_the_factor_stays_within_its_limits_and_ignores_what_is_not_finite() -> 
         assert budget.scales(0)["sks"] == pytest.approx(limit)
     budget.update(1, {"zwx": ConceptLoss(0.4, 1.0)})
     assert budget.scales(1) == {}
+
+
+def test_a_restored_budget_goes_on_with_its_running_means() -> None:
+    whole, restored = DriftBudget([0.05], [["sks"]]), DriftBudget([0.05], [["sks"]])
+    for step in range(5):
+        whole.update(0, {"sks": ConceptLoss(0.4, 0.1 * step)})
+    restored.restore(0, json.loads(json.dumps(whole.to_json(0))))
+    for one in (whole, restored):
+        one.update(0, {"sks": ConceptLoss(0.2, 0.001)})
+    assert restored.to_json(0) == whole.to_json(0)
 
 
 def test_only_rows_of_concepts_with_a_budget_are_weighed(base: BaseModel) -> None:

@@ -53,8 +53,9 @@ def test_each_slot_does_what_torch_adamw_does_alone(max_grad_norm: float | None)
     theirs = [torch.optim.AdamW(twin, lr=rate, weight_decay=0.1) for twin, rate in zip(twins, rates, strict=True)]
     for step in range(10):
         for index in range(2):
-            set_gradients(slots[index], 10 * step + index, scale=10.0 ** (index + 1))
-            set_gradients(twins[index], 10 * step + index, scale=10.0 ** (index + 1))
+            scale = 10.0 ** (index + 1 - 3 * (step % 2))  # above the clip in one step, below it in the next
+            set_gradients(slots[index], 10 * step + index, scale=scale)
+            set_gradients(twins[index], 10 * step + index, scale=scale)
             if max_grad_norm is not None:
                 nn.utils.clip_grad_norm_(twins[index], max_grad_norm)
             theirs[index].step()

@@ -19,9 +19,10 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.spec.sections import TrainingSpec
-from cat_cluster.training.engine import TorchEngine
+from cat_cluster.training.engine import TorchEngine, autocast
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.step import RowLosses, train_step
+from cat_cluster.training.teacher import TeacherPool
 
 GENERAL = ("a photo of a red car", "a photo of a blue fish")
 
@@ -164,6 +165,50 @@ def test_cat_loss_and_gradient_are_exactly_zero_at_the_start(base: BaseModel) ->
     assert torch.equal(losses.cat_M, torch.zeros(2))
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients(bank, 1))
     assert (losses.identity_B > 0).all()
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_the_cat_loss_is_exactly_zero_at_the_start_in_bf16_too(base: BaseModel, pooled: bool) -> None:
+    """Student and teacher round alike: both predict under autocast, in calls of equal shape."""
+    layers = adapted_layers(base.unet, "attention")
+    bank = open_bank(base, [initial_weights(base.unet, layers, rank=4, seed=0, draw_key="mug")])
+    changes = {"teacher": "pool", "pool_size": 1} if pooled else {}
+    mug = task("mug", (concept(base, "sks", alpha=5.0),), precision="bf16", joint_rows=False, **changes)
+    batch, pool = draw_batch([mug], 0, 1000, [True]), TeacherPool()
+    pool.fill(base, bank, TextCache(base), [mug], lambda: autocast(base, bf16=True))
+    engine = open_engine(base, bank, bf16=True)
+    losses = train_step(base, bank, TextCache(base), batch, [mug.training], engine, pool)
+    assert len(losses.cat_M) == 2
+    assert torch.equal(losses.cat_M, torch.zeros(2))
+
+
+def test_the_teacher_builds_no_graph(base: BaseModel) -> None:
+    """Its activations would be kept for a backward that never comes."""
+    bank = open_bank(base, [trained_weights(base, 4, seed=1)])
+    batch = draw_batch([task("mug", (concept(base, "sks", alpha=5.0),))], 0, 1000, [True])
+    modes: list[bool] = []
+    base.unet.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    run(base, bank, batch)
+    assert modes == [False, True]
+
+
+def test_each_cat_row_is_bound_to_its_own_adapter(base: BaseModel) -> None:
+    """Also where the first member has a CAT term on some of its rows only, so that places of rows and terms differ."""
+    pair = [
+        task("some", (concept(base, "sks", alpha=2.0),), cat_fraction=0.5),
+        task("all", (concept(base, "zwx", alpha=2.0),)),
+    ]
+    weights = [trained_weights(base, 4, seed=1), trained_weights(base, 4, seed=2)]
+    bank = open_bank(base, weights)
+    run(base, bank, draw_batch(pair, 0, 1000, [True, True]))
+    packed = [gradients(bank, 1), gradients(bank, 2)]
+    bank.detach()
+    for one, own, expected in zip(pair, weights, packed, strict=True):
+        bank = open_bank(base, [own])
+        run(base, bank, draw_batch([one], 0, 1000, [True]))
+        for ours, alone in zip(expected, gradients(bank, 1), strict=True):
+            torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-7)
+        bank.detach()
 
 
 @pytest.mark.parametrize("joint_rows", [True, False])

@@ -1,0 +1,319 @@
+"""Changes to core lines that the unit tests must notice: `make mutants` makes each in a copy of the tree.
+
+A mutant is a small mistake that somebody could make: a line of the code, what stands there instead, and the tests that
+should fail. `python -m tests.mutants` runs them all (about half an hour on 2 cores), `python -m tests.mutants training`
+one area. It prints a score per area, and exits with 1 when an area is below 95% or a line is no longer there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("cat_cluster", "serve", "jobs", "tests", "docs", "k8s", "pyproject.toml", "README.md")
+LEAST_SCORE = 0.95
+SECONDS = 300  # a mutant that hangs the tests is killed too
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A changed line: `before` occurs once in `file`; `tests`, below tests/unit, should fail once it is `after`."""
+
+    area: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+
+MUTANTS = (
+    # data
+    Mutant("data", "cat_cluster/data/latents.py", " {self.base.fingerprint} ", " ", "data/test_latents.py"),
+    Mutant("data", "cat_cluster/data/latents.py", " {self.base.dtype}", "", "data/test_latents.py"),
+    Mutant("data", "cat_cluster/data/latents.py", "{example.digest} ", "", "data/test_latents.py"),
+    Mutant("data", "cat_cluster/data/latents.py", " {crop} ", " ", "data/test_latents.py"),
+    Mutant("data", "cat_cluster/data/draws.py", '*key, "epoch", epoch', '*key, "epoch"', "data/test_draws.py"),
+    Mutant(
+        "data",
+        "cat_cluster/data/draws.py",
+        'keyed_generator(training.seed, task.draw_key, step, "cat_rows")',
+        'keyed_generator(training.seed, task.adapter_id, step, "cat_rows")',
+        "data/test_draws.py",
+    ),
+    Mutant(
+        "data", "cat_cluster/data/draws.py", "scale[candidates[c]] = 1.0 /", "scale[c] = 1.0 /", "data/test_draws.py"
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/draws.py",
+        "cat_weight=concept.alpha * factor * weight",
+        "cat_weight=concept.alpha * weight",
+        "data/test_draws.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/draws.py",
+        "weight = concept.weight / total_weight / rows",
+        "weight = concept.weight / rows",
+        "data/test_draws.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/draws.py",
+        "place = (offset + r) / rows % 1.0",
+        "place = offset",
+        "data/test_draws.py",
+    ),
+    # training
+    Mutant(
+        "training",
+        "cat_cluster/training/checkpoint.py",
+        'mean.to("cpu", copy=True)',
+        "mean.detach()",
+        "training/test_checkpoint.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/checkpoint.py",
+        'value.detach().to("cpu", copy=True)',
+        "value.detach()",
+        "training/test_checkpoint.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/checkpoint.py",
+        """        self.store.put(self._key(state.step, "safetensors"), data)
+        self.store.put(self._key(state.step, "json"), json.dumps(marker).encode())
+""",
+        """        self.store.put(self._key(state.step, "json"), json.dumps(marker).encode())
+        self.store.put(self._key(state.step, "safetensors"), data)
+""",
+        "training/test_checkpoint.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/step.py",
+        "with autocast(base, bf16=trainings[0].bf16):",
+        "with autocast(base, bf16=False):",
+        "training/test_step.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/teacher.py",
+        "    with autocast():",
+        "    if True:",
+        "training/test_step.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/teacher.py",
+        "@torch.no_grad()\ndef predict_base(",
+        "def predict_base(",
+        "training/test_step.py",
+    ),
+    Mutant(
+        "training", "cat_cluster/training/teacher.py", "[0] * len(noisy", "[1] * len(noisy", "training/test_step.py"
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/optimizer.py",
+        "if training.max_grad_norm is not None and norm > training.max_grad_norm:",
+        "if training.max_grad_norm is not None:",
+        "training/test_optimizer.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/optimizer.py",
+        "torch._foreach_mul_(values, 1.0 - lr * weight_decay)",
+        "pass",
+        "training/test_optimizer.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/optimizer.py",
+        "count = self.steps_done + 1",
+        "count = 1",
+        "training/test_optimizer.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/drift_budget.py",
+        "DriftBudgetState(scale or 1.0, identity, cat) for",
+        "DriftBudgetState(scale or 1.0) for",
+        "training/test_drift_budget.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/step.py",
+        "slot = batch.adapter_B + 1",
+        "slot = torch.ones_like(batch.adapter_B)",
+        "training/test_step.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/step.py",
+        "torch.cat([slot, slot[cat]])",
+        "torch.cat([slot, slot[: len(cat)]])",
+        "training/test_step.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/step.py",
+        "row_weight = torch.cat([row_weight, batch.cat_weight_M])",
+        "row_weight = torch.cat([row_weight, row_weight[cat]])",
+        "training/test_step.py",
+    ),
+    # lora
+    Mutant("lora", "cat_cluster/lora/formats.py", "{name} {tuple(tensor.shape)} ", "", "lora/test_formats.py"),
+    Mutant("lora", "cat_cluster/lora/formats.py", "{name} {tuple", "{tuple", "lora/test_formats.py"),
+    Mutant("lora", "cat_cluster/lora/formats.py", " {tuple(tensor.shape)} ", " ", "lora/test_formats.py"),
+    # evaluation
+    Mutant(
+        "evaluation",
+        "cat_cluster/evaluation/prompts.py",
+        "taken = {token.lower() for token in tokens}",
+        "taken = set(tokens)",
+        "evaluation/test_prompts.py",
+    ),
+    Mutant(
+        "evaluation",
+        "cat_cluster/evaluation/prompts.py",
+        "word for word in words if word not in taken",
+        "word for word in words",
+        "evaluation/test_prompts.py",
+    ),
+    # store
+    Mutant(
+        "store",
+        "cat_cluster/store/local.py",
+        "_write_synced(temporary, data)",
+        "_write_synced(temporary := path, data)",
+        "store/test_local.py",
+    ),
+    Mutant("store", "cat_cluster/store/local.py", "if if_absent:", "if False:", "store/test_local.py"),
+    Mutant(
+        "store",
+        "cat_cluster/store/s3.py",
+        'hasty.put(key, b"2", if_absent=True)',
+        'raise ObjectExistsError("")',
+        "store/test_s3.py",
+    ),
+    # cluster
+    Mutant(
+        "cluster",
+        "cat_cluster/cluster/runs.py",
+        "int(last) >= self.number",
+        "int(last) == self.number",
+        "cluster/test_runs.py",
+    ),
+    Mutant(
+        "cluster",
+        "cat_cluster/cluster/runs.py",
+        "self.is_claimed(self.number + 1)",
+        "self.is_claimed(self.number)",
+        "cluster/test_runs.py",
+    ),
+    # serving
+    Mutant(
+        "serve/denoise", "serve/denoise/rows.py", "self._previous[place].zero_()", "pass", "serve/denoise/test_rows.py"
+    ),
+    Mutant(
+        "serve/denoise",
+        "serve/denoise/rows.py",
+        "self._previous[place].copy_(image.previous)",
+        "pass",
+        "serve/denoise/test_rows.py",
+    ),
+    Mutant(
+        "serve/http",
+        "serve/http/image_routes.py",
+        "secrets.randbits(32) if body.seed is None else body.seed",
+        "body.seed or secrets.randbits(32)",
+        "serve/http",
+    ),
+    Mutant(
+        "serve/http",
+        "serve/http/access.py",
+        "use.tokens = min(float(self._per_minute), use.tokens + (now - use.at) * rate)",
+        "use.tokens = use.tokens + (now - use.at) * rate",
+        "serve/http/test_access.py",
+    ),
+    Mutant(
+        "serve/adapters",
+        "serve/adapters/resolver.py",
+        "_Known(resolved, started)",
+        "_Known(resolved, self._clock())",
+        "serve/adapters/test_resolver.py",
+    ),
+    Mutant(
+        "serve/probes",
+        "serve/probes/prober.py",
+        "            monitor.alarm_handled = False\n        elif",
+        "            pass\n        elif",
+        "serve/probes/test_prober.py serve/probes/test_live_probes.py",
+    ),
+)
+
+
+def run(areas: Sequence[str]) -> bool:
+    """Try the mutants of these areas (none: all), print what survived and the scores; whether all are high enough."""
+    chosen = [mutant for mutant in MUTANTS if not areas or mutant.area in areas]
+    killed: dict[str, list[bool]] = {}
+    with tempfile.TemporaryDirectory(prefix="cat-mutants-") as folder:
+        for name in COPIED:
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, Path(folder) / name)
+        for number, mutant in enumerate(chosen, start=1):
+            found = is_killed(mutant, Path(folder))
+            killed.setdefault(mutant.area, []).append(found)
+            sys.stdout.write(f"{number}/{len(chosen)} {'killed' if found else 'SURVIVED'} {describe(mutant)}\n")
+            sys.stdout.flush()
+    for area, results in killed.items():
+        sys.stdout.write(f"{area}: {sum(results)} of {len(results)} killed\n")
+    return all(sum(results) >= LEAST_SCORE * len(results) for results in killed.values())
+
+
+def is_killed(mutant: Mutant, folder: Path) -> bool:
+    """Whether the tests fail with this change in the copy of the tree; ValueError when its line is not there once."""
+    path = folder / mutant.file
+    original = path.read_text(encoding="utf-8")
+    if original.count(mutant.before) != 1:
+        raise ValueError(f"{mutant.file} has {mutant.before!r} {original.count(mutant.before)} times: mend the mutant")
+    path.write_text(original.replace(mutant.before, mutant.after), encoding="utf-8")
+    tests = [str(folder / "tests" / "unit" / name) for name in mutant.tests.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    try:
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        path.write_text(original, encoding="utf-8")
+    if done.returncode not in (0, 1):
+        raise ValueError(f"the tests of {describe(mutant)} did not run: {done.stdout.decode()[-2000:]}")
+    return done.returncode == 1
+
+
+def describe(mutant: Mutant) -> str:
+    """Return a mutant as one line."""
+    return f"{mutant.file}: {mutant.before.strip()!r} -> {mutant.after.strip()!r}"
+
+
+def main(areas: Iterable[str]) -> int:
+    """Run the mutants of the named areas; the exit code."""
+    known, asked = {mutant.area for mutant in MUTANTS}, list(areas)
+    if unknown := sorted(set(asked) - known):
+        sys.stderr.write(f"no area {unknown[0]!r}: the areas are {', '.join(sorted(known))}\n")
+        return 2
+    return 0 if run(asked) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
