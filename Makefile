@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The tools of the virtual environment go first: Biome, for one, finds node by PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo serve test unit coverage chaos lint lint-python lint-javascript lint-shell lint-yaml generate s3 install clean
+.PHONY: demo serve test unit coverage mutants chaos lint lint-python lint-javascript lint-shell lint-yaml generate s3 install clean
 
 install: $(STAMP)
 
@@ -47,6 +47,11 @@ test: unit
 
 chaos: $(STAMP)
 	$(PYTEST) -m chaos
+
+# Small mistakes in core lines, made one at a time in a copy: the tests must notice each. AREA=training for one area.
+AREA ?=
+mutants: $(STAMP)
+	$(BIN)/python -m tests.mutants $(AREA)
 
 # The lines and branches that `make unit` runs through, and those that it does not.
 coverage: $(STAMP)

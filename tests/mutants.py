@@ -257,7 +257,14 @@ MUTANTS = (
         "serve/probes/prober.py",
         "            monitor.alarm_handled = False\n        elif",
         "            pass\n        elif",
-        "serve/probes/test_prober.py serve/probes/test_live_probes.py",
+        "serve/probes/test_prober.py",
+    ),
+    Mutant(
+        "serve/probes",
+        "serve/probes/revision_monitor.py",
+        "self.canonical, self.reason, self.alarm_handled = None, None, False",
+        "self.canonical, self.reason = None, None",
+        "serve/probes/test_live_probes.py",
     ),
 )
 

@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from cat_cluster.errors import AdapterNotFoundError, EngineStoppedError, QuarantinedError, RegistryError, StoreError
+from cat_cluster.registry.references import manifest_key
 from serve.adapters.cache import Resolved
 from serve.adapters.failures import MOST_KEPT
 from serve.adapters.resolver import MOST_STALE_S, PATIENCE_S
@@ -51,6 +52,22 @@ def test_a_new_revision_goes_live_within_the_ttl(world: World) -> None:
     clock.now += 0.2
     assert resolve(cache, "cup").manifest == new
     assert resolve(cache, old.name).manifest == old
+
+
+def test_the_ttl_counts_from_the_start_of_a_slow_look_up(world: World) -> None:
+    """What the store says may be as old as the question."""
+    clock = Clock()
+    old, cache = world.publish("cup", seed=0), world.cache(clock=clock)
+    key, asked = manifest_key("cup", old.revision), world.store.asked.copy()
+    gate = world.store.gates[key] = threading.Event()
+    looking = cache.resolve("cup")
+    wait_until(lambda: world.store.asked[key] > asked[key])
+    new = world.publish("cup", seed=1)
+    clock.now += 1.9
+    gate.set()
+    assert looking.result(SOON).manifest == old
+    clock.now += 0.2
+    assert resolve(cache, "cup").manifest == new
 
 
 def test_an_unknown_name_is_asked_for_once_while_it_is_remembered(world: World) -> None:

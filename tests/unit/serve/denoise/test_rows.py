@@ -153,6 +153,19 @@ def test_a_failing_call_leaves_every_image_where_it_was(oracle: ImageOracle, mon
             leave_when_done(oracle, rows, names)
 
 
+def test_an_image_whose_numbers_overflowed_leaves_nothing_to_the_next_in_its_place(oracle: ImageOracle) -> None:
+    with open_rows(oracle) as rows:
+        rows.join(spoilt := oracle.rows(WANTED[0]))
+        rows.step()
+        for state in (rows._latents, rows._previous):
+            state.fill_(float("nan"))
+        rows.leave(spoilt)
+        rows.join(following := oracle.rows(WANTED[0]))
+        while rows.images:
+            rows.step()
+            leave_when_done(oracle, rows, {following: WANTED[0]})
+
+
 def test_an_image_that_cannot_join_leaves_no_trace(oracle: ImageOracle) -> None:
     with open_rows(oracle) as rows:
         good, bad, wrong = oracle.rows(WANTED[0]), oracle.rows(WANTED[2]), oracle.rows(WANTED[1])

@@ -33,6 +33,11 @@ def test_images_come_in_openais_shape_and_in_order(http: httpx2.Client, engine: 
     assert (call.model, call.count, call.seed, call.size) == ("cup@latest", 3, 7, (16, 16))
 
 
+def test_seed_zero_is_a_seed_and_not_a_wish_for_any(http: httpx2.Client, engine: ScriptedEngine) -> None:
+    assert ask(http, seed=0).json()["data"][0]["seed"] == 0
+    assert engine.calls[0].seed == 0
+
+
 @pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": "base"}])
 def test_the_base_is_what_no_model_names(http: httpx2.Client, engine: ScriptedEngine, fields: dict[str, Any]) -> None:
     assert ask(http, **fields).json()["model"] == "base"

@@ -87,6 +87,14 @@ def test_live_probes_of_a_wrong_adapter_raise_the_alarm_and_a_restart_remembers_
     count = asyncio.run(probe(prober, 40))
 
     assert 2 <= count <= 30
+    replica.alarms.clear()
+    replica.now += 60.0
+    assert asyncio.run(probe(prober, 5)) == 6, "an alarm that goes on is acted on once"
+    released = replica.prober(policy="quarantine", replica="c")
+    assert asyncio.run(probe(released, 40)) <= 30
+    replica.alarms.clear()
+    released.reset(replica.manifest)
+    assert asyncio.run(probe(released, 40)) <= 30, "one that comes again after a release is acted on again"
     status = prober.state(replica.manifest)
     assert status.state == "alarm"
     assert status.reason is not None
