@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import uuid
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, StoreError
-from cat_cluster.store import open_store
+from cat_cluster.store import open_store, s3
 from cat_cluster.store.s3 import S3Store, split_url
 from tests.unit.store.test_local import STEPS
 
@@ -100,3 +101,21 @@ def test_addresses() -> None:
 def test_addresses_that_name_no_storage_are_refused(url: str) -> None:
     with pytest.raises(StoreError):
         open_store(url)
+
+
+def test_a_server_that_ignores_if_none_match_is_refused(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two writers of one key both would win there; the header is taken away on its way to a real server."""
+    make = s3._make_client
+
+    def drop_condition(params: dict[str, Any], **_: Any) -> None:
+        params["headers"].pop("If-None-Match", None)
+
+    def careless() -> Any:
+        client = make()
+        client.meta.events.register("before-call.s3.PutObject", drop_condition)
+        return client
+
+    open_store(s3_bucket).check_access()
+    monkeypatch.setattr(s3, "_make_client", careless)
+    with pytest.raises(StoreError, match="ignores If-None-Match"):
+        open_store(s3_bucket).check_access()
