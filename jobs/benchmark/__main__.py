@@ -131,6 +131,17 @@ def drift(
 
 
 @app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="An empty folder to run the demo in.")] = Path("out/demo-benchmark"),
+    allow_dirty: AllowDirty = False,
+) -> None:
+    """Run `make demo` and keep its figures, which the README shows (about five minutes)."""
+    from jobs.benchmark.demo import run
+
+    people.print(f"wrote {run(begin(allow_dirty=allow_dirty), folder, people)}")
+
+
+@app.command()
 def report() -> None:
     """Write docs/benchmarks from the result files, as `make generate` does."""
     from jobs.benchmark.pages import write_pages

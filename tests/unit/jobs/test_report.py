@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -104,3 +106,30 @@ def test_the_readme_has_the_figures_of_the_studys_result_files() -> None:
     for trial, name in (("lora", "plain LoRA"), ("cat", "CAT")):
         means = leak_means(result["leaks"])["pocket"][trial]
         assert f"| {name} | {' | '.join(f'{value:.3f}' for value in means.values())} |" in readme
+
+
+def test_the_readme_has_the_figures_of_the_demos_result_file() -> None:
+    readme, result = (ROOT / "README.md").read_text(encoding="utf-8"), read_result("demo")
+    assert result is not None
+    methods = [result["methods"][name] for name in ("lora", "cat")]
+    scores = [method["judges"]["pocket"] for method in methods]
+
+    def row(title: str, values: Sequence[str]) -> str:
+        cells = [rf"\*{{0,2}}{re.escape(value)}\*{{0,2}}" for value in values]
+        return r"\| " + r" \| ".join([re.escape(title), *cells]) + r" \|"
+
+    for title, metric in (
+        ("KPS", "kps"),
+        ("base drift", "base_drift"),
+        ("identity similarity", "identity_similarity"),
+        ("identity gain", "identity_gain"),
+    ):
+        assert re.search(row(title, [f"{one['metrics'][metric]:.3f}" for one in scores]), readme), title
+    assert re.search(row("identity gain by a decoy word", [f"{one['decoy_gain']:.3f}" for one in scores]), readme)
+    for title, name in (("with", "rate"), ("without", "rate_without_token")):
+        rates = [f"{method['recognition'][name]:.0%}" for method in methods]
+        assert re.search(row(f"recognised as the taught cup, {title} the token", rates), readme)
+    diversity = [f"{one['metrics']['diversity_ratio']:.2f}" for one in scores]
+    assert re.search(row("diversity of plain cups, relative to the base", diversity), readme)
+    lora, cat = (method["judges"]["pocket-classifier"]["metrics"] for method in methods)
+    assert f"KPS {cat['kps']:.3f} against {lora['kps']:.3f}, base drift {cat['base_drift']:.3f} against" in readme
