@@ -216,8 +216,8 @@ MUTANTS = (
     Mutant(
         "cluster",
         "cat_cluster/cluster/runs.py",
-        "self.is_claimed(self.number + 1)",
-        "self.is_claimed(self.number)",
+        "is_claimed(self.number + 1)",
+        "is_claimed(self.number)",
         "cluster/test_runs.py",
     ),
     # serving
