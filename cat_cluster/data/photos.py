@@ -1,4 +1,4 @@
-"""Photos as users have them: common formats, modes and turns, or a refusal that names the file."""
+"""Photos as users have them: common formats, modes, turns and colour spaces, or a refusal that names the file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
+from cat_cluster.data.colour import ColourProfile, ProfileError
 from cat_cluster.errors import ConceptError
 
 IMAGE_SUFFIXES = (
@@ -54,18 +55,21 @@ def decoded_bytes(path: Path) -> int:
 
 
 def read_image(path: Path) -> tuple[Image.Image, str]:
-    """Read one photo: RGB, turned upright by its EXIF, alpha laid over white, the first frame of an animation.
+    """Read one photo: RGB in sRGB, turned upright by its EXIF, alpha laid over white, the first frame of an animation.
 
-    Returns the image and the sha256 of the file's bytes. Raises ConceptError that names the file when it is empty,
-    damaged, or smaller or larger than the limits of this file.
+    Returns the image and a digest of what was read: the sha256 of the file's bytes, and another where an embedded
+    profile changed the colours. Raises ConceptError that names the file when it is empty, damaged, or smaller or larger
+    than the limits of this file.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
     with _opened(path, io.BytesIO(content)) as opened:
-        image = _upright_rgb(path, opened)
-    return image, hashlib.sha256(content).hexdigest()
+        profile = _profile(path, opened)
+        image = _upright_rgb(path, opened, profile)
+    # Of a photo in another colour space earlier versions kept latents with its colours wrong, under its plain digest.
+    return image, hashlib.sha256(content + (b"" if profile is None else b" in sRGB")).hexdigest()
 
 
 def opens_as_image(path: Path) -> bool:
@@ -156,23 +160,55 @@ def _reduction(image: Image.Image) -> int:
     return max(1, min(image.size) // LARGEST_SHORT_SIDE)
 
 
-def _upright_rgb(path: Path, image: Image.Image) -> Image.Image:
+def _profile(path: Path, image: Image.Image) -> ColourProfile | None:
+    """Return the embedded profile of a photo, None for one that has none or is in sRGB already."""
+    content = image.info.get("icc_profile")
+    if not content:
+        return None
+    with _explained_profile(path):
+        profile = ColourProfile(content)
+        return None if profile.is_srgb() else profile
+
+
+@contextmanager
+def _explained_profile(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ProfileError as error:
+        raise ConceptError(
+            f"{path}: its colour profile cannot be used ({error}): save it again in sRGB, or without a profile"
+        ) from error
+
+
+def _upright_rgb(path: Path, image: Image.Image, profile: ColourProfile | None) -> Image.Image:
     _draft(image)
-    upright = _rgb(path, ImageOps.exif_transpose(image))
+    upright = _rgb(path, ImageOps.exif_transpose(image), profile)
     factor = _reduction(upright)
     return upright.reduce(factor) if factor > 1 else upright
 
 
-def _rgb(path: Path, image: Image.Image) -> Image.Image:
+def _rgb(path: Path, image: Image.Image, profile: ColourProfile | None) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES:
-        return _from_sixteen_bits(path, image)
+        return _opaque_rgb(path, _from_sixteen_bits(path, image), profile)
     if image.mode == "F":
         raise ConceptError(f"{path}: holds floating-point values; save it as an 8-bit PNG or JPEG")
     if image.has_transparency_data:
         alpha = image.convert("RGBA")
+        if profile is not None:
+            grey = image.mode in ("L", "LA", "La")
+            colours = _opaque_rgb(path, alpha.convert("L" if grey else "RGB"), profile)
+            colours.putalpha(alpha.getchannel("A"))
+            alpha = colours
         white = Image.new("RGBA", alpha.size, "white")
         return Image.alpha_composite(white, alpha).convert("RGB")
-    return image.convert("RGB")
+    return _opaque_rgb(path, image, profile)
+
+
+def _opaque_rgb(path: Path, image: Image.Image, profile: ColourProfile | None) -> Image.Image:
+    if profile is None:
+        return image.convert("RGB")
+    with _explained_profile(path):
+        return profile.to_srgb(image)
 
 
 def _from_sixteen_bits(path: Path, image: Image.Image) -> Image.Image:
@@ -180,4 +216,4 @@ def _from_sixteen_bits(path: Path, image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ConceptError(f"{path}: holds values of more than 16 bits; save it as an 8-bit PNG or JPEG")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
