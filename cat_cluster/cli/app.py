@@ -214,14 +214,27 @@ def spec_check(
 ) -> None:
     """Check a job spec and its photos, and print the adapters it would train. Nothing is trained."""
     from cat_cluster.data.concepts import load_concepts
+    from cat_cluster.data.text_length import check_caption_lengths
+    from cat_cluster.models.text_limit import local_text_limit
     from cat_cluster.spec.job import load_spec
 
     adapters = load_spec(spec).resolved()
-    read = {
-        adapter.id: [_what_was_read(one) for one in load_concepts(adapter.id, adapter.concepts)] for adapter in adapters
-    }
+    limits = {adapter.base: local_text_limit(adapter.base) for adapter in adapters}
+    read: dict[str, list[dict[str, Any]]] = {}
+    warnings = [
+        f"base {base} is not on this machine: whether its text encoder reads whole captions is checked by training"
+        for base, limit in limits.items()
+        if limit is None
+    ]
+    for adapter in adapters:
+        concepts = load_concepts(adapter.id, adapter.concepts)
+        read[adapter.id] = [_what_was_read(one) for one in concepts]
+        limit = limits[adapter.base]
+        warnings += () if limit is None else check_caption_lengths(adapter.id, concepts, limit)
     if as_json:
-        print_json({"adapters": [adapter.model_dump(mode="json") for adapter in adapters], "read": read})
+        print_json(
+            {"adapters": [adapter.model_dump(mode="json") for adapter in adapters], "read": read, "warnings": warnings}
+        )
         return
     for adapter in adapters:
         tokens = ", ".join(f"{concept.token} {concept.class_noun}" for concept in adapter.concepts)
@@ -231,6 +244,8 @@ def spec_check(
             passed_over = f"; passed over: {', '.join(one['passed_over'])}" if one["passed_over"] else ""
             line = f"   {one['token']}: {number}, captions from {one['captions_from']}{passed_over}"
             people.print(line, markup=False, highlight=False, soft_wrap=True)
+    for warning in warnings:
+        people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _what_was_read(concept: Concept) -> dict[str, Any]:
