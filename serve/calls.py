@@ -40,7 +40,7 @@ class ImageCall:
 @dataclass(frozen=True)
 class Accepted:
     """The call is queued; `model` is what serves it (`id@r-...`, or the base's name), `note` says why it is
-    another revision than requested, if so.
+    another revision than requested, and which text is not read, if so.
 
     drift: the drift state of the revision ("ok", "warning", "alarm", "unknown").
     """

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cat_cluster import telemetry
+from cat_cluster.data.text_length import cut_notes
 from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineError, ServingError, SpecError
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import initial_latents
 from cat_cluster.models.samplers import SamplerTable, sampler_table
+from cat_cluster.models.text_limit import TextLimit
 from cat_cluster.registry import Manifest
 from cat_cluster.registry.manifest import WEIGHTS
 from cat_cluster.telemetry import Metrics
@@ -45,6 +48,11 @@ class EngineParts:
     codec: Codec
     sizes: tuple[Pixels, ...]
     metrics: Metrics
+
+    @cached_property
+    def text_limit(self) -> TextLimit:
+        """What the text encoder reads of a prompt; for the event loop alone."""
+        return TextLimit(self.base.tokenizer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +83,14 @@ class ImagePlan:
             offered = ", ".join(f"{w}x{h}" for w, h in parts.sizes)
             raise SpecError(f"size: {width}x{height} is not served; choose one of {offered}")
         unit = pixels_per_latent(parts.base)
+        manifest = None if found is None else found.manifest
+        tokens = () if manifest is None else [concept.token for concept in manifest.concepts]
+        cuts = cut_notes(parts.text_limit, tokens, prompt=call.prompt, negative_prompt=call.negative_prompt)
+        notes = [None if found is None else found.note, *cuts]
         return cls(
             call=call,
-            manifest=None if found is None else found.manifest,
-            note=None if found is None else found.note,
+            manifest=manifest,
+            note="; ".join(note for note in notes if note) or None,
             table=sampler_table(call.sampler, parts.base.schedule, call.steps),
             size=(height // unit, width // unit),
             deadline=deadline,

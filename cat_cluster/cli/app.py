@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
@@ -30,6 +30,9 @@ from cat_cluster.cli.serve import serve
 from cat_cluster.errors import CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.choices import SamplerName
+
+if TYPE_CHECKING:
+    from cat_cluster.data.concepts import Concept
 
 # Torch and diffusers take seconds to import: commands import what they need, so `--help` and errors come at once.
 
@@ -210,18 +213,48 @@ def spec_check(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML).")], as_json: AsJson = False
 ) -> None:
     """Check a job spec and its photos, and print the adapters it would train. Nothing is trained."""
-    from cat_cluster.data.concepts import check_tokens, load_concept
+    from cat_cluster.data.concepts import load_concepts
+    from cat_cluster.data.text_length import check_caption_lengths
+    from cat_cluster.models.text_limit import local_text_limit
     from cat_cluster.spec.job import load_spec
 
     adapters = load_spec(spec).resolved()
+    limits = {adapter.base: local_text_limit(adapter.base) for adapter in adapters}
+    read: dict[str, list[dict[str, Any]]] = {}
+    warnings = [
+        f"base {base} is not on this machine: whether its text encoder reads whole captions is checked by training"
+        for base, limit in limits.items()
+        if limit is None
+    ]
     for adapter in adapters:
-        check_tokens([load_concept(concept) for concept in adapter.concepts])
+        concepts = load_concepts(adapter.id, adapter.concepts)
+        read[adapter.id] = [_what_was_read(one) for one in concepts]
+        limit = limits[adapter.base]
+        warnings += () if limit is None else check_caption_lengths(adapter.id, concepts, limit)
     if as_json:
-        print_json({"adapters": [adapter.model_dump(mode="json") for adapter in adapters]})
+        print_json(
+            {"adapters": [adapter.model_dump(mode="json") for adapter in adapters], "read": read, "warnings": warnings}
+        )
         return
     for adapter in adapters:
         tokens = ", ".join(f"{concept.token} {concept.class_noun}" for concept in adapter.concepts)
         people.print(f"[green]ok[/green] {adapter.id}: {tokens}; {adapter.method}, {adapter.training.steps} steps")
+        for one in read[adapter.id]:
+            number = f"{one['photos']} photo{'' if one['photos'] == 1 else 's'}"
+            passed_over = f"; passed over: {', '.join(one['passed_over'])}" if one["passed_over"] else ""
+            line = f"   {one['token']}: {number}, captions from {one['captions_from']}{passed_over}"
+            people.print(line, markup=False, highlight=False, soft_wrap=True)
+    for warning in warnings:
+        people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _what_was_read(concept: Concept) -> dict[str, Any]:
+    return {
+        "token": concept.token,
+        "photos": len(concept.examples),
+        "captions_from": concept.captions_from,
+        "passed_over": list(concept.passed_over),
+    }
 
 
 @spec_app.command("schema")

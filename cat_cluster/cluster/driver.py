@@ -25,7 +25,7 @@ from cat_cluster.cluster.runs import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.cluster.tasks import evaluate_on_ray, pack_size_on_ray
 from cat_cluster.cluster.trainer import REASON_CHARACTERS, PackSpec, start_pack
 from cat_cluster.errors import ClusterError
-from cat_cluster.pipeline.job import AdapterResult, JobListener, already_published, plan_packs
+from cat_cluster.pipeline.job import AdapterResult, JobListener, already_published, plan_packs, tell_warnings
 from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, prepare
 from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
@@ -98,6 +98,7 @@ class _Driver:
     def run(self, prepared: Sequence[PreparedAdapter]) -> list[AdapterResult]:
         """Bring every adapter to its end and return the results in the order given."""
         try:
+            tell_warnings(prepared, self._listener)
             self._plan(prepared)
             while self._waiting or self._training or self._evaluating:
                 while self._waiting and len(self._training) < self._side_by_side():

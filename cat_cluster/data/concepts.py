@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from cat_cluster.data.captions import read_captions
-from cat_cluster.data.photos import find_images, read_image
+from cat_cluster.data.photo_folder import find_images, passed_over
+from cat_cluster.data.photos import MOST_DECODED_BYTES, decoded_bytes, read_image
 from cat_cluster.data.s3_photos import local_images
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.fields import words
@@ -22,7 +23,7 @@ from cat_cluster.spec.job import ConceptSpec
 class Example:
     """One photo with its prompt.
 
-    path, digest: the file and the sha256 of its bytes. image: RGB, upright, alpha laid over white.
+    path, digest: the file and the digest of what was read from it. image: RGB in sRGB, upright, alpha laid over white.
     prompt: the caption y_T. prior_prompt: y, the same with only the token removed.
     """
 
@@ -35,13 +36,18 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Concept:
-    """A subject to teach: its N examples, its token, and the weights of its loss terms (alpha_k and weight_k)."""
+    """A subject to teach: its N examples, its token, and the weights of its loss terms (alpha_k and weight_k).
+
+    captions_from: where the prompts come from, in words. passed_over: names in the folder that were not used.
+    """
 
     token: str
     class_noun: str
     alpha: float
     weight: float
     examples: tuple[Example, ...]
+    captions_from: str = ""
+    passed_over: tuple[str, ...] = ()
 
 
 def has_token(prompt: str, token: str) -> bool:
@@ -66,26 +72,51 @@ def load_concept(spec: ConceptSpec, cache_dir: Path | None = None) -> Concept:
     """Read the images and captions of one concept, in the order of their file names.
 
     cache_dir: where photos from an s3:// address are kept; by default the cache of the settings.
-    Raises ConceptError that names every file that cannot be used, and what to do: an empty or missing folder, a
-    damaged, tiny or huge image, an s3:// address that cannot be read, captions that are missing, disagree, or lack
-    the token.
+    Raises ConceptError that names every file that cannot be used, and what to do: an empty or missing folder, one with
+    photos in subfolders, a damaged, tiny or huge image, more photos than memory should hold, an s3:// address that
+    cannot be read, captions that are missing, disagree, lack the token, or are of a kind that is not read.
     """
-    folder = local_images(spec.images, cache_dir)
+    local = local_images(spec.images, cache_dir)
+    folder = local.folder
     paths = find_images(folder)
     captions = read_captions(spec, folder, paths)
-    _refuse_without_token(spec, captions)
-    examples, errors = [], []
+    _refuse_without_token(spec, captions.by_image)
+    examples, errors = [], _header_errors(folder, paths)
     for path in paths:
+        if path in errors:
+            continue
         try:
             image, digest = read_image(path)
         except ConceptError as error:
-            errors.append(str(error))
+            errors[path] = str(error)
             continue
-        prompt = captions[path]
+        prompt = captions.by_image[path]
         examples.append(Example(path, digest, image, prompt, remove_token(prompt, spec.token)))
     if errors:
-        raise ConceptError("\n".join([f"images: {folder} has files that cannot be used:", *errors]))
-    return Concept(spec.token, spec.class_noun, spec.alpha, spec.weight, tuple(examples))
+        lines = [errors[path] for path in paths if path in errors]
+        raise ConceptError("\n".join([f"images: {folder} has files that cannot be used:", *lines]))
+    left = tuple(sorted({*passed_over(folder, (*paths, *captions.files)), *local.left_there}))
+    return Concept(spec.token, spec.class_noun, spec.alpha, spec.weight, tuple(examples), captions.source, left)
+
+
+def _header_errors(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
+    """Return what the headers of the photos are refused for, before any is decoded.
+
+    Raises ConceptError when all of them together would take more memory than a concept may.
+    """
+    errors, total = {}, 0
+    for path in paths:
+        try:
+            total += decoded_bytes(path)
+        except ConceptError as error:
+            errors[path] = str(error)
+    if total > MOST_DECODED_BYTES:
+        raise ConceptError(
+            f"images: {folder}: its {len(paths)} photos take {total / 2**30:.1f} GiB of memory, and one concept may "
+            f"take {MOST_DECODED_BYTES / 2**30:.0f} GiB; use fewer, or save them smaller (base models see at most 1024 "
+            "pixels of the shorter side)"
+        )
+    return errors
 
 
 def load_concepts(adapter_id: str, specs: Sequence[ConceptSpec], cache_dir: Path | None = None) -> tuple[Concept, ...]:
@@ -119,7 +150,7 @@ def check_tokens(concepts: Sequence[Concept]) -> None:
                     )
 
 
-def _refuse_without_token(spec: ConceptSpec, captions: dict[Path, str]) -> None:
+def _refuse_without_token(spec: ConceptSpec, captions: Mapping[Path, str]) -> None:
     lacking = [path for path, caption in captions.items() if not has_token(caption, spec.token)]
     if lacking:
         # Without its token y equals y_T, and the CAT term would undo what the identity term teaches.

@@ -1,4 +1,4 @@
-"""Photos as users have them: any common format, mode and orientation, or a refusal that names the file."""
+"""Photos as users have them: common formats, modes, turns and colour spaces, or a refusal that names the file."""
 
 from __future__ import annotations
 
@@ -8,56 +8,97 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from cat_cluster.data.colour import ColourProfile, ProfileError
 from cat_cluster.errors import ConceptError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".mpo", ".png", ".apng", ".webp", ".avif", ".bmp", ".dib", ".gif"),
+    *(".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".jpf", ".pbm", ".pgm", ".ppm", ".pnm", ".qoi"),
+)
+# Photos by their name that no decoder here reads. Pillow opens raw ones as TIFF, and finds their thumbnail.
+UNREAD_SUFFIXES = (
+    *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".tga", ".psd", ".xcf", ".svg", ".eps", ".exr", ".hdr", ".pcx"),
+    *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".3fr", ".raw"),
+)
 LEAST_SIDE = 32  # pixels
+LONGEST_SIDE = 32_768  # pixels
+MOST_ASPECT = 20  # longer side : shorter side
 MOST_PIXELS = 200_000_000
+MOST_DECODED_BYTES = 4 * 2**30  # of all photos of a concept as they are kept in memory
 # Photos of twice this shorter side or more are reduced, never below it: base models see at most 1024 pixels.
 LARGEST_SHORT_SIDE = 2048
+# Without the list Pillow would also try what is no photo, such as PostScript, which it hands to another program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "QOI")
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
-def find_images(folder: Path) -> tuple[Path, ...]:
-    """Return the image files of a folder sorted by name; other files and hidden ones are passed over.
+def decoded_bytes(path: Path) -> int:
+    """Return how many bytes a photo takes in memory once it is read; only its header is looked at.
 
-    Raises ConceptError when the folder is missing, is a file, cannot be listed, or holds no image.
+    Raises ConceptError that names the file when it is no image, or smaller or larger than the limits of this file.
     """
     try:
-        found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith(".")]
-        # A link that leads nowhere is kept: reading it says so, passing over it would lose a photo silently.
-        paths = sorted((p for p in found if p.is_file() or (p.is_symlink() and not p.is_dir())), key=lambda p: p.name)
-    except FileNotFoundError:
-        raise ConceptError(f"images: {folder} is not there; give the folder of the concept's photos") from None
-    except NotADirectoryError:
-        raise ConceptError(f"images: {folder} is a file; give the folder that holds the photos") from None
+        file = path.open("rb")
+        file.peek(1)
     except OSError as error:
-        raise ConceptError(f"images: {folder} cannot be listed: {error.strerror}") from error
-    if not paths:
-        raise ConceptError(f"images: {folder} holds no image; put photos there ({' '.join(IMAGE_SUFFIXES)})")
-    return tuple(paths)
+        raise _unreadable(path, error) from error
+    with file, _opened(path, file) as image:
+        _draft(image)
+        factor = _reduction(image)
+        return 3 * -(-image.width // factor) * -(-image.height // factor)
 
 
 def read_image(path: Path) -> tuple[Image.Image, str]:
-    """Read one photo: RGB, turned upright by its EXIF, alpha laid over white, the first frame of an animation.
+    """Read one photo: RGB in sRGB, turned upright by its EXIF, alpha laid over white, the first frame of an animation.
 
-    Returns the image and the sha256 of the file's bytes. Raises ConceptError that names the file when it is empty,
-    damaged, smaller than 32 pixels on a side or larger than 200 megapixels.
+    Returns the image and a digest of what was read: the sha256 of the file's bytes, and another where an embedded
+    profile changed the colours. Raises ConceptError that names the file when it is empty, damaged, or smaller or larger
+    than the limits of this file.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ConceptError(f"{path}: cannot be read: {error.strerror}; check its permissions or remove it") from error
-    if not content:
-        raise ConceptError(f"{path}: is empty (0 bytes); replace or remove it")
+        raise _unreadable(path, error) from error
+    with _opened(path, io.BytesIO(content)) as opened:
+        profile = _profile(path, opened)
+        image = _upright_rgb(path, opened, profile)
+    # Of a photo in another colour space earlier versions kept latents with its colours wrong, under its plain digest.
+    return image, hashlib.sha256(content + (b"" if profile is None else b" in sRGB")).hexdigest()
+
+
+def opens_as_image(path: Path) -> bool:
+    """Say whether a file begins as a photo of a format that is read, whatever its name."""
     try:
-        with _pixel_limit(), Image.open(io.BytesIO(content)) as opened:
-            _refuse_tiny(path, opened)
-            image = _upright_rgb(path, opened)
+        with _pixel_limit(), Image.open(path, formats=_FORMATS):
+            return True
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return True
+    except Exception:  # as in _opened
+        return False
+
+
+def _unreadable(path: Path, error: OSError) -> ConceptError:
+    return ConceptError(f"{path}: cannot be read: {error.strerror}; check its permissions or remove it")
+
+
+@contextmanager
+def _opened(path: Path, file: IO[bytes]) -> Iterator[Image.Image]:
+    """Open a photo of a size within the limits; what fails in the block is explained as a fault of the file."""
+    start = file.read(32)
+    file.seek(0)
+    if not start:
+        raise ConceptError(f"{path}: is empty (0 bytes); replace or remove it")
+    _refuse_unread_format(path, start)
+    try:
+        with _pixel_limit(), Image.open(file, formats=_FORMATS) as image:
+            _refuse_size(path, image)
+            yield image
     except ConceptError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -68,7 +109,6 @@ def read_image(path: Path) -> tuple[Image.Image, str]:
             f"{path}: is not a readable image, or is cut off ({' '.join(str(error).split()) or type(error).__name__}); "
             "replace or remove it"
         ) from error
-    return image, hashlib.sha256(content).hexdigest()
 
 
 @contextmanager
@@ -85,35 +125,90 @@ def _pixel_limit() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def _refuse_tiny(path: Path, image: Image.Image) -> None:
+def _refuse_unread_format(path: Path, start: bytes) -> None:
+    suffix = path.suffix.lower()
+    # A renamed HEIC is none the less one; AVIF shares its container and is told by its brand.
+    renamed = start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS and b"avi" not in start
+    if suffix in UNREAD_SUFFIXES or renamed:
+        kind = "HEIC" if renamed else suffix.removeprefix(".").upper()
+        raise ConceptError(f"{path}: is a {kind} photo, which is not read; save it as JPEG or PNG in its place")
+
+
+def _refuse_size(path: Path, image: Image.Image) -> None:
     width, height = image.size
-    if min(width, height) < LEAST_SIDE:
+    short, long = sorted((width, height))
+    if short < LEAST_SIDE:
         raise ConceptError(
             f"{path}: is {width} x {height} pixels; at least {LEAST_SIDE} on each side are needed: "
             "replace it with a larger photo or remove it"
         )
+    if long > LONGEST_SIDE or long > MOST_ASPECT * short:
+        raise ConceptError(
+            f"{path}: is {width} x {height} pixels; at most {LONGEST_SIDE} on a side, and {MOST_ASPECT} times the "
+            "shorter side, are read: crop it or remove it"
+        )
 
 
-def _upright_rgb(path: Path, image: Image.Image) -> Image.Image:
+def _draft(image: Image.Image) -> None:
     shrink = LARGEST_SHORT_SIDE / min(image.size)
     if shrink < 1:
         # JPEG is decoded at a half, a quarter or an eighth, never below the size asked for; others in full.
         image.draft(None, (round(image.width * shrink), round(image.height * shrink)))
-    upright = _rgb(path, ImageOps.exif_transpose(image))
-    factor = min(upright.size) // LARGEST_SHORT_SIDE
+
+
+def _reduction(image: Image.Image) -> int:
+    return max(1, min(image.size) // LARGEST_SHORT_SIDE)
+
+
+def _profile(path: Path, image: Image.Image) -> ColourProfile | None:
+    """Return the embedded profile of a photo, None for one that has none or is in sRGB already."""
+    content = image.info.get("icc_profile")
+    if not content:
+        return None
+    with _explained_profile(path):
+        profile = ColourProfile(content)
+        return None if profile.is_srgb() else profile
+
+
+@contextmanager
+def _explained_profile(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ProfileError as error:
+        raise ConceptError(
+            f"{path}: its colour profile cannot be used ({error}): save it again in sRGB, or without a profile"
+        ) from error
+
+
+def _upright_rgb(path: Path, image: Image.Image, profile: ColourProfile | None) -> Image.Image:
+    _draft(image)
+    upright = _rgb(path, ImageOps.exif_transpose(image), profile)
+    factor = _reduction(upright)
     return upright.reduce(factor) if factor > 1 else upright
 
 
-def _rgb(path: Path, image: Image.Image) -> Image.Image:
+def _rgb(path: Path, image: Image.Image, profile: ColourProfile | None) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES:
-        return _from_sixteen_bits(path, image)
+        return _opaque_rgb(path, _from_sixteen_bits(path, image), profile)
     if image.mode == "F":
         raise ConceptError(f"{path}: holds floating-point values; save it as an 8-bit PNG or JPEG")
     if image.has_transparency_data:
         alpha = image.convert("RGBA")
+        if profile is not None:
+            grey = image.mode in ("L", "LA", "La")
+            colours = _opaque_rgb(path, alpha.convert("L" if grey else "RGB"), profile)
+            colours.putalpha(alpha.getchannel("A"))
+            alpha = colours
         white = Image.new("RGBA", alpha.size, "white")
         return Image.alpha_composite(white, alpha).convert("RGB")
-    return image.convert("RGB")
+    return _opaque_rgb(path, image, profile)
+
+
+def _opaque_rgb(path: Path, image: Image.Image, profile: ColourProfile | None) -> Image.Image:
+    if profile is None:
+        return image.convert("RGB")
+    with _explained_profile(path):
+        return profile.to_srgb(image)
 
 
 def _from_sixteen_bits(path: Path, image: Image.Image) -> Image.Image:
@@ -121,4 +216,4 @@ def _from_sixteen_bits(path: Path, image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ConceptError(f"{path}: holds values of more than 16 bits; save it as an 8-bit PNG or JPEG")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))

@@ -10,10 +10,18 @@ import shutil
 import uuid
 import zipfile
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from cat_cluster.data.captions import METADATA_NAME
-from cat_cluster.data.photos import IMAGE_SUFFIXES, find_images
+from cat_cluster.data.captions import caption_files
+from cat_cluster.data.photo_folder import (
+    find_images,
+    is_hidden,
+    is_looked_at,
+    is_photo_name,
+    no_image,
+    refuse_subfolders,
+)
 from cat_cluster.errors import ConceptError, ObjectExistsError, StoreError
 from cat_cluster.settings import load_settings
 from cat_cluster.store.protocol import ObjectStore
@@ -24,7 +32,15 @@ _ARCHIVE = re.compile(r"([0-9a-f]{64})\.zip")
 _TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold: equal folders give equal archives
 
 
-def local_images(images: str, cache_dir: Path | None = None) -> Path:
+@dataclass(frozen=True)
+class LocalImages:
+    """The photos of a concept on this machine. left_there: names at the s3:// address that were not copied."""
+
+    folder: Path
+    left_there: tuple[str, ...] = ()
+
+
+def local_images(images: str, cache_dir: Path | None = None) -> LocalImages:
     """Return the folder of a concept's photos: a folder as it is, an s3:// address as its copy in the cache.
 
     An address is a prefix, whose photos and captions are copied when the listing (names, ETags, sizes) is new to the
@@ -32,7 +48,7 @@ def local_images(images: str, cache_dir: Path | None = None) -> Path:
     Raises ConceptError that says what to do.
     """
     if not images.lower().startswith(_SCHEME):
-        return Path(images)
+        return LocalImages(Path(images))
     cache_dir = cache_dir or load_settings().cache_dir
     address = f"{_SCHEME}{images[len(_SCHEME) :].rstrip('/')}"
     parent, _, name = address.rpartition("/")
@@ -60,13 +76,12 @@ def store_images(folder: Path, store: ObjectStore) -> str:
 
 
 def pack_images(folder: Path) -> bytes:
-    """Return a zip of the files that the loader looks at: the photos, their .txt captions, metadata.jsonl.
+    """Return a zip of the files that the loader looks at: the photos, the captions beside them, the metadata files.
 
     Equal files give equal bytes. Raises ConceptError for a folder without photos or with more than 2 GiB.
     """
     images = find_images(folder)
-    beside = {path.with_suffix(".txt") for path in images} | {folder / METADATA_NAME}
-    files = sorted([*images, *(path for path in beside if path.is_file())], key=lambda path: path.name)
+    files = sorted({*images, *caption_files(folder, images)}, key=lambda path: path.name)
     buffer = io.BytesIO()
     try:
         _refuse_large(sum(path.stat().st_size for path in files), str(folder))
@@ -114,11 +129,18 @@ def unpack_images(data: bytes, folder: Path, *, sha256: str | None = None) -> No
         raise ConceptError(f"images: {name} cannot be unpacked into {folder}: {error.strerror}; free space") from error
 
 
-def _cached_prefix(address: str, cache_dir: Path) -> Path:
+def _cached_prefix(address: str, cache_dir: Path) -> LocalImages:
     from cat_cluster.store.s3_folder import S3Folder  # folders need no boto3
 
     source = S3Folder(address)
-    files = source.files(_is_looked_at, deep=False)
+    folders = source.folders()
+    refuse_subfolders(source.url, {name: source.names_below(name) for name in folders if not is_hidden(name)})
+    there = source.files(lambda name: not is_hidden(name), deep=False)
+    photos = [name for name in there if is_photo_name(name)]
+    files = {name: entry for name, entry in there.items() if is_looked_at(name, photos)}
+    if not files:
+        raise no_image(source.url, there)
+    left_there = sorted([name for name in (*there, *folders) if name not in files and not is_hidden(name)])
     _refuse_large(sum(entry.size for entry in files.values()), address)
     listing = json.dumps([(name, entry.etag, entry.size) for name, entry in files.items()])
     place = cache_dir / "inputs" / hashlib.sha256(listing.encode()).hexdigest()
@@ -129,10 +151,10 @@ def _cached_prefix(address: str, cache_dir: Path) -> Path:
             _move(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return place
+    return LocalImages(place, tuple(left_there))
 
 
-def _cached_archive(parent: str, sha256: str, cache_dir: Path) -> Path:
+def _cached_archive(parent: str, sha256: str, cache_dir: Path) -> LocalImages:
     from cat_cluster.store.s3_folder import S3Folder  # folders need no boto3
 
     place = cache_dir / "inputs" / sha256
@@ -143,7 +165,7 @@ def _cached_archive(parent: str, sha256: str, cache_dir: Path) -> Path:
             _move(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return place
+    return LocalImages(place)
 
 
 def _temporary(place: Path) -> Path:
@@ -158,11 +180,6 @@ def _move(temporary: Path, place: Path) -> None:
     except OSError:
         if not place.is_dir():  # else another process was first, with the same files
             raise
-
-
-def _is_looked_at(name: str) -> bool:
-    suffixes = (*IMAGE_SUFFIXES, ".txt")
-    return not name.startswith(".") and (name.lower().endswith(suffixes) or name == METADATA_NAME)
 
 
 def _is_plain(name: str) -> bool:

@@ -107,6 +107,7 @@ def run_job(
     """
     settings, listener = settings or load_settings(), listener or _Silent()
     prepared = prepare(job, settings)
+    tell_warnings(prepared, listener)
     registry = Registry(store)
     results: dict[str, AdapterResult] = {}
     memories: dict[str, EvaluationMemory] = {}
@@ -131,6 +132,13 @@ def run_job(
             memory = memories.setdefault(adapter.base.fingerprint, EvaluationMemory())
             keep(finish_adapter(adapter, one, registry, seconds, listener.images, memory))
     return [results[adapter.resolved.id] for adapter in prepared]
+
+
+def tell_warnings(prepared: Sequence[PreparedAdapter], listener: JobListener) -> None:
+    """Pass on what people should know of the adapters of a job before it trains them."""
+    for adapter in prepared:
+        for warning in adapter.warnings:
+            listener.message(f"warning: {warning}")
 
 
 def already_published(adapter: PreparedAdapter, registry: Registry) -> AdapterResult | None:

@@ -10,13 +10,15 @@ from pathlib import Path
 from cat_cluster.data.concepts import Concept, has_token, load_concepts
 from cat_cluster.data.draws import AdapterTask
 from cat_cluster.data.latents import LatentCache
-from cat_cluster.errors import CheckpointError, SpecError
+from cat_cluster.data.text_length import check_caption_lengths
+from cat_cluster.errors import CheckpointError, EvaluationError, SpecError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, choose_device, load_base_model
+from cat_cluster.models.text_limit import TextLimit
 from cat_cluster.pipeline.publish import image_digests
 from cat_cluster.registry import revision_of
 from cat_cluster.settings import Settings
@@ -31,12 +33,13 @@ from cat_cluster.training.methods import effective_alpha, initial_weights
 
 @dataclass(frozen=True, eq=False)
 class PreparedAdapter:
-    """An adapter whose photos were read and whose identity is known."""
+    """An adapter whose photos were read and whose identity is known. warnings: what people should know of it."""
 
     resolved: ResolvedAdapter
     concepts: tuple[Concept, ...]
     base: BaseModel
     revision: str
+    warnings: tuple[str, ...] = ()
 
     @property
     def image_digests(self) -> list[str]:
@@ -66,7 +69,7 @@ def prepare(job: JobSpec, settings: Settings) -> list[PreparedAdapter]:
         adapter = prepare_adapter(resolved, settings, bases)
         judge = resolved.evaluation.judge
         if resolved.evaluation.enabled:
-            image_templates(resolved.evaluation, adapter.base)
+            _refuse_cut_subjects(adapter, image_templates(resolved.evaluation, adapter.base))
             if (resolved.base, judge) not in judges_found:
                 load_judges(judge, adapter.base)
                 judges_found.add((resolved.base, judge))
@@ -83,8 +86,9 @@ def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[s
     if resolved.base not in bases:
         bases[resolved.base] = load_base_model(resolved.base, device=choose_device(settings.device))
     base = bases[resolved.base]
+    warnings = check_caption_lengths(resolved.id, concepts, TextLimit(base.tokenizer))
     revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint, TRAINING_VERSION)
-    return PreparedAdapter(resolved, concepts, base, revision)
+    return PreparedAdapter(resolved, concepts, base, revision, warnings)
 
 
 def prepare_again(
@@ -185,3 +189,16 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise SpecError(f"training.general_prompts: {path} holds no prompt: write one a line, or leave the field out")
     return prompts
+
+
+def _refuse_cut_subjects(adapter: PreparedAdapter, templates: Sequence[str]) -> None:
+    """Refuse evaluation prompts of which the text encoder does not read the token: with and without it are then one."""
+    limit = TextLimit(adapter.base.tokenizer)
+    for template in dict.fromkeys(templates):
+        for concept in adapter.concepts:
+            if not has_token(limit.read(fill(template, concept.class_noun, concept.token)), concept.token):
+                raise EvaluationError(
+                    f"evaluation.prompts: the text encoder reads the first {limit.tokens} tokens of a prompt, and the "
+                    f"subject comes later in {template!r}; write {{}} further to the front (adapter "
+                    f"{adapter.resolved.id})"
+                )

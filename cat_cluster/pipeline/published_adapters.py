@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cat_cluster.data.concepts import Concept, load_concept
+from cat_cluster.data.text_length import cut_notes
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
+from cat_cluster.models.text_limit import TextLimit
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.spec.choices import SamplerName
 from cat_cluster.spec.imported import ImportedConcept
@@ -27,6 +29,13 @@ class ImageListener(Protocol):
 
     def images(self, adapter_id: str, done: int, total: int) -> None:
         """`done` of `total` denoising steps are done."""
+
+
+class DrawListener(ImageListener, Protocol):
+    """Receives the progress of images that are drawn, and what people should know of them."""
+
+    def message(self, text: str) -> None:
+        """A line for people."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ def evaluate_published(
 
 
 def draw_images(
-    request: DrawRequest, out: Path, registry: Registry | None, device: str, listener: ImageListener
+    request: DrawRequest, out: Path, registry: Registry | None, device: str, listener: DrawListener
 ) -> list[Path]:
     """Draw the images of a request and write them as PNGs that carry their parameters; return the paths."""
     manifest, bank = None, None
@@ -84,6 +93,9 @@ def draw_images(
     base = load_base_model(request.base or ("pocket" if manifest is None else manifest.base_name), device=device)
     if manifest is not None and registry is not None:
         bank = open_adapter(registry, manifest, base, strength=request.strength)
+    tokens = () if manifest is None else [concept.token for concept in manifest.concepts]
+    for note in cut_notes(TextLimit(base.tokenizer), tokens, prompt=request.prompt):
+        listener.message(f"warning: {note}")
     slot = 0 if bank is None else 1
     rows = [
         ImageRow(request.prompt, request.seed + i, slot, request.steps, request.guidance, request.sampler)

@@ -54,8 +54,8 @@ class ConceptSpec(Section):
     weight: Positive = Field(default=1.0, description="Weight of the concept among those of its adapter.")
     captions: Literal["auto", "txt", "metadata", "template"] = Field(
         default="auto",
-        description="Where captions come from: .txt beside each image, metadata.jsonl, the template, or auto: "
-        "whichever is there, and the template when no image has a caption.",
+        description="Where captions come from: text files beside the images, metadata.jsonl or metadata.csv, the "
+        "template, or auto: whichever is there, and the template when nothing looks like captions.",
     )
     template: Text | None = Field(
         default=None, description=f"Caption for images without one; the default is {DEFAULT_TEMPLATE!r}."

@@ -118,13 +118,23 @@ class S3Bucket:
 
     def keys(self, prefix: str, *, page_size: int = PAGE_SIZE, deep: bool = True) -> Iterator[StoredKey]:
         """Yield every object whose key begins with the prefix, page by page; not `deep`: only up to the next "/"."""
+        for page in self._pages(prefix, page_size, deep=deep):
+            for entry in page.get("Contents", ()):
+                yield StoredKey(entry["Key"], entry["ETag"], entry["Size"])
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """Yield what keys that begin with the prefix have up to and with the next "/", each once."""
+        for page in self._pages(prefix, PAGE_SIZE, deep=False):
+            for entry in page.get("CommonPrefixes", ()):
+                yield entry["Prefix"]
+
+    def _pages(self, prefix: str, page_size: int, *, deep: bool) -> Iterator[Mapping[str, Any]]:
         arguments: dict[str, Any] = {"Bucket": self.name, "Prefix": prefix, "MaxKeys": page_size}
         if not deep:
             arguments["Delimiter"] = "/"
         while True:
             page = self.run("list", prefix, functools.partial(_list_page, arguments=arguments))
-            for entry in page.get("Contents", ()):
-                yield StoredKey(entry["Key"], entry["ETag"], entry["Size"])
+            yield page
             if not page.get("IsTruncated"):
                 return
             arguments["ContinuationToken"] = page["NextContinuationToken"]

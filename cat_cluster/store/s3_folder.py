@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,6 +37,17 @@ class S3Folder:
         if not found:
             raise StoreError(f"{self.url} holds nothing that could be used; check the bucket and the prefix")
         return dict(sorted(found.items()))
+
+    def folders(self) -> list[str]:
+        """Return the names of the folders directly below the prefix, sorted."""
+        found = (key.removeprefix(self._base).rstrip("/") for key in self._bucket.folders(self._base))
+        return sorted(name for name in found if name)
+
+    def names_below(self, folder: str) -> Iterator[str]:
+        """Yield the name of each object at any depth of a folder below the prefix, relative to that folder."""
+        start = f"{self._base}{folder}/"
+        names = (entry.key.removeprefix(start) for entry in self._bucket.keys(start))
+        return (name for name in names if name and not name.endswith("/"))
 
     def copy(self, files: Mapping[str, StoredKey], folder: Path) -> list[Path]:
         """Write objects that `files()` returned into a folder, several at a time, and return the files' paths.

@@ -116,7 +116,10 @@ class CatFacts(BaseModel):
 
     request_id: str = Field(description="As in the header x-request-id.")
     drift: str = Field(description="Drift state of the revision: ok, warning, alarm or unknown.")
-    note: str | None = Field(description="Why another revision than the requested one was used, if so.")
+    note: str | None = Field(
+        description="Why another revision than the requested one was used, and what of the prompts the text encoder "
+        "does not read, if so."
+    )
 
 
 class ImageItem(BaseModel):

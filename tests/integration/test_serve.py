@@ -146,6 +146,8 @@ def drawn_alone(site: Site, model: str, out: Path) -> Pixels:
     class Silent:
         def images(self, adapter_id: str, done: int, total: int) -> None: ...
 
+        def message(self, text: str) -> None: ...
+
     (path,) = draw_images(DrawRequest(PROMPT, model, seed=1, steps=STEPS), out, site.registry, "cpu", Silent())
     return np.asarray(Image.open(path), dtype=np.int16)
 

@@ -152,7 +152,8 @@ def test_tokens_of_one_adapter_are_kept_apart(folder: Path, tmp_path_factory: py
 
 
 def test_template_stands_in_where_no_image_has_a_caption(folder: Path) -> None:
-    (folder / "README.txt").write_text("not a caption")
+    for name, content in (("README.txt", "not a caption"), ("design.json", "{}"), ("notes.md", "a sks cup")):
+        (folder / name).write_text(content)
     concept = load_concept(spec(folder, alpha=2.0, weight=3.0))
     assert (concept.token, concept.class_noun, concept.alpha, concept.weight) == ("sks", "cup", 2.0, 3.0)
     assert [example.path.name for example in concept.examples] == ["1.png", "2.png"]
@@ -237,3 +238,90 @@ def test_names_in_decomposed_unicode_meet_their_captions(tmp_path: Path) -> None
     photo().save(tmp_path / "cafe\u0301 \U0001f375.png")
     write_metadata(tmp_path, {"file_name": "caf\u00e9 \U0001f375.png", "text": "a sks cup"})
     assert prompts(tmp_path) == ["a sks cup"]
+
+
+@pytest.mark.parametrize(
+    ("names", "source"),
+    [
+        (("1.caption", "2.caption"), ".caption files"),
+        (("1.TXT", "2.Txt"), ".txt files"),
+        (("1.png.txt", "2.png.caption"), ".txt files and .caption files"),
+    ],
+)
+def test_text_files_of_every_program_are_captions(folder: Path, names: tuple[str, str], source: str) -> None:
+    for name in names:
+        (folder / name).write_text(f"sks, from {name}")
+    concept = load_concept(spec(folder))
+    assert [example.prompt for example in concept.examples] == [f"sks, from {name}" for name in names]
+    assert (concept.captions_from, concept.passed_over) == (source, ())
+
+
+def test_two_text_files_of_one_photo_may_not_disagree(folder: Path) -> None:
+    (folder / "2.txt").write_text("sks B")
+    (folder / "1.txt").write_text("sks A")
+    (folder / "1.caption").write_text("sks A")
+    assert prompts(folder) == ["sks A", "sks B"]
+    (folder / "1.caption").write_text("sks C")
+    message = refusal(folder)
+    assert "1.txt: 'sks A'" in message
+    assert "1.caption: 'sks C'" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'file_name,text\n1.png,"sks, a cup"\n2.png,a sks cup\n',
+        '\ufefftext;file_name;mood\r\nsks, a cup;1.png;"good\r\nand long"\r\n\r\na sks cup;2.png;bad\r\n',
+        '"file_name"\t"text"\n1.png\tsks, a cup\n2.png\ta sks cup',
+    ],
+)
+def test_metadata_csv_is_read_as_metadata_jsonl_is(folder: Path, text: str) -> None:
+    (folder / "metadata.csv").write_bytes(text.encode())
+    assert prompts(folder) == prompts(folder, captions="metadata") == ["sks, a cup", "a sks cup"]
+    assert load_concept(spec(folder)).captions_from == "metadata.csv"
+    write_metadata(folder, {"file_name": "1.png", "text": "sks, another"})
+    assert "metadata.jsonl and metadata.csv disagree on 1 of the images" in refusal(folder).replace(
+        "metadata.csv and metadata.jsonl", "metadata.jsonl and metadata.csv"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("9.png,sks", "line 3: no image '9.png'"),
+        ("1.png,sks", "lines 2 and 3 both caption '1.png'"),
+        ("2.png,sks, a cup", "line 3: has 3 fields, the first line 2; put a caption with ','"),
+        ('2.png,"sks', "is not CSV"),
+        ("2.png, ", "line 3: the caption is empty"),
+    ],
+)
+def test_bad_metadata_csv_is_refused_by_line(folder: Path, line: str, expected: str) -> None:
+    (folder / "metadata.csv").write_text(f"file_name,text\n1.png,a sks cup\n{line}\n")
+    message = refusal(folder)
+    assert expected in message
+    assert "metadata.csv" in message
+    (folder / "metadata.csv").write_text("image,caption\n1.png,a sks cup\n")
+    assert "lacks a column file_name or text" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "1.json",
+        "1.tags",
+        "1.png.json",
+        "metadata.parquet",
+        "captions.csv",
+        "1_caption.caption",
+        "1_b.txt",
+        "prompts.json",
+    ],
+)
+def test_captions_that_are_not_read_are_refused_and_not_replaced_by_the_template(folder: Path, name: str) -> None:
+    (folder / name).write_text("a sks cup on a table")
+    message = refusal(folder)
+    assert "no caption for 1.png, 2.png" in message
+    assert f"({name} may hold captions, but not where they are read)" in message
+    concept = load_concept(spec(folder, captions="template"))
+    assert [example.prompt for example in concept.examples] == ["a photo of a sks cup"] * 2
+    assert (concept.captions_from, concept.passed_over) == ("the template 'a photo of a sks cup'", (name,))

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cat_cluster.data import concepts
 from cat_cluster.data import photos as images
 from cat_cluster.data.concepts import load_concept
-from cat_cluster.data.photos import find_images, read_image
+from cat_cluster.data.photo_folder import find_images
+from cat_cluster.data.photos import read_image
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.job import ConceptSpec
 
@@ -133,18 +135,57 @@ def test_large_photos_are_reduced_but_not_below_the_limit(
     assert image.height / image.width == pytest.approx(1.6, abs=0.05)
 
 
+def claim_size(path: Path, width: int, height: int) -> None:
+    """Write a small PNG whose header claims another size."""
+    photo().save(path)
+    content = bytearray(path.read_bytes())
+    content[16:24] = struct.pack(">II", width, height)  # PNG: signature, length, IHDR, then the size
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    path.write_bytes(content)
+
+
 def test_more_pixels_than_the_limit_are_refused_before_decoding(tmp_path: Path) -> None:
     for name, width, height in (("bomb.png", 20_001, 10_000), ("worse.png", 30_000, 30_000)):
-        photo().save(tmp_path / name)
-        content = bytearray((tmp_path / name).read_bytes())
-        content[16:24] = struct.pack(">II", width, height)  # PNG: signature, length, IHDR, then the size
-        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-        (tmp_path / name).write_bytes(content)
+        claim_size(tmp_path / name, width, height)
     before = Image.MAX_IMAGE_PIXELS
     message = refusal(tmp_path)
     assert "bomb.png: has more than 200 megapixels" in message
     assert "worse.png: has more than 200 megapixels" in message
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("size", [(6_200_000, 32), (32, 6_200_000), (32_769, 4000), (661, 33)])
+def test_long_strips_are_refused_before_decoding(tmp_path: Path, size: tuple[int, int]) -> None:
+    claim_size(tmp_path / "strip.png", *size)
+    message = refusal(tmp_path)
+    assert f"strip.png: is {size[0]} x {size[1]} pixels; at most 32768 on a side, and 20 times" in message
+    claim_size(tmp_path / "strip.png", 660, 33)
+    assert "is cut off" in refusal(tmp_path)  # of the size that is just allowed; its pixels are not there
+
+
+@pytest.mark.parametrize("size", [(48, 40), (640, 127), (640, 128), (640, 200), (643, 401), (500, 1300)])
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_the_header_says_what_a_photo_takes_in_memory(
+    tmp_path: Path, suffix: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "LARGEST_SHORT_SIDE", 64)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    photo(size=size).save(tmp_path / f"a{suffix}", exif=exif)
+    assert images.decoded_bytes(tmp_path / f"a{suffix}") == len(read_image(tmp_path / f"a{suffix}")[0].tobytes())
+
+
+def test_photos_that_would_fill_the_memory_are_refused_before_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):  # 9000 x 8000 pixels are kept at a third: 24 MB each
+        claim_size(tmp_path / f"{number}.png", 9000, 8000)
+    for number in range(30, 90):
+        claim_size(tmp_path / f"{number}.png", 8000, 4000)
+    message = refusal(tmp_path)
+    assert "its 90 photos take 6.0 GiB of memory, and one concept may take 4 GiB; use fewer" in message
+    monkeypatch.setattr(concepts, "MOST_DECODED_BYTES", 8 * 2**30)
+    assert "0.png: is not a readable image, or is cut off" in refusal(tmp_path)
 
 
 def test_all_damaged_files_are_named_in_one_error(folder: Path) -> None:

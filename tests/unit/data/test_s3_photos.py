@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     (folder / "notes.docx").write_bytes(b"x")
     (folder / ".DS_Store").write_bytes(b"x")
     (folder / "raw").mkdir()
-    (folder / "raw" / "d.png").write_bytes(b"x")
+    (folder / "raw" / "notes.md").write_bytes(b"x")
     return folder
 
 
@@ -97,11 +97,11 @@ def test_a_prefix_is_seen_as_the_folder_it_was_uploaded_from(
     url, cache = f"{s3_bucket}/customers/my photos", tmp_path / "cache"
     upload(s3_server, url, folder)
     assert seen(concept(url, cache)) == seen(concept(f"{url}/", cache)) == seen(concept(folder, cache))
-    first = local_images(url, cache)
+    first = local_images(url, cache).folder
     assert [path.name for path in (cache / "inputs").iterdir()] == [first.name]
     (folder / "b 1.txt").write_text("a sks cup in snow", encoding="utf-8")
     upload(s3_server, url, folder)
-    assert local_images(url, cache) != first
+    assert local_images(url, cache).folder != first
     assert seen(concept(url, cache)) == seen(concept(folder, cache))
 
 
@@ -151,3 +151,42 @@ def test_names_that_would_leave_the_folder_are_refused(
     with pytest.raises(StoreError, match="cannot be a file below a folder"):
         copied(f"{s3_bucket}/p", tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
+
+
+def test_a_prefix_is_looked_through_as_a_folder_is(s3_server: S3Server, s3_bucket: str, tmp_path: Path) -> None:
+    folder, cache, url = tmp_path / "phone", tmp_path / "cache", f"{s3_bucket}/phone"
+    (folder / "work").mkdir(parents=True)
+    for name, format in (("0.jfif", "JPEG"), ("1.avif", "AVIF"), ("IMG_2", "PNG")):
+        Image.new("RGB", (48, 40), "red").save(folder / name, format)
+    (folder / "0.caption").write_text("sks, a cup")
+    (folder / "1.TXT").write_text("sks, a mug")
+    (folder / "metadata.csv").write_text("file_name,text\nIMG_2,a sks cup\n")
+    for name in ("notes.docx", "design.json"):
+        (folder / name).write_bytes(b"x")
+    (folder / "work" / "notes.md").write_bytes(b"x")
+    upload(s3_server, url, folder)
+    there, here = concept(url, cache), concept(folder, cache)
+    assert seen(there) == seen(here)
+    assert len(there.examples) == 3
+    assert there.captions_from == here.captions_from == ".caption files and .txt files and metadata.csv"
+    assert there.passed_over == here.passed_over == ("design.json", "notes.docx", "work")
+    (folder / "3.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    (folder / "3.txt").write_text("sks by night")
+    upload(s3_server, url, folder)
+    with pytest.raises(ConceptError, match=r"3\.heic: is a HEIC photo"):
+        concept(url, cache)
+
+
+def test_photos_below_a_prefix_are_refused_by_name(s3_server: S3Server, s3_bucket: str, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    (folder / "10_sks cup" / "day").mkdir(parents=True)
+    Image.new("RGB", (48, 40), "red").save(folder / "10_sks cup" / "day" / "0.jpg")
+    upload(s3_server, f"{s3_bucket}/set", folder)
+    for _ in range(2):
+        with pytest.raises(ConceptError, match=r"set has photos or captions in its subfolder '10_sks cup'"):
+            concept(f"{s3_bucket}/set", tmp_path / "cache")
+        Image.new("RGB", (48, 40), "red").save(folder / "1.jpg")
+        upload(s3_server, f"{s3_bucket}/set", folder)
+    s3_server.client().put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="clips/clip.mov", Body=b"x")
+    with pytest.raises(ConceptError, match=r"clips holds no image but clip\.mov"):
+        concept(f"{s3_bucket}/clips", tmp_path / "cache")

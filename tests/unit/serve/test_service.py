@@ -43,6 +43,21 @@ def test_the_events_of_a_call_are_in_order(shop: Shop) -> None:
     run(main)
 
 
+def test_an_answer_names_the_text_that_was_not_read(shop: Shop) -> None:
+    async def main() -> None:
+        async with open_service(shop) as service:
+            for model, lost in (("cup", True), (None, False)):
+                prompt = f"{'on a table in snow, ' * 60}a sks cup"
+                accepted = (await events(service, replace(CUP, model=model, prompt=prompt)))[0]
+                assert isinstance(accepted, Accepted)
+                assert accepted.note is not None
+                assert "tokens of the prompt, and not '" in accepted.note
+                assert accepted.note.endswith("sks cup'") is not lost
+                assert ("the token 'sks' is not read, so its concept is not drawn" in accepted.note) is lost
+
+    run(main)
+
+
 def test_a_png_says_how_it_was_made(shop: Shop) -> None:
     call = replace(CUP, prompt="a caf\u00e9 cup", negative_prompt="red", strength=0.5, sampler="euler")
 
@@ -77,6 +92,8 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop,
 
     class Nobody:
         def images(self, adapter_id: str, done: int, total: int) -> None: ...
+
+        def message(self, text: str) -> None: ...
 
     calls = [
         replace(CUP, count=2),

@@ -1,0 +1,120 @@
+"""What lies in a folder of photos: which files are photos, and what in it would be lost if it were passed over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path, PurePosixPath
+
+from cat_cluster.data.photos import IMAGE_SUFFIXES, UNREAD_SUFFIXES, opens_as_image
+from cat_cluster.errors import ConceptError
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+# Where other programs keep captions. They are not read, and so are no reason to teach the template instead.
+_OTHER_CAPTION_SUFFIXES = (
+    *(".captions", ".cap", ".text", ".tag", ".tags", ".wildcard"),
+    *(".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".xls", ".xlsx"),
+)
+_NOTE_SUFFIXES = (".json", ".yaml", ".yml")  # captions by their name alone: the file of a photo, or one of all
+_CAPTION_WORDS = ("metadata", "caption", "prompt")
+MOST_FILES_SEEN = 1000  # of a subfolder, before it is taken for one without photos
+_SYSTEM_NAMES = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found")
+
+
+def is_hidden(name: str) -> bool:
+    """Say whether a name is the system's own, such as `.DS_Store`, rather than the user's."""
+    return name.startswith(".") or name.casefold() in _SYSTEM_NAMES
+
+
+def suffix_of(name: str) -> str:
+    """Return the last suffix of a file's name, in lower case and with its dot; "" if it has none."""
+    return PurePosixPath(name.rstrip()).suffix.lower()
+
+
+def is_photo_name(name: str) -> bool:
+    """Say whether a name is that of a photo, of a format that is read or of another."""
+    return suffix_of(name) in IMAGE_SUFFIXES or suffix_of(name) in UNREAD_SUFFIXES
+
+
+def looks_like_captions(name: str, photos: Collection[str]) -> bool:
+    """Say whether a file holds captions by its name: one of a kind that is read, or of another.
+
+    photos: the names of the photos beside it.
+    """
+    suffix, stem = suffix_of(name), PurePosixPath(name).stem.casefold()
+    if suffix in _NOTE_SUFFIXES:
+        of_photos = {start for photo in photos for start in (photo.casefold(), PurePosixPath(photo).stem.casefold())}
+        return stem in of_photos or stem.startswith(_CAPTION_WORDS)
+    return suffix in CAPTION_SUFFIXES or suffix in _OTHER_CAPTION_SUFFIXES
+
+
+def is_looked_at(name: str, photos: Collection[str]) -> bool:
+    """Say whether a file may matter by its name alone; one without a suffix may be a photo by its content."""
+    return is_photo_name(name) or not suffix_of(name) or looks_like_captions(name, photos)
+
+
+def find_images(folder: Path) -> tuple[Path, ...]:
+    """Return the photos of a folder sorted by name, also those of a format that is not read; hidden ones are not seen.
+
+    Raises ConceptError when the folder is missing, is a file, cannot be listed, holds no image, or has subfolders with
+    photos or captions.
+    """
+    try:
+        entries = sorted((path for path in folder.iterdir() if not is_hidden(path.name)), key=lambda path: path.name)
+        below = {path.name: _names_below(path) for path in entries if path.is_dir()}
+        refuse_subfolders(str(folder), below)
+        # A link that leads nowhere is kept: reading it says so, passing over it would lose a photo silently.
+        files = [path for path in entries if path.is_file() or (path.is_symlink() and not path.is_dir())]
+        images = [
+            path for path in files if is_photo_name(path.name) or (not suffix_of(path.name) and opens_as_image(path))
+        ]
+    except FileNotFoundError:
+        raise ConceptError(f"images: {folder} is not there; give the folder of the concept's photos") from None
+    except NotADirectoryError:
+        raise ConceptError(f"images: {folder} is a file; give the folder that holds the photos") from None
+    except OSError as error:
+        raise ConceptError(f"images: {folder} cannot be listed: {error.strerror}") from error
+    if not images:
+        raise no_image(str(folder), [path.name for path in files])
+    return tuple(images)
+
+
+def no_image(where: str, names: Iterable[str]) -> ConceptError:
+    """Return the error for a place without photos, which says what it holds instead."""
+    held = ", ".join(islice(names, 5))
+    return ConceptError(
+        f"images: {where} holds no image{f' but {held}' if held else ''}; put photos there ({' '.join(IMAGE_SUFFIXES)})"
+    )
+
+
+def refuse_subfolders(where: str, below: Mapping[str, Iterable[str]]) -> None:
+    """Raise ConceptError naming the subfolders that hold photos or captions, which nothing would read.
+
+    below: by the name of a subfolder, the names of the files at any depth in it; as many are taken as are needed.
+    """
+    holding = [name for name, files in below.items() if any(map(_is_material, islice(files, MOST_FILES_SEEN)))]
+    if holding:
+        one = len(holding) == 1
+        raise ConceptError(
+            f"images: {where} has photos or captions in its subfolder{'' if one else 's'} "
+            f"{', '.join(map(repr, holding))}, and subfolders are not read: give {where}/{holding[0]} as the images of "
+            f"a concept{'' if one else ', and each other as those of one of its own'}, or move the files up or away"
+        )
+
+
+def passed_over(folder: Path, used: Iterable[Path]) -> tuple[str, ...]:
+    """Return the names in a folder, files and subfolders, that are neither used nor the system's own, sorted."""
+    names = {path.name for path in used}
+    return tuple(sorted(path.name for path in folder.iterdir() if path.name not in names and not is_hidden(path.name)))
+
+
+def _names_below(folder: Path) -> Iterator[str]:
+    for _, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        yield from files
+
+
+def _is_material(name: str) -> bool:
+    return not any(map(is_hidden, name.split("/"))) and (is_photo_name(name) or suffix_of(name) in CAPTION_SUFFIXES)

@@ -1,0 +1,57 @@
+"""Captions and prompts against the limit of the text encoder, which silently reads the start of a longer one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from cat_cluster.data.concepts import Concept, has_token
+from cat_cluster.errors import ConceptError
+from cat_cluster.models.text_limit import TextLimit
+
+_SHOWN = 3  # captions a warning quotes
+
+
+def check_caption_lengths(adapter_id: str, concepts: Sequence[Concept], limit: TextLimit) -> tuple[str, ...]:
+    """Return a warning for each concept with captions that are too long for the text encoder.
+
+    Raises ConceptError naming the captions whose token is in what is cut off: there prompt and prior prompt are one,
+    and the CAT term would undo what the identity term teaches.
+    """
+    warnings = []
+    for concept in concepts:
+        cut = [
+            (example.path.name, example.prompt, text)
+            for example in concept.examples
+            if (text := limit.cut(example.prompt))
+        ]
+        lost = [(name, prompt) for name, prompt, _ in cut if not has_token(limit.read(prompt), concept.token)]
+        if lost:
+            heading = (
+                f"adapter {adapter_id}: captions: the text encoder reads the first {limit.tokens} tokens, and the "
+                f"token {concept.token!r} comes later in {len(lost)} of {len(concept.examples)} captions; write it "
+                "further to the front, or shorten them"
+            )
+            raise ConceptError("\n".join([heading, *(f"  {name}: {prompt!r}" for name, prompt in lost)]))
+        if cut:
+            shown = "; ".join(f"{name}: {text!r}" for name, _, text in cut[:_SHOWN])
+            more = f"; and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""
+            warnings.append(
+                f"adapter {adapter_id}, token {concept.token}: the text encoder reads the first {limit.tokens} tokens "
+                f"of a caption, and this is not read: {shown}{more}"
+            )
+    return tuple(warnings)
+
+
+def cut_notes(limit: TextLimit, tokens: Sequence[str], *, prompt: str, negative_prompt: str = "") -> Iterator[str]:
+    """Yield what people should know of prompts that the text encoder does not read whole.
+
+    tokens: those of the adapter that draws; one that is only in what is cut off draws nothing.
+    """
+    for name, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
+        cut = limit.cut(text)
+        if cut:
+            yield f"the text encoder reads the first {limit.tokens} tokens of the {name}, and not {cut!r}"
+    read = limit.read(prompt)
+    for token in tokens:
+        if has_token(prompt, token) and not has_token(read, token):
+            yield f"the token {token!r} is not read, so its concept is not drawn: write it further to the front"

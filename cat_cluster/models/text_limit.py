@@ -1,0 +1,55 @@
+"""What a text encoder reads of a prompt: the first tokens, as many as its tokenizer allows; the rest is cut off."""
+
+from __future__ import annotations
+
+import copy
+import re
+from bisect import bisect_right
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import CLIPTokenizer
+
+from cat_cluster.models.base_files import POCKET, base_folder
+
+
+class TextLimit:
+    """The limit of a tokenizer, of which it keeps a copy. Only for one thread at a time.
+
+    tokens: L, how many tokens are read, the marks of start and end with them.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        # A copy: a tokenizer that truncates in one thread and not in another at the same time fails.
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self.tokens: int = tokenizer.model_max_length
+
+    def read(self, prompt: str) -> str:
+        """Return the start of a prompt up to the last word that is read whole; all of it if nothing is cut off."""
+        if self._count(prompt) <= self.tokens:
+            return prompt
+        ends = [match.end() for match in re.finditer(r"[^\s,]+", prompt)]
+        whole = bisect_right(ends, self.tokens, key=lambda end: self._count(prompt[:end]))
+        return prompt[: ends[whole - 1]] if whole else ""
+
+    def cut(self, prompt: str) -> str:
+        """Return the end of a prompt from the first word that is not read whole; "" if nothing is cut off."""
+        return prompt[len(self.read(prompt)) :].lstrip(", \t\r\n")
+
+    def _count(self, text: str) -> int:
+        return len(self._tokenizer(text, verbose=False).input_ids)
+
+
+def local_text_limit(base: str) -> TextLimit | None:
+    """Return the limit of a base by its name, "pocket", a folder or a hub id; None if its tokenizer is not local."""
+    folder = base_folder(base) if base == POCKET else Path(base).expanduser()
+    try:
+        if not folder.is_dir():
+            folder = Path(snapshot_download(base, local_files_only=True))
+        # Of a folder without one the library would make an empty tokenizer.
+        if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
+            return None
+        return TextLimit(CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True))
+    except (OSError, ValueError, EntryNotFoundError):
+        return None

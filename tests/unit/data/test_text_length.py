@@ -1,0 +1,96 @@
+"""Captions and prompts that are longer than the text encoder reads: a lost token is refused, other text is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from cat_cluster.cli.app import app
+from cat_cluster.data.concepts import Concept, load_concept
+from cat_cluster.data.text_length import check_caption_lengths, cut_notes
+from cat_cluster.errors import ConceptError, EvaluationError
+from cat_cluster.models.text_limit import TextLimit, local_text_limit
+from cat_cluster.pipeline.prepare import prepare
+from cat_cluster.settings import load_settings
+from cat_cluster.spec.job import ConceptSpec, JobSpec
+
+LONG = "a photo taken on a table by a window in snow at night on grass and sand, " * 3
+
+
+@pytest.fixture(scope="module")
+def limit() -> TextLimit:
+    found = local_text_limit("pocket")
+    assert found is not None
+    return found
+
+
+def concept(folder: Path, *captions: str) -> Concept:
+    for number, caption in enumerate(captions):
+        Image.new("RGB", (40, 40), (50 * number, 9, 9)).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    return load_concept(ConceptSpec(token="sks", class_noun="cup", images=str(folder)))
+
+
+def test_a_caption_whose_token_is_cut_off_is_refused_by_name(tmp_path: Path, limit: TextLimit) -> None:
+    taught = concept(tmp_path, "a sks cup", f"{LONG}sks cup", f"sks cup, {LONG}sks")
+    message = "adapter one: captions: .* first 32 tokens, and the token 'sks' comes later in 1 of 3 captions"
+    with pytest.raises(ConceptError, match=message) as caught:
+        check_caption_lengths("one", [taught], limit)
+    assert "\n  1.png: 'a photo taken" in str(caught.value)
+    assert "2.png" not in str(caught.value)
+
+
+def test_other_text_that_is_cut_off_is_a_warning_that_quotes_it(tmp_path: Path, limit: TextLimit) -> None:
+    assert check_caption_lengths("one", [concept(tmp_path, "a sks cup", "sks")], limit) == ()
+    taught = concept(tmp_path, "a sks cup", f"sks cup, {LONG} the end")
+    [warning] = check_caption_lengths("one", [taught], limit)
+    assert warning.startswith("adapter one, token sks: the text encoder reads the first 32 tokens of a caption")
+    assert "1.png: '" in warning
+    assert warning.endswith("the end'")
+
+
+def test_a_prompt_whose_token_is_cut_off_is_told_so(limit: TextLimit) -> None:
+    assert list(cut_notes(limit, ["sks"], prompt="a sks cup", negative_prompt="red")) == []
+    text, token = cut_notes(limit, ["sks", "ohwx"], prompt=f"ohwx, {LONG} a sks cup")
+    assert "first 32 tokens of the prompt, and not '" in text
+    assert token == "the token 'sks' is not read, so its concept is not drawn: write it further to the front"
+    [negative] = cut_notes(limit, ["sks"], prompt="a sks cup", negative_prompt=LONG)
+    assert "of the negative prompt" in negative
+
+
+def job(folder: Path, **evaluation: object) -> JobSpec:
+    concepts = [{"token": "sks", "class_noun": "cup", "images": str(folder)}]
+    return JobSpec.model_validate(
+        {"name": "one", "adapters": [{"id": "one", "concepts": concepts}], "evaluation": evaluation}
+    )
+
+
+@pytest.mark.slow
+def test_training_refuses_and_warns_before_it_starts(tmp_path: Path) -> None:
+    concept(tmp_path, "a sks cup", f"sks cup, {LONG}")
+    [prepared] = prepare(job(tmp_path), load_settings())
+    assert len(prepared.warnings) == 1
+    with pytest.raises(EvaluationError, match=r"evaluation\.prompts: .* the subject comes later .* \(adapter one\)"):
+        prepare(job(tmp_path, prompts=[f"{LONG}{{}}"]), load_settings())
+    concept(tmp_path, f"{LONG}sks cup")
+    with pytest.raises(ConceptError, match="comes later in 1 of 2 captions"):
+        prepare(job(tmp_path), load_settings())
+
+
+def test_spec_check_says_so_without_loading_the_base(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    concept(tmp_path / "photos", f"sks cup, {LONG}")
+    spec = "name: one\nbase: {}\nadapters: [{{id: one, concepts: [{{token: sks, class_noun: cup, images: photos}}]}}]\n"
+    (tmp_path / "spec.yaml").write_text(spec.format("pocket"))
+    result = CliRunner().invoke(app, ["spec", "check", str(tmp_path / "spec.yaml")])
+    assert "warning: adapter one, token sks: the text encoder reads the first 32 tokens" in result.stderr
+    (tmp_path / "spec.yaml").write_text(spec.format("nobody/never-downloaded"))
+    result = CliRunner().invoke(app, ["spec", "check", str(tmp_path / "spec.yaml")])
+    assert (result.exit_code, "is not on this machine" in result.stderr) == (0, True)
+    concept(tmp_path / "photos", f"{LONG}sks cup")
+    (tmp_path / "spec.yaml").write_text(spec.format("pocket"))
+    result = CliRunner().invoke(app, ["spec", "check", str(tmp_path / "spec.yaml")])
+    assert isinstance(result.exception, ConceptError)
