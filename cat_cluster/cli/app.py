@@ -27,7 +27,7 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.serve import serve
-from cat_cluster.errors import CatClusterError, needs_extra
+from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.choices import SamplerName
 
@@ -209,11 +209,20 @@ def pocket_grid(
 def spec_check(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML).")], as_json: AsJson = False
 ) -> None:
-    """Check a job spec and its photos, and print the adapters it would train. Nothing is trained."""
+    """Check a job spec, its base models and photos, and print the adapters it would train. Nothing is trained."""
     from cat_cluster.data.concepts import check_tokens, load_concept
+    from cat_cluster.models.base_files import check_base
     from cat_cluster.spec.job import load_spec
 
     adapters = load_spec(spec).resolved()
+    for name in dict.fromkeys(adapter.base for adapter in adapters):
+        try:
+            unchecked = check_base(name)
+        except BaseModelError as error:
+            of = next(adapter.id for adapter in adapters if adapter.base == name)
+            raise BaseModelError(f"{spec}: base of adapter {of}: {error}") from error
+        if unchecked is not None:
+            people.print(f"not checked: {unchecked}", soft_wrap=True, markup=False)
     for adapter in adapters:
         check_tokens([load_concept(concept) for concept in adapter.concepts])
     if as_json:
