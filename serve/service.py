@@ -23,7 +23,7 @@ from cat_cluster.errors import (
     OverloadedError,
     SpecError,
 )
-from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.lora.bank import served_layers
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.models.base_model import BaseModel, choose_device, compiled_blocks, load_base_model
 from cat_cluster.models.generate import initial_latents
@@ -69,7 +69,7 @@ class Service:
                 settings.storage, on_retry=lambda operation: metrics.inc(telemetry.STORE_RETRIES, operation=operation)
             )
         )
-        layout = AdapterLayout(base.unet, adapted_layers(base.unet, settings.targets), settings.max_rank)
+        layout = AdapterLayout(base.unet, served_layers(base.unet, settings.targets), settings.max_rank)
         with ExitStack() as cleanup:
             bank = RowBank(base.unet, layout)
             cleanup.callback(bank.detach)

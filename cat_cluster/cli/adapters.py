@@ -98,6 +98,9 @@ def adapters_import(
     base: Annotated[str, typer.Option(help="Base model it was made for.")] = "pocket",
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Seeds per prompt when it is measured.")] = 4,
     judge: Annotated[str, JudgeOption] = "auto",
+    unet_only: Annotated[
+        bool, typer.Option("--unet-only", help="Leave a text-encoder part of the file out; else it is refused.")
+    ] = False,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
@@ -109,11 +112,19 @@ def adapters_import(
     from cat_cluster.spec.sections import EvaluationSpec
 
     evaluation = EvaluationSpec(images_per_prompt=images_per_prompt, judge=judge)
-    request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base, evaluation)
+    request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base, evaluation, unet_only)
     with progress() as listener:
         manifest = import_adapter(request, open_registry(storage), device(), listener)
+    left_out = manifest.training.get("left_out", [])
+    if left_out:
+        people.print(
+            f"left out the text-encoder part: {len(left_out)} tensors, the first {left_out[0]}; images can differ from "
+            "those of programs that apply it",
+            soft_wrap=True,
+        )
     if as_json:
-        print_json({"id": manifest.adapter_id, "revision": manifest.revision, "rank": manifest.rank})
+        record = {"id": manifest.adapter_id, "revision": manifest.revision, "rank": manifest.rank}
+        print_json({**record, "left_out": left_out} if unet_only else record)
         return
     measured = "measured" if manifest.metrics else "not measured: give --photos to measure it"
     people.print(f"published {manifest.name}, rank {manifest.rank}, {measured}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -27,12 +27,13 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.serve import serve
-from cat_cluster.errors import CatClusterError, needs_extra
+from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.choices import SamplerName
 
 if TYPE_CHECKING:
     from cat_cluster.data.concepts import Concept
+    from cat_cluster.spec.job import ResolvedAdapter
 
 # Torch and diffusers take seconds to import: commands import what they need, so `--help` and errors come at once.
 
@@ -212,13 +213,15 @@ def pocket_grid(
 def spec_check(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML).")], as_json: AsJson = False
 ) -> None:
-    """Check a job spec and its photos, and print the adapters it would train. Nothing is trained."""
+    """Check a job spec, its base models and photos, and print the adapters it would train. Nothing is trained."""
     from cat_cluster.data.concepts import load_concepts
     from cat_cluster.data.text_length import check_caption_lengths
     from cat_cluster.models.text_limit import local_text_limit
     from cat_cluster.spec.job import load_spec
 
     adapters = load_spec(spec).resolved()
+    for unchecked in _check_bases(spec, adapters):
+        people.print(f"not checked: {unchecked}", soft_wrap=True, markup=False)
     limits = {adapter.base: local_text_limit(adapter.base) for adapter in adapters}
     read: dict[str, list[dict[str, Any]]] = {}
     warnings = [
@@ -263,6 +266,20 @@ def spec_schema() -> None:
     from cat_cluster.spec.job import spec_json_schema
 
     print_json(spec_json_schema())
+
+
+def _check_bases(spec: Path, adapters: Sequence[ResolvedAdapter]) -> Iterator[str]:
+    """Yield what of the base models cannot be checked here; raises BaseModelError, naming the adapter."""
+    from cat_cluster.models.base_files import check_base
+
+    for name in dict.fromkeys(adapter.base for adapter in adapters):
+        try:
+            unchecked = check_base(name)
+        except BaseModelError as error:
+            of = next(adapter.id for adapter in adapters if adapter.base == name)
+            raise BaseModelError(f"{spec}: base of adapter {of}: {error}") from error
+        if unchecked is not None:
+            yield unchecked
 
 
 def _scores_table(adapter: str, measures: Mapping[str, Any], decoy_gain: float) -> Table:

@@ -15,6 +15,7 @@ from cat_cluster.cli.options import people
 from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.choices import DriftPolicy
+from cat_cluster.spec.yaml_bounds import load_yaml, read_text
 
 if TYPE_CHECKING:
     from serve.settings import ServeSettings
@@ -86,7 +87,7 @@ def _example_request(address: str) -> str:
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = load_yaml(read_text(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SpecError(f"{path}: cannot be read as YAML ({error}); write settings as `name: value` lines") from error
     if not isinstance(found, dict):

@@ -17,6 +17,7 @@ from cat_cluster.cluster.runs import Run, run_id_of
 from cat_cluster.data.s3_photos import store_images
 from cat_cluster.errors import ClusterError, RunError, SpecError
 from cat_cluster.spec.job import AdapterSpec, JobSpec
+from cat_cluster.spec.yaml_bounds import load_yaml, read_text
 from cat_cluster.store import ObjectStore
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def read_runtime_env(
     content: Any = {}
     if file is not None:
         try:
-            content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            content = load_yaml(read_text(file)) or {}
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise SpecError(f"--runtime-env {file}: cannot be read as YAML or JSON: {error}") from error
     variables = content.get("env_vars") or {} if isinstance(content, dict) else None

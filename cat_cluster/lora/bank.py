@@ -1,4 +1,4 @@
-"""The LoRA bank: every adapted linear of a U-Net holds many adapters, and each row of a batch picks its own.
+"""The LoRA bank: every adapted layer of a U-Net holds many adapters, and each row of a batch picks its own.
 
 Slot 0 is the zero adapter: a row bound to it is the base model's. A bank both trains (parameters per slot) and
 serves (weights loaded into a slot by a copy, no module surgery).
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from cat_cluster.errors import AdapterMismatchError
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.lora.layers import change_of_pixels, is_convolution, sizes_of
 from cat_cluster.spec.choices import Blocks, Targets
 
 TARGETS: Mapping[Targets, tuple[str, ...]] = {
@@ -43,26 +44,42 @@ def adapted_layers(unet: UNet2DConditionModel, targets: Targets, blocks: Blocks 
     return tuple(
         name
         for name, module in unet.named_modules()
-        if isinstance(module, nn.Linear | _BankLinear)
+        if isinstance(module.base if isinstance(module, _BankLayer) else module, nn.Linear)
         and ".attentions." in name
         and name.startswith(BLOCKS[blocks])
         and name.endswith(TARGETS[targets])
     )
 
 
-class _BankLinear(nn.Module):
-    """base(x) + up_slot(row) @ down_slot(row) @ x, row by row."""
+def served_layers(unet: UNet2DConditionModel, targets: Targets) -> tuple[str, ...]:
+    """Return what `adapted_layers` does and the 1x1 convolutions of that name, which imported adapters may change."""
+    linears = set(adapted_layers(unet, targets))
+    return tuple(
+        name
+        for name, module in unet.named_modules()
+        if name in linears
+        or (
+            ".attentions." in name
+            and name.endswith(TARGETS[targets])
+            and isinstance(module, nn.Conv2d)
+            and sizes_of(module) is not None
+        )
+    )
 
-    def __init__(self, base: nn.Linear) -> None:
+
+class _BankLayer(nn.Module):
+    """base(x) + up_slot(row) @ down_slot(row) @ x, row by row; the base is a linear or a 1x1 convolution."""
+
+    def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = _sizes(base)
         # Set by the bank for the running forward. Plain attributes and no look-up: torch.compile takes them as inputs.
         self.rows: int | None = None
         self.factors: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output for rows x [B, T, in] or [B, in]."""
+        """Return the layer's output for rows x [B, T, in], [B, in] or, of a convolution, [B, in, H, W]."""
         output: Tensor = self.base(x)
         if self.rows is None:
             raise RuntimeError("no rows are bound: call the U-Net inside `with bank.rows(slots):`")
@@ -73,6 +90,9 @@ class _BankLinear(nn.Module):
         down_BRI, up_BOR = self.factors
         if x.ndim == 2:
             return _add_change(output.unsqueeze(1), x.unsqueeze(1), down_BRI, up_BOR).squeeze(1)
+        if x.ndim == 4:
+            # A sum that begins with the output keeps its memory layout, and so the bits of base rows.
+            return output + change_of_pixels(x, down_BRI, up_BOR)
         return _add_change(output, x, down_BRI, up_BOR)
 
 
@@ -83,7 +103,7 @@ def _add_change(output_BTO: Tensor, x_BTI: Tensor, down_BRI: Tensor, up_BOR: Ten
 
 
 class LoraBank:
-    """S adapter slots of rank up to R in every adapted linear of one U-Net; see the module docstring."""
+    """S adapter slots of rank up to R in every adapted layer of one U-Net; see the module docstring."""
 
     def __init__(self, unet: UNet2DConditionModel, slots: int, rank: int, layers: Sequence[str]) -> None:
         self.unet = unet
@@ -93,32 +113,32 @@ class LoraBank:
         self._slots: dict[int, dict[str, tuple[nn.Parameter, nn.Parameter]]] = {}
         self._tables: dict[str, tuple[tuple[int, ...], Tensor, Tensor]] = {}
         self._bound = False
-        self._originals: dict[str, nn.Linear] = {}
-        self._modules: dict[str, _BankLinear] = {}
+        self._originals: dict[str, nn.Linear | nn.Conv2d] = {}
+        self._modules: dict[str, _BankLayer] = {}
 
     @classmethod
     def attach(cls, unet: UNet2DConditionModel, *, slots: int, rank: int, layers: Sequence[str]) -> LoraBank:
-        """Put a bank of `slots` usable slots (1..S) into the named linears of `unet`, in place.
+        """Put a bank of `slots` usable slots (1..S) into the named layers of `unet`, in place.
 
-        Raises AdapterMismatchError for a name that is no linear of this U-Net.
+        Raises AdapterMismatchError for a name that is no linear and no 1x1 convolution of this U-Net.
         """
         bank = cls(unet, slots, rank, layers)
         modules = dict(unet.named_modules())
-        if any(isinstance(module, _BankLinear) for module in modules.values()):
+        if any(isinstance(module, _BankLayer) for module in modules.values()):
             raise RuntimeError("this U-Net holds a bank already: detach that one first")
         for name in bank.layers:
-            if not isinstance(modules.get(name), nn.Linear):
+            if sizes_of(modules.get(name)) is None:
                 raise AdapterMismatchError(
-                    f"{name} is not a linear layer of this U-Net: use the base it was trained on"
+                    f"{name} is not a linear layer or 1x1 convolution of this U-Net: use the base it was trained on"
                 )
         for name in bank.layers:
             bank._originals[name] = modules[name]
-            bank._modules[name] = _BankLinear(modules[name])
+            bank._modules[name] = _BankLayer(modules[name])
             replace_module(unet, name, bank._modules[name])
         return bank
 
     def detach(self) -> None:
-        """Put the original linears back; the U-Net is then as before `attach`."""
+        """Put the original layers back; the U-Net is then as before `attach`."""
         for name, original in self._originals.items():
             replace_module(self.unet, name, original)
         self._originals.clear()
@@ -183,7 +203,11 @@ class LoraBank:
         """Return a copy of a slot's weights at their true rank, fp32 on the CPU."""
         return AdapterWeights(
             {
-                name: LoraLayer(down.detach().float().cpu().clone(), up.detach().float().cpu().clone())
+                name: LoraLayer(
+                    down.detach().float().cpu().clone(),
+                    up.detach().float().cpu().clone(),
+                    convolution=is_convolution(self._originals[name]),
+                )
                 for name, (down, up) in self._slots[slot].items()
             }
         )
@@ -201,13 +225,13 @@ class LoraBank:
         for name in self.layers:
             if name not in weights.layers:
                 continue
-            layer, linear = weights.layers[name], self._originals[name]
-            wanted, found = (linear.in_features, linear.out_features), (layer.down.shape[1], layer.up.shape[0])
+            layer, original = weights.layers[name], self._originals[name]
+            wanted, found = _sizes(original), (layer.down.shape[1], layer.up.shape[0])
             if wanted != found:
                 raise AdapterMismatchError(
                     f"{name} takes (in, out) {wanted} and the adapter has {found}: other base model"
                 )
-            down, up = (side.to(linear.weight.device, torch.float32) for side in (layer.down, layer.up))
+            down, up = (side.to(original.weight.device, torch.float32) for side in (layer.down, layer.up))
             parameters[name] = (
                 nn.Parameter(down.clone(), requires_grad=trainable),
                 nn.Parameter(strength * up, requires_grad=trainable),
@@ -234,9 +258,9 @@ class LoraBank:
         return kept[1], kept[2]
 
     def _stack(self, name: str, pairs: Sequence[tuple[nn.Parameter, nn.Parameter] | None]) -> tuple[Tensor, Tensor]:
-        linear = self._originals[name]
-        zero_down = linear.weight.new_zeros((self.rank, linear.in_features), dtype=torch.float32)
-        zero_up = linear.weight.new_zeros((linear.out_features, self.rank), dtype=torch.float32)
+        weight, (inputs, outputs) = self._originals[name].weight, _sizes(self._originals[name])
+        zero_down = weight.new_zeros((self.rank, inputs), dtype=torch.float32)
+        zero_up = weight.new_zeros((outputs, self.rank), dtype=torch.float32)
         downs, ups = [zero_down], [zero_up]
         for pair in pairs[1:]:
             if pair is None:
@@ -248,6 +272,12 @@ class LoraBank:
             downs.append(functional.pad(down, (0, 0, 0, missing)) if missing else down)
             ups.append(functional.pad(up, (0, missing)) if missing else up)
         return torch.stack(downs), torch.stack(ups)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    sizes = sizes_of(layer)
+    assert sizes is not None  # attach took it
+    return sizes
 
 
 def parameter_names(layers: Iterable[str]) -> list[str]:

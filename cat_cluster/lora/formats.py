@@ -12,13 +12,15 @@ from typing import Any, get_args
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from cat_cluster.errors import AdapterFormatError, AdapterMismatchError
 from cat_cluster.files import write_whole
-from cat_cluster.lora.peft_config import HEADER_KEY, check_config, config_for, parse_config, scale_of
+from cat_cluster.lora.foreign_parts import is_text_encoder, refuse_foreign, without_text_encoder
+from cat_cluster.lora.layers import is_convolution, sizes_of
+from cat_cluster.lora.peft_config import HEADER_KEY, check_config, config_for, header_config, parse_config, scale_of
 from cat_cluster.spec.choices import AdapterFormat
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -31,10 +33,14 @@ _PICKLE_SUFFIXES = (".bin", ".pt", ".ckpt", ".pth", ".pkl")
 
 @dataclass(frozen=True, eq=False)
 class LoraLayer:
-    """The change of one linear: W + up @ down, down [R, in] and up [out, R], fp32; every scale is folded into up."""
+    """The change of one layer: W + up @ down, down [R, in] and up [out, R], fp32; every scale is folded into up.
+
+    convolution: the layer is a 1x1 convolution, so that files hold [R, in, 1, 1] and [out, R, 1, 1].
+    """
 
     down: Tensor
     up: Tensor
+    convolution: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,13 +74,12 @@ def check_fits(weights: AdapterWeights, unet: UNet2DConditionModel) -> None:
     """Raise AdapterMismatchError, naming layer and shapes, when an adapter does not fit a U-Net."""
     modules = dict(unet.named_modules())
     for name, layer in weights.layers.items():
-        module = modules.get(name)
-        module = getattr(module, "base", module)  # through a bank that may sit there
-        if not isinstance(module, nn.Linear):
+        wanted, found = sizes_of(modules.get(name)), (layer.down.shape[1], layer.up.shape[0])
+        if wanted is None:
             raise AdapterMismatchError(
-                f"layer {name} is not a linear layer of this base model: use the base it was made for"
+                f"layer {name} is not a linear layer or 1x1 convolution of this base model: use the base it was made "
+                "for, and a U-Net LoRA of such layers alone"
             )
-        wanted, found = (module.in_features, module.out_features), (layer.down.shape[1], layer.up.shape[0])
         if wanted != found:
             raise AdapterMismatchError(
                 f"layer {name} takes (in, out) = {wanted} in this base model and {found} in the adapter: "
@@ -91,7 +96,8 @@ def to_safetensors(weights: AdapterWeights, fmt: AdapterFormat, metadata: Mappin
     tensors: dict[str, Tensor] = {}
     header = dict(metadata)
     for name, layer in weights.layers.items():
-        down, up = layer.down.contiguous(), layer.up.contiguous()
+        ones = (1, 1) if layer.convolution else ()
+        down, up = (side.reshape(*side.shape, *ones).contiguous() for side in (layer.down, layer.up))
         if fmt == "kohya":
             prefix = _KOHYA_PREFIX + name.replace(".", "_")
             tensors[f"{prefix}.lora_down.weight"], tensors[f"{prefix}.lora_up.weight"] = down, up
@@ -127,27 +133,28 @@ def write_adapter(
     return path
 
 
-def read_adapter(source: Path | bytes, *, unet: UNet2DConditionModel | None = None) -> AdapterWeights:
+def read_adapter(
+    source: Path | bytes, *, unet: UNet2DConditionModel | None = None, unet_only: bool = False
+) -> AdapterWeights:
     """Read an adapter of any of the three formats; a folder is searched for the file names that write_adapter uses.
 
     Raises AdapterFormatError for a damaged file, one that is not safetensors, values that are not finite, and, by
-    name, for parts this project does not apply (text encoder, convolutions, DoRA, LoHa, LoKr, biases). kohya files
-    need `unet`: their names write dots as underscores. With `unet` names and shapes are checked too.
+    name, for parts this project does not apply (text encoder, larger convolutions, DoRA, LoHa, LoKr, biases). kohya
+    files need `unet`: their names write dots as underscores. With `unet` names and shapes are checked too. unet_only
+    leaves a text-encoder part out: `text_encoder_keys` says which.
     """
-    name, data, config = _open(source)
+    name, data, beside = _open(source)
     try:
         tensors = load(data)
     except (SafetensorError, ValueError) as error:
         raise AdapterFormatError(
             f"{name} is not a whole safetensors file ({error}): copy or export it again; pickle files are never read"
         ) from error
-    _refuse_foreign(name, tensors)
-    if config is None:
-        config = _header_config(name, data)
+    tensors = without_text_encoder(name, tensors) if unet_only else tensors
+    refuse_foreign(name, tensors)
+    config = _config_of(name, data, tensors, beside)
     if config is not None:
         check_config(name, config)
-    elif any(key.startswith(_PEFT_PREFIX) for key in tensors):
-        raise AdapterFormatError(f"{name} is a PEFT file, whose scale is in {PEFT_CONFIG}: put that file beside it")
     weights = AdapterWeights(_collect(name, tensors, config, unet))
     if not weights.layers:
         raise AdapterFormatError(f"{name} holds no LoRA layers of a U-Net: choose another file")
@@ -160,17 +167,52 @@ def read_adapter(source: Path | bytes, *, unet: UNet2DConditionModel | None = No
     return weights
 
 
-def _open(source: Path | bytes) -> tuple[str, bytes, dict[str, Any] | None]:
-    """Return what to call the source in messages, its bytes, and the adapter_config.json beside a PEFT file."""
+def text_encoder_keys(source: Path) -> list[str]:
+    """Return the names of a file's tensors that belong to a text encoder; raises AdapterFormatError."""
+    path = find_weights(source)
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys: list[str] = file.keys()
+    except (OSError, SafetensorError, ValueError) as error:
+        raise AdapterFormatError(f"{path} cannot be read ({error}): copy or export it again") from error
+    return sorted(key for key in keys if is_text_encoder(key))
+
+
+def _open(source: Path | bytes) -> tuple[str, bytes, Path | None]:
+    """Return what to call the source in messages, its bytes, and the adapter_config.json that lies beside it."""
     if isinstance(source, bytes):
         return "the adapter file", source, None
     path = find_weights(source)
     config_path = path.parent / PEFT_CONFIG
     try:
-        config = config_path.read_bytes() if path.name == PEFT_WEIGHTS and config_path.is_file() else None
-        return str(path), path.read_bytes(), None if config is None else parse_config(str(config_path), config)
+        return str(path), path.read_bytes(), config_path if config_path.is_file() else None
     except OSError as error:
         raise AdapterFormatError(f"{path} cannot be read: {error}; check the path") from error
+
+
+def _config_of(name: str, data: bytes, tensors: Mapping[str, Tensor], beside: Path | None) -> Mapping[str, Any] | None:
+    """Return the LoraConfig of a file: the one beside a file of PEFT, whatever its name, else that of its header."""
+    of_peft = any(_PEFT_PREFIX in key for key in tensors)
+    if beside is not None and (of_peft or Path(name).name == PEFT_WEIGHTS):
+        _check_owner(name, beside)
+        try:
+            return parse_config(str(beside), beside.read_bytes())
+        except OSError as error:
+            raise AdapterFormatError(f"{beside} cannot be read: {error}; check the path") from error
+    config = header_config(name, data)
+    if config is None and of_peft:
+        raise AdapterFormatError(f"{name} is a PEFT file, whose scale is in {PEFT_CONFIG}: put that file beside it")
+    return config
+
+
+def _check_owner(name: str, config: Path) -> None:
+    """Refuse a config beside a renamed file where the file that PEFT writes it for lies there too."""
+    other = config.parent / PEFT_WEIGHTS
+    if Path(name).name != PEFT_WEIGHTS and other.is_file():
+        raise AdapterFormatError(
+            f"{name} lies beside {PEFT_CONFIG}, which belongs to {PEFT_WEIGHTS}: put the file into a folder of its own "
+            f"with its own {PEFT_CONFIG}"
+        )
 
 
 def find_weights(source: Path) -> Path:
@@ -192,34 +234,6 @@ def _weights_file(folder: Path) -> Path:
     return found[0]
 
 
-def _header_config(name: str, data: bytes) -> dict[str, Any] | None:
-    """Return the LoraConfig that newer diffusers writes into the safetensors header, if there is one."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    text = header.get("__metadata__", {}).get(HEADER_KEY)
-    return None if text is None else parse_config(f"{name}: {HEADER_KEY}", text)
-
-
-_FOREIGN = {
-    r"(^|[._])(text_encoder|text_model|text_projection)|lora_te\d?_|self_attn\.": "a text-encoder part",
-    r"dora_scale|magnitude_vector": "DoRA weights",
-    r"hada_": "LoHa weights",
-    r"lokr_": "LoKr weights",
-    r"lora_embedding_": "an embedding",
-    r"\.bias$": "a bias",
-}
-
-
-def _refuse_foreign(name: str, tensors: Mapping[str, Tensor]) -> None:
-    for key, tensor in tensors.items():
-        kind = next((kind for pattern, kind in _FOREIGN.items() if re.search(pattern, key)), None)
-        if kind is None and tensor.ndim == 4:
-            kind = "a convolution layer"
-        if kind is not None:
-            raise AdapterFormatError(
-                f"{name}: {key} is {kind}, which cat-cluster does not apply: use a plain U-Net LoRA"
-            )
-
-
 # After the layer: PEFT's lora_A, diffusers' lora.down and lora_linear_layer.down, kohya's lora_down, and to_q_lora.down
 # of diffusers' first attention processors. Each has a twin for the up side.
 _KEY = re.compile(
@@ -233,20 +247,24 @@ def _collect(
     alphas = {key.removesuffix(".alpha"): tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
     downs: dict[str, Tensor] = {}
     ups: dict[str, Tensor] = {}
-    kohya_names = None if unet is None else {path.replace(".", "_"): path for path, _ in unet.named_modules()}
+    modules = {} if unet is None else dict(unet.named_modules())
+    kohya_names = None if unet is None else {path.replace(".", "_"): path for path in modules}
+    convolutions = {path for path in modules if is_convolution(modules[path])}
     paths: dict[str, str] = {}
     for key, tensor in tensors.items():
         if key.endswith(".alpha"):
             continue
         match = _KEY.fullmatch(key)
-        if match is None or tensor.ndim != 2 or not tensor.is_floating_point():
+        if match is None or tensor.ndim not in (2, 4) or not tensor.is_floating_point():
             raise AdapterFormatError(f"{name}: {key} is not a LoRA weight of a linear layer: use a plain U-Net LoRA")
         side = downs if match["A"] or match["down"] else ups
         path = _module_path(name, match["layer"], kohya_names)
         if path in side:
             raise AdapterFormatError(f"{name}: {key} and another key are the same weight of {path}: export it again")
-        side[path] = tensor.float()
+        side[path] = tensor.float().flatten(1)  # of a 1x1 convolution [R, in, 1, 1], which is a linear at each pixel
         paths[path] = match["layer"]
+        if unet is None and tensor.ndim == 4:
+            convolutions.add(path)
     _check_pairs(name, downs, ups)
     stray = sorted(alphas.keys() - set(paths.values()))
     if stray:
@@ -258,7 +276,7 @@ def _collect(
             scale = _alpha_value(name, paths[path], alpha) / rank
         else:
             scale = 1.0 if config is None else scale_of(name, config, path, rank)
-        layers[path] = LoraLayer(downs[path], ups[path] * scale)
+        layers[path] = LoraLayer(downs[path], ups[path] * scale, convolution=path in convolutions)
     return layers
 
 
@@ -279,7 +297,7 @@ def _alpha_value(name: str, layer: str, alpha: Tensor) -> float:
 
 def _module_path(name: str, raw: str, kohya_names: Mapping[str, str] | None) -> str:
     if not raw.startswith(_KOHYA_PREFIX):
-        path = raw.removeprefix(_PEFT_PREFIX).removeprefix("unet.")
+        path = raw.removeprefix("unet.").removeprefix(_PEFT_PREFIX).removeprefix("unet.")
         if ".processor." in path:
             path = path.replace(".processor.", ".")
             path = f"{path}.0" if path.endswith(".to_out") else path

@@ -43,6 +43,30 @@ def parse_config(where: str, text: str | bytes) -> dict[str, Any]:
     return of_unet or config
 
 
+def header_config(name: str, data: bytes) -> dict[str, Any] | None:
+    """Return the LoraConfig in a safetensors header, none where it has none.
+
+    Newer diffusers keep it as JSON under one key; others write a header entry per setting, as `unet.lora_alpha`.
+    """
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    if HEADER_KEY in metadata:
+        return parse_config(f"{name}: {HEADER_KEY}", metadata[HEADER_KEY])
+    for prefix in ("unet.", ""):
+        flat = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+        if "lora_alpha" in flat:
+            known = ("r", "alpha_pattern", "rank_pattern", "bias", "init_lora_weights", "peft_type", "use_rslora")
+            return {key: _flat_value(flat[key]) for key in flat if key in (*known, "lora_alpha", *_REFUSED_FLAGS)}
+    return None
+
+
+def _flat_value(text: str) -> Any:
+    """Return a setting that was written as text, in JSON or as Python prints it."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
 def check_config(where: str, config: Mapping[str, Any]) -> None:
     """Raise AdapterFormatError, naming the setting, for an adapter that is more than a scaled up @ down."""
     kind = config.get("peft_type", "LORA")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cat_cluster.errors import AdapterMismatchError
 from cat_cluster.lora.bank import replace_module
 from cat_cluster.lora.formats import AdapterWeights
+from cat_cluster.lora.layers import change_of_pixels, sizes_of
 
 _TEXT_SIDE = ("attn2.to_k", "attn2.to_v")
 
@@ -33,8 +34,10 @@ class AdapterLayout:
         self._down_at: dict[str, int] = {}
         self._up_at: dict[str, int] = {}
         for name in layers:
-            linear = unet.get_submodule(name)
-            self.shapes[name] = (int(linear.in_features), int(linear.out_features))
+            sizes = sizes_of(unet.get_submodule(name))
+            if sizes is None:
+                raise AdapterMismatchError(f"{name} is not a linear layer or 1x1 convolution of this U-Net")
+            self.shapes[name] = sizes
         place = 0
         for name, (inputs, _) in self.shapes.items():
             self._down_at[name] = place
@@ -80,10 +83,10 @@ class AdapterLayout:
         return down.view(rows, self.rank, inputs), up.view(rows, outputs, self.rank)
 
 
-class _RowLinear(nn.Module):
+class _RowLayer(nn.Module):
     """base(x) plus each row's own change; or, for what depends on the text alone, the rows' kept outputs."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
         self.base = base
         # Set by the bank before a call. Plain attributes: torch.compile takes them as inputs.
@@ -91,19 +94,22 @@ class _RowLinear(nn.Module):
         self.kept: Tensor | None = None
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        """Return the output [B, T, out] of rows x [B, T, in]."""
+        """Return the output [B, T, out] of rows x [B, T, in]; of a convolution, [B, out, H, W] of [B, in, H, W]."""
         if self.kept is not None:
             return self.kept
         output: Tensor = self.base(x_BTI)
         if self.factors is None:
             return output
         down_BRI, up_BOR = self.factors
+        if x_BTI.ndim == 4:
+            # Begins with the output, so that it keeps its memory layout, and base rows their bits.
+            return output + change_of_pixels(x_BTI, down_BRI, up_BOR)
         # One product per row, whatever its neighbours hold: a row's arithmetic must not depend on them.
         return output.baddbmm_(torch.bmm(x_BTI, down_BRI.mT), up_BOR.mT)
 
 
 class RowBank:
-    """N rows in every adapted linear of one U-Net, each bound to an adapter, a strength and a text of its own."""
+    """N rows in every adapted layer of one U-Net, each bound to an adapter, a strength and a text of its own."""
 
     def __init__(self, unet: UNet2DConditionModel, layout: AdapterLayout) -> None:
         """Attach to `unet` in place; its weights' device and dtype are the bank's. Rows come with `blocks`."""
@@ -112,12 +118,12 @@ class RowBank:
         self._like = unet.conv_in.weight
         names = [*layout.shapes, *(n for n, _ in unet.named_modules() if n.endswith(_TEXT_SIDE))]
         self._originals = {name: unet.get_submodule(name) for name in dict.fromkeys(names)}
-        self._modules = {name: _RowLinear(original) for name, original in self._originals.items()}
+        self._modules = {name: _RowLayer(original) for name, original in self._originals.items()}
         for name, module in self._modules.items():
             replace_module(unet, name, module)
 
     def detach(self) -> None:
-        """Put the original linears back; the U-Net is then as before."""
+        """Put the original layers back; the U-Net is then as before."""
         for name, original in self._originals.items():
             replace_module(self.unet, name, original)
 

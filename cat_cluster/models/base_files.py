@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -42,6 +42,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
 )
 _WEIGHT_ENDS = (".safetensors", "-?????-of-?????.safetensors")
+_CONFIG_PATTERNS = ("model_index.json", "*/*.json", "tokenizer/*.txt", "general_prompts.txt")
 _BETA_DEFAULTS: Mapping[str, Any] = {
     "beta_end": 0.02,
     "beta_schedule": "linear",
@@ -82,15 +83,46 @@ def base_folder(name: str) -> Path:
                 "`cat-cluster pocket pretrain`."
             )
         return folder
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith("/"):
+    return _own_folder(name) or _hub_folder(name)
+
+
+def check_base(name: str) -> str | None:
+    """Refuse, by name, a base that training would refuse for its files' names and configs; no weights are read.
+
+    Of a hub id that is not in the local cache only the configs are fetched. Returns why a base could not be checked,
+    when the hub cannot be reached; else None. Raises BaseModelError.
+    """
+    folder = base_folder(POCKET) if name == POCKET else _own_folder(name)
+    if folder is not None:
+        _complete(folder)
+        return None
+    try:
+        check_family(_cached(name) or _download(name, _CONFIG_PATTERNS))
+    except BaseModelError as error:
+        if not isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+        return f"base {name!r} is not in the local hub cache, and the hub cannot be reached"
+    return None
+
+
+def _own_folder(name: str) -> Path | None:
+    """Return the folder that a name means, None for a hub id; BaseModelError for what is neither."""
+    path = Path(name).expanduser()
+    choices = "give 'pocket', a diffusers folder, or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'"
+    if not name.strip():
+        raise BaseModelError(f"the base has no name: {choices}.")
+    if "://" in name:
+        raise BaseModelError(f"base {name!r} is an address, which is not opened: {choices}.")
+    if path.is_dir():
+        return path
+    if path.is_file():
         raise BaseModelError(
-            f"base {name!r} is not a folder: give 'pocket', a diffusers folder, or a hub id such as "
-            "'stable-diffusion-v1-5/stable-diffusion-v1-5'."
+            f"base {name!r} is a single file; a base is a diffusers folder: convert it once, a .ckpt in a place where "
+            "you trust it, with StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
         )
-    return _hub_folder(name)
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith("/"):
+        raise BaseModelError(f"base {name!r} is not a folder: {choices}.")
+    return None
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
@@ -240,10 +272,11 @@ def _write_digest(path: Path, digest: str) -> None:
 
 def _hub_folder(name: str) -> Path:
     """Return the snapshot folder of a hub id: the local cache when complete, else the needed files downloaded."""
-    with contextlib.suppress(OSError, ValueError, EntryNotFoundError, BaseModelError):
-        return _complete(Path(snapshot_download(name, local_files_only=True)))
+    cached = _cached(name)
+    if cached is not None:
+        return cached
     # Configs first: a base of another family is refused before its gigabytes are fetched.
-    folder = _download(name, ["model_index.json", "*/*.json", "tokenizer/*.txt", "general_prompts.txt"])
+    folder = _download(name, _CONFIG_PATTERNS)
     check_family(folder)
     for infix in ("", ".fp16"):
         patterns = [f"{part}/{stem}{infix}{end}" for part, stem in WEIGHT_STEMS.items() for end in _WEIGHT_ENDS]
@@ -253,6 +286,13 @@ def _hub_folder(name: str) -> Path:
     return _complete(folder)
 
 
+def _cached(name: str) -> Path | None:
+    """Return the snapshot of a hub id in the local cache, None unless it is complete."""
+    with contextlib.suppress(OSError, ValueError, EntryNotFoundError, BaseModelError):
+        return _complete(Path(snapshot_download(name, local_files_only=True)))
+    return None
+
+
 def _complete(folder: Path) -> Path:
     check_family(folder)
     for component in WEIGHT_STEMS:
@@ -260,9 +300,9 @@ def _complete(folder: Path) -> Path:
     return folder
 
 
-def _download(name: str, patterns: list[str]) -> Path:
+def _download(name: str, patterns: Sequence[str]) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError, EntryNotFoundError) as error:
         reason = next(iter(str(error).splitlines()), "")
         raise BaseModelError(

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -14,7 +15,7 @@ from cat_cluster.errors import AdapterFormatError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
-from cat_cluster.lora.formats import AdapterWeights, find_weights, read_adapter
+from cat_cluster.lora.formats import AdapterWeights, find_weights, read_adapter, text_encoder_keys
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.pipeline.publish import adapter_draft
 from cat_cluster.pipeline.published_adapters import ImageListener
@@ -26,7 +27,10 @@ from cat_cluster.spec.sections import EvaluationSpec
 
 @dataclass(frozen=True)
 class ImportRequest:
-    """A file to import. tokens, class_nouns and, unless empty, photos (folders) have one entry per concept."""
+    """A file to import. tokens, class_nouns and, unless empty, photos (folders) have one entry per concept.
+
+    unet_only: leave a text-encoder part of the file out; else such a file is refused.
+    """
 
     file: Path
     adapter_id: str
@@ -35,22 +39,27 @@ class ImportRequest:
     photos: Sequence[Path] = ()
     base: str = "pocket"
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    unet_only: bool = False
 
 
 def import_adapter(request: ImportRequest, registry: Registry, device: str, listener: ImageListener) -> Manifest:
     """Publish an adapter of a diffusers, PEFT or kohya file and return its manifest; with photos it is measured too.
 
-    The same file under the same id and settings is published once. Raises SpecError for bad ids, tokens or numbers of
-    them, ConceptError for bad photos, AdapterFormatError by name for what this project does not apply, and
-    AdapterMismatchError when the file is of another base model.
+    The manifest's training names the tensors that unet_only left out. The same file under the same id and settings is
+    published once. Raises SpecError for bad ids, tokens or numbers of them, ConceptError for bad photos,
+    AdapterFormatError by name for what this project does not apply, and AdapterMismatchError when the file is of
+    another base model.
     """
     path = find_weights(request.file)
     imported = _described(request, path)
     concepts = _concepts(request)
     base = load_base_model(request.base, device=device)
-    weights = read_adapter(path, unet=base.unet)
+    weights = read_adapter(path, unet=base.unet, unet_only=request.unet_only)
     evaluation = _measure(base, weights, concepts, imported, listener) if concepts else None
-    draft = adapter_draft(imported, base, concepts, weights, evaluation, training={"imported_from": imported.source})
+    training: dict[str, Any] = {"imported_from": imported.source}
+    if request.unet_only and (left_out := text_encoder_keys(path)):
+        training["left_out"] = left_out
+    draft = adapter_draft(imported, base, concepts, weights, evaluation, training=training)
     return registry.publish(draft)
 
 

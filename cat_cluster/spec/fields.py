@@ -128,12 +128,12 @@ def _prompts_file(value: str, info: ValidationInfo) -> str:
 
 
 def _name_or_folder(value: str, info: ValidationInfo) -> str:
-    """A folder is taken as one when it looks like a path or is there; any other text is a name, as a hub id."""
+    """A path is taken as one when it looks so or something is there; any other text is a name, as a hub id."""
     folder = _spec_folder(info)
     if folder is None or "://" in value or value in _NAMED_BASES_AND_JUDGES:
         return value
     path = _absolute(value, folder)
-    return path if value.startswith((".", "/", "~")) or os.path.isdir(path) else value
+    return path if value.startswith((".", "/", "~")) or os.path.exists(path) else value
 
 
 def _storage_place(value: str, info: ValidationInfo) -> str:

@@ -12,10 +12,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cat_cluster.errors import SpecError
+from cat_cluster.spec.yaml_bounds import build, compose, read_text
 
 Location = tuple[str | int, ...]
 FieldError = tuple[Location, str]
-_MERGE_KEY = "tag:yaml.org,2002:merge"
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,17 @@ class SpecDocument:
 
 
 def read_yaml(path: Path) -> SpecDocument:
-    """Parse one YAML document of keys; raises SpecError when the file cannot be read or is not YAML."""
+    """Parse one YAML document of keys; raises SpecError when it cannot be read, or breaks a bound."""
     try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")
+        text = read_text(path.expanduser())
+        node = compose(text)
+        data = build(node)
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}; give the path of a YAML job spec") from error
     except UnicodeDecodeError as error:
         raise SpecError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise SpecError(f"{path}: is not YAML: {' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise SpecError(f"{path}: is nested too deep to be a job spec") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise SpecError(
             f"{path}: must hold keys such as name and adapters, got {describe(data)}; "
@@ -93,7 +90,7 @@ def _walk(node: yaml.Node, at: Location, lines: dict[Location, int], seen: set[i
     elif isinstance(node, yaml.MappingNode):
         first: dict[str, int] = {}
         for key, value in node.value:
-            if key.tag == _MERGE_KEY or not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode):
                 continue
             line = key.start_mark.line + 1
             place = (*at, key.value)

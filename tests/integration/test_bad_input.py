@@ -206,8 +206,25 @@ def test_an_unusable_base_folder(
     assert_refused(command("train", "--in-process", spec, "--storage", storage, "--json"), "spoilt-base", *parts)
     out = tmp_path / "out.png"
     assert_refused(command("generate", "--base", base, "--prompt", "a cup", "--out", out), "spoilt-base", *parts)
+    if spoil in (no_vae, broken_config, sdxl, no_folder):  # what a check can see without reading weights
+        assert_refused(command("spec", "check", spec, "--json"), "spec.yaml", "adapter cup", "spoilt-base", *parts)
     assert not storage.exists()
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "part"),
+    [("models/sd15.ckpt", "is a single file"), ("https://hub.example/a/b", "is an address"), ("a/b/c", "not a folder")],
+)
+def test_a_base_that_training_refuses_is_refused_by_the_check(
+    command: CommandLine, photos: Path, tmp_path: Path, base: str, part: str
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sd15.ckpt").write_bytes(b"weights")
+    spec = write_spec(tmp_path / "spec.yaml", base, [adapter("cup", photos)])
+    storage = tmp_path / "storage"
+    assert_refused(command("spec", "check", spec, "--json"), "spec.yaml", "adapter cup", base, part)
+    assert_refused(command("train", "--in-process", spec, "--storage", storage), base, part)
 
 
 def test_a_judge_that_is_not_there_is_refused_before_training(

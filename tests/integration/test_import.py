@@ -94,6 +94,24 @@ def test_with_photos_it_is_measured_and_can_be_measured_again(
     assert str(tmp_path) not in json.dumps(shown["spec"])
 
 
+def test_the_unet_part_of_a_file_with_a_text_encoder_comes_in_alone_when_asked(
+    published: Published, command: CommandLine, tmp_path: Path
+) -> None:
+    whole = next(exported(command, published, "kohya", tmp_path / "kohya").glob("*.safetensors"))
+    layer = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    text = {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(32, 2)}
+    save_file({**load_file(whole), **text}, tmp_path / "both.safetensors")
+    place = ("--base", published.base, "--storage", published.storage)
+    assert_refused(command("adapters", "import", tmp_path / "both.safetensors", *NAMED, *place), layer, "--unet-only")
+    finished = command("adapters", "import", tmp_path / "both.safetensors", *NAMED, *place, "--unet-only", "--json")
+    assert finished.code == 0, finished.err
+    assert "left out the text-encoder part: 2 tensors" in finished.err
+    assert finished.json()["left_out"] == sorted(text)
+    assert open_registry(published.storage).resolve("guest").training["left_out"] == sorted(text)
+    guest = published_weights(published.storage, "guest")
+    assert guest.digest() == published_weights(published.storage, "cup").digest()
+
+
 def test_measuring_one_that_came_without_photos_says_what_to_do(
     published: Published, command: CommandLine, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ from cat_cluster.cluster.kuberay.rules import CLUSTERS, operator_findings
 from cat_cluster.cluster.kuberay.schemas import Finding, Schemas
 from cat_cluster.cluster.kuberay.security import restricted_findings
 from cat_cluster.errors import SpecError
+from cat_cluster.spec.yaml_bounds import check_bounds
 
 MAX_VALUES, MAX_DEPTH = 100_000, 100  # of a document; a manifest here has fewer than 2,000, 20 deep
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")  # a colon: roles may have one
@@ -60,6 +61,7 @@ def read_manifests(files: Iterable[str | Path]) -> list[Document]:
         name = "stdin" if str(file) == "-" else str(file)
         try:
             text = sys.stdin.read() if str(file) == "-" else Path(file).read_text(encoding="utf-8")
+            check_bounds(text, merges=True)
             contents = list(yaml.load_all(text, Loader=_Once))
         except OSError as error:
             raise SpecError(f"{name}: cannot be read: {error.strerror}; give files of manifests, or -") from error

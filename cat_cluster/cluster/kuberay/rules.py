@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from cat_cluster.cluster.kuberay.schemas import FieldPath, Finding
+from cat_cluster.spec.yaml_bounds import load_yaml
 
 Json = Mapping[str, Any]
 
@@ -187,6 +188,6 @@ def _fault_tolerance_findings(head: FieldPath, spec: Json, annotations: Mapping[
 def _yaml(text: str) -> Any:
     """Return what a text of YAML holds; the text itself when it is none."""
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError:
         return text

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.lora.bank import adapted_layers, served_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 
 WeightsFactory = Callable[..., AdapterWeights]
@@ -36,19 +36,29 @@ def read_unet(folder: Path) -> UNet2DConditionModel:
 
 @pytest.fixture
 def make_weights() -> WeightsFactory:
-    """Makes random weights for a U-Net; `ranks` are dealt out to the layers in turn."""
+    """Makes random weights for a U-Net; `ranks` are dealt out to the layers in turn.
+
+    convolutions: change 1x1 convolutions of the targets too, as imported adapters do.
+    """
 
     def make(
-        unet: UNet2DConditionModel, *, ranks: tuple[int, ...] = (4,), targets: str = "attention", seed: int = 0
+        unet: UNet2DConditionModel,
+        *,
+        ranks: tuple[int, ...] = (4,),
+        targets: str = "attention",
+        seed: int = 0,
+        convolutions: bool = False,
     ) -> AdapterWeights:
         generator = torch.Generator().manual_seed(seed)
         layers = {}
-        for index, name in enumerate(adapted_layers(unet, targets)):
-            linear, rank = unet.get_submodule(name), ranks[index % len(ranks)]
-            assert isinstance(linear, nn.Linear)
+        for index, name in enumerate((served_layers if convolutions else adapted_layers)(unet, targets)):
+            module, rank = unet.get_submodule(name), ranks[index % len(ranks)]
+            assert isinstance(module, nn.Linear | nn.Conv2d)
+            outputs, inputs = module.weight.shape[:2]
             layers[name] = LoraLayer(
-                torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5,
-                0.3 * torch.randn(linear.out_features, rank, generator=generator),
+                torch.randn(rank, inputs, generator=generator) * inputs**-0.5,
+                0.3 * torch.randn(outputs, rank, generator=generator),
+                convolution=isinstance(module, nn.Conv2d),
             )
         return AdapterWeights(layers)
 

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from cat_cluster.errors import AdapterMismatchError
-from cat_cluster.lora.bank import TARGETS, LoraBank, adapted_layers
+from cat_cluster.lora.bank import TARGETS, LoraBank, adapted_layers, served_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 
 WeightsFactory = Callable[..., AdapterWeights]
@@ -54,8 +54,8 @@ def with_peft(unet: UNet2DConditionModel, weights: AdapterWeights) -> UNet2DCond
     )
     for name, layer in weights.layers.items():
         module = twin.get_submodule(name)
-        module.lora_A["default"].weight.data.copy_(layer.down)
-        module.lora_B["default"].weight.data.copy_(layer.up)
+        for side, values in ((module.lora_A, layer.down), (module.lora_B, layer.up)):
+            side["default"].weight.data.copy_(values.reshape(side["default"].weight.shape))
     return twin
 
 
@@ -102,6 +102,33 @@ def test_each_row_is_what_peft_makes_of_its_adapter(
     for row, slot in enumerate([2, 0, 1]):
         torch.testing.assert_close(found[row], expected[slot][row], rtol=1e-4, atol=1e-5)
     assert not torch.allclose(found[0], expected[0][0], atol=1e-3)
+
+
+def test_1x1_convolutions_are_linears_at_each_pixel(
+    one_unet: UNet2DConditionModel, make_weights: WeightsFactory
+) -> None:
+    """PEFT adapts them as convolutions; the rows, the base rows and a training slot are as for linears."""
+    adapters = [
+        make_weights(one_unet, ranks=(2, 4), targets="attention_ff", seed=seed, convolutions=True) for seed in (1, 2)
+    ]
+    assert any(layer.convolution for layer in adapters[0].layers.values())
+    assert adapted_layers(one_unet, "attention_ff") == tuple(
+        name for name in served_layers(one_unet, "attention_ff") if not adapters[0].layers[name].convolution
+    )
+    expected = [one_unet(*inputs(3)).sample, *(with_peft(one_unet, one)(*inputs(3)).sample for one in adapters)]
+    bank = attach(one_unet, adapters)
+    found = predict(bank, [2, 0, 1])
+    for row, slot in enumerate([2, 0, 1]):
+        torch.testing.assert_close(found[row], expected[slot][row].detach(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[1], expected[0][1])
+    one_unet.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(predict(bank, [2, 0, 1]), found, rtol=1e-4, atol=1e-5)
+    bank.new_trainable(1, adapters[0])
+    assert all(bool(gradient.any()) for gradient in train(bank, [1, 1])[1])
+    exported = bank.export(1)
+    assert {name: layer.convolution for name, layer in exported.layers.items()} == {
+        name: layer.convolution for name, layer in adapters[0].layers.items()
+    }
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention_ff"])

@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from cat_cluster.errors import AdapterMismatchError
-from cat_cluster.lora.bank import TARGETS, LoraBank, adapted_layers
+from cat_cluster.lora.bank import TARGETS, LoraBank, adapted_layers, served_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank, RowBlock
 from cat_cluster.models.base_model import compiled_blocks
@@ -30,7 +30,7 @@ def _no_gradients() -> Iterator[None]:
 
 @contextmanager
 def attached(unet: UNet2DConditionModel, targets: str = "attention_ff", rank: int = RANK) -> Iterator[RowBank]:
-    bank = RowBank(unet, AdapterLayout(unet, adapted_layers(unet, targets), rank))
+    bank = RowBank(unet, AdapterLayout(unet, served_layers(unet, targets), rank))
     try:
         yield bank
     finally:
@@ -82,6 +82,26 @@ def test_pack_and_factors_are_inverse(unet: UNet2DConditionModel, make_weights: 
         for part in layout.factors(touched, name):
             part += 1
     assert torch.equal(touched, torch.ones_like(touched)), "parts overlap, or leave a gap"
+
+
+def test_1x1_convolutions_are_linears_at_each_pixel(
+    one_unet: UNet2DConditionModel, make_weights: WeightsFactory
+) -> None:
+    weights = make_weights(one_unet, ranks=(2, 4), targets="attention_ff", convolutions=True)
+    assert any(layer.convolution for layer in weights.layers.values())
+    x, t, text = inputs(2)
+    bare = one_unet(x, t, text).sample
+    expected = with_peft(one_unet, weights)(x, t, text).sample
+    with attached(one_unet) as bank:
+        block = bank.block(2, text.shape[1])
+        bind_all(bank, block, [weights, None], [1.0, 1.0])
+        found = predict(bank, block, 2)
+        one_unet.to(memory_format=torch.channels_last)
+        again = predict(bank, block, 2)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], bare[1], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[0], bare[0], atol=1e-3)
 
 
 def test_layers_that_an_adapter_lacks_are_zero(one_unet: UNet2DConditionModel, make_weights: WeightsFactory) -> None:

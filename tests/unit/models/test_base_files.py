@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cat_cluster.errors import BaseModelError
-from cat_cluster.models.base_files import base_folder, fingerprint
+from cat_cluster.models.base_files import base_folder, check_base, fingerprint
 
 COMMIT = "b" * 40
 NAME = "someone/tiny"
@@ -127,9 +127,22 @@ def test_a_repository_with_the_fp16_variant_only(
 def test_another_family_is_refused_before_its_weights_are_fetched(hub: Hub) -> None:
     (hub.folder / "text_encoder_2").mkdir()
     (hub.folder / "text_encoder_2" / "config.json").write_text("{}")
-    with pytest.raises(BaseModelError, match="Stable Diffusion XL"):
-        base_folder(NAME)
+    for ask in (check_base, base_folder):
+        with pytest.raises(BaseModelError, match="Stable Diffusion XL"):
+            ask(NAME)
     assert not [name for name in hub.sent if name.endswith(".safetensors")]
+
+
+def test_a_check_fetches_configs_alone(hub: Hub) -> None:
+    assert check_base(NAME) is None
+    assert not [name for name in hub.sent if name.endswith(".safetensors")]
+    with pytest.raises(BaseModelError, match=r"'someone/else'.*Check the name"):
+        check_base("someone/else")
+
+
+def test_a_check_without_the_hub_says_that_it_could_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert check_base(NAME) == f"base {NAME!r} is not in the local hub cache, and the hub cannot be reached"
 
 
 def test_a_repository_that_does_not_exist_names_the_remedy(hub: Hub) -> None:

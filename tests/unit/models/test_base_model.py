@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import cat_cluster.models.base_files
 from cat_cluster.errors import BaseModelError
-from cat_cluster.models.base_files import fingerprint
+from cat_cluster.models.base_files import check_base, fingerprint
 from cat_cluster.models.base_model import BaseModel, as_stock_pipeline_reads, base_folder, load_base_model
 
 PROMPTS = ["a photo of a red sks cup", "", "a cup " * 60, "two caf\u00e9s, at night!"]
@@ -274,6 +274,38 @@ def test_refused_by_name(case: str, copy: Path) -> None:
 def test_a_name_that_is_neither_folder_nor_hub_id(name: str) -> None:
     with pytest.raises(BaseModelError, match="is not a folder"):
         base_folder(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "has no name"),
+        ("  ", "has no name"),
+        ("https://hub.example/owner/base", "is an address, which is not opened: give 'pocket', a diffusers folder"),
+        ("s3://bucket/base", "is an address"),
+        ("models/sd15.ckpt", r"is a single file.*from_single_file\(FILE\)\.save_pretrained"),
+        ("./models/sd15.safetensors", "is a single file"),
+    ],
+)
+def test_what_is_no_folder_is_never_looked_up_on_the_hub(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "sd15.ckpt").write_bytes(b"weights")
+    (tmp_path / "models" / "sd15.safetensors").write_bytes(b"weights")
+    monkeypatch.chdir(tmp_path)
+    for ask in (base_folder, check_base):
+        with pytest.raises(BaseModelError, match=message):
+            ask(name)
+
+
+@pytest.mark.parametrize("case", list(REFUSALS)[: list(REFUSALS).index("truncated weights")])
+def test_what_a_folders_files_tell_is_refused_without_reading_weights(case: str, copy: Path) -> None:
+    assert check_base(str(copy)) is None
+    damage, message = REFUSALS[case]
+    damage(copy)
+    with pytest.raises(BaseModelError, match=message):
+        check_base(str(copy))
 
 
 def test_pocket_is_the_shipped_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -153,6 +153,11 @@ def test_files_hold_documents_and_lists(tmp_path: Path) -> None:
             + "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in ("ab", "bc", "cd", "de", "ef", "fg")),
             "aliases",
         ),
+        (
+            "a: &a {k: v}\n"
+            + "".join(f"{b}: &{b} {{<<: [{', '.join(9 * [f'*{a}'])}]}}\n" for a, b in ("ab", "bc", "cd", "de", "ef")),
+            "aliases",
+        ),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, text: str, said: str) -> None:

@@ -1,0 +1,34 @@
+"""Which layers of a U-Net an adapter can change: linears, and 1x1 convolutions, which are a linear at each pixel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def sizes_of(module: nn.Module | None) -> tuple[int, int] | None:
+    """Return (in, out) of a layer that an adapter can change, also through a bank that sits there; None for others."""
+    module = getattr(module, "base", module)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, nn.Conv2d) and _is_pointwise(module):
+        return module.in_channels, module.out_channels
+    return None
+
+
+def is_convolution(module: nn.Module | None) -> bool:
+    """Say whether a layer is a convolution, also through a bank that sits there."""
+    return isinstance(getattr(module, "base", module), nn.Conv2d)
+
+
+def change_of_pixels(x_BIHW: Tensor, down_BRI: Tensor, up_BOR: Tensor) -> Tensor:
+    """Return what adapters add to the output of a 1x1 convolution, [B, out, H, W]; one product per row."""
+    hidden_BTR = torch.bmm(x_BIHW.flatten(2).mT, down_BRI.to(x_BIHW.dtype).mT)
+    change_BTO = torch.bmm(hidden_BTR, up_BOR.to(hidden_BTR.dtype).mT)
+    rows, _, height, width = x_BIHW.shape
+    return change_BTO.mT.reshape(rows, -1, height, width)
+
+
+def _is_pointwise(module: nn.Conv2d) -> bool:
+    plain = module.groups == 1 and module.stride == (1, 1) and module.padding in ((0, 0), "valid")
+    return plain and module.kernel_size == (1, 1)
