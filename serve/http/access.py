@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from dataclasses import dataclass, field
 
 from cat_cluster.errors import SpecError
 from serve.http.http_errors import HttpError
+from serve.http.sites import is_loopback
 from serve.settings import ServeSettings
 
 API_KEYS, ADMIN_KEYS = "CAT_API_KEYS", "CAT_ADMIN_KEYS"
@@ -121,18 +121,11 @@ class Access:
 
 def check_bind(host: str, access: Access) -> None:
     """Refuse with SpecError to listen beyond this machine while any key is accepted."""
-    if access.is_open and not _is_loopback(host):
+    if access.is_open and not is_loopback(host):
         raise SpecError(
             f"without API keys the service listens on this machine alone, not on {host or 'every address'}: set "
             f"{API_KEYS} to one or more keys separated by commas, or bind 127.0.0.1"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _too_much(message: str, retry_after: float) -> HttpError:

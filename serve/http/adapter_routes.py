@@ -34,6 +34,7 @@ from serve.http.schema import (
     RevisionCard,
     StatusResponse,
 )
+from serve.http.sites import is_own_page
 from serve.probes.records import read_history
 
 FOREVER = "private, max-age=31536000, immutable"  # a revision's pictures never change
@@ -48,8 +49,8 @@ ReferencePath = Annotated[
 
 
 def admin_only(request: Request) -> None:
-    """Refuse callers who may not act on adapters, and pages of other sites, which reach a loopback service too."""
-    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+    """Refuse callers who may not act on adapters, and pages of other sites, those of `cors_origins` too."""
+    if not is_own_page(request):
         raise HttpError(403, "pages of other sites may not act on adapters", "admin_only")
     ingress_of(request).access.check_admin(caller_of(request))
 
