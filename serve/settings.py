@@ -78,6 +78,7 @@ class ServeSettings(BaseModel):
         default=None, ge=1, description="Requests a minute of one API key, per ingress process; none: no limit."
     )
     max_body_bytes: int = Field(default=65536, ge=1024, description="Largest request body.")
+    body_timeout_s: float = Field(default=10.0, gt=0, description="Seconds within which a request's body must arrive.")
     cors_origins: tuple[str, ...] = Field(
         default=(), description="Other sites, as `https://example.com`, whose pages may draw and read."
     )
