@@ -79,6 +79,9 @@ class ServeSettings(BaseModel):
     )
     max_body_bytes: int = Field(default=65536, ge=1024, description="Largest request body.")
     body_timeout_s: float = Field(default=10.0, gt=0, description="Seconds within which a request's body must arrive.")
+    show_photos: bool = Field(
+        default=False, description="Show every caller the photos that adapters were taught with, not only admins."
+    )
     cors_origins: tuple[str, ...] = Field(
         default=(), description="Other sites, as `https://example.com`, whose pages may draw and read."
     )

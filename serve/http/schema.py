@@ -197,7 +197,7 @@ class RevisionCard(BaseModel):
     intervals: dict[str, Any] = Field(description="95% intervals of the scores.")
     leak_matrix: Any = None
     judge: dict[str, Any] | None = None
-    samples: list[str] = Field(description="Images at /v1/adapters/{reference}/samples/{name}.")
+    samples: list[str] = Field(description="Images at /v1/adapters/{reference}/samples/{name}; photos for admins.")
 
 
 class AdapterCard(BaseModel):
