@@ -91,6 +91,7 @@ async def list_adapters(ingress: IngressDep, photos: PhotosDep) -> AdapterList:
                 aliases=item.aliases,
                 revisions=list(item.revisions),
                 damaged=list(item.damaged),
+                damaged_aliases=list(item.damaged_aliases),
                 latest=None if item.latest is None else RevisionCard(**_revision(item.latest, photos)),
             )
             for item in (await ingress.registry_listing.adapters()).values()
@@ -242,7 +243,8 @@ def _reference(manifest: Manifest) -> dict[str, ReferenceScore]:
     """Return each score's spread over the pairs that were measured; the photos stay in the store."""
     found = {}
     for score in SCORES:
-        values = [value for concept in _measured(manifest).values() for value in concept.get(score) or ()]
+        scores = [value for concept in _measured(manifest).values() for value in concept.get(score) or ()]
+        values = [value for value in scores if value is not None]
         if values:
             found[score] = ReferenceScore(mean=mean(values), std=pstdev(values), count=len(values))
     return found

@@ -207,6 +207,7 @@ class AdapterCard(BaseModel):
     aliases: dict[str, str] = Field(description="Alias -> revision.")
     revisions: list[str]
     damaged: list[str] = Field(description="Revisions whose manifest cannot be read.")
+    damaged_aliases: list[str] = Field(description="Aliases whose record cannot be read.")
     latest: RevisionCard | None
 
 
