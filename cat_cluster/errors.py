@@ -60,6 +60,10 @@ class ObjectNotFoundError(StoreError):
     """No object is stored under the key."""
 
 
+class ObjectUnreadableError(StoreError):
+    """One object cannot be read, or is not what was stored; the store itself responds."""
+
+
 class ObjectExistsError(StoreError):
     """A write-once key is already taken."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cat_cluster.spec.choices import DriftPolicy, Precision, Targets
 
@@ -77,7 +78,25 @@ class ServeSettings(BaseModel):
         default=None, ge=1, description="Requests a minute of one API key, per ingress process; none: no limit."
     )
     max_body_bytes: int = Field(default=65536, ge=1024, description="Largest request body.")
+    body_timeout_s: float = Field(default=10.0, gt=0, description="Seconds within which a request's body must arrive.")
+    show_photos: bool = Field(
+        default=False, description="Show every caller the photos that adapters were taught with, not only admins."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        default=(), description="Other sites, as `https://example.com`, whose pages may draw and read."
+    )
     probes: ProbeSettings = Field(default=ProbeSettings(), description="Drift probes.")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _name_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if split_origin(origin) is None or origin != origin.lower():
+                raise ValueError(
+                    f"{origin!r} is not the origin of a page: write scheme, host and, if it is not the scheme's own, "
+                    "port, in small letters and without a path, as https://example.com or http://localhost:3000"
+                )
+        return origins
 
     @model_validator(mode="after")
     def _fits(self) -> ServeSettings:
@@ -114,3 +133,16 @@ class Deployment(BaseModel):
     def most_engines(self) -> int:
         """The most engines there may be."""
         return self.min_engines if self.max_engines is None else self.max_engines
+
+
+def split_origin(origin: str) -> tuple[str, str, int] | None:
+    """Return scheme, host and port of `http[s]://host[:port]`, None for any other text, such as `null` and `*`."""
+    try:
+        parts = urlsplit(origin)
+        port = parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return None
+    is_whole = origin.lower() == f"{parts.scheme}://{parts.netloc}".lower() and "@" not in parts.netloc
+    if port is None or not parts.hostname or not is_whole or "*" in parts.hostname:
+        return None
+    return parts.scheme, parts.hostname, port

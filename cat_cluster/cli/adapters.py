@@ -178,7 +178,7 @@ def _summary_table(summaries: Sequence[Any]) -> Table:
             str(len(one.revisions)),
             "-" if manifest is None else " ".join(concept.token for concept in manifest.concepts),
             "-" if manifest is None else manifest.method,
-            *(f"{metrics[name]:.3f}" if name in metrics else "-" for name in ("kps", "base_drift")),
+            *("-" if metrics.get(name) is None else f"{metrics[name]:.3f}" for name in ("kps", "base_drift")),
         )
     return table
 

@@ -146,7 +146,7 @@ class DriftMonitor:
         try:
             found = [np.asarray(stored[name], dtype=np.float64) for name in ("ewma", "up", "down")]
             probes = int(stored["probes"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"not the state of a drift monitor: {error!r}") from error
         if any(part.shape != (len(SCORES),) or not np.isfinite(part).all() for part in found):
             raise ValueError("not the state of a drift monitor: wrong shape or not finite")

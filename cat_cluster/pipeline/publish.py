@@ -16,6 +16,7 @@ from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import AdapterDraft
+from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.spec.choices import RevisionStatus
 from cat_cluster.spec.imported import ImportedAdapter
 from cat_cluster.spec.job import ResolvedAdapter
@@ -76,10 +77,10 @@ def photo_objects(concepts: Sequence[Concept]) -> dict[str, bytes]:
         for n, example in enumerate(concept.examples):
             image = example.image.copy()
             image.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)
-            objects[f"photo-{k}-{n:03d}.png"] = _png(image)
+            objects[f"{PHOTO_PREFIX}{k}-{n:03d}.png"] = _png(image)
         design = concept.examples[0].path.parent / DESIGN_FILE
         if design.is_file():
-            objects[f"photo-{k}-{DESIGN_FILE}"] = design.read_bytes()
+            objects[f"{PHOTO_PREFIX}{k}-{DESIGN_FILE}"] = design.read_bytes()
     return objects
 
 

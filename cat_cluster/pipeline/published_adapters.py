@@ -18,6 +18,7 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.text_limit import TextLimit
 from cat_cluster.registry import Manifest, Reference, Registry
+from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.spec.choices import SamplerName
 from cat_cluster.spec.imported import ImportedConcept
 from cat_cluster.spec.job import ConceptSpec
@@ -127,7 +128,7 @@ def _stored_concept(
     registry: Registry, manifest: Manifest, spec: ConceptSpec | ImportedConcept, index: int, folder: Path
 ) -> Concept:
     folder.mkdir()
-    prefix = f"photo-{index}-"
+    prefix = f"{PHOTO_PREFIX}{index}-"
     for name in manifest.objects:
         if name.startswith(prefix):
             (folder / name.removeprefix(prefix)).write_bytes(registry.read_object(manifest, name))

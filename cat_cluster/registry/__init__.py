@@ -6,7 +6,8 @@ from cat_cluster.registry.aliases import AliasEntry
 from cat_cluster.registry.manifest import AdapterDraft, Manifest, revision_of
 from cat_cluster.registry.quarantine import Quarantine
 from cat_cluster.registry.references import Reference
-from cat_cluster.registry.registry import AdapterSummary, Registry, VerifyReport
+from cat_cluster.registry.registry import Registry, VerifyReport
+from cat_cluster.registry.summary import AdapterSummary
 
 __all__ = [
     "AdapterDraft",

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import dropwhile
 
-from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, RegistryError
-from cat_cluster.registry.references import alias_prefix, check_adapter_id, check_alias
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, ObjectUnreadableError, RegistryError
+from cat_cluster.registry.references import REVISION_PATTERN, alias_prefix, check_adapter_id, check_alias, is_alias
 from cat_cluster.store.protocol import ObjectStore
 
 MAX_ATTEMPTS = 1000  # each lost race is another writer's success, so this many means a store that lies
+
+
+_NUMBER = re.compile(r"[0-9]{8}\.json")
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,16 @@ class AliasEntry:
 
     number: int
     revision: str | None
+    created: str
+    nonce: str
+
+
+class _Record(BaseModel):
+    """A move as it is stored."""
+
+    model_config = ConfigDict(strict=True)
+
+    revision: str | None = Field(pattern=REVISION_PATTERN)
     created: str
     nonce: str
 
@@ -66,22 +82,24 @@ class AliasBook:
         alias: str,
         revision: str | None,
         *,
-        unless: Callable[[list[AliasEntry]], bool] | None = None,
+        unless: Callable[[Iterator[AliasEntry]], bool] | None = None,
     ) -> AliasEntry | None:
-        """Append a move and return it; None when `unless`, asked before each attempt, says not to."""
+        """Append a move and return it; None when `unless`, asked before each attempt, says not to.
+
+        unless: receives the moves so far, the last one first, and reads no more of them than it takes.
+        """
         nonce = uuid.uuid4().hex
         for _ in range(MAX_ATTEMPTS):
-            if unless is not None and unless(self.history(adapter_id, alias)):
+            if unless is not None and unless(self.newest_first(adapter_id, alias)):
                 return None
             number = self._last_number(adapter_id, alias) + 1
             created = datetime.now(UTC).isoformat(timespec="seconds")
-            entry = AliasEntry(number, revision, created, nonce)
-            data = json.dumps({k: v for k, v in asdict(entry).items() if k != "number"}).encode()
+            data = json.dumps({"revision": revision, "created": created, "nonce": nonce}).encode()
             with suppress(ObjectExistsError):
                 self._store.put(self._key(adapter_id, alias, number), data, if_absent=True)
             # Read back even after a refusal: a store may report a put that its own retry had already made.
             if self._read(adapter_id, alias, number).nonce == nonce:
-                return entry
+                return AliasEntry(number, revision, created, nonce)
         raise RegistryError(
             f"alias {alias!r} of {adapter_id} could not be moved in {MAX_ATTEMPTS} attempts: stop the other writers, "
             "then try again"
@@ -90,7 +108,22 @@ class AliasBook:
     def names(self, adapter_id: str) -> list[str]:
         """Return, sorted, every alias the adapter ever had, removed ones too."""
         prefix = f"aliases/{check_adapter_id(adapter_id)}/"
-        return sorted({key.removeprefix(prefix).split("/")[0] for key in self._store.list(prefix)})
+        found = (key.removeprefix(prefix).partition("/") for key in self._store.list(prefix))
+        return sorted({name for name, _, number in found if is_alias(name) and _NUMBER.fullmatch(number)})
+
+    def readable(self, adapter_id: str) -> tuple[dict[str, str], list[str]]:
+        """Return alias -> revision, removed aliases left out, and the aliases whose last record cannot be read."""
+        revisions, damaged = dict[str, str](), []
+        for alias in self.names(adapter_id):
+            try:
+                entry = self.current(adapter_id, alias)
+            except (RegistryError, ObjectUnreadableError):
+                entry = None
+            if entry is None:  # or there are records, and not the first one
+                damaged.append(alias)
+            elif entry.revision is not None:
+                revisions[alias] = entry.revision
+        return revisions, damaged
 
     def _last_number(self, adapter_id: str, alias: str) -> int:
         """Find the last move by galloping from the last one known, then halving: n new moves cost 2 log n probes."""
@@ -109,13 +142,23 @@ class AliasBook:
     def _read(self, adapter_id: str, alias: str, number: int) -> AliasEntry:
         key = self._key(adapter_id, alias, number)
         try:
-            fields = json.loads(self._store.get(key))
-            return AliasEntry(number, fields["revision"], fields["created"], fields["nonce"])
-        except (ValueError, KeyError, TypeError, ObjectNotFoundError) as error:
+            record = _Record.model_validate_json(self._store.get(key))
+        except ObjectNotFoundError as error:
             raise RegistryError(
-                f"the alias record {key} is missing or damaged: restore it from a backup, or remove it and all "
-                f"later records of this alias and set alias {alias!r} of {adapter_id} again"
+                f"the alias record {key} is missing from {self._store.url}, and later ones may be: see that the whole "
+                "storage is there (mounted, and copied or restored to its end), or restore the record from a backup"
             ) from error
+        except ValidationError as error:
+            raise RegistryError(
+                f"the alias record {key} is damaged ({_first(error)}): restore it from a backup, or set alias "
+                f"{alias!r} of {adapter_id} again, which adds a record after it"
+            ) from error
+        return AliasEntry(number, record.revision, record.created, record.nonce)
 
     def _key(self, adapter_id: str, alias: str, number: int) -> str:
         return f"{alias_prefix(adapter_id, alias)}{number:08d}.json"
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors()[0]
+    return ": ".join([*(str(part) for part in found["loc"]), found["msg"]])

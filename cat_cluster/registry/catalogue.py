@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from cat_cluster.errors import AdapterNotFoundError, ObjectNotFoundError, RegistryError
+from cat_cluster.errors import AdapterNotFoundError, ObjectNotFoundError, ObjectUnreadableError, RegistryError
 from cat_cluster.registry.manifest import Manifest, parse_manifest
 from cat_cluster.registry.references import check_adapter_id, manifest_key, split_manifest_key
 from cat_cluster.store.protocol import ObjectStore
@@ -50,19 +50,19 @@ class ManifestReader:
                 manifests.append(self.find(adapter_id, revision))
             except AdapterNotFoundError:
                 continue  # deleted since it was listed
-            except RegistryError:
+            except (RegistryError, ObjectUnreadableError):
                 damaged.append(revision)
         return sorted(manifests, key=lambda manifest: (manifest.created, manifest.revision), reverse=True), damaged
 
     def named_objects(self) -> set[str] | None:
-        """Return every object key that a manifest names; None when a damaged manifest leaves that open."""
+        """Return every object key that a manifest names; None when a manifest that cannot be read leaves that open."""
         named: set[str] = set()
         for place in self._places("adapters/"):
             try:
                 named.update(stored.key for stored in self.find(*place).objects.values())
             except AdapterNotFoundError:
                 continue  # deleted since it was listed
-            except RegistryError:
+            except (RegistryError, ObjectUnreadableError):
                 return None
         return named
 

@@ -8,9 +8,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from datetime import datetime
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from cat_cluster.errors import RegistryError
 from cat_cluster.lora.formats import AdapterWeights
@@ -74,6 +75,64 @@ class ManifestConcept(BaseModel):
     weight: float | None
 
 
+class _Scores(BaseModel):
+    """What is read of a manifest's metrics: scores by name, and the ends of their intervals."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    kps: float | None = None
+    base_drift: float | None = None
+    intervals: dict[str, Annotated[list[float | None], Field(min_length=2, max_length=2)] | None] | None = None
+
+
+class _JudgeName(BaseModel):
+    """What is read of a manifest's judge."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str | None = None
+    digest: str | None = None
+
+
+class _ConceptReference(BaseModel):
+    """What later drift of a concept is measured against: embeddings of its photos [M, F], and scores per pair [N]."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    photos: list[list[float | None]] | None = None
+    kps: list[float | None] | None = None
+    identity: list[float | None] | None = None
+    base_drift: list[float | None] | None = None
+
+
+class _DriftReference(BaseModel):
+    """What is read of a manifest's reference."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    judge: _JudgeName | None = None
+    concepts: dict[str, _ConceptReference] | None = None
+
+
+def _shaped_as(model: type[BaseModel]) -> AfterValidator:
+    """Return the validator of a document that is kept as it is, whatever else of other versions is in it."""
+
+    def check(document: dict[str, Any] | None) -> dict[str, Any] | None:
+        if document is not None:
+            model.model_validate(document)
+        return document
+
+    return AfterValidator(check)
+
+
+def _is_time(text: str) -> str:
+    try:
+        datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"not a time: {error}") from None
+    return text
+
+
 class Manifest(BaseModel):
     """The immutable record of one revision; `checksum` is the sha256 of its other fields as canonical JSON."""
 
@@ -83,30 +142,39 @@ class Manifest(BaseModel):
     adapter_id: str
     revision: str
     status: RevisionStatus
-    created: str
+    created: Annotated[str, AfterValidator(_is_time)]
     base_name: str
     base_fingerprint: str
     method: str
-    rank: int
+    rank: int = Field(ge=1)
     targets: str
     concepts: tuple[ManifestConcept, ...]
     spec: dict[str, Any]
     image_digests: tuple[str, ...]
     objects: dict[str, StoredObject]
     training: dict[str, Any]
-    metrics: dict[str, Any] | None
-    judge: dict[str, Any] | None
-    reference: dict[str, Any] | None
+    metrics: Annotated[dict[str, Any] | None, _shaped_as(_Scores)]
+    judge: Annotated[dict[str, Any] | None, _shaped_as(_JudgeName)]
+    reference: Annotated[dict[str, Any] | None, _shaped_as(_DriftReference)]
     samples: tuple[str, ...]
     package_version: str
     checksum: str
 
     @property
     def settings(self) -> ResolvedAdapter | ImportedAdapter:
-        """What `spec` records: the settings of a trained adapter, or what is known of an imported one."""
-        if self.method == "imported":
-            return ImportedAdapter.model_validate(self.spec)
-        return ResolvedAdapter.model_validate(self.spec)
+        """What `spec` records: the settings of a trained adapter, or what is known of an imported one.
+
+        RegistryError for what this cat-cluster cannot read, as of a later version.
+        """
+        kind = ImportedAdapter if self.method == "imported" else ResolvedAdapter
+        try:
+            return kind.model_validate(self.spec)
+        except ValidationError as error:
+            bad = ", ".join(".".join(str(part) for part in problem["loc"]) for problem in error.errors())
+            raise RegistryError(
+                f"the spec of {self.name} cannot be read (fields {bad}): it was published by cat-cluster "
+                f"{self.package_version}, use that version or a later one"
+            ) from error
 
     @property
     def name(self) -> str:
@@ -188,7 +256,9 @@ def parse_manifest(data: bytes, *, key: str, adapter_id: str, revision: str) -> 
     remedy = f"restore {key} from a backup, or delete {adapter_id}@{revision} and train its spec again"
     try:
         fields = json.loads(data)
-    except ValueError as error:
+        # What no JSON can hold, and no response: infinities, half a character, nesting without end.
+        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise RegistryError(f"the manifest {key} is damaged (not JSON: {error}); {remedy}") from error
     if not isinstance(fields, dict):
         raise RegistryError(f"the manifest {key} is damaged (not a JSON object); {remedy}")

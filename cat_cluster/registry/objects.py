@@ -10,6 +10,7 @@ from cat_cluster.lora.formats import to_safetensors
 from cat_cluster.registry.manifest import WEIGHTS, AdapterDraft, StoredObject, sha256
 from cat_cluster.registry.references import object_key
 
+PHOTO_PREFIX = "photo-"  # of the names of training photos, and of what belongs to them, among a revision's samples
 _SAMPLE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 

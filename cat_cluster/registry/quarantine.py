@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError
+from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, ObjectUnreadableError
 from cat_cluster.registry.references import quarantine_key
 from cat_cluster.store.protocol import ObjectStore
 
@@ -44,8 +44,10 @@ class QuarantineBook:
             data = self._store.get(quarantine_key(adapter_id, revision))
         except ObjectNotFoundError:
             return None
+        except ObjectUnreadableError:
+            data = b""
         fields = {"reason": "no reason given", "created": "unknown", "by": "unknown"}
-        with suppress(ValueError):  # an operator may have written it by hand
+        with suppress(ValueError, RecursionError):  # an operator may have written it by hand
             found = json.loads(data)
             fields |= {k: str(v) for k, v in found.items() if k in fields} if isinstance(found, dict) else {}
         return Quarantine(**fields)

@@ -14,7 +14,8 @@ from cat_cluster.errors import RegistryError
 LATEST = "latest"
 
 _ADAPTER_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-_REVISION = re.compile(r"r-[0-9a-f]{12}")
+REVISION_PATTERN = r"^r-[0-9a-f]{12}$"
+_REVISION = re.compile(REVISION_PATTERN)
 _ALIAS = re.compile(r"(?!r-)[a-z0-9][a-z0-9-]{0,62}")  # never to be taken for a revision
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,16}")
@@ -69,9 +70,14 @@ def check_revision(revision: str) -> str:
     return revision
 
 
+def is_alias(text: str) -> bool:
+    """Say whether a text can be an alias."""
+    return _ALIAS.fullmatch(text) is not None
+
+
 def check_alias(alias: str) -> str:
     """Return the alias if it is one, else raise RegistryError."""
-    if not _ALIAS.fullmatch(alias):
+    if not is_alias(alias):
         raise RegistryError(
             f"{alias[:80]!r} is not an alias: use 1 to 63 of a-z, 0-9 and '-', not beginning with '-' or 'r-'"
         )

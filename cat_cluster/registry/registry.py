@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 
 from diffusers import UNet2DConditionModel
-from pydantic import BaseModel, ConfigDict
 
 from cat_cluster.errors import (
     AdapterFormatError,
@@ -36,22 +36,8 @@ from cat_cluster.registry.references import (
     manifest_key,
     parse_reference,
 )
+from cat_cluster.registry.summary import AdapterSummary, summarise
 from cat_cluster.store.protocol import ObjectStore
-
-
-class AdapterSummary(BaseModel):
-    """One adapter in a listing: its revisions (newest first), its aliases, and the manifest that `latest` names.
-
-    damaged: revisions whose manifest cannot be read; `verify` says why.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    adapter_id: str
-    revisions: tuple[str, ...]
-    damaged: tuple[str, ...]
-    aliases: dict[str, str]
-    latest: Manifest | None
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,7 @@ class Registry:
         manifest = self._catalogue.find(adapter_id, revision)
         if is_new and manifest.status == "published":
             self._aliases.move(
-                adapter_id, LATEST, revision, unless=lambda history: bool(history) and history[-1].revision == revision
+                adapter_id, LATEST, revision, unless=lambda moves: any(m.revision == revision for m in islice(moves, 1))
             )
         elif not is_new:
             self.finish_publishing(manifest)
@@ -114,7 +100,7 @@ class Registry:
                 manifest.adapter_id,
                 LATEST,
                 manifest.revision,
-                unless=lambda history: any(entry.revision == manifest.revision for entry in history),
+                unless=lambda moves: any(entry.revision == manifest.revision for entry in moves),
             )
 
     def resolve(self, reference: Reference | str) -> Manifest:
@@ -132,8 +118,8 @@ class Registry:
         return None if revision is None else self._catalogue.look_up(wanted.adapter_id, revision)
 
     def list(self) -> builtins.list[AdapterSummary]:
-        """Return every adapter, sorted by id; a damaged manifest is named in its summary and hides no other."""
-        return [self._summary(adapter_id) for adapter_id in self._catalogue.adapter_ids()]
+        """Return every adapter, sorted by id; a damaged record is named in its adapter's summary and hides no other."""
+        return [summarise(self._catalogue, self._aliases, adapter_id) for adapter_id in self._catalogue.adapter_ids()]
 
     def revisions(self, adapter_id: str) -> builtins.list[Manifest]:
         """Return the manifests of an adapter's revisions, newest first: rejected ones too, damaged ones not."""
@@ -163,7 +149,7 @@ class Registry:
                 adapter_id,
                 alias,
                 earlier[-1].revision if earlier else None,
-                unless=lambda history: len(history) > entry.number,
+                unless=lambda moves: next(moves).number > entry.number,
             )
             raise self._catalogue.unknown_revision(adapter_id, revision)
         return entry
@@ -235,7 +221,8 @@ class Registry:
             data = (fetch or self.store.get)(stored.key)
         except ObjectNotFoundError as error:
             raise ObjectNotFoundError(
-                f"{name} of {manifest.name} is missing from {self.store.url}; {remedy}"
+                f"{name} of {manifest.name} is missing from {self.store.url}: see that the whole storage is there "
+                f"(mounted, and copied or restored to its end), or restore {stored.key} from a backup"
             ) from error
         if len(data) != stored.size:
             raise AdapterFormatError(
@@ -378,14 +365,3 @@ class Registry:
 
     def _unknown_alias(self, adapter_id: str, alias: str) -> AdapterNotFoundError:
         return self._catalogue.unknown_alias(adapter_id, alias, self.aliases(adapter_id))
-
-    def _summary(self, adapter_id: str) -> AdapterSummary:
-        manifests, damaged = self._catalogue.readable(adapter_id)
-        aliases = self.aliases(adapter_id)
-        return AdapterSummary(
-            adapter_id=adapter_id,
-            revisions=tuple(manifest.revision for manifest in manifests),
-            damaged=tuple(damaged),
-            aliases=aliases,
-            latest=next((manifest for manifest in manifests if manifest.revision == aliases.get(LATEST)), None),
-        )

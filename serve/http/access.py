@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from cat_cluster.errors import SpecError
-from serve.http.http_errors import HttpError
+from cat_cluster.errors import OverloadedError, SpecError
+from serve.http.http_errors import HttpError, http_error_of
+from serve.http.sites import is_loopback
 from serve.settings import ServeSettings
 
 API_KEYS, ADMIN_KEYS = "CAT_API_KEYS", "CAT_ADMIN_KEYS"
@@ -21,9 +21,10 @@ _RETRY_S = 1.0  # an image in flight may end any moment
 
 @dataclass
 class _Use:
-    """What one caller has in flight, and what is left of its requests."""
+    """What one caller has in flight, and what is left of its requests. bodies: those that have not arrived whole."""
 
     images: int = 0
+    bodies: int = 0
     tokens: float = 0.0
     at: float = field(default=float("-inf"))
 
@@ -51,6 +52,10 @@ class Access:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._images = settings.images_per_key
+        # At most half of the requests that Ray Serve passes to an ingress at once (see app.py): those that read no
+        # body, such as health, and those whose images are drawn always have room.
+        self._all_bodies = 2 * (settings.max_waiting + settings.max_rows // 2)
+        self._open_bodies = 0
         self._per_minute = settings.requests_per_minute
         self._api = [_digest(key) for key in api_keys]
         self._admin = [_digest(key) for key in admin_keys]
@@ -115,24 +120,36 @@ class Access:
         finally:
             use.images -= count
 
+    @contextmanager
+    def body(self, caller: Caller) -> Iterator[None]:
+        """Hold a request whose body is being read; 429 when the caller has too many of them, 503 when all have.
+
+        A caller never needs more than the images it may have in flight.
+        """
+        use = self._used_by(caller)
+        if use.bodies >= self._images:
+            raise _too_much(f"this key has {use.bodies} requests whose body has not arrived", _RETRY_S)
+        if self._open_bodies >= self._all_bodies:
+            raise http_error_of(OverloadedError("the service reads too many requests now; try again later", _RETRY_S))
+        use.bodies += 1
+        self._open_bodies += 1
+        try:
+            yield
+        finally:
+            use.bodies -= 1
+            self._open_bodies -= 1
+
     def _used_by(self, caller: Caller) -> _Use:
         return self._use.setdefault(caller.name, _Use())
 
 
 def check_bind(host: str, access: Access) -> None:
     """Refuse with SpecError to listen beyond this machine while any key is accepted."""
-    if access.is_open and not _is_loopback(host):
+    if access.is_open and not is_loopback(host):
         raise SpecError(
             f"without API keys the service listens on this machine alone, not on {host or 'every address'}: set "
             f"{API_KEYS} to one or more keys separated by commas, or bind 127.0.0.1"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _too_much(message: str, retry_after: float) -> HttpError:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from cat_cluster.errors import AdapterNotFoundError
 from cat_cluster.evaluation.drift import SCORES, DriftMonitor
 from cat_cluster.registry import Manifest, Registry
+from cat_cluster.registry.objects import PHOTO_PREFIX
 from serve.calls import AdminAction
 from serve.http.http_errors import HttpError, error_responses
 from serve.http.registry_listing import parse_model
@@ -34,6 +35,7 @@ from serve.http.schema import (
     RevisionCard,
     StatusResponse,
 )
+from serve.http.sites import is_own_page
 from serve.probes.records import read_history
 
 FOREVER = "private, max-age=31536000, immutable"  # a revision's pictures never change
@@ -48,10 +50,19 @@ ReferencePath = Annotated[
 
 
 def admin_only(request: Request) -> None:
-    """Refuse callers who may not act on adapters, and pages of other sites, which reach a loopback service too."""
-    if request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+    """Refuse callers who may not act on adapters, and pages of other sites, those of `cors_origins` too."""
+    if not is_own_page(request):
         raise HttpError(403, "pages of other sites may not act on adapters", "admin_only")
     ingress_of(request).access.check_admin(caller_of(request))
+
+
+def sees_photos(request: Request) -> bool:
+    """Say whether training photos are shown: to admins, or to everybody where the operator says so."""
+    settings = ingress_of(request).settings
+    return settings.show_photos or (caller_of(request).is_admin and is_own_page(request))
+
+
+PhotosDep = Annotated[bool, Depends(sees_photos)]
 
 
 @router.get("/models", responses=error_responses(401, 429, 503))
@@ -71,7 +82,7 @@ async def get_model(model: str, ingress: IngressDep) -> ModelCard:
 
 
 @router.get("/adapters", responses=error_responses(401, 429, 503))
-async def list_adapters(ingress: IngressDep) -> AdapterList:
+async def list_adapters(ingress: IngressDep, photos: PhotosDep) -> AdapterList:
     """List every adapter with its aliases, revisions and scores."""
     return AdapterList(
         data=[
@@ -80,7 +91,8 @@ async def list_adapters(ingress: IngressDep) -> AdapterList:
                 aliases=item.aliases,
                 revisions=list(item.revisions),
                 damaged=list(item.damaged),
-                latest=None if item.latest is None else RevisionCard(**_revision(item.latest)),
+                damaged_aliases=list(item.damaged_aliases),
+                latest=None if item.latest is None else RevisionCard(**_revision(item.latest, photos)),
             )
             for item in (await ingress.registry_listing.adapters()).values()
         ]
@@ -88,11 +100,11 @@ async def list_adapters(ingress: IngressDep) -> AdapterList:
 
 
 @router.get("/adapters/{reference}", responses=error_responses(400, 401, 404, 429, 503))
-async def get_adapter(reference: ReferencePath, ingress: IngressDep) -> AdapterDetail:
+async def get_adapter(reference: ReferencePath, ingress: IngressDep, photos: PhotosDep) -> AdapterDetail:
     """Describe the revision that a reference names, and the names of its adapter."""
     summary, manifest = await ingress.registry_listing.manifest(reference)
     names: dict[str, Any] = {"aliases": summary.aliases, "revisions": list(summary.revisions)}
-    return AdapterDetail(id=summary.adapter_id, **names, **_revision(manifest))
+    return AdapterDetail(id=summary.adapter_id, **names, **_revision(manifest, photos))
 
 
 @router.get(
@@ -101,16 +113,26 @@ async def get_adapter(reference: ReferencePath, ingress: IngressDep) -> AdapterD
     responses={
         200: {"description": "The picture.", "content": {"image/png": {}}},
         304: {"description": "The picture is the one that If-None-Match names."},
-        **error_responses(400, 401, 404, 422, 429, 503),
+        **error_responses(400, 401, 403, 404, 422, 429, 503),
     },
 )
 async def get_sample(
     reference: ReferencePath,
     name: Annotated[str, Path(max_length=100, examples=["sks.png"])],
     ingress: IngressDep,
+    photos: PhotosDep,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """Return an example picture of a revision; under `id@r-...` it may be kept for ever."""
+    """Return an example picture of a revision; under `id@r-...` it may be kept for ever.
+
+    Training photos (`photo-...`) are for admin keys, unless the service has `show_photos`.
+    """
+    if name.startswith(PHOTO_PREFIX) and not photos:
+        raise HttpError(
+            403,
+            "training photos are for admin keys: use one of CAT_ADMIN_KEYS, or set show_photos where the service runs",
+            "admin_only",
+        )
     _, manifest = await ingress.registry_listing.manifest(reference)
     if name not in manifest.samples or name not in manifest.objects:
         raise AdapterNotFoundError(
@@ -185,8 +207,11 @@ def _model_card(ingress: RouteParts, name: str, manifest: Manifest) -> ModelCard
     return ModelCard(id=name, created=created, root=manifest.name, parent=ingress.settings.base)
 
 
-def _revision(manifest: Manifest) -> dict[str, Any]:
-    """Return the fields of a RevisionCard: what to know of a revision, without its photos, its spec and its history."""
+def _revision(manifest: Manifest, photos: bool) -> dict[str, Any]:
+    """Return the fields of a RevisionCard: what to know of a revision without its spec and its history.
+
+    photos: whether its samples may name its training photos.
+    """
     found = manifest.metrics or {}
     return {
         "name": manifest.name,
@@ -205,7 +230,7 @@ def _revision(manifest: Manifest) -> dict[str, Any]:
         "intervals": found.get("intervals") or {},
         "leak_matrix": found.get("leak_matrix"),
         "judge": manifest.judge,
-        "samples": list(manifest.samples),
+        "samples": [name for name in manifest.samples if photos or not name.startswith(PHOTO_PREFIX)],
     }
 
 
@@ -218,7 +243,8 @@ def _reference(manifest: Manifest) -> dict[str, ReferenceScore]:
     """Return each score's spread over the pairs that were measured; the photos stay in the store."""
     found = {}
     for score in SCORES:
-        values = [value for concept in _measured(manifest).values() for value in concept.get(score) or ()]
+        scores = [value for concept in _measured(manifest).values() for value in concept.get(score) or ()]
+        values = [value for value in scores if value is not None]
         if values:
             found[score] = ReferenceScore(mean=mean(values), std=pstdev(values), count=len(values))
     return found

@@ -53,8 +53,9 @@ _PLAIN_CODES: Mapping[int, str] = {404: "not_found", 405: "method_not_allowed"}
 _MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
     400: ("The request is not valid.", "size: write WIDTHxHEIGHT", "invalid_value", "size"),
     401: ("No API key, or a wrong one.", "send a key in the header Authorization: Bearer KEY", "invalid_api_key", None),
-    403: ("The key may not do this.", "this needs a key of CAT_ADMIN_KEYS", "admin_only", None),
+    403: ("The key, or the page, may not do this.", "this needs a key of CAT_ADMIN_KEYS", "admin_only", None),
     404: ("There is no such thing.", "no adapter 'cupp': did you mean cup?", "model_not_found", "model"),
+    408: ("The body did not arrive in time.", "the body did not arrive within 10 s", "body_timeout", None),
     409: (
         "The revision is quarantined; or pinned, or in use.",
         "cup@r-0123456789ab is quarantined",

@@ -56,7 +56,7 @@ router = APIRouter(prefix="/v1/images", route_class=KeyedRoute, tags=["images"],
                 "x-cat-drift": {"description": "Drift state of the revision.", "schema": {"type": "string"}},
             },
         },
-        **error_responses(400, 401, 404, 409, 413, 415, 422, 429, 499, 503, 504),
+        **error_responses(400, 401, 404, 408, 409, 413, 415, 422, 429, 499, 503, 504),
     },
 )
 async def create_image(body: ImageRequest, request: Request, ingress: IngressDep) -> Response:

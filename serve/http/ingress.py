@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -26,6 +27,7 @@ from serve.http.registry_listing import RegistryListing
 from serve.http.request_log import RequestLog, log_unexpected
 from serve.http.routes import IngressDep, RouteParts, request_entry
 from serve.http.schema import HealthResponse
+from serve.http.sites import SiteGuard
 from serve.settings import ServeSettings
 
 PROMPTS_VARIABLE = "CAT_LOG_PROMPTS"
@@ -69,6 +71,15 @@ def build_app(
     pages.mount_files(app)
     for expected in (CatClusterError, HTTPException, RequestValidationError):
         app.add_exception_handler(expected, _error_response)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
+            expose_headers=["x-request-id", "x-cat-model", "x-cat-drift", "retry-after"],
+        )
+    app.add_middleware(SiteGuard, loopback_only=access.is_open, origins=settings.cors_origins)
     app.add_middleware(RequestLog, metrics=metrics, may_quote=os.environ.get(PROMPTS_VARIABLE) == "1")
     app.openapi = _without_default_422(app.openapi)  # type: ignore[method-assign]
     return app

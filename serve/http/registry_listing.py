@@ -37,14 +37,22 @@ class RegistryListing:
         return await asyncio.shield(reading)  # cancelling one waiter does not cancel the read
 
     async def summary(self, reference: str) -> tuple[AdapterSummary, str]:
-        """Return the adapter and the revision that a reference names; AdapterNotFoundError lists what there is."""
+        """Return the adapter and the revision that a reference names.
+
+        AdapterNotFoundError lists what there is; RegistryError for an alias whose record cannot be read.
+        """
         parsed, adapters = parse_model(reference), await self.adapters()
         summary = adapters.get(parsed.adapter_id)
         if summary is None:
             near = difflib.get_close_matches(parsed.adapter_id, adapters, n=3, cutoff=0.5)
             hint = f"did you mean {', '.join(near)}?" if near else "GET /v1/adapters lists those there are"
             raise AdapterNotFoundError(f"no adapter {parsed.adapter_id!r}: {hint}")
-        revision = parsed.revision or summary.aliases.get(parsed.alias or "")
+        if parsed.revision is None and parsed.alias in summary.damaged_aliases:
+            raise RegistryError(
+                f"the record of alias {parsed.alias!r} of {parsed.adapter_id} cannot be read: name a revision, or see "
+                f"`cat-cluster adapters verify {parsed}`"
+            )
+        revision = parsed.revision or summary.aliases.get(parsed.alias)
         if revision is None or revision not in (*summary.revisions, *summary.damaged):
             raise AdapterNotFoundError(
                 f"no {reference!r}: {parsed.adapter_id} has the aliases {', '.join(sorted(summary.aliases)) or 'none'} "

@@ -27,6 +27,7 @@ _UNKNOWN_ROUTE = "/unknown"  # paths that a client makes up never become label v
 _HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",  # no other site's page embeds a picture
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'; object-src 'none'",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -60,24 +61,40 @@ class StrictRequest(Request):
     _whole: bytes | None = None
 
     async def body(self) -> bytes:
-        """Return the body, counted as it arrives: 413 when it is too large, 415 when its content type is not JSON."""
+        """Return the body, which has a time and a size: 408 and 413 beyond them, 415 when it is not JSON by its type.
+
+        429 and 503 when too many are being read.
+        """
         if self._whole is None:
-            most = ingress_of(self).settings.max_body_bytes
-            chunks, size = [], 0
-            if _announced(self.headers.get("content-length", "")) > most:
-                raise _too_large(most)
-            try:
+            ingress = ingress_of(self)
+            with ingress.access.body(caller_of(self)):
+                self._whole = await self._read(ingress.settings.max_body_bytes, ingress.settings.body_timeout_s)
+            if self._whole and not _is_json(self.headers.get("content-type", "")):
+                raise HttpError(415, "send the body as JSON, with Content-Type: application/json", "not_json")
+        return self._whole
+
+    async def _read(self, most: int, limit_s: float) -> bytes:
+        """Return the body as it is sent."""
+        chunks, size = [], 0
+        if _announced(self.headers.get("content-length", "")) > most:
+            raise _too_large(most)
+        try:
+            async with asyncio.timeout(limit_s):
                 async for chunk in self.stream():
                     size += len(chunk)
                     if size > most:
                         raise _too_large(most)
                     chunks.append(chunk)
-            except ClientDisconnect:
-                raise http_error_of(CancelledRequestError("the client has disconnected")) from None
-            self._whole = b"".join(chunks)
-            if self._whole and not _is_json(self.headers.get("content-type", "")):
-                raise HttpError(415, "send the body as JSON, with Content-Type: application/json", "not_json")
-        return self._whole
+        except TimeoutError:
+            raise HttpError(
+                408,
+                f"the body did not arrive within {limit_s:g} s; send the request again",
+                "body_timeout",
+                headers={"Connection": "close"},  # nobody waits for the rest
+            ) from None
+        except ClientDisconnect:
+            raise http_error_of(CancelledRequestError("the client has disconnected")) from None
+        return b"".join(chunks)
 
     async def json(self) -> Any:
         """Return the body's value; 400 for NaN, a name twice, nesting without end, or anything that is not JSON."""

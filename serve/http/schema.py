@@ -200,7 +200,7 @@ class RevisionCard(BaseModel):
     intervals: dict[str, Any] = Field(description="95% intervals of the scores.")
     leak_matrix: Any = None
     judge: dict[str, Any] | None = None
-    samples: list[str] = Field(description="Images at /v1/adapters/{reference}/samples/{name}.")
+    samples: list[str] = Field(description="Images at /v1/adapters/{reference}/samples/{name}; photos for admins.")
 
 
 class AdapterCard(BaseModel):
@@ -210,6 +210,7 @@ class AdapterCard(BaseModel):
     aliases: dict[str, str] = Field(description="Alias -> revision.")
     revisions: list[str]
     damaged: list[str] = Field(description="Revisions whose manifest cannot be read.")
+    damaged_aliases: list[str] = Field(description="Aliases whose record cannot be read.")
     latest: RevisionCard | None
 
 

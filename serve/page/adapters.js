@@ -135,7 +135,7 @@ function placeBadges(adapter) {
   else if (adapter.resident)
     badges.push(el("span.badge.plain", { title: "On the device now: no wait for loading" }, "Resident"));
   if (adapter.damaged.length)
-    badges.push(el("span.badge", { "data-state": "alarm" }, `${plural(adapter.damaged.length, "damaged revision")}`));
+    badges.push(el("span.badge", { "data-state": "alarm" }, `${plural(adapter.damaged.length, "damaged record")}`));
   return badges;
 }
 

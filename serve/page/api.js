@@ -136,7 +136,7 @@ function readAdapter(raw, status) {
     name,
     aliases: raw.aliases ?? {},
     revisions: raw.revisions ?? [],
-    damaged: raw.damaged ?? [],
+    damaged: [...(raw.damaged ?? []), ...(raw.damaged_aliases ?? [])],
     revision: latest.revision ?? null,
     created: latest.created ?? null,
     method: latest.method ?? "",

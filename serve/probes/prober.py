@@ -117,8 +117,8 @@ class Prober:
 
     def wants_live(self, manifest: Manifest, call: ImageCall) -> bool:
         """Whether a finished image of this call is to be probed: a random share of those that compare."""
-        monitor, token = self._monitors.get(manifest.name), live_token(manifest, call)
-        if monitor is None or token not in monitor.drift_monitors or self._live >= MOST_LIVE:
+        monitor = self._monitors.get(manifest.name)
+        if monitor is None or self._live >= MOST_LIVE or live_token(manifest, call) not in monitor.drift_monitors:
             return False
         return self._settings.enabled and self._rng.random() < self._settings.live_share
 

@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from cat_cluster.errors import ObjectNotFoundError, StoreError
+from cat_cluster.errors import ObjectNotFoundError, ObjectUnreadableError, StoreError
 from cat_cluster.spec.choices import ProbeVerdict
 from cat_cluster.store.protocol import ObjectStore
 
@@ -44,6 +44,9 @@ class ProbeRecord(BaseModel):
     expected: dict[str, float] | None = None
     reason: str | None = None
     detectors: dict[str, Any] | None = None
+
+
+_RECORDS = TypeAdapter(list[ProbeRecord])
 
 
 def read_history(
@@ -129,9 +132,9 @@ def _document(records: Sequence[ProbeRecord]) -> bytes:
 
 def _read(store: ObjectStore, key: str) -> list[ProbeRecord]:
     try:
-        return [ProbeRecord.model_validate(entry) for entry in json.loads(store.get(key))]
+        return _RECORDS.validate_json(store.get(key))
     except ObjectNotFoundError:
         return []
-    except (ValueError, TypeError, ValidationError) as error:
+    except (ValidationError, ObjectUnreadableError) as error:
         _log.warning("probe records %s are damaged: %s", key, error)
         return []

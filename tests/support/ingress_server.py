@@ -201,7 +201,11 @@ def publish(
             metrics={"kps": 0.2, "intervals": {"kps": [0.1, 0.3]}, "leak_matrix": {"tokens": ["sks"]}},
             judge={"name": "pocket", "digest": "d" * 64},
             reference={"concepts": {"sks": {"photos": [[0.5] * 4], **REFERENCE}}},
-            samples={"sample-0-with-0.png": picture(), "sample-0-without-0.png": picture(shade=seed)},
+            samples={
+                "sample-0-with-0.png": picture(),
+                "sample-0-without-0.png": picture(shade=seed),
+                "photo-0-000.png": picture(shade=7),
+            },
         )
     )
 

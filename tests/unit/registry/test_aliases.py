@@ -75,25 +75,64 @@ def test_a_put_that_a_store_reports_as_lost_but_was_ours_counts(store: LocalStor
 def test_a_move_can_be_called_off_by_what_the_history_says(store: LocalStore) -> None:
     book = AliasBook(store)
     book.move("cup", "prod", REVISIONS[0])
-    assert book.move("cup", "prod", REVISIONS[1], unless=lambda history: len(history) == 1) is None
+    assert book.move("cup", "prod", REVISIONS[1], unless=lambda moves: next(moves).number == 1) is None
     assert len(book.history("cup", "prod")) == 1
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"{}", b"\xff", b"null"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b"null",
+        b'{"revision": 5, "created": "", "nonce": ""}',
+        b'{"revision": "../x", "created": "", "nonce": ""}',
+        b'{"revision": null, "created": null, "nonce": ""}',
+        b'{"revision": null, "created": "", "nonce": ["x"]}',
+        b"[" * 100_000,
+    ],
+)
 def test_a_damaged_record_is_named(store: LocalStore, data: bytes) -> None:
     book = AliasBook(store)
     book.move("cup", "prod", REVISIONS[0])
     store.put("aliases/cup/prod/00000001.json", data)
-    with pytest.raises(RegistryError, match=r"aliases/cup/prod/00000001.json is missing or damaged"):
+    with pytest.raises(RegistryError, match=r"aliases/cup/prod/00000001.json is damaged .*backup, or set alias"):
         book.current("cup", "prod")
+
+
+def test_a_damaged_record_is_mended_by_setting_the_alias_again(store: LocalStore) -> None:
+    book = AliasBook(store)
+    book.move("cup", "prod", REVISIONS[0])
+    store.put("aliases/cup/prod/00000001.json", b"")
+    book.move("cup", "prod", REVISIONS[1])
+    current = AliasBook(store).current("cup", "prod")
+    assert current is not None
+    assert (current.number, current.revision) == (2, REVISIONS[1])
+    assert book.move("cup", "prod", REVISIONS[2], unless=lambda moves: next(moves).revision == REVISIONS[2])
+
+
+def test_what_can_be_read_is_read_and_the_rest_named(store: LocalStore) -> None:
+    book = AliasBook(store)
+    for alias in ("empty", "gone", "good", "removed"):
+        book.move("cup", alias, REVISIONS[0])
+        book.move("cup", alias, None if alias == "removed" else REVISIONS[1])
+    store.put("aliases/cup/empty/00000002.json", b"")
+    store.delete("aliases/cup/gone/00000001.json")
+    for stray in ("notes.txt", "LATEST/00000001.json", "notes/read.me", "r-1/00000001.json"):
+        store.put(f"aliases/cup/{stray}", b"")
+    assert AliasBook(store).readable("cup") == ({"good": REVISIONS[1]}, ["empty", "gone"])
 
 
 def test_a_gap_in_the_records_is_named(store: LocalStore) -> None:
     for revision in REVISIONS[:3]:
         AliasBook(store).move("cup", "prod", revision)
     store.delete("aliases/cup/prod/00000002.json")
-    with pytest.raises(RegistryError, match=r"00000002.json is missing"):
+    with pytest.raises(RegistryError, match=r"00000002.json is missing .*mounted.*backup") as caught:
         AliasBook(store).history("cup", "prod")
+    assert "remove" not in str(caught.value)  # the storage may not be whole
 
 
 def test_stray_files_are_not_records(store: LocalStore) -> None:
