@@ -21,6 +21,7 @@ from cat_cluster.cli.app import app
 from cat_cluster.registry.manifest import Manifest
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
+from jobs.benchmark.__main__ import app as benchmark_app
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -246,7 +247,9 @@ def test_every_named_environment_variable_is_read(document: Path) -> None:
 def test_every_short_command_and_option_exists(document: Path) -> None:
     root: Any = typer.main.get_command(app)
     groups = {name for name, command in root.commands.items() if hasattr(command, "commands")}
-    options = {option for command in all_commands(root) for parameter in command.params for option in parameter.opts}
+    benchmarks: Any = typer.main.get_command(benchmark_app)
+    commands = [*all_commands(root), *all_commands(benchmarks)]
+    options = {option for command in commands for parameter in command.params for option in parameter.opts}
     unknown = []
     for code in _INLINE.findall(document.read_text(encoding="utf-8")):
         first, *rest = code.split()[:2] or [""]
