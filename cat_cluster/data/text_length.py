@@ -19,21 +19,22 @@ def check_caption_lengths(adapter_id: str, concepts: Sequence[Concept], limit: T
     """
     warnings = []
     for concept in concepts:
-        cut = [
-            (example.path.name, example.prompt, text)
-            for example in concept.examples
-            if (text := limit.cut(example.prompt))
-        ]
-        lost = [(name, prompt) for name, prompt, _ in cut if not has_token(limit.read(prompt), concept.token)]
+        cut, lost = [], []
+        for example in concept.examples:
+            read, rest = limit.split(example.prompt)
+            if not has_token(read, concept.token):
+                lost.append(f"  {example.path.name}: {example.prompt!r}")
+            elif rest:
+                cut.append(f"{example.path.name}: {rest!r}")
         if lost:
             heading = (
                 f"adapter {adapter_id}: captions: the text encoder reads the first {limit.tokens} tokens, and the "
                 f"token {concept.token!r} comes later in {len(lost)} of {len(concept.examples)} captions; write it "
                 "further to the front, or shorten them"
             )
-            raise ConceptError("\n".join([heading, *(f"  {name}: {prompt!r}" for name, prompt in lost)]))
+            raise ConceptError("\n".join([heading, *lost]))
         if cut:
-            shown = "; ".join(f"{name}: {text!r}" for name, _, text in cut[:_SHOWN])
+            shown = "; ".join(cut[:_SHOWN])
             more = f"; and {len(cut) - _SHOWN} more" if len(cut) > _SHOWN else ""
             warnings.append(
                 f"adapter {adapter_id}, token {concept.token}: the text encoder reads the first {limit.tokens} tokens "
@@ -47,11 +48,10 @@ def cut_notes(limit: TextLimit, tokens: Sequence[str], *, prompt: str, negative_
 
     tokens: those of the adapter that draws; one that is only in what is cut off draws nothing.
     """
-    for name, text in (("prompt", prompt), ("negative prompt", negative_prompt)):
-        cut = limit.cut(text)
-        if cut:
-            yield f"the text encoder reads the first {limit.tokens} tokens of the {name}, and not {cut!r}"
-    read = limit.read(prompt)
+    read, cut = limit.split(prompt)
+    for name, rest in (("prompt", cut), ("negative prompt", limit.split(negative_prompt)[1])):
+        if rest:
+            yield f"the text encoder reads the first {limit.tokens} tokens of the {name}, and not {rest!r}"
     for token in tokens:
         if has_token(prompt, token) and not has_token(read, token):
             yield f"the token {token!r} is not read, so its concept is not drawn: write it further to the front"

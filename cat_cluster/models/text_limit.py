@@ -25,17 +25,18 @@ class TextLimit:
         self._tokenizer = copy.deepcopy(tokenizer)
         self.tokens: int = tokenizer.model_max_length
 
-    def read(self, prompt: str) -> str:
-        """Return the start of a prompt up to the last word that is read whole; all of it if nothing is cut off."""
-        if self._count(prompt) <= self.tokens:
-            return prompt
-        ends = [match.end() for match in re.finditer(r"[^\s,]+", prompt)]
-        whole = bisect_right(ends, self.tokens, key=lambda end: self._count(prompt[:end]))
-        return prompt[: ends[whole - 1]] if whole else ""
+    def split(self, prompt: str) -> tuple[str, str]:
+        """Return the start of a prompt that is read, up to its last whole word, and the rest from the next word on.
 
-    def cut(self, prompt: str) -> str:
-        """Return the end of a prompt from the first word that is not read whole; "" if nothing is cut off."""
-        return prompt[len(self.read(prompt)) :].lstrip(", \t\r\n")
+        If nothing is cut off, that is all of it and "".
+        """
+        ends = [match.end() for match in re.finditer(r"[^\s,]+", prompt)]
+        # A word takes a token at least: of a text of any length only so many words need be looked at.
+        if len(ends) <= self.tokens and self._count(prompt) <= self.tokens:
+            return prompt, ""
+        whole = bisect_right(ends[: self.tokens], self.tokens, key=lambda end: self._count(prompt[:end]))
+        end = ends[whole - 1] if whole else 0
+        return prompt[:end], prompt[end:].lstrip(", \t\r\n")
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer(text, verbose=False).input_ids)

@@ -196,7 +196,7 @@ def _refuse_cut_subjects(adapter: PreparedAdapter, templates: Sequence[str]) -> 
     limit = TextLimit(adapter.base.tokenizer)
     for template in dict.fromkeys(templates):
         for concept in adapter.concepts:
-            if not has_token(limit.read(fill(template, concept.class_noun, concept.token)), concept.token):
+            if not has_token(limit.split(fill(template, concept.class_noun, concept.token))[0], concept.token):
                 raise EvaluationError(
                     f"evaluation.prompts: the text encoder reads the first {limit.tokens} tokens of a prompt, and the "
                     f"subject comes later in {template!r}; write {{}} further to the front (adapter "
