@@ -23,7 +23,9 @@ from cat_cluster.cli.options import (
     print_json,
     progress,
 )
+from cat_cluster.cli.values import output_folder
 from cat_cluster.spec.choices import AdapterFormat
+from cat_cluster.spec.fields import LARGEST_COUNT
 
 # Torch and diffusers take seconds to import: commands import what they need.
 
@@ -71,7 +73,7 @@ def adapters_verify(adapter: AdapterReference, storage: Storage = None, as_json:
 def adapters_export(
     adapter: AdapterReference,
     fmt: Annotated[AdapterFormat, typer.Option("--format", help="File format.")],
-    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    out: Annotated[Path, typer.Option(callback=output_folder, help="Folder to write to.")],
     storage: Storage = None,
 ) -> None:
     """Write an adapter's weights in the format of another tool.
@@ -90,13 +92,20 @@ def adapters_export(
 
 @adapters_app.command("import")
 def adapters_import(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Adapter file (.safetensors), or the folder it is in.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, help="Adapter file (.safetensors), or the folder it is in.")
+    ],
     adapter_id: Annotated[str, typer.Option("--id", help="Id to publish it under: a-z, 0-9 and -.")],
     token: Annotated[list[str], typer.Option(help="Trigger word it was taught; once per concept.")],
     class_noun: Annotated[list[str], typer.Option(help="What each concept is an example of, such as cup.")],
-    photos: Annotated[list[Path] | None, typer.Option(help="Folder of each concept's photos, to measure it.")] = None,
+    photos: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, file_okay=False, help="Folder of each concept's photos, to measure it."),
+    ] = None,
     base: Annotated[str, typer.Option(help="Base model it was made for.")] = "pocket",
-    images_per_prompt: Annotated[int, typer.Option(min=1, help="Seeds per prompt when it is measured.")] = 4,
+    images_per_prompt: Annotated[
+        int, typer.Option(min=1, max=LARGEST_COUNT, help="Seeds per prompt when it is measured.")
+    ] = 4,
     judge: Annotated[str, JudgeOption] = "auto",
     unet_only: Annotated[
         bool, typer.Option("--unet-only", help="Leave a text-encoder part of the file out; else it is refused.")
@@ -151,7 +160,10 @@ def adapters_alias(
         registry.remove_alias(adapter_id, alias)
     elif revision is not None:
         registry.set_alias(adapter_id, alias, revision)
-    print_json({"alias": alias, "history": [_jsonable(move) for move in registry.alias_history(adapter_id, alias)]})
+    history = registry.alias_history(adapter_id, alias)
+    if not history:
+        registry.resolve(f"{adapter_id}@{alias}")  # raises, and says which adapters and aliases there are
+    print_json({"alias": alias, "history": [_jsonable(move) for move in history]})
 
 
 @adapters_app.command("delete")

@@ -16,6 +16,8 @@ from cat_cluster.cli.adapters import mount_adapters
 from cat_cluster.cli.jobs import mount_jobs
 from cat_cluster.cli.k8s import mount_k8s
 from cat_cluster.cli.options import (
+    LARGEST_FIRST_SEED,
+    MOST_IMAGES,
     AdapterReference,
     AsJson,
     JudgeOption,
@@ -27,9 +29,11 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.serve import serve
+from cat_cluster.cli.values import above_zero, check_all_values, output_file, output_folder
 from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.choices import SamplerName
+from cat_cluster.spec.fields import LARGEST_COUNT
 
 if TYPE_CHECKING:
     from cat_cluster.data.concepts import Concept
@@ -56,13 +60,14 @@ mount_adapters(app)
 mount_k8s(app)
 
 INTERRUPTED = 130
-
-INTERRUPTED = 130
+_UsageError: Any = typer.BadParameter.__mro__[1]  # the class of every error in the words of a command
 
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for photos, registry and report.")] = Path("out/demo"),
+    out: Annotated[Path, typer.Option(callback=output_folder, help="Folder for photos, registry and report.")] = Path(
+        "out/demo"
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Teach the embedded base a new object with CAT and with plain LoRA, and show what each did to the rest.
@@ -125,7 +130,7 @@ def train(
 def evaluate(
     adapter: AdapterReference,
     storage: Storage = None,
-    images_per_prompt: Annotated[int | None, typer.Option(min=1, help="Seeds per prompt.")] = None,
+    images_per_prompt: Annotated[int | None, typer.Option(min=1, max=LARGEST_COUNT, help="Seeds per prompt.")] = None,
     judge: Annotated[str | None, JudgeOption] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -149,15 +154,20 @@ def evaluate(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="Prompt; an adapter's concept appears where its token is a word of it.")],
-    out: Annotated[Path, typer.Option(help="PNG file to write; -0, -1, ... are added to its name when count > 1.")],
+    out: Annotated[
+        Path,
+        typer.Option(callback=output_file, help="PNG file to write; -0, -1, ... are added to its name when count > 1."),
+    ],
     adapter: Annotated[str | None, typer.Option(help="Adapter id, id@alias or id@revision. None: the base.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model. Default: the adapter's own, else pocket.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed; image i of several uses seed + i.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="Seed; image i of several uses seed + i.")
+    ] = 0,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; up to 1 means none.")] = 4.0,
     sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = "ddim",
     strength: Annotated[float, typer.Option(help="How strongly the adapter acts; 1 as trained.")] = 1.0,
-    count: Annotated[int, typer.Option(min=1, help="Number of images.")] = 1,
+    count: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Number of images.")] = 1,
     storage: Storage = None,
 ) -> None:
     """Generate images with an adapter, or with the base model alone.
@@ -183,13 +193,18 @@ def base_path(name: Annotated[str, typer.Argument(help="pocket, a diffusers fold
 
 @pocket_app.command("pretrain")
 def pocket_pretrain(
-    out: Annotated[Path, typer.Option(help="Folder for the weights; interrupted work there is resumed.")],
+    out: Annotated[
+        Path, typer.Option(callback=output_folder, help="Folder for the weights; interrupted work there is resumed.")
+    ],
     minutes: Annotated[
         float | None,
-        typer.Option(help="Wall-clock time of all stages together; none: as many steps as the recipe says."),
+        typer.Option(
+            callback=above_zero,
+            help="Wall-clock time of all stages together; none: as many steps as the recipe says.",
+        ),
     ] = None,
     compile_unet: Annotated[bool, typer.Option("--compile", help="Compile the U-Net (needs a C++ compiler).")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the world and of every model.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="Seed of the world and of every model.")] = 0,
 ) -> None:
     """Pretrain Pocket-SD from scratch on its procedural world: hours on a CPU, minutes on a GPU. Resumable."""
     from cat_cluster.models.pocket.pretraining.pretrain import pretrain
@@ -199,14 +214,14 @@ def pocket_pretrain(
 
 @pocket_app.command("grid")
 def pocket_grid(
-    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("pocket-grid.png"),
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
+    out: Annotated[Path, typer.Option(callback=output_file, help="PNG file to write.")] = Path("pocket-grid.png"),
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="First seed.")] = 0,
 ) -> None:
     """Generate a grid of images that shows what Pocket-SD knows."""
     from cat_cluster.models.base_model import base_folder
     from cat_cluster.models.pocket.pretraining.quality import prompt_grid
 
-    people.print(f"wrote {prompt_grid(base_folder('pocket'), out, seed)}")
+    people.print(f"wrote {prompt_grid(base_folder('pocket'), out, seed, device=device())}")
 
 
 @spec_app.command("check")
@@ -268,6 +283,9 @@ def spec_schema() -> None:
     print_json(spec_json_schema())
 
 
+check_all_values(app)
+
+
 def _check_bases(spec: Path, adapters: Sequence[ResolvedAdapter]) -> Iterator[str]:
     """Yield what of the base models cannot be checked here; raises BaseModelError, naming the adapter."""
     from cat_cluster.models.base_files import check_base
@@ -291,15 +309,36 @@ def _scores_table(adapter: str, measures: Mapping[str, Any], decoy_gain: float) 
 
 
 def main() -> NoReturn:
-    """Run the command line; an expected error prints its message and exits with code 1."""
+    """Run the command line and exit; an expected error prints its message.
+
+    Exit code 1 is for what a command could not do, 2 for words that are no command. With --json the error is the one
+    JSON document on stdout too: {"error": {"type", "message"}}.
+    """
     try:
-        app()
+        code = app(standalone_mode=False)
     except CatClusterError as error:
-        people.print("[bold red]error[/bold red]", end=" ")
-        people.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # Typer turns the interrupt of a command into its exit code
-            people.print("interrupted; run the same command again to continue")
-        raise
-    sys.exit(0)
+        _end_with(type(error).__name__, str(error))
+    except OSError as error:  # of a path that was given, such as one that is too long
+        place = "" if error.filename is None else f"{error.filename}: "
+        _end_with("OutputError", f"{place}{error.strerror or error}; check the path and who may read or write it")
+    except _UsageError as error:
+        error.show()
+        _print_json_error("UsageError", error.format_message())
+        sys.exit(2)
+    except typer.Abort:
+        code = 1
+    if code == INTERRUPTED:  # Typer turns the interrupt of a command into its exit code
+        people.print("interrupted; run the same command again to continue")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end_with(kind: str, message: str) -> NoReturn:
+    people.print("[bold red]error[/bold red]", end=" ")
+    people.print(message, markup=False, highlight=False, soft_wrap=True)
+    _print_json_error(kind, message)
+    sys.exit(1)
+
+
+def _print_json_error(kind: str, message: str) -> None:
+    if "--json" in sys.argv[1:]:
+        print_json({"error": {"type": kind, "message": message}})

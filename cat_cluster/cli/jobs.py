@@ -53,7 +53,8 @@ def submit(
     token: Token = None,
     ca: CaFile = None,
     runtime_env: Annotated[
-        Path | None, typer.Option(help="Ray runtime environment of the job, a YAML or JSON file.")
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Ray runtime environment of the job, a YAML or JSON file."),
     ] = None,
     env: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Environment variable of the job; may be repeated.")

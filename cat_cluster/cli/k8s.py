@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cat_cluster.cli.options import AsJson, people, print_json
+from cat_cluster.cli.values import output_file
 from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
 
@@ -36,11 +37,11 @@ def render(
         str | None, typer.Option(help="Name of the job. Default: the spec's, with a digest of its content.")
     ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="A GPU for each worker.")] = False,
-    packs: Annotated[int, typer.Option(min=1, help="Packs side by side: each gets the spec's workers.")] = 1,
-    hours: Annotated[int, typer.Option(min=1, help="Hours after which the job is ended.")] = 24,
+    packs: Annotated[int, typer.Option(min=1, max=1000, help="Packs side by side: each gets the spec's workers.")] = 1,
+    hours: Annotated[int, typer.Option(min=1, max=8784, help="Hours after which the job is ended.")] = 24,
     suspend: Annotated[bool, typer.Option("--suspend", help="Make the job, and start it later.")] = False,
     queue: Annotated[str | None, typer.Option(help="Queue of Kueue that starts the job.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", dir_okay=False, help="File; default: stdout.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", callback=output_file, help="File; default: stdout.")] = None,
 ) -> None:
     """Write the Kubernetes objects of a job spec, ready for `kubectl apply -f`: a RayJob, and the spec it reads."""
     from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job, upload_job

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from cat_cluster.settings import load_settings
+from cat_cluster.spec.fields import LARGEST_SEED
 
 if TYPE_CHECKING:
     from cat_cluster.cli.job_bars import JobBars
@@ -27,6 +28,9 @@ Storage = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+# Seeds of several images follow one another, so the last of them must be a seed too.
+MOST_IMAGES = 10_000
+LARGEST_FIRST_SEED = LARGEST_SEED - MOST_IMAGES
 JudgeOption = typer.Option(help="auto, pocket, pocket-classifier, a CLIP folder or hub id.")
 AdapterReference = Annotated[str, typer.Argument(metavar="ID", help="Adapter id, id@alias or id@revision.")]
 

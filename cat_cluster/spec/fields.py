@@ -18,6 +18,7 @@ from cat_cluster.spec.choices import MethodName, MetricName
 from cat_cluster.spec.yaml_file import describe
 
 LARGEST_SEED = 2**63 - 1
+LARGEST_COUNT = 10**9
 PLANNED_METHODS = ("dreambooth", "textual_inversion")
 GATE_METRICS = get_args(MetricName)
 _Item = TypeVar("_Item")
@@ -145,8 +146,8 @@ def _storage_place(value: str, info: ValidationInfo) -> str:
     return _absolute(value, folder)
 
 
-Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=10**9)]
-Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, le=10**9)]
+Count = Annotated[int, BeforeValidator(_number), Field(ge=1, le=LARGEST_COUNT)]
+Whole = Annotated[int, BeforeValidator(_number), Field(ge=0, le=LARGEST_COUNT)]
 Seed = Annotated[int, BeforeValidator(_number), Field(ge=0, le=LARGEST_SEED)]
 Pixels = Annotated[int, BeforeValidator(_number), Field(ge=8, le=8192, multiple_of=8)]
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]

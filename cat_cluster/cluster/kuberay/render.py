@@ -38,6 +38,9 @@ START_SECONDS = 3600  # machines may have to be bought first
 INSPECTION_SECONDS = 600  # that the cluster of a failed job is kept for inspection
 KEEP_SECONDS = 7 * 24 * 3600  # that a job's record is kept in Kubernetes; the run's own is in the storage
 _DIGEST = 8
+_IMAGE_NAME = (
+    r"[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?(/[a-z0-9][a-z0-9._-]*)*(:[\w][\w.-]{0,127})?(@[a-z0-9]+:[a-f0-9]+)?"
+)
 _LABELS = {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/component": "training"}
 
 
@@ -76,12 +79,13 @@ def render_job(job: JobSpec, storage: str, options: RenderOptions) -> list[dict[
         raise SpecError("cluster.workers: Kueue admits a fixed number; give one, or leave --queue out")
     content = job.model_copy(update={"storage": storage}).model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-    name = options.name or _name(job.name, text)
+    name = _name(job.name, text) if options.name is None else options.name
     longest = MAX_NAME_LENGTH["RayJob"]
     if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise SpecError(
             f"--name {name}: must begin with a letter and hold a-z, 0-9 and -, {longest} characters at most"
         )
+    _check_options(options)
     about = {"name": name, "namespace": options.namespace, "labels": dict(_LABELS)}
     spec_map = {
         "apiVersion": "v1",
@@ -131,6 +135,18 @@ def refuse_local_paths(job: JobSpec, storage: str, *, uploads: bool = False) -> 
                     f"images: {concept.images} is a folder of this machine, and a cluster in Kubernetes cannot see it; "
                     f"give --upload, which puts it into the storage, or an s3:// address (adapter {adapter.id})"
                 )
+
+
+def _check_options(options: RenderOptions) -> None:
+    """Refuse names that Kubernetes would refuse when the objects are applied, or never find."""
+    label = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+    for option, value in (("--namespace", options.namespace), ("--queue", options.queue)):
+        if value is not None and not re.fullmatch(label, value):
+            raise SpecError(
+                f"{option} {value!r}: must hold a-z, 0-9 and -, begin and end with a letter or digit, 63 at most"
+            )
+    if options.image is not None and not re.fullmatch(_IMAGE_NAME, options.image):
+        raise SpecError(f"--image {options.image!r}: is not the name of an image, such as registry.example/cat:1.0")
 
 
 def _name(title: str, text: str) -> str:

@@ -247,9 +247,9 @@ _GRID = (
 )
 
 
-def prompt_grid(weights: Path, out: Path, seed: int, *, steps: int = STEPS) -> Path:
+def prompt_grid(weights: Path, out: Path, seed: int, *, steps: int = STEPS, device: str = "cpu") -> Path:
     """A labelled picture: one row per object, one column per prompt, one seed per row."""
-    pipeline = StableDiffusionPipeline.from_pretrained(weights)
+    pipeline = StableDiffusionPipeline.from_pretrained(weights).to(device)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [template.format(noun) for noun in world.OBJECTS for template in _GRID]
     seeds = [seed + row for row in range(len(world.OBJECTS)) for _ in _GRID]
