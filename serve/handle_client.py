@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,7 @@ logger = logging.getLogger("cat_cluster.serve")
 
 TRIES = 4  # of a call whose engine is lost: its images are a function of the call, so another engine's are the same
 RETRY_S = 1.0
-PATIENCE_S = 30.0  # an engine that died is replaced within it; without any for so long, calls are refused
+PATIENCE_S = 30.0  # without any engine for so long, calls are refused; those that lost theirs wait until their deadline
 STATUS_S = 5.0
 _GONE = (RayActorError, ReplicaUnavailableError, ObjectLostError)
 
@@ -42,7 +41,7 @@ class HandleClient:
             stream = handle.generate.remote(call)
             lost = Failed.of(EngineStoppedError("the engine stopped before the images were done: try again"))
             try:
-                while (event := await self._next(stream)) is not None:
+                while (event := await self._next(stream, until if attempt else None)) is not None:
                     if isinstance(event, Failed) and event.kind == EngineStoppedError.__name__:
                         lost = event
                         break
@@ -94,13 +93,21 @@ class HandleClient:
         """Return one engine's metrics; with several, scrape Ray's metrics port instead."""
         return bytes(await self._handle.metrics.remote())
 
-    async def _next(self, stream: AsyncGenerator[Event, None]) -> Event | None:
-        """Return the next event, None after the last; DeploymentUnavailableError when no engine is there."""
+    async def _next(self, stream: AsyncGenerator[Event, None], until: float | None) -> Event | None:
+        """Return the next event, None after the last.
+
+        DeploymentUnavailableError when no engine is there: after the patience, or at `until` if that is given.
+        """
         coming = asyncio.ensure_future(anext(stream, None))
         try:
             while not (await asyncio.wait({coming}, timeout=self._patience_s))[0]:
-                with suppress(TimeoutError):  # busy, but there
+                try:
                     await self._handle.broadcast("status").results_async(timeout_s=STATUS_S, return_exceptions=True)
+                except TimeoutError:
+                    continue  # busy, but there
+                except DeploymentUnavailableError:
+                    if until is None or time.monotonic() >= until:
+                        raise
             return coming.result()
         finally:
             coming.cancel()

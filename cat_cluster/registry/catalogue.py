@@ -71,7 +71,8 @@ class ManifestReader:
         known = self.adapter_ids()
         if not known:
             return AdapterNotFoundError(
-                f"no adapter {adapter_id!r}: the storage {self._store.url} holds none yet; train one, or give --storage"
+                f"no adapter {adapter_id!r}: the storage {self._store.url} holds none yet; train one, give --storage, "
+                "or see that it is mounted"
             )
         near = difflib.get_close_matches(adapter_id, known, n=3, cutoff=0.5)
         hint = f"did you mean {_listed(near)}?" if near else f"it holds {_listed(known)}"

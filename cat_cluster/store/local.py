@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, StoreError
+from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, ObjectUnreadableError, StoreError
 from cat_cluster.store.protocol import KeyList, check_key, check_prefix
 
 TEMPORARY_PREFIX = ".tmp-"  # no key begins a name with a dot, so a file left by a crash is never an object
@@ -24,12 +25,18 @@ class LocalStore:
 
     An object is written to a hidden file beside its place, synced to disk, and then renamed (or, write-once,
     hard-linked) into place, so readers and crashes never see a part of it.
+
+    A folder that was never written is empty. One that held folders and has none any more is not: the store never
+    removes a folder, so what was mounted there is away, and every method says so instead of finding nothing.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser().resolve()
-        if self.folder.exists() and not self.folder.is_dir():
+        self._held_objects = False
+        if self.folder.is_file():
             raise StoreError(f"storage {self.folder} is a file: give a folder, for example with --storage")
+        with suppress(StoreError):  # it is not needed yet
+            self._check_folder()
 
     @property
     def url(self) -> str:
@@ -40,12 +47,16 @@ class LocalStore:
         """Return the object's bytes; ObjectNotFoundError if there is none."""
         path = self._path(key)
         with self._explained("read", key):
-            return path.read_bytes()
+            data = path.read_bytes()
+        self._found(key)
+        return data
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
         """Store an object, replacing an older one; with `if_absent`, ObjectExistsError when the key is taken."""
         path = self._path(key)
         temporary = path.with_name(f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}")
+        if self._held_objects:
+            self._check_folder()  # what is written now would be hidden once the folder is mounted again
         with self._explained("write", key, size=len(data)):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -58,12 +69,16 @@ class LocalStore:
                 with suppress(FileNotFoundError):
                     temporary.unlink()
             _sync_folder(path.parent)
+        self._found(key)
 
     def exists(self, key: str) -> bool:
         """Say whether an object is stored under the key."""
         path = self._path(key)
-        with self._explained("read", key):
-            return path.is_file()
+        with suppress(ObjectNotFoundError), self._explained("read", key):
+            if stat.S_ISREG(path.stat().st_mode):
+                self._found(key)
+                return True
+        return False
 
     def list(self, prefix: str) -> KeyList:
         """Return, sorted, every key that begins with the prefix ("" for all)."""
@@ -71,7 +86,10 @@ class LocalStore:
         # Only the deepest folder that the prefix names whole has to be walked.
         parent = prefix.rpartition("/")[0]
         start = self._path(parent) if parent else self.folder
-        return sorted(key for key in self._walk(start) if key.startswith(prefix))
+        keys = sorted(key for key in self._walk(start) if key.startswith(prefix))
+        if not keys:
+            self._check_folder()
+        return keys
 
     def delete(self, key: str) -> None:
         """Remove an object; a key without one is no error."""
@@ -96,9 +114,39 @@ class LocalStore:
     def _path(self, key: str) -> Path:
         path = self.folder / check_key(key)
         # check_key leaves one way out of the folder: a symbolic link that somebody put into it.
-        if not path.resolve().is_relative_to(self.folder):
-            raise StoreError(f"{key} leads out of storage {self.folder}: remove the symbolic link on its way")
+        try:
+            is_inside = path.resolve().is_relative_to(self.folder)
+        except (OSError, RuntimeError):  # links in a circle
+            is_inside = False
+        if not is_inside:
+            raise ObjectUnreadableError(
+                f"{key} leads out of storage {self.folder} or in a circle: put what it should name in the place of the "
+                "symbolic link on its way"
+            )
         return path
+
+    def _found(self, key: str) -> None:
+        """Remember that the folder holds folders."""
+        self._held_objects |= "/" in key
+
+    def _check_folder(self) -> None:
+        """Raise StoreError if the storage folder cannot be read, or is missing or empty though it held objects."""
+        try:
+            with os.scandir(self.folder) as entries:
+                holds_folders = any(entry.is_dir() for entry in entries)
+        except FileNotFoundError:
+            holds_folders = False
+        except OSError as error:
+            raise StoreError(
+                f"storage {self.folder} cannot be read: {error.strerror}; see that it is mounted and that this user "
+                "may read it"
+            ) from error
+        if self._held_objects and not holds_folders:
+            raise StoreError(
+                f"storage {self.folder} held objects and is now {'empty' if self.folder.is_dir() else 'missing'}: see "
+                "that it is mounted and in its place; if it was emptied on purpose, start this program again"
+            )
+        self._held_objects = holds_folders
 
     def _walk(self, start: Path) -> Iterator[str]:
         def refuse(error: OSError) -> None:
@@ -130,8 +178,10 @@ class LocalStore:
         try:
             yield
         except OSError as error:
-            if action != "write" and error.errno in _NO_OBJECT:
-                raise ObjectNotFoundError(f"no object {key} in storage {self.folder}") from error
+            if action != "write":
+                self._check_folder()
+                if error.errno in _NO_OBJECT:
+                    raise ObjectNotFoundError(f"no object {key} in storage {self.folder}") from error
             reason = error.strerror or str(error)
             remedy = f"check the permissions of {self.folder} or choose another storage folder"
             if error.errno in _NO_SPACE:
@@ -139,7 +189,8 @@ class LocalStore:
                     f"free {max(size / 1e6, 0.1):.1f} MB or more on the disk of {self.folder} (or raise the quota or "
                     "file size limit), or choose another storage folder; nothing of this object was stored"
                 )
-            raise StoreError(f"cannot {action} {key} in storage {self.folder}: {reason}; {remedy}") from error
+            kind = ObjectUnreadableError if action == "read" else StoreError
+            raise kind(f"cannot {action} {key} in storage {self.folder}: {reason}; {remedy}") from error
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -18,7 +18,9 @@ _SEGMENT = re.compile(r"[A-Za-z0-9_=@+-][A-Za-z0-9._=@+-]*")
 class ObjectStore(Protocol):
     """A flat map from keys to bytes: whole objects only, and each put is seen whole or not at all.
 
-    Keys are posix paths (`check_key`). Every method raises StoreError when the store refuses or is out of space.
+    Keys are posix paths (`check_key`). Every method raises StoreError when the store refuses, is out of space or is
+    away: that an object is not there is said only of a store that responds. One object alone that cannot be read, or is
+    not what was stored, is ObjectUnreadableError.
     """
 
     @property

@@ -28,7 +28,7 @@ with needs_extra("s3", "a storage in S3"):
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    from cat_cluster.store.s3_errors import S3_ERRORS, UploadGoneError, damaged, explain, may_pass
+    from cat_cluster.store.s3_errors import S3_ERRORS, UploadGoneError, damaged, explain, may_pass, says_no_key
 
 RETRY_SECONDS = 60.0  # from the first failure of a request to its last try
 CONNECT_SECONDS, READ_SECONDS = 5.0, 30.0
@@ -40,6 +40,7 @@ PART_BYTES = 8 * 2**20  # objects of this size or more are uploaded in parts
 MOST_PARTS = 1000  # S3 allows 10,000; some servers no more than this
 PARTS_AT_ONCE = 4
 PAGE_SIZE = 1000
+SEEN_SECONDS = 10.0
 
 # Of each object we write: the sha256 of its bytes, and who wrote it, to know our own write again.
 _SHA256, _NONCE = "cat-sha256", "cat-nonce"
@@ -167,7 +168,7 @@ class S3Store:
         self._page_size = page_size
         self._on_retry = on_retry
         self._bucket = S3Bucket(bucket, self._url, retry_seconds=retry_seconds, on_retry=on_retry)
-        self._bucket_seen = False
+        self._bucket_seen_at = float("-inf")
 
     def __reduce__(self) -> tuple[Callable[[str], S3Store], tuple[str]]:
         remake = functools.partial(
@@ -190,7 +191,12 @@ class S3Store:
 
     def get(self, key: str) -> bytes:
         """Return the object's bytes, checked against their sha256; ObjectNotFoundError if there is none."""
-        return self._bucket.read(self._key(key), key)[0]
+        try:
+            return self._bucket.read(self._key(key), key)[0]
+        except ObjectNotFoundError as error:
+            if not says_no_key(error.__cause__):
+                self._see_bucket(key)
+            raise
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
         """Store an object, replacing an older one; with `if_absent`, ObjectExistsError when the key is taken."""
@@ -272,11 +278,15 @@ class S3Store:
         return None if head is None else head["Metadata"].get(_NONCE, "")
 
     def _see_bucket(self, key: str) -> None:
-        """Raise StoreError if it is the bucket that is missing: the response to HEAD of an object does not tell."""
-        if not self._bucket_seen:
-            page = {"Bucket": self._bucket.name, "Prefix": self._key(key), "MaxKeys": 1}
-            self._bucket.run("read", key, functools.partial(_list_page, arguments=page))
-            self._bucket_seen = True
+        """Raise StoreError if it is the bucket that is missing: the response to HEAD of an object does not tell.
+
+        A bucket that was there is believed to be for SEEN_SECONDS.
+        """
+        if time.monotonic() - self._bucket_seen_at < SEEN_SECONDS:
+            return
+        page = {"Bucket": self._bucket.name, "Prefix": self._key(key), "MaxKeys": 1}
+        self._bucket.run("list", key, functools.partial(_list_page, arguments=page))
+        self._bucket_seen_at = time.monotonic()
 
     def _put_parts(
         self, key: str, data: bytes, place: Mapping[str, str], metadata: Mapping[str, str], condition: Mapping[str, str]

@@ -16,7 +16,7 @@ from botocore.exceptions import (
     SSLError,
 )
 
-from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, StoreError
+from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, ObjectUnreadableError, StoreError
 
 S3_ERRORS = (ClientError, BotoCoreError, OSError)  # all that a request may raise
 
@@ -75,6 +75,11 @@ def is_missing(error: Exception) -> bool:
     return error_code(error) in _NO_OBJECT
 
 
+def says_no_key(error: BaseException | None) -> bool:
+    """Say whether the service itself says that there is no such key, not a server that knows no S3."""
+    return isinstance(error, ClientError) and error_code(error) == "NoSuchKey"
+
+
 def explain(error: Exception, *, action: str, key: str, url: str, endpoint: str, waited: float) -> StoreError:
     """Return the StoreError that names the storage, the key and the remedy for an error of the S3 client.
 
@@ -99,7 +104,7 @@ def explain(error: Exception, *, action: str, key: str, url: str, endpoint: str,
     if code == "NoSuchBucket":
         return StoreError(f"{start}: there is no bucket {bucket} at {endpoint}; make it, or correct the name")
     if is_missing(error):
-        return ObjectNotFoundError(f"no object {key} in storage {url}")
+        return _not_there(action, start, key, url, endpoint)
     if isinstance(error, FlexibleChecksumError) or code == "BrokenMPU":
         return damaged(key, url, message)
     if code == "NotImplemented" or http_status(error) == 501:
@@ -114,11 +119,18 @@ def explain(error: Exception, *, action: str, key: str, url: str, endpoint: str,
     return StoreError(f"{start}: {endpoint} answered {code or type(error).__name__} ({message})")
 
 
-def damaged(key: str, url: str, what: str) -> StoreError:
+def damaged(key: str, url: str, what: str) -> ObjectUnreadableError:
     """Return the error for an object whose bytes are not those that were stored."""
-    return StoreError(
+    return ObjectUnreadableError(
         f"{key} in storage {url} is damaged ({what}); restore it from a backup, or delete it and store again"
     )
+
+
+def _not_there(action: str, start: str, key: str, url: str, endpoint: str) -> StoreError:
+    """Return the error for 404: of an object or, to a listing, of a server that knows nothing of the bucket."""
+    if action != "list":
+        return ObjectNotFoundError(f"no object {key} in storage {url}")
+    return StoreError(f"{start}: {endpoint} answered 404 to a listing; check AWS_ENDPOINT_URL and the bucket's name")
 
 
 def _gave_up(error: Exception, start: str, endpoint: str, waited: float) -> StoreError:

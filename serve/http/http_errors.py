@@ -31,6 +31,13 @@ class ErrorKind:
 INVALID, SERVER = "invalid_request_error", "server_error"
 INTERNAL = ErrorKind(500, SERVER, "internal_error", "internal error; the log has its details under this request's id")
 
+_INCOMPLETE = ErrorKind(
+    422,
+    INVALID,
+    "model_damaged",
+    "a stored file of this adapter is missing or cannot be read; `cat-cluster adapters verify` says which",
+)
+
 KINDS: Mapping[type[BaseException], ErrorKind] = {
     errors.SpecError: ErrorKind(400, INVALID, "invalid_value"),
     errors.RegistryError: ErrorKind(400, INVALID, "invalid_reference"),
@@ -45,6 +52,8 @@ KINDS: Mapping[type[BaseException], ErrorKind] = {
     errors.OverloadedError: ErrorKind(503, SERVER, "overloaded"),
     errors.EngineStoppedError: ErrorKind(503, SERVER, "engine_stopped"),
     errors.StoreError: ErrorKind(503, SERVER, "store_unavailable", "the adapters' store does not respond; try again"),
+    errors.ObjectNotFoundError: _INCOMPLETE,
+    errors.ObjectUnreadableError: _INCOMPLETE,
     errors.DeadlineError: ErrorKind(504, SERVER, "deadline_exceeded"),
 }
 

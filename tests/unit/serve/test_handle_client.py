@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -149,6 +151,28 @@ def test_without_an_engine_it_is_said(steps: list[Step]) -> None:
     (failed,) = events(handle)
     assert failed == Failed("EngineStoppedError", "no engine is running: try again")
     assert handle.streams[0].cancelled
+
+
+def test_a_call_that_lost_its_engine_waits_for_another_until_its_deadline() -> None:
+    class Late(Stream):
+        async def __anext__(self) -> Event:
+            if not late:
+                late.append(await asyncio.sleep(0.3))  # many times the patience: a replacement loads its base
+            return await super().__anext__()
+
+    late: list[None] = []
+    handle = Handle(answers=[NOBODY])
+    tries = [Stream([Accepted("cup@r-1"), done(0), DIED]), Late([Accepted("cup@r-1"), done(1)])]
+    handle._remote = lambda call: tries.pop(0)  # type: ignore[method-assign]
+    assert events(handle) == [Accepted("cup@r-1"), done(0), done(1)]
+
+
+def test_a_call_that_lost_its_engine_fails_at_its_deadline() -> None:
+    handle = Handle([Accepted("cup@r-1"), DIED], [None], answers=[NOBODY])
+    began = time.monotonic()
+    *_, failed = events(handle, replace(CALL, deadline_s=0.3))
+    assert failed == Failed("EngineStoppedError", "no engine is running: try again")
+    assert 0.3 <= time.monotonic() - began < 3.0
 
 
 def test_a_busy_engine_is_waited_for() -> None:

@@ -156,3 +156,12 @@ def test_damaged_probe_records_and_quarantines_are_read_around(live: Live, regis
         assert drift.status_code == 200
         assert drift.json()["history"] == []
         assert drift.json()["quarantined"]["reason"] == "no reason given"
+
+
+def test_an_unmounted_registry_is_no_empty_one(live: Live, registry: Registry, tmp_path: Path) -> None:
+    tmp_path.rename(tmp_path.with_name("elsewhere"))
+    tmp_path.mkdir()
+    with live.http() as http:
+        for path in ("models", "adapters", "adapters/cup", "adapters/nobody", "models/cup", "adapters/cup/drift"):
+            response = http.get(f"/v1/{path}")
+            assert (response.status_code, response.json()["error"]["code"]) == (503, "store_unavailable"), path
