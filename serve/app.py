@@ -109,6 +109,7 @@ class IngressReplica:
             self._access,
             Metrics(metrics, HTTP_METRICS),
             metrics.exposition,
+            proxy_adds_id=True,
         )
 
 

@@ -45,11 +45,13 @@ def build_app(
     access: Access,
     metrics: Metrics,
     exposition: Callable[[], bytes],
+    *,
+    proxy_adds_id: bool = False,
 ) -> FastAPI:
     """Return the service as an ASGI app.
 
     client: the engine, or what returns it once the process runs. metrics: has HTTP's; exposition: returns this process'
-    metrics as Prometheus' text, empty where the client's `metrics` has them already.
+    metrics as Prometheus' text, empty where the client's `metrics` has them already. proxy_adds_id: see RequestLog.
     """
     app = FastAPI(
         title="cat-cluster",
@@ -80,7 +82,8 @@ def build_app(
             expose_headers=["x-request-id", "x-cat-model", "x-cat-drift", "retry-after"],
         )
     app.add_middleware(SiteGuard, loopback_only=access.is_open, origins=settings.cors_origins)
-    app.add_middleware(RequestLog, metrics=metrics, may_quote=os.environ.get(PROMPTS_VARIABLE) == "1")
+    may_quote = os.environ.get(PROMPTS_VARIABLE) == "1"
+    app.add_middleware(RequestLog, metrics=metrics, may_quote=may_quote, proxy_adds_id=proxy_adds_id)
     app.openapi = _without_default_422(app.openapi)  # type: ignore[method-assign]
     return app
 

@@ -50,11 +50,13 @@ class RequestEntry:
 class RequestLog:
     """ASGI middleware: request ids, security headers, the log and HTTP's metrics.
 
-    Errors that no handler knows end here, as 500 where the response has not started.
+    Errors that no handler knows end here, as 500 where the response has not started. proxy_adds_id: the server in front
+    adds the request's own x-request-id to every response, as Ray Serve's proxy does, so it must not come twice.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, may_quote: bool) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, may_quote: bool, proxy_adds_id: bool = False) -> None:
         self._app = app
+        self._proxy_adds_id = proxy_adds_id
         self._metrics = metrics
         self._may_quote = may_quote
 
@@ -74,7 +76,8 @@ class RequestLog:
                 has_begun = True
                 entry.status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = entry.request_id
+                if not (self._proxy_adds_id and entry.request_id == _given_id(scope)):
+                    headers["x-request-id"] = entry.request_id
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
@@ -118,5 +121,9 @@ def log_unexpected(entry: RequestEntry, error: BaseException) -> None:
 
 
 def _request_id(scope: Scope) -> str:
-    given = Headers(scope=scope).get("x-request-id", "")
+    given = _given_id(scope)
     return given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+
+
+def _given_id(scope: Scope) -> str:
+    return Headers(scope=scope).get("x-request-id", "")

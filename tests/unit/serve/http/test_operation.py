@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from ray.serve._private.http_util import RequestIdMiddleware
 
 from cat_cluster import errors
 from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
+from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, Metrics, PrometheusBackend
 from serve.calls import Event, ImageCall
 from serve.http.access import Access
+from serve.http.ingress import build_app
 from serve.settings import ServeSettings
 from tests.support.ingress_server import PATH, Live, ScriptedEngine, ask, assert_refused, listening, only, scope, until
 
@@ -56,6 +61,33 @@ def test_prompts_are_logged_where_that_is_asked_for(
     with listening(opened, registry, settings, Access(settings)) as live, live.http() as http:
         ask(http)
     assert json.loads(caplog.messages[0])["prompt"] == "a cup"
+
+
+@pytest.mark.parametrize("given", ["my-request.1", "a b", "\xff\xfe", None])
+def test_behind_rays_proxy_a_request_id_comes_once(tmp_path: Path, given: str | None) -> None:
+    settings, backend = ServeSettings(base="base"), PrometheusBackend()
+    metrics = Metrics(backend, [HTTP_REQUESTS, HTTP_SECONDS])
+    registry = Registry(LocalStore(tmp_path))
+    app = build_app(
+        ScriptedEngine(), registry, settings, Access(settings), metrics, backend.exposition, proxy_adds_id=True
+    )
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    request = scope("GET", "/v1/models")
+    request["headers"] += [] if given is None else [(b"x-request-id", given.encode("latin-1"))]
+    asyncio.run(RequestIdMiddleware(app)(request, receive, send))  # what the proxy puts around every application
+    ids = [value.decode("latin-1") for name, value in sent[0]["headers"] if name.lower() == b"x-request-id"]
+    assert sent[0]["status"] == 200
+    if given in ("my-request.1", None):
+        assert len(ids) == 1
+    else:  # the proxy's own cannot be taken away; ours is the one in the log
+        assert ids[0].startswith("req-")
 
 
 def test_http_metrics_count_routes_and_codes(http: httpx2.Client) -> None:
