@@ -46,9 +46,7 @@ def output_folder(folder: Path) -> Path:
         if place.is_dir():
             if os.access(place, os.W_OK | os.X_OK):
                 return folder
-            raise OutputError(
-                f"cannot write to {folder}: {place} may not be written by this user; choose another folder"
-            )
+            raise OutputError(f"cannot write to {folder}: {place} is not this user's to write; choose another")
         if os.path.lexists(place):
             raise OutputError(f"cannot write to {folder}: {place} is a file; name a folder")
     return folder
