@@ -24,6 +24,7 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.values import output_folder
+from cat_cluster.errors import SpecError
 from cat_cluster.spec.choices import AdapterFormat
 from cat_cluster.spec.fields import LARGEST_COUNT
 
@@ -92,15 +93,13 @@ def adapters_export(
 
 @adapters_app.command("import")
 def adapters_import(
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE", exists=True, help="Adapter file (.safetensors), or the folder it is in.")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Adapter file (.safetensors), or the folder it is in.")],
     adapter_id: Annotated[str, typer.Option("--id", help="Id to publish it under: a-z, 0-9 and -.")],
     token: Annotated[list[str], typer.Option(help="Trigger word it was taught; once per concept.")],
     class_noun: Annotated[list[str], typer.Option(help="What each concept is an example of, such as cup.")],
     photos: Annotated[
         list[Path] | None,
-        typer.Option(exists=True, file_okay=False, help="Folder of each concept's photos, to measure it."),
+        typer.Option(help="Folder of each concept's photos, to measure it."),
     ] = None,
     base: Annotated[str, typer.Option(help="Base model it was made for.")] = "pocket",
     images_per_prompt: Annotated[
@@ -120,6 +119,9 @@ def adapters_import(
     from cat_cluster.pipeline.importing import ImportRequest, import_adapter
     from cat_cluster.spec.sections import EvaluationSpec
 
+    missing = next((place for place in (file, *(photos or ())) if not place.exists()), None)
+    if missing is not None:  # said before a base model is looked for
+        raise SpecError(f"{missing} is not there; check the path")
     evaluation = EvaluationSpec(images_per_prompt=images_per_prompt, judge=judge)
     request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base, evaluation, unet_only)
     with progress() as listener:

@@ -11,6 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+from cat_cluster.errors import OutputError
+
 
 class CheckedCommand(TyperCommand):
     """A command that refuses empty values, text that is not UTF-8, numbers that are not finite or beyond 64 bits."""
@@ -20,7 +22,7 @@ class CheckedCommand(TyperCommand):
         _check_given(args)
         rest: list[str] = super().parse_args(ctx, args)
         for parameter in self.params:
-            hint = parameter.get_error_hint(ctx)
+            hint = " / ".join(parameter.opts)
             for value in _each(ctx.params.get(parameter.name)):
                 if isinstance(value, float) and not math.isfinite(value):
                     raise typer.BadParameter(f"{value} is not a finite number", ctx=ctx, param_hint=hint)
@@ -39,22 +41,22 @@ def check_all_values(app: typer.Typer) -> None:
 
 
 def output_folder(folder: Path) -> Path:
-    """Return a folder to write to; typer.BadParameter when a file is in its way, or it may not be written."""
+    """Return a folder to write to; raises OutputError when a file is in its way, or it may not be written."""
     for place in (folder, *folder.absolute().parents):
         if place.is_dir():
             if os.access(place, os.W_OK | os.X_OK):
                 return folder
-            raise typer.BadParameter(f"{place} may not be written by this user; choose another folder")
+            raise OutputError(f"cannot write to {folder}: {place} is not this user's to write; choose another")
         if os.path.lexists(place):
-            raise typer.BadParameter(f"{place} is a file; name a folder")
+            raise OutputError(f"cannot write to {folder}: {place} is a file; name a folder")
     return folder
 
 
 def output_file(path: Path | None) -> Path | None:
-    """Return a file to write; typer.BadParameter when it is a folder, or its own folder cannot be written."""
+    """Return a file to write; raises OutputError when it is a folder, or its own folder cannot be written."""
     if path is not None:
         if path.is_dir():
-            raise typer.BadParameter(f"{path} is a folder; name a file in it")
+            raise OutputError(f"cannot write {path}: it is a folder; name a file in it")
         output_folder(path.parent)
     return path
 

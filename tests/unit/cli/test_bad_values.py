@@ -194,7 +194,7 @@ FINDINGS: dict[str, tuple[list[str], str]] = {
     "a huge seed": (["generate", "--prompt", "a", "--out", "a.png", "--seed", HUGE], "--seed"),
     "a negative seed": (["generate", "--prompt", "a", "--out", "a.png", "--seed", "-1"], "--seed"),
     "no output": (["generate", "--prompt", "a", "--out", ""], "--out is empty"),
-    "a folder as output": (["generate", "--prompt", "a", "--out", "."], "is a folder; name a file in it"),
+    "a folder as output": (["generate", "--prompt", "a", "--out", "."], "it is a folder; name a file in it"),
     "an output below a file": (["generate", "--prompt", "a", "--out", "file/a.png"], "file is a file; name a folder"),
     "strength nan": (
         ["generate", "--prompt", "a", "--out", "a.png", "--strength", "nan"],
