@@ -121,7 +121,7 @@ def adapters_import(
 
     missing = next((place for place in (file, *(photos or ())) if not place.exists()), None)
     if missing is not None:  # said before a base model is looked for
-        raise SpecError(f"{missing} is not there; check the path")
+        raise SpecError(f"{missing} cannot be read: it is not there; check the path")
     evaluation = EvaluationSpec(images_per_prompt=images_per_prompt, judge=judge)
     request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base, evaluation, unet_only)
     with progress() as listener:
