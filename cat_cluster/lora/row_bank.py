@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cat_cluster.errors import AdapterMismatchError
 from cat_cluster.lora.bank import replace_module
 from cat_cluster.lora.formats import AdapterWeights
-from cat_cluster.lora.layers import change_of_pixels, sizes_of
+from cat_cluster.lora.layers import change_of_pixels, is_convolution, sizes_of
 
 _TEXT_SIDE = ("attn2.to_k", "attn2.to_v")
 
@@ -33,6 +33,7 @@ class AdapterLayout:
         self.shapes: dict[str, tuple[int, int]] = {}
         self._down_at: dict[str, int] = {}
         self._up_at: dict[str, int] = {}
+        self.convolutions = frozenset(name for name in layers if is_convolution(unet.get_submodule(name)))
         for name in layers:
             sizes = sizes_of(unet.get_submodule(name))
             if sizes is None:
@@ -74,6 +75,11 @@ class AdapterLayout:
             down_1RI[0, : len(layer.down)] = layer.down
             up_1OR[0, :, : len(layer.down)] = layer.up
         return flat
+
+    def changes_convolutions(self, flat_F: Tensor) -> bool:
+        """Say whether an adapter changes any convolution: only imported ones do."""
+        ups = [self.factors(flat_F.unsqueeze(0), name)[1].any() for name in self.convolutions]
+        return bool(ups) and bool(torch.stack(ups).any())
 
     def factors(self, flat_BF: Tensor, name: str) -> tuple[Tensor, Tensor]:
         """Return views of a layer's down [B, R, in] and up [B, out, R] in flat vectors [B, F]."""
@@ -145,6 +151,7 @@ class RowBlock:
         like = bank._like
         self._flat_BF = like.new_zeros((rows, bank.layout.size))
         self._adapted = [False] * rows
+        self._with_convolutions = [False] * rows
         self._kept = {
             name: like.new_zeros((rows, text_length, bank._modules[name].base.out_features)) for name in bank.text_side
         }
@@ -154,8 +161,9 @@ class RowBlock:
         """Give `rows` the texts [N, L, D], and one adapter [F] at a strength; None is the base model."""
         layout = self._bank.layout
         down_F, up_F = self._flat_BF[:, : layout.downs], self._flat_BF[:, layout.downs :]
+        with_convolutions = flat_F is not None and layout.changes_convolutions(flat_F)
         for row in rows:
-            self._adapted[row] = flat_F is not None
+            self._adapted[row], self._with_convolutions[row] = flat_F is not None, with_convolutions
             if flat_F is None:
                 self._flat_BF[row].zero_()
             else:
@@ -173,6 +181,7 @@ class RowBlock:
         """Let row `target` be what row `source` is; `source` is free then."""
         self._flat_BF[target].copy_(self._flat_BF[source])
         self._adapted[target] = self._adapted[source]
+        self._with_convolutions[target] = self._with_convolutions[source]
         for kept_BLO in self._kept.values():
             kept_BLO[target].copy_(kept_BLO[source])
         self.clear(source)
@@ -185,7 +194,7 @@ class RowBlock:
         """Make a row a base row."""
         if self._adapted[row]:
             self._flat_BF[row].zero_()
-            self._adapted[row] = False
+            self._adapted[row] = self._with_convolutions[row] = False
 
     @contextmanager
     def call(self, count: int) -> Iterator[None]:
@@ -195,13 +204,16 @@ class RowBlock:
             flat = self._flat_BF[:count]
             shapes = self._bank.layout.shapes
             self._views[count] = {name: self._bank.layout.factors(flat, name) for name in shapes if name not in kept}
-        adapted = any(self._adapted[:count])
+        adapted, idle = any(self._adapted[:count]), self._bank.layout.convolutions
+        if any(self._with_convolutions[:count]):
+            idle = frozenset()
         try:
             for name, kept_BLO in kept.items():
                 modules[name].kept = kept_BLO[:count]
             if adapted:
                 for name, factors in self._views[count].items():
-                    modules[name].factors = factors
+                    if name not in idle:
+                        modules[name].factors = factors
             yield
         finally:
             for module in modules.values():

@@ -13,8 +13,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from cat_cluster.errors import AdapterMismatchError
+from cat_cluster.lora import row_bank
 from cat_cluster.lora.bank import TARGETS, LoraBank, adapted_layers, served_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.lora.layers import change_of_pixels
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank, RowBlock
 from cat_cluster.models.base_model import compiled_blocks
 from tests.unit.lora.test_bank import WeightsFactory, inputs, with_peft
@@ -102,6 +104,33 @@ def test_1x1_convolutions_are_linears_at_each_pixel(
     torch.testing.assert_close(again, found, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found[1], bare[1], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found[0], bare[0], atol=1e-3)
+
+
+def test_convolutions_cost_nothing_unless_an_adapter_in_the_call_changes_them(
+    one_unet: UNet2DConditionModel, make_weights: WeightsFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def counting(x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+        asked.append(len(x))
+        return change_of_pixels(x, down, up)
+
+    monkeypatch.setattr(row_bank, "change_of_pixels", counting)
+    plain = make_weights(one_unet, ranks=(2,), targets="attention_ff")
+    imported = make_weights(one_unet, ranks=(2,), targets="attention_ff", convolutions=True)
+    with attached(one_unet) as bank:
+        convolutions, block = len(bank.layout.convolutions), bank.block(3, inputs(1)[2].shape[1])
+        bind_all(bank, block, [plain, None, imported], [1.0, 1.0, 1.0])
+        alone = predict(bank, block, 2)
+        assert asked == []
+        predict(bank, block, 3)
+        assert asked == [3] * convolutions
+        block.move(2, 1)
+        predict(bank, block, 2)
+        assert asked == [3] * convolutions + [2] * convolutions
+        block.clear(1)
+        assert torch.equal(predict(bank, block, 2)[0], alone[0])
+        assert len(asked) == 2 * convolutions
 
 
 def test_layers_that_an_adapter_lacks_are_zero(one_unet: UNet2DConditionModel, make_weights: WeightsFactory) -> None:
