@@ -43,10 +43,10 @@ unit: $(STAMP)
 # All tests but chaos, each once: those that start servers run one after the other.
 test: unit
 	$(SIDE_BY_SIDE) -m "slow and not ($(SERVERS))"
-	$(PYTEST) -m "not chaos and not unit and not (slow and not ($(SERVERS)))"
+	$(PYTEST) -m "not chaos and not unit and not (slow and not ($(SERVERS)))" --durations=20
 
 chaos: $(STAMP)
-	$(PYTEST) -m chaos
+	$(PYTEST) -m chaos --durations=0 --durations-min=1
 
 # Small mistakes in core lines, made one at a time in a copy: the tests must notice each. AREA=training for one area.
 AREA ?=
