@@ -17,6 +17,8 @@ import typer
 from cat_cluster.cli.app import app
 from tests.support.tiny_jobs import CommandLine, Finished, adapter, assert_refused, write_photos, write_spec
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
@@ -160,7 +162,6 @@ def run(command: CommandLine, words: list[str]) -> Finished:
     return finished
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_bad_value_of_every_command_is_refused(name: str, command: CommandLine, place: Path) -> None:
     one = ALL[name]

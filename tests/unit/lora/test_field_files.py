@@ -17,6 +17,8 @@ from cat_cluster.lora.formats import AdapterWeights, read_adapter, text_encoder_
 from tests.unit.lora.conftest import WeightsFactory
 from tests.unit.lora.test_formats import ATTENTION, assert_same, bank_predicts, close, peft_folder, predict
 
+pytestmark = pytest.mark.slow
+
 TEXT_LAYER = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 
 

@@ -18,6 +18,8 @@ from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import check_base, fingerprint
 from cat_cluster.models.base_model import BaseModel, as_stock_pipeline_reads, base_folder, load_base_model
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["a photo of a red sks cup", "", "a cup " * 60, "two caf\u00e9s, at night!"]
 UNET = Path("unet/diffusion_pytorch_model.safetensors")
 

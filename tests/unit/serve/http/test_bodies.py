@@ -20,6 +20,8 @@ from serve.http.access import Access
 from serve.settings import ServeSettings
 from tests.support.ingress_server import PATH, Live, ScriptedEngine, listening, only
 
+pytestmark = pytest.mark.slow
+
 BODY = json.dumps({"prompt": "a cup"}).encode()
 JSON = {"content-type": "application/json"}
 KEYS = ("one", "two", "three")
@@ -129,7 +131,6 @@ def test_open_bodies_are_limited_by_caller_and_in_all(tmp_path: Path) -> None:
         asyncio.run(fill(live))
 
 
-@pytest.mark.slow
 def test_hundreds_of_half_sent_bodies_leave_the_service_to_others(tmp_path: Path) -> None:
     async def flood(live: Live) -> None:
         began = time.monotonic()
