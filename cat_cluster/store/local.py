@@ -127,10 +127,12 @@ class LocalStore:
 
     def _found(self, key: str) -> None:
         """Remember that the folder holds folders."""
-        self._held_objects |= "/" in key
+        if "/" in key:
+            self._held_objects = True
 
     def _check_folder(self) -> None:
         """Raise StoreError if the storage folder cannot be read, or is missing or empty though it held objects."""
+        held_objects = self._held_objects  # before looking: another thread may write the first one meanwhile
         try:
             with os.scandir(self.folder) as entries:
                 holds_folders = any(entry.is_dir() for entry in entries)
@@ -141,12 +143,13 @@ class LocalStore:
                 f"storage {self.folder} cannot be read: {error.strerror}; see that it is mounted and that this user "
                 "may read it"
             ) from error
-        if self._held_objects and not holds_folders:
+        if held_objects and not holds_folders:
             raise StoreError(
                 f"storage {self.folder} held objects and is now {'empty' if self.folder.is_dir() else 'missing'}: see "
                 "that it is mounted and in its place; if it was emptied on purpose, start this program again"
             )
-        self._held_objects = holds_folders
+        if holds_folders:
+            self._held_objects = True
 
     def _walk(self, start: Path) -> Iterator[str]:
         def refuse(error: OSError) -> None:

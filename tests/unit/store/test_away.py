@@ -8,6 +8,7 @@ import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -169,3 +170,22 @@ def test_another_web_server_is_no_empty_bucket(not_found: S3Store, use: str) -> 
     with pytest.raises(StoreError, match="check AWS_ENDPOINT_URL") as caught:
         USES[use](not_found)
     assert not isinstance(caught.value, ObjectNotFoundError)
+
+
+def test_a_first_write_beside_a_look_is_no_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder was empty when it was looked at, and another thread wrote the first object before the verdict."""
+    store, look = LocalStore(tmp_path), os.scandir
+
+    def slow_look(folder: Path) -> nullcontext[Iterator[os.DirEntry[str]]]:
+        seen = list(look(folder))
+        monkeypatch.undo()
+        store.put("a/b", b"1")
+        return nullcontext(iter(seen))
+
+    monkeypatch.setattr(os, "scandir", slow_look)
+    with pytest.raises(ObjectNotFoundError):
+        store.get("a/c")
+    assert store.get("a/b") == b"1"
+    gone(tmp_path)
+    with pytest.raises(StoreError, match="held objects"):
+        store.list("")
