@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,6 @@ from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineE
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import initial_latents
 from cat_cluster.models.samplers import SamplerTable, sampler_table
-from cat_cluster.models.text_limit import TextLimit
 from cat_cluster.registry import Manifest
 from cat_cluster.registry.manifest import WEIGHTS
 from cat_cluster.telemetry import Metrics
@@ -48,11 +46,6 @@ class EngineParts:
     codec: Codec
     sizes: tuple[Pixels, ...]
     metrics: Metrics
-
-    @cached_property
-    def text_limit(self) -> TextLimit:
-        """What the text encoder reads of a prompt; for the event loop alone."""
-        return TextLimit(self.base.tokenizer)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +78,8 @@ class ImagePlan:
         unit = pixels_per_latent(parts.base)
         manifest = None if found is None else found.manifest
         tokens = () if manifest is None else [concept.token for concept in manifest.concepts]
-        cuts = cut_notes(parts.text_limit, tokens, prompt=call.prompt, negative_prompt=call.negative_prompt)
+        # Plans are made on the event loop alone, the one thread that asks for the limit here.
+        cuts = cut_notes(parts.base.text_limit, tokens, prompt=call.prompt, negative_prompt=call.negative_prompt)
         notes = [None if found is None else found.note, *cuts]
         return cls(
             call=call,

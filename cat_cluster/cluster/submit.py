@@ -146,12 +146,10 @@ def image_digests_of(job: JobSpec) -> list[list[str]]:
 
 
 def _progress_or_none(run: Run, *, damaged_ok: bool) -> RunProgress | None:
-    if run.last_record() is None:
-        return None
     try:
         return run.progress()
     except RunError:
-        if damaged_ok:
+        if damaged_ok or run.last_record() is None:
             return None
         raise
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from cat_cluster.errors import BaseModelError, SpecError
 from cat_cluster.models.base_files import base_folder as base_folder
 from cat_cluster.models.base_files import check_family, fingerprint, read_config, weight_files
 from cat_cluster.models.schedule import NoiseSchedule
+from cat_cluster.models.text_limit import TextLimit
 
 GENERAL_PROMPTS_FILE = "general_prompts.txt"
 
@@ -57,6 +59,11 @@ class BaseModel:
     def resolution(self) -> int:
         """The side of the base's own images, in pixels."""
         return self.latent_size << (len(self.vae.config.block_out_channels) - 1)
+
+    @cached_property
+    def text_limit(self) -> TextLimit:
+        """What the text encoder reads of a prompt; only for one thread at a time."""
+        return TextLimit(self.tokenizer)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:

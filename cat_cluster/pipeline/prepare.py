@@ -18,7 +18,6 @@ from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, choose_device, load_base_model
-from cat_cluster.models.text_limit import TextLimit
 from cat_cluster.pipeline.publish import image_digests
 from cat_cluster.registry import revision_of
 from cat_cluster.settings import Settings
@@ -86,7 +85,7 @@ def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[s
     if resolved.base not in bases:
         bases[resolved.base] = load_base_model(resolved.base, device=choose_device(settings.device))
     base = bases[resolved.base]
-    warnings = check_caption_lengths(resolved.id, concepts, TextLimit(base.tokenizer))
+    warnings = check_caption_lengths(resolved.id, concepts, base.text_limit)
     revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint, TRAINING_VERSION)
     return PreparedAdapter(resolved, concepts, base, revision, warnings)
 
@@ -193,7 +192,7 @@ def _read_prompts(path: Path) -> tuple[str, ...]:
 
 def _refuse_cut_subjects(adapter: PreparedAdapter, templates: Sequence[str]) -> None:
     """Refuse evaluation prompts of which the text encoder does not read the token: with and without it are then one."""
-    limit = TextLimit(adapter.base.tokenizer)
+    limit = adapter.base.text_limit
     for template in dict.fromkeys(templates):
         for concept in adapter.concepts:
             if not has_token(limit.split(fill(template, concept.class_noun, concept.token))[0], concept.token):

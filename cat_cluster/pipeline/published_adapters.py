@@ -16,7 +16,6 @@ from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
-from cat_cluster.models.text_limit import TextLimit
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.spec.choices import SamplerName
@@ -95,7 +94,7 @@ def draw_images(
     if manifest is not None and registry is not None:
         bank = open_adapter(registry, manifest, base, strength=request.strength)
     tokens = () if manifest is None else [concept.token for concept in manifest.concepts]
-    for note in cut_notes(TextLimit(base.tokenizer), tokens, prompt=request.prompt):
+    for note in cut_notes(base.text_limit, tokens, prompt=request.prompt):
         listener.message(f"warning: {note}")
     slot = 0 if bank is None else 1
     rows = [
