@@ -36,8 +36,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "storage"
 
 
+def elsewhere(folder: Path) -> Path:
+    """A place of this test's own: tests in one process have their folders side by side."""
+    return folder.with_name(f"{folder.name}-elsewhere")
+
+
 def gone(folder: Path) -> None:
-    folder.rename(folder.with_name("elsewhere"))
+    folder.rename(elsewhere(folder))
 
 
 def unmounted(folder: Path) -> None:
@@ -77,7 +82,7 @@ def test_a_folder_that_comes_back_is_used_again(folder: Path) -> None:
     with pytest.raises(StoreError):
         store.exists("a/b")
     folder.rmdir()
-    shutil.copytree(folder.with_name("elsewhere"), folder)
+    shutil.copytree(elsewhere(folder), folder)
     assert store.get("a/b") == b"1"
     assert not store.exists("a/c")
     store.put("a/c", b"2")
