@@ -41,7 +41,8 @@ class HandleClient:
             stream = handle.generate.remote(call)
             lost = Failed.of(EngineStoppedError("the engine stopped before the images were done: try again"))
             try:
-                while (event := await self._next(stream, until if attempt else None)) is not None:
+                event = await self._first(stream, until if attempt else None)
+                while event is not None:
                     if isinstance(event, Failed) and event.kind == EngineStoppedError.__name__:
                         lost = event
                         break
@@ -50,6 +51,7 @@ class HandleClient:
                         call = replace(call, model=event.model)
                     if sent.is_new(event):
                         yield event
+                    event = await anext(stream, None)  # raises when the engine that has the call is lost
                 else:
                     return
             except _GONE:
@@ -93,8 +95,8 @@ class HandleClient:
         """Return one engine's metrics; with several, scrape Ray's metrics port instead."""
         return bytes(await self._handle.metrics.remote())
 
-    async def _next(self, stream: AsyncGenerator[Event, None], until: float | None) -> Event | None:
-        """Return the next event, None after the last.
+    async def _first(self, stream: AsyncGenerator[Event, None], until: float | None) -> Event | None:
+        """Return the first event of a call, which may wait for an engine; None when there is none.
 
         DeploymentUnavailableError when no engine is there: after the patience, or at `until` if that is given.
         """

@@ -8,6 +8,7 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,10 +26,12 @@ from cat_cluster.models.base_model import choose_device
 from cat_cluster.store import open_store
 from serve.app import build
 from serve.http.access import Access, check_bind
+from serve.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve.settings import Deployment, ServeSettings
 
 APPLICATION = "cat-cluster"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_ANSWER_S = 10.0  # from a deadline to the last byte of its response
 _OBJECTS = 256 * 2**20  # bytes of Ray's shared memory between processes: some images
 
 
@@ -43,7 +46,8 @@ def serve_here(
 ) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP; on_ready receives the address once the service is ready.
 
-    At the first signal requests in flight have a minute to finish, at a second one no more; no process is left.
+    At the first signal new requests are refused with 503 and those in flight are answered, each within its deadline;
+    at a second one no more. No process is left.
     Raises SpecError when it would listen beyond this machine without API keys, ClusterError when the port is taken or
     the engine does not start, StoreError and BaseModelError for what cannot be read, KeyboardInterrupt for a signal
     before it is ready.
@@ -57,6 +61,7 @@ def serve_here(
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # for this process alone
     deployment = local_deployment(settings, engines)
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     signals = _Signals()
     signals.listen()
@@ -74,7 +79,7 @@ def serve_here(
         signals.await_one()
         on_stop()
     finally:
-        signals.end_ray()
+        signals.end_ray(settings.deadline_s + _ANSWER_S)
 
 
 def start(deployment: Deployment, host: str, port: int) -> None:
@@ -141,13 +146,16 @@ class _Signals:
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
 
-    def end_ray(self) -> None:
-        """Let requests in flight finish, unless there is a second signal; then end every process of Ray's."""
+    def end_ray(self, limit_s: float) -> None:
+        """Let requests in flight end within `limit_s`, unless there is a second signal; then end Ray's processes."""
+        until = time.monotonic() + limit_s
         try:
             if ray.is_initialized():
-                # Ray Serve's own shutdown cuts the connections; this lets what has begun end.
-                ray_serve.delete(APPLICATION)
-                ray_serve.shutdown()
+                while time.monotonic() < until:
+                    # Ray Serve's shutdown cuts connections; this lets what has begun end, and waits a minute for it.
+                    with suppress(TimeoutError):
+                        ray_serve.delete(APPLICATION)
+                        break
         except (KeyboardInterrupt, TimeoutError, RayServeException, RayError):
             pass  # a second signal, or there is nothing to wait for
         finally:

@@ -24,7 +24,7 @@ logger = logging.getLogger("cat_cluster.serve")
 CLIENT_CLOSED = 499  # the client disconnected before its response
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _UNKNOWN_ROUTE = "/unknown"  # paths that a client makes up never become label values
-_HEADERS = {
+ADDED_HEADERS = {  # to every response of the application
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cross-origin-resource-policy": "same-origin",  # no other site's page embeds a picture
@@ -78,7 +78,7 @@ class RequestLog:
                 headers = MutableHeaders(scope=message)
                 if not (self._proxy_adds_id and entry.request_id == _given_id(scope)):
                     headers["x-request-id"] = entry.request_id
-                for name, value in _HEADERS.items():
+                for name, value in ADDED_HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
@@ -112,6 +112,11 @@ class RequestLog:
         logger.info(json.dumps(line))
 
 
+def is_request_id(given: str) -> bool:
+    """Say whether a client's x-request-id is taken over."""
+    return _REQUEST_ID.fullmatch(given) is not None
+
+
 def log_unexpected(entry: RequestEntry, error: BaseException) -> None:
     """Log an unexpected error, with the lines of code of its traceback."""
     entry.code = type(error).__name__
@@ -122,7 +127,7 @@ def log_unexpected(entry: RequestEntry, error: BaseException) -> None:
 
 def _request_id(scope: Scope) -> str:
     given = _given_id(scope)
-    return given if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+    return given if is_request_id(given) else f"req-{uuid.uuid4().hex}"
 
 
 def _given_id(scope: Scope) -> str:

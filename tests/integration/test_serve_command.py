@@ -108,6 +108,8 @@ def test_a_signal_ends_it_and_a_second_one_at_once(tiny_base_folder: Path, numbe
     with command(tiny_base_folder) as serving, httpx2.Client(base_url=serving.url, timeout=60) as http:
         until(lambda: "Serving" in serving.said() or serving.process.poll() is not None, 120)
         assert http.get("/ready").status_code == 200, serving.said()
+        odd = http.get("/v1/models", headers={"x-request-id": b"\xff\xfe"})  # Ray's proxy decodes it first
+        assert (odd.status_code, odd.headers["x-request-id"].isascii()) == (200, True)
         family = serving.family()
         assert len(family) > 4
         with ThreadPoolExecutor(8) as pool:
@@ -121,6 +123,10 @@ def test_a_signal_ends_it_and_a_second_one_at_once(tiny_base_folder: Path, numbe
                 time.sleep(1.0)
                 os.killpg(serving.process.pid, number)
             else:
+                until(lambda: http.get("/ready").status_code == 503, 10, 0.02)
+                refused = http.post(PATH, json={"prompt": "a secret"})
+                assert (refused.status_code, refused.json()["error"]["code"]) == (503, "service_away")
+                assert int(refused.headers["retry-after"]) >= 1
                 assert [one.result().status_code for one in drawn] == [200] * count
         if number is signal.SIGINT:
             assert any(isinstance(one.exception(), httpx2.TransportError) for one in drawn)

@@ -186,6 +186,21 @@ def test_a_busy_engine_is_waited_for() -> None:
     assert events(handle) == [Accepted("cup@r-1"), done(0)]
 
 
+def test_an_engine_that_draws_is_waited_for_while_the_application_is_deleted() -> None:
+    """Ray Serve then says that there is no engine any more, but lets those that have begun end."""
+
+    class Slow(Stream):
+        async def __anext__(self) -> Event:
+            event = await super().__anext__()
+            if isinstance(event, Finished):
+                await asyncio.sleep(0.2)  # many times the patience
+            return event
+
+    handle = Handle(answers=[NOBODY])
+    handle._remote = lambda call: Slow([Accepted("cup@r-1"), done(0)])  # type: ignore[method-assign]
+    assert events(handle) == [Accepted("cup@r-1"), done(0)]
+
+
 def test_closing_cancels_the_call() -> None:
     async def run(handle: Handle) -> None:
         generated: Any = client(handle).generate(CALL)
