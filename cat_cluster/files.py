@@ -26,11 +26,15 @@ def write_whole(path: Path, data: bytes) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise OutputError(f"cannot write {path}: {_reason(path, error)}") from error
+        raise OutputError(write_failure(path, error)) from error
+
+
+def write_failure(path: Path, error: OSError) -> str:
+    """Say that a file or folder could not be written, what is in the way, and what to do about it."""
+    return f"cannot write {path}: {_reason(path, error)}"
 
 
 def _reason(path: Path, error: OSError) -> str:
-    """Say what is in the way and what to do about it."""
     if error.errno in (errno.EEXIST, errno.ENOTDIR):
         file = next((str(place) for place in path.parents if place.exists() and not place.is_dir()), "part of its path")
         return f"{file} is a file, not a folder; choose another place"

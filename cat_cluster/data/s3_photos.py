@@ -23,6 +23,7 @@ from cat_cluster.data.photo_folder import (
     refuse_subfolders,
 )
 from cat_cluster.errors import ConceptError, ObjectExistsError, StoreError
+from cat_cluster.files import write_failure
 from cat_cluster.settings import load_settings
 from cat_cluster.store.protocol import ObjectStore
 
@@ -126,7 +127,7 @@ def unpack_images(data: bytes, folder: Path, *, sha256: str | None = None) -> No
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise ConceptError(f"images: {name} is not a readable zip ({error}); pack it again") from error
     except OSError as error:
-        raise ConceptError(f"images: {name} cannot be unpacked into {folder}: {error.strerror}; free space") from error
+        raise ConceptError(f"images: {name} cannot be unpacked: {write_failure(folder, error)}") from error
 
 
 def _cached_prefix(address: str, cache_dir: Path) -> LocalImages:

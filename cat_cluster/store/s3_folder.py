@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cat_cluster.errors import StoreError
+from cat_cluster.files import write_failure
 from cat_cluster.store.s3 import RETRY_SECONDS, S3Bucket, StoredKey, split_url
 
 _FILES_AT_ONCE = 8
@@ -65,9 +66,7 @@ class S3Folder:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
             except OSError as error:
-                raise StoreError(
-                    f"cannot write {path}: {error.strerror}; free space or choose another folder"
-                ) from error
+                raise StoreError(write_failure(path, error)) from error
             return path
 
         with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:

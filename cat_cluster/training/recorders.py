@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from cat_cluster.errors import OutputError
+from cat_cluster.files import write_failure
 from cat_cluster.telemetry import (
     CAT_LOSS,
     CHECKPOINT_BYTES,
@@ -123,8 +124,8 @@ class TensorBoardRecorder:
             yield
         except OSError as error:
             self._open_writer = None  # it has given up; the next step begins another file
-            message = f"cannot write TensorBoard files in {self._folder}: {error.strerror}"
-            raise OutputError(f"{message}; free space, or set monitoring.tensorboard to false") from error
+            message = f"TensorBoard files: {write_failure(self._folder, error)}"
+            raise OutputError(f"{message}, or set monitoring.tensorboard to false") from error
 
 
 def _scalars(report: StepReport) -> Iterator[tuple[str, float]]:
