@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
+from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator, shard_batch
 from cat_cluster.spec.choices import AlphaSchedule
 from cat_cluster.spec.sections import TrainingSpec
 
@@ -162,6 +162,25 @@ def test_prior_prompts_follow_their_mode(mode: str, expected: dict[str, float]) 
             kind = {"": "empty", "a photo of a cup": "class"}.get(prompt, "removed" if "cup" in prompt else "general")
             counts[kind] = counts.get(kind, 0) + 1
     assert {kind: count / 800 for kind, count in counts.items()} == pytest.approx(expected, abs=0.06)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_workers_share_the_rows_of_a_step(workers: int) -> None:
+    """Each row, with its CAT term, is one worker's; terms are shared evenly, and weights are the whole batch's."""
+    tasks = [task("mug", rows_per_concept=3, cat_fraction=0.5), task("tea", (concept("zwx"),), rows_per_concept=2)]
+    batch = draw_batch(tasks, 1, 1000, [True, True])
+    whole = rows_of(batch, 0) + rows_of(batch, 1)
+    shards = [shard_batch(batch, rank, workers) for rank in range(workers)]
+    assert sorted(row for one in shards for row in one.rows_B.tolist()) == list(range(len(whole)))
+    assert sorted(m for one in shards for m in one.cat_M.tolist()) == list(range(len(batch.prior_prompts)))
+    for count in ([len(one.rows_B) for one in shards], [len(one.cat_M) for one in shards]):
+        assert max(count) - min(count) <= 1
+    for one in shards:
+        own = rows_of(one.batch, 0) + rows_of(one.batch, 1)
+        if len(one.rows_B):
+            assert own == [whole[row] for row in one.rows_B.tolist()]
+        else:
+            assert (len(own), one.batch.identity_weight_B.tolist(), len(one.batch.prior_prompts)) == (1, [0.0], 0)
 
 
 def test_a_pack_without_active_adapters_is_refused() -> None:

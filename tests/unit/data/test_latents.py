@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,20 @@ def test_a_hit_equals_a_recomputation(base: BaseModel, concept: Concept, tmp_pat
     assert first.moments_NCHW.shape == (6, 2 * base.latent_channels, 8, 8)
     assert first.prompts[0] == "a photo of a sks cup"
     assert first.removed_prompts[0] == "a photo of a cup"
+
+
+def test_a_photo_is_encoded_once(base: BaseModel, concept: Concept, tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Counting(BaseModel):
+        def encode_moments(self, pixels: torch.Tensor) -> torch.Tensor:
+            asked.append(len(pixels))
+            return super().encode_moments(pixels)
+
+    counting = Counting(**{field.name: getattr(base, field.name) for field in fields(base)})
+    for crops in (1, 1, 2):
+        LatentCache(counting, tmp_path / "cache").material(concept, resolution=16, crops_per_image=crops, alpha=1.0)
+    assert asked == [2, 2]
 
 
 def test_a_damaged_entry_is_computed_again(base: BaseModel, concept: Concept, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_archives_whose_names_leave_the_folder_are_refused(tmp_path: Path, name:
 
 def test_what_is_in_the_way_of_an_unpacked_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConceptError, match="cannot write .*file is a file, not a folder; choose another place"):
+    with pytest.raises(ConceptError, match=r"cannot write .*file is a file, not a folder; choose another place"):
         unpack_images(archive_of("a.png"), tmp_path / "file" / "new")
 
 
