@@ -11,6 +11,20 @@ from cat_cluster.errors import CatClusterError
 from cat_cluster.spec.choices import SamplerName
 
 AdminAction = Literal["load", "unload", "pin", "unpin", "prefetch", "probe", "release"]
+FileKind = Literal["png", "jpeg", "webp"]
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """How an image is written. quality: of JPEG and WebP, 0 (the smallest file) to 100; PNG loses nothing."""
+
+    kind: FileKind = "png"
+    quality: int = 100
+
+    @property
+    def media_type(self) -> str:
+        """As it stands in headers and data URLs."""
+        return f"image/{self.kind}"
 
 
 @dataclass(frozen=True)
@@ -19,6 +33,7 @@ class ImageCall:
 
     model: an adapter reference (`id`, `id@alias`, `id@r-...`), or None for the base. size: (width, height) in pixels,
     None for the base's own. previews: partial images per image. deadline_s: seconds from now. progress: send Progress.
+    file: the format of images and previews.
     """
 
     request_id: str
@@ -35,12 +50,13 @@ class ImageCall:
     previews: int = 0
     progress: bool = False
     deadline_s: float | None = None
+    file: FileFormat = FileFormat()
 
 
 @dataclass(frozen=True)
 class Accepted:
     """The call is queued; `model` is what serves it (`id@r-...`, or the base's name), `note` says why it is
-    another revision than requested, and which text is not read, if so.
+    another revision than requested, and what of the prompts is not read, or not as it may be meant, if so.
 
     drift: the drift state of the revision ("ok", "warning", "alarm", "unknown").
     """
@@ -61,22 +77,22 @@ class Progress:
 
 @dataclass(frozen=True)
 class Preview:
-    """A cheap image (PNG bytes) of image `index` after `step` of `steps`; `number` counts an image's previews."""
+    """A cheap image (a file's bytes) of image `index` after `step` of `steps`; `number` counts an image's previews."""
 
     index: int
     number: int
     step: int
     steps: int
-    png: bytes
+    image: bytes
 
 
 @dataclass(frozen=True)
 class Finished:
-    """Image `index` is done: PNG bytes that carry its parameters. `facts`: wait and denoising times, batch sizes."""
+    """Image `index` is done: a file's bytes that carry its parameters. `facts`: waiting and denoising, batch sizes."""
 
     index: int
     seed: int
-    png: bytes
+    image: bytes
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 

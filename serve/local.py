@@ -23,6 +23,7 @@ from ray.serve.exceptions import RayServeException
 from cat_cluster.errors import ClusterError
 from cat_cluster.models.base_files import POCKET, base_folder, check_family
 from cat_cluster.models.base_model import choose_device
+from cat_cluster.settings import check_ray_folder
 from cat_cluster.store import open_store
 from serve.app import build
 from serve.http.access import Access, check_bind
@@ -49,11 +50,12 @@ def serve_here(
     At the first signal new requests are refused with 503 and those in flight are answered, each within its deadline;
     at a second one no more. No process is left.
     Raises SpecError when it would listen beyond this machine without API keys, ClusterError when the port is taken or
-    the engine does not start, StoreError and BaseModelError for what cannot be read, KeyboardInterrupt for a signal
-    before it is ready.
+    Ray or the engine does not start, StoreError and BaseModelError for what cannot be read, KeyboardInterrupt for a
+    signal before it is ready.
     """
     check_bind(host, Access.from_environment(settings))
     _check_port(host, port)
+    check_ray_folder()
     open_store(settings.storage).list("no-such-prefix/")  # raises where there is no such bucket, or no right to read
     check_family(base_folder(settings.base))
     choose_device(settings.device)
@@ -66,13 +68,7 @@ def serve_here(
     signals = _Signals()
     signals.listen()
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=_OBJECTS,
-            log_to_driver=True,  # the lines of requests
-            logging_level=logging.ERROR,
-        )
+        _start_ray()
         signals.listen()  # Ray has taken SIGTERM for itself
         start(deployment, host, port)
         on_ready(f"http://{_reached_at(host)}:{port}")
@@ -80,6 +76,23 @@ def serve_here(
         on_stop()
     finally:
         signals.end_ray(settings.deadline_s + _ANSWER_S)
+
+
+def _start_ray() -> None:
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            object_store_memory=_OBJECTS,
+            log_to_driver=True,  # the lines of requests
+            logging_level=logging.ERROR,
+        )
+    except Exception as error:  # Ray raises bare ones too, such as for processes that do not start in time
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+        raise ClusterError(
+            f"Ray did not start on this machine: {reason}; its logs are below ray/session_latest/logs in RAY_TMPDIR, "
+            "TMPDIR or /tmp"
+        ) from error
 
 
 def start(deployment: Deployment, host: str, port: int) -> None:

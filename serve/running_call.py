@@ -1,4 +1,4 @@
-"""A running call: its images from text and adapter to the engine's rows, and from latents to PNGs."""
+"""A running call: its images from text and adapter to the engine's rows, and from latents to files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cat_cluster import telemetry
-from cat_cluster.data.text_length import cut_notes
 from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineError, ServingError, SpecError
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import initial_latents
@@ -26,10 +25,10 @@ from cat_cluster.registry.manifest import WEIGHTS
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Lease, Resolved
 from serve.calls import Event, Finished, ImageCall, Preview, Progress
-from serve.denoise.codec import Codec, image_array
+from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
 from serve.denoise.image import EngineImage, ImageFacts, Size
-from serve.denoise.png_text import png_text
+from serve.denoise.image_file import fitting_prompts, image_array, image_metadata
 from serve.denoise.rows import ImageRows
 from serve.denoise.sizes import Pixels, pixels_per_latent
 
@@ -50,9 +49,14 @@ class EngineParts:
 
 @dataclass(frozen=True, eq=False)
 class ImagePlan:
-    """A call with all that it names found: manifest (None: the base), sampler table, latent size (H, W), deadline."""
+    """A call with all that it names found: manifest (None: the base), sampler table, latent size (H, W), deadline.
+
+    told: the call as its files tell of it. digest: sha256 of the adapter's weights.
+    """
 
     call: ImageCall
+    told: ImageCall
+    digest: str | None
     manifest: Manifest | None
     note: str | None
     table: SamplerTable
@@ -69,27 +73,30 @@ class ImagePlan:
         found: Resolved | None = None,
         deadline: float | None = None,
         drift: str = "unknown",
+        notes: Sequence[str] = (),
     ) -> ImagePlan:
-        """Check a call against what is served; SpecError names the field."""
+        """Check a call against what is served; SpecError names the field. notes: of how its prompts are read."""
         width, height = call.size or parts.sizes[0]
         if (width, height) not in parts.sizes:
             offered = ", ".join(f"{w}x{h}" for w, h in parts.sizes)
             raise SpecError(f"size: {width}x{height} is not served; choose one of {offered}")
         unit = pixels_per_latent(parts.base)
         manifest = None if found is None else found.manifest
-        tokens = () if manifest is None else [concept.token for concept in manifest.concepts]
-        # Plans are made on the event loop alone, the one thread that asks for the limit here.
-        cuts = cut_notes(parts.base.text_limit, tokens, prompt=call.prompt, negative_prompt=call.negative_prompt)
-        notes = [None if found is None else found.note, *cuts]
+        served_by = parts.base.name if manifest is None else manifest.name
+        digest = None if manifest is None else manifest.objects[WEIGHTS].sha256
+        told, shortened = fitting_prompts(call, served_by, digest)
+        said = [None if found is None else found.note, *notes, shortened]
         return cls(
             call=call,
+            told=told,
+            digest=digest,
             manifest=manifest,
-            note="; ".join(note for note in notes if note) or None,
+            note="; ".join(note for note in said if note) or None,
             table=sampler_table(call.sampler, parts.base.schedule, call.steps),
             size=(height // unit, width // unit),
             deadline=deadline,
             drift=drift,
-            served_by=parts.base.name if found is None else found.manifest.name,
+            served_by=served_by,
         )
 
     @property
@@ -98,9 +105,8 @@ class ImagePlan:
         return self.call.guidance > 1.0
 
     def metadata(self, seed: int) -> dict[str, str]:
-        """The text chunks of an image's PNG."""
-        digest = None if self.manifest is None else self.manifest.objects[WEIGHTS].sha256
-        return png_text(self.call, seed, self.served_by, digest)
+        """What an image's file says of it."""
+        return image_metadata(self.told, seed, self.served_by, self.digest)
 
 
 class RunningCall:
@@ -157,19 +163,19 @@ class RunningCall:
 
     async def _preview(self, index: int, step: int, steps: int, denoised: Tensor) -> None:
         try:
-            png = await asyncio.wrap_future(self._parts.codec.preview(denoised))
+            image = await asyncio.wrap_future(self._parts.codec.preview(denoised, self._plan.call.file))
         except Exception:  # the image itself may yet be done
             logger.exception("a preview could not be made")
             return
         number = sorted(preview_steps(self._plan.call.previews, steps)).index(step)
-        self._queue.put_nowait(Preview(index, number, step, steps, png))
+        self._queue.put_nowait(Preview(index, number, step, steps, image))
 
     async def _finish(self, index: int, latents: Tensor, facts: ImageFacts) -> None:
         codec, metrics, seed = self._parts.codec, self._parts.metrics, self._plan.call.seed + index
         started = time.monotonic()
         try:
             image = await asyncio.wrap_future(codec.decode(latents))
-            png = await asyncio.wrap_future(codec.png(image, self._plan.metadata(seed)))
+            file = await asyncio.wrap_future(codec.file(image, self._plan.metadata(seed), self._plan.call.file))
         except Exception as error:
             self.fail(_expected(error, "decoded"))
             return
@@ -180,7 +186,7 @@ class RunningCall:
         metrics.observe(telemetry.IMAGE_SECONDS, facts.wait_s + facts.denoise_s + after)
         self.pixels[index] = image
         rounded = {key: round(value, 4) for key, value in asdict(facts).items()}
-        self._queue.put_nowait(Finished(index, seed, png, {**rounded, "decode_s": round(after, 4)}))
+        self._queue.put_nowait(Finished(index, seed, file, {**rounded, "decode_s": round(after, 4)}))
 
     def _count(self, error: CatClusterError) -> None:
         outcomes: dict[type[CatClusterError], str] = {CancelledRequestError: "cancelled", DeadlineError: "expired"}

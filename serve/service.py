@@ -32,8 +32,9 @@ from cat_cluster.store import open_store
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
-from serve.denoise.codec import Codec, image_array
+from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
+from serve.denoise.image_file import image_array
 from serve.denoise.sizes import parse_sizes
 from serve.probes.prober import Prober
 from serve.probes.revision_monitor import ProbeCall
@@ -231,16 +232,18 @@ class Service:
         deadline_s = min(call.deadline_s or self._settings.deadline_s, self._settings.deadline_s)
         deadline = time.monotonic() + deadline_s
         found: Resolved | None = None
-        if call.model is not None:
-            try:
-                async with asyncio.timeout(deadline_s):
+        try:
+            async with asyncio.timeout(deadline_s):
+                if call.model is not None:
                     found = await self._parts.cache.resolve(call.model)
-            except TimeoutError:
-                raise DeadlineError("the deadline passed while the adapter was looked up: try again") from None
+                tokens = () if found is None else [concept.token for concept in found.manifest.concepts]
+                notes = await asyncio.wrap_future(self._parts.codec.notes(call, tokens))
+        except TimeoutError:
+            raise DeadlineError("the deadline passed while the adapter was looked up: try again") from None
         drift = "unknown"
         if found is not None and self.prober is not None:
             drift = self.prober.state(found.manifest).state
-        return ImagePlan.of(call, self._parts, found, deadline, drift)
+        return ImagePlan.of(call, self._parts, found, deadline, drift, notes)
 
     def _probe_live(self, plan: ImagePlan, event: Finished, image: torch.Tensor) -> None:
         """Start a live probe with a user's image, for a share of them; the response does not wait for it."""
@@ -267,7 +270,7 @@ class Service:
         plan = ImagePlan.of(call, self._parts)
         await generate_in_spare_rows(self._parts, plan)
         latents = initial_latents(self._parts.base, call.seed, plan.table, plan.size)
-        await asyncio.wrap_future(self._parts.codec.preview(latents))
+        await asyncio.wrap_future(self._parts.codec.preview(latents, call.file))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(coroutine)

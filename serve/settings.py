@@ -77,7 +77,9 @@ class ServeSettings(BaseModel):
     requests_per_minute: int | None = Field(
         default=None, ge=1, description="Requests a minute of one API key, per ingress process; none: no limit."
     )
-    max_body_bytes: int = Field(default=65536, ge=1024, description="Largest request body.")
+    max_body_bytes: int = Field(
+        default=524288, ge=1024, description="Largest request body; the longest prompt fits, however it is escaped."
+    )
     body_timeout_s: float = Field(default=10.0, gt=0, description="Seconds within which a request's body must arrive.")
     show_photos: bool = Field(
         default=False, description="Show every caller the photos that adapters were taught with, not only admins."

@@ -234,8 +234,8 @@ MUTANTS = (
     Mutant(
         "serve/http",
         "serve/http/image_routes.py",
-        "secrets.randbits(32) if body.seed is None else body.seed",
-        "body.seed or secrets.randbits(32)",
+        "body.seed is None or body.seed == ANY_SEED",
+        "not body.seed or body.seed == ANY_SEED",
         "serve/http",
     ),
     Mutant(

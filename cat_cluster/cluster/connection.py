@@ -6,14 +6,19 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
 
 import ray
 
 from cat_cluster.errors import ClusterError, SpecError
+from cat_cluster.settings import check_ray_folder
 from cat_cluster.spec.job import JobSpec
+
+_QUIET: Mapping[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
 
 
 @dataclass(frozen=True)
@@ -34,24 +39,58 @@ class ClusterSize:
         return int(self.gpus if self.on_gpus else self.cpus)
 
 
+def cluster_address(given: str | None, environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return the address of the cluster to join, `given` or else RAY_ADDRESS; None to start Ray on this machine.
+
+    Nothing is contacted. Raises ClusterError for an address that is no cluster's, and for a machine without a folder
+    that Ray can use.
+    """
+    name, address = ("--address ", given) if given else ("RAY_ADDRESS=", environment.get("RAY_ADDRESS", ""))
+    address = address.strip()
+    here = f"{'leave it out' if given else 'unset RAY_ADDRESS'} to start Ray on this machine"
+    if address in ("", "local"):
+        check_ray_folder(environment)
+        return None
+    scheme = address.partition("://")[0].lower() if "://" in address else ""
+    if scheme in ("http", "https"):
+        raise ClusterError(
+            f"{name}{address}: is the address of a dashboard, which takes jobs: send yours with `cat-cluster submit "
+            f"SPEC --address {address}`, or {here}"
+        )
+    if scheme == "ray":
+        raise ClusterError(
+            f"{name}{address}: through Ray's client no training can be driven: send the job with `cat-cluster submit` "
+            f"to the cluster's dashboard, or {here}"
+        )
+    if address != "auto" and not _is_host_and_port(address):
+        raise ClusterError(
+            f"{name}{address}: is not the address of a Ray cluster: write host:port of its head, such as "
+            f"10.0.0.5:6379, or {here}"
+        )
+    return address
+
+
+def _is_host_and_port(address: str) -> bool:
+    try:
+        parts = urlsplit(f"//{address}")
+        port = parts.port
+    except ValueError:
+        return False
+    is_whole = parts.netloc == address and parts.username is None and address.isprintable() and " " not in address
+    return is_whole and bool(parts.hostname) and bool(port)
+
+
 @contextmanager
 def ray_connection(address: str | None = None) -> Iterator[ClusterSize]:
-    """Join the cluster at `address` or of RAY_ADDRESS, else start Ray on this machine for the time of the block.
+    """Join the cluster at `address` (see cluster_address), else start Ray on this machine for the time of the block.
 
-    A Ray that this process has joined already is used and stays. Raises ClusterError when none answers.
+    A Ray that this process has joined already is used and stays. Raises ClusterError when none answers or starts.
     """
     joined = ray.is_initialized()
-    if not joined:
-        address = address or os.environ.get("RAY_ADDRESS")
-        try:
-            _join(address)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ClusterError(
-                f"no Ray cluster at {address}: {reason}; check the address (host:port of the head, not of its "
-                "dashboard), and RAY_AUTH_MODE=token with RAY_AUTH_TOKEN if it asks for a token; or leave it out to "
-                "start Ray here"
-            ) from error
+    if not joined and address is None:
+        _start()
+    elif not joined:
+        _join(str(address))
     try:
         resources = ray.cluster_resources()
         yield ClusterSize(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
@@ -60,16 +99,39 @@ def ray_connection(address: str | None = None) -> Iterator[ClusterSize]:
             ray.shutdown()
 
 
-def _join(address: str | None) -> None:
-    quiet = {"logging_level": logging.ERROR, "configure_logging": True}
-    if address is not None:
+def _join(address: str) -> None:
+    try:
         with _one_attempt():
-            ray.init(address=address, **quiet)
-        return
+            ray.init(address=address, **_QUIET)
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
+        if address == "auto":
+            raise ClusterError(
+                "no Ray cluster runs on this machine, and auto joins the one that does: start one with `ray start "
+                "--head`, or unset RAY_ADDRESS and leave --address out to start Ray for this command"
+            ) from error
+        raise ClusterError(
+            f"no Ray cluster at {address}: {_first_line(error)}; check the address (host:port of the head, not of its "
+            "dashboard), and RAY_AUTH_MODE=token with RAY_AUTH_TOKEN if it asks for a token; or leave it out to "
+            "start Ray here"
+        ) from error
+
+
+def _start() -> None:
     # Ray asks for a token by default and would write one into the home directory: this one is our process's alone.
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, **quiet)
+    try:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, **_QUIET)
+    except Exception as error:  # Ray raises bare ones too, such as for processes that do not start in time
+        raise ClusterError(
+            f"Ray did not start on this machine: {_first_line(error)}; its logs are below ray/session_latest/logs in "
+            "RAY_TMPDIR, TMPDIR or /tmp; `cat-cluster train --in-process` trains without Ray"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from cat_cluster import telemetry
-from cat_cluster.cluster.connection import ClusterSize, check_cluster, ray_connection
+from cat_cluster.cluster.connection import ClusterSize, check_cluster, cluster_address, ray_connection
 from cat_cluster.cluster.event_queue import EventQueue
 from cat_cluster.cluster.ray_jobs import current_job
 from cat_cluster.cluster.run_progress import RunProgress
@@ -48,6 +48,7 @@ def run_on_ray(
     before training starts: spec, photos, bases, judges, storage, cluster. Raises SupersededError when another driver
     takes the run over, KeyboardInterrupt when somebody asks it to stop.
     """
+    address = None if ray.is_initialized() else cluster_address(address)
     store = open_store(store_url)
     store.check_access()
     prepared = prepare(job, settings)

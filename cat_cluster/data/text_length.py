@@ -9,6 +9,7 @@ from cat_cluster.errors import ConceptError
 from cat_cluster.models.text_limit import TextLimit
 
 _SHOWN = 3  # captions a warning quotes
+_QUOTED = 120  # characters that are quoted of a text, from its start and from its end
 
 
 def check_caption_lengths(adapter_id: str, concepts: Sequence[Concept], limit: TextLimit) -> tuple[str, ...]:
@@ -23,9 +24,9 @@ def check_caption_lengths(adapter_id: str, concepts: Sequence[Concept], limit: T
         for example in concept.examples:
             read, rest = limit.split(example.prompt)
             if not has_token(read, concept.token):
-                lost.append(f"  {example.path.name}: {example.prompt!r}")
+                lost.append(f"  {example.path.name}: {quoted(example.prompt)}")
             elif rest:
-                cut.append(f"{example.path.name}: {rest!r}")
+                cut.append(f"{example.path.name}: {quoted(rest)}")
         if lost:
             heading = (
                 f"adapter {adapter_id}: captions: the text encoder reads the first {limit.tokens} tokens, and the "
@@ -51,7 +52,14 @@ def cut_notes(limit: TextLimit, tokens: Sequence[str], *, prompt: str, negative_
     read, cut = limit.split(prompt)
     for name, rest in (("prompt", cut), ("negative prompt", limit.split(negative_prompt)[1])):
         if rest:
-            yield f"the text encoder reads the first {limit.tokens} tokens of the {name}, and not {rest!r}"
+            yield f"the text encoder reads the first {limit.tokens} tokens of the {name}, and not {quoted(rest)}"
     for token in tokens:
         if has_token(prompt, token) and not has_token(read, token):
             yield f"the token {token!r} is not read, so its concept is not drawn: write it further to the front"
+
+
+def quoted(text: str) -> str:
+    """Return a text in quotes, a long one without its middle."""
+    if len(text) <= 2 * _QUOTED:
+        return repr(text)
+    return f"{text[:_QUOTED]!r} ... {text[-_QUOTED:]!r}"

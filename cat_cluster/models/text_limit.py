@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from bisect import bisect_right
+from itertools import islice
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -12,6 +13,15 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import CLIPTokenizer
 
 from cat_cluster.models.base_files import POCKET, base_folder
+
+
+def first_words(prompt: str, count: int) -> str:
+    """Return a prompt up to the end of its `count`-th word, whatever stands behind it.
+
+    A word takes a token at least, so an encoder that reads `count` tokens makes the same of both.
+    """
+    word = next(islice(re.finditer(r"\S+", prompt), count - 1, None), None)
+    return prompt if word is None else prompt[: word.end()]
 
 
 class TextLimit:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cat_cluster.data.concepts import Concept, load_concept
+from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.evaluate import Evaluator
@@ -94,7 +95,7 @@ def draw_images(
     if manifest is not None and registry is not None:
         bank = open_adapter(registry, manifest, base, strength=request.strength)
     tokens = () if manifest is None else [concept.token for concept in manifest.concepts]
-    for note in cut_notes(base.text_limit, tokens, prompt=request.prompt):
+    for note in (*cut_notes(base.text_limit, tokens, prompt=request.prompt), *syntax_notes(request.prompt)):
         listener.message(f"warning: {note}")
     slot = 0 if bank is None else 1
     rows = [

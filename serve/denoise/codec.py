@@ -1,30 +1,33 @@
-"""The codec: prompts to text embeddings, latents to images and PNGs, and cheap previews, off the device thread.
+"""The codec: prompts to text embeddings, latents to images and files, and cheap previews, off the device thread.
 
 One thread processes what waits in batches: all prompts in one call of the text encoder, all finished latents of one
-size in one call of the VAE. PNGs are made by a few more, since compression holds no lock.
+size in one call of the VAE. Files are made by a few more, since compression holds no lock; one looks at prompts.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from cat_cluster.data.prompt_syntax import syntax_notes
+from cat_cluster.data.text_length import cut_notes
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.generate import png_bytes
+from cat_cluster.models.text_limit import first_words
+from serve.calls import FileFormat, ImageCall
+from serve.denoise.image_file import image_file
 
 TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
+LONGEST_KEPT = 4096  # characters of one that is
 AT_ONCE = 8  # prompts or latents in one call
 PREVIEW_SIDE = 192  # pixels; a preview is scaled up for eyes, not for detail
 
@@ -38,7 +41,7 @@ class _Job(Generic[A]):
 
 
 class Codec:
-    """Text encoding, decoding and PNGs off the device thread; close it after use, and it raises EngineStoppedError."""
+    """Text encoding, decoding and files off the device thread; close it after use, and it raises EngineStoppedError."""
 
     def __init__(self, base: BaseModel, threads: int = 1) -> None:
         self._base, self._threads = base, threads
@@ -49,7 +52,8 @@ class Codec:
         self._closed = False
         self._stream: torch.cuda.Stream | None = None
         self._torch = ThreadPoolExecutor(1, "cat-codec", initializer=self._start)
-        self._png = ThreadPoolExecutor(2, "cat-png")
+        self._files = ThreadPoolExecutor(2, "cat-files")
+        self._notes = ThreadPoolExecutor(1, "cat-notes")  # one: a TextLimit is for one thread at a time
         self._to_rgb: Tensor | None = None
 
     def close(self) -> None:
@@ -62,10 +66,12 @@ class Codec:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(_stopping())
         self._torch.shutdown()
-        self._png.shutdown()
+        self._files.shutdown()
+        self._notes.shutdown()
 
     def encode(self, prompt: str) -> Future[Tensor]:
         """Return the embedding [L, D] of a prompt, on the base's device."""
+        prompt = first_words(prompt, self._base.tokenizer.model_max_length)  # the rest only costs time
         with self._lock:
             known = self._texts.get(prompt)
             if known is None:
@@ -83,17 +89,23 @@ class Codec:
         with self._lock:
             return self._put(self._latents, latents, self._decode_waiting)
 
-    def png(self, image: Tensor, metadata: Mapping[str, str]) -> Future[bytes]:
-        """Return an image [3, H, W] in [0, 1] as PNG bytes with text chunks."""
+    def notes(self, call: ImageCall, tokens: Sequence[str]) -> Future[list[str]]:
+        """Return what people should know of how a call's prompts are read; tokens: those of the adapter that draws."""
         with self._lock:
             self._check_open()
-            return self._png.submit(png_bytes, image, metadata)
+            return self._notes.submit(self._read, call, tokens)
 
-    def preview(self, denoised: Tensor) -> Future[bytes]:
-        """Return a small picture (PNG) of latents [C, h, w] by a linear map of their channels to colours."""
+    def file(self, image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> Future[bytes]:
+        """Return an image [3, H, W] in [0, 1] as a file that carries its metadata."""
         with self._lock:
             self._check_open()
-            return self._torch.submit(self._preview, denoised)
+            return self._files.submit(image_file, image, metadata, file)
+
+    def preview(self, denoised: Tensor, file: FileFormat) -> Future[bytes]:
+        """Return a small picture, a file, of latents [C, h, w] by a linear map of their channels to colours."""
+        with self._lock:
+            self._check_open()
+            return self._torch.submit(self._preview, denoised, file)
 
     def _put(self, jobs: list[_Job[A]], value: A, compute: Callable[[], None]) -> Future[Tensor]:
         self._check_open()
@@ -120,7 +132,7 @@ class Codec:
             # Copies: a part of the batch would keep all of it in memory for as long as one prompt is remembered.
             texts = {p: text.clone() for p, text in zip(prompts, self._base.encode_text(prompts), strict=True)}
         with self._lock:
-            self._texts.update(texts)
+            self._texts.update((p, text) for p, text in texts.items() if len(p) <= LONGEST_KEPT)
             while len(self._texts) > TEXTS_KEPT:
                 self._texts.popitem(last=False)
         return [texts[job.value] for job in jobs]
@@ -148,15 +160,19 @@ class Codec:
             yield
         self._stream.synchronize()
 
+    def _read(self, call: ImageCall, tokens: Sequence[str]) -> list[str]:
+        cuts = cut_notes(self._base.text_limit, tokens, prompt=call.prompt, negative_prompt=call.negative_prompt)
+        return [*cuts, *syntax_notes(call.prompt, call.negative_prompt)]
+
     @torch.inference_mode()
-    def _preview(self, denoised: Tensor) -> bytes:
+    def _preview(self, denoised: Tensor, file: FileFormat) -> bytes:
         if self._to_rgb is None:
             self._to_rgb = colour_map(self._base)
         channels = torch.cat([denoised.float(), torch.ones_like(denoised[:1], dtype=torch.float32)])
         picture = torch.einsum("chw,cr->rhw", channels.cpu(), self._to_rgb).clamp(0.0, 1.0)
         scale = max(1, PREVIEW_SIDE // max(picture.shape[1:]))
         larger = functional.interpolate(picture[None], scale_factor=float(scale), mode="bicubic").clamp(0.0, 1.0)
-        return png_bytes(larger[0], {})
+        return image_file(larger[0], {}, file)
 
 
 def _finish(jobs: list[_Job[A]], compute: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
@@ -212,9 +228,3 @@ def colour_map(base: BaseModel, images: int = 24) -> Tensor:
     inputs = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1).movedim(1, -1).flatten(0, -2)
     found: Tensor = torch.linalg.lstsq(inputs, colours.movedim(1, -1).flatten(0, -2)).solution
     return found
-
-
-def image_array(image: Tensor) -> NDArray[np.uint8]:
-    """Return an image [3, H, W] in [0, 1] as uint8 [H, W, 3]."""
-    pixels: NDArray[np.uint8] = (image * 255.0).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return pixels

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cat_cluster import errors
-from serve.http.schema import ErrorResponse
+from serve.http.schema import ErrorResponse, ImageRequest
 
 _SHOWN = 400  # characters of a message: it may quote what the client sent
 
@@ -71,7 +71,7 @@ _MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
         "model_quarantined",
         "model",
     ),
-    413: ("The body is too large.", "the body is larger than 65536 bytes", "body_too_large", None),
+    413: ("The body is too large.", "the body is larger than 524288 bytes", "body_too_large", None),
     415: ("The body is not JSON by its content type.", "send Content-Type: application/json", "not_json", None),
     422: (
         "The adapter does not fit this base, or is damaged.",
@@ -126,8 +126,8 @@ def http_error_of(error: BaseException) -> HttpError:
         return HttpError(error.status_code, str(error.detail), code, headers=error.headers)
     kind = next((KINDS[parent] for parent in type(error).__mro__ if parent in KINDS), INTERNAL)
     retry_after = getattr(error, "retry_after", 1.0 if kind.status == 503 else None)
-    param = "model" if kind.code.startswith("model_") else None
     message = kind.message or str(error)
+    param = "model" if kind.code.startswith("model_") else _field_of(message)
     return HttpError(kind.status, message, kind.code, type=kind.type, param=param, retry_after=retry_after)
 
 
@@ -142,11 +142,17 @@ def _invalid(found: Sequence[Any]) -> HttpError:
             line = f"{name}: {item['msg']}"
         else:
             line = "send a JSON object" if item["type"] in ("missing", "model_attributes_type") else str(item["msg"])
-        names.append(name)
+        names.append(name or _field_of(line))
         lines.append(line)
     codes = {"extra_forbidden": "unknown_parameter", "missing": "missing_parameter"}
     code = codes.get(found[0]["type"], "invalid_value")
     return HttpError(400, "; ".join(lines), code, param=names[0] or None)
+
+
+def _field_of(message: str) -> str | None:
+    """Return the field of the request that a message begins with, as those of a SpecError do: `size: ...`."""
+    name, colon, _ = message.partition(":")
+    return name if colon and name in ImageRequest.model_fields else None
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

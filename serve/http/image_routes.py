@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import secrets
-import struct
 import time
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, cast
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends
+from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.http.access import Caller
+from serve.http.field_notes import field_notes
 from serve.http.http_errors import error_responses, http_error_of
 from serve.http.registry_listing import parse_model
 from serve.http.request_log import CLIENT_CLOSED, RequestEntry, log_unexpected
 from serve.http.routes import IngressDep, KeyedRoute, RouteParts, bearer, caller_of, request_entry
-from serve.http.schema import ImageRequest, ImagesResponse
+from serve.http.schema import ANY_SEED, ImageRequest, ImagesResponse
 from serve.http.streams import EventStream, cancelled_on_disconnect
 
 GRACE_S = 10.0  # the engine keeps deadlines itself; this much later it is assumed to be dead
@@ -34,7 +37,6 @@ _NO_TOKENS = {
     "output_tokens": 0,
     "total_tokens": 0,
 }
-_FORMAT = {"quality": "auto", "background": "opaque", "output_format": "png"}
 _EVENTS = """The images. With `stream`, server-sent events instead: `image_generation.partial_image`,
 `image_generation.completed` for each image, with `progress` also `image_generation.progress`, and `error` where the
 call fails after its start."""
@@ -63,7 +65,8 @@ async def create_image(body: ImageRequest, request: Request, ingress: IngressDep
     """Generate `n` images of a prompt, with an adapter or with the base model alone.
 
     The parameters are those of OpenAI's images API, and some of this service's own. Those of OpenAI's that mean nothing
-    here (quality, style, background, moderation, output_compression, user) are accepted and change nothing.
+    here (quality, complexity, style, moderation, user, safety_identifier) are accepted, and `note` says that they
+    change nothing.
     """
     entry = request_entry(request)
     call = to_call(body, entry.request_id, ingress)
@@ -76,15 +79,15 @@ async def create_image(body: ImageRequest, request: Request, ingress: IngressDep
         accepted = cast(Accepted, await anext(events))
         entry.facts["model"] = accepted.model
         headers = {"x-cat-model": quote(accepted.model, safe="@/:"), "x-cat-drift": accepted.drift}
-        cat = {"request_id": entry.request_id, "drift": accepted.drift, "note": accepted.note}
+        answer = _Answer.of(body, call, accepted)
         if not body.stream:
             finished = [event async for event in events if isinstance(event, Finished)]
-            content = await asyncio.to_thread(_response_body, finished, accepted.model, cat)
+            content = await asyncio.to_thread(answer.whole, finished)
     if not body.stream:
         return Response(content, headers=headers, media_type="application/json")
     return EventStream(
         events,
-        lambda event: _sse(event, accepted.model, cat),
+        answer.event,
         lambda error: _error_event(error, entry),
         limit_s=limit_s,
         headers=headers,
@@ -104,7 +107,7 @@ def to_call(body: ImageRequest, request_id: str, ingress: RouteParts) -> ImageCa
         count=body.n,
         size=body.pixels,
         # 32 bits, so that a browser's numbers can hold the seed and give it back.
-        seed=secrets.randbits(32) if body.seed is None else body.seed,
+        seed=secrets.randbits(32) if body.seed is None or body.seed == ANY_SEED else body.seed,
         steps=body.num_inference_steps,
         guidance=body.guidance_scale,
         sampler=body.sampler,
@@ -112,6 +115,7 @@ def to_call(body: ImageRequest, request_id: str, ingress: RouteParts) -> ImageCa
         previews=body.partial_images if body.stream else 0,
         progress=body.progress and body.stream,
         deadline_s=ingress.settings.deadline_s,
+        file=body.file,
     )
 
 
@@ -134,39 +138,60 @@ async def _events(ingress: RouteParts, caller: Caller, call: ImageCall) -> Async
         raise EngineStoppedError("the engine stopped before the images were done; try again")
 
 
-def _response_body(finished: list[Finished], model: str, cat: Mapping[str, Any]) -> bytes:
-    finished = sorted(finished, key=lambda image: image.index)
-    items = [
-        _with_image(image.png, {"seed": image.seed, "revised_prompt": None, "facts": dict(image.facts)})
-        for image in finished
-    ]
-    rest = {
-        "created": int(time.time()),
-        "model": model,
-        "size": _size(finished[0].png),
-        "output_format": "png",
-        "cat": cat,
-    }
-    return b'{"data":[' + b",".join(items) + b"]," + json.dumps(rest).encode()[1:]
+@dataclass(frozen=True)
+class _Answer:
+    """What the response to a request has beside its images, and in which form it has these."""
 
+    call: ImageCall
+    model: str
+    cat: Mapping[str, Any]
+    as_url: bool
 
-def _sse(event: Event, model: str, cat: Mapping[str, Any]) -> bytes:
-    """Return an event as OpenAI's clients read it, with this service's fields beside theirs."""
-    if isinstance(event, Preview):
-        kind = "image_generation.partial_image"
-        fields = {"partial_image_index": event.number, "index": event.index, "step": event.step, "steps": event.steps}
-        data = _with_image(event.png, {"type": kind, **_image_fields(event.png), **fields})
-    elif isinstance(event, Finished):
-        kind = "image_generation.completed"
-        done = {"index": event.index, "seed": event.seed, "model": model, "usage": _NO_TOKENS}
-        more = {"facts": dict(event.facts), "cat": cat}
-        data = _with_image(event.png, {"type": kind, **_image_fields(event.png), **done, **more})
-    elif isinstance(event, Progress):
-        kind = "image_generation.progress"
-        data = json.dumps({"type": kind, "index": event.index, "step": event.step, "steps": event.steps}).encode()
-    else:
-        return b""
-    return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
+    @classmethod
+    def of(cls, body: ImageRequest, call: ImageCall, accepted: Accepted) -> _Answer:
+        notes = [accepted.note, *field_notes(body, call)]
+        note = "; ".join(note for note in notes if note) or None
+        cat = {"request_id": call.request_id, "drift": accepted.drift, "note": note}
+        return cls(call, accepted.model, cat, as_url=body.response_format == "url")
+
+    def whole(self, finished: list[Finished]) -> bytes:
+        """Return the body of a response with all images."""
+        finished = sorted(finished, key=lambda image: image.index)
+        prefix = f"data:{self.call.file.media_type};base64," if self.as_url else None
+        items = [
+            _with_image(image.image, {"seed": image.seed, "revised_prompt": None, "facts": dict(image.facts)}, prefix)
+            for image in finished
+        ]
+        rest = {
+            "created": int(time.time()),
+            "model": self.model,
+            "size": _size(finished[0].image),
+            "output_format": self.call.file.kind,
+            "cat": self.cat,
+        }
+        return b'{"data":[' + b",".join(items) + b"]," + json.dumps(rest).encode()[1:]
+
+    def event(self, event: Event) -> bytes:
+        """Return an event as OpenAI's clients read it, with this service's fields beside theirs."""
+        if isinstance(event, Preview):
+            kind = "image_generation.partial_image"
+            own = {"partial_image_index": event.number, "index": event.index, "step": event.step, "steps": event.steps}
+            data = _with_image(event.image, {"type": kind, **self._image_fields(event.image), **own})
+        elif isinstance(event, Finished):
+            kind = "image_generation.completed"
+            done = {"index": event.index, "seed": event.seed, "model": self.model, "usage": _NO_TOKENS}
+            more = {"facts": dict(event.facts), "cat": self.cat}
+            data = _with_image(event.image, {"type": kind, **self._image_fields(event.image), **done, **more})
+        elif isinstance(event, Progress):
+            kind = "image_generation.progress"
+            data = json.dumps({"type": kind, "index": event.index, "step": event.step, "steps": event.steps}).encode()
+        else:
+            return b""
+        return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
+
+    def _image_fields(self, image: bytes) -> dict[str, Any]:
+        look = {"quality": "auto", "background": "opaque", "output_format": self.call.file.kind}
+        return {"created_at": int(time.time()), "size": _size(image), **look}
 
 
 def _error_event(error: Exception, entry: RequestEntry) -> bytes:
@@ -180,19 +205,16 @@ def _error_event(error: Exception, entry: RequestEntry) -> bytes:
     return b"event: error\ndata: %b\n\n" % json.dumps(http_error.body()).encode()
 
 
-def _image_fields(png: bytes) -> dict[str, Any]:
-    return {"created_at": int(time.time()), "size": _size(png), **_FORMAT}
-
-
-def _with_image(png: bytes, fields: Mapping[str, Any]) -> bytes:
-    """Return JSON of the fields and `b64_json`, which needs no escaping.
+def _with_image(image: bytes, fields: Mapping[str, Any], url_prefix: str | None = None) -> bytes:
+    """Return JSON of the fields and `b64_json`, or `url` where it has a prefix; neither needs escaping.
 
     A JSON encoder would check it all the same, and block the interpreter, and so the event loop, over megabytes.
     """
-    return b'{"b64_json":"' + b64encode(png) + b'",' + json.dumps(fields).encode()[1:]
+    start = b'{"b64_json":"' if url_prefix is None else b'{"url":"' + url_prefix.encode()
+    return start + b64encode(image) + b'",' + json.dumps(fields).encode()[1:]
 
 
-def _size(png: bytes) -> str:
-    """Return WIDTHxHEIGHT, as a PNG's header has them."""
-    width, height = struct.unpack(">II", png[16:24])
-    return f"{width}x{height}"
+def _size(image: bytes) -> str:
+    """Return WIDTHxHEIGHT, as a file's header has them."""
+    with Image.open(io.BytesIO(image)) as opened:
+        return f"{opened.width}x{opened.height}"

@@ -22,6 +22,7 @@ from cat_cluster.telemetry import Metrics
 from serve.calls import EngineClient
 from serve.http import adapter_routes, image_routes, pages
 from serve.http.access import Access
+from serve.http.head import HeadAsGet
 from serve.http.http_errors import error_responses, http_error_of
 from serve.http.registry_listing import RegistryListing
 from serve.http.request_log import RequestLog, log_unexpected
@@ -81,6 +82,7 @@ def build_app(
             allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
             expose_headers=["x-request-id", "x-cat-model", "x-cat-drift", "retry-after"],
         )
+    app.add_middleware(HeadAsGet)
     app.add_middleware(SiteGuard, loopback_only=access.is_open, origins=settings.cors_origins)
     may_quote = os.environ.get(PROMPTS_VARIABLE) == "1"
     app.add_middleware(RequestLog, metrics=metrics, may_quote=may_quote, proxy_adds_id=proxy_adds_id)

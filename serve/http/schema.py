@@ -5,20 +5,31 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from cat_cluster.spec.choices import SamplerName
-from serve.calls import AdminAction
+from serve.calls import AdminAction, FileFormat, FileKind
 
 MAX_SEED = 2**63 - 1
+MAX_PROMPT = 32_000  # characters, as OpenAI has it
+ANY_SEED = -1
 _TEXT = (
     r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"  # no control characters: the PNG and the tokenizer have no place for them
 )
 _SIZE = r"^(auto|[1-9][0-9]{1,3}x[1-9][0-9]{1,3})$"
 
-Text = Annotated[str, Field(max_length=4000, pattern=_TEXT)]
-Ignored = Annotated[str, Field(max_length=256, description="Accepted for OpenAI's clients; it changes nothing here.")]
+Text = Annotated[str, Field(pattern=_TEXT)]
+Ignored = Annotated[
+    str, Field(max_length=256, description="Accepted for OpenAI's clients; it changes nothing here, as `note` says.")
+]
+
+# Values of OpenAI's that would make another image than is asked for, and what to do instead.
+_REFUSED = {
+    ("background", "transparent"): "images have no transparency; leave it out, or send 'opaque'",
+    ("output_format", "gif"): "images do not move; send 'png', 'jpeg' or 'webp'",
+    ("output_format", "svg"): "images are made of pixels; send 'png', 'jpeg' or 'webp'",
+}
 
 
 def _describe(schema: dict[str, Any]) -> None:
@@ -38,7 +49,7 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", json_schema_extra=_describe)
 
-    prompt: Annotated[Text, Field(min_length=1)] = Field(
+    prompt: Annotated[Text, Field(min_length=1, max_length=MAX_PROMPT)] = Field(
         description="What the image shows. An adapter's concept appears only where its token is a word of the prompt.",
         examples=["a photo of a sks cup on grass"],
     )
@@ -52,15 +63,20 @@ class ImageRequest(BaseModel):
     size: str = Field(
         default="auto", pattern=_SIZE, description="WIDTHxHEIGHT in pixels, or auto: the base model's own."
     )
-    response_format: Literal["b64_json"] = Field(default="b64_json", description="Images are part of the response.")
+    response_format: Literal["b64_json", "url"] = Field(
+        default="b64_json", description="url: as a data URL. Images are part of the response and are not kept."
+    )
     seed: int | None = Field(
-        default=None, ge=0, le=MAX_SEED, description="Seed of the first image; absent: a random one, which is returned."
+        default=None,
+        ge=ANY_SEED,
+        le=MAX_SEED,
+        description="Seed of the first image; absent or -1: a random one, which is returned.",
     )
     num_inference_steps: int = Field(default=25, ge=1, le=1000, description="Denoising steps.")
     guidance_scale: float = Field(
         default=4.0, ge=0, le=50, allow_inf_nan=False, description="Classifier-free guidance; 1 or less: none."
     )
-    negative_prompt: Text = Field(default="", description="What the image must not show.")
+    negative_prompt: Text = Field(default="", max_length=4000, description="What the image must not show.")
     sampler: SamplerName = Field(default="ddim", description="The sampler.")
     strength: float = Field(
         default=1.0,
@@ -72,15 +88,20 @@ class ImageRequest(BaseModel):
     stream: bool = Field(default=False, description="Send server-sent events.")
     partial_images: int = Field(default=0, ge=0, le=8, description="Previews of each image, with stream.")
     progress: bool = Field(default=False, description="An event for every denoising step, with stream.")
-    user: Ignored | None = None
-    quality: Ignored | None = None
-    style: Ignored | None = None
-    background: Ignored | None = None
-    moderation: Ignored | None = None
+    output_format: FileKind = Field(default="png", description="Format of images and previews.")
     output_compression: int | None = Field(
-        default=None, ge=0, le=100, description="Accepted for OpenAI's clients; PNG loses nothing."
+        default=None,
+        ge=0,
+        le=100,
+        description="Quality of JPEG and WebP: 0 is the smallest file, 100 (as if absent) the best image.",
     )
-    output_format: Literal["png"] = Field(default="png", description="Images are PNG.")
+    background: Literal["auto", "opaque"] = Field(default="auto", description="Images are opaque.")
+    user: Ignored | None = None
+    safety_identifier: Ignored | None = None
+    quality: Ignored | None = None
+    complexity: Ignored | None = None
+    style: Ignored | None = None
+    moderation: Ignored | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -89,13 +110,12 @@ class ImageRequest(BaseModel):
             return data
         return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
 
-    @field_validator("response_format", mode="before")
+    @field_validator("background", "output_format", mode="before")
     @classmethod
-    def _no_addresses(cls, value: Any) -> Any:
-        if value == "url":
-            raise PydanticCustomError(
-                "no_url", "'url' is not offered, since images are not kept; leave it out, or send 'b64_json'"
-            )
+    def _say_why(cls, value: Any, field: ValidationInfo) -> Any:
+        reason = _REFUSED.get((field.field_name or "", value)) if isinstance(value, str) else None
+        if reason is not None:
+            raise PydanticCustomError("not_offered", "{reason}", {"reason": f"{value!r} is not offered: {reason}"})
         return value
 
     @model_validator(mode="after")
@@ -110,6 +130,11 @@ class ImageRequest(BaseModel):
         sides = re.fullmatch(r"(\d+)x(\d+)", self.size)
         return None if sides is None else (int(sides[1]), int(sides[2]))
 
+    @property
+    def file(self) -> FileFormat:
+        """How the images are written."""
+        return FileFormat(self.output_format, 100 if self.output_compression is None else self.output_compression)
+
 
 class CatFacts(BaseModel):
     """This service's fields beside OpenAI's."""
@@ -117,15 +142,16 @@ class CatFacts(BaseModel):
     request_id: str = Field(description="As in the header x-request-id.")
     drift: str = Field(description="Drift state of the revision: ok, warning, alarm or unknown.")
     note: str | None = Field(
-        description="Why another revision than the requested one was used, and what of the prompts the text encoder "
-        "does not read, if so."
+        description="Why another revision than the requested one was used, what of the prompts is not read or not as "
+        "it may be meant, and which fields of the request change nothing, if so."
     )
 
 
 class ImageItem(BaseModel):
     """One image."""
 
-    b64_json: str = Field(description="The PNG in base64; its text chunks carry the parameters.")
+    b64_json: str | None = Field(default=None, description="The file in base64; its metadata has the parameters.")
+    url: str | None = Field(default=None, description="The same as a data URL, with response_format url.")
     seed: int
     revised_prompt: None = Field(default=None, description="Prompts are never rewritten.")
     facts: dict[str, Any] = Field(description="Waiting and denoising times, batch sizes.")
@@ -138,7 +164,7 @@ class ImagesResponse(BaseModel):
     data: list[ImageItem]
     model: str = Field(description="The model used: `id@r-...`, or the base model's name.")
     size: str = Field(description="WIDTHxHEIGHT of the images.")
-    output_format: Literal["png"] = "png"
+    output_format: FileKind
     cat: CatFacts
 
 

@@ -39,10 +39,10 @@ REFERENCE = {"kps": [0.22, 0.26] * 5, "identity": [0.6, 0.7] * 5, "base_drift": 
 Script = Callable[[ImageCall], AsyncIterator[Event]]
 
 
-def picture(side: int = 16, shade: int = 90) -> bytes:
-    """A plain PNG."""
+def picture(side: int = 16, shade: int = 90, kind: str = "png") -> bytes:
+    """A plain image file."""
     kept = io.BytesIO()
-    Image.new("RGB", (side, side), (shade, shade, shade)).save(kept, "PNG")
+    Image.new("RGB", (side, side), (shade, shade, shade)).save(kept, kind)
     return kept.getvalue()
 
 
@@ -51,11 +51,11 @@ async def draw(call: ImageCall) -> AsyncIterator[Event]:
     yield Accepted(f"{call.model.partition('@')[0]}@r-0123456789ab" if call.model else "base", drift="ok")
     for index in range(call.count):
         for number in range(call.previews):
-            yield Preview(index, number, step=number + 1, steps=call.steps, png=picture(8))
+            yield Preview(index, number, step=number + 1, steps=call.steps, image=picture(8, kind=call.file.kind))
         if call.progress:
             yield Progress(index, step=call.steps, steps=call.steps)
     for index in reversed(range(call.count)):
-        yield Finished(index, call.seed + index, picture(shade=index), {"rows": 2})
+        yield Finished(index, call.seed + index, picture(shade=index, kind=call.file.kind), {"rows": 2})
 
 
 @dataclass

@@ -108,7 +108,7 @@ def pixels(png: bytes) -> Pixels:
 def pictures(found: list[Event]) -> list[Pixels]:
     assert not [event for event in found if isinstance(event, Failed)], found
     finished = sorted((event for event in found if isinstance(event, Finished)), key=lambda event: event.index)
-    return [pixels(event.png) for event in finished]
+    return [pixels(event.image) for event in finished]
 
 
 def failure_of(found: list[Event]) -> Failed:

@@ -262,7 +262,7 @@ class LocalService:
             if isinstance(event, Failed):
                 raise CatClusterError(f"{request.adapter}: {event.kind}: {event.message}")
             if isinstance(event, Finished):
-                return Response(event.png, event.facts, time.monotonic())
+                return Response(event.image, event.facts, time.monotonic())
         raise CatClusterError(f"{request.adapter}: the service gave no image")
 
 

@@ -61,6 +61,14 @@ def test_a_prompt_whose_token_is_cut_off_is_told_so(limit: TextLimit) -> None:
     assert "of the negative prompt" in negative
 
 
+def test_a_note_quotes_the_ends_of_what_is_long(limit: TextLimit) -> None:
+    [note] = cut_notes(limit, [], prompt=f"a cup {'on a table, ' * 3000}the end")
+    assert "and not '" in note
+    assert "' ... '" in note
+    assert note.endswith("the end'")
+    assert len(note) < 500
+
+
 def job(folder: Path, **evaluation: object) -> JobSpec:
     concepts = [{"token": "sks", "class_noun": "cup", "images": str(folder)}]
     return JobSpec.model_validate(

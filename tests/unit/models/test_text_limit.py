@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.models.text_limit import TextLimit, local_text_limit
+from cat_cluster.models.text_limit import TextLimit, first_words, local_text_limit
 
 SOME = ["sks", "cup,", "photo", "unbelievable", "caf\u00e9", "a", "(blue)", "x-9"]
 WORDS = st.lists(st.sampled_from(SOME), max_size=60)
@@ -40,6 +40,22 @@ def test_the_encoder_sees_what_is_read_and_nothing_of_what_is_cut(base: BaseMode
         assert len(base.tokenizer(first, verbose=False).input_ids) > limit.tokens
         other = prompt + " zebra"
         assert torch.equal(base.encode_text([other]), base.encode_text([prompt]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=WORDS, gap=st.sampled_from([" ", "  ", "\n", "\u3000", ", ", " \t"]))
+def test_words_that_an_encoder_cannot_reach_need_not_be_looked_at(base: BaseModel, words: list[str], gap: str) -> None:
+    prompt = gap.join(words)
+    start = first_words(prompt, base.tokenizer.model_max_length)
+    assert prompt.startswith(start)
+    assert len(start.split()) == min(len(prompt.split()), 32)
+    assert torch.equal(base.encode_text([start]), base.encode_text([prompt]))
+
+
+def test_a_whole_prompt_is_few_words() -> None:
+    assert first_words(" a  cup ", 2) == " a  cup"
+    assert first_words(" a  cup ", 3) == " a  cup "
+    assert first_words("", 1) == ""
 
 
 def test_one_word_that_is_too_long_is_not_read_whole(base: BaseModel) -> None:

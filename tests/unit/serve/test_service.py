@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from PIL import Image
 
 from cat_cluster.lora.formats import write_adapter
 from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
-from serve.calls import Accepted, Event, Finished, Preview, Progress
+from serve.calls import Accepted, Event, FileFormat, Finished, Preview, Progress
 from tests.support.services import CUP, LEVELS, Shop, events, open_service, pictures, pixels, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
@@ -35,7 +37,7 @@ def test_the_events_of_a_call_are_in_order(shop: Shop) -> None:
                 assert [e.step for e in own if isinstance(e, Progress)] == [1, 2, 3, 4]
                 shown = [(e.number, e.step, e.steps) for e in own if isinstance(e, Preview)]
                 assert shown == [(0, 1, 4), (1, 3, 4)]
-                assert all(pixels(e.png).shape == (192, 192, 3) for e in own if isinstance(e, Preview))
+                assert all(pixels(e.image).shape == (192, 192, 3) for e in own if isinstance(e, Preview))
                 assert own[-1].facts["most_rows"] == 4
             text = (await service.metrics()).decode()
             assert 'cat_serve_images_total{outcome="done"} 2.0' in text
@@ -66,7 +68,7 @@ def test_a_png_says_how_it_was_made(shop: Shop) -> None:
             [finished] = [e for e in await events(service, call) if isinstance(e, Finished)]
             manifest = shop.registry.resolve("cup")
             digest = manifest.objects["weights"].sha256
-            text = Image.open(io.BytesIO(finished.png)).text  # type: ignore[attr-defined]
+            text = Image.open(io.BytesIO(finished.image)).text  # type: ignore[attr-defined]
             parameters = text.pop("parameters").splitlines()
             assert text == {
                 "prompt": "a caf\u00e9 cup",
@@ -83,6 +85,30 @@ def test_a_png_says_how_it_was_made(shop: Shop) -> None:
             assert parameters[:2] == ["a caf\u00e9 cup", "Negative prompt: red"]
             assert parameters[2].startswith("Steps: 4, Sampler: euler, CFG scale: 4, Seed: 11, Model: cup@")
             assert f"{manifest.name}: {digest[:12]}" in parameters[2]
+
+    run(main)
+
+
+def test_an_answer_says_what_was_drawn_as_text_and_what_a_file_has_no_room_for(shop: Shop) -> None:
+    async def main() -> None:
+        async with open_service(shop) as service:
+            prompt = "a sks cup <lora:mug:0.8> (snow:1.2) " + "\U0001f600" * 31_000
+            call = replace(CUP, prompt=prompt, file=FileFormat("jpeg", 80), previews=1)
+            began = time.monotonic()
+            found = await events(service, call)
+            assert time.monotonic() - began < 20
+            assert isinstance(found[0], Accepted)
+            note = found[0].note or ""
+            for told in ("'<lora:mug:0.8>' is drawn as text", "'(snow:1.2)' is drawn as text", "and not '", "JPEG"):
+                assert told in note
+            assert len(note) < 1500
+            for event in found:
+                if isinstance(event, Preview | Finished):
+                    assert Image.open(io.BytesIO(event.image)).format == "JPEG"
+            description = Image.open(io.BytesIO(found[-1].image)).getexif()[0x010E]  # type: ignore[union-attr]
+            assert prompt.startswith(json.loads(description)["prompt"])
+            assert len(json.loads(description)["prompt"]) > 1000
+            assert isinstance((await events(service, CUP))[0], Accepted)
 
     run(main)
 
@@ -168,7 +194,7 @@ def test_a_new_revision_goes_live_and_requests_in_flight_keep_theirs(shop: Shop)
             assert first[0] == Accepted(old.name)
             rest = [event async for event in stream]
             assert isinstance(rest[-1], Finished)
-            assert Image.open(io.BytesIO(rest[-1].png)).text["model"] == old.name  # type: ignore[attr-defined]
+            assert Image.open(io.BytesIO(rest[-1].image)).text["model"] == old.name  # type: ignore[attr-defined]
             named = pictures(await events(service, replace(call, model=old.name)))[0]
             assert np.abs(named - before).max() <= LEVELS
             after = pictures(await events(service, call))[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from serve.calls import FileFormat
 from serve.denoise import codec as codec_module
 from serve.denoise.codec import AT_ONCE, Codec, colour_map
 
@@ -32,7 +33,7 @@ def codec(base: BaseModel) -> Iterator[Codec]:
     codec = Codec(base)
     yield codec
     codec.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("cat-codec", "cat-png"))]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("cat-")]
 
 
 def latents(seed: int, height: int = 8) -> Tensor:
@@ -85,6 +86,12 @@ def test_prompts_are_remembered_up_to_a_number(codec: Codec, monkeypatch: pytest
         codec.encode(f"cup {n}").result(SOON)
     assert list(codec._texts) == [f"cup {n}" for n in range(16, 20)]
     assert not codec._prompts
+    codec.encode("x" * 32_000).result(SOON)
+    assert len(codec._texts) == 4
+    assert max(map(len, codec._texts)) < 32, "a prompt that is kept is short"
+    text = "a cup on a table in snow, " * 1200
+    assert torch.equal(codec.encode(text).result(SOON), codec._base.encode_text([text])[0])
+    assert max(map(len, codec._texts)) < 500
 
 
 def test_one_that_fails_or_is_not_finite_fails_alone(
@@ -127,8 +134,8 @@ def test_closing_fails_what_waits_and_what_comes_later(base: BaseModel) -> None:
     later: list[Callable[[], Future[Any]]] = [
         lambda: codec.encode("new"),
         lambda: codec.decode(latents(1)),
-        lambda: codec.png(torch.zeros(3, 4, 4), {}),
-        lambda: codec.preview(latents(1)),
+        lambda: codec.file(torch.zeros(3, 4, 4), {}, FileFormat()),
+        lambda: codec.preview(latents(1), FileFormat()),
     ]
     for ask in later:
         with pytest.raises(EngineStoppedError):
@@ -137,7 +144,7 @@ def test_closing_fails_what_waits_and_what_comes_later(base: BaseModel) -> None:
 
 
 def test_previews_show_the_colours_of_the_latents(codec: Codec, base: BaseModel) -> None:
-    data = codec.preview(latents(1, height=12)).result(SOON)
+    data = codec.preview(latents(1, height=12), FileFormat()).result(SOON)
     with Image.open(io.BytesIO(data)) as picture:
         assert picture.size == (128, 192)
     found = colour_map(base)

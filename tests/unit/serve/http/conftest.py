@@ -28,6 +28,15 @@ def live(engine: ScriptedEngine, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture
+def big(engine: ScriptedEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx2.Client]:
+    """A client of a service with the bodies that it takes by default."""
+    settings = ServeSettings(base="base")
+    registry = Registry(LocalStore(tmp_path_factory.mktemp("storage")))
+    with listening(only(engine), registry, settings, Access(settings)) as live, live.http() as client:
+        yield client
+
+
+@pytest.fixture
 def http(live: Live) -> Iterator[httpx2.Client]:
     with live.http() as client:
         yield client

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import httpx2
 import openai
@@ -96,8 +97,8 @@ def test_what_the_engine_refuses(http: httpx2.Client) -> None:
     for fields, status, param in [
         ({"model": "nobody"}, 404, "model"),
         ({"model": "cup@nobody"}, 404, "model"),
-        ({"size": "999x999"}, 400, None),
-        ({"num_inference_steps": 1000}, 400, None),
+        ({"size": "999x999"}, 400, "size"),
+        ({"num_inference_steps": 1000}, 400, "num_inference_steps"),
     ]:
         response = http.post(PATH, json={"prompt": "a", **fields})
         assert (response.status_code, response.json()["error"]["param"]) == (status, param), response.text
@@ -239,6 +240,47 @@ def test_openais_client(client: openai.OpenAI, shop: Shop) -> None:
     assert (answer.size, answer.output_format, answer.model) == ("16x16", "png", shop.cups[1].name)  # type: ignore[attr-defined]
 
 
+def test_openais_client_asks_for_a_small_file_as_an_address(client: openai.OpenAI) -> None:
+    prompt = "a cup on a table, <lora:cup:0.8> in (snow:1.2) " * 680
+    answer = client.images.generate(
+        prompt=prompt[:32_000],
+        response_format="url",
+        output_format="webp",
+        output_compression=30,
+        safety_identifier="a-hash",
+        moderation="low",
+        extra_body={"seed": -1, "num_inference_steps": 2},
+    )
+    assert answer.data is not None
+    assert answer.output_format == "webp"
+    assert answer.data[0].b64_json is None
+    with urlopen(answer.data[0].url or "") as opened:  # any program that opens addresses opens this one
+        assert opened.headers["content-type"] == "image/webp"
+        assert Image.open(io.BytesIO(opened.read())).format == "WEBP"
+    assert answer.data[0].seed >= 0  # type: ignore[attr-defined]
+    note = answer.cat["note"]  # type: ignore[attr-defined]
+    for told in ("tokens of the prompt, and not '", "<lora:cup:0.8>", "(snow:1.2)", "moderation, safety_identifier"):
+        assert told in note
+    assert len(note) < 2000
+    with client.images.generate(prompt="a (cup:1.2)", stream=True, extra_body={"num_inference_steps": 2}) as stream:
+        assert "(cup:1.2)" in list(stream)[-1].cat["note"]  # type: ignore[union-attr]
+
+
+def test_head_is_get_without_its_body(live: Live, http: httpx2.Client, shop: Shop) -> None:
+    names = {"model": "cup", "reference": shop.cups[0].name, "name": "sample-0-with-0.png"}
+    described = [path for path, operations in live.app.openapi()["paths"].items() if "get" in operations]
+    assert len(described) >= 9
+    files = ("/", "/docs", "/docs/start.js", "/docs/assets/swagger-ui.css", "/openapi.json", "/page/app.js")
+    for path in (*files, *(path.format(**names) for path in described)):
+        get, head = http.get(path), http.head(path)
+        assert (head.status_code, head.content) == (get.status_code, b"") == (200, b""), path
+        same = ("content-type", "content-length", "etag", "cache-control")
+        if path not in ("/metrics", "/v1/status"):  # whose numbers move
+            assert [head.headers.get(name) for name in same] == [get.headers.get(name) for name in same], path
+    assert http.head("/v1/adapters/nobody").status_code == 404
+    assert http.head(PATH).status_code == 405
+
+
 def test_openais_client_streams(client: openai.OpenAI) -> None:
     body = {"seed": 3, "num_inference_steps": 4}
     with client.images.generate(model="mug", prompt="a mug", stream=True, partial_images=2, extra_body=body) as stream:
@@ -260,8 +302,8 @@ def test_openais_client_raises_its_own_errors(client: openai.OpenAI) -> None:
         client.images.generate(model="nobody", prompt="a")
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as refused:
-        client.images.generate(prompt="a", response_format="url")
-    assert (refused.value.param, "b64_json" in refused.value.message) == ("response_format", True)
+        client.images.generate(prompt="a", background="transparent")
+    assert (refused.value.param, "'opaque'" in refused.value.message) == ("background", True)
     with pytest.raises(openai.BadRequestError, match="no such parameter"):
         client.images.generate(prompt="a", extra_body={"lora": "cup"})
     with pytest.raises(openai.NotFoundError):

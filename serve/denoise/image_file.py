@@ -1,0 +1,101 @@
+"""Images as files: PNG, JPEG or WebP, each with its own keys and the `parameters` line that other tools read."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from cat_cluster.models.generate import png_bytes
+from serve.calls import FileFormat, ImageCall
+
+_DESCRIPTION, _EXIF, _COMMENT = 0x010E, 0x8769, 0x9286  # tags of EXIF: ImageDescription, the folder of UserComment
+_JPEG_EXIF = 65400  # bytes that a JPEG has for it, less the digits of a longer seed; PNG and WebP have no limit
+
+
+def image_file(image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> bytes:
+    """Return an image [3, H, W] in [0, 1] as a file that carries `metadata`.
+
+    PNG has it in text chunks. JPEG and WebP have `parameters` in EXIF's UserComment, where AUTOMATIC1111 writes it, and
+    the other keys in ImageDescription as JSON.
+    """
+    if file.kind == "png":
+        return png_bytes(image, metadata)
+    # Without subsampling a JPEG keeps its colours as sharp as its shapes.
+    options = {"subsampling": 0} if file.kind == "jpeg" else {}
+    buffer = io.BytesIO()
+    Image.fromarray(image_array(image)).save(buffer, file.kind, quality=file.quality, exif=_exif(metadata), **options)
+    return buffer.getvalue()
+
+
+def image_array(image: Tensor) -> NDArray[np.uint8]:
+    """Return an image [3, H, W] in [0, 1] as uint8 [H, W, 3]."""
+    pixels: NDArray[np.uint8] = (image * 255.0).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return pixels
+
+
+def image_metadata(call: ImageCall, seed: int, served_by: str, digest: str | None) -> dict[str, str]:
+    """Return what an image's file says of it; digest: sha256 of the adapter's weights.
+
+    `parameters` follows AUTOMATIC1111's form, so that its readers show prompt, sampler, seed and model.
+    """
+    text = {
+        "prompt": call.prompt,
+        "negative_prompt": call.negative_prompt,
+        "seed": str(seed),
+        "steps": str(call.steps),
+        "guidance": str(call.guidance),
+        "sampler": call.sampler,
+        "strength": str(call.strength),
+        "model": served_by,
+        "request_id": call.request_id,
+    }
+    if digest is not None:
+        text["adapter_sha256"] = digest
+    return {**text, "parameters": _parameters(call, seed, served_by, digest)}
+
+
+def fitting_prompts(call: ImageCall, served_by: str, digest: str | None) -> tuple[ImageCall, str | None]:
+    """Return the call with as much of its prompts as its files can carry, and a note if that is not all."""
+    if call.file.kind != "jpeg":
+        return call, None
+    kept, length = call, max(len(call.prompt), len(call.negative_prompt))
+    while len(_exif(image_metadata(kept, call.seed, served_by, digest)).tobytes()) > _JPEG_EXIF:
+        length //= 2
+        kept = replace(call, prompt=call.prompt[:length], negative_prompt=call.negative_prompt[:length])
+    if kept is call:
+        return call, None
+    return kept, f"the JPEG carries the first {length} characters of each prompt; png and webp have room for all of it"
+
+
+def _exif(metadata: Mapping[str, str]) -> Image.Exif:
+    exif, own = Image.Exif(), dict(metadata)
+    parameters = own.pop("parameters", None)
+    if parameters is not None:
+        exif.get_ifd(_EXIF)[_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+    if own:
+        exif[_DESCRIPTION] = json.dumps(own)  # ASCII, as the tag has to be
+    return exif
+
+
+def _parameters(call: ImageCall, seed: int, served_by: str, digest: str | None) -> str:
+    lines = [call.prompt]
+    if call.negative_prompt:
+        lines.append(f"Negative prompt: {call.negative_prompt}")
+    facts = [
+        f"Steps: {call.steps}",
+        f"Sampler: {call.sampler}",
+        f"CFG scale: {call.guidance:g}",
+        f"Seed: {seed}",
+        f"Model: {served_by}",
+    ]
+    if digest is not None:
+        facts.append(f'Lora hashes: "{served_by}: {digest[:12]}"')
+    return "\n".join([*lines, ", ".join(facts)])

@@ -1,0 +1,106 @@
+"""Which Ray a job is driven on: what cannot be a cluster's address is refused in a sentence, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray
+
+from cat_cluster.cluster.connection import cluster_address, ray_connection
+from cat_cluster.cluster.driver import run_on_ray
+from cat_cluster.errors import ClusterError
+from cat_cluster.settings import load_settings
+from cat_cluster.spec.job import JobSpec
+
+REFUSED = [
+    ("http://127.0.0.1:8265", "`cat-cluster submit SPEC --address http://127.0.0.1:8265`"),
+    ("https://ray.example.com/x", "`cat-cluster submit SPEC --address https://ray.example.com/x`"),
+    ("HTTP://127.0.0.1:8265", "`cat-cluster submit SPEC"),
+    ("ray://10.0.0.5:10001", "`cat-cluster submit`"),
+    ("garbage", "write host:port of its head, such as 10.0.0.5:6379"),
+    ("host:port", "write host:port of its head"),
+    ("host:99999", "write host:port of its head"),
+    ("host:0", "write host:port of its head"),
+    (":6379", "write host:port of its head"),
+    ("foo://host:6379", "write host:port of its head"),
+    ("a b:6379", "write host:port of its head"),
+    ("user@host:6379", "write host:port of its head"),
+    ("host:6379/path", "write host:port of its head"),
+    ("[::1:6379", "write host:port of its head"),
+]
+
+
+@pytest.mark.parametrize(("address", "remedy"), REFUSED)
+def test_what_is_no_address_of_a_cluster_is_refused_with_its_remedy(address: str, remedy: str) -> None:
+    for given, name, here in (
+        (None, f"RAY_ADDRESS={address}: ", "or unset RAY_ADDRESS to start Ray on this machine"),
+        (address, f"--address {address}: ", "or leave it out to start Ray on this machine"),
+    ):
+        with pytest.raises(ClusterError) as refused:
+            cluster_address(given, {"RAY_ADDRESS": address})
+        message = str(refused.value)
+        assert message.startswith(name)
+        assert message.endswith(here)
+        assert remedy in message
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5:6379", "head.cluster:6379", "localhost:1", "[::1]:6379", "auto"])
+def test_an_address_is_taken_from_the_option_before_the_environment(address: str) -> None:
+    assert cluster_address(address, {"RAY_ADDRESS": "http://else:1"}) == address
+    assert cluster_address(None, {"RAY_ADDRESS": f" {address}"}) == address
+    assert cluster_address("", {"RAY_ADDRESS": address}) == address
+
+
+@pytest.mark.parametrize("environment", [{}, {"RAY_ADDRESS": ""}, {"RAY_ADDRESS": " "}, {"RAY_ADDRESS": "local"}])
+def test_without_an_address_ray_starts_here_in_a_folder_that_it_can_use(environment: dict[str, str]) -> None:
+    assert cluster_address(None, {**environment, "RAY_TMPDIR": "/tmp"}) is None
+    with pytest.raises(ClusterError, match="RAY_TMPDIR"):
+        cluster_address(None, {**environment, "RAY_TMPDIR": f"/tmp/{'a' * 90}"})
+
+
+def test_a_cluster_that_runs_elsewhere_needs_no_folder_here() -> None:
+    assert cluster_address("10.0.0.5:6379", {"TMPDIR": "/dev/null/x"}) == "10.0.0.5:6379"
+
+
+@pytest.mark.parametrize("variable", ["RAY_ADDRESS", "RAY_TMPDIR"])
+def test_a_job_is_refused_before_its_photos_are_read(
+    tmp_path: Path, variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv(variable, f"http://127.0.0.1:8265/{'a' * 90}")
+    concepts = [{"token": "sks", "class_noun": "cup", "images": str(tmp_path / "no-such-folder")}]
+    job = JobSpec.model_validate({"name": "one", "adapters": [{"id": "one", "concepts": concepts}]})
+    with pytest.raises(ClusterError, match=variable):
+        run_on_ray(job, str(tmp_path / "storage"), load_settings(), None)  # type: ignore[arg-type]
+    assert not (tmp_path / "storage").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "raised", "told"),
+    [
+        (None, Exception("The node timed out.\nand more"), "Ray did not start on this machine: The node timed out; "),
+        (None, OSError("no space"), "Ray did not start on this machine: no space; "),
+        (
+            "auto",
+            ConnectionError("Could not find any.\nmore"),
+            "no Ray cluster runs on this machine, .*`ray start --head`",
+        ),
+        (
+            "10.0.0.5:1",
+            ConnectionError("Failed to connect:\nmore"),
+            "no Ray cluster at 10.0.0.5:1: Failed to connect; ",
+        ),
+    ],
+)
+def test_what_ray_says_is_one_sentence_with_its_remedy(
+    address: str | None, raised: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**options: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(ray, "init", fail)
+    with pytest.raises(ClusterError, match=f"^{told}") as refused, ray_connection(address):
+        pass
+    assert "\n" not in str(refused.value)

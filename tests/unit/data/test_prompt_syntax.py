@@ -1,0 +1,56 @@
+"""Other tools' prompt syntax is named in a note; ordinary prompts are not, and no prompt takes long."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from cat_cluster.data.prompt_syntax import syntax_notes
+
+
+@pytest.mark.parametrize("tag", ["<lora:cup:0.8>", "<LoRA:my cup_v2:1>", "<lyco:cup:0.5:0.2>", "<hypernet:x:1>"])
+def test_an_adapter_in_the_prompt_is_told_where_it_is_named(tag: str) -> None:
+    for texts in ((f"a sks cup {tag} in snow", ""), ("a sks cup", f"red{tag}")):
+        [note] = syntax_notes(*texts)
+        assert note.startswith(f"{tag!r} is drawn as text: ")
+        assert "`model`" in note
+        assert "`strength`" in note
+
+
+@pytest.mark.parametrize(
+    "weight",
+    ["(word:1.2)", "(a red cup: 0.7)", "(x:.5)", "((word))", "(((a, b)))", "[[word]]", "[cat:dog:0.5]", "(x:1)"],
+)
+def test_a_weight_of_words_is_told_to_be_text(weight: str) -> None:
+    for texts in ((f"a {weight} cup", ""), ("a cup", f"{weight}, red")):
+        [note] = syntax_notes(*texts)
+        assert note.startswith(f"{weight!r} is drawn as text")
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["", "a sks cup", "a cup (blue) on a table", "a [red] cup", "16:9, f:1.8", "a cup :) (yes", "<b> a cup </b>", "()",
+     "a (cup, at 5:30 pm) now", "lora:cup:0.8", "> < a:1) ]"],
+)  # fmt: skip
+def test_ordinary_text_is_not_taken_for_syntax(prompt: str) -> None:
+    assert list(syntax_notes(prompt, prompt)) == []
+
+
+def test_both_kinds_are_told_and_few_are_quoted() -> None:
+    tags = " ".join(f"<lora:{'long' * 30}{number}:1>" for number in range(9))
+    weights = " ".join(f"(word{number}:1.1)" for number in range(9))
+    adapters, words = syntax_notes(f"{tags} {weights}")
+    assert "'<lora:long" in adapters
+    assert "'(word0:1.1)', '(word1:1.1)', '(word2:1.1)' (and 6 more) is" in words
+    assert len(adapters) < 600
+
+
+@pytest.mark.parametrize(
+    "piece", ["(", "[", "(:", ":", "(1", ":1", "<lora:", ": ", "(a)", "(a:1)", "(:1)", "[[]]", "()"]
+)
+def test_no_prompt_takes_more_than_linear_time(piece: str) -> None:
+    started = time.process_time()
+    for end in ("", ")", "]", "x)", "1x)"):
+        list(syntax_notes((piece * 32_000)[:32_000] + end, f"(:{'1' * 32_000}{end}"))
+    assert time.process_time() - started < 2.0

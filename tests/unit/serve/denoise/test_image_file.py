@@ -1,0 +1,87 @@
+"""Image files: every format carries the same parameters, where other programs look for them, and its quality counts."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from serve.calls import FileFormat, FileKind, ImageCall
+from serve.denoise.image_file import fitting_prompts, image_array, image_file, image_metadata
+
+KINDS: list[FileKind] = ["png", "jpeg", "webp"]
+CALL = ImageCall("request-1", "a caf\u00e9 \u4e2d \U0001f600 <b>\n&", "cup", negative_prompt="red", seed=11)
+
+
+def picture() -> torch.Tensor:
+    """Smooth colours with some noise, as a drawn picture has them."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand((1, 3, 4, 4), generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(64, 96), mode="bicubic")[0]
+    return (smooth + 0.02 * torch.randn(smooth.shape, generator=generator)).clamp(0, 1)
+
+
+def told(data: bytes) -> dict[str, str]:
+    """What a file says of its image, read by Pillow alone."""
+    with Image.open(io.BytesIO(data)) as image:
+        if image.format == "PNG":
+            return dict(image.text)  # type: ignore[attr-defined]
+        exif = image.getexif()
+        comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+        assert comment[:8] == b"UNICODE\0"
+        own: dict[str, str] = json.loads(exif[ExifTags.Base.ImageDescription])
+        return {**own, "parameters": comment[8:].decode("utf-16-be")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_carries_the_same_parameters(kind: FileKind) -> None:
+    metadata = image_metadata(CALL, 12, "cup@r-0123456789ab", "d" * 64)
+    data = image_file(picture(), metadata, FileFormat(kind))
+    assert told(data) == metadata
+    assert metadata["parameters"].startswith(CALL.prompt)
+    with Image.open(io.BytesIO(data)) as image:
+        assert (image.format, image.size) == (kind.upper(), (96, 64))
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "webp"])
+def test_quality_is_size_against_likeness(kind: FileKind) -> None:
+    original, sizes, faults = picture(), [], []
+    for quality in (0, 50, 100):
+        data = image_file(original, {}, FileFormat(kind, quality))
+        sizes.append(len(data))
+        with Image.open(io.BytesIO(data)) as image:
+            assert not image.getexif()
+            faults.append(float(np.abs(np.asarray(image, dtype=float) - image_array(original)).mean()))
+    assert sizes == sorted(set(sizes))
+    assert faults == sorted(set(faults), reverse=True)
+    assert faults[-1] < 4.0
+    whole = image_file(original, {}, FileFormat("png"))
+    assert image_file(original, {}, FileFormat("png", 0)) == whole
+    with Image.open(io.BytesIO(whole)) as image:
+        assert np.array_equal(np.asarray(image), image_array(original))
+
+
+@pytest.mark.parametrize("letter", ["a", "\u4e2d", "\U0001f600", '"'])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_longest_prompts_are_carried_or_the_note_says_how_much(kind: FileKind, letter: str) -> None:
+    call = replace(CALL, prompt=letter * 32_000, negative_prompt=letter * 4000, file=FileFormat(kind))
+    kept, note = fitting_prompts(call, "cup@r-0123456789ab", "d" * 64)
+    metadata = image_metadata(kept, 2**63 - 1, "cup@r-0123456789ab", "d" * 64)
+    assert told(image_file(picture(), metadata, call.file)) == metadata
+    if kind == "jpeg":
+        assert note is not None
+        assert f"the first {len(kept.prompt)} characters" in note
+        assert 2000 <= len(kept.prompt) < 32_000
+        assert kept.negative_prompt == call.negative_prompt[: len(kept.prompt)]
+    else:
+        assert (kept, note) == (call, None)
+
+
+def test_usual_prompts_are_carried_whole() -> None:
+    call = replace(CALL, prompt="a photo of a sks cup " * 100, file=FileFormat("jpeg"))
+    assert fitting_prompts(call, "base", None) == (call, None)
