@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import socket
 import threading
@@ -20,13 +19,14 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 
+from cat_cluster.cluster.local_ray import check_ray_folder, start_ray
 from cat_cluster.errors import ClusterError
 from cat_cluster.models.base_files import POCKET, base_folder, check_family
 from cat_cluster.models.base_model import choose_device
-from cat_cluster.settings import check_ray_folder
 from cat_cluster.store import open_store
 from serve.app import build
 from serve.http.access import Access, check_bind
+from serve.http.sites import is_loopback
 from serve.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve.settings import Deployment, ServeSettings
 
@@ -59,8 +59,6 @@ def serve_here(
     open_store(settings.storage).list("no-such-prefix/")  # raises where there is no such bucket, or no right to read
     check_family(base_folder(settings.base))
     choose_device(settings.device)
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # for this process alone
     deployment = local_deployment(settings, engines)
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
@@ -68,7 +66,11 @@ def serve_here(
     signals = _Signals()
     signals.listen()
     try:
-        _start_ray()
+        start_ray(
+            loopback=is_loopback(host),
+            object_store_memory=_OBJECTS,
+            log_to_driver=True,  # the lines of requests
+        )
         signals.listen()  # Ray has taken SIGTERM for itself
         start(deployment, host, port)
         on_ready(f"http://{_reached_at(host)}:{port}")
@@ -76,23 +78,6 @@ def serve_here(
         on_stop()
     finally:
         signals.end_ray(settings.deadline_s + _ANSWER_S)
-
-
-def _start_ray() -> None:
-    try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            object_store_memory=_OBJECTS,
-            log_to_driver=True,  # the lines of requests
-            logging_level=logging.ERROR,
-        )
-    except Exception as error:  # Ray raises bare ones too, such as for processes that do not start in time
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-        raise ClusterError(
-            f"Ray did not start on this machine: {reason}; its logs are below ray/session_latest/logs in RAY_TMPDIR, "
-            "TMPDIR or /tmp"
-        ) from error
 
 
 def start(deployment: Deployment, host: str, port: int) -> None:

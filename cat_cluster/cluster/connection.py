@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 import ray
 
+from cat_cluster.cluster.local_ray import check_ray_folder, first_line, start_ray
 from cat_cluster.errors import ClusterError, SpecError
-from cat_cluster.settings import check_ray_folder
 from cat_cluster.spec.job import JobSpec
-
-_QUIET: Mapping[str, Any] = {"logging_level": logging.ERROR, "configure_logging": True}
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ def ray_connection(address: str | None = None) -> Iterator[ClusterSize]:
     """
     joined = ray.is_initialized()
     if not joined and address is None:
-        _start()
+        start_ray(log_to_driver=False, otherwise="; `cat-cluster train --in-process` trains without Ray")
     elif not joined:
         _join(str(address))
     try:
@@ -102,7 +98,7 @@ def ray_connection(address: str | None = None) -> Iterator[ClusterSize]:
 def _join(address: str) -> None:
     try:
         with _one_attempt():
-            ray.init(address=address, **_QUIET)
+            ray.init(address=address, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.AuthenticationError) as error:
         if address == "auto":
             raise ClusterError(
@@ -110,28 +106,10 @@ def _join(address: str) -> None:
                 "--head`, or unset RAY_ADDRESS and leave --address out to start Ray for this command"
             ) from error
         raise ClusterError(
-            f"no Ray cluster at {address}: {_first_line(error)}; check the address (host:port of the head, not of its "
+            f"no Ray cluster at {address}: {first_line(error)}; check the address (host:port of the head, not of its "
             "dashboard), and RAY_AUTH_MODE=token with RAY_AUTH_TOKEN if it asks for a token; or leave it out to "
             "start Ray here"
         ) from error
-
-
-def _start() -> None:
-    # Ray asks for a token by default and would write one into the home directory: this one is our process's alone.
-    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    try:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, **_QUIET)
-    except Exception as error:  # Ray raises bare ones too, such as for processes that do not start in time
-        raise ClusterError(
-            f"Ray did not start on this machine: {_first_line(error)}; its logs are below ray/session_latest/logs in "
-            "RAY_TMPDIR, TMPDIR or /tmp; `cat-cluster train --in-process` trains without Ray"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
 @contextmanager

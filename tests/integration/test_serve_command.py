@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
 import signal
@@ -15,11 +16,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import httpx2
 import psutil
 import pytest
 import torch
 import yaml
+from ray.serve.generated.serve_pb2 import ASGIRequest
+from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 from ray.serve.schema import ServeDeploySchema
 
 from cat_cluster.errors import SpecError
@@ -75,6 +79,17 @@ def command(base: Path, *options: str) -> Iterator[Command]:
             process.wait()
 
 
+def assert_only_here(family: list[psutil.Process]) -> None:
+    """They listen on loopback; the port that Ray Serve opens everywhere for each replica asks for a token."""
+    ports = [at.laddr for one in family for at in one.net_connections() if at.status == psutil.CONN_LISTEN]
+    open_ports = [port for host, port in ports if not ipaddress.ip_address(host.removeprefix("::ffff:")).is_loopback]
+    assert len(open_ports) == 2 < len(ports)
+    for port in open_ports:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as caught:
+            ASGIServiceStub(channel).HandleRequest(ASGIRequest(), timeout=10)
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+
+
 def refused(*options: str, **environment: str) -> str:
     """What the command says when it does not start."""
     clean = {name: value for name, value in os.environ.items() if name not in KEYS}
@@ -112,6 +127,7 @@ def test_a_signal_ends_it_and_a_second_one_at_once(tiny_base_folder: Path, numbe
         assert (odd.status_code, odd.headers["x-request-id"].isascii()) == (200, True)
         family = serving.family()
         assert len(family) > 4
+        assert_only_here(family)
         with ThreadPoolExecutor(8) as pool:
             count = 3 if number is signal.SIGTERM else 8  # some seconds' work
             fields = {"n": 8, "prompt": "a secret"}
