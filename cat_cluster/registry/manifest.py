@@ -133,12 +133,11 @@ def _is_time(text: str) -> str:
     return text
 
 
-class Manifest(BaseModel):
-    """The immutable record of one revision; `checksum` is the sha256 of its other fields as canonical JSON."""
+class ManifestHead(BaseModel):
+    """What a listing shows of a revision: its manifest without spec, objects, loss curves and embeddings."""
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: Literal[1]
     adapter_id: str
     revision: str
     status: RevisionStatus
@@ -149,16 +148,32 @@ class Manifest(BaseModel):
     rank: int = Field(ge=1)
     targets: str
     concepts: tuple[ManifestConcept, ...]
+    metrics: Annotated[dict[str, Any] | None, _shaped_as(_Scores)]
+    judge: Annotated[dict[str, Any] | None, _shaped_as(_JudgeName)]
+    samples: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The revision's full reference, `id@r-...`."""
+        return f"{self.adapter_id}@{self.revision}"
+
+
+class Manifest(ManifestHead):
+    """The immutable record of one revision; `checksum` is the sha256 of its other fields as canonical JSON."""
+
+    schema_version: Literal[1]
     spec: dict[str, Any]
     image_digests: tuple[str, ...]
     objects: dict[str, StoredObject]
     training: dict[str, Any]
-    metrics: Annotated[dict[str, Any] | None, _shaped_as(_Scores)]
-    judge: Annotated[dict[str, Any] | None, _shaped_as(_JudgeName)]
     reference: Annotated[dict[str, Any] | None, _shaped_as(_DriftReference)]
-    samples: tuple[str, ...]
     package_version: str
     checksum: str
+
+    @property
+    def head(self) -> ManifestHead:
+        """What a listing shows of it."""
+        return ManifestHead.model_construct(**{name: getattr(self, name) for name in ManifestHead.model_fields})
 
     @property
     def settings(self) -> ResolvedAdapter | ImportedAdapter:
@@ -175,11 +190,6 @@ class Manifest(BaseModel):
                 f"the spec of {self.name} cannot be read (fields {bad}): it was published by cat-cluster "
                 f"{self.package_version}, use that version or a later one"
             ) from error
-
-    @property
-    def name(self) -> str:
-        """The revision's full reference, `id@r-...`."""
-        return f"{self.adapter_id}@{self.revision}"
 
 
 def package_version() -> str:
