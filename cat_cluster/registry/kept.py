@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from cat_cluster.store.protocol import Entry
 
-MOST_BYTES = 32 * 2**20  # as JSON: of 6,000 adapters or so; in memory it is a few times as much
+MOST_BYTES = 32 * 2**20  # as JSON: 6,000 adapters or so, which take five times as much in memory
 
 Record = TypeVar("Record")
 

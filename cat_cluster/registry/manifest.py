@@ -266,8 +266,12 @@ def parse_manifest(data: bytes, *, key: str, adapter_id: str, revision: str) -> 
     remedy = f"restore {key} from a backup, or delete {adapter_id}@{revision} and train its spec again"
     try:
         fields = json.loads(data)
-        # What no JSON can hold, and no response: infinities, half a character, nesting without end.
-        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
+        # This refuses what no JSON can hold, and no response: infinities, nesting without end and half a character.
+        content = _canonical(
+            {k: v for k, v in fields.items() if k != "checksum"} if isinstance(fields, dict) else fields
+        )
+        if b"\\ud" in content:
+            json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RegistryError(f"the manifest {key} is damaged (not JSON: {error}); {remedy}") from error
     if not isinstance(fields, dict):
@@ -278,7 +282,7 @@ def parse_manifest(data: bytes, *, key: str, adapter_id: str, revision: str) -> 
             f"the manifest {key} has schema version {version}, this cat-cluster reads up to "
             f"{SCHEMA_VERSION}: upgrade it"
         )
-    if fields.get("checksum") != sha256(_canonical({k: v for k, v in fields.items() if k != "checksum"})):
+    if fields.get("checksum") != sha256(content):
         raise RegistryError(f"the manifest {key} was changed after it was published (its checksum differs); {remedy}")
     try:
         manifest = Manifest.model_validate(fields)
@@ -296,7 +300,7 @@ def sha256(data: bytes) -> str:
 
 
 def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _plain(value: Any) -> Any:
