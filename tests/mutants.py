@@ -205,6 +205,38 @@ MUTANTS = (
         "return",
         "store/test_s3.py",
     ),
+    # registry
+    Mutant("registry", "cat_cluster/registry/kept.py", "version != entry.version", "version is None", "registry"),
+    Mutant("registry", "cat_cluster/registry/kept.py", "self._size > self._most", "False", "registry/test_listing.py"),
+    Mutant(
+        "registry",
+        "cat_cluster/registry/objects.py",
+        "name == WEIGHTS or _owned(adapter_id, stored.sha256) in stored.key",
+        "True",
+        "registry/test_listing.py",
+    ),
+    Mutant(
+        "registry",
+        "cat_cluster/registry/objects.py",
+        "_owned(draft.adapter_id, digest)",
+        "digest",
+        "registry/test_listing.py",
+    ),
+    Mutant(
+        "registry",
+        "cat_cluster/registry/summary.py",
+        "listed, aliases.values()",
+        "listed, ()",
+        "registry/test_listing.py",
+    ),
+    Mutant(
+        "registry",
+        "cat_cluster/registry/summary.py",
+        "len(found) > limit",
+        "len(found) == limit",
+        "registry/test_listing.py",
+    ),
+    Mutant("registry", "cat_cluster/registry/references.py", "/~", "/", "registry/test_listing.py"),
     # cluster
     Mutant(
         "cluster",
@@ -230,6 +262,13 @@ MUTANTS = (
         "self._previous[place].copy_(image.previous)",
         "pass",
         "serve/denoise/test_rows.py",
+    ),
+    Mutant(
+        "serve/http",
+        "serve/http/registry_listing.py",
+        "len(found) > wanted.limit)",
+        "page.has_more)",
+        "serve/http/test_pages.py",
     ),
     Mutant(
         "serve/http",

@@ -41,13 +41,29 @@ def mount_adapters(app: typer.Typer) -> None:
 
 
 @adapters_app.command("list")
-def adapters_list(storage: Storage = None, as_json: AsJson = False) -> None:
-    """List the adapters of a registry with their aliases and scores."""
-    summaries = open_registry(storage).list()
+def adapters_list(
+    storage: Storage = None,
+    as_json: AsJson = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=LARGEST_COUNT, help="Adapters to list, at most; default: all.")
+    ] = None,
+    after: Annotated[
+        str | None, typer.Option(metavar="ID", help="List those behind this id, as where a --limit has ended.")
+    ] = None,
+) -> None:
+    """List the adapters of a registry with their aliases and scores; "cup-2" comes before "cup".
+
+    Example: cat-cluster adapters list --limit 50 --after striped-cup
+    """
+    pages = list(open_registry(storage).pages(limit, after=after))
+    summaries, has_more = [one for page in pages for one in page.adapters], pages[-1].has_more
     if as_json:
-        print_json({"adapters": [_jsonable(summary) for summary in summaries]})
+        listed = {"adapters": [_jsonable(summary) for summary in summaries]}
+        print_json(listed if limit is None else {**listed, "has_more": has_more})
         return
     Console().print(_summary_table(summaries))
+    if has_more:
+        people.print(f"there are more: --after {summaries[-1].adapter_id}", soft_wrap=True)
 
 
 @adapters_app.command("show")

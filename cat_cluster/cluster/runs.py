@@ -14,7 +14,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ from cat_cluster.cluster.run_progress import RunProgress, timestamp
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, RunError, SupersededError
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore, open_store
-from cat_cluster.store.protocol import KeyList
+from cat_cluster.store.protocol import Entry, KeyList
 
 MAX_CLAIMS = 1000  # each lost race is another driver's success, so this many means a store that answers wrongly
 
@@ -234,6 +234,10 @@ class FencedStore:
     def list(self, prefix: str) -> KeyList:
         """Return, sorted, every key that begins with the prefix ("" for all)."""
         return self._store.list(prefix)
+
+    def entries(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
+        """Yield, in the order of their keys, the objects whose key begins with the prefix and sorts behind `after`."""
+        return self._store.entries(prefix, after=after)
 
     def delete(self, key: str) -> None:
         """Remove an object; SupersededError if the attempt is not the last."""

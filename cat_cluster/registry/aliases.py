@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,9 +14,11 @@ from itertools import dropwhile
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, ObjectUnreadableError, RegistryError
+from cat_cluster.registry.kept import KeptRecords
 from cat_cluster.registry.references import REVISION_PATTERN, alias_prefix, check_adapter_id, check_alias, is_alias
-from cat_cluster.store.protocol import ObjectStore
+from cat_cluster.store.protocol import Entry, ObjectStore
 
+_RECORD_BYTES = 1000  # of a move that is kept, with its key
 MAX_ATTEMPTS = 1000  # each lost race is another writer's success, so this many means a store that lies
 
 
@@ -53,6 +55,7 @@ class AliasBook:
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
         self._known: dict[tuple[str, str], int] = {}
+        self._kept = KeptRecords[AliasEntry]()
 
     def current(self, adapter_id: str, alias: str) -> AliasEntry | None:
         """Return the alias's last move, None if it was never set."""
@@ -111,19 +114,38 @@ class AliasBook:
         found = (key.removeprefix(prefix).partition("/") for key in self._store.list(prefix))
         return sorted({name for name, _, number in found if is_alias(name) and _NUMBER.fullmatch(number)})
 
-    def readable(self, adapter_id: str) -> tuple[dict[str, str], list[str]]:
-        """Return alias -> revision, removed aliases left out, and the aliases whose last record cannot be read."""
+    def readable(self, adapter_id: str, entries: Iterable[Entry]) -> tuple[dict[str, str], list[str]]:
+        """Return alias -> revision, removed aliases left out, and the aliases whose last record cannot be read.
+
+        entries: those of the store below `aliases/<id>/`; of these, each last record is read once.
+        """
+        moves: dict[str, list[Entry]] = {}
+        for entry in entries:
+            name, _, number = entry.key.removeprefix(f"aliases/{adapter_id}/").partition("/")
+            if is_alias(name) and _NUMBER.fullmatch(number):
+                moves.setdefault(name, []).append(entry)
         revisions, damaged = dict[str, str](), []
-        for alias in self.names(adapter_id):
+        for alias in sorted(moves):
             try:
-                entry = self.current(adapter_id, alias)
+                last = self._last(adapter_id, alias, moves[alias])
             except (RegistryError, ObjectUnreadableError):
-                entry = None
-            if entry is None:  # or there are records, and not the first one
+                last = None
+            if last is None:  # or there are records, and not the first one
                 damaged.append(alias)
-            elif entry.revision is not None:
-                revisions[alias] = entry.revision
+            elif last.revision is not None:
+                revisions[alias] = last.revision
         return revisions, damaged
+
+    def _last(self, adapter_id: str, alias: str, listed: list[Entry]) -> AliasEntry | None:
+        """Return the last move of those listed, which are in order and not none."""
+        number, last = len(listed), listed[-1]
+        if last.key != self._key(adapter_id, alias, number):  # some are missing
+            return self.current(adapter_id, alias)
+        found = self._kept.get(last)
+        if found is None:
+            found = self._read(adapter_id, alias, number)
+            self._kept.keep(last, found, _RECORD_BYTES)
+        return found
 
     def _last_number(self, adapter_id: str, alias: str) -> int:
         """Find the last move by galloping from the last one known, then halving: n new moves cost 2 log n probes."""

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import TypeVar
 
 from cat_cluster.errors import AdapterNotFoundError, ObjectNotFoundError, ObjectUnreadableError, RegistryError
-from cat_cluster.registry.manifest import Manifest, parse_manifest
+from cat_cluster.registry.kept import KeptRecords
+from cat_cluster.registry.manifest import Manifest, ManifestHead, parse_manifest
 from cat_cluster.registry.references import check_adapter_id, manifest_key, split_manifest_key
-from cat_cluster.store.protocol import ObjectStore
+from cat_cluster.store.protocol import Entry, ObjectStore
+
+Head = TypeVar("Head", bound=ManifestHead)
 
 _SHOWN = 8  # names listed in an error
+_LOOKED_AT = 500  # keys in which names like an unknown one are looked for, however many there are
 
 
 class ManifestReader:
     """The manifests of one store; it only reads."""
 
     def __init__(self, store: ObjectStore) -> None:
-        self._store = store
-
-    def adapter_ids(self) -> list[str]:
-        """Return, sorted, the id of every adapter with a revision."""
-        return sorted({adapter_id for adapter_id, _ in self._places("adapters/")})
+        self.store = store
+        self._kept = KeptRecords[ManifestHead]()
 
     def revision_names(self, adapter_id: str) -> list[str]:
         """Return an adapter's revisions, sorted by name; empty if there is no such adapter."""
-        return [revision for _, revision in self._places(f"adapters/{check_adapter_id(adapter_id)}/")]
+        return [revision for _, revision, _ in self._places(f"adapters/{check_adapter_id(adapter_id)}/")]
 
     def find(self, adapter_id: str, revision: str) -> Manifest:
         """Return a revision's manifest; AdapterNotFoundError with near misses, RegistryError if it is damaged."""
@@ -37,46 +41,64 @@ class ManifestReader:
         """Return a revision's manifest, None if there is none; RegistryError if it is damaged. It never lists."""
         key = manifest_key(adapter_id, revision)
         try:
-            data = self._store.get(key)
+            data = self.store.get(key)
         except ObjectNotFoundError:
             return None
         return parse_manifest(data, key=key, adapter_id=adapter_id, revision=revision)
 
     def readable(self, adapter_id: str) -> tuple[list[Manifest], list[str]]:
         """Return an adapter's manifests, newest first, and the revisions whose manifest cannot be read."""
-        manifests, damaged = [], []
-        for revision in self.revision_names(adapter_id):
-            try:
-                manifests.append(self.find(adapter_id, revision))
-            except AdapterNotFoundError:
-                continue  # deleted since it was listed
-            except (RegistryError, ObjectUnreadableError):
-                damaged.append(revision)
-        return sorted(manifests, key=lambda manifest: (manifest.created, manifest.revision), reverse=True), damaged
+        return _newest_first(self.revision_names(adapter_id), lambda revision: self.look_up(adapter_id, revision))
 
-    def named_objects(self) -> set[str] | None:
-        """Return every object key that a manifest names; None when a manifest that cannot be read leaves that open."""
+    def heads(
+        self, adapter_id: str, entries: Iterable[Entry], also: Iterable[str]
+    ) -> tuple[list[ManifestHead], list[str]]:
+        """Return what a listing shows of an adapter's revisions, newest first, and those that cannot be read.
+
+        entries: those of the store below `adapters/<id>/`; what was read before is not read again. also: revisions that
+        an alias named later than that.
+        """
+        listed = {place[1]: entry for entry in entries if (place := split_manifest_key(entry.key)) is not None}
+        return _newest_first(
+            [*listed, *(revision for revision in also if revision not in listed)],
+            lambda revision: self._head(adapter_id, revision, listed.get(revision)),
+        )
+
+    def named_objects(self, adapter_id: str | None, read: set[Entry]) -> set[str] | None:
+        """Return the object keys that manifests of an adapter name, or those of all; None if one is damaged.
+
+        read: entries that are passed over; those that were read now are added.
+        """
         named: set[str] = set()
-        for place in self._places("adapters/"):
+        prefix = "adapters/" if adapter_id is None else f"adapters/{adapter_id}/"
+        for owner, revision, entry in self._places(prefix):
+            if entry in read:
+                continue
             try:
-                named.update(stored.key for stored in self.find(*place).objects.values())
-            except AdapterNotFoundError:
-                continue  # deleted since it was listed
+                manifest = self.look_up(owner, revision)
             except (RegistryError, ObjectUnreadableError):
                 return None
+            if manifest is not None:  # else it was deleted since it was listed
+                named.update(stored.key for stored in manifest.objects.values())
+            read.add(entry)
         return named
 
+    def similar(self, adapter_id: str) -> list[str]:
+        """Return the ids most like one, the best first, of those that begin like it and of the first ones."""
+        return difflib.get_close_matches(adapter_id, self._some_ids(adapter_id)[0], n=3, cutoff=0.5)
+
     def unknown_adapter(self, adapter_id: str) -> AdapterNotFoundError:
-        """Return the error for an id without revisions; it lists the ids most like it."""
-        known = self.adapter_ids()
+        """Return the error for an id without revisions; it names ids that are like it."""
+        known, is_all = self._some_ids(adapter_id)
         if not known:
             return AdapterNotFoundError(
-                f"no adapter {adapter_id!r}: the storage {self._store.url} holds none yet; train one, give --storage, "
+                f"no adapter {adapter_id!r}: the storage {self.store.url} holds none yet; train one, give --storage, "
                 "or see that it is mounted"
             )
         near = difflib.get_close_matches(adapter_id, known, n=3, cutoff=0.5)
-        hint = f"did you mean {_listed(near)}?" if near else f"it holds {_listed(known)}"
-        return AdapterNotFoundError(f"no adapter {adapter_id!r} in storage {self._store.url}: {hint}")
+        all_known = _listed(known) if is_all else f"{', '.join(known[:_SHOWN])} and more, as `adapters list` says"
+        hint = f"did you mean {_listed(near)}?" if near else f"it holds {all_known}"
+        return AdapterNotFoundError(f"no adapter {adapter_id!r} in storage {self.store.url}: {hint}")
 
     def unknown_revision(self, adapter_id: str, revision: str) -> AdapterNotFoundError:
         """Return the error for a revision that is not there; it lists those that are."""
@@ -84,7 +106,7 @@ class ManifestReader:
         if not known:
             return self.unknown_adapter(adapter_id)
         return AdapterNotFoundError(
-            f"adapter {adapter_id!r} has no revision {revision} in storage {self._store.url}: it has {_listed(known)}"
+            f"adapter {adapter_id!r} has no revision {revision} in storage {self.store.url}: it has {_listed(known)}"
         )
 
     def unknown_alias(self, adapter_id: str, alias: str, aliases: dict[str, str]) -> AdapterNotFoundError:
@@ -93,14 +115,49 @@ class ManifestReader:
         if not known:
             return self.unknown_adapter(adapter_id)
         return AdapterNotFoundError(
-            f"adapter {adapter_id!r} has no alias {alias!r} in storage {self._store.url}: its aliases are "
+            f"adapter {adapter_id!r} has no alias {alias!r} in storage {self.store.url}: its aliases are "
             f"{_listed(sorted(aliases)) or 'none'}, its revisions {_listed(known)}; name one of these, as in "
             f"{adapter_id}@{known[0]}, or set the alias"
         )
 
-    def _places(self, prefix: str) -> list[tuple[str, str]]:
-        places = (split_manifest_key(key) for key in self._store.list(prefix))
-        return [place for place in places if place is not None]
+    def _some_ids(self, adapter_id: str) -> tuple[list[str], bool]:
+        """Return ids of adapters, and whether these are all."""
+        first = list(islice(self._places("adapters/"), _LOOKED_AT))
+        is_all = len(first) < _LOOKED_AT
+        like = () if is_all else islice(self._places(f"adapters/{adapter_id[:3]}"), _LOOKED_AT)
+        return list(dict.fromkeys(found for found, _, _ in (*first, *like))), is_all
+
+    def _places(self, prefix: str) -> Iterator[tuple[str, str, Entry]]:
+        for entry in self.store.entries(prefix):
+            place = split_manifest_key(entry.key)
+            if place is not None:
+                yield (*place, entry)
+
+    def _head(self, adapter_id: str, revision: str, entry: Entry | None) -> ManifestHead | None:
+        head = None if entry is None else self._kept.get(entry)
+        if head is not None:
+            return head
+        manifest = self.look_up(adapter_id, revision)
+        if manifest is None:
+            return None
+        head = manifest.head
+        if entry is not None:
+            self._kept.keep(entry, head, len(head.model_dump_json()))
+        return head
+
+
+def _newest_first(revisions: Iterable[str], read: Callable[[str], Head | None]) -> tuple[list[Head], list[str]]:
+    """Read revisions, and return them, the newest first, and the names of those that cannot be read."""
+    found, damaged = [], []
+    for revision in revisions:
+        try:
+            one = read(revision)
+        except (RegistryError, ObjectUnreadableError):
+            damaged.append(revision)
+            continue
+        if one is not None:  # else it was deleted since it was listed
+            found.append(one)
+    return sorted(found, key=lambda one: (one.created, one.revision), reverse=True), damaged
 
 
 def _listed(names: list[str]) -> str:

@@ -133,12 +133,11 @@ def _is_time(text: str) -> str:
     return text
 
 
-class Manifest(BaseModel):
-    """The immutable record of one revision; `checksum` is the sha256 of its other fields as canonical JSON."""
+class ManifestHead(BaseModel):
+    """What a listing shows of a revision: its manifest without spec, objects, loss curves and embeddings."""
 
     model_config = ConfigDict(frozen=True)
 
-    schema_version: Literal[1]
     adapter_id: str
     revision: str
     status: RevisionStatus
@@ -149,16 +148,32 @@ class Manifest(BaseModel):
     rank: int = Field(ge=1)
     targets: str
     concepts: tuple[ManifestConcept, ...]
+    metrics: Annotated[dict[str, Any] | None, _shaped_as(_Scores)]
+    judge: Annotated[dict[str, Any] | None, _shaped_as(_JudgeName)]
+    samples: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The revision's full reference, `id@r-...`."""
+        return f"{self.adapter_id}@{self.revision}"
+
+
+class Manifest(ManifestHead):
+    """The immutable record of one revision; `checksum` is the sha256 of its other fields as canonical JSON."""
+
+    schema_version: Literal[1]
     spec: dict[str, Any]
     image_digests: tuple[str, ...]
     objects: dict[str, StoredObject]
     training: dict[str, Any]
-    metrics: Annotated[dict[str, Any] | None, _shaped_as(_Scores)]
-    judge: Annotated[dict[str, Any] | None, _shaped_as(_JudgeName)]
     reference: Annotated[dict[str, Any] | None, _shaped_as(_DriftReference)]
-    samples: tuple[str, ...]
     package_version: str
     checksum: str
+
+    @property
+    def head(self) -> ManifestHead:
+        """What a listing shows of it."""
+        return ManifestHead.model_construct(**{name: getattr(self, name) for name in ManifestHead.model_fields})
 
     @property
     def settings(self) -> ResolvedAdapter | ImportedAdapter:
@@ -175,11 +190,6 @@ class Manifest(BaseModel):
                 f"the spec of {self.name} cannot be read (fields {bad}): it was published by cat-cluster "
                 f"{self.package_version}, use that version or a later one"
             ) from error
-
-    @property
-    def name(self) -> str:
-        """The revision's full reference, `id@r-...`."""
-        return f"{self.adapter_id}@{self.revision}"
 
 
 def package_version() -> str:
@@ -256,8 +266,12 @@ def parse_manifest(data: bytes, *, key: str, adapter_id: str, revision: str) -> 
     remedy = f"restore {key} from a backup, or delete {adapter_id}@{revision} and train its spec again"
     try:
         fields = json.loads(data)
-        # What no JSON can hold, and no response: infinities, half a character, nesting without end.
-        json.dumps(fields, allow_nan=False, ensure_ascii=False).encode()
+        # This refuses what no JSON can hold, and no response: infinities, nesting without end and half a character.
+        content = _canonical(
+            {k: v for k, v in fields.items() if k != "checksum"} if isinstance(fields, dict) else fields
+        )
+        if b"\\ud" in content:
+            json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise RegistryError(f"the manifest {key} is damaged (not JSON: {error}); {remedy}") from error
     if not isinstance(fields, dict):
@@ -268,7 +282,7 @@ def parse_manifest(data: bytes, *, key: str, adapter_id: str, revision: str) -> 
             f"the manifest {key} has schema version {version}, this cat-cluster reads up to "
             f"{SCHEMA_VERSION}: upgrade it"
         )
-    if fields.get("checksum") != sha256(_canonical({k: v for k, v in fields.items() if k != "checksum"})):
+    if fields.get("checksum") != sha256(content):
         raise RegistryError(f"the manifest {key} was changed after it was published (its checksum differs); {remedy}")
     try:
         manifest = Manifest.model_validate(fields)
@@ -286,7 +300,7 @@ def sha256(data: bytes) -> str:
 
 
 def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def _plain(value: Any) -> Any:

@@ -99,6 +99,11 @@ def split_manifest_key(key: str) -> tuple[str, str] | None:
     return parts[1], parts[2]
 
 
+def behind_adapter(folder: str, adapter_id: str) -> str:
+    """Return what sorts behind every key of an adapter in a folder ("adapters") and before those of the next one."""
+    return f"{folder}/{check_adapter_id(adapter_id)}/~"  # no key has a "~"
+
+
 def alias_prefix(adapter_id: str, alias: str) -> str:
     """Return `aliases/<id>/<alias>/`, under which the alias's moves are numbered."""
     return f"aliases/{check_adapter_id(adapter_id)}/{check_alias(alias)}/"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import platform
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,8 +25,16 @@ from cat_cluster.errors import (
 from cat_cluster.lora.formats import AdapterWeights, check_fits, read_adapter
 from cat_cluster.registry.aliases import AliasBook, AliasEntry
 from cat_cluster.registry.catalogue import ManifestReader
-from cat_cluster.registry.manifest import WEIGHTS, AdapterDraft, Manifest, manifest_bytes, parse_manifest, sha256
-from cat_cluster.registry.objects import draft_objects
+from cat_cluster.registry.manifest import (
+    WEIGHTS,
+    AdapterDraft,
+    Manifest,
+    StoredObject,
+    manifest_bytes,
+    parse_manifest,
+    sha256,
+)
+from cat_cluster.registry.objects import draft_objects, remove_unnamed
 from cat_cluster.registry.quarantine import Quarantine, QuarantineBook
 from cat_cluster.registry.references import (
     LATEST,
@@ -36,8 +44,10 @@ from cat_cluster.registry.references import (
     manifest_key,
     parse_reference,
 )
-from cat_cluster.registry.summary import AdapterSummary, summarise
+from cat_cluster.registry.summary import AdapterListing, AdapterPage, AdapterSummary
 from cat_cluster.store.protocol import ObjectStore
+
+LARGEST_PAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Registry:
         self.store = store
         self._aliases = AliasBook(store)
         self._catalogue = ManifestReader(store)
+        self._listing = AdapterListing(store, self._catalogue, self._aliases)
         self._quarantines = QuarantineBook(store)
 
     def publish(self, draft: AdapterDraft) -> Manifest:
@@ -119,7 +130,32 @@ class Registry:
 
     def list(self) -> builtins.list[AdapterSummary]:
         """Return every adapter, sorted by id; a damaged record is named in its adapter's summary and hides no other."""
-        return [summarise(self._catalogue, self._aliases, adapter_id) for adapter_id in self._catalogue.adapter_ids()]
+        return sorted((one for page in self.pages() for one in page.adapters), key=lambda one: one.adapter_id)
+
+    def pages(self, limit: int | None = None, *, after: str | None = None) -> Iterator[AdapterPage]:
+        """Yield pages of the first `limit` adapters behind the id `after`, or of all; each is read when asked for."""
+        while True:
+            page = self.page(LARGEST_PAGE if limit is None else min(limit, LARGEST_PAGE), after=after)
+            yield page
+            limit = None if limit is None else limit - len(page.adapters)
+            if not page.has_more or limit == 0:
+                return
+            after = page.adapters[-1].adapter_id
+
+    def page(self, limit: int, *, after: str | None = None) -> AdapterPage:
+        """Return the first adapters behind the id `after`, in the order of their keys ("a-b" before "a").
+
+        Of a large registry it reads what concerns these adapters alone, and not what was read before.
+        """
+        return self._listing.page(limit, after)
+
+    def summary(self, adapter_id: str) -> AdapterSummary | None:
+        """Return one adapter as a listing shows it, None if there is none; no other one is read."""
+        return self._listing.one(adapter_id)
+
+    def similar(self, adapter_id: str) -> builtins.list[str]:
+        """Return the ids of adapters most like an unknown one, the best first; in a large registry it sees a part."""
+        return self._catalogue.similar(adapter_id)
 
     def revisions(self, adapter_id: str) -> builtins.list[Manifest]:
         """Return the manifests of an adapter's revisions, newest first: rejected ones too, damaged ones not."""
@@ -164,7 +200,8 @@ class Registry:
         """Remove a revision, then those of its objects that no other manifest names; return the keys of these.
 
         Refused with RegistryError while an alias points at the revision. A revision whose manifest is damaged can be
-        deleted too, but leaves its objects behind, since nothing says which they are.
+        deleted too, but leaves its objects behind, since nothing says which they are. The manifests of other adapters
+        are read only for samples of an older cat-cluster, which adapters could share.
         """
         key = manifest_key(adapter_id, revision)
         self._refuse_if_aliased(adapter_id, revision)
@@ -172,10 +209,9 @@ class Registry:
             data = self.store.get(key)
         except ObjectNotFoundError:
             raise self._catalogue.unknown_revision(adapter_id, revision) from None
-        objects: set[str] = set()
+        objects: Mapping[str, StoredObject] = {}
         with suppress(RegistryError):
-            manifest = parse_manifest(data, key=key, adapter_id=adapter_id, revision=revision)
-            objects = {stored.key for stored in manifest.objects.values()}
+            objects = parse_manifest(data, key=key, adapter_id=adapter_id, revision=revision).objects
         self.store.delete(key)
         try:
             self._refuse_if_aliased(adapter_id, revision)
@@ -185,7 +221,7 @@ class Registry:
                 self.store.put(key, data, if_absent=True)
             raise
         self.release(adapter_id, revision)
-        return self._remove_unnamed(objects)
+        return remove_unnamed(self._catalogue, adapter_id, objects)
 
     def previous_revision(self, adapter_id: str, alias: str, revision: str) -> str | None:
         """Return the last revision the alias named before this one that is still there and not quarantined."""
@@ -303,41 +339,23 @@ class Registry:
         objects = {name: stored for name, (stored, _) in contents.items()}
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         data = manifest_bytes(draft, revision=revision, created=created, objects=objects)
-        keys = [stored.key for stored in objects.values()]
         try:
             for stored, content in contents.values():
                 self.store.put(stored.key, content)
             self.store.put(manifest_key(draft.adapter_id, revision), data, if_absent=True)
         except ObjectExistsError:
-            self._remove_unnamed(keys)
+            remove_unnamed(self._catalogue, draft.adapter_id, objects)
             return False
         except StoreError:
             # Give back the space; if even that fails, what is left is invisible, and the first error is the news.
             with suppress(StoreError):
-                self._remove_unnamed(keys)
+                remove_unnamed(self._catalogue, draft.adapter_id, objects)
             raise
         for stored, content in contents.values():
             # A delete that began before our manifest was there may have taken an object that both name.
             if not self.store.exists(stored.key):
                 self.store.put(stored.key, content)
         return True
-
-    def _remove_unnamed(self, keys: Iterable[str]) -> builtins.list[str]:
-        """Delete those of the objects that no manifest names, and return their keys."""
-        named = self._catalogue.named_objects()
-        if named is None:
-            return []
-        removed: dict[str, bytes] = {}
-        for key in sorted(set(keys) - named):
-            with suppress(ObjectNotFoundError):
-                removed[key] = self.store.get(key)
-                self.store.delete(key)
-        # A manifest that appeared meanwhile gets its objects back; see the matching check in _store_revision.
-        named = self._catalogue.named_objects() if removed else set()
-        restored = {key for key in removed if named is None or key in named}
-        for key in restored:
-            self.store.put(key, removed[key])
-        return sorted(removed.keys() - restored)
 
     def _moved(self, adapter_id: str, alias: str, revision: str | None) -> AliasEntry:
         entry = self._aliases.move(adapter_id, alias, revision)

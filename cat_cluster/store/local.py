@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, ObjectUnreadableError, StoreError
-from cat_cluster.store.protocol import KeyList, check_key, check_prefix
+from cat_cluster.store.protocol import Entry, KeyList, check_key, check_prefix
 
 TEMPORARY_PREFIX = ".tmp-"  # no key begins a name with a dot, so a file left by a crash is never an object
 
@@ -82,14 +82,15 @@ class LocalStore:
 
     def list(self, prefix: str) -> KeyList:
         """Return, sorted, every key that begins with the prefix ("" for all)."""
+        return [entry.key for entry in self.entries(prefix)]
+
+    def entries(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
+        """Yield, in the order of their keys, the objects whose key begins with the prefix and sorts behind `after`."""
         check_prefix(prefix)
         # Only the deepest folder that the prefix names whole has to be walked.
         parent = prefix.rpartition("/")[0]
         start = self._path(parent) if parent else self.folder
-        keys = sorted(key for key in self._walk(start) if key.startswith(prefix))
-        if not keys:
-            self._check_folder()
-        return keys
+        return self._entries(start, f"{parent}/" if parent else "", prefix, after)
 
     def delete(self, key: str) -> None:
         """Remove an object; a key without one is no error."""
@@ -151,16 +152,13 @@ class LocalStore:
         if holds_folders:
             self._held_objects = True
 
-    def _walk(self, start: Path) -> Iterator[str]:
-        def refuse(error: OSError) -> None:
-            if error.errno not in _NO_OBJECT:
-                raise StoreError(f"cannot list storage folder {error.filename}: {error.strerror}") from error
-
-        for folder, subfolders, names in os.walk(start, onerror=refuse):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            for name in names:
-                if not name.startswith("."):
-                    yield (Path(folder) / name).relative_to(self.folder).as_posix()
+    def _entries(self, start: Path, base: str, prefix: str, after: str) -> Iterator[Entry]:
+        is_empty = True
+        for entry in _walk(start, base, prefix, after):
+            is_empty = False
+            yield entry
+        if is_empty:
+            self._check_folder()
 
     def _link(self, temporary: Path, path: Path, key: str) -> None:
         try:
@@ -194,6 +192,33 @@ class LocalStore:
                 )
             kind = ObjectUnreadableError if action == "read" else StoreError
             raise kind(f"cannot {action} {key} in storage {self.folder}: {reason}; {remedy}") from error
+
+
+def _walk(folder: str | Path, base: str, prefix: str, after: str) -> Iterator[Entry]:
+    """Yield what lies in a folder, whose keys begin with `base`, in the order of the keys; links are not followed."""
+    try:
+        with os.scandir(folder) as found:
+            # A folder sorts as its keys do, in which its name goes on with "/".
+            named = [(f"{base}{one.name}{'/' if one.is_dir() else ''}", one) for one in found if one.name[0] != "."]
+    except OSError as error:
+        if error.errno in _NO_OBJECT:
+            return
+        raise StoreError(f"cannot list storage folder {folder}: {error.strerror}") from error
+    for name, one in sorted((name, one) for name, one in named if name.startswith(prefix)):
+        if name.endswith("/"):
+            if (name > after or after.startswith(name)) and not one.is_symlink():
+                yield from _walk(one.path, name, prefix, after)
+        elif name > after:
+            with suppress(FileNotFoundError):  # deleted meanwhile
+                yield Entry(name, _version(one))
+
+
+def _version(file: os.DirEntry[str]) -> str:
+    try:
+        seen = file.stat()
+    except OSError:  # a link to nothing is listed too, and reading it says what is wrong
+        seen = file.stat(follow_symlinks=False)
+    return f"{seen.st_ino}-{seen.st_size}-{seen.st_mtime_ns}"
 
 
 def _write_synced(path: Path, data: bytes) -> None:

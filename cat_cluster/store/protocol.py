@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from cat_cluster.errors import StoreError
@@ -13,6 +15,14 @@ MAX_SEGMENT_LENGTH = 180  # folders allow 255 bytes a name
 KeyList: TypeAlias = list[str]  # a class with a method `list` cannot write list[str] itself
 
 _SEGMENT = re.compile(r"[A-Za-z0-9_=@+-][A-Za-z0-9._=@+-]*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An object in a listing: its key, and a text that is another one once the object has been replaced."""
+
+    key: str
+    version: str
 
 
 class ObjectStore(Protocol):
@@ -38,6 +48,12 @@ class ObjectStore(Protocol):
 
     def list(self, prefix: str) -> KeyList:
         """Return, sorted, every key that begins with the prefix ("" for all)."""
+
+    def entries(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
+        """Yield, in the order of their keys, the objects whose key begins with the prefix and sorts behind `after`.
+
+        The store is read as far as the iterator is. after: a key, or any text that sorts as one.
+        """
 
     def delete(self, key: str) -> None:
         """Remove an object; a key without one is no error."""

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, StoreError, needs_extra
-from cat_cluster.store.protocol import KeyList, check_key, check_prefix
+from cat_cluster.store.protocol import Entry, KeyList, check_key, check_prefix
 from cat_cluster.store.retries import with_retries
 
 with needs_extra("s3", "a storage in S3"):
@@ -117,9 +117,14 @@ class S3Bucket:
             raise damaged(shown, self.url, f"its sha256 is not {expected[:12]}..., which was stored with it")
         return data, response
 
-    def keys(self, prefix: str, *, page_size: int = PAGE_SIZE, deep: bool = True) -> Iterator[StoredKey]:
-        """Yield every object whose key begins with the prefix, page by page; not `deep`: only up to the next "/"."""
-        for page in self._pages(prefix, page_size, deep=deep):
+    def keys(
+        self, prefix: str, *, page_size: int = PAGE_SIZE, deep: bool = True, after: str = ""
+    ) -> Iterator[StoredKey]:
+        """Yield every object whose key begins with the prefix, page by page; not `deep`: only up to the next "/".
+
+        after: begin behind this key.
+        """
+        for page in self._pages(prefix, page_size, deep=deep, after=after):
             for entry in page.get("Contents", ()):
                 yield StoredKey(entry["Key"], entry["ETag"], entry["Size"])
 
@@ -129,10 +134,12 @@ class S3Bucket:
             for entry in page.get("CommonPrefixes", ()):
                 yield entry["Prefix"]
 
-    def _pages(self, prefix: str, page_size: int, *, deep: bool) -> Iterator[Mapping[str, Any]]:
+    def _pages(self, prefix: str, page_size: int, *, deep: bool, after: str = "") -> Iterator[Mapping[str, Any]]:
         arguments: dict[str, Any] = {"Bucket": self.name, "Prefix": prefix, "MaxKeys": page_size}
         if not deep:
             arguments["Delimiter"] = "/"
+        if after:
+            arguments["StartAfter"] = after
         while True:
             page = self.run("list", prefix, functools.partial(_list_page, arguments=arguments))
             yield page
@@ -228,9 +235,15 @@ class S3Store:
 
     def list(self, prefix: str) -> KeyList:
         """Return, sorted, every key that begins with the prefix ("" for all)."""
+        return sorted(entry.key for entry in self.entries(prefix))
+
+    def entries(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
+        """Yield, in the order of their keys, the objects whose key begins with the prefix and sorts behind `after`."""
         check_prefix(prefix)
-        found = self._bucket.keys(f"{self._base}{prefix}", page_size=self._page_size)
-        return sorted(key for key in (entry.key.removeprefix(self._base) for entry in found) if _is_key(key))
+        start = f"{self._base}{after}" if after else ""
+        found = self._bucket.keys(f"{self._base}{prefix}", page_size=self._page_size, after=start)
+        entries = (Entry(stored.key.removeprefix(self._base), stored.etag) for stored in found)
+        return (entry for entry in entries if _is_key(entry.key))
 
     def delete(self, key: str) -> None:
         """Remove an object; a key without one is no error."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -14,10 +14,11 @@ from fastapi import APIRouter, Depends, Header, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cat_cluster.errors import AdapterNotFoundError
+from cat_cluster.errors import AdapterNotFoundError, RegistryError
 from cat_cluster.evaluation.drift import SCORES, DriftMonitor
-from cat_cluster.registry import Manifest, Registry
+from cat_cluster.registry import LARGEST_PAGE, Manifest, ManifestHead, Registry
 from cat_cluster.registry.objects import PHOTO_PREFIX
+from cat_cluster.registry.references import LATEST, parse_reference
 from serve.calls import AdminAction
 from serve.http.http_errors import HttpError, error_responses
 from serve.http.registry_listing import parse_model
@@ -48,6 +49,12 @@ ReferencePath = Annotated[
     str, Path(description="`id`, `id@alias` or `id@r-...`.", max_length=1024, examples=["striped-cup@latest"])
 ]
 
+LimitQuery = Annotated[int, Query(ge=1, le=LARGEST_PAGE, description="Entries of a page, at most.")]
+AfterQuery = Annotated[
+    str | None,
+    Query(max_length=1024, description="`last_id` of the page before: the entries behind it follow.", examples=["cup"]),
+]
+
 
 def admin_only(request: Request) -> None:
     """Refuse callers who may not act on adapters, and pages of other sites, those of `cors_origins` too."""
@@ -65,12 +72,22 @@ def sees_photos(request: Request) -> bool:
 PhotosDep = Annotated[bool, Depends(sees_photos)]
 
 
-@router.get("/models", responses=error_responses(401, 429, 503))
-async def list_models(ingress: IngressDep) -> ModelList:
-    """List the base model, then every adapter with a `latest` revision."""
-    adapters = (await ingress.registry_listing.adapters()).values()
-    cards = [_model_card(ingress, item.adapter_id, item.latest) for item in adapters if item.latest is not None]
-    return ModelList(data=[_base_card(ingress), *cards])
+@router.get("/models", responses=error_responses(400, 401, 429, 503))
+async def list_models(ingress: IngressDep, limit: LimitQuery = LARGEST_PAGE, after: AfterQuery = None) -> ModelList:
+    """List the base model, then every adapter with a `latest` revision, page by page.
+
+    OpenAI's client reads one page of this list: the default is the largest one.
+    """
+    base = ingress.settings.base
+    cards = [] if after else [_base_card(ingress)]
+    start = None if after in (None, "", base) else _behind(after)
+    page = await ingress.registry_listing.page(limit - len(cards), start, served=True)
+    for item in page.adapters:
+        if item.latest is not None:
+            # One that is named as the base model can be asked for by an alias alone.
+            name = f"{item.adapter_id}@{LATEST}" if item.adapter_id == base else item.adapter_id
+            cards.append(_model_card(ingress, name, item.latest))
+    return ModelList(data=cards, **_place(cards, page.has_more))
 
 
 @router.get("/models/{model:path}", responses=error_responses(400, 401, 404, 429, 503))
@@ -78,33 +95,35 @@ async def get_model(model: str, ingress: IngressDep) -> ModelCard:
     """Describe what a model name refers to: the base model, or an adapter by `id`, `id@alias` or `id@r-...`."""
     if model == ingress.settings.base:
         return _base_card(ingress)
-    return _model_card(ingress, model, (await ingress.registry_listing.manifest(model))[1])
+    return _model_card(ingress, model, (await ingress.registry_listing.head(model))[1])
 
 
-@router.get("/adapters", responses=error_responses(401, 429, 503))
-async def list_adapters(ingress: IngressDep, photos: PhotosDep) -> AdapterList:
-    """List every adapter with its aliases, revisions and scores."""
-    return AdapterList(
-        data=[
-            AdapterCard(
-                id=item.adapter_id,
-                aliases=item.aliases,
-                revisions=list(item.revisions),
-                damaged=list(item.damaged),
-                damaged_aliases=list(item.damaged_aliases),
-                latest=None if item.latest is None else RevisionCard(**_revision(item.latest, photos)),
-            )
-            for item in (await ingress.registry_listing.adapters()).values()
-        ]
-    )
+@router.get("/adapters", responses=error_responses(400, 401, 429, 503))
+async def list_adapters(
+    ingress: IngressDep, photos: PhotosDep, limit: LimitQuery = 100, after: AfterQuery = None
+) -> AdapterList:
+    """List every adapter with its aliases, revisions and scores, page by page."""
+    page = await ingress.registry_listing.page(limit, _behind(after) if after else None)
+    cards = [
+        AdapterCard(
+            id=item.adapter_id,
+            aliases=item.aliases,
+            revisions=list(item.revisions),
+            damaged=list(item.damaged),
+            damaged_aliases=list(item.damaged_aliases),
+            latest=None if item.latest is None else RevisionCard(**_revision(item.latest, photos)),
+        )
+        for item in page.adapters
+    ]
+    return AdapterList(data=cards, **_place(cards, page.has_more))
 
 
 @router.get("/adapters/{reference}", responses=error_responses(400, 401, 404, 429, 503))
 async def get_adapter(reference: ReferencePath, ingress: IngressDep, photos: PhotosDep) -> AdapterDetail:
     """Describe the revision that a reference names, and the names of its adapter."""
-    summary, manifest = await ingress.registry_listing.manifest(reference)
+    summary, head = await ingress.registry_listing.head(reference)
     names: dict[str, Any] = {"aliases": summary.aliases, "revisions": list(summary.revisions)}
-    return AdapterDetail(id=summary.adapter_id, **names, **_revision(manifest, photos))
+    return AdapterDetail(id=summary.adapter_id, **names, **_revision(head, photos))
 
 
 @router.get(
@@ -202,12 +221,28 @@ def _base_card(ingress: RouteParts) -> ModelCard:
     return ModelCard(id=base, created=0, root=base, parent=None)
 
 
-def _model_card(ingress: RouteParts, name: str, manifest: Manifest) -> ModelCard:
-    created = int(datetime.fromisoformat(manifest.created).timestamp())
-    return ModelCard(id=name, created=created, root=manifest.name, parent=ingress.settings.base)
+def _model_card(ingress: RouteParts, name: str, head: ManifestHead) -> ModelCard:
+    created = int(datetime.fromisoformat(head.created).timestamp())
+    return ModelCard(id=name, created=created, root=head.name, parent=ingress.settings.base)
 
 
-def _revision(manifest: Manifest, photos: bool) -> dict[str, Any]:
+def _behind(after: str) -> str:
+    """Return the id behind which a page begins."""
+    try:
+        return parse_reference(after).adapter_id
+    except RegistryError as error:
+        raise HttpError(
+            400, f"after: {error}; send the last_id of the page before", "invalid_value", param="after"
+        ) from None
+
+
+def _place(cards: Sequence[ModelCard | AdapterCard], has_more: bool) -> dict[str, Any]:
+    """Return the fields by which a page is followed by the next."""
+    first, last = (cards[0].id, cards[-1].id) if cards else (None, None)
+    return {"first_id": first, "last_id": last, "has_more": has_more}
+
+
+def _revision(manifest: ManifestHead, photos: bool) -> dict[str, Any]:
     """Return the fields of a RevisionCard: what to know of a revision without its spec and its history.
 
     photos: whether its samples may name its training photos.

@@ -1,50 +1,59 @@
-"""The registry as HTTP reads it: one listing for all requests within a few seconds, never one per request."""
+"""The registry as HTTP reads it: pages of adapters, and one adapter by its name, each at most a few seconds old."""
 
 from __future__ import annotations
 
-import asyncio
-import difflib
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 from cat_cluster.errors import AdapterNotFoundError, RegistryError
-from cat_cluster.registry import AdapterSummary, Manifest, Registry
+from cat_cluster.registry import LARGEST_PAGE, AdapterPage, AdapterSummary, Manifest, ManifestHead, Registry
 from cat_cluster.registry.references import Reference, parse_reference
+from serve.http.recent import Recent
 
 TTL_S = 5.0
-_KEPT = 256  # manifests of revisions that are not `latest`
+_PAGES, _NAMES, _MANIFESTS = 8, 1024, 64  # how many are remembered
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A page: its first `limit` adapters behind the id `after`; served: only those with a `latest` revision."""
+
+    limit: int
+    after: str | None
+    served: bool
 
 
 class RegistryListing:
-    """The adapters there are, at most TTL_S old; the store is read in a thread, by one reader at a time."""
+    """The adapters there are, at most TTL_S old; the store is read in threads, those of names apart from pages'."""
 
     def __init__(
         self, registry: Registry, *, ttl_s: float = TTL_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.registry = registry
-        self._ttl_s = ttl_s
-        self._clock = clock
-        self._reading: asyncio.Task[Mapping[str, AdapterSummary]] | None = None
-        self._read_at = 0.0
-        self._manifests: OrderedDict[str, Manifest] = OrderedDict()
+        pages, names = ThreadPoolExecutor(2, "registry-pages"), ThreadPoolExecutor(4, "registry-names")
+        self._pages = Recent(self._read_page, pages, ttl_s=ttl_s, most=_PAGES, clock=clock)
+        self._summaries = Recent(registry.summary, names, ttl_s=ttl_s, most=_NAMES, clock=clock)
+        self._similar = Recent(registry.similar, names, ttl_s=ttl_s, most=_NAMES, clock=clock)
+        self._manifests = Recent(self._read_manifest, names, ttl_s=ttl_s, most=_MANIFESTS, clock=clock)
 
-    async def adapters(self) -> Mapping[str, AdapterSummary]:
-        """Return every adapter by id; StoreError when the store cannot be read, which is kept as long as a success."""
-        reading = self._reading
-        if reading is None or (reading.done() and self._clock() - self._read_at >= self._ttl_s):
-            self._reading = reading = asyncio.create_task(self._read())
-        return await asyncio.shield(reading)  # cancelling one waiter does not cancel the read
+    async def page(self, limit: int, after: str | None = None, *, served: bool = False) -> AdapterPage:
+        """Return the first `limit` adapters behind the id `after`; served: only those with a `latest` revision.
+
+        Raises StoreError when the store cannot be read, which is kept as long as a success.
+        """
+        return await self._pages.get(_Wanted(limit, after, served))
 
     async def summary(self, reference: str) -> tuple[AdapterSummary, str]:
-        """Return the adapter and the revision that a reference names.
+        """Return the adapter and the revision that a reference names; of the store only this adapter is read.
 
-        AdapterNotFoundError lists what there is; RegistryError for an alias whose record cannot be read.
+        AdapterNotFoundError says what there is; RegistryError for an alias whose record cannot be read.
         """
-        parsed, adapters = parse_model(reference), await self.adapters()
-        summary = adapters.get(parsed.adapter_id)
+        parsed = parse_model(reference)
+        summary = await self._summaries.get(parsed.adapter_id)
         if summary is None:
-            near = difflib.get_close_matches(parsed.adapter_id, adapters, n=3, cutoff=0.5)
+            near = await self._similar.get(parsed.adapter_id)
             hint = f"did you mean {', '.join(near)}?" if near else "GET /v1/adapters lists those there are"
             raise AdapterNotFoundError(f"no adapter {parsed.adapter_id!r}: {hint}")
         if parsed.revision is None and parsed.alias in summary.damaged_aliases:
@@ -60,23 +69,34 @@ class RegistryListing:
             )
         return summary, revision
 
-    async def manifest(self, reference: str) -> tuple[AdapterSummary, Manifest]:
-        """Return the adapter and the manifest that a reference names; RegistryError for a damaged manifest."""
+    async def head(self, reference: str) -> tuple[AdapterSummary, ManifestHead]:
+        """Return the adapter and what a listing shows of the revision that a reference names; see `manifest`."""
         summary, revision = await self.summary(reference)
         if summary.latest is not None and summary.latest.revision == revision:
             return summary, summary.latest
-        name = f"{summary.adapter_id}@{revision}"
-        if name not in self._manifests:
-            self._manifests[name] = await asyncio.to_thread(self.registry.resolve, name)
-            if len(self._manifests) > _KEPT:
-                self._manifests.popitem(last=False)
-        return summary, self._manifests[name]
+        return summary, await self._manifests.get(Reference(summary.adapter_id, revision))
 
-    async def _read(self) -> Mapping[str, AdapterSummary]:
-        try:
-            return {summary.adapter_id: summary for summary in await asyncio.to_thread(self.registry.list)}
-        finally:
-            self._read_at = self._clock()
+    async def manifest(self, reference: str) -> tuple[AdapterSummary, Manifest]:
+        """Return the adapter and the manifest that a reference names; RegistryError for a damaged manifest."""
+        summary, revision = await self.summary(reference)
+        return summary, await self._manifests.get(Reference(summary.adapter_id, revision))
+
+    def _read_manifest(self, revision: Reference) -> Manifest:
+        manifest = self.registry.look_up(revision)
+        if manifest is None:
+            raise AdapterNotFoundError(f"no '{revision}': it has been deleted")
+        return manifest
+
+    def _read_page(self, wanted: _Wanted) -> AdapterPage:
+        """Read on until there is one adapter more than wanted, or none."""
+        found: list[AdapterSummary] = []
+        after, step = wanted.after, wanted.limit + 1
+        while True:
+            page = self.registry.page(min(step, LARGEST_PAGE), after=after)
+            found += [one for one in page.adapters if one.latest is not None or not wanted.served]
+            if len(found) > wanted.limit or not page.has_more:
+                return AdapterPage(tuple(found[: wanted.limit]), len(found) > wanted.limit)
+            after, step = page.adapters[-1].adapter_id, 2 * step
 
 
 def parse_model(reference: str) -> Reference:

@@ -194,10 +194,18 @@ class ModelCard(BaseModel):
     parent: str | None = Field(description="The base model of an adapter.")
 
 
-class ModelList(BaseModel):
-    """The base model, then every adapter with a `latest` revision."""
+class Page(BaseModel):
+    """A part of a list, as OpenAI's lists have it; the next one is that `after` the last id."""
 
     object: Literal["list"] = "list"
+    first_id: str | None = Field(description="Of `data`; null if there is none.")
+    last_id: str | None = Field(description="Of `data`; null if there is none.")
+    has_more: bool = Field(description="Whether there are entries behind these.")
+
+
+class ModelList(Page):
+    """The base model, then every adapter with a `latest` revision."""
+
     data: list[ModelCard]
 
 
@@ -240,10 +248,9 @@ class AdapterCard(BaseModel):
     latest: RevisionCard | None
 
 
-class AdapterList(BaseModel):
-    """Every adapter of the registry, sorted by id."""
+class AdapterList(Page):
+    """Adapters of the registry, in the order of their ids, of which `cup-2` comes before `cup`."""
 
-    object: Literal["list"] = "list"
     data: list[AdapterCard]
 
 

@@ -2,6 +2,7 @@
 
 const KEY = "cat-cluster-api-key";
 const ROOT = new URL("./", document.baseURI);
+const PAGE = 500; // entries of a list that are asked for at once
 
 export const session = {
   get key() {
@@ -153,13 +154,24 @@ function readAdapter(raw, status) {
 
 export const driftState = (drift) => (drift?.quarantined ? "quarantined" : (drift?.state ?? "unknown"));
 
+/** Every entry of a list that comes in pages. */
+async function allPages(path, { quiet }) {
+  const found = [];
+  for (let page = { has_more: true }; page.has_more; ) {
+    const after = found.length ? `&after=${encodeURIComponent(page.last_id)}` : "";
+    page = await getJson(`${path}?limit=${PAGE}${after}`, { quiet });
+    found.push(...page.data);
+  }
+  return found;
+}
+
 let adaptersPromise = null;
 
 /** All adapters; asked for once unless `fresh`. */
 export function loadAdapters({ fresh = false, quiet = false } = {}) {
   if (fresh || !adaptersPromise) {
-    const asked = Promise.all([getJson("v1/adapters", { quiet }), loadStatus().catch(() => NO_STATUS)]);
-    adaptersPromise = asked.then(([body, status]) => body.data.map((raw) => readAdapter(raw, status)));
+    const asked = Promise.all([allPages("v1/adapters", { quiet }), loadStatus().catch(() => NO_STATUS)]);
+    adaptersPromise = asked.then(([found, status]) => found.map((raw) => readAdapter(raw, status)));
     adaptersPromise.catch(() => (adaptersPromise = null));
   }
   return adaptersPromise;

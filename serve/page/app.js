@@ -54,7 +54,7 @@ async function openView(view, id) {
 async function loadModels() {
   if (models.length) return models;
   try {
-    models = (await getJson("v1/models")).data;
+    models = (await getJson("v1/models?limit=1")).data; // the base comes first
     byId("base-name").textContent = models[0] ? `base model ${models[0].id}` : "";
   } catch {
     // the view's own request says what is wrong

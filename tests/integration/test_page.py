@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from cat_cluster.data.concepts import remove_token
 from cat_cluster.evaluation.drift import DriftMonitor
@@ -295,6 +295,21 @@ def test_catalogue_and_detail(open_page: OpenPage, shop: Shop) -> None:
     expect(page.locator(".snippet").last).to_contain_text('model="cup"')
     page.get_by_role("link", name="Draw with it").click()
     expect(page.get_by_role("combobox", name="Adapter")).to_have_value("cup")
+
+
+def test_shows_the_adapters_of_every_page(open_page: OpenPage) -> None:
+    watched = open_page()
+    asked: list[str] = []
+
+    def one_a_page(route: Route) -> None:
+        asked.append(urlsplit(route.request.url).query)
+        route.continue_(url=re.sub(r"limit=\d+", "limit=1", route.request.url))
+
+    watched.page.route(re.compile(r"/v1/adapters\?"), one_a_page)
+    page = watched.open("#/adapters")
+    expect(page.locator(".adapter")).to_have_count(2)
+    expect(page.locator("#count")).to_have_text("2 adapters")
+    assert asked == ["limit=500", "limit=500&after=cup"]
 
 
 def test_drift_chart(open_page: OpenPage) -> None:

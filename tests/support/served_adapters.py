@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore
+from cat_cluster.store.protocol import Entry
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.adapters.cache import AdapterCache, Lease, Resolved
 from serve.settings import ServeSettings
@@ -56,9 +57,9 @@ class WatchedStore(LocalStore):
         self._ask("exists", key)
         return super().exists(key)
 
-    def list(self, prefix: str) -> list[str]:
+    def entries(self, prefix: str, *, after: str = "") -> Iterator[Entry]:
         self._ask("list", prefix)
-        return super().list(prefix)
+        return super().entries(prefix, after=after)
 
     def _ask(self, operation: str, key: str) -> None:
         self.asked[operation] += 1

@@ -36,7 +36,7 @@ def test_a_reader_sees_the_moves_of_others_and_never_lists(store: LocalStore, mo
     reader, writer = AliasBook(store), AliasBook(store)
     writer.move("cup", "prod", REVISIONS[0])
     assert reader.current("cup", "prod") == writer.current("cup", "prod")
-    monkeypatch.setattr(LocalStore, "list", None)
+    monkeypatch.setattr(LocalStore, "entries", None)
     for revision in REVISIONS:
         writer.move("cup", "prod", revision)
         current = reader.current("cup", "prod")
@@ -123,7 +123,10 @@ def test_what_can_be_read_is_read_and_the_rest_named(store: LocalStore) -> None:
     store.delete("aliases/cup/gone/00000001.json")
     for stray in ("notes.txt", "LATEST/00000001.json", "notes/read.me", "r-1/00000001.json"):
         store.put(f"aliases/cup/{stray}", b"")
-    assert AliasBook(store).readable("cup") == ({"good": REVISIONS[1]}, ["empty", "gone"])
+    assert AliasBook(store).readable("cup", store.entries("aliases/cup/")) == (
+        {"good": REVISIONS[1]},
+        ["empty", "gone"],
+    )
 
 
 def test_a_gap_in_the_records_is_named(store: LocalStore) -> None:
@@ -153,7 +156,7 @@ def test_the_last_move_is_found_with_few_probes_and_no_listing(
         store.put(f"aliases/cup/prod/{number:08d}.json", record.encode())
     probes = []
     exists = LocalStore.exists
-    monkeypatch.setattr(LocalStore, "list", None)
+    monkeypatch.setattr(LocalStore, "entries", None)
     monkeypatch.setattr(LocalStore, "exists", lambda self, key: probes.append(key) or exists(self, key))
     book = AliasBook(store)
     for wanted in (2 * moves.bit_length() + 1, 1):  # and one probe once it is known

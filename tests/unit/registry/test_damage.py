@@ -202,17 +202,25 @@ def test_a_wrong_manifest_with_a_right_checksum_is_refused(
         registry.resolve("cup")
 
 
-def test_a_damaged_revision_can_be_deleted_and_keeps_all_objects(registry: Registry, make_draft: MakeDraft) -> None:
-    bad = registry.publish(make_draft(seed=0))
-    good = registry.publish(make_draft(seed=1))
-    other = registry.publish(make_draft(adapter_id="mug"))
+def test_a_damaged_revision_can_be_deleted_and_keeps_its_adapters_objects(
+    registry: Registry, make_draft: MakeDraft
+) -> None:
+    bad, third, good = (registry.publish(make_draft(seed=seed)) for seed in range(3))
     objects = registry.store.list("objects/")
     registry.store.put(manifest_key("cup", bad.revision), b"{")
-    registry.remove_alias("mug", "latest")
-    assert registry.delete("mug", other.revision) == []  # what the damaged manifest names is not known
+    assert registry.delete("cup", third.revision) == []  # what the damaged manifest names is not known
     assert registry.delete("cup", bad.revision) == []
     assert registry.store.list("objects/") == objects
     assert registry.verify(good.name).ok
+
+
+def test_a_damaged_revision_keeps_no_object_of_another_adapter(registry: Registry, make_draft: MakeDraft) -> None:
+    bad = registry.publish(make_draft())
+    other = registry.publish(make_draft(adapter_id="mug"))
+    registry.store.put(manifest_key("cup", bad.revision), b"{")
+    registry.remove_alias("mug", "latest")
+    assert set(registry.delete("mug", other.revision)) == {stored.key for stored in other.objects.values()}
+    assert set(registry.store.list("objects/")) == {stored.key for stored in bad.objects.values()}
 
 
 def test_an_alias_of_a_revision_that_is_gone_is_explained(registry: Registry, make_draft: MakeDraft) -> None:

@@ -22,7 +22,7 @@ def test_looking_up_says_what_resolving_says_and_never_lists(
     registry.set_alias("cup", "gone", old.revision)
     registry.remove_alias("cup", "gone")
     fresh = Registry(registry.store)
-    monkeypatch.setattr(LocalStore, "list", None)
+    monkeypatch.setattr(LocalStore, "entries", None)
     assert fresh.look_up("cup") == fresh.look_up("cup@latest") == new
     assert fresh.look_up("cup@prod") == fresh.look_up(old.name) == old
     for unknown in ("cop", "cup@staging", "cup@gone", "cup@r-000000000000"):

@@ -54,12 +54,15 @@ def test_what_is_published_comes_back(registry: Registry, make_draft: MakeDraft,
     assert (report.ok, report.objects) == (True, 3)
 
 
-def test_objects_are_named_by_their_content(registry: Registry, make_draft: MakeDraft) -> None:
+def test_objects_are_named_by_their_content_and_samples_by_their_adapter_too(
+    registry: Registry, make_draft: MakeDraft
+) -> None:
     manifest = registry.publish(make_draft())
-    keys = stored_keys(registry, "objects/")
-    assert keys == {stored.key for stored in manifest.objects.values()}
-    for key in keys:
-        assert Path(key).stem == hashlib.sha256(registry.store.get(key)).hexdigest()
+    assert stored_keys(registry, "objects/") == {stored.key for stored in manifest.objects.values()}
+    for name, stored in manifest.objects.items():
+        digest = hashlib.sha256(registry.store.get(stored.key)).hexdigest()
+        named = digest if name == "weights" else hashlib.sha256(f"cup\n{digest}".encode()).hexdigest()
+        assert (stored.sha256, Path(stored.key).stem) == (digest, named)
 
 
 def test_the_weights_are_a_diffusers_file_that_says_what_it_is(
@@ -205,7 +208,7 @@ def test_listing_tells_every_adapter(registry: Registry, make_draft: MakeDraft) 
     cup, other = registry.list()
     assert (cup.adapter_id, other.adapter_id) == ("cup", "mug")
     assert cup.revisions == (new.revision, old.revision)
-    assert cup.latest == new
+    assert cup.latest == new.head
     assert cup.aliases == registry.aliases("cup") == {"latest": new.revision, "prod": old.revision}
     assert json.loads(cup.model_dump_json())["latest"]["metrics"] == new.metrics
     assert (other.latest, other.revisions, other.aliases) == (None, (mug.revision,), {})

@@ -26,6 +26,7 @@ USES: dict[str, Callable[[ObjectStore], object]] = {
     "size": lambda store: store.size("a/b"),
     "list": lambda store: store.list("a/"),
     "list all": lambda store: store.list(""),
+    "entries": lambda store: list(store.entries("", after="b")),
     "delete": lambda store: store.delete("a/b"),
 }
 

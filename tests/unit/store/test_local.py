@@ -29,9 +29,13 @@ STEPS = st.lists(
 )
 
 
-@given(STEPS, st.sampled_from(["", "a", "a/", "a-", "a/c/z", "b", "none/"]))
-@settings(max_examples=40, deadline=None)
-def test_it_behaves_as_a_dictionary(steps: list[tuple[str, str, bytes]], prefix: str) -> None:
+PREFIXES = ["", "a", "a/", "a-", "a/c/z", "b", "none/"]
+AFTER = ["", "a", "a-b/x", "a/", "a/c/~", "a/x", "a~", "b", "c"]
+
+
+@given(STEPS, st.sampled_from(PREFIXES), st.sampled_from(AFTER))
+@settings(max_examples=60, deadline=None)
+def test_it_behaves_as_a_dictionary(steps: list[tuple[str, str, bytes]], prefix: str, after: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store, oracle = LocalStore(folder), dict[str, bytes]()
         for action, key, data in steps:
@@ -45,8 +49,31 @@ def test_it_behaves_as_a_dictionary(steps: list[tuple[str, str, bytes]], prefix:
                 store.put(key, data, if_absent=action == "once")
                 oracle[key] = data
         assert {key: store.get(key) for key in store.list("")} == oracle
-        assert store.list(prefix) == sorted(key for key in oracle if key.startswith(prefix))
+        wanted = sorted(key for key in oracle if key.startswith(prefix))
+        assert store.list(prefix) == wanted
+        assert [entry.key for entry in store.entries(prefix, after=after)] == [key for key in wanted if key > after]
         assert all(store.exists(key) and store.size(key) == len(data) for key, data in oracle.items())
+
+
+def test_an_entry_has_another_version_once_its_object_is_replaced(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+
+    def versions() -> dict[str, str]:
+        return {entry.key: entry.version for entry in store.entries("")}
+
+    store.put("a/x", b"1")
+    store.put("a/y", b"1")
+    first = versions()
+    assert versions() == first
+    store.put("a/x", b"2")
+    assert versions()["a/x"] != first["a/x"]
+    assert versions()["a/y"] == first["a/y"]
+    (tmp_path / "a" / "link").symlink_to("y")  # what is put in the place of a file by hand
+    (tmp_path / "a" / "lost").symlink_to("nothing")
+    linked = versions()["a/link"]
+    store.put("a/y", b"2")
+    assert versions()["a/link"] != linked
+    assert store.list("") == ["a/link", "a/lost", "a/x", "a/y"]
 
 
 @pytest.mark.parametrize("key", ["absent", "folder", "folder/object/below"])

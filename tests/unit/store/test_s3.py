@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import uuid
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, StoreError
 from cat_cluster.store import open_store, s3
 from cat_cluster.store.s3 import S3Store, split_url
-from tests.unit.store.test_local import STEPS
+from tests.support.counted_stores import count_requests
+from tests.unit.store.test_local import AFTER, PREFIXES, STEPS
 
 
 @given(STEPS)
@@ -31,9 +33,26 @@ def test_it_behaves_as_a_dictionary(s3_bucket: str, steps: list[tuple[str, str, 
             store.put(key, data, if_absent=action == "once")
             oracle[key] = data
     assert {key: store.get(key) for key in store.list("")} == oracle
-    for prefix in ("", "a", "a/", "a-", "a/c/z", "b", "none/"):
-        assert store.list(prefix) == sorted(key for key in oracle if key.startswith(prefix))
+    for prefix in PREFIXES:
+        wanted = sorted(key for key in oracle if key.startswith(prefix))
+        assert store.list(prefix) == wanted
+        for after in AFTER:
+            assert [entry.key for entry in store.entries(prefix, after=after)] == [key for key in wanted if key > after]
     assert all(store.exists(key) and store.size(key) == len(data) for key, data in oracle.items())
+
+
+def test_entries_are_read_as_far_as_they_are_asked_for(s3_bucket: str) -> None:
+    store = S3Store(f"{s3_bucket}/{uuid.uuid4().hex}", page_size=2)
+    for number in range(9):
+        store.put(f"many/{number}", b"1")
+    requests = count_requests(store)
+    entries = store.entries("many/", after="many/2")
+    assert [entry.key for entry in islice(entries, 3)] == ["many/3", "many/4", "many/5"]
+    assert requests == ["ListObjectsV2"] * 2
+    first = {entry.key: entry.version for entry in store.entries("many/")}
+    store.put("many/4", b"2")
+    again = {entry.key: entry.version for entry in store.entries("many/")}
+    assert [key for key in again if again[key] != first[key]] == ["many/4"]
 
 
 @pytest.mark.parametrize("key", ["absent", "folder", "folder/object/below"])

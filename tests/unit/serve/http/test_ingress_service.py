@@ -21,7 +21,7 @@ from PIL import Image
 
 from cat_cluster.errors import StoreError
 from cat_cluster.evaluation.drift import DriftMonitor
-from cat_cluster.registry import Registry
+from cat_cluster.registry import AdapterPage, Registry
 from serve.http.registry_listing import RegistryListing
 from serve.probes.records import ProbeLog, ProbeRecord
 from tests.support.ingress_server import REFERENCE, Live, Shop, furnish, picture, serving
@@ -222,6 +222,10 @@ def test_actions_reach_the_engine(http: httpx2.Client, shop: Shop) -> None:
 
 def test_openais_client(client: openai.OpenAI, shop: Shop) -> None:
     assert [model.id for model in client.models.list()] == [shop.settings.base, "cup", "mug"]
+    page = client.models.list(extra_query={"limit": 2})
+    assert ([model.id for model in page], page.has_more) == ([shop.settings.base, "cup"], True)  # type: ignore[attr-defined]
+    page = client.models.list(extra_query={"limit": 2, "after": page.last_id})  # type: ignore[attr-defined]
+    assert ([model.id for model in page], page.has_more) == (["mug"], False)  # type: ignore[attr-defined]
     assert client.models.retrieve("cup").owned_by == "cat-cluster"
     answer = client.images.generate(
         model="cup",
@@ -338,35 +342,35 @@ def test_a_client_that_goes_frees_its_rows(http: httpx2.Client, live: Live) -> N
 def test_one_listing_serves_all_who_ask_at_once(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     reads, now = [], [0.0]
 
-    def listed(self: Registry) -> list[Any]:
+    def listed(self: Registry, limit: int, *, after: str | None = None) -> AdapterPage:
         reads.append(threading.get_ident())
         if len(reads) == 3:
             raise StoreError("away")
-        return original(self)
+        return original(self, limit, after=after)
 
-    original = Registry.list
-    monkeypatch.setattr(Registry, "list", listed)
+    original = Registry.page
+    monkeypatch.setattr(Registry, "page", listed)
 
     async def ask() -> None:
         listing = RegistryListing(shop.registry, clock=lambda: now[0])
-        leaver = asyncio.create_task(listing.adapters())
+        leaver = asyncio.create_task(listing.page(100))
         await asyncio.sleep(0)
         leaver.cancel()
-        found = await asyncio.gather(*(listing.adapters() for _ in range(20)))
-        assert all(list(one) == ["cup", "mug"] for one in found)
+        found = await asyncio.gather(*(listing.page(100) for _ in range(20)))
+        assert all([item.adapter_id for item in one.adapters] == ["cup", "mug"] for one in found)
         assert len(reads) == 1
         now[0] = 4.9
         await listing.manifest("cup@stable")
         assert len(reads) == 1
         now[0] = 5.0
-        await listing.adapters()
+        await listing.page(100)
         assert len(reads) == 2
         now[0] = 11.0
         for _ in range(3):
             with pytest.raises(StoreError):
-                await listing.adapters()
+                await listing.page(100)
         now[0] = 17.0
-        await listing.adapters()
+        await listing.page(100)
         assert len(reads) == 4
         assert threading.get_ident() not in reads
 
