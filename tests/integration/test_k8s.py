@@ -372,6 +372,15 @@ def test_only_the_autoscaler_reaches_the_api_server(place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
+def test_no_service_puts_its_address_into_a_pod(place: str) -> None:
+    """Service `s3` would give SeaweedFS S3_PORT=tcp://..., which it reads as a setting of its own and stops."""
+    found = list(pods(place))
+    assert len(found) >= 7
+    for pod in found:
+        assert pod["enableServiceLinks"] is False, pod["containers"][0]["name"]
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_pods_have_limits_and_no_root_they_could_write_to(place: str) -> None:
     for _, pod in ray_pods(place):
         container = pod["containers"][0]

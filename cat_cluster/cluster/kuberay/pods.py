@@ -104,6 +104,8 @@ def _pod(container: dict[str, Any], account: str) -> dict[str, Any]:
     return {
         "serviceAccountName": account,
         "automountServiceAccountToken": False,
+        # Kubernetes would put an address of every Service here into the environment, such as S3_PORT=tcp://...
+        "enableServiceLinks": False,
         "priorityClassName": PRIORITY,
         "securityContext": {
             "runAsNonRoot": True,

@@ -15,6 +15,7 @@ from cat_cluster.cli.k8s import k8s_app
 from cat_cluster.cluster.kuberay.check import Document, check_manifests
 from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job, upload_job
 from cat_cluster.cluster.kuberay.schemas import load_schemas
+from cat_cluster.cluster.kuberay.security import pods_of
 from cat_cluster.errors import ConceptError, SpecError
 from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import LocalStore
@@ -104,6 +105,12 @@ def test_every_form_keeps_the_operators_rules(options: dict[str, Any]) -> None:
     spec = ray_job["spec"]
     assert ("deletionStrategy" in spec) != ("ttlSecondsAfterFinished" in spec)
     assert ray_job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") == options.get("queue")
+
+
+@pytest.mark.parametrize(("workers", "options"), [(2, {}), ([1, 4], {}), (1, {"gpu": True}), (1, {"queue": "cats"})])
+def test_no_service_puts_its_address_into_a_pod(workers: Any, options: dict[str, Any]) -> None:
+    pods = [pod for _, pod in pods_of(rendered(job(cluster={"workers": workers}), **options))]
+    assert [pod["enableServiceLinks"] for pod in pods] == [False, False, False]  # submitter, head, worker
 
 
 def test_a_deadline_that_passes_does_not_leave_machines_behind() -> None:
