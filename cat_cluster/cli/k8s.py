@@ -28,7 +28,9 @@ def mount_k8s(app: typer.Typer) -> None:
 def render(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML); see `cat-cluster spec schema`.")],
     storage: Annotated[str | None, typer.Option(help="s3:// address. Default: the spec's, else $CAT_STORAGE.")] = None,
-    upload: Annotated[bool, typer.Option("--upload", help="Put photos in local folders into the storage.")] = False,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Put photos in local folders, and a large spec, into the storage.")
+    ] = False,
     image: Annotated[
         str | None, typer.Option(metavar="URI", help="Image of every pod. Default: cat-cluster at this version.")
     ] = None,
@@ -55,7 +57,7 @@ def render(
     run_id = None
     if upload:
         job, run_id = upload_job(job, store)
-    text = manifest_text(render_job(job, store.url, options))
+    text = manifest_text(render_job(job, store.url, options, uploaded=upload))
     if out is None:
         sys.stdout.write(text)
     else:
