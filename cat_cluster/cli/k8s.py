@@ -80,22 +80,29 @@ def check(
 ) -> None:
     """Check manifests before they are applied: unknown fields, what KubeRay's operator refuses, pod security.
 
-    No cluster and no network is needed. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
+    They are read as Kubernetes reads them, and at the end is said what was not looked at. No cluster and no network is
+    needed. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
     """
     with needs_extra("k8s", "checking manifests"):
-        from cat_cluster.cluster.kuberay.check import check_manifests, read_manifests
+        from cat_cluster.cluster.kuberay.check import check_manifests, not_looked_at, read_manifests
         from cat_cluster.cluster.kuberay.schemas import load_schemas
 
     documents = read_manifests(files)
     if not documents:
         raise SpecError(f"{', '.join(files)}: no manifest there; give files that hold some")
-    findings = check_manifests(documents, load_schemas(crds), restricted=restricted)
+    schemas = load_schemas(crds)
+    findings = check_manifests(documents, schemas, restricted=restricted)
+    left = not_looked_at(documents, schemas, restricted=restricted)
     if as_json:
-        record = {"documents": len(documents), "problems": [asdict(finding) for finding in findings]}
+        problems = [asdict(finding) for finding in findings]
+        record = {"documents": len(documents), "problems": problems, "not_looked_at": left}
         print_json(record)
         if findings:
             raise typer.Exit(1)
         return
+    if not findings:
+        count = "1 document is" if len(documents) == 1 else f"{len(documents)} documents are"
+        people.print(f"{count} right", soft_wrap=True)
+    people.print("not looked at:", *(f"- {what}" for what in left), sep="\n", soft_wrap=True, markup=False)
     if findings:
         raise SpecError("\n".join(map(str, findings)))
-    people.print(f"{len(documents)} documents are right", soft_wrap=True)

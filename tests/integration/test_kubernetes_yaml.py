@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job
+from cat_cluster.cluster.kuberay.yaml_documents import load_documents
 from cat_cluster.cluster.kuberay.yaml_text import TAG, dump, plain_tag
 from cat_cluster.spec.job import JobSpec
 
@@ -103,3 +104,31 @@ def test_options_stay_text_in_a_rendered_job(options: RenderOptions, tmp_path: P
     job = JobSpec.model_validate({"name": "y", "adapters": [{"id": "cup", "concepts": [concept]}]})
     documents = render_job(job, "s3://bucket/prod", options)
     assert read_by_kubectl(manifest_text(documents), tmp_path) == documents
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "{a: c, <<: *x}",
+        "{<<: *x, a: c}",
+        "{<<: [{a: 1, b: 1}, {a: 2, c: 2}]}",
+        "{y: x, 012: z, 1e3: w, 0.5: q, -1: t, off: s}",
+        "[!!str 8, !!binary aGVsbG8=, !!float 8, !foo bar, ! 8, !!timestamp 2001-01-01, !!int '8', !!bool y]",
+        "[1.0, 1e3, 2.50, 08, 0777, 0b11, -0o17, 1_000, <<, *x, '', ~, '~', \"\\u00e9\"]",
+        "{a: 2001-01-01T00:00:00Z, b: 1:30, c: =, d: !!map {}, e: !!seq []}",
+    ],
+)
+def test_documents_are_read_as_kubernetes_reads_them(data: str, tmp_path: Path) -> None:
+    text = "apiVersion: example.org/v1\nkind: Cup\nmetadata: {name: a, labels: {}}\nx: &x {a: b, z: q}\ndata: " + data
+    assert list(load_documents(text)) == read_by_kubectl(text, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["overlays/local", "overlays/aws"])
+def test_manifests_are_read_as_kubernetes_reads_them(place: str, tmp_path: Path) -> None:
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        pytest.skip("kubectl is not installed, whose parser is asked: install it to run this")
+    folder = Path(__file__).parents[2] / "k8s" / place
+    text = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=True).stdout
+    read = [document for document in load_documents(text) if document["metadata"].setdefault("labels", {}) is not None]
+    assert read == read_by_kubectl(text, tmp_path)

@@ -310,11 +310,14 @@ def test_the_commands(tmp_path: Path) -> None:
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
     good.write_text(yaml.safe_dump({**cup, "spec": {"size": 1}}))
     bad.write_text(yaml.safe_dump(cup))
-    assert runner.invoke(k8s_app, ["check", str(good), "--crds", str(crds)]).exit_code == 0
+    checked = runner.invoke(k8s_app, ["check", str(good), "--crds", str(crds)])
+    assert checked.exit_code == 0
+    assert checked.stderr.startswith("1 document is right\nnot looked at:\n- ")
     piped = runner.invoke(k8s_app, ["check", "-", "--crds", str(crds), "--json"], input=bad.read_text())
     assert piped.exit_code == 1
-    (problem,) = json.loads(piped.stdout)["problems"]
-    assert problem["field"] == "spec.sise"
+    record = json.loads(piped.stdout)
+    assert [problem["field"] for problem in record["problems"]] == ["spec.sise"]
+    assert record["not_looked_at"]
     refused = runner.invoke(k8s_app, ["check", str(bad), "--crds", str(crds)])
     assert isinstance(refused.exception, SpecError)
     assert str(refused.exception) == f"{bad}: document 1 (Cup a): spec.sise: unknown field; did you mean size?"
