@@ -46,7 +46,14 @@ def render(
     out: Annotated[Path | None, typer.Option("--out", callback=output_file, help="File; default: stdout.")] = None,
 ) -> None:
     """Write the Kubernetes objects of a job spec, ready for `kubectl apply -f`: a RayJob, and the spec it reads."""
-    from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job, upload_job
+    from cat_cluster.cluster.kuberay.render import (
+        RenderOptions,
+        expectation_of,
+        manifest_text,
+        render_job,
+        upload_job,
+    )
+    from cat_cluster.cluster.runs import Run
     from cat_cluster.files import write_whole
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
@@ -57,15 +64,18 @@ def render(
     run_id = None
     if upload:
         job, run_id = upload_job(job, store)
-    text = manifest_text(render_job(job, store.url, options, uploaded=upload))
+    documents = render_job(job, store.url, options, uploaded=upload)
+    text = manifest_text(documents)
     if out is None:
         sys.stdout.write(text)
     else:
         write_whole(out, text.encode())
         people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)
     if run_id is not None:
+        run = Run(store, run_id)
+        run.expect(expectation_of(documents[-1], options, after=run.last_attempt()))
         follow = f"cat-cluster jobs status {run_id} --wait --storage {store.url}"
-        people.print(f"once it runs, follow it  {follow}", soft_wrap=True, markup=False)
+        people.print(f"follow it  {follow}", soft_wrap=True, markup=False)
 
 
 @k8s_app.command()

@@ -26,7 +26,7 @@ from cat_cluster.cluster.kuberay.pods import (
 )
 from cat_cluster.cluster.kuberay.rules import MAX_NAME_LENGTH
 from cat_cluster.cluster.kuberay.yaml_text import dump
-from cat_cluster.cluster.runs import run_id_of
+from cat_cluster.cluster.runs import Expectation, run_id_of
 from cat_cluster.cluster.stored_spec import spec_address, store_spec
 from cat_cluster.cluster.submit import image_digests_of, with_stored_images
 from cat_cluster.errors import SpecError
@@ -82,6 +82,21 @@ def put_spec(job: JobSpec, store: ObjectStore) -> None:
     """Store the spec of a job if it is too large for Kubernetes; raises StoreError."""
     if _is_large(text := _spec_text(job, store.url)):
         store_spec(text, store)
+
+
+def expectation_of(ray_job: dict[str, Any], options: RenderOptions, *, after: int = 0) -> Expectation:
+    """Return what those who follow the run of a rendered RayJob wait for. after: the run's last attempt so far.
+
+    Each try of KubeRay's has START_SECONDS to start; who suspends the job or queues it may let it start at any time.
+    """
+    name = ray_job["metadata"]["name"]
+    waits = options.suspend or options.queue is not None
+    return Expectation(
+        job=f"RayJob {name} in namespace {options.namespace}",
+        look=f"`kubectl -n {options.namespace} describe rayjob {name}`",
+        after=after,
+        seconds=None if waits else min((RETRIES + 1) * START_SECONDS, options.hours * 3600),
+    )
 
 
 def render_job(job: JobSpec, storage: str, options: RenderOptions, *, uploaded: bool = False) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from cat_cluster.cluster.kuberay.check import Document, check_manifests
 from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, put_spec, render_job, upload_job
 from cat_cluster.cluster.kuberay.schemas import load_schemas
 from cat_cluster.cluster.kuberay.security import pods_of
+from cat_cluster.cluster.runs import Run
 from cat_cluster.cluster.stored_spec import load_job
 from cat_cluster.errors import ConceptError, SpecError
 from cat_cluster.spec.job import JobSpec, load_spec
@@ -205,6 +206,25 @@ def test_upload_stores_photos_once_and_names_the_run(tmp_path: Path) -> None:
     assert store.list("inputs/") == [address.removeprefix(f"{BUCKET}/")]
     assert run_id.startswith("run-")
     assert findings_of(render_job(stored, store.url, RenderOptions())[1]) == []
+
+
+def test_who_follows_an_uploaded_job_can_tell_what_it_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cup").mkdir()
+    Image.new("RGB", (64, 64), (90, 20, 200)).save(tmp_path / "cup" / "a.png")
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("name: tea\nadapters: [{id: cup, concepts: [{token: sks, class_noun: cup, images: cup}]}]\n")
+    store = Bucket(tmp_path / "store")
+    monkeypatch.setattr("cat_cluster.store.open_store", lambda url: store)
+    written = CliRunner().invoke(k8s_app, ["render", str(spec), "--storage", BUCKET, "--upload", "--namespace", "cats"])
+    assert written.exit_code == 0, written.output
+    (run_id,) = {word for word in written.stderr.split() if word.startswith("run-")}
+    assert f"cat-cluster jobs status {run_id} --wait --storage {BUCKET}" in written.stderr
+    name = list(yaml.safe_load_all(written.stdout))[1]["metadata"]["name"]
+    expected = Run(store, run_id).expectation()
+    assert expected is not None
+    assert expected.job == f"RayJob {name} in namespace cats"
 
 
 def test_upload_refuses_photos_that_training_would(tmp_path: Path) -> None:
