@@ -242,11 +242,24 @@ def test_the_service_has_room_for_a_second_version_of_itself(place: str) -> None
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     each = int(int(limits["cpu"]) // args.engine_cpus)
     if args.engine_gpus:
-        each = min(each, int(limits["nvidia.com/gpu"] // args.engine_gpus))
+        each = min(each, int(int(limits["nvidia.com/gpu"]) // args.engine_gpus))
     assert group["minReplicas"] * each >= args.min_engines
     assert group["maxReplicas"] * each >= 2 * args.most_engines
     # Ray's proxy cuts what is in flight when its cluster goes.
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > args.settings.deadline_s
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_second_apply_changes_nothing(place: str) -> None:
+    """What the operator and the autoscaler write into an object is written as they write it, or left to them."""
+    for one, spec in clusters(place):
+        for group in spec["workerGroupSpecs"]:
+            assert group["scaleStrategy"] == {}, one["metadata"]["name"]
+            assert ("replicas" in group) != bool(spec.get("enableInTreeAutoscaling")), one["metadata"]["name"]
+    for pod in pods(place):
+        for container in pod["containers"]:
+            for amounts in container["resources"].values():
+                assert {type(amount) for amount in amounts.values()} == {str}, container["name"]
 
 
 def test_ports_and_paths_are_those_of_ray() -> None:

@@ -158,7 +158,8 @@ def _port(name: str, number: int) -> dict[str, Any]:
 
 def _resources(cpus: str, memory: str, *, gpus: int = 0) -> dict[str, Any]:
     """As much as is asked for, and no more: Ray deals out what the limits say."""
-    amounts = {"cpu": cpus, "memory": memory, **({"nvidia.com/gpu": gpus} if gpus else {})}
+    # All are text, as the operator writes them back: a second apply finds nothing changed.
+    amounts = {"cpu": cpus, "memory": memory, **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
     return {"requests": dict(amounts), "limits": dict(amounts)}
 
 

@@ -256,9 +256,11 @@ def _cluster_spec(job: JobSpec, image: str, options: RenderOptions, spec_map: st
         )
     group = {
         "groupName": "gpu" if options.gpu else "cpu",
-        "replicas": least * options.packs,
+        # Those of a group that scales are the autoscaler's, and applying the job again must not set them back.
+        **({} if scales else {"replicas": least * options.packs}),
         "minReplicas": least * options.packs,
         "maxReplicas": most * options.packs,
+        "scaleStrategy": {},  # as the operator writes it
         "rayStartParams": {},
         "template": worker_template(image, gpu=options.gpu),
     }

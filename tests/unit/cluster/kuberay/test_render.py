@@ -136,6 +136,7 @@ def test_workers_and_packs_are_there_from_the_beginning() -> None:
     spec = rendered(job(cluster={"workers": 3}), packs=2)["spec"]["rayClusterSpec"]
     (group,) = spec["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (6, 6, 6)
+    assert group["scaleStrategy"] == {}
     assert "enableInTreeAutoscaling" not in spec
 
 
@@ -144,7 +145,8 @@ def test_elastic_workers_scale_and_only_the_autoscaler_has_a_token() -> None:
     spec = ray_job["spec"]["rayClusterSpec"]
     (group,) = spec["workerGroupSpecs"]
     assert (group["minReplicas"], group["maxReplicas"]) == (1, 4)
-    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 1
+    assert "replicas" not in group  # the autoscaler's: a second apply would set them back
+    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert spec["enableInTreeAutoscaling"] is True
     head = spec["headGroupSpec"]["template"]["spec"]
     assert head["serviceAccountName"] == "cat-training-head"

@@ -33,11 +33,14 @@ def ray_job(workers: Any, *, suspend: bool = False) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def bases() -> dict[str, dict[str, Any]]:
+    cluster = yaml.safe_load((BASE / "cluster.yaml").read_text())
+    for group in cluster["spec"]["workerGroupSpecs"]:
+        group["replicas"] = group["minReplicas"]  # as in the manifests that the edits were made of
     return {
         "rayjob": ray_job(2),
         "rayjob-elastic": ray_job([1, 4]),
         "rayjob-suspended": ray_job(2, suspend=True),
-        "raycluster": yaml.safe_load((BASE / "cluster.yaml").read_text()),
+        "raycluster": cluster,
         "rayservice": yaml.safe_load((BASE / "service.yaml").read_text()),
     }
 
