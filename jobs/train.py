@@ -1,4 +1,4 @@
-"""Entry point of the Ray job that drives a run: `python -m jobs.train --storage URL --run RUN_ID`, or with a SPEC file.
+"""Entry point of the Ray job that drives a run: `python -m jobs.train --storage URL --run RUN_ID`, or with a SPEC.
 
 It writes plain lines about the training, for `cat-cluster jobs logs`; the exit code is 0 only if no adapter failed.
 """
@@ -12,15 +12,15 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from cat_cluster.cluster.run_progress import RunState
 from cat_cluster.cluster.runs import Run
+from cat_cluster.cluster.stored_spec import load_job
 from cat_cluster.errors import CatClusterError, SupersededError
 from cat_cluster.settings import load_settings
-from cat_cluster.spec.job import JobSpec, load_spec
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run = Run(open_store(options.storage or settings.storage), options.run)
             job, storage = run.read_spec(), run.store.url
         else:
-            job = load_spec(options.spec)
+            job = load_job(options.spec)
             storage = open_store(options.storage or job.storage or settings.storage).url
         return _train(job, storage)
     except CatClusterError as error:
@@ -134,7 +134,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m jobs.train", description="Drive a training run on this cluster.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", help="run whose job spec is in the storage")
-    what.add_argument("spec", nargs="?", type=Path, help="job spec (YAML)")
+    what.add_argument("spec", nargs="?", help="job spec (YAML): a file, or its address s3://.../specs/<sha256>.yaml")
     parser.add_argument("--storage", help="folder or s3:// address; default: the spec's, else $CAT_STORAGE")
     return parser.parse_args(arguments)
 

@@ -28,7 +28,9 @@ def mount_k8s(app: typer.Typer) -> None:
 def render(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML); see `cat-cluster spec schema`.")],
     storage: Annotated[str | None, typer.Option(help="s3:// address. Default: the spec's, else $CAT_STORAGE.")] = None,
-    upload: Annotated[bool, typer.Option("--upload", help="Put photos in local folders into the storage.")] = False,
+    upload: Annotated[
+        bool, typer.Option("--upload", help="Put photos in local folders, and a large spec, into the storage.")
+    ] = False,
     image: Annotated[
         str | None, typer.Option(metavar="URI", help="Image of every pod. Default: cat-cluster at this version.")
     ] = None,
@@ -44,7 +46,14 @@ def render(
     out: Annotated[Path | None, typer.Option("--out", callback=output_file, help="File; default: stdout.")] = None,
 ) -> None:
     """Write the Kubernetes objects of a job spec, ready for `kubectl apply -f`: a RayJob, and the spec it reads."""
-    from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job, upload_job
+    from cat_cluster.cluster.kuberay.render import (
+        RenderOptions,
+        expectation_of,
+        manifest_text,
+        render_job,
+        upload_job,
+    )
+    from cat_cluster.cluster.runs import Run
     from cat_cluster.files import write_whole
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
@@ -55,15 +64,18 @@ def render(
     run_id = None
     if upload:
         job, run_id = upload_job(job, store)
-    text = manifest_text(render_job(job, store.url, options))
+    documents = render_job(job, store.url, options, uploaded=upload)
+    text = manifest_text(documents)
     if out is None:
         sys.stdout.write(text)
     else:
         write_whole(out, text.encode())
         people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)
     if run_id is not None:
+        run = Run(store, run_id)
+        run.expect(expectation_of(documents[-1], options, after=run.last_attempt()))
         follow = f"cat-cluster jobs status {run_id} --wait --storage {store.url}"
-        people.print(f"once it runs, follow it  {follow}", soft_wrap=True, markup=False)
+        people.print(f"follow it  {follow}", soft_wrap=True, markup=False)
 
 
 @k8s_app.command()
@@ -78,22 +90,29 @@ def check(
 ) -> None:
     """Check manifests before they are applied: unknown fields, what KubeRay's operator refuses, pod security.
 
-    No cluster and no network is needed. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
+    They are read as Kubernetes reads them, and at the end is said what was not looked at. No cluster and no network is
+    needed. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
     """
     with needs_extra("k8s", "checking manifests"):
-        from cat_cluster.cluster.kuberay.check import check_manifests, read_manifests
+        from cat_cluster.cluster.kuberay.check import check_manifests, not_looked_at, read_manifests
         from cat_cluster.cluster.kuberay.schemas import load_schemas
 
     documents = read_manifests(files)
     if not documents:
         raise SpecError(f"{', '.join(files)}: no manifest there; give files that hold some")
-    findings = check_manifests(documents, load_schemas(crds), restricted=restricted)
+    schemas = load_schemas(crds)
+    findings = check_manifests(documents, schemas, restricted=restricted)
+    left = not_looked_at(documents, schemas, restricted=restricted)
     if as_json:
-        record = {"documents": len(documents), "problems": [asdict(finding) for finding in findings]}
+        problems = [asdict(finding) for finding in findings]
+        record = {"documents": len(documents), "problems": problems, "not_looked_at": left}
         print_json(record)
         if findings:
             raise typer.Exit(1)
         return
+    if not findings:
+        count = "1 document is" if len(documents) == 1 else f"{len(documents)} documents are"
+        people.print(f"{count} right", soft_wrap=True)
+    people.print("not looked at:", *(f"- {what}" for what in left), sep="\n", soft_wrap=True, markup=False)
     if findings:
         raise SpecError("\n".join(map(str, findings)))
-    people.print(f"{len(documents)} documents are right", soft_wrap=True)

@@ -7,11 +7,12 @@ from typing import Protocol
 
 from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, last_job_status
 from cat_cluster.cluster.run_progress import RunProgress, is_alive
-from cat_cluster.cluster.runs import Run
+from cat_cluster.cluster.runs import Expectation, Run
 from cat_cluster.errors import ClusterError, RunError, StoreError
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 5.0  # between requests to Ray about a run whose driver is silent
+REMIND_SECONDS = 600.0  # between two lines that a run has not started yet
 
 
 class Watcher(Protocol):
@@ -25,11 +26,13 @@ class Watcher(Protocol):
 
 
 def follow_run(run: Run, watcher: Watcher, cluster: RayCluster | None = None) -> RunProgress:
-    """Show the run until it ends, and return its last state.
+    """Show the run until it ends, and return its last state; one that a job is to start is waited for.
 
     A store or a cluster that cannot be reached is reported and tried again. Raises RunError when the run's record is
-    missing or damaged and, if a cluster is given, when the driver has died without recording it.
+    missing or damaged, when its job can start no more and, if a cluster is given, when the driver has died without
+    recording it.
     """
+    wait_for_start(run, watcher)
     reported = ""
     checked = time.monotonic()
     while True:
@@ -48,6 +51,43 @@ def follow_run(run: Run, watcher: Watcher, cluster: RayCluster | None = None) ->
                 reported = str(error)
                 watcher.message(f"{reported}; trying again")
         time.sleep(POLL_SECONDS)
+
+
+def wait_for_start(run: Run, watcher: Watcher) -> None:
+    """Return once the run has started, is done, or nothing is known of a job that would start it.
+
+    Says what is waited for. An attempt that failed before the job was made is not its own. Raises RunError when the job
+    can start no more, or the run's record is damaged.
+    """
+    began, said, reported = time.monotonic(), -REMIND_SECONDS, ""
+    while True:
+        waited = time.monotonic() - began
+        try:
+            expected = run.expectation()
+            if expected is None or _has_started(run, expected):
+                return
+            if expected.seconds is not None and waited > expected.seconds:
+                raise RunError(
+                    f"{run.run_id} has not started in {expected.seconds / 3600:g} h, and {expected.job} can start no "
+                    f"more: {expected.look} shows why; apply it again"
+                )
+            if waited - said >= REMIND_SECONDS:
+                said = waited
+                since = f" ({waited / 60:.0f} min so far)" if waited >= REMIND_SECONDS else ""
+                watcher.message(f"waiting for {expected.job} to start{since}; {expected.look} shows how it stands")
+            reported = ""
+        except StoreError as error:
+            if str(error) != reported:
+                reported = str(error)
+                watcher.message(f"{reported}; trying again")
+        time.sleep(POLL_SECONDS)
+
+
+def _has_started(run: Run, expected: Expectation) -> bool:
+    if run.last_record() is None:
+        return False
+    progress = run.progress()
+    return progress.state not in ("failed", "stopped") or progress.attempt > expected.after
 
 
 def _refuse_dead(run: Run, cluster: RayCluster) -> None:

@@ -2,8 +2,9 @@
 
 Under `runs/<run id>/`: `spec.json` is the job to run; `attempts/<8-digit n>.json` is written once by the driver that
 claims attempt n; `progress/<8-digit n>.json` is the state of the run in that attempt, and the last one counts;
-`stop.json` names an attempt that is asked to stop. A driver that finds attempt n + 1 has been superseded, and its next
-write is refused; one that is already on its way changes only the record of its own attempt.
+`stop.json` names an attempt that is asked to stop, `expected.json` a job that will start the run. A driver that finds
+attempt n + 1 has been superseded, and its next write is refused; one that is already on its way changes only the record
+of its own attempt.
 """
 
 from __future__ import annotations
@@ -62,6 +63,20 @@ class Claim(BaseModel):
     pid: int
     time: str
     job: str | None = None
+
+
+class Expectation(BaseModel):
+    """A job that is to start the run, for those who wait for it: its name, and the command that shows how it stands.
+
+    after: the last attempt before it; seconds: after which its own rules give it up, None: it may start at any time.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    job: str
+    look: str
+    after: int = 0
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,11 @@ class Run:
     def progress(self) -> RunProgress:
         """Return the state of the run; RunError when the store has no such run, or its record is damaged."""
         record = self.last_record()
+        if record is None and (expected := self.expectation()) is not None:
+            raise RunError(
+                f"{self.run_id} has not started: it waits for {expected.job}; {expected.look} shows how it stands, "
+                "and --wait follows it from its start"
+            )
         if record is None:
             raise RunError(
                 f"no run {self.run_id} in storage {self.store.url}: `cat-cluster jobs list` shows its runs; "
@@ -153,6 +173,17 @@ class Run:
     def last_record(self) -> str | None:
         """Return the storage key of the progress record that counts, that of the last attempt; None without any."""
         return _last_records(self.store, self.key("progress")).get(self.run_id)
+
+    def expect(self, expectation: Expectation) -> None:
+        """Say which job will start the run; replaces what was said before."""
+        self.store.put(self.key("expected.json"), expectation.model_dump_json().encode())
+
+    def expectation(self) -> Expectation | None:
+        """Return the job that is to start the run; None when none is, or what was written cannot be read."""
+        try:
+            return Expectation.model_validate_json(self.store.get(self.key("expected.json")))
+        except (ObjectNotFoundError, ValidationError):
+            return None
 
     def progress_key(self, attempt: int) -> str:
         """Return the storage key of the progress record of an attempt."""

@@ -29,7 +29,7 @@ _NAMED_BASES_AND_JUDGES = ("pocket", "pocket-classifier", "auto")
 
 def words(text: str) -> tuple[str, ...]:
     """Split a prompt into its words at whitespace and commas, lower case folded (design: token rules)."""
-    return tuple(word.casefold() for word in re.split(r"[\s,]+", text) if word)
+    return tuple(text.casefold().replace(",", " ").split())
 
 
 def _number(value: object) -> object:

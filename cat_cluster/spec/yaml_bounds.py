@@ -6,6 +6,7 @@ breaks, before anything of it is built.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,17 @@ def build(node: yaml.Node | None) -> Any:
         raise yaml.YAMLError(f"a value is not of the kind it looks like ({error}); write it in quotes") from error
 
 
-def check_bounds(text: str, *, merges: bool = False) -> None:
+def check_bounds(text: str) -> None:
     """Raise YAMLError, naming the line, where a text holds too much, too deep, too long a number, or a merge (`<<`)."""
+    for _ in bounded_events(text):
+        pass
+
+
+def bounded_events(text: str, *, merges: bool = False, max_values: int = MAX_VALUES) -> Iterator[yaml.Event]:
+    """Yield the events of a text's documents, and raise YAMLError as `check_bounds` does at the first broken bound.
+
+    merges: they are allowed. max_values: of one document.
+    """
     total = 0
     anchors: dict[str, tuple[int, int]] = {}
     # Per open list or mapping: its anchor, the total before it, and the levels inside it so far.
@@ -57,34 +67,31 @@ def check_bounds(text: str, *, merges: bool = False) -> None:
     for event in yaml.parse(text, Loader=yaml.CSafeLoader):
         levels = 0
         match event:
-            case yaml.DocumentStartEvent():
-                anchors, total = {}, 0
-                continue
-            case yaml.AliasEvent():
-                values, levels = anchors.get(event.anchor or "", (1, 0))
-                total += values
             case yaml.ScalarEvent():
                 total += 1
                 _check_scalar(event, merges=merges)
-                if event.anchor is not None:
-                    anchors[event.anchor] = (1, 0)
+                anchors[event.anchor or ""] = (1, 0)  # no alias has an empty name
             case yaml.CollectionStartEvent():
                 places.append((event.anchor, total, 0))
                 total += 1
             case yaml.CollectionEndEvent():
                 anchor, before, levels = places.pop()
                 levels += 1
-                if anchor is not None:
-                    anchors[anchor] = (total - before, levels)
-            case _:
-                continue
-        if places:
+                anchors[anchor or ""] = (total - before, levels)
+            case yaml.AliasEvent():
+                values, levels = anchors.get(event.anchor or "", (1, 0))
+                total += values
+            case yaml.DocumentStartEvent():
+                anchors, total = {}, 0
+        if levels and places:
             anchor, before, inside = places[-1]
-            places[-1] = (anchor, before, max(inside, levels))
+            if levels > inside:
+                places[-1] = (anchor, before, levels)
         if len(places) + levels > MAX_DEPTH:
             raise _refusal(event, f"it is nested too deeply; at most {MAX_DEPTH} levels are read")
-        if total > MAX_VALUES:
-            raise _refusal(event, f"it holds more than {MAX_VALUES:,} values, aliases counted as what they stand for")
+        if total > max_values:
+            raise _refusal(event, f"it holds more than {max_values:,} values, aliases counted as what they stand for")
+        yield event
 
 
 def _check_scalar(event: yaml.ScalarEvent, *, merges: bool) -> None:

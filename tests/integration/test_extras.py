@@ -13,7 +13,7 @@ from tests.support.tiny_jobs import Finished, adapter, assert_refused, write_spe
 # What only the extras bring; requests is there with diffusers too.
 PACKAGES = (
     *("ray", "deepspeed", "boto3", "botocore", "fastapi", "starlette", "fastapi_swagger"),
-    *("jsonschema", "kubernetes_validate"),
+    *("jsonschema", "jsonschema_rs", "kubernetes_validate"),
 )
 SECONDS = 240
 # Runs commands in one process in which those packages are not installed, as far as an import can tell.

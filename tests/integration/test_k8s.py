@@ -139,7 +139,12 @@ def test_every_document_is_right(place: str, schemas: Schemas) -> None:
         (2, RenderOptions()),
         (1, RenderOptions(gpu=True, packs=3)),
         ([1, 4], RenderOptions(gpu=True)),
-        (2, RenderOptions(suspend=True, name="later", namespace="other", image="registry.example/cats@sha256:0a")),
+        (
+            2,
+            RenderOptions(
+                suspend=True, name="later", namespace="other", image=f"registry.example/cats@sha256:{'0a' * 32}"
+            ),
+        ),
         (2, RenderOptions(queue="cats", hours=1)),
     ],
 )
@@ -224,7 +229,7 @@ def test_entry_points_are_in_the_code(place: str) -> None:
         words = ray_job["spec"]["entrypoint"].split()
         assert words[:3] == ["python", "-m", "jobs.train"]
         assert util.find_spec(words[2]) is not None
-        assert train._options(words[3:]).spec == Path(f"{kuberay_pods.SPEC_FOLDER}/spec.yaml")
+        assert train._options(words[3:]).spec == f"{kuberay_pods.SPEC_FOLDER}/spec.yaml"
         spec_map = next(one for one in of_kind(place, "ConfigMap") if one["metadata"]["name"] == "batch")
         JobSpec.model_validate(yaml.safe_load(spec_map["data"]["spec.yaml"]))
 
@@ -237,11 +242,24 @@ def test_the_service_has_room_for_a_second_version_of_itself(place: str) -> None
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     each = int(int(limits["cpu"]) // args.engine_cpus)
     if args.engine_gpus:
-        each = min(each, int(limits["nvidia.com/gpu"] // args.engine_gpus))
+        each = min(each, int(int(limits["nvidia.com/gpu"]) // args.engine_gpus))
     assert group["minReplicas"] * each >= args.min_engines
     assert group["maxReplicas"] * each >= 2 * args.most_engines
     # Ray's proxy cuts what is in flight when its cluster goes.
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > args.settings.deadline_s
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_second_apply_changes_nothing(place: str) -> None:
+    """What the operator and the autoscaler write into an object is written as they write it, or left to them."""
+    for one, spec in clusters(place):
+        for group in spec["workerGroupSpecs"]:
+            assert group["scaleStrategy"] == {}, one["metadata"]["name"]
+            assert ("replicas" in group) != bool(spec.get("enableInTreeAutoscaling")), one["metadata"]["name"]
+    for pod in pods(place):
+        for container in pod["containers"]:
+            for amounts in container["resources"].values():
+                assert {type(amount) for amount in amounts.values()} == {str}, container["name"]
 
 
 def test_ports_and_paths_are_those_of_ray() -> None:
@@ -369,6 +387,15 @@ def test_only_the_autoscaler_reaches_the_api_server(place: str) -> None:
             assert "*" not in [*rule["verbs"], *rule["resources"], *rule["apiGroups"]]
             assert "secrets" not in rule["resources"]
     assert not of_kind(place, "ClusterRole", "ClusterRoleBinding")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_service_puts_its_address_into_a_pod(place: str) -> None:
+    """Service `s3` would give SeaweedFS S3_PORT=tcp://..., which it reads as a setting of its own and stops."""
+    found = list(pods(place))
+    assert len(found) >= 7
+    for pod in found:
+        assert pod["enableServiceLinks"] is False, pod["containers"][0]["name"]
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from cat_cluster.cluster.kuberay.rules import CLUSTERS, operator_findings
-from cat_cluster.cluster.kuberay.schemas import Finding, Schemas
+from cat_cluster.cluster.kuberay.rules import MAX_NAME_LENGTH, full_name, operator_findings
+from cat_cluster.cluster.kuberay.schemas import Schemas
 from cat_cluster.cluster.kuberay.security import restricted_findings
+from cat_cluster.cluster.kuberay.validation import Finding
+from cat_cluster.cluster.kuberay.yaml_documents import load_documents
 from cat_cluster.errors import SpecError
-from cat_cluster.spec.yaml_bounds import check_bounds
 
-MAX_VALUES, MAX_DEPTH = 100_000, 100  # of a document; a manifest here has fewer than 2,000, 20 deep
+MAX_BYTES = 64 << 20
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.:]*[a-z0-9])?")  # a colon: roles may have one
 
 
@@ -54,28 +55,23 @@ class ManifestFinding:
 def read_manifests(files: Iterable[str | Path]) -> list[Document]:
     """Return the documents of files of YAML or JSON, `-` being stdin; those of a List count one by one.
 
-    Raises SpecError for what cannot be read, is not YAML, gives a key twice, or is far larger than any manifest.
+    They are read as Kubernetes reads them. Raises SpecError for what cannot be read, is not YAML, gives a key twice, or
+    is far larger than any manifest.
     """
     documents = []
     for file in files:
         name = "stdin" if str(file) == "-" else str(file)
         try:
-            text = sys.stdin.read() if str(file) == "-" else Path(file).read_text(encoding="utf-8")
-            check_bounds(text, merges=True)
-            contents = list(yaml.load_all(text, Loader=_Once))
+            contents = list(load_documents(_text(file)))
         except OSError as error:
             raise SpecError(f"{name}: cannot be read: {error.strerror}; give files of manifests, or -") from error
-        except (yaml.YAMLError, ValueError, TypeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise SpecError(f"{name}: is not YAML: {' '.join(str(error).split())}; correct it") from error
         for number, content in enumerate(contents, 1):
             if content is None:
                 continue
             if not isinstance(content, dict):
                 raise SpecError(f"{name}: document {number}: must be a mapping with apiVersion and kind")
-            if not _is_bounded(content):
-                raise SpecError(
-                    f"{name}: document {number}: is nested too deeply, or too large with its aliases expanded"
-                )
             items = content.get("items") if content.get("kind") == "List" else None
             for item in items if isinstance(items, list) else [content]:
                 if not isinstance(item, dict):
@@ -96,12 +92,27 @@ def check_manifests(
         content = _without_nulls(document.content)
         findings = list(_shape_findings(content))
         findings = findings or list(schemas.findings(content))
-        findings = findings or list(_rule_findings(content, restricted=restricted))
+        if not findings and schemas.knows(content):
+            findings = list(_rule_findings(content, restricted=restricted))
         found += [
             ManifestFinding(document.file, document.number, document.title, field_text(path), message)
             for path, message in findings
         ]
     return found
+
+
+def not_looked_at(documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True) -> list[str]:
+    """Return what `check_manifests` cannot know of these documents, a phrase each."""
+    contents = [document.content for document in documents]
+    shaped = [one for one in contents if isinstance(one.get("apiVersion"), str) and isinstance(one.get("kind"), str)]
+    unknown = sorted({f"{one['kind']} of {one['apiVersion']}" for one in shaped if not schemas.knows(one)})
+    return [
+        *([f"kinds without a schema here, {', '.join(unknown)} (--crds takes them)"] if unknown else []),
+        *([] if restricted else ["pod security (--no-restricted)"]),
+        "whether what the documents name is in the cluster: images, Secrets, ConfigMaps, accounts, nodes, quota",
+        "what an API server finds in values alone, such as labels, quantities, ports, and mounts without a volume",
+        "the operator's feature gates",
+    ]
 
 
 def field_text(path: Sequence[str | int]) -> str:
@@ -117,17 +128,15 @@ def field_text(path: Sequence[str | int]) -> str:
     return text or "the whole document"
 
 
-def _is_bounded(content: Any) -> bool:
-    """Whether a document can be walked through: aliases of aliases make a short text endless."""
-    waiting, seen = [(content, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        seen += 1
-        if seen > MAX_VALUES or depth > MAX_DEPTH:
-            return False
-        below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        waiting += [(one, depth + 1) for one in below]
-    return True
+def _text(file: str | Path) -> str:
+    if str(file) == "-":
+        data = sys.stdin.buffer.read(MAX_BYTES + 1)
+    else:
+        with Path(file).open("rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise yaml.YAMLError(f"it is larger than {MAX_BYTES >> 20} MiB; check it in parts")
+    return data.decode("utf-8-sig")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -145,31 +154,14 @@ def _shape_findings(content: dict[str, Any]) -> Iterator[Finding]:
     if not isinstance(metadata, dict):
         yield ("metadata",), "must be a mapping with the object's name"
         return
-    name = metadata.get("name", "generated" if metadata.get("generateName") else None)
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > 253:
-        yield ("metadata", "name"), f"{name!r} is no name of an object: a-z, 0-9, - and ., at most 253 characters"
+    field = "name" if metadata.get("name") or "generateName" not in metadata else "generateName"
+    name = metadata.get(field)
+    if not isinstance(name, str) or not _NAME.fullmatch(full_name(metadata)) or len(name) > 253:
+        yield ("metadata", field), f"{name!r} is no {field} of an object: a-z, 0-9, - and ., at most 253 characters"
 
 
 def _rule_findings(content: dict[str, Any], *, restricted: bool) -> Iterator[Finding]:
-    if content["apiVersion"].startswith("ray.io/") and content["kind"] in CLUSTERS:
+    if content["apiVersion"].startswith("ray.io/") and content["kind"] in MAX_NAME_LENGTH:
         yield from operator_findings(content)
     if restricted:
         yield from restricted_findings(content)
-
-
-class _Once(yaml.CSafeLoader):
-    """YAML whose mappings give no key twice, as the API server's strict decoder wants it."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Return the mapping; a repeated key is an error at its line."""
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice, the second time", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=deep)

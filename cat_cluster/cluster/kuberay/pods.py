@@ -20,8 +20,8 @@ _LABELS = {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/compon
 _SPOT = ("cat-cluster/spot", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 
 
-def head_template(image: str, *, spec_map: str, scales: bool) -> dict[str, Any]:
-    """Return the head's pod. spec_map: the ConfigMap with the spec; scales: the autoscaler runs in it."""
+def head_template(image: str, *, spec_map: str | None, scales: bool) -> dict[str, Any]:
+    """Return the head's pod. spec_map: the ConfigMap with the spec, if any; scales: the autoscaler runs in it."""
     metrics = [
         _port("metrics", METRICS_PORT),
         *([_port("as-metrics", AUTOSCALER_METRICS_PORT)] if scales else []),
@@ -35,9 +35,10 @@ def head_template(image: str, *, spec_map: str, scales: bool) -> dict[str, Any]:
         "resources": _resources("2", "8Gi"),
         **_probes(),
     }
-    container["volumeMounts"].append({"name": "job", "mountPath": SPEC_FOLDER, "readOnly": True})
     pod = _pod(container, HEAD_ACCOUNT if scales else ACCOUNT)
-    pod["volumes"].append({"name": "job", "configMap": {"name": spec_map}})
+    if spec_map is not None:
+        container["volumeMounts"].append({"name": "job", "mountPath": SPEC_FOLDER, "readOnly": True})
+        pod["volumes"].append({"name": "job", "configMap": {"name": spec_map}})
     if scales:
         pod["volumes"].append(_token_volume())
     # A head that is moved costs the run a new cluster.
@@ -104,6 +105,8 @@ def _pod(container: dict[str, Any], account: str) -> dict[str, Any]:
     return {
         "serviceAccountName": account,
         "automountServiceAccountToken": False,
+        # Kubernetes would put an address of every Service here into the environment, such as S3_PORT=tcp://...
+        "enableServiceLinks": False,
         "priorityClassName": PRIORITY,
         "securityContext": {
             "runAsNonRoot": True,
@@ -155,7 +158,8 @@ def _port(name: str, number: int) -> dict[str, Any]:
 
 def _resources(cpus: str, memory: str, *, gpus: int = 0) -> dict[str, Any]:
     """As much as is asked for, and no more: Ray deals out what the limits say."""
-    amounts = {"cpu": cpus, "memory": memory, **({"nvidia.com/gpu": gpus} if gpus else {})}
+    # All are text, as the operator writes them back: a second apply finds nothing changed.
+    amounts = {"cpu": cpus, "memory": memory, **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
     return {"requests": dict(amounts), "limits": dict(amounts)}
 
 

@@ -1,19 +1,20 @@
 """A job spec as Kubernetes objects: a RayJob with a cluster of its own, and a ConfigMap that holds the spec.
 
-The objects rely on what `kubectl apply -k k8s/overlays/...` has put into the namespace: the service accounts, priority
-classes and network policies of k8s/base, and the Secrets it names.
+A spec that is too large for a ConfigMap lies in the storage, and the job has its address. The objects rely on what
+`kubectl apply -k k8s/overlays/...` has put into the namespace: the service accounts, priority classes and network
+policies of k8s/base, and the Secrets it names.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
-
-import yaml
 
 from cat_cluster.cluster.kuberay.pods import (
     IMAGE,
@@ -24,7 +25,9 @@ from cat_cluster.cluster.kuberay.pods import (
     worker_template,
 )
 from cat_cluster.cluster.kuberay.rules import MAX_NAME_LENGTH
-from cat_cluster.cluster.runs import run_id_of
+from cat_cluster.cluster.kuberay.yaml_text import dump
+from cat_cluster.cluster.runs import Expectation, run_id_of
+from cat_cluster.cluster.stored_spec import spec_address, store_spec
 from cat_cluster.cluster.submit import image_digests_of, with_stored_images
 from cat_cluster.errors import SpecError
 from cat_cluster.spec.job import JobSpec
@@ -37,9 +40,14 @@ RETRIES = 2  # each is a new cluster, and goes on from the store
 START_SECONDS = 3600  # machines may have to be bought first
 INSPECTION_SECONDS = 600  # that the cluster of a failed job is kept for inspection
 KEEP_SECONDS = 7 * 24 * 3600  # that a job's record is kept in Kubernetes; the run's own is in the storage
+LARGEST_INT32 = 2**31 - 1  # of Kubernetes' counts and seconds
+MAX_SPEC = 240 << 10  # bytes as JSON: `kubectl apply` keeps an object in an annotation, and these end at 256 KiB
 _DIGEST = 8
-_IMAGE_NAME = (
-    r"[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?(/[a-z0-9][a-z0-9._-]*)*(:[\w][\w.-]{0,127})?(@[a-z0-9]+:[a-f0-9]+)?"
+_LABEL = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+_PART = r"[a-z0-9]+((\.|__?|-+)[a-z0-9]+)*"
+_IMAGE_NAME = (  # registry, path, tag, digest
+    rf"([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]+)?/)?{_PART}(/{_PART})*"
+    r"(:\w[\w.-]{0,127})?(@(sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}))?"
 )
 _LABELS = {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/component": "training"}
 
@@ -59,54 +67,78 @@ class RenderOptions:
 
 
 def upload_job(job: JobSpec, store: ObjectStore) -> tuple[JobSpec, str]:
-    """Store the local photos of a job as `submit` does; return the job that names them there, and its run.
+    """Store the local photos of a job as `submit` does, and a large spec; return the job as stored, and its run.
 
     Raises ConceptError for photos that training would refuse, StoreError.
     """
     refuse_local_paths(job, store.url, uploads=True)
     store.check_access()
-    return with_stored_images(job, store), run_id_of(job, image_digests_of(job))
+    stored, run_id = with_stored_images(job, store), run_id_of(job, image_digests_of(job))
+    put_spec(stored, store)
+    return stored, run_id
 
 
-def render_job(job: JobSpec, storage: str, options: RenderOptions) -> list[dict[str, Any]]:
-    """Return the ConfigMap and the RayJob of a spec, to be applied in this order.
+def put_spec(job: JobSpec, store: ObjectStore) -> None:
+    """Store the spec of a job if it is too large for Kubernetes; raises StoreError."""
+    if _is_large(text := _spec_text(job, store.url)):
+        store_spec(text, store)
 
-    Unless it is given, the name ends with a digest of the spec: a changed spec is another job, as KubeRay disregards
-    changes of one that is there. Raises SpecError for what a cluster in Kubernetes cannot see or KubeRay refuses.
+
+def expectation_of(ray_job: dict[str, Any], options: RenderOptions, *, after: int = 0) -> Expectation:
+    """Return what those who follow the run of a rendered RayJob wait for. after: the run's last attempt so far.
+
+    Each try of KubeRay's has START_SECONDS to start; who suspends the job or queues it may let it start at any time.
+    """
+    name = ray_job["metadata"]["name"]
+    waits = options.suspend or options.queue is not None
+    return Expectation(
+        job=f"RayJob {name} in namespace {options.namespace}",
+        look=f"`kubectl -n {options.namespace} describe rayjob {name}`",
+        after=after,
+        seconds=None if waits else min((RETRIES + 1) * START_SECONDS, options.hours * 3600),
+    )
+
+
+def render_job(job: JobSpec, storage: str, options: RenderOptions, *, uploaded: bool = False) -> list[dict[str, Any]]:
+    """Return the ConfigMap and the RayJob of a spec, to be applied in this order; of a large spec the RayJob alone.
+
+    uploaded: `upload_job` made the job. Unless it is given, the name ends with a digest of the spec and of what the
+    pods are made of: KubeRay disregards such changes of a job that is there, so they make another one. Raises
+    SpecError for what a cluster in Kubernetes cannot see, and what Kubernetes or KubeRay refuses.
     """
     refuse_local_paths(job, storage)
     if options.queue is not None and not isinstance(job.cluster.workers, int):
         raise SpecError("cluster.workers: Kueue admits a fixed number; give one, or leave --queue out")
-    content = job.model_copy(update={"storage": storage}).model_dump(mode="json", exclude_unset=True)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-    name = _name(job.name, text) if options.name is None else options.name
+    _check_options(options)
+    text, image = _spec_text(job, storage), _image(options)
+    name = _name(job.name, text, image, options) if options.name is None else options.name
     longest = MAX_NAME_LENGTH["RayJob"]
     if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise SpecError(
             f"--name {name}: must begin with a letter and hold a-z, 0-9 and -, {longest} characters at most"
         )
-    _check_options(options)
     about = {"name": name, "namespace": options.namespace, "labels": dict(_LABELS)}
-    spec_map = {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": about,
-        "immutable": True,
-        "data": {"spec.yaml": text},
-    }
     queue = {} if options.queue is None else {"kueue.x-k8s.io/queue-name": options.queue}
+    address = spec_address(text, storage) if _is_large(text) else None
     ray_job = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {**about, "labels": {**_LABELS, **queue}},
-        "spec": _job_spec(job, name, options),
+        "spec": _job_spec(job, image, options, address or f"{SPEC_FOLDER}/spec.yaml", None if address else name),
     }
-    return [spec_map, ray_job]
+    if address is None:
+        return [_spec_map(about, text), ray_job]
+    if not uploaded:
+        raise SpecError(
+            f"the spec has {len(text.encode()) >> 10} KiB, more than an object of Kubernetes holds: give --upload, "
+            f"which puts it into the storage as {address}"
+        )
+    return [ray_job]
 
 
 def manifest_text(documents: Sequence[dict[str, Any]]) -> str:
-    """Return documents as YAML, texts of several lines as they are."""
-    return "".join("---\n" + yaml.dump(one, Dumper=_Dumper, sort_keys=False, width=120) for one in documents)
+    """Return documents as YAML that Kubernetes and other readers take alike, texts of several lines as they are."""
+    return "".join(f"---\n{dump(one)}" for one in documents)
 
 
 def refuse_local_paths(job: JobSpec, storage: str, *, uploads: bool = False) -> None:
@@ -137,29 +169,55 @@ def refuse_local_paths(job: JobSpec, storage: str, *, uploads: bool = False) -> 
                 )
 
 
+def _spec_text(job: JobSpec, storage: str) -> str:
+    return dump(job.model_copy(update={"storage": storage}).model_dump(mode="json", exclude_unset=True))
+
+
+def _is_large(text: str) -> bool:
+    """Whether a spec leaves too little room in the annotation, where Go's JSON has six characters for <, > and &."""
+    return len(json.dumps(text, ensure_ascii=False).encode()) + 5 * sum(map(text.count, "<>&")) > MAX_SPEC
+
+
+def _spec_map(about: dict[str, Any], text: str) -> dict[str, Any]:
+    data = {"spec.yaml": text}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "immutable": True, "data": data}
+
+
 def _check_options(options: RenderOptions) -> None:
-    """Refuse names that Kubernetes would refuse when the objects are applied, or never find."""
-    label = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
-    for option, value in (("--namespace", options.namespace), ("--queue", options.queue)):
-        if value is not None and not re.fullmatch(label, value):
-            raise SpecError(
-                f"{option} {value!r}: must hold a-z, 0-9 and -, begin and end with a letter or digit, 63 at most"
-            )
-    if options.image is not None and not re.fullmatch(_IMAGE_NAME, options.image):
+    """Refuse what Kubernetes would refuse when the objects are applied, or never find."""
+    if not re.fullmatch(_LABEL, options.namespace):
+        raise SpecError(
+            f"--namespace {options.namespace!r}: must hold a-z, 0-9 and -, begin and end with a letter or digit, "
+            "63 at most"
+        )
+    queue = options.queue
+    if queue is not None and not (len(queue) <= 63 and re.fullmatch(rf"{_LABEL}(\.{_LABEL})*", queue)):
+        raise SpecError(
+            f"--queue {queue!r}: must hold a-z, 0-9, - and ., begin and end with a letter or digit, 63 at most"
+        )
+    if options.image is not None and not (len(options.image) <= 255 and re.fullmatch(_IMAGE_NAME, options.image)):
         raise SpecError(f"--image {options.image!r}: is not the name of an image, such as registry.example/cat:1.0")
+    if not 1 <= options.hours <= LARGEST_INT32 // 3600:
+        raise SpecError(f"--hours {options.hours}: must be from 1 to {LARGEST_INT32 // 3600}")
 
 
-def _name(title: str, text: str) -> str:
+def _image(options: RenderOptions) -> str:
+    return options.image or f"{IMAGE}:{metadata.version('cat-cluster')}{'-gpu' if options.gpu else ''}"
+
+
+def _name(title: str, text: str, image: str, options: RenderOptions) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     slug = slug if re.match(r"[a-z]", slug) else f"job-{slug}".rstrip("-")
-    digest = hashlib.sha256(text.encode()).hexdigest()[:_DIGEST]
+    made_of = json.dumps([text, image, options.gpu, options.packs])
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:_DIGEST]
     return f"{slug[: MAX_NAME_LENGTH['RayJob'] - _DIGEST - 1].rstrip('-')}-{digest}"
 
 
-def _job_spec(job: JobSpec, name: str, options: RenderOptions) -> dict[str, Any]:
-    image = options.image or f"{IMAGE}:{metadata.version('cat-cluster')}{'-gpu' if options.gpu else ''}"
+def _job_spec(
+    job: JobSpec, image: str, options: RenderOptions, spec_place: str, spec_map: str | None
+) -> dict[str, Any]:
     return {
-        "entrypoint": f"python -m jobs.train {SPEC_FOLDER}/spec.yaml",
+        "entrypoint": f"python -m jobs.train {shlex.quote(spec_place)}",
         "submissionMode": "K8sJobMode",
         **({"suspend": True} if options.suspend else {}),
         "backoffLimit": RETRIES,
@@ -168,7 +226,7 @@ def _job_spec(job: JobSpec, name: str, options: RenderOptions) -> dict[str, Any]
         **_ending(options),
         "submitterConfig": {"backoffLimit": 3},
         "submitterPodTemplate": submitter_template(image),
-        "rayClusterSpec": _cluster_spec(job, name, image, options),
+        "rayClusterSpec": _cluster_spec(job, image, options, spec_map),
     }
 
 
@@ -186,16 +244,23 @@ def _ending(options: RenderOptions) -> dict[str, Any]:
     return {"deletionStrategy": {"deletionRules": rules}}
 
 
-def _cluster_spec(job: JobSpec, name: str, image: str, options: RenderOptions) -> dict[str, Any]:
+def _cluster_spec(job: JobSpec, image: str, options: RenderOptions, spec_map: str | None) -> dict[str, Any]:
     """A job looks at what its cluster has when it starts, so the least it needs is there from the beginning."""
     workers = job.cluster.workers
     least, most = (workers, workers) if isinstance(workers, int) else workers
     scales = most > least
+    if most * options.packs > LARGEST_INT32:
+        raise SpecError(
+            f"cluster.workers: {most} workers for each of {options.packs} packs are more than {LARGEST_INT32} pods; "
+            "give fewer, or a smaller --packs"
+        )
     group = {
         "groupName": "gpu" if options.gpu else "cpu",
-        "replicas": least * options.packs,
+        # Those of a group that scales are the autoscaler's, and applying the job again must not set them back.
+        **({} if scales else {"replicas": least * options.packs}),
         "minReplicas": least * options.packs,
         "maxReplicas": most * options.packs,
+        "scaleStrategy": {},  # as the operator writes it
         "rayStartParams": {},
         "template": worker_template(image, gpu=options.gpu),
     }
@@ -206,22 +271,7 @@ def _cluster_spec(job: JobSpec, name: str, image: str, options: RenderOptions) -
         "headGroupSpec": {
             # The driver alone runs on the head: a pack that fills it would take the cluster down with it.
             "rayStartParams": {"num-cpus": "0"},
-            "template": head_template(image, spec_map=name, scales=scales),
+            "template": head_template(image, spec_map=spec_map, scales=scales),
         },
         "workerGroupSpecs": [group],
     }
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML for people: a text of several lines as a block, and nothing by reference."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        """Write everything out."""
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)

@@ -13,12 +13,13 @@ from typing import Any
 
 import yaml
 
-from cat_cluster.cluster.kuberay.schemas import FieldPath, Finding
+from cat_cluster.cluster.kuberay.silent_rules import GENERATED, group_findings, job_findings, manager_findings
+from cat_cluster.cluster.kuberay.validation import FieldPath, Finding
 from cat_cluster.spec.yaml_bounds import load_yaml
 
 Json = Mapping[str, Any]
 
-MAX_NAME_LENGTH = {"RayCluster": 53, "RayJob": 47, "RayService": 47}
+MAX_NAME_LENGTH = {"RayCluster": 53, "RayCronJob": 36, "RayJob": 47, "RayService": 47}
 # Where a kind keeps the spec of its cluster.
 CLUSTERS: Mapping[str, FieldPath] = {
     "RayCluster": ("spec",),
@@ -32,7 +33,8 @@ _MINIMA = {
     "rayClusterDeletionDelaySeconds": 0,
     "ttlSecondsAfterFinished": 0,
 }
-_SUBMISSION_MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
+_JOB_TEMPLATE: FieldPath = ("spec", "jobTemplate")
+_MAX_PREFIX = 58  # of a generated name
 _UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 _RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 _TOKEN_AUTH_SINCE = (2, 52)
@@ -41,9 +43,12 @@ _DELETION_RULES: FieldPath = ("spec", "deletionStrategy", "deletionRules")
 
 
 def operator_findings(document: Json) -> Iterator[Finding]:
-    """Yield what the operator refuses of a RayCluster, RayJob or RayService whose schema is right."""
+    """Yield what the operator refuses of one of KubeRay's objects whose schema is right."""
     kind, spec = document["kind"], document.get("spec", {})
     yield from _name_findings(document)
+    if kind == "RayCronJob":
+        yield from in_job_template(operator_findings(job_of(document)))
+        return
     for name, least in _MINIMA.items():
         if spec.get(name, least) < least:
             yield ("spec", name), f"must be {least} or more"
@@ -53,10 +58,28 @@ def operator_findings(document: Json) -> Iterator[Finding]:
         yield from _service_findings(spec)
     path = CLUSTERS[kind]
     cluster = at(document, path)
+    yield from manager_findings({("spec",): spec, path: cluster})
     if kind != "RayJob" or cluster:
-        yield from _cluster_findings(path, cluster or {}, at(document, ("metadata", "annotations")) or {})
+        yield from _cluster_findings(path, cluster or {}, document)
     if kind != "RayCluster" and at(cluster, ("upgradeStrategy", "type")):
         yield (*path, "upgradeStrategy"), f"is for a RayCluster of its own, not for that of a {kind}; leave it out"
+
+
+def job_of(cron_job: Json) -> Json:
+    """Return a RayJob of a RayCronJob, by a name that fits."""
+    return {"kind": "RayJob", "metadata": {"name": "generated"}, "spec": at(cron_job, _JOB_TEMPLATE) or {}}
+
+
+def in_job_template(findings: Iterator[Finding]) -> Iterator[Finding]:
+    """Yield findings of `job_of` at their places in the RayCronJob."""
+    for path, message in findings:
+        yield (*_JOB_TEMPLATE, *path[1:]), message
+
+
+def full_name(metadata: Json) -> str:
+    """Return the name of an object, or one that Kubernetes may make of generateName."""
+    name = metadata.get("name") or f"{metadata.get('generateName', '')[:_MAX_PREFIX]}{'x' * GENERATED}"
+    return str(name)
 
 
 def at(document: Any, path: FieldPath) -> Any:
@@ -71,17 +94,18 @@ def at(document: Any, path: FieldPath) -> Any:
 
 def _name_findings(document: Json) -> Iterator[Finding]:
     """A name becomes part of the names of pods and services, which leaves it less room than Kubernetes does."""
-    name, most = document["metadata"].get("name", "generated"), MAX_NAME_LENGTH[document["kind"]]
+    name, most = full_name(document["metadata"]), MAX_NAME_LENGTH[document["kind"]]
+    field = "name" if document["metadata"].get("name") else "generateName"
     if len(name) > most:
-        yield ("metadata", "name"), f"has {len(name)} characters; {document['kind']} may have {most}: shorten it"
+        yield ("metadata", field), f"has {len(name)} characters; {document['kind']} may have {most}: shorten it"
     if not _DNS_1035.fullmatch(name):
-        yield ("metadata", "name"), f"{name!r} must begin with a letter and hold a-z, 0-9 and - alone"
+        yield ("metadata", field), f"{name!r} must begin with a letter and hold a-z, 0-9 and - alone"
 
 
 def _job_findings(spec: Json) -> Iterator[Finding]:
-    mode = spec.get("submissionMode", "K8sJobMode")
-    if mode not in _SUBMISSION_MODES:  # the CRD and the operator take any text, and the job is never submitted
-        yield ("spec", "submissionMode"), f"{mode!r} is not one of {', '.join(_SUBMISSION_MODES)}"
+    yield from job_findings(spec)
+    if spec.get("submissionMode") == "InteractiveMode" and spec.get("backoffLimit"):
+        yield ("spec", "backoffLimit"), "cannot be used with InteractiveMode: leave it out"
     ends = spec.get("shutdownAfterJobFinishes")
     for name in ("suspend", "ttlSecondsAfterFinished"):
         if spec.get(name) and not ends:
@@ -143,11 +167,12 @@ def _service_findings(spec: Json) -> Iterator[Finding]:
         yield ("spec", "serveConfigV2"), "must be YAML of a Serve config with applications, such as serve/config.yaml"
 
 
-def _cluster_findings(path: FieldPath, spec: Json, annotations: Mapping[str, str]) -> Iterator[Finding]:
+def _cluster_findings(path: FieldPath, spec: Json, document: Json) -> Iterator[Finding]:
     head: FieldPath = (*path, "headGroupSpec")
     groups = [(head, spec.get("headGroupSpec", {}))]
     for index, group in enumerate(spec.get("workerGroupSpecs", ())):
         groups.append(((*path, "workerGroupSpecs", index), group))
+        yield from group_findings(groups[-1][0], group, document["kind"], full_name(document["metadata"]))
         least, most = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
         if not 0 <= least <= most:
             yield (*groups[-1][0], "minReplicas"), f"{least} must be from 0 to maxReplicas, which is {most}"
@@ -163,7 +188,7 @@ def _cluster_findings(path: FieldPath, spec: Json, annotations: Mapping[str, str
             yield (*place, "template", "spec", "restartPolicy"), "must be Never or left out with autoscaler v2"
     if (at(spec, ("autoscalerOptions", "idleTimeoutSeconds")) or 0) < 0:
         yield (*path, "autoscalerOptions", "idleTimeoutSeconds"), "must be 0 or more"
-    yield from _fault_tolerance_findings(head, spec, annotations)
+    yield from _fault_tolerance_findings(head, spec, at(document, ("metadata", "annotations")) or {})
     version = re.match(r"\s*v?(\d+)\.(\d+)", spec.get("rayVersion", ""))
     is_known = version is not None and tuple(map(int, version.groups())) >= _TOKEN_AUTH_SINCE
     if at(spec, ("authOptions", "mode")) == "token" and not is_known:

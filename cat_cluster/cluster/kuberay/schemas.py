@@ -8,26 +8,23 @@ sha256 of the original files. For another release, run this with a folder of its
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import json
 import lzma
-import re
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import yaml
-from jsonschema import Draft202012Validator
-from jsonschema.exceptions import ValidationError
-from jsonschema.validators import extend
 
+from cat_cluster.cluster.kuberay.validation import Finding, SchemaCheck, bounded_integers, nearest
 from cat_cluster.errors import ClusterError
 
 KUBERNETES_VERSION = "1.33"  # the oldest that the manifests are written for
@@ -50,8 +47,7 @@ _METADATA = {
     "additionalProperties": False,
 }
 
-FieldPath = tuple[str | int, ...]
-Finding = tuple[FieldPath, str]
+_REFERENCE = "/api/_definitions.json#"  # in the schemas of kubernetes-validate
 
 
 @dataclass(frozen=True)
@@ -59,15 +55,30 @@ class Schemas:
     """Closed schemas of custom kinds by "apiVersion kind"; those of Kubernetes' own kinds are always there."""
 
     custom: Mapping[str, Any]
+    _checks: dict[str, SchemaCheck] = field(default_factory=dict, compare=False, repr=False)
+
+    def knows(self, document: Mapping[str, Any]) -> bool:
+        """Say whether the kinds of the document's API group are known, so that one that is not there is a mistake."""
+        group, slash, _ = document["apiVersion"].partition("/")
+        return not slash or "." not in group or group in _groups(*self.custom)  # a custom group has a point
 
     def findings(self, document: Mapping[str, Any]) -> Iterator[Finding]:
-        """Yield what the schema of the document's kind refuses, each at its path."""
-        schema = self.custom.get(f"{document['apiVersion']} {document['kind']}")
-        if schema is None:
-            yield from _core_findings(document)
-            return
-        for error in _Validator(schema).iter_errors(document):
-            yield from _explained(error)
+        """Yield what the schema of the document's kind refuses, each at its path; nothing of groups not known."""
+        api, kind = document["apiVersion"], document["kind"]
+        key = f"{api} {kind}"
+        if key in self.custom or key in _core():
+            if key not in self._checks:
+                custom = key in self.custom
+                schema = self.custom[key] if custom else {"$ref": f"#/$defs/{_core()[key]}", "$defs": _definitions()}
+                self._checks[key] = SchemaCheck(schema, map_keys=custom)
+            yield from self._checks[key].findings(document)
+        elif self.knows(document):
+            kinds = [one.split()[1] for one in (*self.custom, *_core()) if one.split()[0] == api]
+            yield (
+                ("kind",),
+                f"{kind} of {api} is neither KubeRay's nor one of Kubernetes {KUBERNETES_VERSION}; "
+                f"{nearest(kind, kinds) if kinds else 'correct the apiVersion'}",
+            )
 
 
 def load_schemas(source: str | None = None) -> Schemas:
@@ -117,19 +128,16 @@ def closed_schemas(name: str, text: bytes) -> Iterator[tuple[str, Any]]:
     for document in documents:
         if not isinstance(document, dict) or document.get("kind") != "CustomResourceDefinition":
             continue
-        spec = document["spec"]
-        for version in spec["versions"]:
-            schema = _close(version["schema"]["openAPIV3Schema"])
-            schema["properties"] |= {"apiVersion": _TEXT, "kind": _TEXT, "metadata": _METADATA}
-            yield f"{spec['group']}/{version['name']} {spec['names']['kind']}", schema
-
-
-def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
-    """Return the end of a message about an unknown name: what was probably meant, or what there is."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"here may be {', '.join(sorted(known))}" if known else "nothing may be here"
+        try:
+            spec = document["spec"]
+            for version in spec["versions"]:
+                schema = _close(bounded_integers(version["schema"]["openAPIV3Schema"]))
+                schema["properties"] |= {"apiVersion": _TEXT, "kind": _TEXT, "metadata": _METADATA}
+                yield f"{spec['group']}/{version['name']} {spec['names']['kind']}", schema
+        except (KeyError, TypeError) as error:
+            raise ClusterError(
+                f"--crds: {name} holds a CustomResourceDefinition without {error}; correct it"
+            ) from error
 
 
 def _read(folder: Path) -> dict[str, bytes]:
@@ -180,62 +188,30 @@ def _close(schema: Any) -> Any:
     return kept
 
 
-def _unique_items(
-    validator: Any, keys: list[str], instance: Any, schema: Mapping[str, Any]
-) -> Iterator[ValidationError]:
-    """An API server refuses two items of a list with the same keys; a key that is left out has its default."""
-    if not isinstance(instance, list):
-        return
-    properties = schema.get("items", {}).get("properties", {})
-    seen = set()
-    for index, item in enumerate(instance):
-        if not isinstance(item, dict):
-            continue
-        values = tuple(str(item.get(key, properties.get(key, {}).get("default"))) for key in keys)
-        if values in seen:
-            what = ", ".join(f"{key} {value}" for key, value in zip(keys, values, strict=True))
-            yield ValidationError(f"is the second with {what}; each may be there once", path=[index])
-        seen.add(values)
+@functools.cache
+def _core() -> Mapping[str, str]:
+    """Return the name of the definition of each of Kubernetes' own kinds, by "apiVersion kind"."""
+    return {
+        f"{one['group']}/{one['version']} {one['kind']}".removeprefix("/"): name
+        for name, schema in _definitions().items()
+        for one in schema.get("x-kubernetes-group-version-kind", ())
+    }
 
 
-_Validator: Callable[[Any], Any] = extend(Draft202012Validator, {"x-kubernetes-list-map-keys": _unique_items})
+@functools.cache
+def _definitions() -> Mapping[str, Any]:
+    """Return Kubernetes' schemas, as kubernetes-validate has them; its `validate` reads them again each time."""
+    folder = resources.files(kubernetes_validate) / "kubernetes-json-schema"
+    names = [one.name for one in folder.iterdir()]
+    (name,) = (name for name in names if name.startswith(f"v{KUBERNETES_VERSION}.") and name.endswith("-local-strict"))
+    text = (folder / name / "_definitions.json").read_text(encoding="utf-8").replace(_REFERENCE, "#")
+    definitions: Mapping[str, Any] = bounded_integers(json.loads(text)["$defs"])
+    return definitions
 
 
-def _explained(error: ValidationError) -> Iterator[Finding]:
-    """Turn a schema's error into findings: one for each unknown field, with what was probably meant."""
-    path: FieldPath = tuple(error.absolute_path)
-    if error.validator == "additionalProperties" and isinstance(error.schema, dict):
-        known = error.schema.get("properties", {})
-        patterns = error.schema.get("patternProperties", {})
-        for name in map(str, error.instance):
-            if name not in known and not any(re.search(pattern, name) for pattern in patterns):
-                yield (*path, name), f"unknown field; {nearest(name, known)}"
-    elif error.validator == "required":
-        for name in error.validator_value:
-            if name not in error.instance:
-                yield (*path, str(name)), "is missing, and required"
-    elif error.validator == "type":
-        wanted = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
-        yield path, f"must be {' or '.join(wanted)}, got {error.instance!r:.80}"
-    elif error.validator == "enum":
-        yield path, f"{error.instance!r:.80} is not one of {', '.join(map(str, error.validator_value))}"
-    elif error.validator == "pattern":
-        yield path, f"{error.instance!r:.80} does not match {error.validator_value}"
-    else:
-        yield path, error.message[:200]
-
-
-def _core_findings(document: Mapping[str, Any]) -> Iterator[Finding]:
-    try:
-        kubernetes_validate.validate(dict(document), KUBERNETES_VERSION, strict=True)
-    except kubernetes_validate.ValidationError as error:
-        yield from _explained(error)
-    except kubernetes_validate.SchemaNotFoundError:
-        yield (
-            ("kind",),
-            f"{document['kind']} of {document['apiVersion']} is neither KubeRay's nor one of Kubernetes "
-            f"{KUBERNETES_VERSION}; correct it, or put its CRD in the folder of --crds",
-        )
+@functools.cache
+def _groups(*custom: str) -> frozenset[str]:
+    return frozenset(key.split("/")[0] for key in (*custom, *_core()) if "/" in key)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from cat_cluster.cluster.kuberay.rules import CLUSTERS, at
-from cat_cluster.cluster.kuberay.schemas import FieldPath, Finding
+from cat_cluster.cluster.kuberay.rules import CLUSTERS, at, in_job_template, job_of
+from cat_cluster.cluster.kuberay.validation import FieldPath, Finding
 
 _PROFILES = ("RuntimeDefault", "Localhost")
 _VOLUMES = ("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret")
@@ -40,12 +40,20 @@ _ALLOWED: Mapping[str, Collection[Any]] = {
     "capabilities.add": ("NET_BIND_SERVICE",),
 }
 # Where a kind keeps pods of its own; a RayJob's other pods are those of its cluster.
-_TEMPLATES: tuple[FieldPath, ...] = ((), ("spec", "template"), ("spec", "submitterPodTemplate"))
+_TEMPLATES: tuple[FieldPath, ...] = (
+    (),
+    ("spec", "template"),
+    ("spec", "jobTemplate", "spec", "template"),
+    ("spec", "submitterPodTemplate"),
+)
 Json = Mapping[str, Any]
 
 
 def restricted_findings(document: Json) -> Iterator[Finding]:
     """Yield what keeps the pods of a manifest, KubeRay's additions to it included, out of such a namespace."""
+    if document["kind"] == "RayCronJob":
+        yield from in_job_template(restricted_findings(job_of(document)))
+        return
     for path, pod in pods_of(document):
         yield from _forbidden((*path, "spec"), pod)
         for index, volume in enumerate(pod.get("volumes", ())):

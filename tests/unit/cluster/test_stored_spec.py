@@ -1,0 +1,44 @@
+"""Specs in the storage: found by their address, and read only when they are what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cat_cluster.cluster.stored_spec import load_job, spec_address, store_spec
+from cat_cluster.errors import SpecError
+from cat_cluster.spec.job import load_spec
+from cat_cluster.store import open_store
+from jobs import train
+
+SPEC = """\
+name: tea
+adapters:
+- id: cup
+  concepts:
+  - {token: sks, class_noun: Täßchen, images: s3://bucket/cups}
+"""
+
+
+def test_a_stored_spec_is_the_spec_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "spec.yaml"
+    file.write_text(SPEC)
+    store = open_store((tmp_path / "a store").as_uri())
+    address = store_spec(SPEC, store)
+    assert store_spec(SPEC, store) == address == spec_address(SPEC, store.url)
+    assert len(store.list("specs/")) == 1
+    assert load_job(address) == load_job(str(file)) == load_spec(file)
+
+
+def test_a_spec_that_is_not_there_or_another_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = open_store(tmp_path / "store")
+    address = spec_address(SPEC, store.url)
+    with pytest.raises(SpecError, match=r"has no such spec.*--upload"):
+        load_job(address)
+    store_spec(SPEC, store)
+    store.put(store.list("specs/")[0], SPEC.replace("tea", "ink").encode())
+    with pytest.raises(SpecError, match=r"damaged.*another digest"):
+        load_job(address)
+    assert train.main([address]) == 1
+    assert "damaged" in capsys.readouterr().out
