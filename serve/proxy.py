@@ -1,4 +1,4 @@
-"""What stands before the application inside Ray Serve's own HTTP proxy: its errors in the API's form, and its headers.
+"""What stands before Ray Serve's own HTTP proxy: its errors take the API's form, and no client's header steers it.
 
 Ray Serve's proxies call `middlewares` where RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it (CALLBACK).
 """
@@ -16,8 +16,15 @@ CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 CALLBACK = "serve.proxy.middlewares"
 
 _OWN_PATHS = "/-/"  # Ray Serve's health and routes
-# The proxy decodes these and responds to odd bytes with a plain 500; the first three would choose the replica.
-_READ_BY_RAY = frozenset({b"serve_multiplexed_model_id", b"serve-multiplexed-model-id", b"x-session-id"})
+# With `_` for `-`, as the proxy compares them: which replica, which deadline, and to go on without a client.
+_STEERING = frozenset(
+    {
+        b"serve_multiplexed_model_id",
+        b"x_session_id",
+        b"x_request_timeout_seconds",
+        b"x_request_disconnect_disabled",
+    }
+)
 _MARK = next(iter(ADDED_HEADERS))
 _RESTART_S = 10.0  # about what an application takes to start
 
@@ -28,7 +35,7 @@ def middlewares() -> list[Middleware]:
 
 
 class ProxyGuard:
-    """ASGI middleware that gives the proxy's own responses the API's form; the application's pass as they are.
+    """ASGI middleware: headers that the proxy obeys, or stumbles over, do not reach it; its own errors are replaced.
 
     The proxy responds by itself, in plain text, while the application starts or has ended (404), is full or has no
     replica (503), and when something breaks (500). Clients retry a 503 with Retry-After, and nobody retries a 404.
@@ -42,7 +49,7 @@ class ProxyGuard:
         if scope["type"] != "http" or scope["path"].startswith(_OWN_PATHS):
             await self._app(scope, receive, send)
             return
-        scope["headers"] = [(name, value) for name, value in scope["headers"] if _may_pass(name.lower(), value)]
+        scope = {**scope, "headers": [header for header in scope["headers"] if _may_pass(*header)]}
         is_replaced = False
 
         async def sent(message: Message) -> None:
@@ -58,12 +65,13 @@ class ProxyGuard:
 
 
 def _may_pass(name: bytes, value: bytes) -> bool:
-    """Say whether a request's header goes on to the proxy; an id that nobody could log is replaced by the proxy's."""
+    """Say whether a request's header goes on to the proxy, which decodes some and responds to odd bytes with a 500."""
+    name = name.lower()
     if name == b"x-request-id":
-        return is_request_id(value.decode("latin-1"))
+        return is_request_id(value.decode("latin-1"))  # which decodes all
     if name == b"traceparent":
         return value.isascii()
-    return name not in _READ_BY_RAY
+    return name.isascii() and name.replace(b"-", b"_") not in _STEERING
 
 
 def _error_of(status: int) -> HttpError:

@@ -16,6 +16,7 @@ from typing import Any
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN"] = "a-token-of-the-tests-that-guards-nothing"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "serve.proxy.middlewares"  # as the command does
 
 import ray
 from ray import serve as ray_serve

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import ray
 
 from cat_cluster.errors import ClusterError
 from serve.local import serve_here
+from serve.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve.settings import ServeSettings
 
 
@@ -32,8 +34,12 @@ def test_a_long_temporary_folder_is_refused_before_ray_starts(tmp_path: Path, mo
 
 def test_a_ray_that_does_not_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**options: object) -> None:
+        assert os.environ[CALLBACK_VARIABLE] == CALLBACK  # Ray's processes have the environment of this moment
         raise Exception("The current node timed out during startup.\nand more")  # as Ray raises it
 
+    for name in (CALLBACK_VARIABLE, "RAY_AUTH_TOKEN", "RAY_COLOR_PREFIX"):
+        monkeypatch.setenv(name, "restored to what it was, whatever is set meanwhile")
+        monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_TMPDIR", "/tmp")
     monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(

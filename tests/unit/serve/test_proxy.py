@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from ray.serve._private.http_util import convert_object_to_asgi_messages, validate_http_proxy_callback_return
 from ray.serve._private.utils import call_function_from_import_path as called
 
-from serve.proxy import CALLBACK, ProxyGuard
+from serve.proxy import CALLBACK, CALLBACK_VARIABLE, ProxyGuard
 from tests.support.ingress_server import scope
 
 OURS = [(b"x-content-type-options", b"nosniff")]
 
 
-def sent_by(app: Any, path: str = "/v1/models", headers: dict[bytes, bytes] | None = None) -> list[dict[str, Any]]:
+def sent_by(app: Any, path: str = "/v1/models") -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
 
     async def send(message: Any) -> None:
@@ -25,9 +26,7 @@ def sent_by(app: Any, path: str = "/v1/models", headers: dict[bytes, bytes] | No
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    request = scope("GET", path)
-    request["headers"] += list((headers or {}).items())
-    asyncio.run(ProxyGuard(app)(request, receive, send))
+    asyncio.run(ProxyGuard(app)(scope("GET", path), receive, send))
     return messages
 
 
@@ -75,17 +74,49 @@ def test_the_proxys_own_pages_and_successes_pass() -> None:
     assert sent_by(responding(200))[0]["status"] == 200
 
 
-def test_headers_that_the_proxy_reads_are_sound() -> None:
-    seen: dict[bytes, bytes] = {}
+def passed_on(*headers: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    """The headers that reach the proxy."""
+    seen: list[tuple[bytes, bytes]] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        seen.update(scope["headers"])
+        seen.extend(scope["headers"])
 
-    odd = b"\xff\xfe"
-    kept = {b"authorization": odd, b"x-other": odd}
-    names = (b"x-request-id", b"serve_multiplexed_model_id", b"x-session-id", b"traceparent")
-    sent_by(app, headers={**kept, **dict.fromkeys(names, odd)})
-    assert {name: value for name, value in seen.items() if value == odd} == kept
-    sent_by(app, headers={b"x-request-id": b"mine.1", b"traceparent": b"00-1-2-01"})
-    assert seen[b"x-request-id"] == b"mine.1"
-    assert seen[b"traceparent"] == b"00-1-2-01"
+    given = {**scope("GET", "/health"), "headers": list(headers)}
+    asyncio.run(ProxyGuard(app)(given, None, None))  # type: ignore[arg-type]
+    assert given["headers"] == list(headers)
+    return seen
+
+
+@pytest.mark.parametrize("value", [b"\xff\xfe", b"0.0001", b"?1", b""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"serve_multiplexed_model_id",
+        b"serve-multiplexed-model-id",
+        b"X-Session-Id",
+        b"x_session_id",
+        b"x-request-timeout-seconds",
+        b"x-request-disconnect-disabled",
+    ],
+)
+def test_no_client_steers_the_proxy(name: bytes, value: bytes) -> None:
+    kept = [(b"host", b"127.0.0.1"), (b"authorization", b"Bearer key")]
+    assert passed_on(kept[0], (name, value), kept[1]) == kept
+
+
+@pytest.mark.parametrize("value", [b"\xff", b"a b", b"", b"a" * 65, b"<b>", b"caf\xc3\xa9", b"a\tb"])
+def test_an_odd_request_id_is_as_none(value: bytes) -> None:
+    assert passed_on((b"x-request-id", value), (b"X-Request-ID", value)) == []
+
+
+def test_all_else_is_passed_on_unchanged() -> None:
+    headers = [(b"x-request-id", b"my-request.1"), (b"x-other", b"\xff"), (b"traceparent", b"00-1-2-01")]
+    assert passed_on(*headers) == headers
+    assert passed_on((b"traceparent", b"\xff")) == []
+
+
+@pytest.mark.parametrize("path", ["k8s/base/service.yaml", "serve/config.yaml", "docs/serving.md"])
+def test_whoever_starts_ray_is_told_of_it(path: str) -> None:
+    text = (Path(__file__).parents[3] / path).read_text()
+    assert CALLBACK in text
+    assert CALLBACK_VARIABLE in text
