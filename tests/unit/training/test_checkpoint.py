@@ -112,6 +112,16 @@ def test_a_marker_is_written_after_its_tensors(tmp_path: Path) -> None:
     assert written == ["safetensors", "json"]
 
 
+def test_the_newest_two_are_kept_and_once_there_are_two_training_goes_on_from_them(tmp_path: Path) -> None:
+    """The start is no place to go on from any more: the first checkpoint may have been removed for the third."""
+    checkpoints = CheckpointStore(LocalStore(tmp_path), "checkpoints/mug", "run")
+    seen = [(checkpoints.steps(), checkpoints.resumable())]
+    for step in (5, 10, 15):
+        checkpoints.save(one_state(step, torch.zeros(3)))
+        seen.append((checkpoints.steps(), checkpoints.resumable()))
+    assert seen == [([], {0}), ([5], {0, 5}), ([5, 10], {5, 10}), ([10, 15], {10, 15})]
+
+
 def test_the_order_in_a_file_means_nothing(base: BaseModel, tmp_path: Path) -> None:
     pack = [member(base, task("mug", (concept(base, "sks", alpha=5.0),)))]
     whole = train(base, pack)
