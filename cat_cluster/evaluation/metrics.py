@@ -27,13 +27,7 @@ def similarity(left_NF: Array, right_MF: Array) -> Array:
 
 def paired_similarity(left_NF: Array, right_NF: Array) -> Array:
     """Return s of each row with its partner, [N] in [0, 1]; refuses sets of different size."""
-    left, right = _rows(left_NF), _rows(right_NF)
-    if left.shape != right.shape:
-        raise EvaluationError(
-            f"same-seed pairs need equal sets of images, got features {left.shape} and {right.shape}: "
-            "generate both sets with the same prompts and seeds"
-        )
-    similar: Array = np.clip((1.0 + np.einsum("nf,nf->n", left, right)) / 2.0, 0.0, 1.0)
+    similar: Array = np.clip((1.0 + np.einsum("nf,nf->n", *_pairs(left_NF, right_NF))) / 2.0, 0.0, 1.0)
     return similar
 
 
@@ -82,8 +76,7 @@ def prompt_similarity(with_NF: Array, text_NF: Array) -> float:
 
     prompt_similarity = mean_n cos(f(y_T)_n, text(y)_n)          (raw cosine, as published)
     """
-    paired_similarity(with_NF, text_NF)
-    return float(np.einsum("nf,nf->n", _rows(with_NF), _rows(text_NF)).mean())
+    return float(np.einsum("nf,nf->n", *_pairs(with_NF, text_NF)).mean())
 
 
 def base_drift(base_without_NF: Array, without_NF: Array) -> float:
@@ -99,7 +92,7 @@ def diversity_ratio(without_NF: Array, base_without_NF: Array) -> float:
 
     diversity_ratio = mean_{n<m} (1 - s(f(y)_n, f(y)_m)) / mean_{n<m} (1 - s(base(y)_n, base(y)_m))
     """
-    paired_similarity(without_NF, base_without_NF)
+    without_NF, base_without_NF = _pairs(without_NF, base_without_NF)
     if len(without_NF) < 2:
         raise EvaluationError("diversity_ratio needs two images without the token: raise evaluation.images_per_prompt")
     base = _spread(base_without_NF)
@@ -132,6 +125,16 @@ def _spread(features_NF: Array) -> float:
     rows = _rows(features_NF)
     upper = np.triu_indices(len(rows), k=1)
     return float((1.0 - similarity(rows, rows)[upper]).mean())
+
+
+def _pairs(left_NF: Array, right_NF: Array) -> tuple[Array, Array]:
+    left, right = _rows(left_NF), _rows(right_NF)
+    if left.shape != right.shape:
+        raise EvaluationError(
+            f"same-seed pairs need equal sets of images, got features {left.shape} and {right.shape}: "
+            "generate both sets with the same prompts and seeds"
+        )
+    return left, right
 
 
 def _rows(features: Array) -> Array:

@@ -142,8 +142,9 @@ def test_leak_matrix_equals_plain_loops_and_shows_the_leak() -> None:
 
 
 def test_sets_of_different_size_are_refused() -> None:
-    with pytest.raises(EvaluationError, match="same prompts and seeds"):
-        metrics.kps(unit_rows(3, 4, 0), unit_rows(2, 4, 0))
+    for paired in (metrics.kps, metrics.prompt_similarity, metrics.base_drift, metrics.diversity_ratio):
+        with pytest.raises(EvaluationError, match="same prompts and seeds"):
+            paired(unit_rows(3, 4, 0), unit_rows(2, 4, 0))
     with pytest.raises(EvaluationError, match="images_per_prompt"):
         metrics.diversity_ratio(unit_rows(1, 4, 0), unit_rows(1, 4, 1))
     with pytest.raises(EvaluationError, match="no images"):
