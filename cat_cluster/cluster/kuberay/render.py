@@ -111,7 +111,10 @@ def render_job(job: JobSpec, storage: str, options: RenderOptions, *, uploaded: 
         raise SpecError("cluster.workers: Kueue admits a fixed number; give one, or leave --queue out")
     _check_options(options)
     text, image = _spec_text(job, storage), _image(options)
-    name = _name(job.name, text, image, options) if options.name is None else options.name
+    own = _name(job.name, text, image, options)
+    name = own if options.name is None else options.name
+    # It is immutable: under a name that is given, a changed spec needs another one.
+    map_name = own if options.name is None else f"{name}-{own[-_DIGEST:]}"
     longest = MAX_NAME_LENGTH["RayJob"]
     if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise SpecError(
@@ -124,10 +127,10 @@ def render_job(job: JobSpec, storage: str, options: RenderOptions, *, uploaded: 
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {**about, "labels": {**_LABELS, **queue}},
-        "spec": _job_spec(job, image, options, address or f"{SPEC_FOLDER}/spec.yaml", None if address else name),
+        "spec": _job_spec(job, image, options, address or f"{SPEC_FOLDER}/spec.yaml", None if address else map_name),
     }
     if address is None:
-        return [_spec_map(about, text), ray_job]
+        return [_spec_map({**about, "name": map_name}, text), ray_job]
     if not uploaded:
         raise SpecError(
             f"the spec has {len(text.encode()) >> 10} KiB, more than an object of Kubernetes holds: give --upload, "
