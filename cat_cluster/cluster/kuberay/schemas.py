@@ -63,15 +63,14 @@ class Schemas:
         return not slash or "." not in group or group in _groups(*self.custom)  # a custom group has a point
 
     def findings(self, document: Mapping[str, Any]) -> Iterator[Finding]:
-        """Yield what the schema of the document's kind refuses, each at its path; nothing of groups not known."""
+        """Yield what the schema of the document's kind refuses, each at its path; nothing of groups not known.
+
+        Raises ClusterError for a schema that is none.
+        """
         api, kind = document["apiVersion"], document["kind"]
         key = f"{api} {kind}"
         if key in self.custom or key in _core():
-            if key not in self._checks:
-                custom = key in self.custom
-                schema = self.custom[key] if custom else {"$ref": f"#/$defs/{_core()[key]}", "$defs": _definitions()}
-                self._checks[key] = SchemaCheck(schema, map_keys=custom)
-            yield from self._checks[key].findings(document)
+            yield from self._check(key).findings(document)
         elif self.knows(document):
             kinds = [one.split()[1] for one in (*self.custom, *_core()) if one.split()[0] == api]
             yield (
@@ -79,6 +78,17 @@ class Schemas:
                 f"{kind} of {api} is neither KubeRay's nor one of Kubernetes {KUBERNETES_VERSION}; "
                 f"{nearest(kind, kinds) if kinds else 'correct the apiVersion'}",
             )
+
+    def _check(self, key: str) -> SchemaCheck:
+        if key not in self._checks:
+            custom = key in self.custom
+            schema = self.custom[key] if custom else {"$ref": f"#/$defs/{_core()[key]}", "$defs": _definitions()}
+            try:
+                self._checks[key] = SchemaCheck(schema, map_keys=custom)
+            except ValueError as error:
+                reason = str(error).partition("\n")[0]
+                raise ClusterError(f"--crds: the schema of {key} cannot be used: {reason}; correct it") from error
+        return self._checks[key]
 
 
 def load_schemas(source: str | None = None) -> Schemas:

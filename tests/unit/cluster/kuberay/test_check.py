@@ -330,6 +330,14 @@ def test_sources_that_hold_no_crd(tmp_path: Path) -> None:
         load_schemas("https://localhost:1/crds")
 
 
+def test_a_schema_that_is_none(tmp_path: Path) -> None:
+    crd = copy.deepcopy(CUP_CRD)
+    crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"] = {"type": "string", "pattern": "a("}  # type: ignore[index]
+    (tmp_path / "cup.yaml").write_text(yaml.safe_dump(crd))
+    with pytest.raises(ClusterError, match=r"schema of example\.org/v1 Cup cannot be used.*regex"):
+        findings(load_schemas(str(tmp_path)), "b")
+
+
 SECURE = {
     "allowPrivilegeEscalation": False,
     "capabilities": {"drop": ["ALL"]},
