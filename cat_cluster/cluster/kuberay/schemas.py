@@ -47,6 +47,15 @@ _METADATA = {
     "additionalProperties": False,
 }
 
+# What Kubernetes' schemas call required, and an API server fills in, or takes as 0, "" or everything.
+_DEFAULTED = {
+    "io.k8s.api.core.v1.HTTPHeader": "value",
+    "io.k8s.api.core.v1.SleepAction": "seconds",
+    "io.k8s.api.core.v1.Sysctl": "value",
+    "io.k8s.api.networking.v1.NetworkPolicySpec": "podSelector",
+    "io.k8s.api.rbac.v1.RoleRef": "apiGroup",
+    "io.k8s.api.scheduling.v1.PriorityClass": "value",
+}
 _REFERENCE = "/api/_definitions.json#"  # in the schemas of kubernetes-validate
 
 
@@ -216,6 +225,9 @@ def _definitions() -> Mapping[str, Any]:
     (name,) = (name for name in names if name.startswith(f"v{KUBERNETES_VERSION}.") and name.endswith("-local-strict"))
     text = (folder / name / "_definitions.json").read_text(encoding="utf-8").replace(_REFERENCE, "#")
     definitions: Mapping[str, Any] = bounded_integers(json.loads(text)["$defs"])
+    for name, left_out in _DEFAULTED.items():
+        required = definitions[name].get("required", [])  # later versions of Kubernetes mend some
+        definitions[name]["required"] = [one for one in required if one != left_out]
     return definitions
 
 

@@ -138,6 +138,15 @@ def test_kubernetes_own_kinds_are_closed_too(schemas: Schemas) -> None:
     (finding,) = check_manifests([Document("a", 1, {**account, "automountServiceAcountToken": False})], schemas)
     assert finding.field == "automountServiceAcountToken"
     assert "did you mean automountServiceAccountToken?" in finding.message
+    # What an API server fills in, though its own schemas require it.
+    for api, kind, content in (
+        ("rbac.authorization.k8s.io/v1", "RoleBinding", {"roleRef": {"kind": "Role", "name": "a"}}),
+        ("networking.k8s.io/v1", "NetworkPolicy", {"spec": {"policyTypes": ["Ingress"]}}),
+        ("scheduling.k8s.io/v1", "PriorityClass", {"description": "none"}),
+    ):
+        assert (
+            check_manifests([Document("a", 1, {**account, "apiVersion": api, "kind": kind, **content})], schemas) == []
+        )
     (finding,) = check_manifests([Document("a", 1, {**account, "kind": "ServiceAcount"})], schemas)
     assert finding.field == "kind"
 
@@ -164,6 +173,7 @@ def test_files_hold_documents_and_lists(tmp_path: Path) -> None:
         ("a: .inf\n", "no number"),
         ("a: !!int x\n", "not what its tag !!int says"),
         ("a: !!set {b}\n", "is not read"),
+        ("a: !!python/name:b ''\n", "is not read"),
         ("a: !!binary '?'\n", "base64"),
         ("a: {<<: b}\n", "must be given a mapping"),
         ("a: " + "{a: " * 5000 + "}" * 5000, "nested too deeply"),
