@@ -9,6 +9,7 @@ import json
 import time
 import urllib.error
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +203,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, text: str, said: str) -> None
         read_manifests([tmp_path / "none.yaml"])
 
 
-def test_what_cannot_be_read_is_told_in_a_second_and_in_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("levels", [6, 11, 40])
+def test_what_cannot_be_read_is_told_in_a_second_and_in_a_line(levels: int, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.yaml"
-    levels = zip("abcdefghijk", "bcdefghijkl", strict=True)
+    names = [f"a{n}" for n in range(levels)]
     bomb.write_text(
-        f"a: &a [{', '.join(9 * 'x')}]\n" + "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in levels)
+        f"a0: &a0 [{', '.join(9 * 'x')}]\n"
+        + "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in pairwise(names))
     )
     started = time.process_time()
     with pytest.raises(SpecError, match="aliases counted") as caught:
