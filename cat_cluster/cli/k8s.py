@@ -110,9 +110,8 @@ def check(
         if findings:
             raise typer.Exit(1)
         return
-    if not findings:
-        count = "1 document is" if len(documents) == 1 else f"{len(documents)} documents are"
-        people.print(f"{count} right", soft_wrap=True)
-    people.print("not looked at:", *(f"- {what}" for what in left), sep="\n", soft_wrap=True, markup=False)
+    end = "\n".join(["not looked at:", *(f"- {what}" for what in left)])
     if findings:
-        raise SpecError("\n".join(map(str, findings)))
+        raise SpecError("\n".join([*map(str, findings), end]))
+    count = "1 document is" if len(documents) == 1 else f"{len(documents)} documents are"
+    people.print(f"{count} right\n{end}", soft_wrap=True, markup=False)

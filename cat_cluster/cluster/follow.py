@@ -68,7 +68,7 @@ def wait_for_start(run: Run, watcher: Watcher) -> None:
                 return
             if expected.seconds is not None and waited > expected.seconds:
                 raise RunError(
-                    f"{run.run_id} has not started in {expected.seconds / 3600:g} h, and {expected.job} can start no "
+                    f"{run.run_id} has not started in {expected.seconds / 60:.0f} min, and {expected.job} can start no "
                     f"more: {expected.look} shows why; apply it again"
                 )
             if waited - said >= REMIND_SECONDS:

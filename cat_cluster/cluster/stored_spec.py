@@ -34,6 +34,8 @@ def load_job(place: str) -> JobSpec:
     Raises SpecError for a spec that is not there, is not what the address says, or has bad fields; StoreError.
     """
     found = _ADDRESS.fullmatch(place)
+    if found is None and "://" in place:
+        raise SpecError(f"{place}: is no address of a stored spec: such a one ends with /specs/<sha256>.yaml")
     if found is None:
         return load_spec(Path(place))
     try:

@@ -58,9 +58,9 @@ def check_bounds(text: str) -> None:
 def bounded_events(text: str, *, merges: bool = False, max_values: int = MAX_VALUES) -> Iterator[yaml.Event]:
     """Yield the events of a text's documents, and raise YAMLError as `check_bounds` does at the first broken bound.
 
-    merges: they are allowed. max_values: of one document.
+    merges: they are allowed. max_values: of one document, of which aliases may stand for MAX_VALUES.
     """
-    total = 0
+    total = written = 0
     anchors: dict[str, tuple[int, int]] = {}
     # Per open list or mapping: its anchor, the total before it, and the levels inside it so far.
     places: list[tuple[str | None, int, int]] = []
@@ -68,12 +68,12 @@ def bounded_events(text: str, *, merges: bool = False, max_values: int = MAX_VAL
         levels = 0
         match event:
             case yaml.ScalarEvent():
-                total += 1
+                total, written = total + 1, written + 1
                 _check_scalar(event, merges=merges)
                 anchors[event.anchor or ""] = (1, 0)  # no alias has an empty name
             case yaml.CollectionStartEvent():
                 places.append((event.anchor, total, 0))
-                total += 1
+                total, written = total + 1, written + 1
             case yaml.CollectionEndEvent():
                 anchor, before, levels = places.pop()
                 levels += 1
@@ -82,15 +82,16 @@ def bounded_events(text: str, *, merges: bool = False, max_values: int = MAX_VAL
                 values, levels = anchors.get(event.anchor or "", (1, 0))
                 total += values
             case yaml.DocumentStartEvent():
-                anchors, total = {}, 0
+                anchors, total, written = {}, 0, 0
         if levels and places:
             anchor, before, inside = places[-1]
             if levels > inside:
                 places[-1] = (anchor, before, levels)
         if len(places) + levels > MAX_DEPTH:
             raise _refusal(event, f"it is nested too deeply; at most {MAX_DEPTH} levels are read")
-        if total > max_values:
-            raise _refusal(event, f"it holds more than {max_values:,} values, aliases counted as what they stand for")
+        if total > max_values or total - written > MAX_VALUES:
+            most = max_values if total > max_values else MAX_VALUES
+            raise _refusal(event, f"it holds more than {most:,} values, aliases counted as what they stand for")
         yield event
 
 

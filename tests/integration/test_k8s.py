@@ -230,7 +230,7 @@ def test_entry_points_are_in_the_code(place: str) -> None:
         assert words[:3] == ["python", "-m", "jobs.train"]
         assert util.find_spec(words[2]) is not None
         assert train._options(words[3:]).spec == f"{kuberay_pods.SPEC_FOLDER}/spec.yaml"
-        spec_map = next(one for one in of_kind(place, "ConfigMap") if one["metadata"]["name"] == "batch")
+        spec_map = next(one for one in of_kind(place, "ConfigMap") if one["metadata"]["name"].startswith("batch-"))
         JobSpec.model_validate(yaml.safe_load(spec_map["data"]["spec.yaml"]))
 
 

@@ -38,6 +38,7 @@ NAMESPACE = "cat-cluster"
 TOKEN_SECRET = "cat-training-ray-token"
 RETRIES = 2  # each is a new cluster, and goes on from the store
 START_SECONDS = 3600  # machines may have to be bought first
+RECORD_SECONDS = 600  # until a driver that starts, at the last moment, has its record in the storage
 INSPECTION_SECONDS = 600  # that the cluster of a failed job is kept for inspection
 KEEP_SECONDS = 7 * 24 * 3600  # that a job's record is kept in Kubernetes; the run's own is in the storage
 LARGEST_INT32 = 2**31 - 1  # of Kubernetes' counts and seconds
@@ -87,7 +88,8 @@ def put_spec(job: JobSpec, store: ObjectStore) -> None:
 def expectation_of(ray_job: dict[str, Any], options: RenderOptions, *, after: int = 0) -> Expectation:
     """Return what those who follow the run of a rendered RayJob wait for. after: the run's last attempt so far.
 
-    Each try of KubeRay's has START_SECONDS to start; who suspends the job or queues it may let it start at any time.
+    Each try of KubeRay's has START_SECONDS to start, but no more than the job has, and a driver some minutes to say so;
+    who suspends the job or queues it may let it start at any time.
     """
     name = ray_job["metadata"]["name"]
     waits = options.suspend or options.queue is not None
@@ -95,7 +97,7 @@ def expectation_of(ray_job: dict[str, Any], options: RenderOptions, *, after: in
         job=f"RayJob {name} in namespace {options.namespace}",
         look=f"`kubectl -n {options.namespace} describe rayjob {name}`",
         after=after,
-        seconds=None if waits else min((RETRIES + 1) * START_SECONDS, options.hours * 3600),
+        seconds=None if waits else min((RETRIES + 1) * START_SECONDS, options.hours * 3600) + RECORD_SECONDS,
     )
 
 
@@ -111,7 +113,10 @@ def render_job(job: JobSpec, storage: str, options: RenderOptions, *, uploaded: 
         raise SpecError("cluster.workers: Kueue admits a fixed number; give one, or leave --queue out")
     _check_options(options)
     text, image = _spec_text(job, storage), _image(options)
-    name = _name(job.name, text, image, options) if options.name is None else options.name
+    own = _name(job.name, text, image, options)
+    name = own if options.name is None else options.name
+    # It is immutable: under a name that is given, a changed spec needs another one.
+    map_name = own if options.name is None else f"{name}-{own[-_DIGEST:]}"
     longest = MAX_NAME_LENGTH["RayJob"]
     if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise SpecError(
@@ -124,10 +129,10 @@ def render_job(job: JobSpec, storage: str, options: RenderOptions, *, uploaded: 
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {**about, "labels": {**_LABELS, **queue}},
-        "spec": _job_spec(job, image, options, address or f"{SPEC_FOLDER}/spec.yaml", None if address else name),
+        "spec": _job_spec(job, image, options, address or f"{SPEC_FOLDER}/spec.yaml", None if address else map_name),
     }
     if address is None:
-        return [_spec_map(about, text), ray_job]
+        return [_spec_map({**about, "name": map_name}, text), ray_job]
     if not uploaded:
         raise SpecError(
             f"the spec has {len(text.encode()) >> 10} KiB, more than an object of Kubernetes holds: give --upload, "

@@ -47,6 +47,15 @@ _METADATA = {
     "additionalProperties": False,
 }
 
+# What Kubernetes' schemas call required, and an API server fills in, or takes as 0, "" or everything.
+_DEFAULTED = {
+    "io.k8s.api.core.v1.HTTPHeader": "value",
+    "io.k8s.api.core.v1.SleepAction": "seconds",
+    "io.k8s.api.core.v1.Sysctl": "value",
+    "io.k8s.api.networking.v1.NetworkPolicySpec": "podSelector",
+    "io.k8s.api.rbac.v1.RoleRef": "apiGroup",
+    "io.k8s.api.scheduling.v1.PriorityClass": "value",
+}
 _REFERENCE = "/api/_definitions.json#"  # in the schemas of kubernetes-validate
 
 
@@ -63,15 +72,14 @@ class Schemas:
         return not slash or "." not in group or group in _groups(*self.custom)  # a custom group has a point
 
     def findings(self, document: Mapping[str, Any]) -> Iterator[Finding]:
-        """Yield what the schema of the document's kind refuses, each at its path; nothing of groups not known."""
+        """Yield what the schema of the document's kind refuses, each at its path; nothing of groups not known.
+
+        Raises ClusterError for a schema that is none.
+        """
         api, kind = document["apiVersion"], document["kind"]
         key = f"{api} {kind}"
         if key in self.custom or key in _core():
-            if key not in self._checks:
-                custom = key in self.custom
-                schema = self.custom[key] if custom else {"$ref": f"#/$defs/{_core()[key]}", "$defs": _definitions()}
-                self._checks[key] = SchemaCheck(schema, map_keys=custom)
-            yield from self._checks[key].findings(document)
+            yield from self._check(key).findings(document)
         elif self.knows(document):
             kinds = [one.split()[1] for one in (*self.custom, *_core()) if one.split()[0] == api]
             yield (
@@ -79,6 +87,17 @@ class Schemas:
                 f"{kind} of {api} is neither KubeRay's nor one of Kubernetes {KUBERNETES_VERSION}; "
                 f"{nearest(kind, kinds) if kinds else 'correct the apiVersion'}",
             )
+
+    def _check(self, key: str) -> SchemaCheck:
+        if key not in self._checks:
+            custom = key in self.custom
+            schema = self.custom[key] if custom else {"$ref": f"#/$defs/{_core()[key]}", "$defs": _definitions()}
+            try:
+                self._checks[key] = SchemaCheck(schema, map_keys=custom)
+            except ValueError as error:
+                reason = str(error).partition("\n")[0]
+                raise ClusterError(f"--crds: the schema of {key} cannot be used: {reason}; correct it") from error
+        return self._checks[key]
 
 
 def load_schemas(source: str | None = None) -> Schemas:
@@ -206,6 +225,9 @@ def _definitions() -> Mapping[str, Any]:
     (name,) = (name for name in names if name.startswith(f"v{KUBERNETES_VERSION}.") and name.endswith("-local-strict"))
     text = (folder / name / "_definitions.json").read_text(encoding="utf-8").replace(_REFERENCE, "#")
     definitions: Mapping[str, Any] = bounded_integers(json.loads(text)["$defs"])
+    for name, left_out in _DEFAULTED.items():
+        required = definitions[name].get("required", [])  # later versions of Kubernetes mend some
+        definitions[name]["required"] = [one for one in required if one != left_out]
     return definitions
 
 

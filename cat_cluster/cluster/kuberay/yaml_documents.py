@@ -16,6 +16,7 @@ MAX_VALUES = 1_000_000  # of one document, which may be a List of thousands of o
 _MERGE, _NO_KEY = object(), object()
 _TRUE = {"y", "yes", "true", "on"}
 _TEXT_TAGS = {f"{TAG}{name}" for name in ("str", "timestamp")}
+_VALUE_TAGS = {f"{TAG}{name}" for name in ("null", "bool", "int", "float")}
 _COLLECTION_TAGS = (None, "!", f"{TAG}map", f"{TAG}seq")
 _WHOLE = 1e21  # floats below it are written without an exponent, and are integers to Kubernetes if they are whole
 
@@ -138,6 +139,8 @@ def _scalar(event: yaml.ScalarEvent) -> Any:
     found = plain_tag(text)
     if found == tag or (tag == f"{TAG}float" and found == f"{TAG}int"):
         return _value(found, text, event)
+    if tag not in _VALUE_TAGS:
+        raise _error(event, f"the tag {tag} is not read; leave it out")
     raise _error(event, f"{text[:40]!r} is not what its tag !!{tag.removeprefix(TAG)} says; leave the tag out")
 
 

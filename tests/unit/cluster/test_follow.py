@@ -130,8 +130,8 @@ def test_the_wait_is_reminded_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("options", "seconds"),
     [
-        (RenderOptions(), 3 * 3600),
-        (RenderOptions(hours=1), 3600),
+        (RenderOptions(), 3 * 3600 + 600),
+        (RenderOptions(hours=1), 3600 + 600),
         (RenderOptions(suspend=True), None),
         (RenderOptions(queue="cats"), None),
     ],

@@ -34,6 +34,8 @@ def test_a_stored_spec_is_the_spec_of_the_file(tmp_path: Path) -> None:
 def test_a_spec_that_is_not_there_or_another_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = open_store(tmp_path / "store")
     address = spec_address(SPEC, store.url)
+    with pytest.raises(SpecError, match=r"no address of a stored spec.*specs/<sha256>\.yaml"):
+        load_job("s3://bucket/prod/specs/0a.yaml")
     with pytest.raises(SpecError, match=r"has no such spec.*--upload"):
         load_job(address)
     store_spec(SPEC, store)

@@ -9,6 +9,7 @@ import json
 import time
 import urllib.error
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,15 @@ def test_kubernetes_own_kinds_are_closed_too(schemas: Schemas) -> None:
     (finding,) = check_manifests([Document("a", 1, {**account, "automountServiceAcountToken": False})], schemas)
     assert finding.field == "automountServiceAcountToken"
     assert "did you mean automountServiceAccountToken?" in finding.message
+    # What an API server fills in, though its own schemas require it.
+    for api, kind, content in (
+        ("rbac.authorization.k8s.io/v1", "RoleBinding", {"roleRef": {"kind": "Role", "name": "a"}}),
+        ("networking.k8s.io/v1", "NetworkPolicy", {"spec": {"policyTypes": ["Ingress"]}}),
+        ("scheduling.k8s.io/v1", "PriorityClass", {"description": "none"}),
+    ):
+        assert (
+            check_manifests([Document("a", 1, {**account, "apiVersion": api, "kind": kind, **content})], schemas) == []
+        )
     (finding,) = check_manifests([Document("a", 1, {**account, "kind": "ServiceAcount"})], schemas)
     assert finding.field == "kind"
 
@@ -164,6 +174,7 @@ def test_files_hold_documents_and_lists(tmp_path: Path) -> None:
         ("a: .inf\n", "no number"),
         ("a: !!int x\n", "not what its tag !!int says"),
         ("a: !!set {b}\n", "is not read"),
+        ("a: !!python/name:b ''\n", "is not read"),
         ("a: !!binary '?'\n", "base64"),
         ("a: {<<: b}\n", "must be given a mapping"),
         ("a: " + "{a: " * 5000 + "}" * 5000, "nested too deeply"),
@@ -192,11 +203,13 @@ def test_files_that_cannot_be_read(tmp_path: Path, text: str, said: str) -> None
         read_manifests([tmp_path / "none.yaml"])
 
 
-def test_what_cannot_be_read_is_told_in_a_second_and_in_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("levels", [6, 11, 40])
+def test_what_cannot_be_read_is_told_in_a_second_and_in_a_line(levels: int, tmp_path: Path) -> None:
     bomb = tmp_path / "bomb.yaml"
-    levels = zip("abcdefghijk", "bcdefghijkl", strict=True)
+    names = [f"a{n}" for n in range(levels)]
     bomb.write_text(
-        f"a: &a [{', '.join(9 * 'x')}]\n" + "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in levels)
+        f"a0: &a0 [{', '.join(9 * 'x')}]\n"
+        + "".join(f"{b}: &{b} [{', '.join(9 * [f'*{a}'])}]\n" for a, b in pairwise(names))
     )
     started = time.process_time()
     with pytest.raises(SpecError, match="aliases counted") as caught:
@@ -328,6 +341,14 @@ def test_sources_that_hold_no_crd(tmp_path: Path) -> None:
         load_schemas("http://example.org/crds")
     with pytest.raises(ClusterError, match="cannot be fetched"):
         load_schemas("https://localhost:1/crds")
+
+
+def test_a_schema_that_is_none(tmp_path: Path) -> None:
+    crd = copy.deepcopy(CUP_CRD)
+    crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"] = {"type": "string", "pattern": "a("}  # type: ignore[index]
+    (tmp_path / "cup.yaml").write_text(yaml.safe_dump(crd))
+    with pytest.raises(ClusterError, match=r"schema of example\.org/v1 Cup cannot be used.*regex"):
+        findings(load_schemas(str(tmp_path)), "b")
 
 
 SECURE = {

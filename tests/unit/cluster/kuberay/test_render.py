@@ -85,6 +85,19 @@ def test_what_the_pods_are_made_of_is_in_the_name_and_how_the_job_is_started_is_
     assert len({rendered(job(), **options)["metadata"]["name"] for options in started}) == 1
 
 
+def test_a_changed_spec_under_a_given_name_can_be_applied() -> None:
+    """A ConfigMap that is immutable cannot be changed, so another spec is another one."""
+    names = []
+    for steps in (40, 40, 41):
+        spec_map, ray_job = render_job(job(training={"steps": steps}), BUCKET, RenderOptions(name="batch"))
+        assert ray_job["metadata"]["name"] == "batch"
+        pod = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+        names.append(spec_map["metadata"]["name"])
+        assert {"configMap": {"name": names[-1]}, "name": "job"} in pod["volumes"]
+    assert names[0] == names[1] != names[2]
+    assert names[0].startswith("batch-")
+
+
 @pytest.mark.parametrize("title", ["Frühjahr 2027 & more", "7 cups", "x" * 100, "___"])
 def test_any_name_of_a_spec_makes_a_name_that_kubernetes_takes(title: str) -> None:
     assert findings_of(rendered(job(name=title))) == []
@@ -342,4 +355,6 @@ def test_the_commands(tmp_path: Path) -> None:
     assert record["not_looked_at"]
     refused = runner.invoke(k8s_app, ["check", str(bad), "--crds", str(crds)])
     assert isinstance(refused.exception, SpecError)
-    assert str(refused.exception) == f"{bad}: document 1 (Cup a): spec.sise: unknown field; did you mean size?"
+    found, end = str(refused.exception).split("\n", 1)
+    assert found == f"{bad}: document 1 (Cup a): spec.sise: unknown field; did you mean size?"
+    assert end.startswith("not looked at:\n- ")
