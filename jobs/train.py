@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from cat_cluster.cluster.run_progress import RunState
+from cat_cluster.cluster.run_progress import RunProgress, RunState
 from cat_cluster.cluster.runs import Run
 from cat_cluster.cluster.stored_spec import load_job
 from cat_cluster.errors import CatClusterError, SupersededError
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the job and return the exit code."""
     options = _options(arguments)
     signal.signal(signal.SIGTERM, _interrupt)
-    run = None
+    run = job = None
     try:
         settings = load_settings()
         if options.run is not None:
@@ -79,19 +79,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job, storage = run.read_spec(), run.store.url
         else:
             job = load_job(options.spec)
-            storage = open_store(options.storage or job.storage or settings.storage).url
+            store = open_store(options.storage or job.storage or settings.storage)
+            storage = store.url
+            run = None if options.expected is None else Run(store, options.expected)
         return _train(job, storage)
     except CatClusterError as error:
         say(f"error: {error}")
         if not isinstance(error, SupersededError):
-            _record_end(run, "failed", str(error))
+            _record_end(run, job, "failed", str(error))
         return 1
     except (KeyboardInterrupt, SystemExit):  # a driver that has joined Ray gets SystemExit on SIGTERM
         say("stopped; submit the job again to go on from the last checkpoint")
-        _record_end(run, "stopped")
+        _record_end(run, job, "stopped")
         return 130
     except Exception as error:
-        _record_end(run, "failed", f"{type(error).__name__}: {error}")
+        _record_end(run, job, "failed", f"{type(error).__name__}: {error}")
         raise
 
 
@@ -114,12 +116,15 @@ def _train(job: JobSpec, storage: str) -> int:
     return 1 if failed else 0
 
 
-def _record_end(run: Run | None, state: RunState, reason: str | None = None) -> None:
+def _record_end(run: Run | None, job: JobSpec | None, state: RunState, reason: str | None = None) -> None:
     """Record an end that came before the driver began its own record, for those who follow the run."""
     if run is None:
         return
     with suppress(CatClusterError):
-        progress = run.progress()
+        if job is not None and run.awaited() is not None:
+            progress = RunProgress.begin(run.run_id, job, state="waiting", attempt=run.claim().number)
+        else:
+            progress = run.progress()
         if progress.state == "waiting":
             run.write_progress(progress.changed(state=state, reason=reason))
 
@@ -135,6 +140,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--run", help="run whose job spec is in the storage")
     what.add_argument("spec", nargs="?", help="job spec (YAML): a file, or its address s3://.../specs/<sha256>.yaml")
+    parser.add_argument("--expected", metavar="RUN", help="run that the spec makes, for those who wait for its start")
     parser.add_argument("--storage", help="folder or s3:// address; default: the spec's, else $CAT_STORAGE")
     return parser.parse_args(arguments)
 

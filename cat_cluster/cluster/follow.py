@@ -7,7 +7,7 @@ from typing import Protocol
 
 from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, last_job_status
 from cat_cluster.cluster.run_progress import RunProgress, is_alive
-from cat_cluster.cluster.runs import Expectation, Run
+from cat_cluster.cluster.runs import Run
 from cat_cluster.errors import ClusterError, RunError, StoreError
 
 POLL_SECONDS = 1.0
@@ -56,15 +56,14 @@ def follow_run(run: Run, watcher: Watcher, cluster: RayCluster | None = None) ->
 def wait_for_start(run: Run, watcher: Watcher) -> None:
     """Return once the run has started, is done, or nothing is known of a job that would start it.
 
-    Says what is waited for. An attempt that failed before the job was made is not its own. Raises RunError when the job
-    can start no more, or the run's record is damaged.
+    Says what is waited for. Raises RunError when the job can start no more, or the run's record is damaged.
     """
     began, said, reported = time.monotonic(), -REMIND_SECONDS, ""
     while True:
         waited = time.monotonic() - began
         try:
-            expected = run.expectation()
-            if expected is None or _has_started(run, expected):
+            expected = run.awaited()
+            if expected is None:
                 return
             if expected.seconds is not None and waited > expected.seconds:
                 raise RunError(
@@ -81,13 +80,6 @@ def wait_for_start(run: Run, watcher: Watcher) -> None:
                 reported = str(error)
                 watcher.message(f"{reported}; trying again")
         time.sleep(POLL_SECONDS)
-
-
-def _has_started(run: Run, expected: Expectation) -> bool:
-    if run.last_record() is None:
-        return False
-    progress = run.progress()
-    return progress.state not in ("failed", "stopped") or progress.attempt > expected.after
 
 
 def _refuse_dead(run: Run, cluster: RayCluster) -> None:

@@ -185,6 +185,18 @@ class Run:
         except (ObjectNotFoundError, ValidationError):
             return None
 
+    def awaited(self) -> Expectation | None:
+        """Return the job that is to start the run as long as it has not; RunError when the run's record is damaged.
+
+        An attempt that failed before the job was made is not its own.
+        """
+        expected = self.expectation()
+        if expected is None or self.last_record() is None:
+            return expected
+        progress = self.progress()
+        has_started = progress.state not in ("failed", "stopped") or progress.attempt > expected.after
+        return None if has_started else expected
+
     def progress_key(self, attempt: int) -> str:
         """Return the storage key of the progress record of an attempt."""
         return self.key(f"progress/{attempt:08d}.json")

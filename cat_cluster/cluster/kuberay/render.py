@@ -101,11 +101,13 @@ def expectation_of(ray_job: dict[str, Any], options: RenderOptions, *, after: in
     )
 
 
-def render_job(job: JobSpec, storage: str, options: RenderOptions, *, uploaded: bool = False) -> list[dict[str, Any]]:
+def render_job(
+    job: JobSpec, storage: str, options: RenderOptions, *, run_id: str | None = None
+) -> list[dict[str, Any]]:
     """Return the ConfigMap and the RayJob of a spec, to be applied in this order; of a large spec the RayJob alone.
 
-    uploaded: `upload_job` made the job. Unless it is given, the name ends with a digest of the spec and of what the
-    pods are made of: KubeRay disregards such changes of a job that is there, so they make another one. Raises
+    run_id: of `upload_job`, which made the job. Unless it is given, the name ends with a digest of the spec and of what
+    the pods are made of: KubeRay disregards such changes of a job that is there, so they make another one. Raises
     SpecError for what a cluster in Kubernetes cannot see, and what Kubernetes or KubeRay refuses.
     """
     refuse_local_paths(job, storage)
@@ -129,11 +131,14 @@ def render_job(job: JobSpec, storage: str, options: RenderOptions, *, uploaded: 
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
         "metadata": {**about, "labels": {**_LABELS, **queue}},
-        "spec": _job_spec(job, image, options, address or f"{SPEC_FOLDER}/spec.yaml", None if address else map_name),
+        "spec": {
+            "entrypoint": _entrypoint(address or f"{SPEC_FOLDER}/spec.yaml", run_id),
+            **_job_spec(job, image, options, None if address else map_name),
+        },
     }
     if address is None:
         return [_spec_map({**about, "name": map_name}, text), ray_job]
-    if not uploaded:
+    if run_id is None:
         raise SpecError(
             f"the spec has {len(text.encode()) >> 10} KiB, more than an object of Kubernetes holds: give --upload, "
             f"which puts it into the storage as {address}"
@@ -218,11 +223,13 @@ def _name(title: str, text: str, image: str, options: RenderOptions) -> str:
     return f"{slug[: MAX_NAME_LENGTH['RayJob'] - _DIGEST - 1].rstrip('-')}-{digest}"
 
 
-def _job_spec(
-    job: JobSpec, image: str, options: RenderOptions, spec_place: str, spec_map: str | None
-) -> dict[str, Any]:
+def _entrypoint(spec: str, run_id: str | None) -> str:
+    expected = "" if run_id is None else f" --expected {run_id}"
+    return f"python -m jobs.train {shlex.quote(spec)}{expected}"
+
+
+def _job_spec(job: JobSpec, image: str, options: RenderOptions, spec_map: str | None) -> dict[str, Any]:
     return {
-        "entrypoint": f"python -m jobs.train {shlex.quote(spec_place)}",
         "submissionMode": "K8sJobMode",
         **({"suspend": True} if options.suspend else {}),
         "backoffLimit": RETRIES,

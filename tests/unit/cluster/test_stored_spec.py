@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from cat_cluster.cluster.run_progress import RunProgress
+from cat_cluster.cluster.runs import Expectation, Run
 from cat_cluster.cluster.stored_spec import load_job, spec_address, store_spec
 from cat_cluster.errors import SpecError
 from cat_cluster.spec.job import load_spec
@@ -44,3 +46,35 @@ def test_a_spec_that_is_not_there_or_another_is_refused(tmp_path: Path, capsys: 
         load_job(address)
     assert train.main([address]) == 1
     assert "damaged" in capsys.readouterr().out
+
+
+def test_a_driver_that_fails_before_its_record_ends_the_wait_for_it(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    spec = tmp_path / "spec.yaml"
+    (tmp_path / "none").mkdir()
+    spec.write_text(f"storage: {store.url}\n{SPEC.replace('s3://bucket/cups', str(tmp_path / 'none'))}")
+    run = Run(store, "run-0123456789ab")
+    for attempt in (1, 2):
+        run.expect(Expectation(job="RayJob tea", look="kubectl", after=run.last_attempt()))
+        assert run.awaited() is not None
+        assert train.main([str(spec), "--expected", run.run_id]) == 1
+        assert run.awaited() is None
+        progress = run.progress()
+        assert (progress.state, progress.attempt) == ("failed", attempt)
+        assert str(tmp_path / "none") in str(progress.reason)
+
+
+def test_a_driver_that_nobody_waits_for_leaves_the_record_of_another(tmp_path: Path) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    spec = tmp_path / "spec.yaml"
+    (tmp_path / "none").mkdir()
+    spec.write_text(f"storage: {store.url}\n{SPEC.replace('s3://bucket/cups', str(tmp_path / 'none'))}")
+    run = Run(store, "run-0123456789ab")
+    assert train.main([str(spec), "--expected", run.run_id]) == 1
+    assert run.last_record() is None
+    begun = RunProgress.begin(run.run_id, load_spec(spec), state="running", attempt=run.claim().number)
+    run.write_progress(begun)
+    run.expect(Expectation(job="RayJob tea", look="kubectl"))
+    assert train.main([str(spec), "--expected", run.run_id]) == 1
+    assert run.progress() == begun
+    assert run.last_attempt() == 1

@@ -25,6 +25,7 @@ from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import LocalStore
 
 BUCKET = "s3://bucket/prod"
+RUN_ID = "run-0123456789ab"
 
 
 class Bucket(LocalStore):
@@ -272,7 +273,7 @@ def annotation_size(document: dict[str, Any]) -> int:
 
 @pytest.mark.parametrize("noun", ["cup", "<&>" * 9, "ä" * 40])
 def test_a_spec_is_in_the_configmap_as_long_as_kubectl_can_keep_it(noun: str) -> None:
-    written = [render_job(large_job(n, noun), BUCKET, RenderOptions(), uploaded=True) for n in range(20, 600, 40)]
+    written = [render_job(large_job(n, noun), BUCKET, RenderOptions(), run_id=RUN_ID) for n in range(20, 600, 40)]
     sizes = [annotation_size(documents[0]) for documents in written if len(documents) == 2]
     assert 150 << 10 < max(sizes) <= 256 << 10
     assert len(sizes) < len(written)
@@ -283,14 +284,15 @@ def test_a_larger_spec_lies_in_the_storage_and_the_job_reads_it_there(tmp_path: 
     with pytest.raises(SpecError, match=r"KiB.*give --upload"):
         render_job(large, store.url, RenderOptions())
     put_spec(large, store)
-    (ray_job,) = render_job(large, store.url, RenderOptions(), uploaded=True)
+    (ray_job,) = render_job(large, store.url, RenderOptions(), run_id=RUN_ID)
     assert findings_of(ray_job) == []
     assert annotation_size(ray_job) < 20_000
     assert '"configMap"' not in json.dumps(ray_job)
-    address = ray_job["spec"]["entrypoint"].removeprefix("python -m jobs.train ")
+    *words, address, option, run_id = ray_job["spec"]["entrypoint"].split()
+    assert (words, option, run_id) == (["python", "-m", "jobs.train"], "--expected", RUN_ID)
     stored = address.replace(BUCKET, (tmp_path / "store").as_uri())
     assert load_job(stored) == large.model_copy(update={"storage": BUCKET})
-    (changed,) = render_job(large_job(2_702), store.url, RenderOptions(), uploaded=True)
+    (changed,) = render_job(large_job(2_702), store.url, RenderOptions(), run_id=RUN_ID)
     assert changed["metadata"]["name"] != ray_job["metadata"]["name"]
 
 
@@ -308,7 +310,7 @@ def test_three_megabytes_of_spec_are_rendered_sooner_than_read(tmp_path: Path) -
     times = [time.process_time()]
     read = load_spec(spec)
     times.append(time.process_time())
-    text = manifest_text(render_job(read, BUCKET, RenderOptions(), uploaded=True))
+    text = manifest_text(render_job(read, BUCKET, RenderOptions(), run_id=RUN_ID))
     times.append(time.process_time())
     # Measured 3.3 s in all; of a machine that is busy with other things the ratio says more.
     assert times[2] - times[1] < times[1] - times[0] < 20
