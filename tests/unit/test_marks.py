@@ -100,6 +100,10 @@ def imported_helpers(text: str) -> set[Path]:
     return {TESTS / "support" / f"{name}.py" for name in names}
 
 
+# They look at what is refused before Ray starts.
+START_NO_RAY = {"test_local_ray.py", "test_connection.py", "test_local.py", "test_stored_spec.py"}
+
+
 def test_modules_that_give_ray_a_folder_are_marked() -> None:
     """Such a module takes the guard away: it is marked, or so are its tests."""
     marked, unmarked = [], []
@@ -107,7 +111,7 @@ def test_modules_that_give_ray_a_folder_are_marked() -> None:
         text = path.read_text()
         if path != Path(__file__) and any("RAY_TMPDIR" in one for one in [text, *map(read, imported_helpers(text))]):
             (marked if "pytest.mark.ray" in text else unmarked).append(path.name)
-    assert unmarked == []
+    assert set(unmarked) == START_NO_RAY
     assert len(marked) >= 5
 
 

@@ -48,7 +48,10 @@ def test_a_spec_that_is_not_there_or_another_is_refused(tmp_path: Path, capsys: 
     assert "damaged" in capsys.readouterr().out
 
 
-def test_a_driver_that_fails_before_its_record_ends_the_wait_for_it(tmp_path: Path) -> None:
+def test_a_driver_that_fails_before_its_record_ends_the_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # it fails for want of photos, not of a folder
     store = open_store((tmp_path / "store").as_uri())
     spec = tmp_path / "spec.yaml"
     (tmp_path / "none").mkdir()

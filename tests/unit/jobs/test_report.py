@@ -41,6 +41,7 @@ def test_a_result_file_records_its_start_and_this_machine(tmp_path: Path) -> Non
     assert result["machine"]["versions"]["torch"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("factor", "missed"), [(1.0, False), (0.999, True)])
 def test_a_ratio_below_its_aim_is_called_missed(tmp_path: Path, factor: float, missed: bool) -> None:
     score = {

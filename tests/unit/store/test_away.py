@@ -171,6 +171,7 @@ def not_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Store]:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", [use for use in USES if use != "delete"])
 def test_another_web_server_is_no_empty_bucket(not_found: S3Store, use: str) -> None:
     with pytest.raises(StoreError, match="check AWS_ENDPOINT_URL") as caught:

@@ -271,6 +271,7 @@ def annotation_size(document: dict[str, Any]) -> int:
     return len(text.encode()) + 5 * sum(map(text.count, "<>&"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noun", ["cup", "<&>" * 9, "ä" * 40])
 def test_a_spec_is_in_the_configmap_as_long_as_kubectl_can_keep_it(noun: str) -> None:
     written = [render_job(large_job(n, noun), BUCKET, RenderOptions(), run_id=RUN_ID) for n in range(20, 600, 40)]
@@ -279,6 +280,7 @@ def test_a_spec_is_in_the_configmap_as_long_as_kubectl_can_keep_it(noun: str) ->
     assert len(sizes) < len(written)
 
 
+@pytest.mark.slow
 def test_a_larger_spec_lies_in_the_storage_and_the_job_reads_it_there(tmp_path: Path) -> None:
     store, large = Bucket(tmp_path / "store"), large_job(2_701)
     with pytest.raises(SpecError, match=r"KiB.*give --upload"):

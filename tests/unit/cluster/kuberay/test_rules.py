@@ -76,6 +76,7 @@ def names_the_same(finding: ManifestFinding, message: str) -> bool:
     return any(name.lower() in message.replace(" ", "").lower() for name in (*fields, *said))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", VERDICTS, ids=[case["id"] for case in VERDICTS])
 def test_check_agrees_with_a_real_cluster(case: dict[str, Any], bases: dict[str, dict[str, Any]]) -> None:
     findings = check(edited(bases[case["base"]], case["patch"]))

@@ -22,6 +22,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(VALUES)
 def test_what_is_written_reads_back(value: Any) -> None:

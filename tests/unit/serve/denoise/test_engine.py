@@ -38,6 +38,7 @@ def test_a_mixed_batch_gives_each_image_as_if_it_were_alone(
     assert harness.metric("cat_serve_wait_seconds_count") == len(MIXED)
 
 
+@pytest.mark.slow
 def test_images_of_several_sizes_at_once_are_those_of_each_alone(oracle: ImageOracle) -> None:
     sizes = [(8, 8), (12, 8), (8, 12)]
     jobs = [(wanted, sizes[n % 3]) for n, wanted in enumerate(MIXED)]

@@ -85,6 +85,7 @@ def put(**found: Any) -> Callable[[dict[str, Any]], None]:
     return lambda fields: fields.update(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -133,6 +133,7 @@ def test_a_prompt_of_32000_characters_is_taken(
     assert engine.calls[0].prompt == prompt
 
 
+@pytest.mark.slow
 def test_the_largest_bodies_are_refused_at_once(big: httpx2.Client) -> None:
     many = ",".join(f'"{number}":0' for number in range(40_000))
     for body in (f'{{{many},"0":1}}', f'{{"prompt":"a",{many}}}', f'{{"prompt":"a",{many.replace("0,", "0 ,")}}}'):

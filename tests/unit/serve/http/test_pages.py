@@ -59,6 +59,7 @@ def followed(http: httpx2.Client, path: str, limit: int) -> list[dict[str, Any]]
     raise AssertionError("the pages do not end")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1, 7, 115, 230, 1000])
 def test_pages_hold_each_entry_once_and_in_order(tmp_path: Path, template: Manifest, limit: int) -> None:
     few = MANY if limit > 7 else MANY[:9]
