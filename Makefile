@@ -32,18 +32,17 @@ serve: $(STAMP)
 PYTEST  := $(BIN)/python -m pytest
 WORKERS ?= 2
 # One torch thread each: two processes with two threads each are slower on two cores.
-SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) tests/unit -n $(WORKERS) --dist worksteal
-UNIT         := $(SIDE_BY_SIDE) -m unit
-SERVERS      := ray or s3 or browser
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS)
+UNIT         := $(SIDE_BY_SIDE) --dist worksteal -m unit tests/unit
 
 # The tests that start neither Ray nor the S3 server nor a browser, and are not slow.
 unit: $(STAMP)
 	$(UNIT)
 
-# All tests but chaos, each once: those that start servers run one after the other.
+# All tests but chaos, each once; a file is one process's, for its tests share what they start. The longest go first.
 test: unit
-	$(SIDE_BY_SIDE) -m "slow and not ($(SERVERS))"
-	$(PYTEST) -m "not chaos and not unit and not (slow and not ($(SERVERS)))" --durations=20
+	$(SIDE_BY_SIDE) --dist loadfile --no-loadscope-reorder -m "not chaos and not unit" --durations=30 \
+		tests/integration tests/unit
 
 chaos: $(STAMP)
 	$(PYTEST) -m chaos --durations=0 --durations-min=1

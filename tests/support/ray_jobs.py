@@ -98,8 +98,12 @@ def scrape(wanted: Mapping[str, float]) -> str:
         with urllib.request.urlopen(url, timeout=5) as answer:
             text = answer.read().decode()
         lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-        found = {name: sum(float(value) for key, value in lines if key.split("{")[0] == name) for name in wanted}
-        if all(found[name] >= value for name, value in wanted.items()) or time.monotonic() > deadline:
+        found: dict[str, float] = {}
+        for series, value in lines:
+            name = series.split("{")[0]
+            found[name] = found.get(name, 0.0) + float(value)
+        there = all(name in found and found[name] >= least for name, least in wanted.items())
+        if there or time.monotonic() > deadline:
             return text
         time.sleep(0.25)
 

@@ -18,6 +18,7 @@ METRICS = {
     "ray_cat_checkpoint_seconds_count": 2 * STEPS // 2,
     "ray_cat_evaluation_seconds_count": 2,
 }
+GAUGES = ("ray_cat_packs_running", "ray_cat_adapters", "ray_cat_training_identity_loss")
 
 
 def cup(folder: Path, judge: Path, images: str | None = None) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
         both,
         cluster={"workers": 1, "max_pack": 1, "checkpoint_every": 4},
         monitoring={"tensorboard": True, "samples_every": 5},
-        metrics=METRICS,
+        metrics={**METRICS, **dict.fromkeys(GAUGES, 0.0)},
     )
     jobs = [
         job("local", both, "--in-process"),

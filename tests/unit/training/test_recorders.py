@@ -164,7 +164,7 @@ def test_a_picture_is_kept_as_it_is(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"cannot write TensorBoard files in .*file/tensorboard"):
+    with pytest.raises(OutputError, match=r"TensorBoard files: cannot write .*: .*/file is a file, not a folder"):
         TensorBoardRecorder(tmp_path / "file" / "tensorboard")
 
 
