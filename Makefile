@@ -39,7 +39,7 @@ UNIT         := $(SIDE_BY_SIDE) --dist worksteal -m unit tests/unit
 unit: $(STAMP)
 	$(UNIT)
 
-# All tests but chaos, each once; a file is one process's, for its tests share what they start. The longest go first.
+# All tests but chaos, each once; a file is one process's, for its tests share what they start. Those of tests/integration go first.
 test: unit
 	$(SIDE_BY_SIDE) --dist loadfile --no-loadscope-reorder -m "not chaos and not unit" --durations=30 \
 		tests/integration tests/unit

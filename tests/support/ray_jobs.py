@@ -10,10 +10,11 @@ import io
 import json
 import os
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -89,23 +90,54 @@ def store_away() -> Iterator[None]:
         yield
 
 
-def scrape(wanted: Mapping[str, float]) -> str:
-    """The node's metrics, as soon as each wanted one is there with its value or more, or after a while without."""
+def metrics_text() -> str:
+    """The node's metrics as they are."""
     (node,) = ray.nodes()
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    deadline = time.monotonic() + METRICS_SECONDS
-    while True:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            text = answer.read().decode()
-        lines = [line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#")]
-        found: dict[str, float] = {}
-        for series, value in lines:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+def values(text: str) -> dict[str, float]:
+    """The sum of each metric's series."""
+    found: dict[str, float] = {}
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            series, value = line.rsplit(" ", 1)
             name = series.split("{")[0]
             found[name] = found.get(name, 0.0) + float(value)
-        there = all(name in found and found[name] >= least for name, least in wanted.items())
-        if there or time.monotonic() > deadline:
-            return text
+    return found
+
+
+def scrape(wanted: Mapping[str, float]) -> dict[str, float]:
+    """The node's metrics, as soon as each wanted one is there with its value or more, or after a while without."""
+    deadline = time.monotonic() + METRICS_SECONDS
+    while True:
+        found = values(metrics_text())
+        if all(found.get(name, 0.0) >= least for name, least in wanted.items()) or time.monotonic() > deadline:
+            return found
         time.sleep(0.25)
+
+
+@contextmanager
+def names_seen() -> Iterator[set[str]]:
+    """The names of all metrics that the node shows meanwhile: Ray drops a gauge 20 s after its process has ended."""
+    names: set[str] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(2.0):
+            with suppress(OSError):
+                names.update(values(metrics_text()))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield names
+    finally:
+        ended.set()
+        thread.join()
 
 
 def run_plan(plan: list[dict[str, Any]]) -> dict[str, Any]:
@@ -119,9 +151,10 @@ def run_plan(plan: list[dict[str, Any]]) -> dict[str, Any]:
                 stack.enter_context(damaged_after_check(Path(one["damage"])))
             if one.get("store_away"):
                 stack.enter_context(store_away())
+            seen = stack.enter_context(names_seen()) if "metrics" in one else None
             results[one["name"]] = run(one["arguments"])
-        if "metrics" in one:
-            results[one["name"]]["metrics"] = scrape(one["metrics"])
+        if seen is not None:
+            results[one["name"]] |= {"metrics": scrape(one["metrics"]), "seen": sorted(seen)}
     return results
 
 

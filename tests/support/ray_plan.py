@@ -88,7 +88,7 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
         both,
         cluster={"workers": 1, "max_pack": 1, "checkpoint_every": 4},
         monitoring={"tensorboard": True, "samples_every": 5},
-        metrics={**METRICS, **dict.fromkeys(GAUGES, 0.0)},
+        metrics=METRICS,
     )
     jobs = [
         job("local", both, "--in-process"),
