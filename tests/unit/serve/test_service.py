@@ -26,7 +26,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
 def test_the_events_of_a_call_are_in_order(shop: Shop) -> None:
     async def main() -> None:
         async with open_service(shop) as service:
-            found = await events(service, replace(CUP, count=2, previews=2, progress=True))
+            # Steps enough that a preview is ready before its image, which would else be all that is sent.
+            found = await events(service, replace(CUP, count=2, previews=2, progress=True, steps=24))
             manifest = shop.registry.resolve("cup")
             assert found[0] == Accepted(manifest.name)
             assert {type(event) for event in found[1:]} == {Progress, Preview, Finished}
@@ -34,9 +35,9 @@ def test_the_events_of_a_call_are_in_order(shop: Shop) -> None:
                 own = [event for event in found[1:] if event.index == index]  # type: ignore[union-attr]
                 assert isinstance(own[-1], Finished)
                 assert own[-1].seed == CUP.seed + index
-                assert [e.step for e in own if isinstance(e, Progress)] == [1, 2, 3, 4]
+                assert [e.step for e in own if isinstance(e, Progress)] == [*range(1, 25)]
                 shown = [(e.number, e.step, e.steps) for e in own if isinstance(e, Preview)]
-                assert shown == [(0, 1, 4), (1, 3, 4)]
+                assert shown == [(0, 8, 24), (1, 16, 24)]
                 assert all(pixels(e.image).shape == (192, 192, 3) for e in own if isinstance(e, Preview))
                 assert own[-1].facts["most_rows"] == 4
             text = (await service.metrics()).decode()

@@ -89,15 +89,16 @@ def test_a_body_that_does_not_arrive_is_given_up(tmp_path: Path) -> None:
         for half in (silent, dripping):
             assert await half.answer() == (408, "body_timeout")
             assert await half.is_closed()
-        assert 0.7 <= time.monotonic() - began < 8.0  # of the whole body, not since its last byte
+        assert 2.0 <= time.monotonic() - began < 3.8  # of the whole body, not since its last byte
         await drip
 
     async def drip_into(half: Half) -> None:
+        """Send for 1.8 s. What came after the connection's end would reset it, and the answer be lost."""
         for byte in BODY[:12]:
             half.writer.write(bytes([byte]))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.15)
 
-    with served(tmp_path, body_timeout_s=0.7) as live:
+    with served(tmp_path, body_timeout_s=2.0) as live:
         asyncio.run(stall(live))
 
 
