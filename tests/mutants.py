@@ -71,7 +71,22 @@ MUTANTS = (
         "place = offset",
         "data/test_draws.py",
     ),
+    Mutant("data", "cat_cluster/data/draws.py", "if world_size == 1:", "if True:", "data/test_draws.py"),
+    Mutant(
+        "data",
+        "cat_cluster/data/latents.py",
+        "if path is None or not path.exists():",
+        "if True:",
+        "data/test_latents.py",
+    ),
     # training
+    Mutant(
+        "training",
+        "cat_cluster/training/checkpoint.py",
+        "len(steps) >= KEEP_CHECKPOINTS",
+        "len(steps) > KEEP_CHECKPOINTS",
+        "training/test_checkpoint.py",
+    ),
     Mutant(
         "training",
         "cat_cluster/training/checkpoint.py",
@@ -253,6 +268,14 @@ MUTANTS = (
         "cluster/test_runs.py",
     ),
     # serving
+    Mutant(
+        "serving",
+        "serve/handle_client.py",
+        "event = await anext(stream, None)  # raises",
+        "event = await self._first(stream, None)  # raises",
+        "serve/test_handle_client.py",
+    ),
+    Mutant("serving", "serve/proxy.py", 'message["status"] >= 400 and', "False and", "serve/test_proxy.py"),
     Mutant(
         "serve/denoise", "serve/denoise/rows.py", "self._previous[place].zero_()", "pass", "serve/denoise/test_rows.py"
     ),
