@@ -18,7 +18,7 @@ from torch import Tensor
 from cat_cluster import telemetry
 from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineError, ServingError, SpecError
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.generate import initial_latents
+from cat_cluster.models.generate import image_array, initial_latents
 from cat_cluster.models.samplers import SamplerTable, sampler_table
 from cat_cluster.registry import Manifest
 from cat_cluster.registry.manifest import WEIGHTS
@@ -28,7 +28,7 @@ from serve.calls import Event, Finished, ImageCall, Preview, Progress
 from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
 from serve.denoise.image import EngineImage, ImageFacts, Size
-from serve.denoise.image_file import fitting_prompts, image_array, image_metadata
+from serve.denoise.image_file import fitting_prompts, image_metadata
 from serve.denoise.rows import ImageRows
 from serve.denoise.sizes import Pixels, pixels_per_latent
 

@@ -26,7 +26,7 @@ from cat_cluster.errors import (
 from cat_cluster.lora.bank import served_layers
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.models.base_model import BaseModel, choose_device, compiled_blocks, load_base_model
-from cat_cluster.models.generate import initial_latents
+from cat_cluster.models.generate import image_array, initial_latents
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import Metrics
@@ -34,7 +34,6 @@ from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
 from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
-from serve.denoise.image_file import image_array
 from serve.denoise.sizes import parse_sizes
 from serve.probes.prober import Prober
 from serve.probes.revision_monitor import ProbeCall

@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -108,14 +110,19 @@ def initial_latents(base: BaseModel, seed: int, table: SamplerTable, size: tuple
     return noise[0].to(base.device, torch.float32) * table.initial_scale
 
 
+def image_array(image: Tensor) -> NDArray[np.uint8]:
+    """Return an image [3, H, W] in [0, 1] as uint8 [H, W, 3]."""
+    pixels: NDArray[np.uint8] = (image.clamp(0.0, 1.0) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return pixels
+
+
 def png_bytes(image: Tensor, metadata: Mapping[str, str]) -> bytes:
     """Return an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`."""
-    pixels = (image.clamp(0.0, 1.0) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     chunks = PngInfo()
     for key, value in metadata.items():
         chunks.add_itxt(key, value)
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=chunks)
+    Image.fromarray(image_array(image)).save(buffer, format="PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 

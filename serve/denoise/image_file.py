@@ -7,13 +7,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from cat_cluster.models.generate import png_bytes
+from cat_cluster.models.generate import image_array, png_bytes
 from serve.calls import FileFormat, ImageCall
 
 _DESCRIPTION, _EXIF, _COMMENT = 0x010E, 0x8769, 0x9286  # tags of EXIF: ImageDescription, the folder of UserComment
@@ -33,12 +30,6 @@ def image_file(image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> 
     buffer = io.BytesIO()
     Image.fromarray(image_array(image)).save(buffer, file.kind, quality=file.quality, exif=_exif(metadata), **options)
     return buffer.getvalue()
-
-
-def image_array(image: Tensor) -> NDArray[np.uint8]:
-    """Return an image [3, H, W] in [0, 1] as uint8 [H, W, 3]."""
-    pixels: NDArray[np.uint8] = (image * 255.0).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return pixels
 
 
 def image_metadata(call: ImageCall, seed: int, served_by: str, digest: str | None) -> dict[str, str]:

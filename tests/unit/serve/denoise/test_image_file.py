@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from cat_cluster.models.generate import image_array
 from serve.calls import FileFormat, FileKind, ImageCall
-from serve.denoise.image_file import fitting_prompts, image_array, image_file, image_metadata
+from serve.denoise.image_file import fitting_prompts, image_file, image_metadata
 
 KINDS: list[FileKind] = ["png", "jpeg", "webp"]
 CALL = ImageCall("request-1", "a caf\u00e9 \u4e2d \U0001f600 <b>\n&", "cup", negative_prompt="red", seed=11)
