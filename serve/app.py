@@ -9,7 +9,7 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from pydantic import ValidationError
@@ -27,8 +27,10 @@ from serve.handle_client import HandleClient
 from serve.http.access import Access, check_bind
 from serve.http.ingress import build_app
 from serve.http.log_format import write_logs
-from serve.service import Service
 from serve.settings import Deployment, ServeSettings
+
+if TYPE_CHECKING:
+    from serve.service import Service
 
 logger = logging.getLogger("cat_cluster.serve")
 
@@ -47,7 +49,7 @@ class EngineReplica:
         write_logs()
         parsed = ServeSettings.model_validate(settings)
         metrics = RayAndPrometheusBackend()
-        service = await asyncio.to_thread(Service.open, parsed, Metrics(metrics, ENGINE_METRICS))
+        service = await asyncio.to_thread(_open_service, parsed, Metrics(metrics, ENGINE_METRICS))
         service.exposition = metrics.exposition
         self._service = await service.__aenter__()
 
@@ -168,6 +170,13 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     )
     application: ray_serve.Application = ingress.bind(document, engine.bind(document))
     return application
+
+
+def _open_service(settings: ServeSettings, metrics: Metrics) -> Service:
+    """Open the engine; all that draws images is loaded here, since the other processes of the service do without."""
+    from serve.service import Service
+
+    return Service.open(settings, metrics)
 
 
 def _listens_at() -> str:

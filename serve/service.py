@@ -25,7 +25,8 @@ from cat_cluster.errors import (
 )
 from cat_cluster.lora.bank import served_layers
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank
-from cat_cluster.models.base_model import BaseModel, choose_device, compiled_blocks, load_base_model
+from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
+from cat_cluster.models.device import choose_device
 from cat_cluster.models.generate import image_array, initial_latents
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import open_store

@@ -16,7 +16,7 @@ from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.recognition import DESIGN_FILE
 from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, write_report
 from cat_cluster.evaluation.results import Evaluation
-from cat_cluster.models.base_model import choose_device
+from cat_cluster.models.device import choose_device
 from cat_cluster.models.pocket import world
 from cat_cluster.pipeline.job import AdapterResult, JobListener
 from cat_cluster.pipeline.published_adapters import evaluate_published

@@ -42,7 +42,7 @@ def print_json(document: Any) -> None:
 
 def device() -> str:
     """Return the device that $CAT_DEVICE names, or the best one of this machine."""
-    from cat_cluster.models.base_model import choose_device
+    from cat_cluster.models.device import choose_device
 
     return choose_device(load_settings().device)
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from cat_cluster.errors import AdapterFormatError, AdapterMismatchError
 from cat_cluster.files import write_whole
@@ -70,7 +69,7 @@ class AdapterWeights:
         return digest.hexdigest()
 
 
-def check_fits(weights: AdapterWeights, unet: UNet2DConditionModel) -> None:
+def check_fits(weights: AdapterWeights, unet: nn.Module) -> None:
     """Raise AdapterMismatchError, naming layer and shapes, when an adapter does not fit a U-Net."""
     modules = dict(unet.named_modules())
     for name, layer in weights.layers.items():
@@ -133,9 +132,7 @@ def write_adapter(
     return path
 
 
-def read_adapter(
-    source: Path | bytes, *, unet: UNet2DConditionModel | None = None, unet_only: bool = False
-) -> AdapterWeights:
+def read_adapter(source: Path | bytes, *, unet: nn.Module | None = None, unet_only: bool = False) -> AdapterWeights:
     """Read an adapter of any of the three formats; a folder is searched for the file names that write_adapter uses.
 
     Raises AdapterFormatError for a damaged file, one that is not safetensors, values that are not finite, and, by
@@ -242,7 +239,7 @@ _KEY = re.compile(
 
 
 def _collect(
-    name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, unet: UNet2DConditionModel | None
+    name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, unet: nn.Module | None
 ) -> dict[str, LoraLayer]:
     alphas = {key.removesuffix(".alpha"): tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
     downs: dict[str, Tensor] = {}

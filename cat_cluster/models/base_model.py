@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from cat_cluster.errors import BaseModelError, SpecError
+from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import base_folder as base_folder
 from cat_cluster.models.base_files import check_family, fingerprint, read_config, weight_files
 from cat_cluster.models.schedule import NoiseSchedule
@@ -140,15 +140,6 @@ def load_base_model(name: str, *, device: str | torch.device = "cpu", dtype: tor
             f"{folder}/unet/config.json: sample_size is {size!r}; use a base trained on square images."
         )
     return base
-
-
-def choose_device(name: str) -> str:
-    """Return the torch device for a setting: `auto` means CUDA where there is one, else the CPU."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise SpecError(f"device {name!r}: this torch sees no CUDA device; set CAT_DEVICE=cpu or auto")
-    return name
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from cat_cluster.evaluation.judges import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.models.base_model import BaseModel, choose_device, load_base_model
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.device import choose_device
 from cat_cluster.pipeline.publish import image_digests
 from cat_cluster.registry import revision_of
 from cat_cluster.settings import Settings

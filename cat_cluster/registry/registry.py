@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
 
-from diffusers import UNet2DConditionModel
+from torch import nn
 
 from cat_cluster.errors import (
     AdapterFormatError,
@@ -277,7 +277,7 @@ class Registry:
         manifest: Manifest,
         *,
         base_fingerprint: str | None = None,
-        unet: UNet2DConditionModel | None = None,
+        unet: nn.Module | None = None,
         fetch: Callable[[str], bytes] | None = None,
     ) -> AdapterWeights:
         """Return a revision's weights after checking base, digest, finiteness, rank and, given a U-Net, shapes.
@@ -311,7 +311,7 @@ class Registry:
         reference: Reference | str,
         *,
         base_fingerprint: str | None = None,
-        unet: UNet2DConditionModel | None = None,
+        unet: nn.Module | None = None,
     ) -> VerifyReport:
         """Check a revision's manifest and every object of it, and report each problem instead of raising the first."""
         wanted = parse_reference(reference)

@@ -42,9 +42,22 @@ def test_every_name_of_the_api_is_there_and_documented(name: str) -> None:
     assert re.search(rf"^\| `{name}[`(]", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
-    code = "import sys, cat_cluster; print([name for name in ('torch', 'diffusers', 'ray') if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("module", "without"),
+    [
+        ("cat_cluster", ("torch", "diffusers", "transformers", "ray")),
+        ("cat_cluster.registry", ("diffusers", "transformers", "ray")),
+        # An ingress and the commands that start the service draw nothing.
+        ("serve.app, serve.local", ("diffusers", "transformers")),
+    ],
+)
+def test_what_is_not_needed_is_not_imported(module: str, without: tuple[str, ...]) -> None:
+    """To import diffusers and transformers takes each process seconds."""
+    code = f"import sys, {module}; print([name for name in {without} if name in sys.modules])"
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert finished.stdout.strip() == "[]"
+
+
+def test_the_package_names_what_it_has() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = cat_cluster.no_such_name

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cat_cluster.models.base_model import choose_device
+from cat_cluster.models.device import choose_device
 from jobs.benchmark.record import RESULTS, Start, machine, read_result, write_result
 from jobs.benchmark.serving import between_steps, calls, rates
 from jobs.benchmark.serving.random_models import write_random_base
