@@ -1,7 +1,7 @@
 """Whole jobs on Ray: the adapters of the local loop, failures that stay alone, gates, monitoring, early errors.
 
-All jobs run one after another in one process (tests/support/ray_jobs.py), the refused ones beside it; the tests
-read what they left. The storage in S3 is copied to a folder, so that all are read alike.
+All jobs run one after another in one process (tests/support/ray_jobs.py), and the tests read what they left. The
+storage in S3 is copied to a folder, so that all are read alike.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +40,11 @@ from tests.support.tiny_jobs import (
     write_spec,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.s3, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 LAW = 1e-3  # ||W - W_ref|| / ||W_ref|| after 20 steps (design, section 4)
-JOBS_SECONDS, REFUSAL_SECONDS = 500, 120
+JOBS_SECONDS, REFUSAL_SECONDS = 800, 120
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def plan(folder: Path, tiny_base_folder: Path, judge_folder: Path, bucket: str |
 
 
 @pytest.fixture(scope="module")
-def jobs(folder: Path, plan: list[dict[str, Any]], refusals: object, bucket: str | None, ray_folder: Path) -> Jobs:
+def jobs(folder: Path, plan: list[dict[str, Any]], nowhere: object, bucket: str | None, ray_folder: Path) -> Jobs:
     """All jobs, done."""
     (folder / "plan.json").write_text(json.dumps(plan))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -131,12 +131,25 @@ def jobs(folder: Path, plan: list[dict[str, Any]], refusals: object, bucket: str
     return Jobs(folder, json.loads((folder / "results.json").read_text()))
 
 
-WAYS = ("apart", "batch", "zero 3", "s3")
+@pytest.fixture(scope="module")
+def nowhere(folder: Path, tiny_base_folder: Path, ray_folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A job for a cluster that does not answer, started beside the others: it waits long for the answer."""
+    spec = write_spec(folder / "address.yaml", tiny_base_folder, [adapter("cup", folder / "photos" / "cup")])
+    storage, there = (folder / "address").as_uri(), "127.0.0.1:1"
+    process = start_process(
+        "train", spec, "--storage", storage, "--json", "--address", there, RAY_TMPDIR=str(ray_folder)
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+WAYS = ("apart", "batch", "s3")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_training_gives_the_adapter_of_the_local_loop(jobs: Jobs, way: str) -> None:
-    """One worker and two, plain torch, ZeRO 2 and 3, elastic; alone and packed; photos and adapters in S3."""
+    """One worker and two, plain torch, elastic ZeRO 3; alone and packed; photos and adapters in S3."""
     assert jobs[way]["packs"], jobs[way]["err"]
     ours, theirs = (open_registry(jobs.folder / name).resolve("cup") for name in (way, "local"))
     assert ours.revision == theirs.revision == jobs.adapters(way)["cup"]["revision"]
@@ -149,7 +162,6 @@ def test_the_jobs_were_spread_as_their_specs_say(jobs: Jobs) -> None:
     assert jobs["apart"]["packs"] == [{"ids": ["cup"], "workers": 1}, {"ids": ["mug"], "workers": 1}]
     (pack,) = jobs["batch"]["packs"]
     assert (len(pack["ids"]), pack["workers"]) == (22, 2)
-    assert jobs["zero 3"]["packs"] == [{"ids": ["cup"], "workers": 2}]
     assert jobs["s3"]["packs"] == [{"ids": ["cup"], "workers": [1, 2]}]
 
 
@@ -275,58 +287,26 @@ def test_the_nodes_metrics_tell_of_the_job(jobs: Jobs) -> None:
     assert set(ray_plan.GAUGES) <= set(jobs["apart"]["seen"])
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A job that must be refused: what its error names, the storage that must stay empty, and its process."""
-
-    parts: tuple[str, ...]
-    storage: str | None
-    process: subprocess.Popen[str]
-
-
-@pytest.fixture(scope="module")
-def refusals(
-    folder: Path, tiny_base_folder: Path, bucket: str | None, ray_folder: Path
-) -> Iterator[Mapping[str, Refusal]]:
-    """Jobs that are refused, started all at once: some have to wait long for an answer that does not come."""
-
-    def start(name: str, *parts: str, to: str | None = None, to_address: str | None = None, **given: Any) -> Refusal:
-        environment = given.pop("environment", {})
-        spec = write_spec(
-            folder / f"{name}.yaml", tiny_base_folder, [adapter("cup", folder / "photos" / "cup")], **given
-        )
-        storage = to or (folder / name).as_uri()
-        address = () if to_address is None else ("--address", to_address)
-        process = start_process(
-            "train", spec, "--storage", storage, "--json", *address, RAY_TMPDIR=str(ray_folder / "r"), **environment
-        )
-        return Refusal(parts, None if name in ("bucket", "endpoint") else storage, process)
-
-    started = {
-        "workers": start(
-            "workers", "cluster.workers: 4096 workers need as many", "ask for at most", cluster={"workers": 4096}
-        ),
-        "address": start("address", "no Ray cluster at 127.0.0.1:1", "check the address", to_address="127.0.0.1:1"),
-    }
-    if bucket is not None:
-        wrong, away = {"AWS_SECRET_ACCESS_KEY": "wrong"}, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
-        started |= {
-            "bucket": start("bucket", "no-such-bucket", to="s3://no-such-bucket/prod"),
-            "secret": start("secret", bucket, "AWS_SECRET_ACCESS_KEY", to=f"{bucket}/secret", environment=wrong),
-            "endpoint": start("endpoint", "http://127.0.0.1:1", to=f"{bucket}/endpoint", environment=away),
-        }
-    yield started
-    for refusal in started.values():
-        refusal.process.kill()
-        refusal.process.communicate()
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("workers", ("cluster.workers: 4096 workers need as many", "ask for at most 2")),
+        ("bucket", ("no-such-bucket",)),
+        ("secret", ("s3://", "AWS_SECRET_ACCESS_KEY")),
+        ("endpoint", ("http://127.0.0.1:1",)),
+    ],
+)
+def test_what_cannot_work_is_refused_before_training(
+    jobs: Jobs, bucket: str | None, name: str, parts: tuple[str, ...]
+) -> None:
+    told = jobs[name]
+    assert told["packs"] == []
+    assert_refused(Finished(told["code"], told["out"], told["err"]), *parts)
+    assert stored_files(jobs.folder / name) == {}
+    assert bucket is None or open_store(f"{bucket}/{name}").list("") == []
 
 
-@pytest.mark.parametrize("name", ["workers", "bucket", "secret", "endpoint", "address"])
-def test_what_cannot_work_is_refused_before_training(refusals: Mapping[str, Refusal], name: str) -> None:
-    if name not in refusals:
-        pytest.skip("no S3 server")
-    refusal = refusals[name]
-    out, err = refusal.process.communicate(timeout=REFUSAL_SECONDS)
-    assert_refused(Finished(refusal.process.returncode, out, err), *refusal.parts)
-    if refusal.storage is not None:
-        assert open_store(refusal.storage).list("") == []
+def test_a_cluster_that_does_not_answer_is_named(nowhere: subprocess.Popen[str], folder: Path) -> None:
+    out, err = nowhere.communicate(timeout=REFUSAL_SECONDS)
+    assert_refused(Finished(nowhere.returncode, out, err), "no Ray cluster at 127.0.0.1:1", "check the address")
+    assert stored_files(folder / "address") == {}

@@ -26,7 +26,8 @@ from tests.unit.training.test_loop import STEPS, Killed, member, members, series
 from tests.unit.training.test_step import concept, task
 
 STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
-DIE_AT = 13
+FEW = 6  # steps, enough to tell a slot that is off from one that is not
+DIE_AT, RESUMED = 8, 11  # steps: the last checkpoint before a kill is that of step 6, and the run goes on to the end
 
 
 def engine(stage: int | None) -> EngineFactory:
@@ -109,9 +110,9 @@ def run(rank: int, folder: Path) -> dict[str, Any]:
         base = fresh()
         results["gradients", stage] = gradients(base, members(base), make)
         base = fresh()
-        results["poisoned", stage] = weights(train(base, poisoned(base), make_engine=make))
+        results["poisoned", stage] = weights(train(base, poisoned(base), steps=FEW, make_engine=make))
         base = fresh()
-        results["one row", stage] = weights(train(base, one_row(base), make_engine=make))
+        results["one row", stage] = weights(train(base, one_row(base), steps=FEW, make_engine=make))
     for before, after in ((3, 2), (1, 3), (None, 3), (2, None), (0, 1)):
         checkpoints = series(folder / f"resumed-{before}-{after}", members(base))
         try:
@@ -122,8 +123,8 @@ def run(rank: int, folder: Path) -> dict[str, Any]:
         base = fresh()
         seen: list[int] = []
         note = partial(_note, seen)
-        trained = train(base, members(base), checkpoints=checkpoints, on_step=note, make_engine=engine(after))
-        results["resumed", before, after] = weights(trained)
+        resumed = partial(train, checkpoints=checkpoints, on_step=note, make_engine=engine(after))
+        results["resumed", before, after] = weights(resumed(base, members(base), steps=RESUMED))
         results["first step", before, after] = seen[0]
     # A pair dies half way and leaves its checkpoints to one process alone.
     base = fresh()

@@ -151,6 +151,7 @@ def run_plan(plan: list[dict[str, Any]]) -> dict[str, Any]:
                 stack.enter_context(damaged_after_check(Path(one["damage"])))
             if one.get("store_away"):
                 stack.enter_context(store_away())
+            stack.enter_context(patch.dict(os.environ, one.get("environment", {})))
             seen = stack.enter_context(names_seen()) if "metrics" in one else None
             results[one["name"]] = run(one["arguments"])
         if seen is not None:

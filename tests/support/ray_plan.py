@@ -1,4 +1,4 @@
-"""The jobs of tests/integration/test_cluster.py: every way to train one adapter, and a batch with bad ones in it."""
+"""The jobs of tests/integration/test_cluster.py: every way to train one adapter, bad ones in a batch, refusals."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ METRICS = {
     "ray_cat_checkpoint_seconds_count": 2 * STEPS // 2,
     "ray_cat_evaluation_seconds_count": 2,
 }
+HOOKS = ("damage", "store_away", "metrics", "environment")  # see tests/support/ray_jobs.py
 GAUGES = ("ray_cat_packs_running", "ray_cat_adapters", "ray_cat_training_identity_loss")
 
 
@@ -76,7 +77,7 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
 
     def job(name: str, adapters: list[dict[str, Any]], *arguments: str, **changes: Any) -> dict[str, Any]:
         storage = changes.pop("to", str(folder / name))
-        hooks = {key: changes.pop(key) for key in ("damage", "store_away", "metrics") if key in changes}
+        hooks = {key: changes.pop(key) for key in HOOKS if key in changes}
         training = {"steps": STEPS, "learning_rate": 0.005}
         spec = write_spec(folder / f"{name}.yaml", base, adapters, training=training, **changes)
         return {"name": name, "arguments": ["train", str(spec), "--storage", storage, "--json", *arguments], **hooks}
@@ -97,12 +98,18 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
         {"name": "apart again", "arguments": apart["arguments"]},
         job("batch", batch(folder, judge), cluster={"workers": 2}, damage=str(spoilt)),
         {"name": "published", "arguments": job("unpublished", both)["arguments"]},
-        job("zero 3", both[:1], cluster={"workers": 2, "zero_stage": 3}),
+        job("workers", both, cluster={"workers": 4096}),
     ]
     if bucket is not None:
         images = open_store(f"{bucket}/concepts/cup")
         for path in (folder / "photos" / "cup").iterdir():
             images.put(path.name, path.read_bytes())
         far = [cup(folder, judge, images.url)]
-        jobs.append(job("s3", far, cluster={"workers": [1, 2], "zero_stage": 2}, to=f"{bucket}/prod"))
+        jobs.append(job("s3", far, cluster={"workers": [1, 2], "zero_stage": 3}, to=f"{bucket}/prod"))
+        wrong, away = {"AWS_SECRET_ACCESS_KEY": "wrong"}, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
+        jobs += [
+            job("bucket", both, to="s3://no-such-bucket/prod"),
+            job("secret", both, to=f"{bucket}/secret", environment=wrong),
+            job("endpoint", both, to=f"{bucket}/endpoint", environment=away),
+        ]
     return jobs
