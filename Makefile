@@ -8,6 +8,8 @@ STAMP  := $(VENV)/.installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # The tools of the virtual environment go first: Biome, for one, finds node by PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Tests and jobs start many processes: without compiled bytecode each would compile the whole package again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo serve test unit coverage mutants chaos lint lint-python lint-javascript lint-shell lint-yaml generate s3 install clean
 

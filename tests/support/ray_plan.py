@@ -70,9 +70,10 @@ def batch(folder: Path, judge: Path) -> list[dict[str, Any]]:
 
 
 def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> list[dict[str, Any]]:
-    """Write the specs of all jobs, each to train alike, and return the jobs in order; none in S3 without a bucket.
+    """Write the specs of all jobs, each to train alike, and return the jobs in order.
 
-    folder: has `photos`, and the name of each job is its storage.
+    folder: has `photos`, and the name of each job is its storage. bucket: the storage of the job `apart`, and where its
+    cup's photos are; without one it is as the others, and what S3 refuses is left out.
     """
 
     def job(name: str, adapters: list[dict[str, Any]], *arguments: str, **changes: Any) -> dict[str, Any]:
@@ -86,26 +87,22 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
     spoilt = folder / "photos" / "spoilt" / "1.png"
     apart = job(
         "apart",
-        both,
-        cluster={"workers": 1, "max_pack": 1, "checkpoint_every": 4},
+        both if bucket is None else [cup(folder, judge, photos_in(bucket, folder / "photos" / "cup")), both[1]],
+        cluster={"workers": 1, "max_pack": 1, "zero_stage": 3, "checkpoint_every": 4},
         monitoring={"tensorboard": True, "samples_every": 5},
         metrics=METRICS,
+        to=str(folder / "apart") if bucket is None else f"{bucket}/prod",
     )
     jobs = [
         job("local", both, "--in-process"),
         job("unpublished", both, "--in-process", store_away=True),
         apart,
         {"name": "apart again", "arguments": apart["arguments"]},
-        job("batch", batch(folder, judge), cluster={"workers": 2}, damage=str(spoilt)),
+        job("batch", batch(folder, judge), cluster={"workers": [1, 2]}, damage=str(spoilt)),
         {"name": "published", "arguments": job("unpublished", both)["arguments"]},
         job("workers", both, cluster={"workers": 4096}),
     ]
     if bucket is not None:
-        images = open_store(f"{bucket}/concepts/cup")
-        for path in (folder / "photos" / "cup").iterdir():
-            images.put(path.name, path.read_bytes())
-        far = [cup(folder, judge, images.url)]
-        jobs.append(job("s3", far, cluster={"workers": [1, 2], "zero_stage": 3}, to=f"{bucket}/prod"))
         wrong, away = {"AWS_SECRET_ACCESS_KEY": "wrong"}, {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}
         jobs += [
             job("bucket", both, to="s3://no-such-bucket/prod"),
@@ -113,3 +110,11 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
             job("endpoint", both, to=f"{bucket}/endpoint", environment=away),
         ]
     return jobs
+
+
+def photos_in(bucket: str, photos: Path) -> str:
+    """Put a folder's photos into the bucket, and return where they are."""
+    images = open_store(f"{bucket}/concepts/{photos.name}")
+    for path in photos.iterdir():
+        images.put(path.name, path.read_bytes())
+    return images.url
