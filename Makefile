@@ -41,10 +41,9 @@ UNIT         := $(SIDE_BY_SIDE) --dist worksteal -m unit tests/unit
 unit: $(STAMP)
 	$(UNIT)
 
-# All tests but chaos, each once; a file is one process's, for its tests share what they start. Those of tests/integration go first.
-test: unit
-	$(SIDE_BY_SIDE) --dist loadfile --no-loadscope-reorder -m "not chaos and not unit" --durations=30 \
-		tests/integration tests/unit
+# All tests but chaos, each once; a file is one process's, for its tests share what they start. The long ones go first.
+test: $(STAMP)
+	$(SIDE_BY_SIDE) --dist loadfile --no-loadscope-reorder -m "not chaos" --durations=30 tests/integration tests/unit
 
 chaos: $(STAMP)
 	$(PYTEST) -m chaos --durations=0 --durations-min=1
