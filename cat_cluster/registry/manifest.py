@@ -9,15 +9,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from cat_cluster.errors import RegistryError
-from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.spec.choices import RevisionStatus
 from cat_cluster.spec.imported import ImportedAdapter
 from cat_cluster.spec.job import ResolvedAdapter
+
+if TYPE_CHECKING:
+    from cat_cluster.lora.formats import AdapterWeights
 
 SCHEMA_VERSION = 1
 WEIGHTS = "weights"  # the name of the weights among a manifest's objects

@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 
 from cat_cluster.errors import ObjectNotFoundError, RegistryError
-from cat_cluster.lora.formats import to_safetensors
 from cat_cluster.registry.catalogue import ManifestReader
 from cat_cluster.registry.manifest import WEIGHTS, AdapterDraft, StoredObject, sha256
 from cat_cluster.registry.references import object_key
@@ -23,6 +22,8 @@ def draft_objects(draft: AdapterDraft, revision: str) -> dict[str, tuple[StoredO
 
     Raises AdapterFormatError for weights that are not finite, RegistryError for a bad sample name.
     """
+    from cat_cluster.lora.formats import to_safetensors  # with torch: see registry.py
+
     draft.weights.check_finite()
     weights = to_safetensors(draft.weights, "diffusers", weights_metadata(draft, revision))
     digest = sha256(weights)

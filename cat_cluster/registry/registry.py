@@ -9,8 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from cat_cluster.errors import (
     AdapterFormatError,
@@ -22,7 +21,6 @@ from cat_cluster.errors import (
     RegistryError,
     StoreError,
 )
-from cat_cluster.lora.formats import AdapterWeights, check_fits, read_adapter
 from cat_cluster.registry.aliases import AliasBook, AliasEntry
 from cat_cluster.registry.catalogue import ManifestReader
 from cat_cluster.registry.manifest import (
@@ -46,6 +44,11 @@ from cat_cluster.registry.references import (
 )
 from cat_cluster.registry.summary import AdapterListing, AdapterPage, AdapterSummary
 from cat_cluster.store.protocol import ObjectStore
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cat_cluster.lora.formats import AdapterWeights
 
 LARGEST_PAGE = 1000
 
@@ -284,6 +287,9 @@ class Registry:
 
         Raises AdapterMismatchError for another base model, AdapterFormatError for damaged weights.
         """
+        # Not above: listings, and an ingress that has no other need of it, do without torch.
+        from cat_cluster.lora.formats import check_fits, read_adapter
+
         if base_fingerprint is not None and base_fingerprint != manifest.base_fingerprint:
             raise AdapterMismatchError(
                 f"{manifest.name} was trained on base {manifest.base_name!r} (fingerprint "
