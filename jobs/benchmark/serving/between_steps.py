@@ -15,7 +15,7 @@ from cat_cluster.evaluation.drift import SCORES
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import feature_rows, is_pocket, load_judge
 from cat_cluster.evaluation.prompts import fill
-from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.lora.bank import LoraBank, adapted_layers, served_layers
 from cat_cluster.lora.row_bank import AdapterLayout
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import ImageRow, generate, image_array
@@ -109,7 +109,7 @@ def _swap_idle(bench: Workbench) -> dict[str, float]:
 
 def _layout(bench: Workbench, rank: int) -> AdapterLayout:
     unet = bench.load().unet
-    return AdapterLayout(unet, adapted_layers(unet, TARGETS), rank)
+    return AdapterLayout(unet, served_layers(unet, TARGETS), rank)
 
 
 def measure_probes(bench: Workbench) -> dict[str, Any]:
