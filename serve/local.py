@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -33,6 +33,7 @@ from serve.settings import Deployment, ServeSettings
 APPLICATION = "cat-cluster"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ANSWER_S = 10.0  # from a deadline to the last byte of its response
+_WATCH_S = 5.0  # between two looks at whether Ray lives
 _OBJECTS = 256 * 2**20  # bytes of Ray's shared memory between processes: some images
 
 
@@ -50,8 +51,8 @@ def serve_here(
     At the first signal new requests are refused with 503 and those in flight are answered, each within its deadline;
     at a second one no more. No process is left.
     Raises SpecError when it would listen beyond this machine without API keys, ClusterError when the port is taken or
-    Ray or the engine does not start, StoreError and BaseModelError for what cannot be read, KeyboardInterrupt for a
-    signal before it is ready.
+    Ray or the engine does not start or Ray dies, StoreError and BaseModelError for what cannot be read,
+    KeyboardInterrupt for a signal before it is ready.
     """
     check_bind(host, Access.from_environment(settings))
     _check_port(host, port)
@@ -99,7 +100,7 @@ def _reason() -> str:
 
 
 def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
-    """Return a deployment for this machine: its cores, or its GPUs where each engine can have one, shared out."""
+    """Return a deployment for this machine, whose cores and GPUs the engines share."""
     # Ray's processes may run in another folder.
     whole: dict[str, object] = {}
     if "://" not in settings.storage:
@@ -109,8 +110,9 @@ def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
     if settings.disk_cache is not None:
         whole["disk_cache"] = settings.disk_cache.resolve()
     threads, gpus = settings.threads, 0.0
-    if engines > 1 and settings.device in ("auto", "cuda") and torch.cuda.device_count() >= engines:
-        gpus = 1.0
+    if engines > 1 and settings.device in ("auto", "cuda") and (devices := torch.cuda.device_count()):
+        # Ray counts in ten-thousandths of a GPU, and an engine's share must lie on one of them.
+        gpus = math.floor(10_000 / math.ceil(engines / devices)) / 10_000
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
         # Ray would give an engine that reserves no CPU a single thread.
         threads = max(1, len(os.sched_getaffinity(0)) // engines)
@@ -140,21 +142,27 @@ class _Signals:
             signal.signal(number, self._interrupt)
 
     def await_one(self) -> None:
-        """Return at a signal."""
+        """Return at a signal; raises ClusterError once Ray is gone, which nothing brings back."""
         with suppress(KeyboardInterrupt):
-            threading.Event().wait()
+            while _ray_lives():
+                time.sleep(_WATCH_S)
+            raise ClusterError(
+                "Ray has died on this machine, and the service with it: start the command again; where memory was "
+                "short, give fewer --engines or --slots. Its logs are below ray/session_latest/logs in RAY_TMPDIR, "
+                "TMPDIR or /tmp"
+            )
 
     def end_ray(self, limit_s: float) -> None:
         """Let requests in flight end within `limit_s`, unless there is a second signal; then end Ray's processes."""
         until = time.monotonic() + limit_s
         try:
-            if ray.is_initialized():
+            if _ray_lives():
                 while time.monotonic() < until:
                     # Ray Serve's shutdown cuts connections; this lets what has begun end, and waits a minute for it.
                     with suppress(TimeoutError):
                         ray_serve.delete(APPLICATION)
                         break
-        except (KeyboardInterrupt, TimeoutError, RayServeException, RayError):
+        except (KeyboardInterrupt, RayServeException, RayError):
             pass  # a second signal, or there is nothing to wait for
         finally:
             self._left = 0
@@ -168,6 +176,14 @@ class _Signals:
             raise KeyboardInterrupt
 
 
+def _ray_lives() -> bool:
+    """Whether Ray runs and this machine is a node of it: one that Ray has called dead does not come back."""
+    try:
+        return ray.is_initialized() and any(node["Alive"] for node in ray.nodes())
+    except RayError:
+        return True  # it did not answer, as on a busy machine
+
+
 def _check_port(host: str, port: int) -> None:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -178,3 +194,5 @@ def _check_port(host: str, port: int) -> None:
         raise ClusterError(
             f"port {port} of {host} cannot be used ({error.strerror}): choose another --port or --host"
         ) from error
+    except UnicodeError as error:  # from the codec of host names
+        raise ClusterError(f"--host {host}: cannot be the name of a host; give an address, such as 0.0.0.0") from error

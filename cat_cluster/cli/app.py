@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -235,14 +235,14 @@ def spec_check(
     from cat_cluster.spec.job import load_spec
 
     adapters = load_spec(spec).resolved()
-    for unchecked in _check_bases(spec, adapters):
-        people.print(f"not checked: {unchecked}", soft_wrap=True, markup=False)
+    away = _check_bases(spec, adapters)
     limits = {adapter.base: local_text_limit(adapter.base) for adapter in adapters}
     read: dict[str, list[dict[str, Any]]] = {}
     warnings = [
-        f"base {base} is not on this machine: whether its text encoder reads whole captions is checked by training"
+        f"{away.get(base, f'base {base!r} is not on this machine')}: training checks "
+        f"{'its files, and ' if base in away else ''}whether its text encoder reads whole captions"
         for base, limit in limits.items()
-        if limit is None
+        if base in away or limit is None
     ]
     for adapter in adapters:
         concepts = load_concepts(adapter.id, adapter.concepts)
@@ -286,10 +286,11 @@ def spec_schema() -> None:
 check_all_values(app)
 
 
-def _check_bases(spec: Path, adapters: Sequence[ResolvedAdapter]) -> Iterator[str]:
-    """Yield what of the base models cannot be checked here; raises BaseModelError, naming the adapter."""
+def _check_bases(spec: Path, adapters: Sequence[ResolvedAdapter]) -> dict[str, str]:
+    """Return why base models cannot be checked here, by their names; raises BaseModelError, naming the adapter."""
     from cat_cluster.models.base_files import check_base
 
+    away = {}
     for name in dict.fromkeys(adapter.base for adapter in adapters):
         try:
             unchecked = check_base(name)
@@ -297,7 +298,8 @@ def _check_bases(spec: Path, adapters: Sequence[ResolvedAdapter]) -> Iterator[st
             of = next(adapter.id for adapter in adapters if adapter.base == name)
             raise BaseModelError(f"{spec}: base of adapter {of}: {error}") from error
         if unchecked is not None:
-            yield unchecked
+            away[name] = unchecked
+    return away
 
 
 def _scores_table(adapter: str, measures: Mapping[str, Any], decoy_gain: float) -> Table:

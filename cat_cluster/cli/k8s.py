@@ -64,7 +64,7 @@ def render(
     run_id = None
     if upload:
         job, run_id = upload_job(job, store)
-    documents = render_job(job, store.url, options, run_id=run_id)
+    documents = render_job(job, store.url, options, run_id=run_id, upload_to=store if upload else None)
     text = manifest_text(documents)
     if out is None:
         sys.stdout.write(text)

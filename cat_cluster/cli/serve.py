@@ -31,7 +31,7 @@ def serve(
     slots: Annotated[int | None, typer.Option(min=1, max=10_000, help="Adapters held on the device at once.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=2, max=10_000, help="Most U-Net rows in one call.")] = None,
     policy: Annotated[DriftPolicy | None, typer.Option(help="What a drift alarm does.")] = None,
-    engines: Annotated[int, typer.Option(min=1, max=1000, help="Engines, each with its own device.")] = 1,
+    engines: Annotated[int, typer.Option(min=1, max=1000, help="Engines, which share the GPUs and cores.")] = 1,
     config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="YAML with any setting of the service.")
     ] = None,

@@ -84,8 +84,13 @@ def wait_for_start(run: Run, watcher: Watcher) -> None:
 
 def _refuse_dead(run: Run, cluster: RayCluster) -> None:
     status = last_job_status(cluster, run.run_id)
-    if status is None or status in LIVE or run.progress().ended:
+    if status in LIVE or run.progress().ended:
         return
+    if status is None:  # the cluster was started anew, or the run is on another one, where it may go on
+        raise ClusterError(
+            f"nothing is heard of {run.run_id}, and the Ray cluster at {cluster.address} has no job of it: submit it "
+            "again, or press Ctrl+C to wait no longer"
+        )
     raise RunError(
         f"the Ray job of {run.run_id} has ended ({status}) without a word from its driver: "
         f"`cat-cluster jobs logs {run.run_id} --address {cluster.address}` shows why; submit the job again to go on"

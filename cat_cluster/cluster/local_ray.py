@@ -20,7 +20,7 @@ _SOCKET_PATH = 103 if sys.platform == "darwin" else 107  # bytes that the path o
 
 
 def start_ray(*, loopback: bool = True, otherwise: str = "", **options: Any) -> None:
-    """Start Ray here, without a dashboard; every process of it asks for a token that this process alone has.
+    """Start Ray here, without a dashboard; every process of it asks for a token, which is made here unless one is set.
 
     loopback: no port is reached from another machine. otherwise: what a message adds to the reason; options: of
     `ray.init`. Raises ClusterError.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, SpecError
-from cat_cluster.spec.job import JobSpec, load_spec
+from cat_cluster.spec.job import JobSpec, load_spec, parse_spec
 from cat_cluster.store import ObjectStore, open_store
 
 _ADDRESS = re.compile(r"(?P<storage>\w+://.+)/(?P<key>specs/(?P<digest>[0-9a-f]{64})\.yaml)")
@@ -35,7 +34,7 @@ def load_job(place: str) -> JobSpec:
     """
     found = _ADDRESS.fullmatch(place)
     if found is None and "://" in place:
-        raise SpecError(f"{place}: is no address of a stored spec: such a one ends with /specs/<sha256>.yaml")
+        raise SpecError(f"{place}: is not the address of a stored spec, which ends with /specs/<sha256>.yaml")
     if found is None:
         return load_spec(Path(place))
     try:
@@ -49,7 +48,4 @@ def load_job(place: str) -> JobSpec:
             f"{place}: is damaged, its content has another digest; remove it, and store it again with "
             "`cat-cluster k8s render SPEC --upload`"
         )
-    with tempfile.TemporaryDirectory(prefix="cat-cluster-") as folder:
-        file = Path(folder) / "spec.yaml"
-        file.write_bytes(data)
-        return load_spec(file)
+    return parse_spec(data, place)

@@ -22,7 +22,7 @@ from cat_cluster.evaluation.recognition import Recognition, RecognitionHead, fin
 from cat_cluster.evaluation.results import ConceptImages, Evaluation, JudgeScores
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.generate import ImageRow, generate, image_array
 from cat_cluster.models.pocket import world
 from cat_cluster.spec.sections import EvaluationSpec
 
@@ -158,9 +158,8 @@ class Evaluator:
         rows = dict.fromkeys(row(s, prompt, seed) for prompt, seed in wanted for s in (slot, 0))
         missing = [key for key in rows if key not in self._base_images]
         made = generate(self._base, self._bank, missing, rows_per_call=self._rows_per_call, on_progress=on_progress)
-        pixels = made.mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         adapted: dict[ImageRow, Images] = {}
-        for key, picture in zip(missing, pixels, strict=True):
+        for key, picture in zip(missing, image_array(made), strict=True):
             (self._base_images if key.slot == 0 else adapted)[key] = picture
 
         def image(row_slot: int, prompt: str, seed: int) -> Images:
@@ -184,7 +183,7 @@ class Evaluator:
             base_with=stack(0, plan.with_token),
             without_token=stack(slot, plan.without),
             with_token=stack(slot, plan.with_token),
-            photos=((photos + 1.0) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy(),
+            photos=image_array((photos + 1.0) / 2.0),
         )
 
     def _fisher(self, slot: int, images: ConceptImages) -> NDArray[np.float64]:

@@ -18,6 +18,7 @@ from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.judges import Judge, feature_rows
 from cat_cluster.evaluation.metrics import Array
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import image_array
 from cat_cluster.models.pocket import world
 
 DESIGN_FILE = "design.json"
@@ -126,7 +127,7 @@ def _half_through_vae(images_NHWC: NDArray[np.uint8], base: BaseModel, seed: int
         # A tenth of the latents' scale: what a sampler leaves behind.
         stray = torch.randn(z0.shape, generator=generator).to(z0) * z0.std() * 0.1
         decoded.append(base.decode(z0 + stray).cpu())
-    back = torch.cat(decoded).permute(0, 2, 3, 1).mul(255.0).round().to(torch.uint8).numpy()
+    back = image_array(torch.cat(decoded))
     if back.shape[1:] != mixed.shape[1:]:
         raise EvaluationError(f"recognition needs the pocket base, whose VAE returns 64 x 64 pixels, got {back.shape}")
     mixed[::2] = back

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from PIL import Image
 
 from cat_cluster.evaluation.grid import Column, Grid, Picture, draw_grids
@@ -12,7 +11,7 @@ from cat_cluster.evaluation.judges import is_pocket
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.generate import ImageRow, generate, image_array
 
 WITHOUT, WITH = "Without the token", "With the token"
 
@@ -78,7 +77,6 @@ class SampleGrids:
     def _pictures(self, rows: Sequence[ImageRow]) -> dict[ImageRow, Picture]:
         missing = [row for row in dict.fromkeys(rows) if row not in self._base_pictures]
         images = generate(self._base, self._bank, missing).nan_to_num(nan=0.0)
-        pixels = images.mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        made = dict(zip(missing, pixels, strict=True))
+        made = dict(zip(missing, image_array(images), strict=True))
         self._base_pictures.update({row: picture for row, picture in made.items() if row.slot == 0})
         return {**self._base_pictures, **made}

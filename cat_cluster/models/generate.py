@@ -110,9 +110,10 @@ def initial_latents(base: BaseModel, seed: int, table: SamplerTable, size: tuple
     return noise[0].to(base.device, torch.float32) * table.initial_scale
 
 
-def image_array(image: Tensor) -> NDArray[np.uint8]:
-    """Return an image [3, H, W] in [0, 1] as uint8 [H, W, 3]."""
-    pixels: NDArray[np.uint8] = (image.clamp(0.0, 1.0) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+def image_array(images: Tensor) -> NDArray[np.uint8]:
+    """Return images [..., 3, H, W] in [0, 1] as uint8 [..., H, W, 3]."""
+    levels = (images.float().clamp(0.0, 1.0) * 255).round().to(torch.uint8)
+    pixels: NDArray[np.uint8] = levels.movedim(-3, -1).cpu().numpy()
     return pixels
 
 

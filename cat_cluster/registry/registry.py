@@ -349,13 +349,12 @@ class Registry:
             for stored, content in contents.values():
                 self.store.put(stored.key, content)
             self.store.put(manifest_key(draft.adapter_id, revision), data, if_absent=True)
-        except ObjectExistsError:
-            remove_unnamed(self._catalogue, draft.adapter_id, objects)
-            return False
-        except StoreError:
-            # Give back the space; if even that fails, what is left is invisible, and the first error is the news.
+        except StoreError as error:
+            # Give back the space; if even that fails, what is left is invisible.
             with suppress(StoreError):
                 remove_unnamed(self._catalogue, draft.adapter_id, objects)
+            if isinstance(error, ObjectExistsError):
+                return False
             raise
         for stored, content in contents.values():
             # A delete that began before our manifest was there may have taken an object that both name.

@@ -30,7 +30,7 @@ from cat_cluster.spec.fields import (
 )
 from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
 from cat_cluster.spec.uniqueness import all_token_repeats, id_repeats, token_repeats
-from cat_cluster.spec.yaml_file import FieldError, Location, read_yaml, spec_error
+from cat_cluster.spec.yaml_file import FieldError, Location, SpecDocument, parse_yaml, read_yaml, spec_error
 
 DEFAULT_ALPHA = 5.0
 DEFAULT_TEMPLATE = "a photo of a {token} {class_noun}"
@@ -184,16 +184,26 @@ def load_spec(path: Path) -> JobSpec:
 
     Raises one SpecError that lists every bad field: its path, line, what is wrong and what is allowed.
     """
-    document = read_yaml(path)
-    context = {"folder": path.expanduser().absolute().parent}
+    return _job(read_yaml(path), {"folder": path.expanduser().absolute().parent})
+
+
+def parse_spec(content: bytes, source: str) -> JobSpec:
+    """Return the job spec of YAML that is in no file; paths stay as given. Raises SpecError as `load_spec` does.
+
+    source: what its messages name, such as an address.
+    """
+    return _job(parse_yaml(content, source), None)
+
+
+def _job(document: SpecDocument, context: dict[str, Path] | None) -> JobSpec:
     try:
         spec = JobSpec.model_validate(document.data, context=context)
     except ValidationError as error:
         # Repeats are looked for here too: pydantic compares whole adapters only once each of them is valid.
         repeats = [*id_repeats(document.data), *all_token_repeats(document.data)]
-        raise spec_error(path, document, error, _SECTIONS, repeats) from None
+        raise spec_error(document, error, _SECTIONS, repeats) from None
     if document.errors:
-        raise spec_error(path, document, None, _SECTIONS, [])
+        raise spec_error(document, None, _SECTIONS, [])
     return spec
 
 

@@ -22,8 +22,17 @@ _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 def read_text(path: Path) -> str:
     """Return a file's UTF-8 text without a byte order mark; raises OSError, UnicodeDecodeError and YAMLError."""
+    return decode(read_bytes(path))
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a file's bytes, up to one more than `decode` takes; raises OSError."""
     with path.open("rb") as file:
-        data = file.read(MAX_BYTES + 1)
+        return file.read(MAX_BYTES + 1)
+
+
+def decode(data: bytes) -> str:
+    """Return UTF-8 text without a byte order mark; raises UnicodeDecodeError, and YAMLError for too much of it."""
     if len(data) > MAX_BYTES:
         raise yaml.YAMLError(f"it is larger than {MAX_BYTES >> 20} MiB; split it into several files")
     return data.decode("utf-8-sig")

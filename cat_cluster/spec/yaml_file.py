@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cat_cluster.errors import SpecError
-from cat_cluster.spec.yaml_bounds import build, compose, read_text
+from cat_cluster.spec.yaml_bounds import build, compose, decode, read_bytes
 
 Location = tuple[str | int, ...]
 FieldError = tuple[Location, str]
@@ -20,37 +20,46 @@ FieldError = tuple[Location, str]
 
 @dataclass(frozen=True)
 class SpecDocument:
-    """A parsed YAML file: its data, the line of each place in it (from 1), and keys that are given twice."""
+    """A parsed YAML document: its data, the line of each place in it (from 1), and keys that are given twice.
 
+    source: the file or address that messages name.
+    """
+
+    source: str
     data: object
     lines: Mapping[Location, int]
     errors: tuple[FieldError, ...]
 
 
 def read_yaml(path: Path) -> SpecDocument:
-    """Parse one YAML document of keys; raises SpecError when it cannot be read, or breaks a bound."""
+    """Parse a file as `parse_yaml` does; raises SpecError also when it cannot be read."""
     try:
-        text = read_text(path.expanduser())
-        node = compose(text)
-        data = build(node)
+        content = read_bytes(path.expanduser())
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}; give the path of a YAML job spec") from error
+    return parse_yaml(content, str(path))
+
+
+def parse_yaml(content: bytes, source: str) -> SpecDocument:
+    """Parse one YAML document of keys; raises SpecError when it is none, or breaks a bound."""
+    try:
+        node = compose(decode(content))
+        data = build(node)
     except UnicodeDecodeError as error:
-        raise SpecError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise SpecError(f"{source}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except yaml.YAMLError as error:
-        raise SpecError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise SpecError(f"{source}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise SpecError(
-            f"{path}: must hold keys such as name and adapters, got {describe(data)}; "
+            f"{source}: must hold keys such as name and adapters, got {describe(data)}; "
             "`cat-cluster spec schema` lists them"
         )
     lines: dict[Location, int] = {}
     errors = tuple(_walk(node, (), lines, set())) if node is not None else ()
-    return SpecDocument(data, lines, errors)
+    return SpecDocument(source, data, lines, errors)
 
 
 def spec_error(
-    path: Path,
     document: SpecDocument,
     error: ValidationError | None,
     sections: Mapping[str, type[BaseModel]],
@@ -65,7 +74,7 @@ def spec_error(
     errors.sort(key=lambda one: _line(one[0], document.lines))
     count = "1 field" if len(errors) == 1 else f"{len(errors)} fields"
     report = [f"  {path_text(at)} (line {_line(at, document.lines)}): {text}" for at, text in errors]
-    return SpecError("\n".join([f"{path}: {count} cannot be used as written", *report]))
+    return SpecError("\n".join([f"{document.source}: {count} cannot be used as written", *report]))
 
 
 def path_text(location: Location) -> str:

@@ -157,6 +157,18 @@ def test_a_signal_ends_it_and_a_second_one_at_once(tiny_base_folder: Path, numbe
         assert "a secret" not in serving.said()
 
 
+def test_it_ends_when_ray_has_died(tiny_base_folder: Path) -> None:
+    with command(tiny_base_folder) as serving:
+        until(lambda: "Serving" in serving.said() or serving.process.poll() is not None, 120)
+        family = serving.family()
+        (raylet,) = (one for one in family if one.name() == "raylet")
+        raylet.kill()
+        assert serving.process.wait(120) == 1
+        assert "Ray has died on this machine" in " ".join(serving.said().split())
+        assert "Traceback" not in serving.said()
+        assert psutil.wait_procs(family, timeout=60)[1] == []
+
+
 def test_the_example_configuration_is_one() -> None:
     document = yaml.safe_load(CONFIG.read_text())
     (application,) = ServeDeploySchema.model_validate(document).applications
@@ -185,6 +197,12 @@ def test_this_machine_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert local_deployment(ServeSettings(storage="s3://bucket/prod", threads=1), 1).settings.threads == 1
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert local_deployment(ServeSettings(), 3).engine_gpus == 1.0
+    assert local_deployment(ServeSettings(device="cpu"), 3).engine_gpus == 0.0
+    for gpus, engines in ((1, 3), (2, 3), (2, 7), (3, 1000)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        share = round(10_000 * local_deployment(ServeSettings(), engines).engine_gpus)  # as Ray counts
+        assert share > 0
+        assert gpus * (10_000 // share) >= engines  # each lies on one GPU
 
 
 def test_serve_deploy(tiny_base_folder: Path, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def read_manifests(files: Iterable[str | Path]) -> list[Document]:
     for file in files:
         name = "stdin" if str(file) == "-" else str(file)
         try:
-            contents = list(load_documents(_text(file)))
+            contents = list(load_documents(_text(file, name)))
         except OSError as error:
             raise SpecError(f"{name}: cannot be read: {error.strerror}; give files of manifests, or -") from error
         except (yaml.YAMLError, ValueError) as error:
@@ -128,14 +128,14 @@ def field_text(path: Sequence[str | int]) -> str:
     return text or "the whole document"
 
 
-def _text(file: str | Path) -> str:
+def _text(file: str | Path, name: str) -> str:
     if str(file) == "-":
         data = sys.stdin.buffer.read(MAX_BYTES + 1)
     else:
         with Path(file).open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
-        raise yaml.YAMLError(f"it is larger than {MAX_BYTES >> 20} MiB; check it in parts")
+        raise SpecError(f"{name}: is larger than {MAX_BYTES >> 20} MiB; check it in parts")
     return data.decode("utf-8-sig")
 
 

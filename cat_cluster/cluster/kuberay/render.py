@@ -68,21 +68,13 @@ class RenderOptions:
 
 
 def upload_job(job: JobSpec, store: ObjectStore) -> tuple[JobSpec, str]:
-    """Store the local photos of a job as `submit` does, and a large spec; return the job as stored, and its run.
+    """Store the local photos of a job as `submit` does; return the job with their addresses, and its run.
 
     Raises ConceptError for photos that training would refuse, StoreError.
     """
     refuse_local_paths(job, store.url, uploads=True)
     store.check_access()
-    stored, run_id = with_stored_images(job, store), run_id_of(job, image_digests_of(job))
-    put_spec(stored, store)
-    return stored, run_id
-
-
-def put_spec(job: JobSpec, store: ObjectStore) -> None:
-    """Store the spec of a job if it is too large for Kubernetes; raises StoreError."""
-    if _is_large(text := _spec_text(job, store.url)):
-        store_spec(text, store)
+    return with_stored_images(job, store), run_id_of(job, image_digests_of(job))
 
 
 def expectation_of(ray_job: dict[str, Any], options: RenderOptions, *, after: int = 0) -> Expectation:
@@ -102,13 +94,19 @@ def expectation_of(ray_job: dict[str, Any], options: RenderOptions, *, after: in
 
 
 def render_job(
-    job: JobSpec, storage: str, options: RenderOptions, *, run_id: str | None = None
+    job: JobSpec,
+    storage: str,
+    options: RenderOptions,
+    *,
+    run_id: str | None = None,
+    upload_to: ObjectStore | None = None,
 ) -> list[dict[str, Any]]:
     """Return the ConfigMap and the RayJob of a spec, to be applied in this order; of a large spec the RayJob alone.
 
-    run_id: of `upload_job`, which made the job. Unless it is given, the name ends with a digest of the spec and of what
-    the pods are made of: KubeRay disregards such changes of a job that is there, so they make another one. Raises
-    SpecError for what a cluster in Kubernetes cannot see, and what Kubernetes or KubeRay refuses.
+    run_id: of `upload_job`, which made the job; upload_to: the storage, where a large spec is put. Unless a name is
+    given, it ends with a digest of the spec and of what the pods are made of: KubeRay disregards such changes of a job
+    that is there, so they make another one. Raises SpecError for what a cluster in Kubernetes cannot see, and what
+    Kubernetes or KubeRay refuses; StoreError.
     """
     refuse_local_paths(job, storage)
     if options.queue is not None and not isinstance(job.cluster.workers, int):
@@ -138,11 +136,12 @@ def render_job(
     }
     if address is None:
         return [_spec_map({**about, "name": map_name}, text), ray_job]
-    if run_id is None:
+    if upload_to is None:
         raise SpecError(
             f"the spec has {len(text.encode()) >> 10} KiB, more than an object of Kubernetes holds: give --upload, "
             f"which puts it into the storage as {address}"
         )
+    store_spec(text, upload_to)
     return [ray_job]
 
 

@@ -45,7 +45,7 @@ from cat_cluster.files import write_whole
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.generate import ImageRow, generate, image_array
 from cat_cluster.models.pocket import world
 from cat_cluster.pipeline.job import run_job
 from cat_cluster.registry import Manifest, Registry
@@ -288,10 +288,10 @@ class _Drawer:
         bank = LoraBank.attach(arm.base.unet, slots=1, rank=arm.weights.rank, layers=layers)
         try:
             bank.load(1, arm.weights, strength=arm.strength)
-            images = generate(arm.base, bank, rows, rows_per_call=32).mul(255.0).round().to(torch.uint8)
+            images = generate(arm.base, bank, rows, rows_per_call=32)
         finally:
             bank.detach()
-        return feature_rows(self._judge, images.permute(0, 2, 3, 1).numpy())
+        return feature_rows(self._judge, image_array(images))
 
 
 def canonical_pairs(evaluation: EvaluationSpec) -> range:

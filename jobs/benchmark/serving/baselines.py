@@ -21,15 +21,10 @@ from torch import Tensor
 
 from cat_cluster.lora.formats import write_adapter
 from cat_cluster.models.base_model import base_folder, compiled_blocks
-from cat_cluster.models.generate import initial_latents
+from cat_cluster.models.generate import image_array, initial_latents
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
 from jobs.benchmark.serving.workbench import GUIDANCE, Pixels, Request, Workbench
 from jobs.benchmark.timing import RANK, synchronise
-
-
-def to_pixels(images: Tensor) -> list[Pixels]:
-    """Return images [N, 3, H, W] in [0, 1] as uint8 [H, W, 3] each."""
-    return list((images.float() * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
 
 
 class Pipeline(ABC):
@@ -69,7 +64,7 @@ class Pipeline(ABC):
 
     def draw(self, requests: Sequence[Request]) -> list[Pixels]:
         """Draw the images one by one."""
-        return [to_pixels(self._one(request))[0] for request in requests]
+        return [image_array(self._one(request))[0] for request in requests]
 
     def _one(self, request: Request) -> Tensor:
         self._changes.append(self._timed(lambda: self._put_in(request.adapter)))
@@ -211,7 +206,7 @@ class PeftLoop:
             following, denoised = advance_rows(coefficients, latents[chosen], predicted, previous[chosen])
             where = [place for place, n in enumerate(chosen) if n in set(going)]
             latents[going], previous[going] = following[where], denoised[where]
-        images = to_pixels(base.decode(latents))
+        images = list(image_array(base.decode(latents)))
         synchronise(base)
         return images
 

@@ -9,17 +9,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from cat_cluster.errors import SpecError
 from cat_cluster.evaluation.drift import SCORES
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import feature_rows, is_pocket, load_judge
 from cat_cluster.evaluation.prompts import fill
-from cat_cluster.lora.bank import LoraBank, adapted_layers
+from cat_cluster.lora.bank import LoraBank, adapted_layers, served_layers
 from cat_cluster.lora.row_bank import AdapterLayout
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.generate import ImageRow, generate, image_array
 from cat_cluster.models.pocket import world
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.telemetry import ADAPTER_SWAPS, PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
@@ -110,7 +109,7 @@ def _swap_idle(bench: Workbench) -> dict[str, float]:
 
 def _layout(bench: Workbench, rank: int) -> AdapterLayout:
     unet = bench.load().unet
-    return AdapterLayout(unet, adapted_layers(unet, TARGETS), rank)
+    return AdapterLayout(unet, served_layers(unet, TARGETS), rank)
 
 
 def measure_probes(bench: Workbench) -> dict[str, Any]:
@@ -221,7 +220,7 @@ def _reference(base: BaseModel, weights: Any, evaluation: EvaluationSpec) -> dic
     bank = LoraBank.attach(base.unet, slots=1, rank=RANK, layers=adapted_layers(base.unet, TARGETS))
     try:
         bank.load(1, weights)
-        made = generate(base, bank, rows).mul(255.0).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        made = image_array(generate(base, bank, rows))
     finally:
         bank.detach()
     scores: dict[str, list[float]] = {name: [] for name in SCORES}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.lora.bank import served_layers
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.models.generate import initial_latents
@@ -81,7 +81,7 @@ def whole_step(bench: Workbench, base: BaseModel, bank: RowBank, rows: int, adap
 def banked(bench: Workbench, cleanup: ExitStack, rank: int) -> tuple[BaseModel, RowBank]:
     """Return a base of its own with a bank of this rank in it."""
     base = bench.load()
-    bank = RowBank(base.unet, AdapterLayout(base.unet, adapted_layers(base.unet, TARGETS), rank))
+    bank = RowBank(base.unet, AdapterLayout(base.unet, served_layers(base.unet, TARGETS), rank))
     cleanup.callback(bank.detach)
     if bench.compile:
         cleanup.enter_context(compiled_blocks(base.unet))

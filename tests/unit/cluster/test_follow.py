@@ -14,6 +14,7 @@ from cat_cluster.cli.jobs import jobs_app
 from cat_cluster.cluster import follow
 from cat_cluster.cluster.follow import follow_run, wait_for_start
 from cat_cluster.cluster.kuberay.render import RenderOptions, expectation_of
+from cat_cluster.cluster.ray_jobs import RayCluster
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.runs import Expectation, Run
 from cat_cluster.errors import RunError, StoreError
@@ -115,6 +116,25 @@ def test_a_store_that_is_away_is_asked_again(run: Run, monkeypatch: pytest.Monke
     assert follow_run(run, seen).state == "done"
     assert seen.messages[0] == "the store is away; trying again"
     assert len(seen.messages) == 2
+
+
+def test_a_silent_run_of_which_the_cluster_has_no_job_is_said_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = iter(range(3))
+
+    def last_job_status(*_: object) -> str | None:
+        if next(asked, None) is not None:
+            return None
+        run.write_progress(record("done"))
+        return "SUCCEEDED"
+
+    monkeypatch.setattr(follow, "ASK_SECONDS", 0)
+    monkeypatch.setattr(follow, "is_alive", lambda progress: False)
+    monkeypatch.setattr(follow, "last_job_status", last_job_status)
+    run.write_progress(record("running"))
+    seen = Seen()
+    assert follow_run(run, seen, RayCluster("http://127.0.0.1:8265")).state == "done"
+    (message,) = seen.messages
+    assert "the Ray cluster at http://127.0.0.1:8265 has no job of it: submit it again, or press Ctrl+C" in message
 
 
 def test_the_wait_is_reminded_of(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

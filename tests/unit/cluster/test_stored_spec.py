@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_stored_spec_is_the_spec_of_the_file(tmp_path: Path) -> None:
 def test_a_spec_that_is_not_there_or_another_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = open_store(tmp_path / "store")
     address = spec_address(SPEC, store.url)
-    with pytest.raises(SpecError, match=r"no address of a stored spec.*specs/<sha256>\.yaml"):
+    with pytest.raises(SpecError, match=r"is not the address of a stored spec, which ends with /specs/<sha256>\.yaml"):
         load_job("s3://bucket/prod/specs/0a.yaml")
     with pytest.raises(SpecError, match=r"has no such spec.*--upload"):
         load_job(address)
@@ -46,6 +47,17 @@ def test_a_spec_that_is_not_there_or_another_is_refused(tmp_path: Path, capsys: 
         load_job(address)
     assert train.main([address]) == 1
     assert "damaged" in capsys.readouterr().out
+
+
+def test_what_is_wrong_in_a_stored_spec_is_said_of_its_address(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "store")
+    for text, wrong in (
+        (SPEC.replace("token", "tokne"), r"2 fields cannot be.*\(line 5\)"),
+        ("- tea", "must hold keys"),
+    ):
+        address = store_spec(text, store)
+        with pytest.raises(SpecError, match=f"(?s)^{re.escape(address)}: {wrong}"):
+            load_job(address)
 
 
 def test_a_driver_that_fails_before_its_record_ends_the_wait_for_it(

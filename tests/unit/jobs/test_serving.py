@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from cat_cluster.errors import CatClusterError, SpecError
+from cat_cluster.lora.bank import adapted_layers, served_layers
+from cat_cluster.models.base_model import load_base_model
 from cat_cluster.telemetry import PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
 from jobs.benchmark.__main__ import app
 from jobs.benchmark.pages import page_texts, write_pages
@@ -21,6 +25,7 @@ from jobs.benchmark.serving import measure as serving
 from jobs.benchmark.serving.backends import InOwnProcess, InThisProcess
 from jobs.benchmark.serving.baselines import static_batches
 from jobs.benchmark.serving.between_steps import spent_on_probes, waits_in_steps
+from jobs.benchmark.serving.calls import banked
 from jobs.benchmark.serving.measure import PARTS, Size
 from jobs.benchmark.serving.random_models import write_random_base
 from jobs.benchmark.serving.rates import busy_rate
@@ -128,6 +133,15 @@ def test_the_page_calls_a_missed_figure_missed(result: dict[str, Any], tmp_path:
     pages = write_pages(tmp_path, tmp_path / "pages")
     assert {path.name for path in pages} == {"README.md", "serving.md"}
     assert (tmp_path / "pages" / "serving.png").stat().st_size > 5_000
+
+
+def test_the_bank_that_is_measured_has_the_layers_of_the_service(tiny_base_folder: Path) -> None:
+    base = load_base_model(str(tiny_base_folder))
+    layers = served_layers(base.unet, "attention_ff")
+    assert len(layers) > len(adapted_layers(base.unet, "attention_ff"))
+    bench: Any = SimpleNamespace(load=lambda: base, compile=False)
+    with ExitStack() as cleanup:
+        assert tuple(banked(bench, cleanup, 4)[1].layout.shapes) == layers
 
 
 def test_probes_need_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import safetensors
 import torch
 from diffusers import UNet2DConditionModel
 
-from cat_cluster.errors import AdapterFormatError, AdapterNotFoundError, ObjectNotFoundError, RegistryError
+from cat_cluster.errors import AdapterFormatError, AdapterNotFoundError, ObjectNotFoundError, RegistryError, StoreError
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.registry import AdapterDraft, Manifest, Registry, revision_of
 from cat_cluster.registry.manifest import StoredObject
@@ -357,3 +357,21 @@ def test_a_delete_during_a_publish_is_made_good(registry: Registry, make_draft: 
 
     new = Registry(Deleting(tmp_path / "storage")).publish(make_draft(seed=1))
     assert registry.verify(new.name).problems == ()
+
+
+def test_a_lost_race_is_no_error_where_nothing_may_be_deleted(
+    registry: Registry, make_draft: MakeDraft, tmp_path: Path
+) -> None:
+    class Late(LocalStore):
+        def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
+            if key.endswith("manifest.json"):
+                registry.publish(make_draft(seed=0))
+            super().put(key, data, if_absent=if_absent)
+
+        def delete(self, key: str) -> None:
+            raise StoreError("no right to delete")
+
+    own = make_draft(seed=0, weights=make_draft(seed=9).weights)  # one revision, with other bits
+    manifest = Registry(Late(tmp_path / "storage")).publish(own)
+    assert [manifest] == registry.revisions("cup")
+    assert registry.verify(manifest.name).ok

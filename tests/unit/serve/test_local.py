@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 import ray
+from ray import serve as ray_serve
+from ray.exceptions import RaySystemError
 
 from cat_cluster.errors import ClusterError
+from serve import local
 from serve.local import serve_here
 from serve.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve.settings import ServeSettings
 
 
-def serve(tmp_path: Path) -> None:
+def serve(tmp_path: Path, host: str = "127.0.0.1") -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = ServeSettings(storage=str(tmp_path), device="cpu")
-    serve_here(settings, "127.0.0.1", port, on_ready=lambda address: pytest.fail(f"it serves at {address}"))
+    serve_here(settings, host, port, on_ready=lambda address: pytest.fail(f"it serves at {address}"))
 
 
 def test_a_long_temporary_folder_is_refused_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +52,42 @@ def test_a_ray_that_does_not_start_is_one_sentence(tmp_path: Path, monkeypatch: 
     ) as told:
         serve(tmp_path)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 64, "\udcff.org"])
+def test_what_cannot_be_a_hosts_name_is_refused(host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAT_API_KEYS", "a-key")
+    with pytest.raises(ClusterError, match=r"^--host .*: cannot be the name of a host; give an address"):
+        serve(tmp_path, host)
+
+
+def test_a_ray_that_dies_ends_the_service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And one that is silent for a while does not."""
+    answers = iter([[{"Alive": True}], RaySystemError("no answer"), [{"Alive": True}]])
+
+    def nodes() -> list[dict[str, bool]]:
+        answer = next(answers, [{"Alive": False}])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    monkeypatch.setattr(local, "_WATCH_S", 0.001)
+    monkeypatch.setattr(local, "start_ray", lambda **options: None)
+    monkeypatch.setattr(local, "start", lambda *deployment: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", nodes)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray_serve, "delete", lambda name: pytest.fail("it waits for what is gone"))
+    for name in (CALLBACK_VARIABLE, "RAY_COLOR_PREFIX"):
+        monkeypatch.setenv(name, "restored to what it was, whatever is set meanwhile")
+    watchdog = threading.Timer(10, os.kill, [os.getpid(), signal.SIGTERM])  # a hang is a failure
+    watchdog.start()
+    try:
+        with pytest.raises(ClusterError, match=r"Ray has died on this machine.*: start the command again"):
+            serve_here(
+                ServeSettings(storage=str(tmp_path), device="cpu"), "127.0.0.1", 0, on_ready=lambda address: None
+            )
+    finally:
+        watchdog.cancel()
+    assert next(answers, None) is None

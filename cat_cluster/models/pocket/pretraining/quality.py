@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch.nn import functional
 from transformers import CLIPModel
 
+from cat_cluster.models.generate import image_array
 from cat_cluster.models.pocket import world
 from cat_cluster.models.pocket.classifier import LABELS, Classifier, load_classifier
 from cat_cluster.models.pocket.clip import load_judge
@@ -299,7 +300,7 @@ def _sheet(pictures: torch.Tensor, columns: list[str], rows: list[str], out: Pat
     side, left, top, gap = world.SIZE * zoom, 60, 44 if any(columns) else 6, 4
     sheet = Image.new("RGB", (left + len(columns) * (side + gap), top + len(rows) * (side + gap)), "white")
     pen = ImageDraw.Draw(sheet)
-    frames = (pictures.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    frames = image_array(pictures)
     for row, name in enumerate(rows):
         pen.text((6, top + row * (side + gap) + side // 2), name, fill="black")
         for column, label in enumerate(columns):

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cat_cluster.cluster.kuberay import check
 from cat_cluster.cluster.kuberay import schemas as kuberay_schemas
 from cat_cluster.cluster.kuberay.check import (
     Document,
@@ -219,6 +220,15 @@ def test_what_cannot_be_read_is_told_in_a_second_and_in_a_line(levels: int, tmp_
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
     with pytest.raises(SpecError, match="is not YAML"):
         read_manifests([tmp_path / "latin.yaml"])
+
+
+def test_a_large_file_is_not_said_to_be_no_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "MAX_BYTES", 1 << 20)
+    file = tmp_path / "all.yaml"
+    file.write_bytes(b"#" * (1 << 20) + b"\n")
+    with pytest.raises(SpecError) as refused:
+        read_manifests([file])
+    assert str(refused.value) == f"{file}: is larger than 1 MiB; check it in parts"
 
 
 @pytest.mark.parametrize("text", ["y", "n", "08", "1e3", "012345678901", "0o17", "on"])

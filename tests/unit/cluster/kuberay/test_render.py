@@ -14,10 +14,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from cat_cluster.cli.k8s import k8s_app
+from cat_cluster.cluster.kuberay import render
 from cat_cluster.cluster.kuberay.check import Document, check_manifests
-from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, put_spec, render_job, upload_job
+from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job, upload_job
 from cat_cluster.cluster.kuberay.schemas import load_schemas
 from cat_cluster.cluster.kuberay.security import pods_of
+from cat_cluster.cluster.kuberay.yaml_text import dump
 from cat_cluster.cluster.runs import Run
 from cat_cluster.cluster.stored_spec import load_job
 from cat_cluster.errors import ConceptError, SpecError
@@ -273,20 +275,32 @@ def annotation_size(document: dict[str, Any]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("noun", ["cup", "<&>" * 9, "ä" * 40])
-def test_a_spec_is_in_the_configmap_as_long_as_kubectl_can_keep_it(noun: str) -> None:
-    written = [render_job(large_job(n, noun), BUCKET, RenderOptions(), run_id=RUN_ID) for n in range(20, 600, 40)]
+def test_a_spec_is_in_the_configmap_as_long_as_kubectl_can_keep_it(noun: str, tmp_path: Path) -> None:
+    store = Bucket(tmp_path)
+    jobs = [large_job(n, noun) for n in range(20, 600, 40)]
+    written = [render_job(one, BUCKET, RenderOptions(), run_id=RUN_ID, upload_to=store) for one in jobs]
     sizes = [annotation_size(documents[0]) for documents in written if len(documents) == 2]
     assert 150 << 10 < max(sizes) <= 256 << 10
     assert len(sizes) < len(written)
 
 
 @pytest.mark.slow
-def test_a_larger_spec_lies_in_the_storage_and_the_job_reads_it_there(tmp_path: Path) -> None:
+def test_a_larger_spec_lies_in_the_storage_and_the_job_reads_it_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store, large = Bucket(tmp_path / "store"), large_job(2_701)
     with pytest.raises(SpecError, match=r"KiB.*give --upload"):
         render_job(large, store.url, RenderOptions())
-    put_spec(large, store)
-    (ray_job,) = render_job(large, store.url, RenderOptions(), run_id=RUN_ID)
+    with pytest.raises(SpecError, match="--name"):
+        render_job(large, store.url, RenderOptions(name="A B"), run_id=RUN_ID, upload_to=store)
+    assert store.list("specs/") == []
+    written: list[Any] = []  # once: that takes seconds
+    monkeypatch.setattr(render, "dump", lambda value: written.append(value) or dump(value))
+    monkeypatch.setattr(render, "image_digests_of", lambda _: [])  # its photos are in no bucket
+    monkeypatch.setattr(render, "run_id_of", lambda *_: RUN_ID)
+    assert upload_job(large, store) == (large, RUN_ID)
+    (ray_job,) = render_job(large, store.url, RenderOptions(), run_id=RUN_ID, upload_to=store)
+    assert len(written) == 1
     assert findings_of(ray_job) == []
     assert annotation_size(ray_job) < 20_000
     assert '"configMap"' not in json.dumps(ray_job)
@@ -294,7 +308,7 @@ def test_a_larger_spec_lies_in_the_storage_and_the_job_reads_it_there(tmp_path: 
     assert (words, option, run_id) == (["python", "-m", "jobs.train"], "--expected", RUN_ID)
     stored = address.replace(BUCKET, (tmp_path / "store").as_uri())
     assert load_job(stored) == large.model_copy(update={"storage": BUCKET})
-    (changed,) = render_job(large_job(2_702), store.url, RenderOptions(), run_id=RUN_ID)
+    (changed,) = render_job(large_job(2_702), store.url, RenderOptions(), run_id=RUN_ID, upload_to=store)
     assert changed["metadata"]["name"] != ray_job["metadata"]["name"]
 
 
@@ -312,7 +326,8 @@ def test_three_megabytes_of_spec_are_rendered_sooner_than_read(tmp_path: Path) -
     times = [time.process_time()]
     read = load_spec(spec)
     times.append(time.process_time())
-    text = manifest_text(render_job(read, BUCKET, RenderOptions(), run_id=RUN_ID))
+    documents = render_job(read, BUCKET, RenderOptions(), run_id=RUN_ID, upload_to=Bucket(tmp_path / "store"))
+    text = manifest_text(documents)
     times.append(time.process_time())
     # Measured 3.3 s in all; of a machine that is busy with other things the ratio says more.
     assert times[2] - times[1] < times[1] - times[0] < 20
