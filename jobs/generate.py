@@ -125,7 +125,7 @@ def main(
     check: Annotated[bool, typer.Option("--check", help="Write nothing; name what is stale and exit with 1.")] = False,
 ) -> None:
     """Write the generated files that are stale: tables in docs, metrics, alert rules, benchmark pages and pictures."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, emoji=False)
     stale, texts = stale_files(), generated_texts()
     for path in stale:
         console.print(f"{'stale' if check else 'wrote'} {path}", soft_wrap=True)

@@ -61,7 +61,7 @@ def adapters_list(
         listed = {"adapters": [_jsonable(summary) for summary in summaries]}
         print_json(listed if limit is None else {**listed, "has_more": has_more})
         return
-    Console().print(_summary_table(summaries))
+    Console(emoji=False).print(_summary_table(summaries))
     if has_more:
         people.print(f"there are more: --after {summaries[-1].adapter_id}", soft_wrap=True)
 

@@ -106,7 +106,7 @@ def jobs_list(storage: StoreOption = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"runs": [_run_json(run) for run in runs], "damaged": damaged})
     elif runs:
-        Console().print(runs_table(runs))
+        Console(emoji=False).print(runs_table(runs))
     else:
         people.print(f"no runs in storage {store.url}; give --storage if they are in another", soft_wrap=True)
 
@@ -135,7 +135,7 @@ def jobs_status(
     if as_json:
         print_json(_run_json(progress))
         return
-    console = Console()
+    console = Console(emoji=False)
     console.print(f"{progress.run_id} ({progress.name})", markup=False, highlight=False)
     reason = f": {progress.reason}" if progress.reason else ""
     console.print(

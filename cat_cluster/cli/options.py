@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cat_cluster.cli.job_bars import JobBars
     from cat_cluster.registry import Registry
 
-people = Console(stderr=True)  # stdout is for results
+people = Console(stderr=True, emoji=False)  # stdout is for results; `:x:` in a name or a prompt stays as it is
 
 Storage = Annotated[
     str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 import yaml
 from pydantic import ValidationError
+from rich.markup import escape
 
 from cat_cluster.cli.options import people
 from cat_cluster.errors import SpecError, needs_extra
@@ -49,11 +51,16 @@ def serve(
     settings = _settings(config, {name: value for name, value in options.items() if value is not None}, policy)
 
     def ready(address: str) -> None:
-        people.print(f"[bold]Serving {settings.storage}[/bold] at {address}   (page, and API at {address}/docs)")
-        people.print(_example_request(address), soft_wrap=True, markup=False)
+        storage = f"[bold]Serving {escape(settings.storage)}[/bold]"
+        people.print(f"{storage} at {address}   (page, and API at {address}/docs)", soft_wrap=True)
+        people.print(
+            _example_request(address, keyed=bool(os.environ.get("CAT_API_KEYS"))), soft_wrap=True, markup=False
+        )
 
     def stopping() -> None:
-        people.print("Stopping: images in flight are finished first; press Ctrl+C again to stop at once")
+        people.print(
+            "Stopping: images in flight are finished first; press Ctrl+C again to stop at once", soft_wrap=True
+        )
 
     people.print("Starting Ray and the engine (about 15 seconds)")
     serve_here(settings, host, port, on_ready=ready, on_stop=stopping, engines=engines)
@@ -76,11 +83,16 @@ def _settings(config: Path | None, given: Mapping[str, object], policy: str | No
     return settings.model_copy(update={"probes": probes})
 
 
-def _example_request(address: str) -> str:
+def _example_request(address: str, *, keyed: bool) -> str:
+    """Return a command that draws a picture into image.png, or says why not. keyed: it takes a key from $KEY."""
     body = json.dumps({"model": None, "prompt": "a photo of a red cup in snow", "seed": 7})
-    decode = "open('image.png','wb').write(base64.b64decode(json.load(sys.stdin)['data'][0]['b64_json']))"
+    key = '-H "Authorization: Bearer $KEY" ' if keyed else ""
+    decode = (
+        "r=json.load(sys.stdin);'error' in r and sys.exit(r['error']['message']);"
+        "open('image.png','wb').write(base64.b64decode(r['data'][0]['b64_json']))"
+    )
     return (
-        f"curl -s {address}/v1/images/generations -H 'content-type: application/json' -d '{body}' "
+        f"curl -s {address}/v1/images/generations {key}-H 'content-type: application/json' -d '{body}' "
         f'| python3 -c "import sys,json,base64;{decode}"'
     )
 

@@ -14,7 +14,7 @@ from cat_cluster.errors import CatClusterError
 from jobs.benchmark.record import begin
 
 app = typer.Typer(no_args_is_help=True, help="Measurements of cat-cluster; results go to jobs/benchmark/results.")
-people = Console(stderr=True)
+people = Console(stderr=True, emoji=False)
 AllowDirty = Annotated[
     bool, typer.Option("--allow-dirty", help="Measure with uncommitted changes; the result file says so.")
 ]

@@ -67,7 +67,7 @@ def pretrain(
         BarColumn(),
         TextColumn("{task.fields[detail]}"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(stderr=True, emoji=False),
     ) as bars:
         report = _bar_report(bars, tuple(shares))
 
