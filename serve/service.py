@@ -186,7 +186,7 @@ class Service:
     async def status(self) -> dict[str, Any]:
         """Return base, rows, adapters, drift per revision, and how long the engine has been without a turn."""
         engine, base = self._parts.engine, self._parts.base
-        resident = [] if self.prober is None else self._parts.cache.resident()
+        drift = {} if self.prober is None else self.prober.states(self._parts.cache.resident())
         return {
             "base": {"name": base.name, "fingerprint": base.fingerprint, "resolution": base.resolution},
             "device": str(base.device),
@@ -194,9 +194,7 @@ class Service:
             "rows": {"in_use": engine.rows_in_use, "most": self._settings.max_rows},
             "images": {"waiting": engine.waiting, "active": engine.active, "in_flight": self._in_flight},
             "adapters": self._parts.cache.status(),
-            "drift": {manifest.name: self.prober.state(manifest).to_json() for manifest in resident}
-            if self.prober is not None
-            else {},
+            "drift": {name: found.to_json() for name, found in drift.items()},
             "policy": self._settings.probes.policy,
             "stuck_for_s": round(engine.stuck_for(), 3),
             "uptime_s": round(time.time() - self._started, 1),
