@@ -180,7 +180,7 @@ class Service:
         if self.prober is None:
             raise SpecError("probes are disabled: start the service with probes.enabled true")
         resolved = await cache.resolve(reference)
-        record = await self.prober.canonical(resolved.manifest)
+        record = await self.prober.canonical(resolved.manifest, raises=True)
         return record.model_dump(mode="json")
 
     async def status(self) -> dict[str, Any]:

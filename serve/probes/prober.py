@@ -130,9 +130,9 @@ class Prober:
             return False
         return self._settings.enabled and self._rng.random() < self._settings.live_share
 
-    async def canonical(self, manifest: Manifest) -> ProbeRecord:
-        """Generate the next canonical pair again and compare; an error is a record too, never raised."""
-        return await self._recorded(manifest, "canonical", self._canonical(manifest))
+    async def canonical(self, manifest: Manifest, *, raises: bool = False) -> ProbeRecord:
+        """Generate the next canonical pair again and compare; an error is a record too, and raised only on demand."""
+        return await self._recorded(manifest, "canonical", self._canonical(manifest), raises)
 
     async def live(self, manifest: Manifest, call: ImageCall, seed: int, pixels: Pixels) -> ProbeRecord | None:
         """Probe with a user's finished image (uint8 [H, W, 3], of `seed`); None where it does not compare."""
@@ -161,21 +161,28 @@ class Prober:
             await self.canonical(here[name])
             due[name] = self._clock() + every
 
-    async def _recorded(self, manifest: Manifest, kind: Kind, probe: Awaitable[ProbeRecord]) -> ProbeRecord:
+    async def _recorded(
+        self, manifest: Manifest, kind: Kind, probe: Awaitable[ProbeRecord], raises: bool = False
+    ) -> ProbeRecord:
         try:
             record = await probe
-        except CatClusterError as error:
-            record = self._error(manifest, kind, str(error))
         except Exception as error:
-            _log.exception("%s probe of %s failed", kind, manifest.name)
-            record = self._error(manifest, kind, repr(error))
-        self._metrics.inc(PROBES, kind=kind, verdict=record.verdict)
-        await self._log.append(manifest.adapter_id, manifest.revision, record)
+            expected = isinstance(error, CatClusterError)
+            reason = str(error) if expected else repr(error)
+            _log.warning("%s probe of %s: %s", kind, manifest.name, reason, exc_info=not expected)
+            record = ProbeRecord(
+                time=self._clock(), replica=self._log.replica, kind=kind, verdict="error", reason=reason
+            )
+            await self._keep(manifest, record)
+            if raises:
+                raise
+            return record
+        await self._keep(manifest, record)
         return record
 
-    def _error(self, manifest: Manifest, kind: Kind, reason: str) -> ProbeRecord:
-        _log.warning("%s probe of %s: %s", kind, manifest.name, reason)
-        return ProbeRecord(time=self._clock(), replica=self._log.replica, kind=kind, verdict="error", reason=reason)
+    async def _keep(self, manifest: Manifest, record: ProbeRecord) -> None:
+        self._metrics.inc(PROBES, kind=record.kind, verdict=record.verdict)
+        await self._log.append(manifest.adapter_id, manifest.revision, record)
 
     async def _canonical(self, manifest: Manifest) -> ProbeRecord:
         monitor = await self._monitor_of(manifest)

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cat_cluster.errors import SpecError
+from cat_cluster.errors import EvaluationError, SpecError
 from serve.calls import Accepted, Event, Failed, Preview, Progress
 from serve.denoise.image import EngineImage
 from serve.denoise.rows import ImageRows, Rows
 from serve.running_call import RunningCall
+from serve.settings import ProbeSettings
 from tests.support.services import CUP, Shop, events, failure_of, leased, open_service, pictures, run, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
@@ -59,6 +60,15 @@ def test_a_damaged_adapter_is_named(shop: Shop) -> None:
             found = failure_of(await events(service, replace(CUP, model="damaged")))
             assert found.kind in ("AdapterFormatError", "RegistryError")
             assert "damaged" in found.message
+
+    run(main)
+
+
+def test_a_probe_that_is_asked_for_and_cannot_be_made_is_an_error(shop: Shop) -> None:
+    async def main() -> None:
+        async with open_service(shop, probes=ProbeSettings(canonical_every_s=3600.0)) as service:
+            with pytest.raises(EvaluationError, match="published unmeasured"):
+                await service.admin("probe", "cup")
 
     run(main)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cat_cluster.errors import StoreError
+from cat_cluster.errors import EvaluationError, StoreError
 from cat_cluster.evaluation.drift import SCORES
 from cat_cluster.registry import Manifest
 from serve.probes.prober import Prober
@@ -180,6 +180,8 @@ def test_what_cannot_be_probed_says_why(replica: ProbedReplica, reference: dict[
     prober = replica.prober()
     for adapter_id, (stored, reason) in cases.items():
         manifest = publish(replica.store, replica.engine, stored, adapter_id)
+        with pytest.raises(EvaluationError, match=reason):
+            asyncio.run(prober.canonical(manifest, raises=True))
         record = asyncio.run(prober.canonical(manifest))
         assert record.verdict == "error"
         assert record.reason is not None
@@ -187,7 +189,7 @@ def test_what_cannot_be_probed_says_why(replica: ProbedReplica, reference: dict[
         assert prober.state(manifest).state == "unknown"
         assert not prober.wants_live(manifest, call())
     assert replica.probes_generated == 0
-    assert replica.value("cat_probes_total", kind="canonical", verdict="error") == len(cases)
+    assert replica.value("cat_probes_total", kind="canonical", verdict="error") == 2 * len(cases)
 
 
 def test_the_loop_probes_a_new_adapter_first_and_survives_errors(replica: ProbedReplica) -> None:
