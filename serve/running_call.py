@@ -136,7 +136,7 @@ class RunningCall:
             task.cancel()
         for image in self._images:
             image.cancel()
-        # An image holds its listener, a cancelled task its frames, and both this call: texts and latents stay with them.
+        # An image holds its listener, a cancelled task its frames, and both hold this call: cycles, with the latents.
         self._images.clear()
         self._tasks.clear()
 

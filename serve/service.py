@@ -35,7 +35,7 @@ from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
 from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
-from serve.denoise.sizes import parse_sizes
+from serve.denoise.sizes import parse_sizes, pixels_per_latent
 from serve.probes.prober import Prober
 from serve.probes.revision_monitor import ProbeCall
 from serve.running_call import EngineParts, ImagePlan, RunningCall, generate_in_spare_rows
@@ -64,7 +64,7 @@ class Service:
         device = choose_device(settings.device)
         half = settings.precision == "bf16" or (settings.precision == "auto" and device.startswith("cuda"))
         base = load_base_model(settings.base, device=device, dtype=torch.bfloat16 if half else torch.float32)
-        sizes = parse_sizes(settings.sizes, base)
+        sizes, unit = parse_sizes(settings.sizes, base), pixels_per_latent(base)
         registry = Registry(
             open_store(
                 settings.storage, on_retry=lambda operation: metrics.inc(telemetry.STORE_RETRIES, operation=operation)
@@ -83,6 +83,7 @@ class Service:
                 max_rows=settings.max_rows,
                 buckets=row_buckets(settings, device),
                 max_waiting=settings.max_waiting,
+                sizes=[(height // unit, width // unit) for width, height in sizes],
                 probe_share=settings.probes.share,
                 threads=settings.threads,
             )

@@ -209,7 +209,11 @@ def test_a_new_revision_goes_live_and_requests_in_flight_keep_theirs(shop: Shop)
 def test_status_and_health(shop: Shop) -> None:
     async def main() -> None:
         async with open_service(shop) as service:
+            lanes = service._parts.engine._running_images._rows
+            rows = {(rows._latents.shape[2:], len(rows._latents)) for rows in lanes.values()}
+            assert rows == {((8, 8), 8), ((8, 12), 8), ((12, 8), 8)}, "every size takes its memory at the start"
             await events(service, CUP)
+            assert len(lanes) == 3
             status = await service.status()
             assert status["sizes"] == ["16x16", "24x16", "16x24"]
             assert status["images"] == {"waiting": 0, "active": 0, "in_flight": 0}
