@@ -152,8 +152,8 @@ class Prober:
             here = {manifest.name: manifest for manifest in resident()}
             # One that was away is probed anew: it was loaded again, and that can go wrong.
             due = {name: due.get(name, 0.0) for name in here}
-            for name in self._shown.keys() - here.keys():
-                self._show_state(name, None)
+            for gone in self._shown.keys() - here.keys():
+                self._show_state(gone, None)
             name = min(due, key=due.__getitem__, default=None)
             if name is None or due[name] > self._clock():
                 await asyncio.sleep(min(1.0, every / 4))
