@@ -213,9 +213,7 @@ def test_calls_that_end_leave_nothing_to_the_collector(shop: Shop) -> None:
                         async for event in stream:
                             if isinstance(event, after):
                                 break
-                await until(lambda: service._parts.engine.active == 0)
-                await asyncio.sleep(0.05)
-                assert [one for one in gc.get_objects() if type(one) in kinds] == []
+                await until(lambda: not [one for one in gc.get_objects() if type(one) in kinds])
             finally:
                 gc.enable()
 
