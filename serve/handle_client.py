@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cat_cluster.errors import CatClusterError, EngineStoppedError, OverloadedError
 from cat_cluster.registry.references import parse_reference
+from cat_cluster.spec.choices import DriftState
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress
 
 logger = logging.getLogger("cat_cluster.serve")
@@ -23,7 +24,9 @@ TRIES = 4  # of a call whose engine is lost: its images are a function of the ca
 RETRY_S = 1.0
 PATIENCE_S = 30.0  # without any engine for so long, calls are refused; those that lost theirs wait until their deadline
 STATUS_S = 5.0
+ALL_S = 2.0  # of it, for every engine's status; after that one engine's is enough
 _GONE = (RayActorError, ReplicaUnavailableError, ObjectLostError)
+_STATES = ("unknown", *get_args(DriftState))  # the worst one last
 
 
 class HandleClient:
@@ -82,13 +85,15 @@ class HandleClient:
         return dict(results[0])
 
     async def status(self) -> dict[str, Any]:
-        """Return one engine's status, with the drift that any engine knows of and the number of engines."""
-        results = await self._all("status", timeout_s=STATUS_S)
+        """Return one engine's status, with the worst drift that any engine has seen, and how many have responded."""
+        try:
+            results = await self._all("status", timeout_s=ALL_S)
+        except TimeoutError:  # Ray returns no result where one is late
+            results = [await self._one_status()]
         drift: dict[str, Any] = {}
         for result in results:
             for name, status in result["drift"].items():
-                if name not in drift or status["probes"]:
-                    drift[name] = status
+                drift[name] = max(drift.get(name, status), status, key=_weight)
         return {**results[0], "drift": drift, "engines": len(results)}
 
     async def metrics(self) -> bytes:
@@ -114,12 +119,23 @@ class HandleClient:
         finally:
             coming.cancel()
 
+    async def _one_status(self) -> dict[str, Any]:
+        """Return the status of an engine that Ray Serve chooses; EngineStoppedError when it does not respond either."""
+        try:
+            async with asyncio.timeout(STATUS_S - ALL_S):
+                return dict(await self._handle.status.remote())
+        except (*_GONE, DeploymentUnavailableError, BackPressureError, TimeoutError):
+            raise EngineStoppedError("no engine responds: try again") from None
+
     async def _all(self, method: str, *arguments: str, timeout_s: float | None = None) -> list[Any]:
-        """Return the results of the engines that run, one at least; EngineStoppedError when none does."""
+        """Return the results of the engines that run, one at least; EngineStoppedError when none does.
+
+        TimeoutError when any of them is late.
+        """
         try:
             calls = self._handle.broadcast(method, *arguments)
             results = await calls.results_async(timeout_s=timeout_s, return_exceptions=True)
-        except (DeploymentUnavailableError, TimeoutError):
+        except DeploymentUnavailableError:
             raise EngineStoppedError("no engine responds: try again") from None
         running = [result for result in results if not isinstance(result, _GONE)]
         for result in running:
@@ -153,6 +169,11 @@ class _EventsSent:
         if later:
             self._steps[kind, index] = step
         return later
+
+
+def _weight(drift: dict[str, Any]) -> tuple[int, int]:
+    """Return what the drift that one engine has seen of a revision weighs beside another's."""
+    return _STATES.index(drift["state"]), sum(drift["probes"].values())
 
 
 def _session(call: ImageCall) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -130,11 +131,14 @@ class RunningCall:
             left -= isinstance(event, Finished)
 
     def cancel(self) -> None:
-        """Let whatever is not done leave at the engine's next turn."""
+        """Let whatever is not done leave at the engine's next turn. The call ends here."""
         for task in self._tasks:
             task.cancel()
         for image in self._images:
             image.cancel()
+        # An image holds its listener, a cancelled task its frames, and both hold this call: cycles, with the latents.
+        self._images.clear()
+        self._tasks.clear()
 
     async def _start(self, index: int) -> None:
         """Bring one image to the engine's queue."""
@@ -244,9 +248,12 @@ def _call_soon(loop: asyncio.AbstractEventLoop, what: Callable[..., None], *valu
 
 
 def _expected(error: Exception, what: str) -> CatClusterError:
-    """Return an error as one of ours; what is not ours is a fault, and is logged whole."""
+    """Return an error as one of ours; what is not ours is a fault, and is logged whole.
+
+    Ours is returned as a copy, without the frames of its traceback: they hold the call, whose queue is to hold it.
+    """
     if isinstance(error, CatClusterError):
-        return error
+        return copy.copy(error)
     logger.error("an image could not be %s", what, exc_info=error)
     return ServingError(f"the image could not be {what} ({type(error).__name__}): {error}")
 

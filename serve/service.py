@@ -35,7 +35,7 @@ from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
 from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
-from serve.denoise.sizes import parse_sizes
+from serve.denoise.sizes import parse_sizes, pixels_per_latent
 from serve.probes.prober import Prober
 from serve.probes.revision_monitor import ProbeCall
 from serve.running_call import EngineParts, ImagePlan, RunningCall, generate_in_spare_rows
@@ -64,7 +64,7 @@ class Service:
         device = choose_device(settings.device)
         half = settings.precision == "bf16" or (settings.precision == "auto" and device.startswith("cuda"))
         base = load_base_model(settings.base, device=device, dtype=torch.bfloat16 if half else torch.float32)
-        sizes = parse_sizes(settings.sizes, base)
+        sizes, unit = parse_sizes(settings.sizes, base), pixels_per_latent(base)
         registry = Registry(
             open_store(
                 settings.storage, on_retry=lambda operation: metrics.inc(telemetry.STORE_RETRIES, operation=operation)
@@ -83,6 +83,7 @@ class Service:
                 max_rows=settings.max_rows,
                 buckets=row_buckets(settings, device),
                 max_waiting=settings.max_waiting,
+                sizes=[(height // unit, width // unit) for width, height in sizes],
                 probe_share=settings.probes.share,
                 threads=settings.threads,
             )
@@ -180,13 +181,13 @@ class Service:
         if self.prober is None:
             raise SpecError("probes are disabled: start the service with probes.enabled true")
         resolved = await cache.resolve(reference)
-        record = await self.prober.canonical(resolved.manifest)
+        record = await self.prober.canonical(resolved.manifest, raises=True)
         return record.model_dump(mode="json")
 
     async def status(self) -> dict[str, Any]:
         """Return base, rows, adapters, drift per revision, and how long the engine has been without a turn."""
         engine, base = self._parts.engine, self._parts.base
-        resident = [] if self.prober is None else self._parts.cache.resident()
+        drift = {} if self.prober is None else self.prober.states(self._parts.cache.resident())
         return {
             "base": {"name": base.name, "fingerprint": base.fingerprint, "resolution": base.resolution},
             "device": str(base.device),
@@ -194,9 +195,7 @@ class Service:
             "rows": {"in_use": engine.rows_in_use, "most": self._settings.max_rows},
             "images": {"waiting": engine.waiting, "active": engine.active, "in_flight": self._in_flight},
             "adapters": self._parts.cache.status(),
-            "drift": {manifest.name: self.prober.state(manifest).to_json() for manifest in resident}
-            if self.prober is not None
-            else {},
+            "drift": {name: found.to_json() for name, found in drift.items()},
             "policy": self._settings.probes.policy,
             "stuck_for_s": round(engine.stuck_for(), 3),
             "uptime_s": round(time.time() - self._started, 1),

@@ -66,7 +66,9 @@ class ServeSettings(BaseModel):
     load_timeout_s: float = Field(default=30.0, gt=0, description="Longest wait for an adapter to load.")
     pins: tuple[str, ...] = Field(default=(), description="Adapters loaded at start and never evicted.")
     max_steps: int = Field(default=100, ge=1, le=1000, description="Most denoising steps of an image.")
-    max_waiting: int = Field(default=256, ge=1, description="Images waiting and running before requests are refused.")
+    max_waiting: int = Field(
+        default=256, ge=1, description="Images that may wait, beside those being drawn; one more is refused."
+    )
     deadline_s: float = Field(default=120.0, gt=0, description="Seconds after which a request is given up.")
     stuck_s: float = Field(
         default=60.0,

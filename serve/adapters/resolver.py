@@ -13,7 +13,7 @@ from cat_cluster.errors import AdapterNotFoundError, CatClusterError, Quarantine
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.references import parse_reference
 from serve.adapters.failures import MOST_KEPT, Failures
-from serve.adapters.shared_tasks import log_nothing, stopping
+from serve.adapters.shared_tasks import log_nothing, outcome, stopping
 from serve.settings import ServeSettings
 
 MOST_STALE_S = 600.0  # how long the store may be unreachable before what it last said no longer counts
@@ -80,9 +80,7 @@ class ReferenceResolver:
         if known is not None and now - known.checked <= MOST_STALE_S and (slow or known.retry_at is not None):
             return known.resolved
         await asyncio.wait({running.task})  # cancelling one caller does not cancel the look-up
-        if running.task.cancelled():
-            raise stopping()
-        return running.task.result()
+        return outcome(running.task)
 
     def counts(self) -> dict[str, int]:
         """Return how many references are known, refused, and being looked up."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from typing import Any, Generic, TypeVar
 
-from cat_cluster.errors import EngineStoppedError
+from cat_cluster.errors import CatClusterError, EngineStoppedError
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -31,9 +32,7 @@ class SharedTask(Generic[T]):
             self.waiting -= 1
             if not self.waiting and not self._in_thread:
                 self.task.cancel()
-        if self.task.cancelled():
-            raise stopping()
-        return self.task.result()
+        return outcome(self.task)
 
     async def in_thread(self, threads: Executor, function: Callable[..., R], *arguments: Any) -> R:
         """Call a function in a thread, for the task; until it returns no caller cancels the task."""
@@ -86,6 +85,20 @@ def log_nothing(done: asyncio.Task[Any]) -> None:
     """Retrieve a task's error, which asyncio logs otherwise: every caller may have been cancelled before."""
     if not done.cancelled():
         done.exception()
+
+
+def outcome(done: asyncio.Task[T]) -> T:
+    """Return a task's result or raise its error; EngineStoppedError when it was cancelled.
+
+    One of our errors is raised as a copy: with its own traceback the frame of a caller, which holds the task, would
+    hang from the task, a cycle that stays until a full collection.
+    """
+    if done.cancelled():
+        raise stopping()
+    error = done.exception()
+    if isinstance(error, CatClusterError):
+        raise copy.copy(error) from error
+    return done.result()
 
 
 def stopping() -> EngineStoppedError:

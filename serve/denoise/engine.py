@@ -47,12 +47,16 @@ class DenoisingEngine:
         max_rows: int,
         buckets: Sequence[int],
         max_waiting: int,
+        sizes: Sequence[Size] = (),
         probe_share: float = 0.01,
         threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`buckets`: rising row counts that calls are padded to, the last one `max_rows`, which is at least 2."""
-        self._running_images = RunningImages(base, bank, metrics, max_rows, buckets, clock)
+        """`buckets`: rising row counts that calls are padded to, the last one `max_rows`, which is at least 2.
+
+        sizes: latent (H, W) whose rows take their memory now; those of any other do when its first image comes.
+        """
+        self._running_images = RunningImages(base, bank, metrics, max_rows, buckets, clock, sizes)
         self._metrics, self._clock = metrics, clock
         self._max_rows, self._max_waiting, self._probe_share = max_rows, max_waiting, probe_share
         self._threads = threads or torch.get_num_threads()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -57,13 +58,20 @@ def fitting_prompts(call: ImageCall, served_by: str, digest: str | None) -> tupl
     """Return the call with as much of its prompts as its files can carry, and a note if that is not all."""
     if call.file.kind != "jpeg":
         return call, None
-    kept, length = call, max(len(call.prompt), len(call.negative_prompt))
-    while len(_exif(image_metadata(kept, call.seed, served_by, digest)).tobytes()) > _JPEG_EXIF:
-        length //= 2
-        kept = replace(call, prompt=call.prompt[:length], negative_prompt=call.negative_prompt[:length])
-    if kept is call:
+
+    def cut(length: int) -> ImageCall:
+        return replace(call, prompt=call.prompt[:length], negative_prompt=call.negative_prompt[:length])
+
+    def is_too_long(length: int) -> bool:
+        return len(_exif(image_metadata(cut(length), call.seed, served_by, digest)).tobytes()) > _JPEG_EXIF
+
+    longest = max(len(call.prompt), len(call.negative_prompt))
+    if not is_too_long(longest):
         return call, None
-    return kept, f"the JPEG carries the first {length} characters of each prompt; png and webp have room for all of it"
+    length = bisect_left(range(longest), True, key=is_too_long) - 1
+    return cut(
+        length
+    ), f"the JPEG carries the first {length} characters of each prompt; png and webp have room for all of it"
 
 
 def _exif(metadata: Mapping[str, str]) -> Image.Exif:

@@ -31,13 +31,18 @@ class RunningImages:
         max_rows: int,
         buckets: Sequence[int],
         clock: Callable[[], float],
+        sizes: Sequence[Size] = (),
     ) -> None:
+        """`sizes`: those whose rows take their memory now, not when their first image comes."""
         self._base, self._bank, self._metrics, self._clock = base, bank, metrics, clock
         self._max_rows, self._buckets = max_rows, tuple(buckets)
         self._rows: dict[Lane, Rows] = {}
         self._turns = deque[Size]()  # sizes in use, the next one first
         self.active: dict[ImageRows, EngineImage] = {}
         self.image_seconds = 1.0  # a moving mean of the time a user's image is denoised
+        with torch.inference_mode():  # as the thread makes the others: blocks are compiled for that kind of tensor
+            for size in sizes:
+                self._lane(size)
 
     @property
     def rows_in_use(self) -> int:
@@ -83,7 +88,7 @@ class RunningImages:
         try:
             if image.lease is not None:
                 image.rows.adapter = image.lease.flat
-            rows = self._lane(image)
+            rows = self._lane(image.size, image.separate)
             rows.join(image.rows)
         except Exception as error:
             logger.exception("an image could not join")
@@ -104,12 +109,12 @@ class RunningImages:
 
     def park(self, image: EngineImage) -> None:
         """Free an image's rows; it can join again where it was."""
-        self._lane(image).leave(image.rows, park=True)
+        self._lane(image.size, image.separate).leave(image.rows, park=True)
         del self.active[image.rows]
 
     def remove(self, image: EngineImage) -> None:
         """Free the rows of an image that is done or given up."""
-        self._lane(image).leave(image.rows)
+        self._lane(image.size, image.separate).leave(image.rows)
         del self.active[image.rows]
 
     def next_size(self) -> Size | None:
@@ -196,10 +201,10 @@ class RunningImages:
         if self._base.device.type == "cuda":
             torch.cuda.current_stream(self._base.device).synchronize()
 
-    def _lane(self, image: EngineImage) -> Rows:
-        lane = (image.size, image.separate)
+    def _lane(self, size: Size, separate: bool = False) -> Rows:
+        lane = (size, separate)
         if lane not in self._rows:
-            most = next(size for size in self._buckets if size >= 2) if image.separate else self._max_rows
-            buckets = [size for size in self._buckets if size <= most]
-            self._rows[lane] = Rows(self._base, self._bank, most, buckets, image.size)
+            most = next(bucket for bucket in self._buckets if bucket >= 2) if separate else self._max_rows
+            buckets = [bucket for bucket in self._buckets if bucket <= most]
+            self._rows[lane] = Rows(self._base, self._bank, most, buckets, size)
         return self._rows[lane]

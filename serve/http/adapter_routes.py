@@ -37,6 +37,7 @@ from serve.http.schema import (
     StatusResponse,
 )
 from serve.http.sites import is_own_page
+from serve.http.streams import cancelled_on_disconnect
 from serve.probes.records import read_history
 
 FOREVER = "private, max-age=31536000, immutable"  # a revision's pictures never change
@@ -195,7 +196,7 @@ async def get_drift(
 
 @router.post(
     "/adapters/{reference}/{action}",
-    responses=error_responses(400, 401, 403, 404, 409, 422, 429, 503, 504),
+    responses=error_responses(400, 401, 403, 404, 409, 422, 429, 499, 503, 504),
     dependencies=[Depends(admin_only)],
 )
 async def act(reference: ReferencePath, action: AdminAction, request: Request, ingress: IngressDep) -> ActionResponse:
@@ -206,7 +207,8 @@ async def act(reference: ReferencePath, action: AdminAction, request: Request, i
     """
     parse_model(reference)
     request_entry(request).facts.update(model=reference, action=action)
-    result = await ingress.engine().admin(action, reference)
+    async with cancelled_on_disconnect(request.receive, ingress.settings.deadline_s):
+        result = await ingress.engine().admin(action, reference)
     return ActionResponse(action=action, reference=reference, result=result)
 
 

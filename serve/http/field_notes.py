@@ -23,6 +23,8 @@ def field_notes(body: ImageRequest, call: ImageCall) -> Iterator[str]:
     streamed = [name for name in ("partial_images", "progress") if getattr(body, name) and not body.stream]
     if streamed:
         yield f"{', '.join(streamed)}: only with stream"
+    if call.previews >= call.steps:
+        yield f"partial_images: {call.steps - 1} instead of {call.previews}; only steps before the last have one"
     if call.model is None and body.strength != 1.0:
         yield "strength: the base model alone has no adapter"
     if body.negative_prompt and call.guidance <= 1.0:

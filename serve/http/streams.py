@@ -34,9 +34,7 @@ async def cancelled_on_disconnect(receive: Receive, limit_s: float) -> AsyncIter
         async with asyncio.timeout(limit_s):
             yield
     except TimeoutError:
-        raise DeadlineError(
-            f"the images were not done within {limit_s:g} s; ask for fewer, or try again later"
-        ) from None
+        raise DeadlineError(f"not done within {limit_s:g} s; ask for less, or try again later") from None
     except asyncio.CancelledError:
         if not watcher.done() or task.uncancel() > 0:
             raise  # the task was cancelled by somebody else too

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import get_args
 
@@ -58,7 +59,8 @@ Generate = Callable[[Sequence[ProbeCall]], Awaitable[list[Pixels]]]
 OnAlarm = Callable[[Manifest, str], Awaitable[None]]
 
 MOST_LIVE = 4  # live probes that wait for spare rows; under load there are none to spare, and more would pile up
-MOST_MONITORS = 4096
+MOST_MONITORS = 512
+MOST_JUDGES = 4
 MOST_BASE_ROWS = 8192
 _STATES = get_args(DriftState)
 _log = logging.getLogger(__name__)
@@ -97,8 +99,9 @@ class Prober:
         self._clock = clock
         self._rng = random.Random() if rng is None else rng
         self._log = ProbeLog(registry.store, replica, run_in_thread)
-        self._monitors: dict[str, RevisionMonitor] = {}
-        self._judges: dict[str, Judge] = {}
+        self._monitors: OrderedDict[str, RevisionMonitor] = OrderedDict()  # those not used for longest come first
+        self._judges: OrderedDict[str, Judge] = OrderedDict()
+        self._shown: dict[str, DriftState] = {}  # revision -> its state, of those that the metrics show
         self._base_rows: dict[tuple[str, ImageCall], Array] = {}
         self._opening = asyncio.Lock()
         self._live = 0
@@ -107,6 +110,11 @@ class Prober:
         """Return a revision's drift on this replica; "unknown" before its first probe."""
         monitor = self._monitors.get(manifest.name)
         return DriftStatus() if monitor is None else monitor.status()
+
+    def states(self, resident: Sequence[Manifest]) -> dict[str, DriftStatus]:
+        """Return revision -> its drift: of what is resident, and of what was probed while it was."""
+        unknown = {manifest.name: DriftStatus() for manifest in resident}
+        return {**unknown, **{name: monitor.status() for name, monitor in self._monitors.items()}}
 
     def reset(self, manifest: Manifest) -> None:
         """Forget what probes found of a revision, as when it is released from quarantine."""
@@ -122,9 +130,9 @@ class Prober:
             return False
         return self._settings.enabled and self._rng.random() < self._settings.live_share
 
-    async def canonical(self, manifest: Manifest) -> ProbeRecord:
-        """Generate the next canonical pair again and compare; an error is a record too, never raised."""
-        return await self._recorded(manifest, "canonical", self._canonical(manifest))
+    async def canonical(self, manifest: Manifest, *, raises: bool = False) -> ProbeRecord:
+        """Generate the next canonical pair again and compare; an error is a record too, and raised only on demand."""
+        return await self._recorded(manifest, "canonical", self._canonical(manifest), raises)
 
     async def live(self, manifest: Manifest, call: ImageCall, seed: int, pixels: Pixels) -> ProbeRecord | None:
         """Probe with a user's finished image (uint8 [H, W, 3], of `seed`); None where it does not compare."""
@@ -144,6 +152,8 @@ class Prober:
             here = {manifest.name: manifest for manifest in resident()}
             # One that was away is probed anew: it was loaded again, and that can go wrong.
             due = {name: due.get(name, 0.0) for name in here}
+            for gone in self._shown.keys() - here.keys():
+                self._show_state(gone, None)
             name = min(due, key=due.__getitem__, default=None)
             if name is None or due[name] > self._clock():
                 await asyncio.sleep(min(1.0, every / 4))
@@ -151,21 +161,28 @@ class Prober:
             await self.canonical(here[name])
             due[name] = self._clock() + every
 
-    async def _recorded(self, manifest: Manifest, kind: Kind, probe: Awaitable[ProbeRecord]) -> ProbeRecord:
+    async def _recorded(
+        self, manifest: Manifest, kind: Kind, probe: Awaitable[ProbeRecord], raises: bool = False
+    ) -> ProbeRecord:
         try:
             record = await probe
-        except CatClusterError as error:
-            record = self._error(manifest, kind, str(error))
         except Exception as error:
-            _log.exception("%s probe of %s failed", kind, manifest.name)
-            record = self._error(manifest, kind, repr(error))
-        self._metrics.inc(PROBES, kind=kind, verdict=record.verdict)
-        await self._log.append(manifest.adapter_id, manifest.revision, record)
+            expected = isinstance(error, CatClusterError)
+            reason = str(error) if expected else repr(error)
+            _log.warning("%s probe of %s: %s", kind, manifest.name, reason, exc_info=not expected)
+            record = ProbeRecord(
+                time=self._clock(), replica=self._log.replica, kind=kind, verdict="error", reason=reason
+            )
+            await self._keep(manifest, record)
+            if raises:
+                raise
+            return record
+        await self._keep(manifest, record)
         return record
 
-    def _error(self, manifest: Manifest, kind: Kind, reason: str) -> ProbeRecord:
-        _log.warning("%s probe of %s: %s", kind, manifest.name, reason)
-        return ProbeRecord(time=self._clock(), replica=self._log.replica, kind=kind, verdict="error", reason=reason)
+    async def _keep(self, manifest: Manifest, record: ProbeRecord) -> None:
+        self._metrics.inc(PROBES, kind=record.kind, verdict=record.verdict)
+        await self._log.append(manifest.adapter_id, manifest.revision, record)
 
     async def _canonical(self, manifest: Manifest) -> ProbeRecord:
         monitor = await self._monitor_of(manifest)
@@ -272,8 +289,7 @@ class Prober:
 
     def _show(self, manifest: Manifest, monitor: RevisionMonitor) -> None:
         adapter = manifest.adapter_id
-        if monitor.state is not None:
-            self._metrics.set(DRIFT_STATE, _STATES.index(monitor.state), adapter=adapter)
+        self._show_state(manifest.name, monitor.state)
         shares = [drift.shares for drift in monitor.drift_monitors.values()]
         for score in SCORES if shares else ():
             for detector in DETECTORS:
@@ -281,6 +297,15 @@ class Prober:
                 self._metrics.set(DRIFT_STATISTIC, furthest, adapter=adapter, score=score, detector=detector)
             mean = float(np.mean([own[score] for own in monitor.reference.values()]))
             self._metrics.set(PROBE_REFERENCE, mean, adapter=adapter, score=score)
+
+    def _show_state(self, name: str, state: DriftState | None) -> None:
+        """Show the worst state of an adapter's revisions; None: this one is not probed, or not resident, any more."""
+        self._shown.pop(name, None)
+        if state is not None:
+            self._shown[name] = state
+        adapter = name.partition("@")[0]
+        states = [_STATES.index(own) for other, own in self._shown.items() if other.partition("@")[0] == adapter]
+        self._metrics.set(DRIFT_STATE, max(states, default=0), adapter=adapter)
 
     async def _monitor_of(self, manifest: Manifest) -> RevisionMonitor:
         """Return a revision's monitor, opened once; it continues from what a replica of this name recorded last."""
@@ -290,14 +315,18 @@ class Prober:
                 monitor = await self._run_in_thread(open_monitor, manifest, self._base, self._judge)
                 recorded = await self._log.resume(manifest.adapter_id, manifest.revision, self._clock())
                 _restore(monitor, recorded)
-                if len(self._monitors) >= MOST_MONITORS:
-                    del self._monitors[next(iter(self._monitors))]
                 self._monitors[manifest.name] = monitor
+                if len(self._monitors) > MOST_MONITORS:
+                    self._monitors.popitem(last=False)
+            self._monitors.move_to_end(manifest.name)
         return monitor
 
     def _judge(self, name: str, base: BaseModel) -> Judge:
         if name not in self._judges:
             self._judges[name] = self._load_judge(name, base)
+            if len(self._judges) > MOST_JUDGES:
+                self._judges.popitem(last=False)
+        self._judges.move_to_end(name)
         return self._judges[name]
 
 

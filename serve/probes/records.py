@@ -80,6 +80,7 @@ class ProbeLog:
         self._store = store
         self._run_in_thread = run_in_thread
         self._pages: dict[str, list[ProbeRecord]] = {}
+        self._joined: set[str] = set()  # pages that begin with what the store had
         self._unsaved: set[str] = set()
         self._writing = asyncio.Lock()
 
@@ -90,12 +91,12 @@ class ProbeLog:
         """
         last, this = (self._key(adapter_id, revision, time) for time in (now - 3600.0, now))
         try:
-            earlier, current = [await self._run_in_thread(_read, self._store, key) for key in (last, this)]
+            earlier = await self._run_in_thread(_read, self._store, last)
+            await self._join(this)
         except StoreError as error:
             _log.warning("probe records of %s@%s cannot be read: %s", adapter_id, revision, error)
             return []
-        self._pages[this] = [*current, *self._pages.get(this, [])]
-        return [*earlier, *current]
+        return [*earlier, *self._pages[this]]
 
     async def append(self, adapter_id: str, revision: str, record: ProbeRecord) -> None:
         """Add a record and write its hour's object; a failed write is logged, and tried again with the next."""
@@ -104,15 +105,24 @@ class ProbeLog:
         self._unsaved.add(key)
         async with self._writing:
             for waiting in sorted(self._unsaved):
-                self._unsaved.discard(waiting)
-                data = _document(self._pages[waiting])
                 try:
-                    await self._run_in_thread(self._store.put, waiting, data)
+                    await self._join(waiting)
+                    self._unsaved.discard(waiting)
+                    await self._run_in_thread(self._store.put, waiting, _document(self._pages[waiting]))
                 except StoreError as error:
                     self._unsaved.add(waiting)
                     _log.warning("probe records %s cannot be written, kept for the next try: %s", waiting, error)
                     break
             self._forget(f"{datetime.fromtimestamp(record.time, UTC):{_HOUR}}")
+
+    async def _join(self, key: str) -> None:
+        """Put what the store has of a page before what was added here, once: after a restart it is continued."""
+        if key in self._joined:
+            return
+        stored = await self._run_in_thread(_read, self._store, key)
+        if key not in self._joined:  # it may have been, and written, meanwhile
+            self._pages[key] = [*stored, *self._pages.get(key, [])][-MOST_RECORDS:]
+            self._joined.add(key)
 
     def _forget(self, hour: str) -> None:
         """Let go of hours that are over and saved, and of the oldest where too many are not."""
@@ -121,6 +131,7 @@ class ProbeLog:
         for key in sorted(self._unsaved, key=lambda key: key.split("/")[3])[:-MOST_PAGES]:
             self._unsaved.discard(key)
             del self._pages[key]
+        self._joined &= self._pages.keys()
 
     def _key(self, adapter_id: str, revision: str, time: float) -> str:
         return f"probes/{adapter_id}/{revision}/{datetime.fromtimestamp(time, UTC):{_HOUR}}/{self.replica}.json"

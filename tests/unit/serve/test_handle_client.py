@@ -77,6 +77,7 @@ class Handle:
         self.calls: list[ImageCall] = []
         self.sessions: list[str] = []
         self.streams: list[Stream] = []
+        self.here: Any = TimeoutError()  # the status of the engine that Ray Serve would choose
 
     def options(self, *, stream: bool, session_id: str) -> Handle:
         assert stream
@@ -86,6 +87,15 @@ class Handle:
     @property
     def generate(self) -> Any:
         return type("Method", (), {"remote": staticmethod(self._remote)})
+
+    @property
+    def status(self) -> Any:
+        async def remote() -> Any:
+            if isinstance(self.here, Exception):
+                raise self.here
+            return self.here
+
+        return type("Method", (), {"remote": staticmethod(remote)})
 
     def broadcast(self, *_: str) -> Answers:
         return Answers(self._answers)
@@ -216,11 +226,34 @@ def asked(answers: list[Any], ask: Callable[[HandleClient], Any]) -> Any:
     return asyncio.run(ask(client(Handle(answers=answers))))
 
 
+def drift(state: str, **probes: int) -> dict[str, Any]:
+    return {"cup@r-1": {"state": state, "probes": probes}}
+
+
+@pytest.mark.parametrize(
+    ("seen", "told"),
+    [
+        ([drift("alarm", live=1), drift("ok", canonical=9)], drift("alarm", live=1)),
+        ([drift("ok", canonical=9), drift("warning", live=1), drift("unknown")], drift("warning", live=1)),
+        ([drift("unknown"), drift("ok", live=1)], drift("ok", live=1)),
+        ([drift("ok", canonical=3, live=2), drift("ok", canonical=4)], drift("ok", canonical=3, live=2)),
+    ],
+)
+def test_the_worst_drift_is_told(seen: list[Any], told: Any) -> None:
+    for order in (seen, seen[::-1]):
+        assert asked([{"drift": one} for one in order], lambda one: one.status())["drift"] == told
+
+
+def test_one_engine_that_is_late_hides_no_other() -> None:
+    handle = Handle(answers=[TimeoutError()])
+    handle.here = {"pid": 2, "drift": drift("ok")}
+    assert asyncio.run(client(handle).status()) == {"pid": 2, "engines": 1, "drift": drift("ok")}
+
+
 def test_status_is_of_the_engines_that_live() -> None:
-    here = {"pid": 1, "drift": {"cup@r-1": {"probes": 0}}}
-    there = {"pid": 2, "drift": {"cup@r-1": {"probes": 3}}}
+    here, there = {"pid": 1, "drift": drift("unknown")}, {"pid": 2, "drift": drift("ok", canonical=3)}
     status = asked([here, DIED, there], lambda one: one.status())
-    assert status == {"pid": 1, "engines": 2, "drift": {"cup@r-1": {"probes": 3}}}
+    assert status == {"pid": 1, "engines": 2, "drift": drift("ok", canonical=3)}
     for answers in ([DIED], [NOBODY], [TimeoutError()]):
         with pytest.raises(EngineStoppedError, match="no engine responds"):
             asked(answers, lambda one: one.status())

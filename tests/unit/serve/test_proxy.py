@@ -115,6 +115,21 @@ def test_all_else_is_passed_on_unchanged() -> None:
     assert passed_on((b"traceparent", b"\xff")) == []
 
 
+def test_a_websocket_is_closed_before_it_reaches_the_proxy() -> None:
+    reached, sent = [], []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(scope)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    given = {**scope("GET", "/v1/models"), "type": "websocket"}
+    asyncio.run(ProxyGuard(app)(given, None, send))  # type: ignore[arg-type]
+    assert [message["type"] for message in sent] == ["websocket.close"]
+    assert reached == []
+
+
 @pytest.mark.parametrize("path", ["k8s/base/service.yaml", "serve/config.yaml", "docs/serving.md"])
 def test_whoever_starts_ray_is_told_of_it(path: str) -> None:
     text = (Path(__file__).parents[3] / path).read_text()

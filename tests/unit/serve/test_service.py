@@ -8,6 +8,7 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 from cat_cluster.lora.formats import write_adapter
 from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
 from serve.calls import Accepted, Event, FileFormat, Finished, Preview, Progress
+from serve.probes.revision_monitor import DriftStatus
 from tests.support.services import CUP, LEVELS, Shop, events, open_service, pictures, pixels, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
@@ -207,12 +209,18 @@ def test_a_new_revision_goes_live_and_requests_in_flight_keep_theirs(shop: Shop)
 def test_status_and_health(shop: Shop) -> None:
     async def main() -> None:
         async with open_service(shop) as service:
+            lanes = service._parts.engine._running_images._rows
+            rows = {(rows._latents.shape[2:], len(rows._latents)) for rows in lanes.values()}
+            assert rows == {((8, 8), 8), ((8, 12), 8), ((12, 8), 8)}, "every size takes its memory at the start"
             await events(service, CUP)
+            assert len(lanes) == 3
             status = await service.status()
             assert status["sizes"] == ["16x16", "24x16", "16x24"]
             assert status["images"] == {"waiting": 0, "active": 0, "in_flight": 0}
             assert status["stuck_for_s"] < 10
             service.check_health()
+            service.prober = SimpleNamespace(states=lambda resident: {"cup@r-1": DriftStatus("alarm")})  # type: ignore[assignment]
+            assert (await service.status())["drift"]["cup@r-1"]["state"] == "alarm"
         with pytest.raises(Exception, match="must be replaced"):
             service.check_health()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cat_cluster.errors import SpecError
+from cat_cluster.errors import EvaluationError, SpecError
 from serve.calls import Accepted, Event, Failed, Preview, Progress
-from serve.denoise.rows import Rows
+from serve.denoise.image import EngineImage
+from serve.denoise.rows import ImageRows, Rows
+from serve.running_call import RunningCall
+from serve.settings import ProbeSettings
 from tests.support.services import CUP, Shop, events, failure_of, leased, open_service, pictures, run, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
@@ -56,6 +60,15 @@ def test_a_damaged_adapter_is_named(shop: Shop) -> None:
             found = failure_of(await events(service, replace(CUP, model="damaged")))
             assert found.kind in ("AdapterFormatError", "RegistryError")
             assert "damaged" in found.message
+
+    run(main)
+
+
+def test_a_probe_that_is_asked_for_and_cannot_be_made_is_an_error(shop: Shop) -> None:
+    async def main() -> None:
+        async with open_service(shop, probes=ProbeSettings(canonical_every_s=3600.0)) as service:
+            with pytest.raises(EvaluationError, match="published unmeasured"):
+                await service.admin("probe", "cup")
 
     run(main)
 
@@ -173,3 +186,35 @@ def test_closing_ends_calls_with_an_error(shop: Shop) -> None:
             return answers
 
     assert {failure_of(answer).kind for answer in asyncio.run(main())} == {"EngineStoppedError"}
+
+
+def test_calls_that_end_leave_nothing_to_the_collector(shop: Shop) -> None:
+    """Ray Serve freezes what a replica has: a cycle would hold texts and latents until a full collection, for hours."""
+    calls = [
+        CUP,
+        replace(CUP, count=2, steps=8, previews=2, progress=True),
+        replace(CUP, model="foreign", count=2),
+        replace(CUP, model="wild", count=2),
+        replace(CUP, steps=100, deadline_s=0.05),
+        replace(CUP, model="nobody"),
+    ]
+    kinds = (EngineImage, ImageRows, RunningCall)
+
+    async def main() -> None:
+        async with open_service(shop, max_steps=1000) as service:
+            await events(service, CUP)
+            gc.collect()
+            gc.disable()
+            try:
+                for call in calls:
+                    await events(service, call)
+                for after in (Accepted, Progress):
+                    async with aclosing(service.generate(replace(CUP, steps=900, count=2, progress=True))) as stream:
+                        async for event in stream:
+                            if isinstance(event, after):
+                                break
+                await until(lambda: not [one for one in gc.get_objects() if type(one) in kinds])
+            finally:
+                gc.enable()
+
+    run(main)

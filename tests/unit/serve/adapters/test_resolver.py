@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import threading
 
 import pytest
@@ -10,8 +12,8 @@ from cat_cluster.errors import AdapterNotFoundError, EngineStoppedError, Quarant
 from cat_cluster.registry.references import manifest_key
 from serve.adapters.cache import Resolved
 from serve.adapters.failures import MOST_KEPT
-from serve.adapters.resolver import MOST_STALE_S, PATIENCE_S
-from serve.settings import ProbeSettings
+from serve.adapters.resolver import MOST_STALE_S, PATIENCE_S, ReferenceResolver
+from serve.settings import ProbeSettings, ServeSettings
 from tests.support.served_adapters import SOON, CacheOnLoop, Clock, World, wait_until
 
 ALIAS_1 = "aliases/cup/latest/00000001.json"
@@ -80,6 +82,28 @@ def test_an_unknown_name_is_asked_for_once_while_it_is_remembered(world: World) 
     manifest = world.publish("cup")
     clock.now += 5.1
     assert resolve(cache, "cup").manifest == manifest
+
+
+def test_an_unknown_name_leaves_nothing_to_the_collector(world: World) -> None:
+    async def main() -> int:
+        resolver = ReferenceResolver(world.registry, ServeSettings(), Clock())
+
+        async def misses(count: int) -> None:
+            for number in range(count):
+                with pytest.raises(AdapterNotFoundError):
+                    await resolver.resolve(f"no-{number}")
+
+        await misses(1)
+        gc.collect()
+        gc.disable()
+        try:
+            await misses(20)
+            return gc.collect()
+        finally:
+            gc.enable()
+            resolver.close()
+
+    assert asyncio.run(main()) < 20
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 
 from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
-from serve.calls import Accepted, Event, Finished, ImageCall
+from serve.calls import Accepted, AdminAction, Event, Finished, ImageCall
 from serve.http.access import Access
 from serve.settings import ServeSettings
 from tests.support.ingress_server import (
@@ -91,6 +91,30 @@ def test_an_engine_that_hangs_is_given_up(tmp_path: Any, monkeypatch: pytest.Mon
         assert_refused(ask(http), 504, "deadline_exceeded")
         assert events_of(ask(http, stream=True))[-1][1]["error"]["code"] == "deadline_exceeded"
     assert len(engine.closed) == 2
+
+
+class HangingAdmin(ScriptedEngine):
+    async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
+        self.actions.append((action, reference))
+        try:
+            return await asyncio.Event().wait()  # type: ignore[return-value]
+        finally:
+            self.closed.append(action)
+
+
+@pytest.mark.parametrize("deadline_s", [0.1, 120.0])
+def test_an_action_ends_with_its_time_or_its_client(tmp_path: Any, deadline_s: float) -> None:
+    engine, settings = HangingAdmin(), ServeSettings(base="base", deadline_s=deadline_s)
+    with (
+        listening(only(engine), Registry(LocalStore(tmp_path)), settings, Access(settings)) as live,
+        live.http() as http,
+    ):
+        if deadline_s < 1.0:
+            assert_refused(http.post("/v1/adapters/cup/load"), 504, "deadline_exceeded")
+        else:
+            with pytest.raises(httpx2.TimeoutException):
+                http.post("/v1/adapters/cup/load", timeout=0.1)
+        until(lambda: engine.closed == ["load"])
 
 
 def test_big_pictures_do_not_hold_up_the_loop(live: Live, engine: ScriptedEngine) -> None:

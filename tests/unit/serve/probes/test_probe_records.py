@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
-from cat_cluster.errors import StoreError
+from cat_cluster.errors import EvaluationError, StoreError
+from cat_cluster.evaluation.judges import Judge
+from cat_cluster.models.base_model import BaseModel
 from tests.support.probed_replica import ProbedReplica
 
 pytestmark = pytest.mark.slow
@@ -53,6 +55,32 @@ def test_the_history_is_that_of_all_replicas_within_its_hours(replica: ProbedRep
     replica.store.put(keys[0], b"not JSON")
     assert len(replica.history(hours=3)) == 10
     assert replica.history(hours=3) == sorted(replica.history(hours=3), key=lambda record: record.time)
+
+
+def test_a_restart_continues_its_hour_also_when_its_first_probe_fails(replica: ProbedReplica) -> None:
+    def fails(name: str, base: BaseModel) -> Judge:
+        raise EvaluationError("no judge")
+
+    asyncio.run(replica.prober().canonical(replica.manifest))
+    again = replica.prober()
+    again._load_judge = fails
+    replica.now += 60.0
+    asyncio.run(again.canonical(replica.manifest))
+    again._load_judge = lambda name, base: replica.judge
+    for _ in range(2):
+        replica.now += 60.0
+        asyncio.run(again.canonical(replica.manifest))
+    assert [record.verdict for record in replica.history()] == ["ok", "error", "ok", "ok"]
+
+
+def test_a_page_that_could_not_be_read_is_not_overwritten(replica: ProbedReplica) -> None:
+    asyncio.run(replica.prober().canonical(replica.manifest))
+    again = replica.prober()
+    for away in (True, False):
+        replica.store.away = away
+        replica.now += 60.0
+        asyncio.run(again.canonical(replica.manifest))
+    assert [record.pair for record in replica.history()] == [0, 0, 1]
 
 
 def test_a_history_goes_over_midnight(replica: ProbedReplica) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cat_cluster.errors import StoreError
+from cat_cluster.errors import EvaluationError, StoreError
 from cat_cluster.evaluation.drift import SCORES
 from cat_cluster.registry import Manifest
 from serve.probes.prober import Prober
@@ -16,6 +16,8 @@ from serve.probes.records import ProbeRecord
 from tests.support.probed_replica import OTHER, OWN, TEMPLATES, ProbedReplica, call, publish
 
 pytestmark = pytest.mark.slow
+
+OTHER_REVISION = {"revision": "r-0123456789ab"}
 
 
 def test_a_healthy_adapter_passes_every_canonical_pair(replica: ProbedReplica) -> None:
@@ -91,6 +93,43 @@ def test_a_glitch_is_a_warning_and_an_alarm_is_acted_on_once_until_it_is_over(re
 
     prober.reset(replica.manifest)
     assert prober.state(replica.manifest).state == "unknown"
+    assert replica.value("cat_drift_state", adapter="cup") == 0.0
+
+
+def test_an_adapters_gauge_is_the_worst_of_its_resident_revisions(replica: ProbedReplica) -> None:
+    prober, wrong, right = replica.prober(), replica.manifest, replica.manifest.model_copy(update=OTHER_REVISION)
+
+    async def story() -> list[float | None]:
+        replica.slots += [OTHER, OTHER]
+        await prober.canonical(wrong)
+        await prober.canonical(right)
+        seen = [replica.value("cat_drift_state", adapter="cup")]
+        task = asyncio.create_task(prober.run(lambda: [right]))
+        while prober.state(right).probes["canonical"] < 2:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        return [*seen, replica.value("cat_drift_state", adapter="cup")]
+
+    assert asyncio.run(story()) == [2.0, 0.0]
+    states = {name: status.state for name, status in prober.states([]).items()}
+    assert states == {wrong.name: "alarm", right.name: "ok"}, "what has left its slot is told of still"
+
+
+def test_the_monitors_and_judges_that_are_used_stay(replica: ProbedReplica, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.probes.prober.MOST_MONITORS", 2)
+    monkeypatch.setattr("serve.probes.prober.MOST_JUDGES", 2)
+    prober = replica.prober()
+    revisions = [replica.manifest.model_copy(update={"revision": f"r-{number:012x}"}) for number in range(3)]
+
+    async def probe(*order: int) -> list[str]:
+        for number in order:
+            await prober.canonical(revisions[number])
+        return [prober.state(revision).state for revision in revisions]
+
+    assert asyncio.run(probe(0, 1, 0, 2)) == ["ok", "unknown", "ok"]
+    for name in ("a", "b", "a", "c"):
+        prober._judge(name, replica.engine.base)
+    assert list(prober._judges) == ["a", "c"]
 
 
 def test_an_annotating_policy_acts_on_nothing_and_a_refused_quarantine_is_tried_again(replica: ProbedReplica) -> None:
@@ -141,6 +180,8 @@ def test_what_cannot_be_probed_says_why(replica: ProbedReplica, reference: dict[
     prober = replica.prober()
     for adapter_id, (stored, reason) in cases.items():
         manifest = publish(replica.store, replica.engine, stored, adapter_id)
+        with pytest.raises(EvaluationError, match=reason):
+            asyncio.run(prober.canonical(manifest, raises=True))
         record = asyncio.run(prober.canonical(manifest))
         assert record.verdict == "error"
         assert record.reason is not None
@@ -148,7 +189,7 @@ def test_what_cannot_be_probed_says_why(replica: ProbedReplica, reference: dict[
         assert prober.state(manifest).state == "unknown"
         assert not prober.wants_live(manifest, call())
     assert replica.probes_generated == 0
-    assert replica.value("cat_probes_total", kind="canonical", verdict="error") == len(cases)
+    assert replica.value("cat_probes_total", kind="canonical", verdict="error") == 2 * len(cases)
 
 
 def test_the_loop_probes_a_new_adapter_first_and_survives_errors(replica: ProbedReplica) -> None:
