@@ -9,11 +9,11 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from typing import Any, get_args
 
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from cat_cluster.errors import CatClusterError, EngineStoppedError, OverloadedError
+from cat_cluster.errors import CancelledRequestError, CatClusterError, EngineStoppedError, OverloadedError
 from cat_cluster.registry.references import parse_reference
 from cat_cluster.spec.choices import DriftState
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress
@@ -44,7 +44,7 @@ class HandleClient:
             stream = handle.generate.remote(call)
             lost = Failed.of(EngineStoppedError("the engine stopped before the images were done: try again"))
             try:
-                event = await self._first(stream, until if attempt else None)
+                event = await self._first(stream, call.deadline_s, until if attempt else None)
                 while event is not None:
                     if isinstance(event, Failed) and event.kind == EngineStoppedError.__name__:
                         lost = event
@@ -62,6 +62,8 @@ class HandleClient:
             except DeploymentUnavailableError:
                 yield Failed.of(EngineStoppedError("no engine is running: try again"))
                 return
+            except TaskCancelledError:  # Ray Serve cancels what a request has called when its client goes
+                raise CancelledRequestError("the client has disconnected") from None
             except BackPressureError:
                 error = OverloadedError("every engine has as many requests as it takes: try again", self._retry_s)
                 yield Failed.of(error)
@@ -100,14 +102,19 @@ class HandleClient:
         """Return one engine's metrics; with several, scrape Ray's metrics port instead."""
         return bytes(await self._handle.metrics.remote())
 
-    async def _first(self, stream: AsyncGenerator[Event, None], until: float | None) -> Event | None:
+    async def _first(
+        self, stream: AsyncGenerator[Event, None], deadline_s: float | None, until: float | None
+    ) -> Event | None:
         """Return the first event of a call, which may wait for an engine; None when there is none.
 
-        DeploymentUnavailableError when no engine is there: after the patience, or at `until` if that is given.
+        DeploymentUnavailableError when no engine is there: after the patience, or the deadline if that is shorter; at
+        `until` if that is given.
         """
         coming = asyncio.ensure_future(anext(stream, None))
+        patience_s = self._patience_s if deadline_s is None else min(self._patience_s, deadline_s)
         try:
-            while not (await asyncio.wait({coming}, timeout=self._patience_s))[0]:
+            while not (await asyncio.wait({coming}, timeout=patience_s))[0]:
+                patience_s = self._patience_s
                 try:
                     await self._handle.broadcast("status").results_async(timeout_s=STATUS_S, return_exceptions=True)
                 except TimeoutError:

@@ -16,8 +16,9 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from cat_cluster.errors import CancelledRequestError
 from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, Metrics
-from serve.http.http_errors import http_error_of
+from serve.http.http_errors import KINDS, http_error_of
 
 logger = logging.getLogger("cat_cluster.serve")
 
@@ -70,6 +71,12 @@ class RequestLog:
         scope.setdefault("state", {})["entry"] = entry
         has_begun = False
 
+        async def received() -> Message:
+            try:
+                return await receive()
+            except Exception:  # Ray Serve's raises an error of its own where the client has gone
+                return {"type": "http.disconnect"}
+
         async def sent(message: Message) -> None:
             nonlocal has_begun
             if message["type"] == "http.response.start":
@@ -83,9 +90,9 @@ class RequestLog:
             await send(message)
 
         try:
-            await self._app(scope, receive, sent)
+            await self._app(scope, received, sent)
         except asyncio.CancelledError:
-            entry.status = CLIENT_CLOSED
+            entry.status, entry.code = CLIENT_CLOSED, KINDS[CancelledRequestError].code
             raise
         except Exception as error:
             log_unexpected(entry, error)

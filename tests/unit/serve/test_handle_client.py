@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
-from cat_cluster.errors import AdapterNotFoundError, EngineStoppedError, OverloadedError
+from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError, OverloadedError
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.handle_client import TRIES, HandleClient
 from serve.http.log_format import JsonLines
@@ -161,6 +161,23 @@ def test_without_an_engine_it_is_said(steps: list[Step]) -> None:
     (failed,) = events(handle)
     assert failed == Failed("EngineStoppedError", "no engine is running: try again")
     assert handle.streams[0].cancelled
+
+
+def test_without_an_engine_a_call_ends_with_its_deadline() -> None:
+    """As while the service stops; the patience may be longer."""
+    client = HandleClient(Handle([None], answers=[NOBODY]))  # type: ignore[arg-type]
+
+    async def run() -> list[Event]:
+        async with asyncio.timeout(5.0):
+            return [event async for event in client.generate(replace(CALL, deadline_s=0.05))]
+
+    assert asyncio.run(run()) == [Failed("EngineStoppedError", "no engine is running: try again")]
+
+
+def test_a_client_that_goes_is_no_fault() -> None:
+    """Ray Serve cancels what its request has called, with an error of its own."""
+    with pytest.raises(CancelledRequestError):
+        events(Handle([Accepted("cup@r-1"), RequestCancelledError("r")]))
 
 
 def test_a_call_that_lost_its_engine_waits_for_another_until_its_deadline() -> None:

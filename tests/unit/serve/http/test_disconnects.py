@@ -143,13 +143,21 @@ def test_big_pictures_do_not_hold_up_the_loop(live: Live, engine: ScriptedEngine
     assert sorted(waits)[-2] < 0.25  # tens of ms where this machine is idle; JSON of it all at once takes many more
 
 
-def test_a_client_that_goes_while_it_sends(live: Live, engine: ScriptedEngine) -> None:
+def next_of(messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The next message of a client; after the last one an error, as Ray Serve's receive raises for one that is gone."""
+    if not messages:
+        raise RuntimeError("the request was cancelled")
+    return messages.pop(0)
+
+
+@pytest.mark.parametrize("last", [[{"type": "http.disconnect"}], []])
+def test_a_client_that_goes_while_it_sends(live: Live, engine: ScriptedEngine, last: list[dict[str, Any]]) -> None:
     async def call() -> int:
-        messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b'{"pro', "more_body": True}]
+        messages = [{"type": "http.request", "body": b'{"pro', "more_body": True}, *last]
         sent: list[Any] = []
 
         async def receive() -> dict[str, Any]:
-            return messages.pop()
+            return next_of(messages)
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -159,3 +167,22 @@ def test_a_client_that_goes_while_it_sends(live: Live, engine: ScriptedEngine) -
 
     assert live.call(call()) == 499
     assert not engine.calls
+
+
+def test_a_client_whose_server_says_so_with_an_error(live: Live, engine: ScriptedEngine) -> None:
+    engine.script = waiting()
+
+    async def call() -> int:
+        messages = [{"type": "http.request", "body": json.dumps({"prompt": "a"}).encode(), "more_body": False}]
+        sent: list[Any] = []
+
+        async def receive() -> dict[str, Any]:
+            return next_of(messages)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await live.app(scope("POST", PATH), receive, send)
+        return int(sent[0]["status"])
+
+    assert live.call(call()) == 499
