@@ -326,7 +326,7 @@ MUTANTS = (
         "serve/probes/revision_monitor.py",
         "self.canonical, self.reason, self.alarm_handled = None, None, False",
         "self.canonical, self.reason = None, None",
-        "serve/probes/test_live_probes.py",
+        "serve/probes/test_prober.py",
     ),
 )
 

@@ -74,7 +74,8 @@ def test_a_glitch_is_a_warning_and_an_alarm_is_acted_on_once_until_it_is_over(re
 
     async def story() -> list[tuple[str, int | None, int]]:
         seen = []
-        for slots in ([OTHER, OWN], [OTHER, OTHER], [OTHER, OTHER], [OWN], [OWN], [OTHER, OTHER]):
+        again = ([OTHER, OWN], [OTHER, OTHER])
+        for slots in ([OTHER, OWN], [OTHER, OTHER], [OTHER, OTHER], [OWN], [OWN], [OTHER, OTHER], *again):
             record = await probe(*slots)
             seen.append((record.verdict, record.pair, len(replica.alarms)))
         return seen
@@ -87,13 +88,17 @@ def test_a_glitch_is_a_warning_and_an_alarm_is_acted_on_once_until_it_is_over(re
         ("ok", 1, 1),
         ("ok", 2, 1),
         ("alarm", 3, 2),
+        ("warning", 3, 2),
+        ("alarm", 4, 3),
     ]
-    assert replica.value("cat_adapters_quarantined_total") == 2.0
+    assert replica.value("cat_adapters_quarantined_total") == 3.0
     assert replica.value("cat_drift_state", adapter="cup") == 2.0
 
     prober.reset(replica.manifest)
     assert prober.state(replica.manifest).state == "unknown"
     assert replica.value("cat_drift_state", adapter="cup") == 0.0
+    asyncio.run(probe(OTHER, OTHER))  # released, and as wrong as before
+    assert len(replica.alarms) == 4
 
 
 def test_an_adapters_gauge_is_the_worst_of_its_resident_revisions(replica: ProbedReplica) -> None:
