@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -316,16 +318,22 @@ def main() -> NoReturn:
     Exit code 1 is for what a command could not do, 2 for words that are no command. With --json the error is the one
     JSON document on stdout too: {"error": {"type", "message"}}.
     """
+    if sys.stdout is None:  # the shell's >&-
+        sys.stdout = open(os.devnull, "w")
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # here, where what fails can still be said
     except CatClusterError as error:
         _end_with(type(error).__name__, str(error))
+    except BrokenPipeError:  # its reader has what it wanted
+        _drop_stdout()
+        sys.exit(1)
     except OSError as error:  # of a path that was given, such as one that is too long
         place = "" if error.filename is None else f"{error.filename}: "
         _end_with("OutputError", f"{place}{error.strerror or error}; check the path and who may read or write it")
     except _UsageError as error:
         error.show()
-        _print_json_error("UsageError", error.format_message())
+        _end_stdout("UsageError", error.format_message())
         sys.exit(2)
     except typer.Abort:
         code = 1
@@ -337,10 +345,21 @@ def main() -> NoReturn:
 def _end_with(kind: str, message: str) -> NoReturn:
     people.print("[bold red]error[/bold red]", end=" ")
     people.print(message, markup=False, highlight=False, soft_wrap=True)
-    _print_json_error(kind, message)
+    _end_stdout(kind, message)
     sys.exit(1)
 
 
-def _print_json_error(kind: str, message: str) -> None:
-    if "--json" in sys.argv[1:]:
-        print_json({"error": {"type": kind, "message": message}})
+def _end_stdout(kind: str, message: str) -> None:
+    """Print the error as JSON where that is asked for; a stdout that cannot be written is no further error."""
+    try:
+        if "--json" in sys.argv[1:]:
+            print_json({"error": {"type": kind, "message": message}})
+        sys.stdout.flush()
+    except OSError:  # stderr has the message
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    """Let what waits for a stdout that cannot be written go nowhere, or Python would complain of it at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
