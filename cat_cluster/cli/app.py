@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -31,9 +32,10 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.serve import serve
-from cat_cluster.cli.values import above_zero, check_all_values, output_file, output_folder
+from cat_cluster.cli.values import above_zero, check_all_values, output_folder, png_file
 from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
+from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.choices import SamplerName
 from cat_cluster.spec.fields import LARGEST_COUNT
 
@@ -158,7 +160,11 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Prompt; an adapter's concept appears where its token is a word of it.")],
     out: Annotated[
         Path,
-        typer.Option(callback=output_file, help="PNG file to write; -0, -1, ... are added to its name when count > 1."),
+        typer.Option(
+            metavar="<path>",
+            parser=png_file,
+            help="PNG file to write; -0, -1, ... are added to its name when count > 1.",
+        ),
     ],
     adapter: Annotated[str | None, typer.Option(help="Adapter id, id@alias or id@revision. None: the base.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model. Default: the adapter's own, else pocket.")] = None,
@@ -216,7 +222,9 @@ def pocket_pretrain(
 
 @pocket_app.command("grid")
 def pocket_grid(
-    out: Annotated[Path, typer.Option(callback=output_file, help="PNG file to write.")] = Path("pocket-grid.png"),
+    out: Annotated[Path, typer.Option(metavar="<path>", parser=png_file, help="PNG file to write.")] = Path(
+        "pocket-grid.png"
+    ),
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="First seed.")] = 0,
 ) -> None:
     """Generate a grid of images that shows what Pocket-SD knows."""
@@ -261,7 +269,9 @@ def spec_check(
         people.print(f"[green]ok[/green] {adapter.id}: {tokens}; {adapter.method}, {adapter.training.steps} steps")
         for one in read[adapter.id]:
             number = f"{one['photos']} photo{'' if one['photos'] == 1 else 's'}"
-            passed_over = f"; passed over: {', '.join(one['passed_over'])}" if one["passed_over"] else ""
+            passed_over = (
+                f"; passed over: {', '.join(map(shown_name, one['passed_over']))}" if one["passed_over"] else ""
+            )
             line = f"   {one['token']}: {number}, captions from {one['captions_from']}{passed_over}"
             people.print(line, markup=False, highlight=False, soft_wrap=True)
     for warning in warnings:
@@ -319,7 +329,7 @@ def main() -> NoReturn:
     JSON document on stdout too: {"error": {"type", "message"}}.
     """
     if sys.stdout is None:  # the shell's >&-
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = io.StringIO()
     try:
         code = app(standalone_mode=False)
         sys.stdout.flush()  # here, where what fails can still be said
@@ -332,6 +342,7 @@ def main() -> NoReturn:
         place = "" if error.filename is None else f"{error.filename}: "
         _end_with("OutputError", f"{place}{error.strerror or error}; check the path and who may read or write it")
     except _UsageError as error:
+        error.message = error.message.removeprefix("Value error, ")  # pydantic's, with which typer reads values
         error.show()
         _end_stdout("UsageError", error.format_message())
         sys.exit(2)
@@ -344,7 +355,8 @@ def main() -> NoReturn:
 
 def _end_with(kind: str, message: str) -> NoReturn:
     people.print("[bold red]error[/bold red]", end=" ")
-    people.print(message, markup=False, highlight=False, soft_wrap=True)
+    # A message may quote a file's name, and a name may hold what a terminal obeys.
+    people.print("\n".join(map(shown_name, message.split("\n"))), markup=False, highlight=False, soft_wrap=True)
     _end_stdout(kind, message)
     sys.exit(1)
 
