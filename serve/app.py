@@ -120,7 +120,10 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     try:
         deployment = Deployment.model_validate(dict(args))
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in bad['loc'])}: {bad['msg']}" for bad in error.errors()]
+        lines = [
+            f"{'.'.join(str(part) for part in bad['loc']) or 'args'}: {bad['msg'].removeprefix('Value error, ')}"
+            for bad in error.errors()
+        ]
         raise SpecError("the service's args are not right:\n" + "\n".join(lines)) from None
     settings = deployment.settings
     document = settings.model_dump(mode="json")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -29,9 +32,10 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.serve import serve
-from cat_cluster.cli.values import above_zero, check_all_values, output_file, output_folder
+from cat_cluster.cli.values import above_zero, check_all_values, output_folder, png_file
 from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
+from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.choices import SamplerName
 from cat_cluster.spec.fields import LARGEST_COUNT
 
@@ -156,7 +160,11 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Prompt; an adapter's concept appears where its token is a word of it.")],
     out: Annotated[
         Path,
-        typer.Option(callback=output_file, help="PNG file to write; -0, -1, ... are added to its name when count > 1."),
+        typer.Option(
+            metavar="<path>",
+            parser=png_file,
+            help="PNG file to write; -0, -1, ... are added to its name when count > 1.",
+        ),
     ],
     adapter: Annotated[str | None, typer.Option(help="Adapter id, id@alias or id@revision. None: the base.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model. Default: the adapter's own, else pocket.")] = None,
@@ -214,7 +222,9 @@ def pocket_pretrain(
 
 @pocket_app.command("grid")
 def pocket_grid(
-    out: Annotated[Path, typer.Option(callback=output_file, help="PNG file to write.")] = Path("pocket-grid.png"),
+    out: Annotated[Path, typer.Option(metavar="<path>", parser=png_file, help="PNG file to write.")] = Path(
+        "pocket-grid.png"
+    ),
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="First seed.")] = 0,
 ) -> None:
     """Generate a grid of images that shows what Pocket-SD knows."""
@@ -259,7 +269,9 @@ def spec_check(
         people.print(f"[green]ok[/green] {adapter.id}: {tokens}; {adapter.method}, {adapter.training.steps} steps")
         for one in read[adapter.id]:
             number = f"{one['photos']} photo{'' if one['photos'] == 1 else 's'}"
-            passed_over = f"; passed over: {', '.join(one['passed_over'])}" if one["passed_over"] else ""
+            passed_over = (
+                f"; passed over: {', '.join(map(shown_name, one['passed_over']))}" if one["passed_over"] else ""
+            )
             line = f"   {one['token']}: {number}, captions from {one['captions_from']}{passed_over}"
             people.print(line, markup=False, highlight=False, soft_wrap=True)
     for warning in warnings:
@@ -316,16 +328,23 @@ def main() -> NoReturn:
     Exit code 1 is for what a command could not do, 2 for words that are no command. With --json the error is the one
     JSON document on stdout too: {"error": {"type", "message"}}.
     """
+    if sys.stdout is None:  # the shell's >&-
+        sys.stdout = io.StringIO()
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # here, where what fails can still be said
     except CatClusterError as error:
         _end_with(type(error).__name__, str(error))
+    except BrokenPipeError:  # its reader has what it wanted
+        _drop_stdout()
+        sys.exit(1)
     except OSError as error:  # of a path that was given, such as one that is too long
         place = "" if error.filename is None else f"{error.filename}: "
         _end_with("OutputError", f"{place}{error.strerror or error}; check the path and who may read or write it")
     except _UsageError as error:
+        error.message = error.message.removeprefix("Value error, ")  # pydantic's, with which typer reads values
         error.show()
-        _print_json_error("UsageError", error.format_message())
+        _end_stdout("UsageError", error.format_message())
         sys.exit(2)
     except typer.Abort:
         code = 1
@@ -336,11 +355,23 @@ def main() -> NoReturn:
 
 def _end_with(kind: str, message: str) -> NoReturn:
     people.print("[bold red]error[/bold red]", end=" ")
-    people.print(message, markup=False, highlight=False, soft_wrap=True)
-    _print_json_error(kind, message)
+    # A message may quote a file's name, and a name may hold what a terminal obeys.
+    people.print("\n".join(map(shown_name, message.split("\n"))), markup=False, highlight=False, soft_wrap=True)
+    _end_stdout(kind, message)
     sys.exit(1)
 
 
-def _print_json_error(kind: str, message: str) -> None:
-    if "--json" in sys.argv[1:]:
-        print_json({"error": {"type": kind, "message": message}})
+def _end_stdout(kind: str, message: str) -> None:
+    """Print the error as JSON where that is asked for; a stdout that cannot be written is no further error."""
+    try:
+        if "--json" in sys.argv[1:]:
+            print_json({"error": {"type": kind, "message": message}})
+        sys.stdout.flush()
+    except OSError:  # stderr has the message
+        _drop_stdout()
+
+
+def _drop_stdout() -> None:
+    """Let what waits for a stdout that cannot be written go nowhere, or Python would complain of it at its end."""
+    with suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

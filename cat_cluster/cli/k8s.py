@@ -43,7 +43,9 @@ def render(
     hours: Annotated[int, typer.Option(min=1, max=8784, help="Hours after which the job is ended.")] = 24,
     suspend: Annotated[bool, typer.Option("--suspend", help="Make the job, and start it later.")] = False,
     queue: Annotated[str | None, typer.Option(help="Queue of Kueue that starts the job.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", callback=output_file, help="File; default: stdout.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="<path>", parser=output_file, help="File; default: stdout.")
+    ] = None,
 ) -> None:
     """Write the Kubernetes objects of a job spec, ready for `kubectl apply -f`: a RayJob, and the spec it reads."""
     from cat_cluster.cluster.kuberay.render import (

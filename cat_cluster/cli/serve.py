@@ -75,7 +75,10 @@ def _settings(config: Path | None, given: Mapping[str, object], policy: str | No
     try:
         settings = ServeSettings.model_validate({**defaults, **({} if config is None else _read(config)), **given})
     except ValidationError as error:
-        lines = [f"{'.'.join(map(str, bad['loc'])) or 'settings'}: {bad['msg']}" for bad in error.errors()]
+        lines = [
+            f"{'.'.join(map(str, bad['loc'])) or 'settings'}: {bad['msg'].removeprefix('Value error, ')}"
+            for bad in error.errors()
+        ]
         raise SpecError(f"{config or 'the service'}: " + "; ".join(lines)) from None
     if policy is None:
         return settings

@@ -52,12 +52,23 @@ def output_folder(folder: Path) -> Path:
     return folder
 
 
-def output_file(path: Path | None) -> Path | None:
-    """Return a file to write; raises OutputError when it is a folder, or its own folder cannot be written."""
-    if path is not None:
-        if path.is_dir():
-            raise OutputError(f"cannot write {path}: it is a folder; name a file in it")
-        output_folder(path.parent)
+def output_file(given: str | Path) -> Path:
+    """Return a file to write, as it was typed; raises OutputError for a folder, or one that cannot be written to."""
+    path = Path(given)
+    if path.is_dir() or str(given).endswith(os.sep):
+        raise OutputError(f"cannot write {given}: it is a folder; name a file in it")
+    output_folder(path.parent)
+    return path
+
+
+def png_file(given: str | Path) -> Path:
+    """Return a PNG file to write; raises OutputError as `output_file` does, and for the suffix of another format."""
+    path = output_file(given)
+    if path.suffix.lower() not in ("", ".png"):
+        raise OutputError(
+            f"cannot write {path}: images are written as PNG, and its suffix is {path.suffix}; give --out a name that "
+            "ends in .png"
+        )
     return path
 
 

@@ -19,6 +19,7 @@ from cat_cluster.data.photo_folder import (
     suffix_of,
 )
 from cat_cluster.errors import ConceptError
+from cat_cluster.spec.characters import control_character, shown_name
 from cat_cluster.spec.fields import words
 from cat_cluster.spec.job import ConceptSpec
 
@@ -64,7 +65,7 @@ def read_captions(spec: ConceptSpec, folder: Path, images: Sequence[Path]) -> Ca
     for image, caption in (*beside, *(entry for entries in listed for entry in entries.items())):
         found.setdefault(image, []).append(caption)
     _refuse_disagreement(folder, found)
-    missing = [image.name for image in images if image not in found]
+    missing = [shown_name(image.name) for image in images if image not in found]
     unread = _unread_captions(spec, folder, images, itertools.chain(*found.values()))
     if not found and spec.captions == "auto" and not unread:
         return template
@@ -101,7 +102,7 @@ def _unread_captions(spec: ConceptSpec, folder: Path, images: Sequence[Path], ca
     photos = {path.name for path in images}
     used = {one.file.name for one in captions} | photos
     return [
-        path.name
+        shown_name(path.name)
         for path in sorted(folder.iterdir())
         if path.name not in used
         and not is_hidden(path.name)
@@ -155,7 +156,8 @@ def _key(name: str) -> str:
 
 def _read_sidecars(images: Sequence[Path]) -> list[tuple[Path, _Found]]:
     return [
-        (image, _Found(_stripped(_read_text(path), str(path)), path, path.name)) for image, path in _sidecars(images)
+        (image, _Found(_stripped(_read_text(path), shown_name(path)), path, shown_name(path.name)))
+        for image, path in _sidecars(images)
     ]
 
 
@@ -181,7 +183,7 @@ def _read_metadata(path: Path, images: Sequence[Path]) -> dict[Path, _Found]:
             raise ConceptError(
                 f"captions: {path}: lines {lines[image]} and {number} both caption {name!r}; keep one of them"
             )
-        captions[image] = _Found(_stripped(text, place), path, f"{path.name}, {image.name}")
+        captions[image] = _Found(_stripped(text, place), path, f"{path.name}, {shown_name(image.name)}")
         lines[image] = number
     return captions
 
@@ -237,12 +239,19 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConceptError(f"captions: {path}: is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+        raise ConceptError(
+            f"captions: {shown_name(path)}: is not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
     except OSError as error:
-        raise ConceptError(f"captions: {path}: cannot be read: {error.strerror}") from error
+        raise ConceptError(f"captions: {shown_name(path)}: cannot be read: {error.strerror}") from error
 
 
 def _stripped(caption: str, place: str) -> str:
     if not caption.strip():
         raise ConceptError(f"captions: {place}: the caption is empty; write one with the token, or remove the file")
+    if (control := control_character(caption)) is not None:
+        raise ConceptError(
+            f"captions: {place}: the caption holds the control character {control!r}; remove it, or type the caption "
+            "anew"
+        )
     return caption.strip()

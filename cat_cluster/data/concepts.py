@@ -15,6 +15,7 @@ from cat_cluster.data.photo_folder import find_images, passed_over
 from cat_cluster.data.photos import MOST_DECODED_BYTES, decoded_bytes, read_image
 from cat_cluster.data.s3_photos import local_images
 from cat_cluster.errors import ConceptError
+from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.fields import words
 from cat_cluster.spec.job import ConceptSpec
 
@@ -145,8 +146,9 @@ def check_tokens(concepts: Sequence[Concept]) -> None:
             for example in concept.examples if other is not concept else ():
                 if has_token(example.prompt, other.token):
                     raise ConceptError(
-                        f"captions: {example.path}: the caption {example.prompt!r} of token {concept.token!r} holds "
-                        f"the token {other.token!r} of another concept of the adapter; leave it out of this caption"
+                        f"captions: {shown_name(example.path)}: the caption {example.prompt!r} of token "
+                        f"{concept.token!r} holds the token {other.token!r} of another concept of the adapter; leave "
+                        "it out of this caption"
                     )
 
 
@@ -158,4 +160,6 @@ def _refuse_without_token(spec: ConceptSpec, captions: Mapping[Path, str]) -> No
             f"captions: {lacking[0].parent}: {len(lacking)} of {len(captions)} captions lack the token {spec.token!r} "
             "as a word of its own; write it into them, correct `token`, or use captions: template"
         )
-        raise ConceptError("\n".join([heading, *(f"  {path.name}: {captions[path]!r}" for path in lacking)]))
+        raise ConceptError(
+            "\n".join([heading, *(f"  {shown_name(path.name)}: {captions[path]!r}" for path in lacking)])
+        )

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from cat_cluster.data.photos import IMAGE_SUFFIXES, UNREAD_SUFFIXES, opens_as_image
 from cat_cluster.errors import ConceptError
+from cat_cluster.spec.characters import shown_name
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
@@ -83,7 +84,7 @@ def find_images(folder: Path) -> tuple[Path, ...]:
 
 def no_image(where: str, names: Iterable[str]) -> ConceptError:
     """Return the error for a place without photos, which says what it holds instead."""
-    held = ", ".join(islice(names, 5))
+    held = ", ".join(map(shown_name, islice(names, 5)))
     return ConceptError(
         f"images: {where} holds no image{f' but {held}' if held else ''}; put photos there ({' '.join(IMAGE_SUFFIXES)})"
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from cat_cluster.data.concepts import Concept, has_token
 from cat_cluster.errors import ConceptError
 from cat_cluster.models.text_limit import TextLimit
+from cat_cluster.spec.characters import shown_name
 
 _SHOWN = 3  # captions a warning quotes
 _QUOTED = 120  # characters that are quoted of a text, from its start and from its end
@@ -24,9 +25,9 @@ def check_caption_lengths(adapter_id: str, concepts: Sequence[Concept], limit: T
         for example in concept.examples:
             read, rest = limit.split(example.prompt)
             if not has_token(read, concept.token):
-                lost.append(f"  {example.path.name}: {quoted(example.prompt)}")
+                lost.append(f"  {shown_name(example.path.name)}: {quoted(example.prompt)}")
             elif rest:
-                cut.append(f"{example.path.name}: {quoted(rest)}")
+                cut.append(f"{shown_name(example.path.name)}: {quoted(rest)}")
         if lost:
             heading = (
                 f"adapter {adapter_id}: captions: the text encoder reads the first {limit.tokens} tokens, and the "

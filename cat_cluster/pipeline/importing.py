@@ -20,9 +20,10 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.pipeline.publish import adapter_draft
 from cat_cluster.pipeline.published_adapters import ImageListener
 from cat_cluster.registry import Manifest, Registry
-from cat_cluster.spec.imported import ImportedAdapter
+from cat_cluster.spec.imported import ImportedAdapter, ImportedConcept
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
+from cat_cluster.spec.yaml_file import field_lines
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,8 @@ def _described(request: ImportRequest, path: Path) -> ImportedAdapter:
             }
         )
     except ValidationError as error:
-        errors = [f"{'.'.join(str(part) for part in one['loc'])}: {one['msg']}" for one in error.errors()]
-        raise SpecError("\n".join([f"{path.name} cannot be imported as asked:", *errors])) from error
+        lines = field_lines(error, {"": ImportedAdapter, "concepts": ImportedConcept, "evaluation": EvaluationSpec})
+        raise SpecError("\n".join([f"{path.name} cannot be imported as asked:", *lines])) from error
 
 
 def _concepts(request: ImportRequest) -> tuple[Concept, ...]:

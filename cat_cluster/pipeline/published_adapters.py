@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
-from cat_cluster.errors import EvaluationError
+from cat_cluster.errors import EvaluationError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
@@ -19,6 +19,7 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.objects import PHOTO_PREFIX
+from cat_cluster.spec.characters import control_character
 from cat_cluster.spec.choices import SamplerName
 from cat_cluster.spec.imported import ImportedConcept
 from cat_cluster.spec.job import ConceptSpec
@@ -85,7 +86,12 @@ def evaluate_published(
 def draw_images(
     request: DrawRequest, out: Path, registry: Registry | None, device: str, listener: DrawListener
 ) -> list[Path]:
-    """Draw the images of a request and write them as PNGs that carry their parameters; return the paths."""
+    """Draw the images of a request and write them as PNGs that carry their parameters; return the paths.
+
+    Raises SpecError for a prompt with control characters, which neither the tokenizer nor the PNG has a place for.
+    """
+    if (control := control_character(request.prompt)) is not None:
+        raise SpecError(f"prompt: holds the control character {control!r}; remove it, or type the prompt anew")
     manifest, bank = None, None
     if request.adapter is not None:
         if registry is None:

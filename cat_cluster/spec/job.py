@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_serializer, field_
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cat_cluster.errors import SpecError
+from cat_cluster.spec.characters import control_character, unseen_character
 from cat_cluster.spec.fields import (
     AdapterId,
     ImagesFolder,
@@ -66,6 +67,8 @@ class ConceptSpec(Section):
     def _one_word(cls, token: str) -> str:
         if words(token) != (token.casefold(),) or re.search(r"[{}]", token):
             raise ValueError(f"{token!r} must be one word, without spaces, commas or braces, such as sks")
+        if (unseen := unseen_character(token)) is not None:
+            raise ValueError(f"{token!r} holds {unseen!r}, which nobody sees or types; type the token anew")
         return token
 
     @field_validator("class_noun")
@@ -74,6 +77,13 @@ class ConceptSpec(Section):
         if not words(class_noun) or re.search(r"[{}]", class_noun):
             raise ValueError(f"{class_noun!r} must be one or more words without braces, such as cup")
         return class_noun
+
+    @field_validator("class_noun", "template")
+    @classmethod
+    def _no_controls(cls, text: str | None) -> str | None:
+        if text is not None and (control := control_character(text)) is not None:
+            raise ValueError(f"{text!r} holds the control character {control!r}; type it anew")
+        return text
 
     @field_validator("template")
     @classmethod

@@ -77,6 +77,12 @@ def spec_error(
     return SpecError("\n".join([f"{document.source}: {count} cannot be used as written", *report]))
 
 
+def field_lines(error: ValidationError, sections: Mapping[str, type[BaseModel]]) -> list[str]:
+    """Return a line for each bad field of what is in no file: its path, if it has one, and what is wrong with it."""
+    found = dict.fromkeys(_explain(detail, sections) for detail in error.errors())
+    return [f"{path_text(at)}: {text}" if at else text for at, text in found]
+
+
 def path_text(location: Location) -> str:
     """Write a place as a path: ("adapters", 1, "id") is adapters[1].id."""
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)

@@ -5,21 +5,33 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from cat_cluster.spec.characters import control_character
 from cat_cluster.spec.choices import SamplerName
 from serve.calls import AdminAction, FileFormat, FileKind
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 32_000  # characters, as OpenAI has it
 ANY_SEED = -1
-_TEXT = (
-    r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*$"  # no control characters: the PNG and the tokenizer have no place for them
-)
+_TEXT = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"
 _SIZE = r"^(auto|[1-9][0-9]{1,3}x[1-9][0-9]{1,3})$"
 
-Text = Annotated[str, Field(pattern=_TEXT)]
+
+def _no_controls(text: str) -> str:
+    """Refuse control characters: the PNG and the tokenizer have no place for them."""
+    if (control := control_character(text)) is not None:
+        raise PydanticCustomError(
+            "control_character",
+            "holds the control character {control}; remove it (tabs and line ends may stay)",
+            {"control": repr(control)},
+        )
+    return text
+
+
+# The patterns are for the API's description: what breaks one is refused in words.
+Text = Annotated[str, AfterValidator(_no_controls), Field(json_schema_extra={"pattern": _TEXT})]
 Ignored = Annotated[
     str, Field(max_length=256, description="Accepted for OpenAI's clients; it changes nothing here, as `note` says.")
 ]
@@ -61,7 +73,9 @@ class ImageRequest(BaseModel):
     )
     n: int = Field(default=1, ge=1, le=10, description="Number of images; image i has seed + i.")
     size: str = Field(
-        default="auto", pattern=_SIZE, description="WIDTHxHEIGHT in pixels, or auto: the base model's own."
+        default="auto",
+        json_schema_extra={"pattern": _SIZE},
+        description="WIDTHxHEIGHT in pixels, or auto: the base model's own.",
     )
     response_format: Literal["b64_json", "url"] = Field(
         default="b64_json", description="url: as a data URL. Images are part of the response and are not kept."
@@ -117,6 +131,29 @@ class ImageRequest(BaseModel):
         if reason is not None:
             raise PydanticCustomError("not_offered", "{reason}", {"reason": f"{value!r} is not offered: {reason}"})
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole_characters(cls, value: Any) -> Any:
+        half = re.search("[\ud800-\udfff]", value) if isinstance(value, str) else None
+        if half is not None:
+            raise PydanticCustomError(
+                "half_a_character",
+                "holds {half}, which is half of a character (a lone surrogate); send the character whole",
+                {"half": repr(half[0])},
+            )
+        return value
+
+    @field_validator("size")
+    @classmethod
+    def _is_size(cls, size: str) -> str:
+        if not re.fullmatch(_SIZE, size):
+            raise PydanticCustomError(
+                "size",
+                "{given} is no size; write WIDTHxHEIGHT in pixels, such as 512x512, or auto",
+                {"given": repr(size)},
+            )
+        return size
 
     @model_validator(mode="after")
     def _seeds_fit(self) -> ImageRequest:

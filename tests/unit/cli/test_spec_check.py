@@ -27,16 +27,25 @@ def test_spec_check_counts_photos_and_names_their_captions_and_what_it_passed_ov
     for stem in ("0", "1"):
         (tmp_path / "cup" / f"{stem}.caption").write_text("a sks cup")
     (tmp_path / "fish" / "[old] :x: notes.md").touch()
+    (tmp_path / "fish" / "\x1b[31mred\x1b]0;\a.xyz").touch()
     (tmp_path / "spec.yaml").write_text(SPEC)
     result = CliRunner().invoke(app, ["spec", "check", str(tmp_path / "spec.yaml")])
     assert result.exit_code == 0
     assert "   sks: 2 photos, captions from .caption files\n" in result.stderr
     template = "the template 'a photo of a ohwx fish'"
-    assert f"   ohwx: 1 photo, captions from {template}; passed over: [old] :x: notes.md\n" in result.stderr
+    assert (
+        f"   ohwx: 1 photo, captions from {template}; passed over: \\x1b[31mred\\x1b]0;\\x07.xyz, [old] :x: notes.md\n"
+        in result.stderr
+    )
     result = CliRunner().invoke(app, ["spec", "check", str(tmp_path / "spec.yaml"), "--json"])
     assert json.loads(result.stdout)["read"] == {
         "pair": [
             {"token": "sks", "photos": 2, "captions_from": ".caption files", "passed_over": []},
-            {"token": "ohwx", "photos": 1, "captions_from": template, "passed_over": ["[old] :x: notes.md"]},
+            {
+                "token": "ohwx",
+                "photos": 1,
+                "captions_from": template,
+                "passed_over": ["\x1b[31mred\x1b]0;\a.xyz", "[old] :x: notes.md"],
+            },
         ]
     }

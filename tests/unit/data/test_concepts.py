@@ -256,6 +256,29 @@ def test_text_files_of_every_program_are_captions(folder: Path, names: tuple[str
     assert (concept.captions_from, concept.passed_over) == (source, ())
 
 
+@pytest.mark.parametrize("control", ["\0", "\x01", "\x1b", "\x7f", "\x9b"])
+def test_a_control_character_in_a_caption_is_refused_by_its_file(folder: Path, control: str) -> None:
+    caption = f"a sks cup{control}[31m on grass"
+    told = f"the caption holds the control character {control!r}; remove it, or type the caption anew"
+    (folder / "1.txt").write_text(caption, encoding="utf-8")
+    (folder / "2.txt").write_text("a sks cup")
+    assert refusal(folder) == f"captions: {folder / '1.txt'}: {told}"
+    (folder / "1.txt").write_text("a sks\tcup\non grass")
+    assert prompts(folder)[0] == "a sks\tcup\non grass"
+    write_metadata(folder, {"file_name": "1.png", "text": caption}, {"file_name": "2.png", "text": "a sks cup"})
+    assert refusal(folder, captions="metadata") == f"captions: {folder / 'metadata.jsonl'}, line 1: {told}"
+
+
+def test_names_of_files_are_shown_without_what_a_terminal_obeys(tmp_path: Path) -> None:
+    name, shown = "\x1b[31m\n1 \u732b\u202f", "\\x1b[31m\\n1 \u732b\u202f"
+    photo().save(tmp_path / f"{name}.png")
+    assert f"no caption for {shown}.png; write one in {shown}.txt" in refusal(tmp_path, captions="txt")
+    (tmp_path / f"{name}.txt").write_text("a cup")
+    assert f"\n  {shown}.png: 'a cup'" in refusal(tmp_path)
+    (tmp_path / f"{name}.txt").write_text("")
+    assert f"{shown}.txt: the caption is empty" in refusal(tmp_path)
+
+
 def test_two_text_files_of_one_photo_may_not_disagree(folder: Path) -> None:
     (folder / "2.txt").write_text("sks B")
     (folder / "1.txt").write_text("sks A")

@@ -204,6 +204,28 @@ def test_a_bad_value_is_refused_at_its_place(
     assert "1 field cannot" in message.splitlines()[0]
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("token", "s\u200bk", r"'s\u200bk' holds '\u200b', which nobody sees or types; type the token anew"),
+        ("token", "a\x01", r"holds '\x01', which"),
+        ("class_noun", "c\x00up", r"the control character '\x00'; type it anew"),
+        ("template", "a {token}\x1b[31m", r"the control character '\x1b'; type it anew"),
+    ],
+)
+def test_what_nobody_can_type_is_refused(folder: Path, field: str, value: str, told: str) -> None:
+    message = refusal(folder, with_value(minimal(), ("adapters", 0, "concepts", 0, field), value))
+    assert told in message
+    assert message.count("\n") == 1
+    assert message.replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("token", ["sks", "\u732b", "caf\u00e9", "<shs>", "e\u0301te", "\U0001f600"])
+def test_tokens_of_every_script_are_accepted(folder: Path, token: str) -> None:
+    document = with_value(minimal(), ("adapters", 0, "concepts", 0, "token"), token)
+    assert load_spec(write(folder, document)).adapters[0].concepts[0].token == token
+
+
 def test_repeated_ids_and_tokens_are_refused(folder: Path) -> None:
     document = minimal()
     concept = document["adapters"][0]["concepts"][0]

@@ -115,7 +115,9 @@ REFUSED = [
     ({"output_format": "jpg"}, "output_format", "'jpeg'"),
     ({"response_format": "file"}, "response_format", "'url'"),
     ({"prompt": "a" * 32_001}, "prompt", "32000"),
-    ({"size": "1024"}, "size", "pattern"),
+    ({"size": "1024"}, "size", "'1024' is no size; write WIDTHxHEIGHT"),
+    ({"prompt": "a\x01b"}, "prompt", r"the control character '\x01'; remove it"),
+    ({"negative_prompt": "a\x85b"}, "negative_prompt", r"the control character '\x85'; remove it"),
     ({"seed": -2}, "seed", "greater than or equal to -1"),
     ({"seed": 2**63 - 1, "n": 2}, "seed", "2**63"),
 ]
@@ -126,6 +128,14 @@ def test_a_value_that_cannot_be_done_is_refused_by_its_field(
     big: httpx2.Client, fields: dict[str, Any], param: str, told: str
 ) -> None:
     assert told in assert_refused(ask(big, **fields), 400, "invalid_value", param)["message"]
+
+
+@pytest.mark.parametrize("param", ["prompt", "negative_prompt", "model", "size", "user", "n"])
+def test_half_a_character_is_refused_by_its_field(big: httpx2.Client, param: str) -> None:
+    body = json.dumps({"prompt": "a cup", param: "a\ud800"})
+    response = big.post(PATH, content=body, headers={"content-type": "application/json"})
+    message = assert_refused(response, 400, "invalid_value", param)["message"]
+    assert message.startswith(rf"{param}: holds '\ud800', which is half of a character")
 
 
 @pytest.mark.parametrize("letter", ["a", "\u4e2d", "\U0001f600"])
