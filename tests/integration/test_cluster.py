@@ -149,7 +149,7 @@ WAYS = ("apart", "batch")
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_training_gives_the_adapter_of_the_local_loop(jobs: Jobs, way: str) -> None:
-    """One worker with ZeRO 3, one or two with plain torch; alone and packed; photos and adapters in S3."""
+    """One worker with plain torch, one or two with ZeRO 2; alone and packed; photos and adapters in S3."""
     assert jobs[way]["packs"], jobs[way]["err"]
     ours, theirs = (open_registry(jobs.folder / name).resolve("cup") for name in (way, "local"))
     assert ours.revision == theirs.revision == jobs.adapters(way)["cup"]["revision"]

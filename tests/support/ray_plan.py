@@ -88,7 +88,7 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
     apart = job(
         "apart",
         both if bucket is None else [cup(folder, judge, photos_in(bucket, folder / "photos" / "cup")), both[1]],
-        cluster={"workers": 1, "max_pack": 1, "zero_stage": 3, "checkpoint_every": 4},
+        cluster={"workers": 1, "max_pack": 1, "checkpoint_every": 4},
         monitoring={"tensorboard": True, "samples_every": 5},
         metrics=METRICS,
         to=str(folder / "apart") if bucket is None else f"{bucket}/prod",
@@ -98,7 +98,7 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
         job("unpublished", both, "--in-process", store_away=True),
         apart,
         {"name": "apart again", "arguments": apart["arguments"]},
-        job("batch", batch(folder, judge), cluster={"workers": [1, 2]}, damage=str(spoilt)),
+        job("batch", batch(folder, judge), cluster={"workers": [1, 2], "zero_stage": 2}, damage=str(spoilt)),
         {"name": "published", "arguments": job("unpublished", both)["arguments"]},
         job("workers", both, cluster={"workers": 4096}),
     ]
