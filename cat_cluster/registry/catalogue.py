@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TypeVar
 
@@ -100,22 +100,9 @@ class ManifestReader:
         hint = f"did you mean {_listed(near)}?" if near else f"it holds {all_known}"
         return AdapterNotFoundError(f"no adapter {adapter_id!r} in storage {self.store.url}: {hint}")
 
-    def unknown_revision(
-        self, adapter_id: str, revision: str, aliases: Mapping[str, str] | None = None
-    ) -> AdapterNotFoundError:
-        """Return the error for a revision that is not there; it lists those that are, or says that it is missed.
-
-        aliases: those of the adapter, alias -> revision.
-        """
+    def unknown_revision(self, adapter_id: str, revision: str) -> AdapterNotFoundError:
+        """Return the error for a revision that is not there; it lists those that are."""
         known = self.revision_names(adapter_id)
-        naming = [alias for alias, named in (aliases or {}).items() if named == revision]
-        if naming and not known:
-            return AdapterNotFoundError(
-                f"adapter {adapter_id!r} cannot be read: its alias {naming[0]!r} names {revision}, and "
-                f"{manifest_key(adapter_id, revision)} is missing from {self.store.url} or is no file: see that the "
-                "whole storage is there (mounted, and copied or restored to its end), restore that file from a backup, "
-                "or remove the alias"
-            )
         if not known:
             return self.unknown_adapter(adapter_id)
         return AdapterNotFoundError(

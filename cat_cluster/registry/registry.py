@@ -120,11 +120,7 @@ class Registry:
     def resolve(self, reference: Reference | str) -> Manifest:
         """Return the manifest that `id`, `id@alias` or `id@r-...` names; AdapterNotFoundError lists near misses."""
         wanted = parse_reference(reference)
-        revision = self._revision_named(wanted)
-        manifest = self._catalogue.look_up(wanted.adapter_id, revision)
-        if manifest is None:
-            raise self._catalogue.unknown_revision(wanted.adapter_id, revision, self.aliases(wanted.adapter_id))
-        return manifest
+        return self._catalogue.find(wanted.adapter_id, self._revision_named(wanted))
 
     def look_up(self, reference: Reference | str) -> Manifest | None:
         """Return what `resolve` would, but None if there is no such adapter, alias or revision; it never lists.
@@ -327,7 +323,7 @@ class Registry:
         wanted = parse_reference(reference)
         revision = self._revision_named(wanted)
         try:
-            manifest = self.resolve(Reference(wanted.adapter_id, revision))
+            manifest = self._catalogue.find(wanted.adapter_id, revision)
         except AdapterNotFoundError:
             raise
         except RegistryError as error:

@@ -13,7 +13,6 @@ from diffusers import UNet2DConditionModel
 from cat_cluster.errors import (
     AdapterFormatError,
     AdapterMismatchError,
-    AdapterNotFoundError,
     CatClusterError,
     ObjectNotFoundError,
     RegistryError,
@@ -230,19 +229,6 @@ def test_an_alias_of_a_revision_that_is_gone_is_explained(registry: Registry, ma
     registry.store.delete(manifest_key("cup", gone.revision))
     with pytest.raises(CatClusterError, match=rf"no revision {gone.revision}.*it has {manifest.revision}"):
         registry.resolve("cup")
-
-
-def test_a_manifest_that_is_a_folder_is_no_empty_storage(
-    registry: Registry, make_draft: MakeDraft, tmp_path: Path
-) -> None:
-    manifest = registry.publish(make_draft())
-    key = manifest_key("cup", manifest.revision)
-    registry.store.delete(key)
-    (tmp_path / "storage" / key).mkdir()
-    for read in (registry.resolve, registry.verify):
-        for name in ("cup", manifest.name):
-            with pytest.raises(AdapterNotFoundError, match=rf"cannot be read: its alias 'latest' .*{key} is missing"):
-                read(name)
 
 
 def test_a_half_written_publish_is_not_seen(registry: Registry, make_draft: MakeDraft, tmp_path: Path) -> None:
