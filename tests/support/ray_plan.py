@@ -15,7 +15,7 @@ MEASURED = 4  # of these
 METRICS = {
     "ray_cat_training_steps_total": 2 * STEPS,
     "ray_cat_checkpoint_bytes_total": 1,
-    "ray_cat_checkpoint_seconds_count": 2 * STEPS // 2,
+    "ray_cat_checkpoint_seconds_count": 2 * STEPS // 5,
     "ray_cat_evaluation_seconds_count": 2,
 }
 HOOKS = ("damage", "store_away", "metrics", "environment")  # see tests/support/ray_jobs.py
@@ -88,7 +88,7 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
     apart = job(
         "apart",
         both if bucket is None else [cup(folder, judge, photos_in(bucket, folder / "photos" / "cup")), both[1]],
-        cluster={"workers": 1, "max_pack": 1, "checkpoint_every": 4},
+        cluster={"workers": 1, "max_pack": 1, "checkpoint_every": 10},
         monitoring={"tensorboard": True, "samples_every": 5},
         metrics=METRICS,
         to=str(folder / "apart") if bucket is None else f"{bucket}/prod",
