@@ -27,7 +27,7 @@ from serve.handle_client import HandleClient
 from serve.http.access import Access, check_bind
 from serve.http.ingress import build_app
 from serve.http.log_format import write_logs
-from serve.settings import Deployment, ServeSettings
+from serve.settings import Deployment, ServeSettings, bad_settings
 
 if TYPE_CHECKING:
     from serve.service import Service
@@ -120,10 +120,7 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     try:
         deployment = Deployment.model_validate(dict(args))
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(str(part) for part in bad['loc']) or 'args'}: {bad['msg'].removeprefix('Value error, ')}"
-            for bad in error.errors()
-        ]
+        lines = bad_settings(error, "args")
         raise SpecError("the service's args are not right:\n" + "\n".join(lines)) from None
     settings = deployment.settings
     document = settings.model_dump(mode="json")

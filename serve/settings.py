@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cat_cluster.spec.choices import DriftPolicy, Precision, Targets
 
@@ -150,3 +150,11 @@ def split_origin(origin: str) -> tuple[str, str, int] | None:
     if port is None or not parts.hostname or not is_whole or "*" in parts.hostname:
         return None
     return parts.scheme, parts.hostname, port
+
+
+def bad_settings(error: ValidationError, whole: str) -> list[str]:
+    """Return what is wrong with each setting, after its path; `whole` stands for all where two do not go together."""
+    return [
+        f"{'.'.join(map(str, bad['loc'])) or whole}: {bad['msg'].removeprefix('Value error, ')}"
+        for bad in error.errors()
+    ]

@@ -68,18 +68,14 @@ def serve(
 
 def _settings(config: Path | None, given: Mapping[str, object], policy: str | None) -> ServeSettings:
     """The environment's settings, over them the file's, over them the options'."""
-    from serve.settings import ProbeSettings, ServeSettings
+    from serve.settings import ProbeSettings, ServeSettings, bad_settings
 
     environment = load_settings()
     defaults = {"storage": environment.storage, "device": environment.device}
     try:
         settings = ServeSettings.model_validate({**defaults, **({} if config is None else _read(config)), **given})
     except ValidationError as error:
-        lines = [
-            f"{'.'.join(map(str, bad['loc'])) or 'settings'}: {bad['msg'].removeprefix('Value error, ')}"
-            for bad in error.errors()
-        ]
-        raise SpecError(f"{config or 'the service'}: " + "; ".join(lines)) from None
+        raise SpecError(f"{config or 'the service'}: " + "; ".join(bad_settings(error, "settings"))) from None
     if policy is None:
         return settings
     probes = ProbeSettings.model_validate({**settings.probes.model_dump(), "policy": policy})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # category Cc but for tabs and line ends
+CONTROLS = r"\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f"  # within [] of a pattern: category Cc but for tabs and line ends
+_CONTROL = re.compile(f"[{CONTROLS}]")
 
 
 def control_character(text: str) -> str | None:

@@ -69,9 +69,8 @@ def fitting_prompts(call: ImageCall, served_by: str, digest: str | None) -> tupl
     if not is_too_long(longest):
         return call, None
     length = bisect_left(range(longest), True, key=is_too_long) - 1
-    return cut(
-        length
-    ), f"the JPEG carries the first {length} characters of each prompt; png and webp have room for all of it"
+    note = f"the JPEG carries the first {length} characters of each prompt; png and webp have room for all of it"
+    return cut(length), note
 
 
 def _exif(metadata: Mapping[str, str]) -> Image.Exif:

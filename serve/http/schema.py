@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from cat_cluster.spec.characters import control_character
+from cat_cluster.spec.characters import CONTROLS, control_character
 from cat_cluster.spec.choices import SamplerName
 from serve.calls import AdminAction, FileFormat, FileKind
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 32_000  # characters, as OpenAI has it
 ANY_SEED = -1
-_TEXT = r"^[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]*$"
+_TEXT = f"^[^{CONTROLS}]*$"
 _SIZE = r"^(auto|[1-9][0-9]{1,3}x[1-9][0-9]{1,3})$"
 
 

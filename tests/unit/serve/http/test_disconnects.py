@@ -143,21 +143,17 @@ def test_big_pictures_do_not_hold_up_the_loop(live: Live, engine: ScriptedEngine
     assert sorted(waits)[-2] < 0.25  # tens of ms where this machine is idle; JSON of it all at once takes many more
 
 
-def next_of(messages: list[dict[str, Any]]) -> dict[str, Any]:
-    """The next message of a client; after the last one an error, as Ray Serve's receive raises for one that is gone."""
-    if not messages:
-        raise RuntimeError("the request was cancelled")
-    return messages.pop(0)
+def status_for(live: Live, *messages: dict[str, Any]) -> int:
+    """The status for a client that sends these; then comes an error, as Ray Serve raises for one that is gone."""
+    left = list(messages)
 
-
-@pytest.mark.parametrize("last", [[{"type": "http.disconnect"}], []])
-def test_a_client_that_goes_while_it_sends(live: Live, engine: ScriptedEngine, last: list[dict[str, Any]]) -> None:
     async def call() -> int:
-        messages = [{"type": "http.request", "body": b'{"pro', "more_body": True}, *last]
         sent: list[Any] = []
 
         async def receive() -> dict[str, Any]:
-            return next_of(messages)
+            if not left:
+                raise RuntimeError("the request was cancelled")
+            return left.pop(0)
 
         async def send(message: Any) -> None:
             sent.append(message)
@@ -165,24 +161,16 @@ def test_a_client_that_goes_while_it_sends(live: Live, engine: ScriptedEngine, l
         await live.app(scope("POST", PATH), receive, send)
         return int(sent[0]["status"])
 
-    assert live.call(call()) == 499
+    return live.call(call())
+
+
+@pytest.mark.parametrize("last", [[{"type": "http.disconnect"}], []])
+def test_a_client_that_goes_while_it_sends(live: Live, engine: ScriptedEngine, last: list[dict[str, Any]]) -> None:
+    assert status_for(live, {"type": "http.request", "body": b'{"pro', "more_body": True}, *last) == 499
     assert not engine.calls
 
 
 def test_a_client_whose_server_says_so_with_an_error(live: Live, engine: ScriptedEngine) -> None:
     engine.script = waiting()
-
-    async def call() -> int:
-        messages = [{"type": "http.request", "body": json.dumps({"prompt": "a"}).encode(), "more_body": False}]
-        sent: list[Any] = []
-
-        async def receive() -> dict[str, Any]:
-            return next_of(messages)
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        await live.app(scope("POST", PATH), receive, send)
-        return int(sent[0]["status"])
-
-    assert live.call(call()) == 499
+    body = json.dumps({"prompt": "a"}).encode()
+    assert status_for(live, {"type": "http.request", "body": body, "more_body": False}) == 499
