@@ -19,6 +19,7 @@ from cat_cluster.cluster.run_progress import RunProgress, RunState
 from cat_cluster.cluster.runs import Run
 from cat_cluster.cluster.stored_spec import load_job
 from cat_cluster.errors import CatClusterError, SupersededError
+from cat_cluster.models.base_files import check_bases
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
@@ -104,12 +105,13 @@ def say(text: str) -> None:
 
 
 def _train(job: JobSpec, storage: str) -> int:
+    say(f"{job.name}: adapters {', '.join(adapter.id for adapter in job.adapters)}; storage {storage}")
+    check_bases(job.resolved())  # before training's modules are loaded
     from transformers.utils import logging
 
     from cat_cluster.cluster.driver import run_on_ray
 
     logging.disable_progress_bar()  # a log is no place for bars
-    say(f"{job.name}: adapters {', '.join(adapter.id for adapter in job.adapters)}; storage {storage}")
     results = run_on_ray(job, storage, load_settings(), LogListener())
     failed = [result.adapter_id for result in results if result.outcome == "failed"]
     say(f"{len(results) - len(failed)} of {len(results)} adapters are done")

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +33,7 @@ from cat_cluster.cli.options import (
 )
 from cat_cluster.cli.serve import serve
 from cat_cluster.cli.values import above_zero, check_all_values, output_folder, png_file
-from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
+from cat_cluster.errors import CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.choices import SamplerName
@@ -41,7 +41,6 @@ from cat_cluster.spec.fields import LARGEST_COUNT
 
 if TYPE_CHECKING:
     from cat_cluster.data.concepts import Concept
-    from cat_cluster.spec.job import ResolvedAdapter
 
 # Torch and diffusers take seconds to import: commands import what they need, so `--help` and errors come at once.
 
@@ -108,10 +107,12 @@ def train(
 
     Example: cat-cluster train jobs/specs/single.yaml --storage ./cat-storage
     """
+    from cat_cluster.models.base_files import check_bases
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 
     job = load_spec(spec)
+    check_bases(job.resolved())  # before training's modules are loaded
     settings = load_settings()
     store = open_store(storage or job.storage or settings.storage)
     with progress() as listener:
@@ -241,11 +242,12 @@ def spec_check(
     """Check a job spec, its base models and photos, and print the adapters it would train. Nothing is trained."""
     from cat_cluster.data.concepts import load_concepts
     from cat_cluster.data.text_length import check_caption_lengths
+    from cat_cluster.models.base_files import check_bases
     from cat_cluster.models.text_limit import local_text_limit
     from cat_cluster.spec.job import load_spec
 
     adapters = load_spec(spec).resolved()
-    away = _check_bases(spec, adapters)
+    away = check_bases(adapters)
     limits = {adapter.base: local_text_limit(adapter.base) for adapter in adapters}
     read: dict[str, list[dict[str, Any]]] = {}
     warnings = [
@@ -296,22 +298,6 @@ def spec_schema() -> None:
 
 
 check_all_values(app)
-
-
-def _check_bases(spec: Path, adapters: Sequence[ResolvedAdapter]) -> dict[str, str]:
-    """Return why base models cannot be checked here, by their names; raises BaseModelError, naming the adapter."""
-    from cat_cluster.models.base_files import check_base
-
-    away = {}
-    for name in dict.fromkeys(adapter.base for adapter in adapters):
-        try:
-            unchecked = check_base(name)
-        except BaseModelError as error:
-            of = next(adapter.id for adapter in adapters if adapter.base == name)
-            raise BaseModelError(f"{spec}: base of adapter {of}: {error}") from error
-        if unchecked is not None:
-            away[name] = unchecked
-    return away
 
 
 def _scores_table(adapter: str, measures: Mapping[str, Any], decoy_gain: float) -> Table:

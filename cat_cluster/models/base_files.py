@@ -1,24 +1,19 @@
-"""The files of a base model: where its diffusers folder is, whether it is a Stable Diffusion 1.x or 2.x, its digest."""
+"""The files of a base model: where its diffusers folder is, and whether it is a Stable Diffusion 1.x or 2.x."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from cat_cluster.errors import BaseModelError, OutputError
-from cat_cluster.files import write_whole
-from cat_cluster.settings import load_settings
+from cat_cluster.errors import BaseModelError
+from cat_cluster.spec.job import ResolvedAdapter
 
 POCKET = "pocket"
 WEIGHT_STEMS: Mapping[str, str] = {
@@ -26,32 +21,15 @@ WEIGHT_STEMS: Mapping[str, str] = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
-_CONFIG_FILES: Mapping[str, str] = {
+CONFIG_FILES: Mapping[str, str] = {
     "scheduler": "scheduler_config.json",
     "text_encoder": "config.json",
     "tokenizer": "tokenizer_config.json",
     "unet": "config.json",
     "vae": "config.json",
 }
-_TOKENIZER_FILES = (
-    "added_tokens.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-)
 _WEIGHT_ENDS = (".safetensors", "-?????-of-?????.safetensors")
 _CONFIG_PATTERNS = ("model_index.json", "*/*.json", "tokenizer/*.txt", "general_prompts.txt")
-_BETA_DEFAULTS: Mapping[str, Any] = {
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "beta_start": 0.0001,
-    "num_train_timesteps": 1000,
-    "prediction_type": "epsilon",
-    "rescale_betas_zero_snr": False,
-    "trained_betas": None,
-}
 # U-Net options that need inputs a Stable Diffusion 1.x or 2.x pipeline does not have, and what uses them.
 _OTHER_FAMILIES: Mapping[str, str] = {
     "addition_embed_type": "Stable Diffusion XL",
@@ -84,6 +62,20 @@ def base_folder(name: str) -> Path:
             )
         return folder
     return _own_folder(name) or _hub_folder(name)
+
+
+def check_bases(adapters: Sequence[ResolvedAdapter]) -> dict[str, str]:
+    """Check the bases of a job; return why some cannot be checked here, by name. BaseModelError names the adapter."""
+    away = {}
+    for name in dict.fromkeys(adapter.base for adapter in adapters):
+        try:
+            unchecked = check_base(name)
+        except BaseModelError as error:
+            of = next(adapter.id for adapter in adapters if adapter.base == name)
+            raise BaseModelError(f"base of adapter {of}: {error}") from error
+        if unchecked is not None:
+            away[name] = unchecked
+    return away
 
 
 def check_base(name: str) -> str | None:
@@ -127,13 +119,13 @@ def _own_folder(name: str) -> Path | None:
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
     """Return the JSON config of a component of a diffusers folder; BaseModelError when missing or unreadable."""
-    path = folder / component / _CONFIG_FILES[component]
+    path = folder / component / CONFIG_FILES[component]
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BaseModelError(
             f"{folder}: {component}/{path.name} is missing; a base is a complete diffusers folder with "
-            f"{', '.join(_CONFIG_FILES)}: download it again, or save it with pipeline.save_pretrained()."
+            f"{', '.join(CONFIG_FILES)}: download it again, or save it with pipeline.save_pretrained()."
         ) from None
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{path} cannot be read ({error}); download the base again.") from error
@@ -148,7 +140,7 @@ def check_family(folder: Path) -> None:
         raise BaseModelError(f"{folder} has transformer/: Stable Diffusion 3 or Flux is not supported; {_SUPPORTED}.")
     if (folder / "text_encoder_2").is_dir():
         raise BaseModelError(f"{folder} has text_encoder_2/: Stable Diffusion XL is not supported; {_SUPPORTED}.")
-    configs = {component: read_config(folder, component) for component in _CONFIG_FILES}
+    configs = {component: read_config(folder, component) for component in CONFIG_FILES}
     unet = configs["unet"]
     where = folder / "unet" / "config.json"
     for option, family in _OTHER_FAMILIES.items():
@@ -192,52 +184,6 @@ def weight_files(folder: Path, component: str) -> WeightFiles:
     raise BaseModelError(f"{place}: {stem}.safetensors is missing; download the base again.")
 
 
-def fingerprint(folder: Path) -> str:
-    """Return the base's digest: sha256 over its tensors as fp32, tokenizer files, prediction type and betas.
-
-    Tensors are taken in order of (component, name) and hashed with both and their shape, so a file's dtype and
-    sharding do not count but its values do. Cached by path, size and time of every file. Raises BaseModelError
-    for a truncated file or weights that are not finite; a cached digest was checked when it was made.
-    """
-    files = {component: weight_files(folder, component) for component in WEIGHT_STEMS}
-    tokenizer = [path for name in _TOKENIZER_FILES if (path := folder / "tokenizer" / name).is_file()]
-    scheduler = folder / "scheduler" / _CONFIG_FILES["scheduler"]
-    cache = _cache_path([*(path for found in files.values() for path in found.paths), *tokenizer, scheduler])
-    cached = _read_digest(cache)
-    if cached is not None:
-        return cached
-    digest = hashlib.sha256()
-    for component, found in sorted(files.items()):
-        for name, tensor in _tensors(found.paths):
-            digest.update(f"{component}\0{name}\0{list(tensor.shape)}\0".encode())
-            digest.update(tensor.to(torch.float32).contiguous().numpy().tobytes())
-    for path in tokenizer:
-        digest.update(f"tokenizer\0{path.name}\0{path.stat().st_size}\0".encode())
-        digest.update(path.read_bytes())
-    config = read_config(folder, "scheduler")
-    betas = {key: config.get(key, default) for key, default in _BETA_DEFAULTS.items()}
-    digest.update(json.dumps(betas, sort_keys=True).encode())
-    _write_digest(cache, digest.hexdigest())
-    return digest.hexdigest()
-
-
-def _tensors(paths: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of one component in order of name, one in memory at a time, each checked to be finite."""
-    with contextlib.ExitStack() as stack:
-        owners: dict[str, tuple[Path, Callable[[str], Tensor]]] = {}
-        for path in paths:
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise BaseModelError(f"{path} is damaged ({error}); download the base again.") from error
-            owners.update(dict.fromkeys(file.keys(), (path, file.get_tensor)))
-        for name, (path, read) in sorted(owners.items(), key=lambda item: item[0]):
-            tensor = read(name)
-            if not bool(torch.isfinite(tensor).all()):
-                raise BaseModelError(f"{path}: tensor {name} has values that are not finite; download the base again.")
-            yield name, tensor
-
-
 def _shards(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -248,26 +194,6 @@ def _shards(index: Path) -> tuple[Path, ...]:
         if not shard.is_file():
             raise BaseModelError(f"{shard} is missing and {index.name} names it; download the base again.")
     return shards
-
-
-def _cache_path(paths: Sequence[Path]) -> Path:
-    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return load_settings().cache_dir / "fingerprints" / f"{key}.sha256"
-
-
-def _read_digest(path: Path) -> str | None:
-    try:
-        text = path.read_text(encoding="ascii")
-    except (OSError, ValueError):
-        return None
-    return text if len(text) == 64 and set(text) <= set("0123456789abcdef") else None
-
-
-def _write_digest(path: Path, digest: str) -> None:
-    # A cache that cannot be written costs a second hashing, never the load.
-    with contextlib.suppress(OutputError):
-        write_whole(path, digest.encode("ascii"))
 
 
 def _hub_folder(name: str) -> Path:

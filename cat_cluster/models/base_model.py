@@ -22,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import base_folder as base_folder
-from cat_cluster.models.base_files import check_family, fingerprint, read_config, weight_files
+from cat_cluster.models.base_files import check_family, read_config, weight_files
+from cat_cluster.models.fingerprint import fingerprint
 from cat_cluster.models.schedule import NoiseSchedule
 from cat_cluster.models.text_limit import TextLimit
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from cat_cluster.errors import BaseModelError
-from cat_cluster.models.base_files import base_folder, check_base, fingerprint
+from cat_cluster.models.base_files import base_folder, check_base
+from cat_cluster.models.fingerprint import fingerprint
 
 COMMIT = "b" * 40
 NAME = "someone/tiny"

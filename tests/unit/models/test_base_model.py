@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import cat_cluster.models.base_files
 from cat_cluster.errors import BaseModelError
-from cat_cluster.models.base_files import check_base, fingerprint
+from cat_cluster.models.base_files import check_base
 from cat_cluster.models.base_model import BaseModel, as_stock_pipeline_reads, base_folder, load_base_model
+from cat_cluster.models.fingerprint import fingerprint
 
 pytestmark = pytest.mark.slow
 
