@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import os
@@ -27,6 +28,7 @@ from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 from ray.serve.schema import ServeDeploySchema
 
 from cat_cluster.errors import SpecError
+from serve import app
 from serve.app import build
 from serve.local import local_deployment
 from serve.settings import Deployment, ServeSettings
@@ -157,6 +159,7 @@ def test_a_signal_ends_it_and_a_second_one_at_once(tiny_base_folder: Path, numbe
         assert "a secret" not in serving.said()
 
 
+@pytest.mark.chaos
 def test_it_ends_when_ray_has_died(tiny_base_folder: Path) -> None:
     with command(tiny_base_folder) as serving:
         until(lambda: "Serving" in serving.said() or serving.process.poll() is not None, 120)
@@ -206,39 +209,24 @@ def test_this_machine_is_shared_out(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_serve_deploy(tiny_base_folder: Path, tmp_path: Path) -> None:
-    """The example, as it is but for storage and base, is refused without keys, since it listens to everybody."""
+    """The example, as it is but for storage, base and port."""
     document = yaml.safe_load(CONFIG.read_text())
     (port,) = free_ports(1)
     document["http_options"]["port"] = port
     (application,) = document["applications"]
     application["args"]["settings"] |= {"storage": str(tmp_path / "registry"), "base": str(tiny_base_folder)}
-    with ray_head(PYTHONPATH=str(ROOT)) as head, httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
+    http = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers={"Authorization": "Bearer a-key"})
+    with ray_head(PYTHONPATH=str(ROOT), CAT_API_KEYS="a-key") as head, http:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "CAT_"))}
-
-        def command(*words: str) -> None:
-            ended = subprocess.run(
-                [sys.executable, "-m", "ray.serve.scripts", *words, "-a", head.address],
-                env={**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
-                capture_output=True,
-                text=True,
-                timeout=90,
-            )
-            assert ended.returncode == 0, ended.stderr
-
-        def deploy() -> None:
-            (tmp_path / "config.yaml").write_text(yaml.safe_dump(document))
-            command("deploy", str(tmp_path / "config.yaml"))
-
-        def state() -> str:
-            url, headers = f"{head.address}/api/serve/applications/", {"Authorization": f"Bearer {TOKEN}"}
-            return httpx2.get(url, headers=headers).text
-
-        deploy()
-        until(lambda: "DEPLOY_FAILED" in state(), 90, 0.5)
-        assert "without API keys the service listens on this machine alone, not on 0.0.0.0" in state()
-        command("shutdown", "-y")
-        document["http_options"]["host"] = "127.0.0.1"
-        deploy()
+        ended = subprocess.run(
+            [sys.executable, "-m", "ray.serve.scripts", "deploy", str(tmp_path / "config.yaml"), "-a", head.address],
+            env={**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN},
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert ended.returncode == 0, ended.stderr
 
         def is_ready() -> bool:
             with suppress(httpx2.TransportError):
@@ -247,3 +235,22 @@ def test_serve_deploy(tiny_base_folder: Path, tmp_path: Path) -> None:
 
         until(is_ready, 120, 0.5)
         assert ask(http, str(tiny_base_folder), 2).status_code == 200
+
+
+def test_what_listens_beyond_this_machine_wants_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example listens to everybody."""
+    for name in KEYS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(app, "_listens_at", lambda: str(yaml.safe_load(CONFIG.read_text())["http_options"]["host"]))
+
+    class Replica(app.IngressReplica):  # type: ignore[misc]
+        def __del__(self) -> None:
+            """Ray's is for Ray alone."""
+
+    def start() -> None:
+        asyncio.run(Replica.__init__(object.__new__(Replica), ServeSettings().model_dump(mode="json"), None))
+
+    with pytest.raises(SpecError, match=r"listens on this machine alone, not on 0\.0\.0\.0"):
+        start()
+    monkeypatch.setenv("CAT_API_KEYS", "a-key")
+    start()

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -63,6 +64,18 @@ def refused_spec(tmp_path: Path, photos: Path) -> Path:
 @pytest.fixture
 def refused(refused_spec: Path) -> JobSpec:
     return load_spec(refused_spec)
+
+
+@pytest.fixture
+def base(tmp_path: Path, tiny_base_folder: Path) -> Path:
+    """A base of the test's own."""
+    return shutil.copytree(tiny_base_folder, tmp_path / "base")
+
+
+@pytest.fixture
+def slow(tmp_path: Path, base: Path, photos: Path) -> JobSpec:
+    """A job that nothing is wrong with: its driver takes seconds to load what trains."""
+    return load_spec(write_spec(tmp_path / "slow.yaml", base, [adapter("cup", photos)]))
 
 
 @pytest.fixture
@@ -214,11 +227,11 @@ def test_a_refused_job_fails_where_everybody_can_see_it_and_may_be_submitted_aga
 
 
 def test_of_clients_that_submit_at_once_one_starts_the_run(
-    refused: JobSpec, store: LocalStore, cluster: RayCluster
+    slow: JobSpec, store: LocalStore, cluster: RayCluster
 ) -> None:
     def submit(_: int) -> Submission | str:
         try:
-            return submit_run(refused, store, cluster)
+            return submit_run(slow, store, cluster)
         except RunError as error:
             return str(error)
 
@@ -229,6 +242,7 @@ def test_of_clients_that_submit_at_once_one_starts_the_run(
     run = Run(store, started[0].run_id)
     assert all("already submitted" in answer and "--wait" in answer for answer in answers if isinstance(answer, str))
     assert len(jobs_of_run(connect(cluster), cluster, run.run_id)) == 1
+    stop_run(run, cluster)
 
 
 def test_a_run_with_a_driver_is_left_alone_unless_forced(
@@ -305,24 +319,25 @@ def test_bad_environments_are_named(options: dict[str, object], message: str) ->
 
 
 def test_stopping_a_submitted_run_and_submitting_it_again(
-    refused: JobSpec, store: LocalStore, cluster: RayCluster
+    slow: JobSpec, base: Path, store: LocalStore, cluster: RayCluster
 ) -> None:
-    submission = submit_run(refused, store, cluster)
+    submission = submit_run(slow, store, cluster)
     run = Run(store, submission.run_id)
     assert stop_run(run, cluster) == (1, [submission.job])
     assert job_ended(cluster, run.run_id) in ("STOPPED", "FAILED")
     assert run.progress().state == "stopped"
-    again = submit_run(refused, store, cluster)
+    shutil.rmtree(base)  # so that it soon ends
+    again = submit_run(slow, store, cluster)
     assert again.job == f"{run.run_id}-2"
     assert not run.store.exists(run.key("stop.json"))  # the new attempt is not stopped by the old request
     assert ended(run).state == "failed"
 
 
 def test_a_driver_killed_without_a_word_is_noticed(
-    refused: JobSpec, store: LocalStore, cluster: RayCluster, head: RayHead, monkeypatch: pytest.MonkeyPatch
+    slow: JobSpec, store: LocalStore, cluster: RayCluster, head: RayHead, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow, "ASK_SECONDS", 0.5)
-    submission = submit_run(refused, store, cluster)
+    submission = submit_run(slow, store, cluster)
     deadline = time.monotonic() + 30
     while not (drivers := head.drivers(submission.run_id)) and time.monotonic() < deadline:
         time.sleep(0.05)
