@@ -56,7 +56,7 @@ def test_compiled_blocks_give_the_same_rows_and_another_adapter_compiles_nothing
     one, two, three = (make_weights(one_unet, seed=seed) for seed in (1, 2, 3))
     bank = attach(one_unet, [one, two])
     expected = predict(bank, [1, 0, 1])
-    with compiled_blocks(one_unet):
+    with compiled_blocks(one_unet.mid_block):  # compiling all takes minutes
         torch.testing.assert_close(predict(bank, [1, 0, 1]), expected, rtol=1e-4, atol=1e-5)
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         assert before > 0

@@ -291,7 +291,7 @@ def test_compiled_blocks_give_the_same_rows_and_swapping_adapters_compiles_nothi
     with torch.inference_mode(), attached(one_unet) as bank:  # as in the engine
         block, mixes = bank.block(4, 7), ([one, None, two], [three, two, None], [None, one, one])
         plain = [rows(block, mix) for mix in mixes]
-        with compiled_blocks(one_unet):
+        with compiled_blocks(one_unet.mid_block):  # compiling all takes minutes
             first = rows(block, mixes[0])
             before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             assert before > 0
