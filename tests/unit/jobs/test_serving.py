@@ -21,6 +21,7 @@ from cat_cluster.telemetry import PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT
 from jobs.benchmark.__main__ import app
 from jobs.benchmark.pages import page_texts, write_pages
 from jobs.benchmark.record import ROOT, begin, read_result
+from jobs.benchmark.serving import calls, rates
 from jobs.benchmark.serving import measure as serving
 from jobs.benchmark.serving.backends import InOwnProcess, InThisProcess
 from jobs.benchmark.serving.baselines import static_batches
@@ -31,6 +32,7 @@ from jobs.benchmark.serving.random_models import write_random_base
 from jobs.benchmark.serving.rates import busy_rate
 from jobs.benchmark.serving.verdicts import verdicts
 from jobs.benchmark.serving.workbench import Numbering, Request, Scale, take_turns_for
+from tests.support.adder import Adder
 
 TINY = Scale(
     rows=4,
@@ -79,6 +81,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(serving.SIZES, "tiny", Size("serving", tiny_base, TINY, MEASURED))
+        for module, number in ((rates, "ADAPTERS"), (calls, "PEFT_ADAPTERS")):
+            patch.setattr(module, number, 4)  # PEFT loads them slowly
         serving.run(
             begin(allow_dirty=True),
             Console(quiet=True),
@@ -106,8 +110,8 @@ def test_every_way_draws_the_same_images(result: dict[str, Any]) -> None:
     differences = {**result["parts"]["serial"]["differences"], **result["parts"]["peft"]["differences"]}
     assert set(differences) == {"hot swap", "set_adapters", "fuse and unfuse", "PEFT"}
     assert all(gap["max"] <= 1.0 for gap in differences.values())  # of 255: rounding
-    calls = result["parts"]["overhead"]["difference"]
-    assert calls["to_peft"] < 1e-5 < calls["to_bare"]
+    call = result["parts"]["overhead"]["difference"]
+    assert call["to_peft"] < 1e-5 < call["to_bare"]
 
 
 @pytest.mark.slow
@@ -185,23 +189,6 @@ def test_it_runs_where_neither_ray_nor_deepspeed_is() -> None:
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True)
 
 
-class Adder:
-    """A backend that sums."""
-
-    def __init__(self, start: int) -> None:
-        self._sum = start
-
-    def __enter__(self) -> Adder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
-
-    def add(self, value: int) -> int:
-        self._sum += value
-        return self._sum
-
-
 @pytest.mark.slow
 def test_a_contender_apart_answers_as_one_here_does() -> None:
     with InOwnProcess(Adder, 1) as apart, InThisProcess(Adder, 1) as here:
@@ -223,9 +210,9 @@ def test_waits_are_told_in_calls() -> None:
 
 
 def test_row_steps_of_probes_and_the_time_of_their_own_calls() -> None:
-    calls = [(0.3, 16.0, 0.0), (0.1, 0.0, 2.0), (0.4, 12.0, 4.0)]  # seconds, rows of users, of probes
+    of_unet = [(0.3, 16.0, 0.0), (0.1, 0.0, 2.0), (0.4, 12.0, 4.0)]  # seconds, rows of users, of probes
     names = (UNET_SECONDS.name, ROW_STEPS.name, PROBE_ROW_STEPS.name)
-    events = [(0.0, name, value) for call in calls for name, value in zip(names, call, strict=True)]
+    events = [(0.0, name, value) for call in of_unet for name, value in zip(names, call, strict=True)]
     assert spent_on_probes(events) == (28.0, 6.0, pytest.approx(0.125))
 
 
