@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 
 from cat_cluster.errors import BaseModelError
 from cat_cluster.spec.job import ResolvedAdapter
@@ -62,6 +64,27 @@ def base_folder(name: str) -> Path:
             )
         return folder
     return _own_folder(name) or _hub_folder(name)
+
+
+def local_base(name: str) -> Path | None:
+    """Return the folder of a base that is on this machine, None for a hub id that is not in the local cache.
+
+    Raises BaseModelError for what is neither.
+    """
+    return base_folder(POCKET) if name == POCKET else _own_folder(name) or _cached(name)
+
+
+def parameter_count(folder: Path) -> int:
+    """Return how many numbers the weights of a base are, as the heads of its files say; raises BaseModelError."""
+    count = 0
+    for component in WEIGHT_STEMS:
+        for path in weight_files(folder, component).paths:
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise BaseModelError(f"{path} cannot be read ({error}); download the base again.") from error
+    return count
 
 
 def check_bases(adapters: Sequence[ResolvedAdapter]) -> dict[str, str]:
