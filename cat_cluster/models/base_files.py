@@ -31,6 +31,7 @@ CONFIG_FILES: Mapping[str, str] = {
     "vae": "config.json",
 }
 _WEIGHT_ENDS = (".safetensors", "-?????-of-?????.safetensors")
+_INFIXES = ("", ".fp16")
 _CONFIG_PATTERNS = ("model_index.json", "*/*.json", "tokenizer/*.txt", "general_prompts.txt")
 # U-Net options that need inputs a Stable Diffusion 1.x or 2.x pipeline does not have, and what uses them.
 _OTHER_FAMILIES: Mapping[str, str] = {
@@ -227,9 +228,8 @@ def _hub_folder(name: str) -> Path:
     # Configs first: a base of another family is refused before its gigabytes are fetched.
     folder = _download(name, _CONFIG_PATTERNS)
     check_family(folder)
-    for infix in ("", ".fp16"):
-        patterns = [f"{part}/{stem}{infix}{end}" for part, stem in WEIGHT_STEMS.items() for end in _WEIGHT_ENDS]
-        folder = _download(name, patterns)
+    for infix in _INFIXES:
+        folder = _download(name, _weight_patterns(infix))
         with contextlib.suppress(BaseModelError):
             return _complete(folder)
     return _complete(folder)
@@ -237,9 +237,15 @@ def _hub_folder(name: str) -> Path:
 
 def _cached(name: str) -> Path | None:
     """Return the snapshot of a hub id in the local cache, None unless it is complete."""
-    with contextlib.suppress(OSError, ValueError, EntryNotFoundError, BaseModelError):
-        return _complete(Path(snapshot_download(name, local_files_only=True)))
+    for infix in _INFIXES:
+        patterns = [*_CONFIG_PATTERNS, *_weight_patterns(infix)]  # what is not needed may be missing
+        with contextlib.suppress(OSError, ValueError, EntryNotFoundError, BaseModelError):
+            return _complete(Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns)))
     return None
+
+
+def _weight_patterns(infix: str) -> list[str]:
+    return [f"{part}/{stem}{infix}{end}" for part, stem in WEIGHT_STEMS.items() for end in _WEIGHT_ENDS]
 
 
 def _complete(folder: Path) -> Path:
