@@ -32,6 +32,7 @@ from cat_cluster.cluster.kuberay.check import Document, ManifestFinding, check_m
 from cat_cluster.cluster.kuberay.render import RenderOptions, render_job
 from cat_cluster.cluster.kuberay.schemas import Schemas, load_schemas
 from cat_cluster.cluster.kuberay.security import pods_of
+from cat_cluster.cluster.kuberay.sizes import Overrides
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, load_spec
 from jobs import train
@@ -145,22 +146,23 @@ def test_every_document_is_right(place: str, schemas: Schemas) -> None:
                 suspend=True, name="later", namespace="other", image=f"registry.example/cats@sha256:{'0a' * 32}"
             ),
         ),
-        (2, RenderOptions(queue="cats", hours=1)),
+        (2, RenderOptions(queue="cats", priority="soon", hours=1)),
+        (1, RenderOptions(sizes=Overrides(worker_cpu="500m", worker_memory="1.5Gi", head_memory="4G"))),
     ],
 )
 def test_every_rendered_job_is_right(workers: Any, options: RenderOptions, schemas: Schemas) -> None:
-    documents = render_job(job(workers), "s3://bucket/prod", options)
-    findings = check_manifests([Document("job", at, one) for at, one in enumerate(documents, 1)], schemas)
+    ray_job = render_job(job(workers), "s3://bucket/prod", options)
+    findings = check_manifests([Document("job", 1, ray_job)], schemas)
     assert not findings, lines(findings)
-    assert {one["metadata"]["namespace"] for one in documents} == {options.namespace}
+    assert ray_job["metadata"]["namespace"] == options.namespace
 
 
 def test_the_job_of_the_base_is_what_render_writes() -> None:
     spec = load_spec(K8S / "base" / "specs" / "batch.yaml")
     assert spec.storage is not None
-    documents = render_job(spec, spec.storage, RenderOptions(name="batch", suspend=True))
-    there = [document.content for document in read_manifests([K8S / "base" / "job.yaml"])]
-    assert documents == there, "render it again: the first lines of k8s/base/specs/batch.yaml say how"
+    ray_job = render_job(spec, spec.storage, RenderOptions(name="batch", suspend=True))
+    (there,) = (document.content for document in read_manifests([K8S / "base" / "job.yaml"]))
+    assert ray_job == there, "render it again: the first lines of k8s/base/specs/batch.yaml say how"
 
 
 def keys(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -229,9 +231,9 @@ def test_entry_points_are_in_the_code(place: str) -> None:
         words = ray_job["spec"]["entrypoint"].split()
         assert words[:3] == ["python", "-m", "jobs.train"]
         assert util.find_spec(words[2]) is not None
-        assert train._options(words[3:]).spec == f"{kuberay_pods.SPEC_FOLDER}/spec.yaml"
-        spec_map = next(one for one in of_kind(place, "ConfigMap") if one["metadata"]["name"].startswith("batch-"))
-        JobSpec.model_validate(yaml.safe_load(spec_map["data"]["spec.yaml"]))
+        assert train._options(words[3:]).spec == kuberay_pods.SPEC_FILE
+        head = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+        JobSpec.model_validate(yaml.safe_load(head["metadata"]["annotations"][kuberay_pods.SPEC_ANNOTATION]))
 
 
 @pytest.mark.parametrize("place", PLACES)
