@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from cat_cluster.cli.options import AsJson, people, print_json
 from cat_cluster.cli.values import output_file
 from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
+
+if TYPE_CHECKING:
+    from cat_cluster.cluster.kuberay.render import RenderOptions
 
 # Training's modules take seconds to import: commands import what they need.
 
@@ -43,18 +46,33 @@ def render(
     hours: Annotated[int, typer.Option(min=1, max=8784, help="Hours after which the job is ended.")] = 24,
     suspend: Annotated[bool, typer.Option("--suspend", help="Make the job, and start it later.")] = False,
     queue: Annotated[str | None, typer.Option(help="Queue of Kueue that starts the job.")] = None,
+    priority: Annotated[
+        str | None, typer.Option(metavar="NAME", help="WorkloadPriorityClass of the job in its queue.")
+    ] = None,
+    worker_cpu: Annotated[
+        str | None, typer.Option(metavar="CPUS", help="CPUs of a worker. Default: 1, with a GPU 4.")
+    ] = None,
+    worker_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of a worker, such as 6Gi. Default: what the spec needs.")
+    ] = None,
+    head_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of the head. Default: what the spec needs.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="<path>", parser=output_file, help="File; default: stdout.")
     ] = None,
 ) -> None:
-    """Write the Kubernetes objects of a job spec, ready for `kubectl apply -f`: a RayJob, and the spec it reads."""
-    from cat_cluster.cluster.kuberay.render import (
-        RenderOptions,
-        expectation_of,
-        manifest_text,
-        render_job,
-        upload_job,
-    )
+    """Write a job spec as a RayJob of Kubernetes, ready for `kubectl apply -f`; it holds the spec."""
+    from cat_cluster.cluster.kuberay.render import RenderOptions
+    from cat_cluster.cluster.kuberay.sizes import Overrides
+
+    sizes = Overrides(worker_cpu, worker_memory, head_memory)
+    options = RenderOptions(name, namespace, image, gpu, packs, hours, suspend, queue, priority, sizes)
+    _render(spec, storage, options, upload=upload, out=out)
+
+
+def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: bool, out: Path | None) -> None:
+    from cat_cluster.cluster.kuberay.render import expectation_of, manifest_text, render_job, sizes_of, upload_job
     from cat_cluster.cluster.runs import Run
     from cat_cluster.files import write_whole
     from cat_cluster.spec.job import load_spec
@@ -62,12 +80,13 @@ def render(
 
     job = load_spec(spec)
     store = open_store(storage or job.storage or load_settings().storage)
-    options = RenderOptions(name, namespace, image, gpu, packs, hours, suspend, queue)
     run_id = None
     if upload:
         job, run_id = upload_job(job, store)
-    documents = render_job(job, store.url, options, run_id=run_id, upload_to=store if upload else None)
-    text = manifest_text(documents)
+    ray_job = render_job(job, store.url, options, run_id=run_id, upload_to=store if upload else None)
+    for warning in sizes_of(job, options).warnings:
+        people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    text = manifest_text(ray_job)
     if out is None:
         sys.stdout.write(text)
     else:
@@ -75,7 +94,7 @@ def render(
         people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)
     if run_id is not None:
         run = Run(store, run_id)
-        run.expect(expectation_of(documents[-1], options, after=run.last_attempt()))
+        run.expect(expectation_of(ray_job, options, after=run.last_attempt()))
         follow = f"cat-cluster jobs status {run_id} --wait --storage {store.url}"
         people.print(f"follow it  {follow}", soft_wrap=True, markup=False)
 

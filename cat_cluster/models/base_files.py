@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
 
 from cat_cluster.errors import BaseModelError
 from cat_cluster.spec.job import ResolvedAdapter
@@ -29,6 +31,7 @@ CONFIG_FILES: Mapping[str, str] = {
     "vae": "config.json",
 }
 _WEIGHT_ENDS = (".safetensors", "-?????-of-?????.safetensors")
+_INFIXES = ("", ".fp16")
 _CONFIG_PATTERNS = ("model_index.json", "*/*.json", "tokenizer/*.txt", "general_prompts.txt")
 # U-Net options that need inputs a Stable Diffusion 1.x or 2.x pipeline does not have, and what uses them.
 _OTHER_FAMILIES: Mapping[str, str] = {
@@ -62,6 +65,27 @@ def base_folder(name: str) -> Path:
             )
         return folder
     return _own_folder(name) or _hub_folder(name)
+
+
+def local_base(name: str) -> Path | None:
+    """Return the folder of a base that is on this machine, None for a hub id that is not in the local cache.
+
+    Raises BaseModelError for what is neither.
+    """
+    return base_folder(POCKET) if name == POCKET else _own_folder(name) or _cached(name)
+
+
+def parameter_count(folder: Path) -> int:
+    """Return how many numbers the weights of a base are, as the heads of its files say; raises BaseModelError."""
+    count = 0
+    for component in WEIGHT_STEMS:
+        for path in weight_files(folder, component).paths:
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise BaseModelError(f"{path} cannot be read ({error}); download the base again.") from error
+    return count
 
 
 def check_bases(adapters: Sequence[ResolvedAdapter]) -> dict[str, str]:
@@ -204,9 +228,8 @@ def _hub_folder(name: str) -> Path:
     # Configs first: a base of another family is refused before its gigabytes are fetched.
     folder = _download(name, _CONFIG_PATTERNS)
     check_family(folder)
-    for infix in ("", ".fp16"):
-        patterns = [f"{part}/{stem}{infix}{end}" for part, stem in WEIGHT_STEMS.items() for end in _WEIGHT_ENDS]
-        folder = _download(name, patterns)
+    for infix in _INFIXES:
+        folder = _download(name, _weight_patterns(infix))
         with contextlib.suppress(BaseModelError):
             return _complete(folder)
     return _complete(folder)
@@ -214,9 +237,15 @@ def _hub_folder(name: str) -> Path:
 
 def _cached(name: str) -> Path | None:
     """Return the snapshot of a hub id in the local cache, None unless it is complete."""
-    with contextlib.suppress(OSError, ValueError, EntryNotFoundError, BaseModelError):
-        return _complete(Path(snapshot_download(name, local_files_only=True)))
+    for infix in _INFIXES:
+        patterns = [*_CONFIG_PATTERNS, *_weight_patterns(infix)]  # what is not needed may be missing
+        with contextlib.suppress(OSError, ValueError, EntryNotFoundError, BaseModelError):
+            return _complete(Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns)))
     return None
+
+
+def _weight_patterns(infix: str) -> list[str]:
+    return [f"{part}/{stem}{infix}{end}" for part, stem in WEIGHT_STEMS.items() for end in _WEIGHT_ENDS]
 
 
 def _complete(folder: Path) -> Path:

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib import util
 from pathlib import Path
@@ -32,8 +33,9 @@ from cat_cluster.cluster.kuberay.check import Document, ManifestFinding, check_m
 from cat_cluster.cluster.kuberay.render import RenderOptions, render_job
 from cat_cluster.cluster.kuberay.schemas import Schemas, load_schemas
 from cat_cluster.cluster.kuberay.security import pods_of
+from cat_cluster.cluster.kuberay.sizes import Overrides, quantity
 from cat_cluster.settings import Settings
-from cat_cluster.spec.job import JobSpec, load_spec
+from cat_cluster.spec.job import JobSpec, load_spec, parse_spec
 from jobs import train
 from serve.http.access import ADMIN_KEYS, API_KEYS
 from serve.settings import Deployment
@@ -145,22 +147,23 @@ def test_every_document_is_right(place: str, schemas: Schemas) -> None:
                 suspend=True, name="later", namespace="other", image=f"registry.example/cats@sha256:{'0a' * 32}"
             ),
         ),
-        (2, RenderOptions(queue="cats", hours=1)),
+        (2, RenderOptions(queue="cats", priority="soon", hours=1)),
+        (1, RenderOptions(sizes=Overrides(worker_cpu="500m", worker_memory="1.5Gi", head_memory="4G"))),
     ],
 )
 def test_every_rendered_job_is_right(workers: Any, options: RenderOptions, schemas: Schemas) -> None:
-    documents = render_job(job(workers), "s3://bucket/prod", options)
-    findings = check_manifests([Document("job", at, one) for at, one in enumerate(documents, 1)], schemas)
+    ray_job = render_job(job(workers), "s3://bucket/prod", options)
+    findings = check_manifests([Document("job", 1, ray_job)], schemas)
     assert not findings, lines(findings)
-    assert {one["metadata"]["namespace"] for one in documents} == {options.namespace}
+    assert ray_job["metadata"]["namespace"] == options.namespace
 
 
 def test_the_job_of_the_base_is_what_render_writes() -> None:
     spec = load_spec(K8S / "base" / "specs" / "batch.yaml")
     assert spec.storage is not None
-    documents = render_job(spec, spec.storage, RenderOptions(name="batch", suspend=True))
-    there = [document.content for document in read_manifests([K8S / "base" / "job.yaml"])]
-    assert documents == there, "render it again: the first lines of k8s/base/specs/batch.yaml say how"
+    ray_job = render_job(spec, spec.storage, RenderOptions(name="batch", suspend=True))
+    (there,) = (document.content for document in read_manifests([K8S / "base" / "job.yaml"]))
+    assert ray_job == there, "render it again: the first lines of k8s/base/specs/batch.yaml say how"
 
 
 def keys(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -229,9 +232,9 @@ def test_entry_points_are_in_the_code(place: str) -> None:
         words = ray_job["spec"]["entrypoint"].split()
         assert words[:3] == ["python", "-m", "jobs.train"]
         assert util.find_spec(words[2]) is not None
-        assert train._options(words[3:]).spec == f"{kuberay_pods.SPEC_FOLDER}/spec.yaml"
-        spec_map = next(one for one in of_kind(place, "ConfigMap") if one["metadata"]["name"].startswith("batch-"))
-        JobSpec.model_validate(yaml.safe_load(spec_map["data"]["spec.yaml"]))
+        assert train._options(words[3:]).spec == kuberay_pods.SPEC_FILE
+        head = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+        JobSpec.model_validate(yaml.safe_load(head["metadata"]["annotations"][kuberay_pods.SPEC_ANNOTATION]))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -411,6 +414,40 @@ def test_pods_have_limits_and_no_root_they_could_write_to(place: str) -> None:
         assert container["resources"]["limits"].keys() == container["resources"]["requests"].keys() >= {"cpu", "memory"}
     config = serve_config(place)["applications"][0]["args"]["settings"]
     assert config["disk_cache"].startswith("/scratch/")
+
+
+def requests(*containers: dict[str, Any], pods: int = 1) -> Counter[str]:
+    """What pods of these containers ask for: CPUs, and bytes of memory."""
+    found: Counter[str] = Counter()
+    for one in containers:
+        for name, text in one["resources"]["requests"].items():
+            amount = quantity(text)
+            assert amount is not None, text
+            found[name] += float(amount) * pods  # type: ignore[assignment]
+    return found
+
+
+def cluster_requests(spec: dict[str, Any]) -> Counter[str]:
+    """What a Ray cluster asks for that has no more workers than it must."""
+    scaler = [spec["autoscalerOptions"]] if spec.get("enableInTreeAutoscaling") else []
+    found = requests(*spec["headGroupSpec"]["template"]["spec"]["containers"], *scaler)
+    for group in spec["workerGroupSpecs"]:
+        found += requests(*group["template"]["spec"]["containers"], pods=group["minReplicas"])
+    return found
+
+
+def test_all_of_operations_at_once_fits_a_small_machine() -> None:
+    """Overlay local with its service, standing cluster and S3 server, and a job, on 4 cores and 16 GiB."""
+    text = (ROOT / "jobs" / "specs" / "single.yaml").read_text().replace("../../out/demo/", "s3://cat-storage/")
+    ray_job = render_job(parse_spec(text.encode(), "single.yaml"), "s3://cat-storage/prod", RenderOptions())
+    found = cluster_requests(ray_job["spec"]["rayClusterSpec"])
+    found += requests(*ray_job["spec"]["submitterPodTemplate"]["spec"]["containers"])
+    for one, spec in clusters("overlays/local"):
+        found += cluster_requests(spec) if not one["spec"].get("suspend") else Counter()
+    for one in of_kind("overlays/local", "StatefulSet", "Deployment"):
+        found += requests(*one["spec"]["template"]["spec"]["containers"], pods=one["spec"]["replicas"])
+    assert 2 < found["cpu"] <= 4
+    assert 8 << 30 < found["memory"] <= 12 << 30
 
 
 def test_training_cannot_take_what_serving_needs() -> None:

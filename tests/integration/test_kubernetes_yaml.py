@@ -102,8 +102,8 @@ def test_text_that_is_written_stays_text(tmp_path: Path) -> None:
 def test_options_stay_text_in_a_rendered_job(options: RenderOptions, tmp_path: Path) -> None:
     concept = {"token": "sks", "class_noun": "cup", "images": "s3://bucket/concepts/cup"}
     job = JobSpec.model_validate({"name": "y", "adapters": [{"id": "cup", "concepts": [concept]}]})
-    documents = render_job(job, "s3://bucket/prod", options)
-    assert read_by_kubectl(manifest_text(documents), tmp_path) == documents
+    ray_job = render_job(job, "s3://bucket/prod", options)
+    assert read_by_kubectl(manifest_text(ray_job), tmp_path) == [ray_job]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 IMAGE = "cat-cluster"
-SPEC_FOLDER = "/etc/cat-cluster/job"
+SPEC_ANNOTATION = "cat-cluster/spec"  # of a head: the spec of its job, which a volume shows as a file
+SPEC_FILE = "/etc/cat-cluster/job/spec.yaml"
 USER = 10001  # of k8s/Dockerfile
 # Ports of Ray, as PodMonitors and network policies name them.
 GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
@@ -20,8 +21,8 @@ _LABELS = {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/compon
 _SPOT = ("cat-cluster/spot", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 
 
-def head_template(image: str, *, spec_map: str | None, scales: bool) -> dict[str, Any]:
-    """Return the head's pod. spec_map: the ConfigMap with the spec, if any; scales: the autoscaler runs in it."""
+def head_template(image: str, memory: str, *, spec: str | None, scales: bool) -> dict[str, Any]:
+    """Return the head's pod. spec: the job's, where the pod holds it; scales: the autoscaler runs in it."""
     metrics = [
         _port("metrics", METRICS_PORT),
         *([_port("as-metrics", AUTOSCALER_METRICS_PORT)] if scales else []),
@@ -32,28 +33,32 @@ def head_template(image: str, *, spec_map: str | None, scales: bool) -> dict[str
         "image": image,
         "ports": [_port("gcs-server", GCS_PORT), _port("dashboard", DASHBOARD_PORT), *metrics],
         **_surroundings(),
-        "resources": _resources("2", "8Gi"),
+        # Drivers and Ray Train's controllers load their libraries when they start, and wait from then on.
+        "resources": {"requests": {"cpu": "500m", "memory": memory}, "limits": {"cpu": "2", "memory": memory}},
         **_probes(),
     }
     pod = _pod(container, HEAD_ACCOUNT if scales else ACCOUNT)
-    if spec_map is not None:
-        container["volumeMounts"].append({"name": "job", "mountPath": SPEC_FOLDER, "readOnly": True})
-        pod["volumes"].append({"name": "job", "configMap": {"name": spec_map}})
+    # A head that is moved costs the run a new cluster.
+    annotations = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
+    if spec is not None:
+        annotations[SPEC_ANNOTATION] = spec
+        folder, _, name = SPEC_FILE.rpartition("/")
+        container["volumeMounts"].append({"name": "job", "mountPath": folder, "readOnly": True})
+        item = {"path": name, "fieldRef": {"fieldPath": f"metadata.annotations['{SPEC_ANNOTATION}']"}}
+        pod["volumes"].append({"name": "job", "downwardAPI": {"items": [item]}})
     if scales:
         pod["volumes"].append(_token_volume())
-    # A head that is moved costs the run a new cluster.
-    stays = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
-    return {"metadata": {"labels": dict(_LABELS), "annotations": stays}, "spec": pod}
+    return {"metadata": {"labels": dict(_LABELS), "annotations": annotations}, "spec": pod}
 
 
-def worker_template(image: str, *, gpu: bool) -> dict[str, Any]:
+def worker_template(image: str, cpu: str, memory: str, *, gpu: bool) -> dict[str, Any]:
     """Return a worker's pod, which may run on a machine that is taken away: that costs some steps."""
     container = {
         "name": "ray-worker",
         "image": image,
         "ports": [_port("metrics", METRICS_PORT)],
         **_surroundings(),
-        "resources": _resources("4", "24Gi", gpus=1) if gpu else _resources("2", "8Gi"),
+        "resources": _worker_resources(cpu, memory, gpu=gpu),
         **_probes(),
     }
     pod = _pod(container, ACCOUNT)
@@ -69,7 +74,7 @@ def submitter_template(image: str) -> dict[str, Any]:
         "image": image,
         "env": [{"name": "HOME", "value": "/tmp"}],
         "securityContext": container_security(),
-        "resources": {"requests": {"cpu": "250m", "memory": "512Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}},
+        "resources": {"requests": {"cpu": "100m", "memory": "256Mi"}, "limits": {"cpu": "1", "memory": "1Gi"}},
         "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
     }
     pod = {**_pod(container, ACCOUNT), "restartPolicy": "Never"}
@@ -156,10 +161,10 @@ def _port(name: str, number: int) -> dict[str, Any]:
     return {"name": name, "containerPort": number}
 
 
-def _resources(cpus: str, memory: str, *, gpus: int = 0) -> dict[str, Any]:
+def _worker_resources(cpu: str, memory: str, *, gpu: bool) -> dict[str, Any]:
     """As much as is asked for, and no more: Ray deals out what the limits say."""
     # All are text, as the operator writes them back: a second apply finds nothing changed.
-    amounts = {"cpu": cpus, "memory": memory, **({"nvidia.com/gpu": str(gpus)} if gpus else {})}
+    amounts = {"cpu": cpu, "memory": memory, **({"nvidia.com/gpu": "1"} if gpu else {})}
     return {"requests": dict(amounts), "limits": dict(amounts)}
 
 

@@ -1,6 +1,6 @@
-"""A job spec as Kubernetes objects: a RayJob with a cluster of its own, and a ConfigMap that holds the spec.
+"""A job spec as an object of Kubernetes: a RayJob with a cluster of its own, which holds the spec.
 
-A spec that is too large for a ConfigMap lies in the storage, and the job has its address. The objects rely on what
+A spec that is too large for that lies in the storage, and the job has its address. The RayJob relies on what
 `kubectl apply -k k8s/overlays/...` has put into the namespace: the service accounts, priority classes and network
 policies of k8s/base, and the Secrets it names.
 """
@@ -11,20 +11,20 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib import metadata
 from typing import Any
 
 from cat_cluster.cluster.kuberay.pods import (
     IMAGE,
-    SPEC_FOLDER,
+    SPEC_FILE,
     autoscaler_options,
     head_template,
     submitter_template,
     worker_template,
 )
 from cat_cluster.cluster.kuberay.rules import MAX_NAME_LENGTH
+from cat_cluster.cluster.kuberay.sizes import FROM_SPEC, JobSizes, Overrides, job_sizes
 from cat_cluster.cluster.kuberay.yaml_text import dump
 from cat_cluster.cluster.runs import Expectation, run_id_of
 from cat_cluster.cluster.stored_spec import spec_address, store_spec
@@ -40,6 +40,7 @@ RETRIES = 2  # each is a new cluster, and goes on from the store
 START_SECONDS = 3600  # machines may have to be bought first
 RECORD_SECONDS = 600  # until a driver that starts, at the last moment, has its record in the storage
 INSPECTION_SECONDS = 600  # that the cluster of a failed job is kept for inspection
+QUEUED_SECONDS = 30  # the same in a queue: Kueue has given the room away, and the metrics are fetched once more
 KEEP_SECONDS = 7 * 24 * 3600  # that a job's record is kept in Kubernetes; the run's own is in the storage
 LARGEST_INT32 = 2**31 - 1  # of Kubernetes' counts and seconds
 MAX_SPEC = 240 << 10  # bytes as JSON: `kubectl apply` keeps an object in an annotation, and these end at 256 KiB
@@ -55,7 +56,11 @@ _LABELS = {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/compon
 
 @dataclass(frozen=True)
 class RenderOptions:
-    """What a spec does not say. packs: that train side by side; suspend: made, but started later; queue: Kueue's."""
+    """What a spec does not say.
+
+    packs: that train side by side; suspend: made, but started later; queue, priority: Kueue's, a LocalQueue and a
+    WorkloadPriorityClass; sizes: in place of those that the spec needs.
+    """
 
     name: str | None = None
     namespace: str = NAMESPACE
@@ -65,6 +70,8 @@ class RenderOptions:
     hours: int = 24
     suspend: bool = False
     queue: str | None = None
+    priority: str | None = None
+    sizes: Overrides = FROM_SPEC
 
 
 def upload_job(job: JobSpec, store: ObjectStore) -> tuple[JobSpec, str]:
@@ -85,9 +92,10 @@ def expectation_of(ray_job: dict[str, Any], options: RenderOptions, *, after: in
     """
     name = ray_job["metadata"]["name"]
     waits = options.suspend or options.queue is not None
+    look = f"describe rayjob {name}" if options.queue is None else "describe workloads"
     return Expectation(
         job=f"RayJob {name} in namespace {options.namespace}",
-        look=f"`kubectl -n {options.namespace} describe rayjob {name}`",
+        look=f"`kubectl -n {options.namespace} {look}`",
         after=after,
         seconds=None if waits else min((RETRIES + 1) * START_SECONDS, options.hours * 3600) + RECORD_SECONDS,
     )
@@ -100,54 +108,53 @@ def render_job(
     *,
     run_id: str | None = None,
     upload_to: ObjectStore | None = None,
-) -> list[dict[str, Any]]:
-    """Return the ConfigMap and the RayJob of a spec, to be applied in this order; of a large spec the RayJob alone.
+) -> dict[str, Any]:
+    """Return the RayJob of a spec.
 
     run_id: of `upload_job`, which made the job; upload_to: the storage, where a large spec is put. Unless a name is
     given, it ends with a digest of the spec and of what the pods are made of: KubeRay disregards such changes of a job
     that is there, so they make another one. Raises SpecError for what a cluster in Kubernetes cannot see, and what
-    Kubernetes or KubeRay refuses; StoreError.
+    Kubernetes or KubeRay refuses; BaseModelError for a base that is none; StoreError.
     """
     refuse_local_paths(job, storage)
     if options.queue is not None and not isinstance(job.cluster.workers, int):
         raise SpecError("cluster.workers: Kueue admits a fixed number; give one, or leave --queue out")
     _check_options(options)
-    text, image = _spec_text(job, storage), _image(options)
-    own = _name(job.name, text, image, options)
-    name = own if options.name is None else options.name
-    # It is immutable: under a name that is given, a changed spec needs another one.
-    map_name = own if options.name is None else f"{name}-{own[-_DIGEST:]}"
+    text, image, sizes = _spec_text(job, storage), _image(options), sizes_of(job, options)
+    name = _name(job.name, text, image, options) if options.name is None else options.name
     longest = MAX_NAME_LENGTH["RayJob"]
     if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         raise SpecError(
             f"--name {name}: must begin with a letter and hold a-z, 0-9 and -, {longest} characters at most"
         )
-    about = {"name": name, "namespace": options.namespace, "labels": dict(_LABELS)}
-    queue = {} if options.queue is None else {"kueue.x-k8s.io/queue-name": options.queue}
     address = spec_address(text, storage) if _is_large(text) else None
-    ray_job = {
-        "apiVersion": "ray.io/v1",
-        "kind": "RayJob",
-        "metadata": {**about, "labels": {**_LABELS, **queue}},
-        "spec": {
-            "entrypoint": _entrypoint(address or f"{SPEC_FOLDER}/spec.yaml", run_id),
-            **_job_spec(job, image, options, None if address else map_name),
-        },
-    }
-    if address is None:
-        return [_spec_map({**about, "name": map_name}, text), ray_job]
-    if upload_to is None:
+    if address is not None and upload_to is None:
         raise SpecError(
             f"the spec has {len(text.encode()) >> 10} KiB, more than an object of Kubernetes holds: give --upload, "
             f"which puts it into the storage as {address}"
         )
-    store_spec(text, upload_to)
-    return [ray_job]
+    ray_job = {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayJob",
+        "metadata": {"name": name, "namespace": options.namespace, "labels": {**_LABELS, **_queue_labels(options)}},
+        "spec": {
+            "entrypoint": _entrypoint(address or SPEC_FILE, run_id),
+            **_job_spec(job, image, options, sizes, None if address else text),
+        },
+    }
+    if address is not None and upload_to is not None:
+        store_spec(text, upload_to)
+    return ray_job
 
 
-def manifest_text(documents: Sequence[dict[str, Any]]) -> str:
-    """Return documents as YAML that Kubernetes and other readers take alike, texts of several lines as they are."""
-    return "".join(f"---\n{dump(one)}" for one in documents)
+def sizes_of(job: JobSpec, options: RenderOptions) -> JobSizes:
+    """Return what the pods of a job ask for, and what of it is doubtful; raises as `job_sizes`."""
+    return job_sizes(job, options.sizes, gpu=options.gpu, packs=options.packs)
+
+
+def manifest_text(ray_job: dict[str, Any]) -> str:
+    """Return a RayJob as YAML that Kubernetes and other readers take alike, texts of several lines as they are."""
+    return dump(ray_job)
 
 
 def refuse_local_paths(job: JobSpec, storage: str, *, uploads: bool = False) -> None:
@@ -187,11 +194,6 @@ def _is_large(text: str) -> bool:
     return len(json.dumps(text, ensure_ascii=False).encode()) + 5 * sum(map(text.count, "<>&")) > MAX_SPEC
 
 
-def _spec_map(about: dict[str, Any], text: str) -> dict[str, Any]:
-    data = {"spec.yaml": text}
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": about, "immutable": True, "data": data}
-
-
 def _check_options(options: RenderOptions) -> None:
     """Refuse what Kubernetes would refuse when the objects are applied, or never find."""
     if not re.fullmatch(_LABEL, options.namespace):
@@ -199,10 +201,19 @@ def _check_options(options: RenderOptions) -> None:
             f"--namespace {options.namespace!r}: must hold a-z, 0-9 and -, begin and end with a letter or digit, "
             "63 at most"
         )
-    queue = options.queue
-    if queue is not None and not (len(queue) <= 63 and re.fullmatch(rf"{_LABEL}(\.{_LABEL})*", queue)):
+    for option, name in (("--queue", options.queue), ("--priority", options.priority)):
+        if name is not None and not (len(name) <= 63 and re.fullmatch(rf"{_LABEL}(\.{_LABEL})*", name)):
+            raise SpecError(
+                f"{option} {name!r}: must hold a-z, 0-9, - and ., begin and end with a letter or digit, 63 at most"
+            )
+    if options.priority is not None and options.queue is None:
         raise SpecError(
-            f"--queue {queue!r}: must hold a-z, 0-9, - and ., begin and end with a letter or digit, 63 at most"
+            f"--priority {options.priority}: is the place in a queue of Kueue; give --queue, or leave it out"
+        )
+    if options.suspend and options.queue is not None:
+        raise SpecError(
+            "--suspend: Kueue starts a job in its queue all the same; leave it out, and hold the job by its Workload: "
+            f'`kubectl -n {options.namespace} patch workload NAME --type merge -p \'{{"spec":{{"active":false}}}}\'`'
         )
     if options.image is not None and not (len(options.image) <= 255 and re.fullmatch(_IMAGE_NAME, options.image)):
         raise SpecError(f"--image {options.image!r}: is not the name of an image, such as registry.example/cat:1.0")
@@ -217,9 +228,14 @@ def _image(options: RenderOptions) -> str:
 def _name(title: str, text: str, image: str, options: RenderOptions) -> str:
     slug = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
     slug = slug if re.match(r"[a-z]", slug) else f"job-{slug}".rstrip("-")
-    made_of = json.dumps([text, image, options.gpu, options.packs])
+    made_of = json.dumps([text, image, options.gpu, options.packs, astuple(options.sizes)])
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:_DIGEST]
     return f"{slug[: MAX_NAME_LENGTH['RayJob'] - _DIGEST - 1].rstrip('-')}-{digest}"
+
+
+def _queue_labels(options: RenderOptions) -> dict[str, str]:
+    labels = {"queue-name": options.queue, "priority-class": options.priority}
+    return {f"kueue.x-k8s.io/{name}": value for name, value in labels.items() if value is not None}
 
 
 def _entrypoint(spec: str, run_id: str | None) -> str:
@@ -227,7 +243,7 @@ def _entrypoint(spec: str, run_id: str | None) -> str:
     return f"python -m jobs.train {shlex.quote(spec)}{expected}"
 
 
-def _job_spec(job: JobSpec, image: str, options: RenderOptions, spec_map: str | None) -> dict[str, Any]:
+def _job_spec(job: JobSpec, image: str, options: RenderOptions, sizes: JobSizes, spec: str | None) -> dict[str, Any]:
     return {
         "submissionMode": "K8sJobMode",
         **({"suspend": True} if options.suspend else {}),
@@ -237,14 +253,15 @@ def _job_spec(job: JobSpec, image: str, options: RenderOptions, spec_map: str | 
         **_ending(options),
         "submitterConfig": {"backoffLimit": 3},
         "submitterPodTemplate": submitter_template(image),
-        "rayClusterSpec": _cluster_spec(job, image, options, spec_map),
+        "rayClusterSpec": _cluster_spec(job, image, options, sizes, spec),
     }
 
 
 def _ending(options: RenderOptions) -> dict[str, Any]:
     """Who waits for a start, and Kueue, need the simple form, which KubeRay does not let go with rules."""
     if options.suspend or options.queue is not None:
-        return {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": INSPECTION_SECONDS}
+        seconds = INSPECTION_SECONDS if options.queue is None else QUEUED_SECONDS
+        return {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": seconds}
     # The last case is a deadline that passed: the job's own status says nothing then, and machines would stay.
     cases = (("jobStatus", "SUCCEEDED", 60), ("jobStatus", "FAILED", INSPECTION_SECONDS))
     rules = [
@@ -255,7 +272,9 @@ def _ending(options: RenderOptions) -> dict[str, Any]:
     return {"deletionStrategy": {"deletionRules": rules}}
 
 
-def _cluster_spec(job: JobSpec, image: str, options: RenderOptions, spec_map: str | None) -> dict[str, Any]:
+def _cluster_spec(
+    job: JobSpec, image: str, options: RenderOptions, sizes: JobSizes, spec: str | None
+) -> dict[str, Any]:
     """A job looks at what its cluster has when it starts, so the least it needs is there from the beginning."""
     workers = job.cluster.workers
     least, most = (workers, workers) if isinstance(workers, int) else workers
@@ -273,7 +292,7 @@ def _cluster_spec(job: JobSpec, image: str, options: RenderOptions, spec_map: st
         "maxReplicas": most * options.packs,
         "scaleStrategy": {},  # as the operator writes it
         "rayStartParams": {},
-        "template": worker_template(image, gpu=options.gpu),
+        "template": worker_template(image, sizes.worker_cpu, sizes.worker_memory, gpu=options.gpu),
     }
     return {
         "rayVersion": RAY_VERSION,
@@ -282,7 +301,7 @@ def _cluster_spec(job: JobSpec, image: str, options: RenderOptions, spec_map: st
         "headGroupSpec": {
             # The driver alone runs on the head: a pack that fills it would take the cluster down with it.
             "rayStartParams": {"num-cpus": "0"},
-            "template": head_template(image, spec_map=spec_map, scales=scales),
+            "template": head_template(image, sizes.head_memory, spec=spec, scales=scales),
         },
         "workerGroupSpecs": [group],
     }

@@ -212,6 +212,20 @@ FINDINGS: dict[str, tuple[list[str], str]] = {
     "a bad queue": (["k8s", "render", "spec.yaml", "--queue", "bad queue!"], "--queue 'bad queue!': must hold"),
     "no image": (["k8s", "render", "spec.yaml", "--image", ""], "--image is empty"),
     "a bad image": (["k8s", "render", "spec.yaml", "--image", "a b"], "--image 'a b': is not the name of an image"),
+    "bad CPUs": (["k8s", "render", "spec.yaml", "--worker-cpu", "two"], "--worker-cpu 'two': must be a number of CPUs"),
+    "bad memory": (
+        ["k8s", "render", "spec.yaml", "--worker-memory", "4GB"],
+        "--worker-memory '4GB': must be an amount",
+    ),
+    "no memory": (["k8s", "render", "spec.yaml", "--head-memory", "4"], "--head-memory '4': is 4 bytes, and Ray alone"),
+    "a priority in no queue": (
+        ["k8s", "render", "spec.yaml", "--priority", "soon"],
+        "--priority soon: is the place in",
+    ),
+    "a hold in a queue": (
+        ["k8s", "render", "spec.yaml", "--queue", "cats", "--suspend"],
+        "--suspend: Kueue starts a job in its queue all the same",
+    ),
     "no adapter": (["adapters", "alias", "nosuch", "prod"], "no adapter 'nosuch'"),
 }
 

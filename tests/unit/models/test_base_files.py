@@ -14,9 +14,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cat_cluster.errors import BaseModelError
-from cat_cluster.models.base_files import base_folder, check_base
+from cat_cluster.models.base_files import base_folder, check_base, local_base, parameter_count
 from cat_cluster.models.fingerprint import fingerprint
 
 COMMIT = "b" * 40
@@ -149,3 +150,20 @@ def test_a_check_without_the_hub_says_that_it_could_not(tmp_path: Path, monkeypa
 def test_a_repository_that_does_not_exist_names_the_remedy(hub: Hub) -> None:
     with pytest.raises(BaseModelError, match=r"'someone/else'.*Check the name and the network"):
         base_folder("someone/else")
+
+
+def test_a_base_that_was_fetched_is_found_without_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert local_base(NAME) is None
+    assert hub.sent == []
+    folder = base_folder(NAME)
+    monkeypatch.setattr("cat_cluster.models.base_files._download", lambda *_: pytest.fail("the hub is asked"))
+    assert local_base(NAME) == base_folder(NAME) == folder
+
+
+def test_the_numbers_of_a_base_are_counted_from_the_heads_of_its_files(tiny_base_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    files = [next((folder / part).glob("*.safetensors")) for part in ("unet", "vae", "text_encoder")]
+    assert parameter_count(folder) == sum(tensor.numel() for file in files for tensor in load_file(file).values())
+    files[0].write_bytes(b"cut short")
+    with pytest.raises(BaseModelError, match=r"unet/.* cannot be read .*download the base again"):
+        parameter_count(folder)

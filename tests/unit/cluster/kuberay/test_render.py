@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +17,17 @@ from typer.testing import CliRunner
 from cat_cluster.cli.k8s import k8s_app
 from cat_cluster.cluster.kuberay import render
 from cat_cluster.cluster.kuberay.check import Document, check_manifests
-from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job, upload_job
+from cat_cluster.cluster.kuberay.pods import SPEC_FILE
+from cat_cluster.cluster.kuberay.render import (
+    RenderOptions,
+    expectation_of,
+    manifest_text,
+    render_job,
+    upload_job,
+)
 from cat_cluster.cluster.kuberay.schemas import load_schemas
 from cat_cluster.cluster.kuberay.security import pods_of
+from cat_cluster.cluster.kuberay.sizes import Overrides
 from cat_cluster.cluster.kuberay.yaml_text import dump
 from cat_cluster.cluster.runs import Run
 from cat_cluster.cluster.stored_spec import load_job
@@ -45,26 +54,35 @@ def job(**fields: Any) -> JobSpec:
 
 
 def rendered(spec: JobSpec, **options: Any) -> dict[str, Any]:
-    return render_job(spec, BUCKET, RenderOptions(**options))[1]
+    return render_job(spec, BUCKET, RenderOptions(**options))
+
+
+def head_of(ray_job: dict[str, Any]) -> dict[str, Any]:
+    return ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]  # type: ignore[no-any-return]
+
+
+def worker_of(ray_job: dict[str, Any]) -> dict[str, Any]:
+    (group,) = ray_job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    return group["template"]["spec"]["containers"][0]  # type: ignore[no-any-return]
 
 
 def findings_of(document: dict[str, Any]) -> list[str]:
     return [str(finding) for finding in check_manifests([Document("job", 1, document)], load_schemas())]
 
 
-def test_the_spec_goes_along_and_the_job_reads_it(tmp_path: Path) -> None:
-    spec_map, ray_job = render_job(job(training={"steps": 40}), BUCKET, RenderOptions())
+def test_the_spec_is_in_the_head_and_the_job_reads_it_as_a_file(tmp_path: Path) -> None:
+    """So it goes with the RayJob, whose uid a rendered file cannot know to own another object."""
+    ray_job = rendered(job(training={"steps": 40}))
+    assert ray_job["kind"] == "RayJob"
+    pod = head_of(ray_job)
+    volume = next(one for one in pod["spec"]["volumes"] if one["name"] == "job")
+    mount = next(one for one in pod["spec"]["containers"][0]["volumeMounts"] if one["name"] == "job")
+    (item,) = volume["downwardAPI"]["items"]
+    (annotation,) = re.findall(r"^metadata\.annotations\['(.+)'\]$", item["fieldRef"]["fieldPath"])
+    assert ray_job["spec"]["entrypoint"] == f"python -m jobs.train {mount['mountPath']}/{item['path']}"
     written = tmp_path / "spec.yaml"
-    written.write_text(spec_map["data"]["spec.yaml"])
+    written.write_text(pod["metadata"]["annotations"][annotation])
     assert load_spec(written) == job(training={"steps": 40}, storage=BUCKET)
-    assert spec_map["immutable"] is True
-    assert ray_job["metadata"]["name"] == spec_map["metadata"]["name"]
-
-    pod = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-    volume = next(one for one in pod["volumes"] if one["name"] == "job")
-    mount = next(one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "job")
-    assert volume["configMap"]["name"] == spec_map["metadata"]["name"]
-    assert ray_job["spec"]["entrypoint"] == f"python -m jobs.train {mount['mountPath']}/spec.yaml"
 
 
 def test_a_changed_spec_is_another_job_and_the_same_one_is_not() -> None:
@@ -76,6 +94,8 @@ def test_a_changed_spec_is_another_job_and_the_same_one_is_not() -> None:
 def test_what_the_pods_are_made_of_is_in_the_name_and_how_the_job_is_started_is_not() -> None:
     """KubeRay keeps the pods of a job that is there; deadline, queue and suspension it would change."""
     made = [{}, {"gpu": True}, {"packs": 2}, {"image": "registry.example/cats:7"}]
+    made += [{"sizes": Overrides(**{name: "3Gi"})} for name in ("worker_memory", "head_memory")]
+    made += [{"sizes": Overrides(worker_cpu="3")}]
     names = {rendered(job(), **options)["metadata"]["name"] for options in made}
     assert len(names) == len(made)
     started = [
@@ -83,22 +103,16 @@ def test_what_the_pods_are_made_of_is_in_the_name_and_how_the_job_is_started_is_
         {"hours": 2},
         {"suspend": True},
         {"queue": "cats"},
+        {"queue": "cats", "priority": "soon"},
         {"image": f"cat-cluster:{version('cat-cluster')}"},
     ]
     assert len({rendered(job(), **options)["metadata"]["name"] for options in started}) == 1
 
 
-def test_a_changed_spec_under_a_given_name_can_be_applied() -> None:
-    """A ConfigMap that is immutable cannot be changed, so another spec is another one."""
-    names = []
-    for steps in (40, 40, 41):
-        spec_map, ray_job = render_job(job(training={"steps": steps}), BUCKET, RenderOptions(name="batch"))
-        assert ray_job["metadata"]["name"] == "batch"
-        pod = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
-        names.append(spec_map["metadata"]["name"])
-        assert {"configMap": {"name": names[-1]}, "name": "job"} in pod["volumes"]
-    assert names[0] == names[1] != names[2]
-    assert names[0].startswith("batch-")
+def test_a_changed_spec_under_a_given_name_is_the_same_job() -> None:
+    first, changed = (rendered(job(training={"steps": steps}), name="batch") for steps in (40, 41))
+    assert first["metadata"] == changed["metadata"]
+    assert head_of(first) != head_of(changed)
 
 
 @pytest.mark.parametrize("title", ["Frühjahr 2027 & more", "7 cups", "x" * 100, "___"])
@@ -116,6 +130,12 @@ def test_a_name_that_kubernetes_refuses_is_refused(name: str) -> None:
     ("options", "said"),
     [
         *[({"queue": queue}, "--queue") for queue in ("bad queue", "team/a", "a" * 64, "a..b", "-a", "A", "")],
+        *[({"queue": "cats", "priority": name}, "--priority") for name in ("very soon", "a/b", "a" * 64, "A", "")],
+        ({"priority": "soon"}, "--priority soon: .* give --queue"),
+        ({"queue": "cats", "suspend": True}, r"--suspend: .*'\{\"spec\":\{\"active\":false\}\}'"),
+        ({"sizes": Overrides(worker_cpu="two")}, "--worker-cpu 'two'"),
+        ({"sizes": Overrides(worker_memory="4GB")}, "--worker-memory '4GB'"),
+        ({"sizes": Overrides(head_memory="4")}, "--head-memory '4'"),
         *[({"namespace": name}, "--namespace") for name in ("Bad_NS", "a" * 64, "team.a", "a b", "")],
         *[
             ({"image": image}, "--image")
@@ -145,7 +165,7 @@ def test_options_that_kubernetes_refuses_are_refused_by_name(options: dict[str, 
 def test_options_that_kubernetes_takes_are_taken(options: dict[str, Any]) -> None:
     ray_job = rendered(job(), **options)
     assert findings_of(ray_job) == []
-    assert yaml.safe_load(manifest_text([ray_job])) == ray_job
+    assert yaml.safe_load(manifest_text(ray_job)) == ray_job
 
 
 def test_workers_and_packs_are_there_from_the_beginning() -> None:
@@ -171,13 +191,35 @@ def test_elastic_workers_scale_and_only_the_autoscaler_has_a_token() -> None:
     assert findings_of(ray_job) == []
 
 
-@pytest.mark.parametrize("options", [{}, {"suspend": True}, {"queue": "cats"}, {"gpu": True, "hours": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"suspend": True}, {"queue": "cats"}, {"queue": "cats", "priority": "soon"}, {"gpu": True, "hours": 2}],
+)
 def test_every_form_keeps_the_operators_rules(options: dict[str, Any]) -> None:
     ray_job = rendered(job(), **options)
     assert findings_of(ray_job) == []
     spec = ray_job["spec"]
     assert ("deletionStrategy" in spec) != ("ttlSecondsAfterFinished" in spec)
-    assert ray_job["metadata"]["labels"].get("kueue.x-k8s.io/queue-name") == options.get("queue")
+    labels = ray_job["metadata"]["labels"]
+    assert labels.get("kueue.x-k8s.io/queue-name") == options.get("queue")
+    assert labels.get("kueue.x-k8s.io/priority-class") == options.get("priority")
+
+
+def test_a_queued_job_leaves_the_room_that_kueue_gives_away() -> None:
+    assert 0 <= rendered(job(), queue="cats")["spec"]["ttlSecondsAfterFinished"] <= 60
+    assert rendered(job(), suspend=True)["spec"]["ttlSecondsAfterFinished"] == 600
+
+
+def test_the_pods_have_what_the_spec_needs_or_what_is_given() -> None:
+    large = job(training={"rows_per_concept": 64})
+    small_worker, large_worker = (worker_of(rendered(one))["resources"] for one in (job(), large))
+    assert small_worker["requests"] == small_worker["limits"] != large_worker["requests"]
+    head = head_of(rendered(job()))["spec"]["containers"][0]["resources"]
+    assert head["requests"]["memory"] == head["limits"]["memory"]
+    given = rendered(job(), gpu=True, sizes=Overrides(worker_cpu="8", worker_memory="40Gi", head_memory="6Gi"))
+    assert worker_of(given)["resources"]["limits"] == {"cpu": "8", "memory": "40Gi", "nvidia.com/gpu": "1"}
+    assert head_of(given)["spec"]["containers"][0]["resources"]["limits"]["memory"] == "6Gi"
+    assert findings_of(given) == []
 
 
 @pytest.mark.parametrize(("workers", "options"), [(2, {}), ([1, 4], {}), (1, {"gpu": True}), (1, {"queue": "cats"})])
@@ -223,7 +265,7 @@ def test_upload_stores_photos_once_and_names_the_run(tmp_path: Path) -> None:
     address = stored.adapters[0].concepts[0].images
     assert store.list("inputs/") == [address.removeprefix(f"{BUCKET}/")]
     assert run_id.startswith("run-")
-    assert findings_of(render_job(stored, store.url, RenderOptions())[1]) == []
+    assert findings_of(render_job(stored, store.url, RenderOptions())) == []
 
 
 def test_who_follows_an_uploaded_job_can_tell_what_it_waits_for(
@@ -239,10 +281,17 @@ def test_who_follows_an_uploaded_job_can_tell_what_it_waits_for(
     assert written.exit_code == 0, written.output
     (run_id,) = {word for word in written.stderr.split() if word.startswith("run-")}
     assert f"cat-cluster jobs status {run_id} --wait --storage {BUCKET}" in written.stderr
-    name = list(yaml.safe_load_all(written.stdout))[1]["metadata"]["name"]
+    name = yaml.safe_load(written.stdout)["metadata"]["name"]
     expected = Run(store, run_id).expectation()
     assert expected is not None
     assert expected.job == f"RayJob {name} in namespace cats"
+
+
+def test_why_a_queued_job_waits_is_in_its_workload() -> None:
+    options = RenderOptions(queue="cats")
+    expected = expectation_of(render_job(job(), BUCKET, options), options)
+    assert expected.look == "`kubectl -n cat-cluster describe workloads`"
+    assert expected.seconds is None
 
 
 def test_upload_refuses_photos_that_training_would(tmp_path: Path) -> None:
@@ -255,11 +304,11 @@ def test_upload_refuses_photos_that_training_would(tmp_path: Path) -> None:
 
 
 def test_the_yaml_reads_back_as_it_was() -> None:
-    documents = render_job(job(name="a: b # c"), BUCKET, RenderOptions())
-    text = manifest_text(documents)
-    assert list(yaml.safe_load_all(text)) == documents
+    ray_job = rendered(job(name="a: b # c"))
+    text = manifest_text(ray_job)
+    assert yaml.safe_load(text) == ray_job
     assert "&id" not in text
-    assert "\n  spec.yaml: |\n" in text
+    assert " cat-cluster/spec: |\n" in text
 
 
 def large_job(adapters: int, noun: str = "cup") -> JobSpec:
@@ -275,11 +324,11 @@ def annotation_size(document: dict[str, Any]) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("noun", ["cup", "<&>" * 9, "ä" * 40])
-def test_a_spec_is_in_the_configmap_as_long_as_kubectl_can_keep_it(noun: str, tmp_path: Path) -> None:
+def test_a_spec_is_in_the_job_as_long_as_kubectl_can_keep_it(noun: str, tmp_path: Path) -> None:
     store = Bucket(tmp_path)
     jobs = [large_job(n, noun) for n in range(20, 600, 40)]
     written = [render_job(one, BUCKET, RenderOptions(), run_id=RUN_ID, upload_to=store) for one in jobs]
-    sizes = [annotation_size(documents[0]) for documents in written if len(documents) == 2]
+    sizes = [annotation_size(one) for one in written if SPEC_FILE in one["spec"]["entrypoint"]]
     assert 150 << 10 < max(sizes) <= 256 << 10
     assert len(sizes) < len(written)
 
@@ -299,16 +348,16 @@ def test_a_larger_spec_lies_in_the_storage_and_the_job_reads_it_there(
     monkeypatch.setattr(render, "image_digests_of", lambda _: [])  # its photos are in no bucket
     monkeypatch.setattr(render, "run_id_of", lambda *_: RUN_ID)
     assert upload_job(large, store) == (large, RUN_ID)
-    (ray_job,) = render_job(large, store.url, RenderOptions(), run_id=RUN_ID, upload_to=store)
+    ray_job = render_job(large, store.url, RenderOptions(), run_id=RUN_ID, upload_to=store)
     assert len(written) == 1
     assert findings_of(ray_job) == []
     assert annotation_size(ray_job) < 20_000
-    assert '"configMap"' not in json.dumps(ray_job)
+    assert "cat-cluster/spec" not in json.dumps(ray_job)
     *words, address, option, run_id = ray_job["spec"]["entrypoint"].split()
     assert (words, option, run_id) == (["python", "-m", "jobs.train"], "--expected", RUN_ID)
     stored = address.replace(BUCKET, (tmp_path / "store").as_uri())
     assert load_job(stored) == large.model_copy(update={"storage": BUCKET})
-    (changed,) = render_job(large_job(2_702), store.url, RenderOptions(), run_id=RUN_ID, upload_to=store)
+    changed = render_job(large_job(2_702), store.url, RenderOptions(), run_id=RUN_ID, upload_to=store)
     assert changed["metadata"]["name"] != ray_job["metadata"]["name"]
 
 
@@ -326,8 +375,7 @@ def test_three_megabytes_of_spec_are_rendered_sooner_than_read(tmp_path: Path) -
     times = [time.process_time()]
     read = load_spec(spec)
     times.append(time.process_time())
-    documents = render_job(read, BUCKET, RenderOptions(), run_id=RUN_ID, upload_to=Bucket(tmp_path / "store"))
-    text = manifest_text(documents)
+    text = manifest_text(render_job(read, BUCKET, RenderOptions(), run_id=RUN_ID, upload_to=Bucket(tmp_path / "store")))
     times.append(time.process_time())
     # Measured 3.3 s in all; of a machine that is busy with other things the ratio says more.
     assert times[2] - times[1] < times[1] - times[0] < 20
@@ -340,13 +388,21 @@ def test_the_commands(tmp_path: Path) -> None:
     runner = CliRunner()
     written = runner.invoke(k8s_app, ["render", str(spec), "--storage", BUCKET, "--image", "registry/cats:7"])
     assert written.exit_code == 0, written.output
-    documents = list(yaml.safe_load_all(written.stdout))
-    assert [one["kind"] for one in documents] == ["ConfigMap", "RayJob"]
+    assert yaml.safe_load(written.stdout)["kind"] == "RayJob"
+    assert written.stderr == ""
     assert written.stdout.count("registry/cats:7") == 3
 
     out = tmp_path / "out" / "job.yaml"
     assert runner.invoke(k8s_app, ["render", str(spec), "--storage", BUCKET, "--out", str(out)]).exit_code == 0
-    assert list(yaml.safe_load_all(out.read_text()))[1]["kind"] == "RayJob"
+    assert yaml.safe_load(out.read_text())["kind"] == "RayJob"
+
+    options = ["--queue", "cats", "--priority", "soon", "--worker-cpu", "2", "--worker-memory", "1Gi"]
+    queued = runner.invoke(k8s_app, ["render", str(spec), "--storage", BUCKET, *options, "--head-memory", "5Gi"])
+    assert queued.stderr.startswith("warning: --worker-memory 1Gi: the spec needs about ")
+    ray_job = yaml.safe_load(queued.stdout)
+    assert ray_job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "soon"
+    assert worker_of(ray_job)["resources"]["requests"] == {"cpu": "2", "memory": "1Gi"}
+    assert head_of(ray_job)["spec"]["containers"][0]["resources"]["requests"]["memory"] == "5Gi"
 
     crds = tmp_path / "crds"
     crds.mkdir()

@@ -28,7 +28,7 @@ VERDICTS = [json.loads(line) for line in (Path(__file__).parent / "verdicts.json
 def ray_job(workers: Any, *, suspend: bool = False) -> dict[str, Any]:
     concept = {"token": "sks", "class_noun": "cup", "images": "s3://bucket/concepts/cup"}
     fields = {"name": "t", "adapters": [{"id": "cup", "concepts": [concept]}], "cluster": {"workers": workers}}
-    return render_job(JobSpec.model_validate(fields), "s3://bucket/prod", RenderOptions(suspend=suspend))[1]
+    return render_job(JobSpec.model_validate(fields), "s3://bucket/prod", RenderOptions(suspend=suspend))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ def ray_job(*path: str | int, **changes: Any) -> dict[str, Any]:
     """A rendered job of 3 characters, with fields at a path of its spec set, or removed where they are None."""
     concept = {"token": "sks", "class_noun": "cup", "images": "s3://bucket/concepts/cup"}
     spec = JobSpec.model_validate({"name": "t", "adapters": [{"id": "cup", "concepts": [concept]}]})
-    document: dict[str, Any] = copy.deepcopy(render_job(spec, "s3://bucket/prod", RenderOptions(name="tea"))[1])
+    document: dict[str, Any] = copy.deepcopy(render_job(spec, "s3://bucket/prod", RenderOptions(name="tea")))
     holder: Any = document["spec"]
     for part in path:
         holder = holder[part]
