@@ -20,7 +20,7 @@ import pytest
 import yaml
 from ray._private import ray_constants
 from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
-from ray.autoscaler._private.kuberay import node_provider
+from ray.autoscaler._private.kuberay import autoscaling_config, node_provider
 from ray.dashboard.consts import DASHBOARD_METRIC_PORT
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.serve._private.constants import DEFAULT_HTTP_PORT
@@ -313,10 +313,14 @@ def test_traffic_goes_to_doors_alone_and_nothing_else_runs_there(place: str) -> 
         if one["name"] == port["targetPort"]
     ]
     assert having == ["doors"]
-    groups, settings = serving(place), deployment(place).settings
-    assert deployment(place).engine_cpus > 0  # which doors do not have
-    assert groups["doors"]["resources"]["CPU"] == "0"
-    assert "resources" not in groups["engines"]
+    cluster = {"metadata": {"name": "a", "namespace": "b"}, "spec": service["spec"]["rayClusterConfig"]}
+    types = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+    args, counted = deployment(place), {name: types[name]["resources"] for name in ("engines", "doors")}
+    assert counted["engines"]["CPU"] >= args.engine_cpus > counted["doors"]["CPU"]
+    for resource, share in args.ingress_resources.items():
+        assert counted["doors"][resource] >= share
+        assert resource not in counted["engines"]
+    groups, settings = serving(place), args.settings
     pod = groups["doors"]["template"]["spec"]
     waits = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
     assert settings.deadline_s + GRACE_S < waits < pod["terminationGracePeriodSeconds"]
