@@ -14,6 +14,7 @@ import pytest
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import LocalStore
+from serve.handle_client import PATIENCE_S
 from serve.settings import ProbeSettings, ServeSettings
 from tests.support.serving import Gallery, Served, deployment_of, publish_random, served, until
 from tests.support.serving_load import Load, Memory, Mover, Order
@@ -23,8 +24,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(600)]
 ADAPTERS, GOING, SLOTS, ENGINES, CLIENTS = 32, 6, 8, 2, 64
 PROMPTS, SEEDS, STEPS = ("a photo of a sks cup", "a red cup"), range(1, 4), 6
 CHAOS_SECONDS, SOAK_SECONDS, WARM_SECONDS = 60, 120, 60
-KILLS = 2
-DEADLINE_SECONDS = 40.0  # longer than Ray takes to find out that a node is gone
+KILLS, DOOR_CLIENTS = 2, 8
+DEADLINE_SECONDS = 50.0  # longer than Ray takes to find out that a node is gone
 # The soak makes some thousand images over and over: of an image that stays, the texts alone take 10 KiB.
 MOST_GROWTH_MIB = 6.0
 
@@ -110,20 +111,22 @@ def test_the_door_outlives_the_only_engine(tiny_base_folder: Path, tmp_path: Pat
     )
     deployment = deployment_of(settings, engine_cpus=1.0, ingress_resources={"door": 1.0})
     order = Order([manifest.name], PROMPTS, SEEDS, STEPS, stream=0.0, may_be_refused=True)
-    with served(deployment, nodes=True) as service, Load(service, gallery, order, clients=8, seed=10) as load:
+    with served(deployment, nodes=True) as service, Load(service, gallery, order, DOOR_CLIENTS, seed=10) as load:
         time.sleep(5)
         before = load.tally.ends["200"]
         service.tell("lose_node")
         lost = time.monotonic()
         until(lambda: load.tally.ends["503"], DEADLINE_SECONDS + 15)
         held = time.monotonic() - lost
-        drawn = load.tally.ends["200"]
+        time.sleep(PATIENCE_S + 2)  # those that come now have never had an engine
+        refused, drawn = load.tally.ends["503"], load.tally.ends["200"]
         service.tell("add_node")
         until(lambda: load.tally.ends["200"] > drawn + 50, 120)
     print(f"ends {dict(load.tally.ends)}; slowest {load.tally.slowest:.1f} s; first refused after {held:.1f} s")
     assert load.tally.problems == [], load.tally.problems[:5]
     assert before > 10
     assert held > DEADLINE_SECONDS - 5
+    assert refused <= DOOR_CLIENTS
 
 
 def check_nothing_is_left(world: World) -> None:
