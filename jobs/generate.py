@@ -110,7 +110,7 @@ def field_table(model: type[BaseModel]) -> str:
 
 
 def _default_text(value: Any) -> str:
-    return "see its table" if isinstance(value, dict) else f"`{json.dumps(value)}`"
+    return "see its table" if isinstance(value, dict) and value else f"`{json.dumps(value)}`"
 
 
 def _relative(path: Path) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -22,7 +23,7 @@ logger = logging.getLogger("cat_cluster.serve")
 
 TRIES = 4  # of a call whose engine is lost: its images are a function of the call, so another engine's are the same
 RETRY_S = 1.0
-PATIENCE_S = 30.0  # without any engine for so long, calls are refused; those that lost theirs wait until their deadline
+PATIENCE_S = 30.0  # without any engine for so long, calls without a deadline are refused; others wait until theirs
 STATUS_S = 5.0
 ALL_S = 2.0  # of it, for every engine's status; after that one engine's is enough
 _GONE = (RayActorError, ReplicaUnavailableError, ObjectLostError)
@@ -30,7 +31,11 @@ _STATES = ("unknown", *get_args(DriftState))  # the worst one last
 
 
 class HandleClient:
-    """EngineClient over a Ray Serve handle: an adapter's calls go to the same engine while it has room."""
+    """EngineClient over a Ray Serve handle: an adapter's calls go to the same engine while it has room.
+
+    A call that finds no engine, or loses its own, waits for another until its deadline: the last engine of a small
+    service may be gone for as long as its replacement takes to start.
+    """
 
     def __init__(self, handle: DeploymentHandle, *, patience_s: float = PATIENCE_S, retry_s: float = RETRY_S) -> None:
         self._handle, self._patience_s, self._retry_s = handle, patience_s, retry_s
@@ -44,7 +49,7 @@ class HandleClient:
             stream = handle.generate.remote(call)
             lost = Failed.of(EngineStoppedError("the engine stopped before the images were done: try again"))
             try:
-                event = await self._first(stream, call.deadline_s, until if attempt else None)
+                event = await self._first(stream, until)
                 while event is not None:
                     if isinstance(event, Failed) and event.kind == EngineStoppedError.__name__:
                         lost = event
@@ -102,26 +107,18 @@ class HandleClient:
         """Return one engine's metrics; with several, scrape Ray's metrics port instead."""
         return bytes(await self._handle.metrics.remote())
 
-    async def _first(
-        self, stream: AsyncGenerator[Event, None], deadline_s: float | None, until: float | None
-    ) -> Event | None:
+    async def _first(self, stream: AsyncGenerator[Event, None], until: float | None) -> Event | None:
         """Return the first event of a call, which may wait for an engine; None when there is none.
 
-        DeploymentUnavailableError when no engine is there: after the patience, or the deadline if that is shorter; at
-        `until` if that is given.
+        DeploymentUnavailableError when no engine is there at `until`, or after the patience if that is None.
         """
         coming = asyncio.ensure_future(anext(stream, None))
-        patience_s = self._patience_s if deadline_s is None else min(self._patience_s, deadline_s)
+        wait_s = self._patience_s if until is None else max(0.0, until - time.monotonic())
         try:
-            while not (await asyncio.wait({coming}, timeout=patience_s))[0]:
-                patience_s = self._patience_s
-                try:
+            while not (await asyncio.wait({coming}, timeout=wait_s))[0]:
+                wait_s = self._patience_s
+                with suppress(TimeoutError):  # busy, but there
                     await self._handle.broadcast("status").results_async(timeout_s=STATUS_S, return_exceptions=True)
-                except TimeoutError:
-                    continue  # busy, but there
-                except DeploymentUnavailableError:
-                    if until is None or time.monotonic() >= until:
-                        raise
             return coming.result()
         finally:
             coming.cancel()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -124,6 +124,9 @@ class Deployment(BaseModel):
         default=None, ge=1, description="Most engines; more than the fewest means autoscaling. None: the fewest."
     )
     ingresses: int = Field(default=1, ge=1, description="HTTP processes.")
+    ingress_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Ray resources of an ingress, to keep it on nodes that have them; none: any node."
+    )
     engine_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray sets aside for an engine.")
     engine_gpus: float = Field(default=0.0, ge=0, description="GPUs of an engine.")
 

@@ -107,6 +107,10 @@ def check(
         typer.Option(metavar="DIR|URL", help="KubeRay's CRDs. Default: those of this package, KubeRay 1.7."),
     ] = None,
     restricted: Annotated[bool, typer.Option(help="Whether pods must fit the restricted pod-security profile.")] = True,
+    gates: Annotated[
+        str,
+        typer.Option(metavar="NAME,...", help="Feature gates of the operator that are on beside the default ones."),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Check manifests before they are applied: unknown fields, what KubeRay's operator refuses, pod security.
@@ -116,14 +120,16 @@ def check(
     """
     with needs_extra("k8s", "checking manifests"):
         from cat_cluster.cluster.kuberay.check import check_manifests, not_looked_at, read_manifests
+        from cat_cluster.cluster.kuberay.gates import gates_on
         from cat_cluster.cluster.kuberay.schemas import load_schemas
 
+    on = gates_on(gates)
     documents = read_manifests(files)
     if not documents:
         raise SpecError(f"{', '.join(files)}: no manifest there; give files that hold some")
     schemas = load_schemas(crds)
-    findings = check_manifests(documents, schemas, restricted=restricted)
-    left = not_looked_at(documents, schemas, restricted=restricted)
+    findings = check_manifests(documents, schemas, restricted=restricted, gates=on)
+    left = not_looked_at(documents, schemas, restricted=restricted, gates=on)
     if as_json:
         problems = [asdict(finding) for finding in findings]
         record = {"documents": len(documents), "problems": problems, "not_looked_at": left}

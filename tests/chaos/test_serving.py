@@ -14,6 +14,7 @@ import pytest
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import LocalStore
+from serve.handle_client import PATIENCE_S
 from serve.settings import ProbeSettings, ServeSettings
 from tests.support.serving import Gallery, Served, deployment_of, publish_random, served, until
 from tests.support.serving_load import Load, Memory, Mover, Order
@@ -24,6 +25,8 @@ ADAPTERS, GOING, SLOTS, ENGINES, CLIENTS = 32, 6, 8, 2, 64
 PROMPTS, SEEDS, STEPS = ("a photo of a sks cup", "a red cup"), range(1, 4), 6
 CHAOS_SECONDS, SOAK_SECONDS, WARM_SECONDS = 60, 120, 60
 FAULTS = ("kill", "stick")
+DOOR_CLIENTS = 8
+DEADLINE_SECONDS = 50.0  # longer than Ray takes to find out that a node is gone
 # The soak makes some thousand images over and over: of an image that stays, the texts alone take 10 KiB.
 MOST_GROWTH_MIB = 6.0
 
@@ -91,6 +94,41 @@ def world(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     )
     with served(deployment_of(settings, min_engines=ENGINES)) as service:
         yield World(service, registry, moving, going, gallery)
+
+
+@pytest.mark.timeout(300)
+def test_the_door_outlives_the_only_engine(tiny_base_folder: Path, tmp_path: Path) -> None:
+    """The engine's node is lost for longer than a request may take: all are answered, and drawn once one is back."""
+    base, registry = load_base_model(str(tiny_base_folder)), Registry(LocalStore(tmp_path))
+    gallery, manifest = Gallery(registry, base, STEPS), publish_random(registry, base, "cup", 1)
+    gallery.add(manifest, PROMPTS, SEEDS)
+    settings = ServeSettings(
+        base=str(tiny_base_folder),
+        storage=str(tmp_path),
+        device="cpu",
+        threads=1,
+        deadline_s=DEADLINE_SECONDS,
+        images_per_key=1000,
+        probes=ProbeSettings(enabled=False),
+    )
+    deployment = deployment_of(settings, engine_cpus=1.0, ingress_resources={"door": 1.0})
+    order = Order([manifest.name], PROMPTS, SEEDS, STEPS, stream=0.0, may_be_refused=True)
+    with served(deployment, nodes=True) as service, Load(service, gallery, order, DOOR_CLIENTS, seed=10) as load:
+        time.sleep(5)
+        before = load.tally.ends["200"]
+        service.tell("lose_node")
+        lost = time.monotonic()
+        until(lambda: load.tally.ends["503"], DEADLINE_SECONDS + 15)
+        held = time.monotonic() - lost
+        time.sleep(PATIENCE_S + 2)  # those that come now have never had an engine
+        refused, drawn = load.tally.ends["503"], load.tally.ends["200"]
+        service.tell("add_node")
+        until(lambda: load.tally.ends["200"] > drawn + 50, 120)
+    print(f"ends {dict(load.tally.ends)}; slowest {load.tally.slowest:.1f} s; first refused after {held:.1f} s")
+    assert load.tally.problems == [], load.tally.problems[:5]
+    assert before > 10
+    assert held > DEADLINE_SECONDS - 5
+    assert refused <= DOOR_CLIENTS
 
 
 def check_nothing_is_left(world: World) -> None:

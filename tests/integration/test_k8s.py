@@ -21,7 +21,7 @@ import pytest
 import yaml
 from ray._private import ray_constants
 from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
-from ray.autoscaler._private.kuberay import node_provider
+from ray.autoscaler._private.kuberay import autoscaling_config, node_provider
 from ray.dashboard.consts import DASHBOARD_METRIC_PORT
 from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.serve._private.constants import DEFAULT_HTTP_PORT
@@ -30,6 +30,7 @@ from ray.serve.schema import ServeDeploySchema
 from cat_cluster.cluster.kuberay import pods as kuberay_pods
 from cat_cluster.cluster.kuberay import render as kuberay
 from cat_cluster.cluster.kuberay.check import Document, ManifestFinding, check_manifests, read_manifests
+from cat_cluster.cluster.kuberay.gates import DEFAULT_GATES, EMBEDDED_STORAGE
 from cat_cluster.cluster.kuberay.render import RenderOptions, render_job
 from cat_cluster.cluster.kuberay.schemas import Schemas, load_schemas
 from cat_cluster.cluster.kuberay.security import pods_of
@@ -38,6 +39,7 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, load_spec, parse_spec
 from jobs import train
 from serve.http.access import ADMIN_KEYS, API_KEYS
+from serve.http.image_routes import GRACE_S
 from serve.settings import Deployment
 
 ROOT = Path(__file__).parents[2]
@@ -57,10 +59,14 @@ def schemas() -> Schemas:
 @functools.cache
 def built(place: str) -> tuple[Document, ...]:
     """The documents of a kustomization."""
+    return built_in(K8S, place)
+
+
+def built_in(folder: Path, place: str) -> tuple[Document, ...]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed, which puts the manifests together: install it to run this")
-    done = subprocess.run([kubectl, "kustomize", str(K8S / place)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([kubectl, "kustomize", str(folder / place)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     documents = [one for one in yaml.safe_load_all(done.stdout) if one]
     return tuple(Document(place, number, one) for number, one in enumerate(documents, 1))
@@ -89,6 +95,7 @@ def ray_pods(place: str) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
         groups = [("head", spec["headGroupSpec"])] + [("worker", group) for group in spec["workerGroupSpecs"]]
         for role, group in groups:
             own = {"ray.io/node-type": role, "ray.io/cluster": one["metadata"]["name"]}
+            own["ray.io/group"] = group.get("groupName", "headgroup")
             yield {**group["template"]["metadata"]["labels"], **own}, group["template"]["spec"]
 
 
@@ -108,6 +115,16 @@ def values(document: Any, key: str) -> Iterator[Any]:
     elif isinstance(document, list):
         for value in document:
             yield from values(value, key)
+
+
+def serving(place: str) -> dict[str, dict[str, Any]]:
+    """The worker groups of the service by their names."""
+    (service,) = of_kind(place, "RayService")
+    return {group["groupName"]: group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
+
+
+def deployment(place: str) -> Deployment:
+    return Deployment.model_validate(serve_config(place)["applications"][0]["args"])
 
 
 def serve_config(place: str) -> dict[str, Any]:
@@ -131,8 +148,35 @@ def lines(findings: list[ManifestFinding]) -> str:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_every_document_is_right(place: str, schemas: Schemas) -> None:
-    findings = check_manifests(built(place), schemas)
+    """What needs a feature gate that is off by default is the state of a head that outlives itself, and is said."""
+    findings = check_manifests(built(place), schemas, gates=DEFAULT_GATES | {EMBEDDED_STORAGE})
     assert not findings, lines(findings)
+    fields = [finding.field for finding in check_manifests(built(place), schemas)]
+    embedded = place in ("overlays/gpu", "overlays/aws")
+    assert fields == (["spec.rayClusterConfig.gcsFaultToleranceOptions.backend"] if embedded else [])
+
+
+@pytest.mark.parametrize("instead", ["  - ../../components/gcs-ft\n", None])
+@pytest.mark.parametrize("place", ["overlays/gpu", "overlays/aws"])
+def test_one_line_says_where_the_head_keeps_its_state(
+    place: str, instead: str | None, tmp_path: Path, schemas: Schemas
+) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    overlay = tmp_path / "k8s" / "overlays" / "gpu" / "kustomization.yaml"
+    line = "  - ../../components/gcs-embedded\n"
+    before, is_there, after = overlay.read_text().partition(line)
+    assert is_there
+    overlay.write_text(before + (instead or "  []\n") + after)
+    documents = built_in(tmp_path / "k8s", place)
+    findings = check_manifests(documents, schemas)
+    assert not findings, lines(findings)
+    service = next(one.content for one in documents if one.content["kind"] == "RayService")
+    options = service["spec"]["rayClusterConfig"].get("gcsFaultToleranceOptions")
+    if instead is None:
+        assert options is None
+    else:
+        assert set(options["redisPassword"]) == {"valueFrom"}
+        assert "redis" in {one.content["metadata"]["name"] for one in documents}
 
 
 @pytest.mark.parametrize(
@@ -172,6 +216,7 @@ def keys(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         for name, below in value.items():
             yield (*path, name)
             is_map = name in FREE or (path == ("spec",) and name == "selector" and "matchLabels" not in below)
+            is_map = is_map or (name == "resources" and "requests" not in below)  # Ray's, of a group
             if not is_map:
                 yield from keys(below, (*path, name))
     elif isinstance(value, list):
@@ -239,17 +284,53 @@ def test_entry_points_are_in_the_code(place: str) -> None:
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_service_has_room_for_a_second_version_of_itself(place: str) -> None:
-    args = Deployment.model_validate(serve_config(place)["applications"][0]["args"])
+    args, groups = deployment(place), serving(place)
     (service,) = of_kind(place, "RayService")
-    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    engines, doors = groups["engines"], groups["doors"]
+    limits = engines["template"]["spec"]["containers"][0]["resources"]["limits"]
     each = int(int(limits["cpu"]) // args.engine_cpus)
     if args.engine_gpus:
         each = min(each, int(int(limits["nvidia.com/gpu"]) // args.engine_gpus))
-    assert group["minReplicas"] * each >= args.min_engines
-    assert group["maxReplicas"] * each >= 2 * args.most_engines
+    assert each == 1 or args.most_engines == 1  # else the loss of a pod is that of two engines
+    assert engines["minReplicas"] * each >= args.min_engines
+    assert engines["maxReplicas"] * each >= 2 * args.most_engines
+    ((resource, share),) = args.ingress_resources.items()
+    each = int(float(doors["resources"][resource]) // share)
+    assert doors["minReplicas"] == args.ingresses  # each a door of its own, also where a new version has room beside it
+    assert doors["maxReplicas"] * each >= 2 * args.ingresses
     # Ray's proxy cuts what is in flight when its cluster goes.
     assert service["spec"]["rayClusterDeletionDelaySeconds"] > args.settings.deadline_s
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_traffic_goes_to_doors_alone_and_nothing_else_runs_there(place: str) -> None:
+    (service,) = of_kind(place, "RayService")
+    assert service["spec"]["excludeHeadPodFromServeSvc"] is True
+    (port,) = service["spec"]["serveService"]["spec"]["ports"]
+    assert (port["name"], port["port"]) == ("serve", DEFAULT_HTTP_PORT)
+    # Kubernetes sends nothing to a pod that has no port of this name.
+    having = [
+        name
+        for name, group in serving(place).items()
+        for one in group["template"]["spec"]["containers"][0]["ports"]
+        if one["name"] == port["targetPort"]
+    ]
+    assert having == ["doors"]
+    cluster = {"metadata": {"name": "a", "namespace": "b"}, "spec": service["spec"]["rayClusterConfig"]}
+    types = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
+    args, counted = deployment(place), {name: types[name]["resources"] for name in ("engines", "doors")}
+    assert counted["engines"]["CPU"] >= args.engine_cpus > counted["doors"]["CPU"]
+    for resource, share in args.ingress_resources.items():
+        assert counted["doors"][resource] >= share
+        assert resource not in counted["engines"]
+    groups, settings = serving(place), args.settings
+    pod = groups["doors"]["template"]["spec"]
+    waits = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert settings.deadline_s + GRACE_S < waits < pod["terminationGracePeriodSeconds"]
+    callers = next(one for one in of_kind(place, "NetworkPolicy") if one["metadata"]["name"] == "serving-clients")
+    assert callers["spec"]["podSelector"]["matchLabels"]["ray.io/group"] == "doors"
+    budgets = [one["spec"]["selector"]["matchLabels"] for one in of_kind(place, "PodDisruptionBudget")]
+    assert {"engines", "doors"} <= {labels.get("ray.io/group") for labels in budgets}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -465,8 +546,6 @@ def test_aws_reads_no_stored_key() -> None:
     assert "cat-cluster-s3" not in json.dumps(contents("overlays/aws"))
     for one in of_kind("overlays/aws", "ServiceAccount"):
         assert one["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].startswith("arn:aws:iam::")
-    (service,) = of_kind("overlays/aws", "RayService")
-    assert service["spec"]["rayClusterConfig"]["gcsFaultToleranceOptions"]["redisPassword"]["valueFrom"]
 
 
 def test_local_needs_no_gpu_and_reaches_its_own_bucket() -> None:

@@ -166,14 +166,18 @@ def surroundings(folder: Path, **environment: str) -> dict[str, str]:
 
 
 @contextmanager
-def served(deployment: Mapping[str, Any], **environment: str) -> Iterator[Served]:
-    """Serve a deployment (see deployment_of) until the end of the block, and see that no process is left."""
+def served(deployment: Mapping[str, Any], *, nodes: bool = False, **environment: str) -> Iterator[Served]:
+    """Serve a deployment (see deployment_of) until the end of the block, and see that no process is left.
+
+    nodes: on several nodes of Ray, see tests/support/serve_driver.py.
+    """
     with ray_folder() as folder:
         (folder / "deployment.json").write_text(json.dumps(deployment))
         (port,) = free_ports(1)
+        words = [str(folder / "deployment.json"), str(port), *(["nodes"] if nodes else [])]
         with (folder / "driver.err").open("wb") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.serve_driver", str(folder / "deployment.json"), str(port)],
+                [sys.executable, "-m", "tests.support.serve_driver", *words],
                 cwd=ROOT,
                 env=surroundings(folder, **environment),
                 stdin=subprocess.PIPE,

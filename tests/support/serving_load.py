@@ -43,6 +43,8 @@ class Order:
     steps: int
     may_be_missing: frozenset[str] = frozenset()
     leave: float = 0.0  # share of clients that go before their answer
+    stream: float = 0.25  # share of calls that stream
+    may_be_refused: bool = False  # with 503 and Retry-After
 
 
 class Load:
@@ -81,7 +83,7 @@ class Load:
     def _ask(self, http: httpx2.Client, rng: random.Random) -> tuple[str, str | None, int]:
         """Ask once; how it ended, what is wrong with that, and how many pictures were checked."""
         order, model = self._order, rng.choice(self._order.models)
-        count, streams, leaves = rng.choice((1, 1, 2)), rng.random() < 0.25, rng.random() < order.leave
+        count, streams, leaves = rng.choice((1, 1, 2)), rng.random() < order.stream, rng.random() < order.leave
         body = {
             "model": model,
             "prompt": rng.choice(order.prompts),
@@ -102,6 +104,8 @@ class Load:
             return "broken", f"{body}: {error!r}", 0
         if answer.status_code == 404 and model.partition("@")[0] in order.may_be_missing:
             return "404", None, 0
+        if answer.status_code == 503 and order.may_be_refused and "retry-after" in answer.headers:
+            return "503", None, 0
         if answer.status_code != 200:
             return str(answer.status_code), f"{body}: {answer.status_code} {answer.text}", 0
         found = _of_events(answer.text) if streams else answer.json()

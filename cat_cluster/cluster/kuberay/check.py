@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from cat_cluster.cluster.kuberay.gates import DEFAULT_GATES
 from cat_cluster.cluster.kuberay.rules import MAX_NAME_LENGTH, full_name, operator_findings
 from cat_cluster.cluster.kuberay.schemas import Schemas
 from cat_cluster.cluster.kuberay.security import restricted_findings
@@ -81,11 +82,12 @@ def read_manifests(files: Iterable[str | Path]) -> list[Document]:
 
 
 def check_manifests(
-    documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True
+    documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True, gates: Set[str] = DEFAULT_GATES
 ) -> list[ManifestFinding]:
     """Return what an API server, KubeRay's operator or a namespace of the restricted profile would not take.
 
-    A document that its schema refuses is not looked at further: the rules rely on its shape.
+    gates: the operator's feature gates that are on. A document that its schema refuses is not looked at further: the
+    rules rely on its shape.
     """
     found = []
     for document in documents:
@@ -93,7 +95,7 @@ def check_manifests(
         findings = list(_shape_findings(content))
         findings = findings or list(schemas.findings(content))
         if not findings and schemas.knows(content):
-            findings = list(_rule_findings(content, restricted=restricted))
+            findings = list(_rule_findings(content, restricted=restricted, gates=gates))
         found += [
             ManifestFinding(document.file, document.number, document.title, field_text(path), message)
             for path, message in findings
@@ -101,7 +103,9 @@ def check_manifests(
     return found
 
 
-def not_looked_at(documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True) -> list[str]:
+def not_looked_at(
+    documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True, gates: Set[str] = DEFAULT_GATES
+) -> list[str]:
     """Return what `check_manifests` cannot know of these documents, a phrase each."""
     contents = [document.content for document in documents]
     shaped = [one for one in contents if isinstance(one.get("apiVersion"), str) and isinstance(one.get("kind"), str)]
@@ -111,7 +115,7 @@ def not_looked_at(documents: Sequence[Document], schemas: Schemas, *, restricted
         *([] if restricted else ["pod security (--no-restricted)"]),
         "whether what the documents name is in the cluster: images, Secrets, ConfigMaps, accounts, nodes, quota",
         "what an API server finds in values alone, such as labels, quantities, ports, and mounts without a volume",
-        "the operator's feature gates",
+        f"whether the operator has these feature gates on, as is assumed (--gates): {', '.join(sorted(gates))}",
     ]
 
 
@@ -160,8 +164,8 @@ def _shape_findings(content: dict[str, Any]) -> Iterator[Finding]:
         yield ("metadata", field), f"{name!r} is no {field} of an object: a-z, 0-9, - and ., at most 253 characters"
 
 
-def _rule_findings(content: dict[str, Any], *, restricted: bool) -> Iterator[Finding]:
+def _rule_findings(content: dict[str, Any], *, restricted: bool, gates: Set[str]) -> Iterator[Finding]:
     if content["apiVersion"].startswith("ray.io/") and content["kind"] in MAX_NAME_LENGTH:
-        yield from operator_findings(content)
+        yield from operator_findings(content, gates)
     if restricted:
         yield from restricted_findings(content)

@@ -8,11 +8,12 @@ what a real operator said.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import yaml
 
+from cat_cluster.cluster.kuberay.gates import DEFAULT_GATES, gate_findings, needs_gate
 from cat_cluster.cluster.kuberay.silent_rules import GENERATED, group_findings, job_findings, manager_findings
 from cat_cluster.cluster.kuberay.validation import FieldPath, Finding
 from cat_cluster.spec.yaml_bounds import load_yaml
@@ -38,16 +39,22 @@ _MAX_PREFIX = 58  # of a generated name
 _UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
 _RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
 _TOKEN_AUTH_SINCE = (2, 52)
+# Of a head that keeps its GCS in RocksDB.
+_GCS_VOLUME, _GCS_FOLDER = "gcs-storage", "/data/gcs"
+_GCS_VARIABLES = ("RAY_gcs_storage", "RAY_gcs_storage_path")
+_OWN_VOLUME = ("size", "storageClassName", "accessModes")
 _DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")  # a later one may not come before an earlier one
 _DELETION_RULES: FieldPath = ("spec", "deletionStrategy", "deletionRules")
 
 
-def operator_findings(document: Json) -> Iterator[Finding]:
-    """Yield what the operator refuses of one of KubeRay's objects whose schema is right."""
+def operator_findings(document: Json, gates: Set[str] = DEFAULT_GATES) -> Iterator[Finding]:
+    """Yield what the operator refuses of one of KubeRay's objects whose schema is right. gates: those that are on."""
     kind, spec = document["kind"], document.get("spec", {})
     yield from _name_findings(document)
     if kind == "RayCronJob":
-        yield from in_job_template(operator_findings(job_of(document)))
+        if kind not in gates:  # nobody looks at it
+            yield ("kind",), needs_gate(kind)
+        yield from in_job_template(operator_findings(job_of(document), gates))
         return
     for name, least in _MINIMA.items():
         if spec.get(name, least) < least:
@@ -58,6 +65,7 @@ def operator_findings(document: Json) -> Iterator[Finding]:
         yield from _service_findings(spec)
     path = CLUSTERS[kind]
     cluster = at(document, path)
+    yield from gate_findings(document, path, cluster or {}, gates)
     yield from manager_findings({("spec",): spec, path: cluster})
     if kind != "RayJob" or cluster:
         yield from _cluster_findings(path, cluster or {}, document)
@@ -189,6 +197,7 @@ def _cluster_findings(path: FieldPath, spec: Json, document: Json) -> Iterator[F
     if (at(spec, ("autoscalerOptions", "idleTimeoutSeconds")) or 0) < 0:
         yield (*path, "autoscalerOptions", "idleTimeoutSeconds"), "must be 0 or more"
     yield from _fault_tolerance_findings(head, spec, at(document, ("metadata", "annotations")) or {})
+    yield from _gcs_storage_findings(path, spec)
     version = re.match(r"\s*v?(\d+)\.(\d+)", spec.get("rayVersion", ""))
     is_known = version is not None and tuple(map(int, version.groups())) >= _TOKEN_AUTH_SINCE
     if at(spec, ("authOptions", "mode")) == "token" and not is_known:
@@ -208,6 +217,31 @@ def _fault_tolerance_findings(head: FieldPath, spec: Json, annotations: Mapping[
     for name, field in (("REDIS_PASSWORD", "redisPassword"), ("RAY_REDIS_ADDRESS", "redisAddress")):
         if name in names:
             yield place, f"{name} is the operator's to set: use gcsFaultToleranceOptions.{field}"
+
+
+def _gcs_storage_findings(path: FieldPath, spec: Json) -> Iterator[Finding]:
+    """Redis and RocksDB each have fields of their own, and the operator itself mounts the volume of RocksDB."""
+    options, place = spec.get("gcsFaultToleranceOptions") or {}, (*path, "gcsFaultToleranceOptions")
+    storage = options.get("storage") or {}
+    if options.get("backend") != "rocksdb":
+        if "storage" in options:
+            yield (*place, "storage"), "is for backend: rocksdb alone"
+        return
+    for name in ("redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace"):
+        if options.get(name):
+            yield (*place, name), "cannot be used with backend: rocksdb; leave it out"
+    if storage.get("claimName") and any(storage.get(name) for name in _OWN_VOLUME):
+        yield (*place, "storage", "claimName"), f"cannot be used with {', '.join(_OWN_VOLUME)}: keep one of them"
+    pod: FieldPath = (*path, "headGroupSpec", "template", "spec")
+    for container in (at(spec, (*pod[len(path) :], "containers")) or [])[:1]:
+        for entry in container.get("env", ()):
+            if entry["name"] in _GCS_VARIABLES:
+                yield (*pod, "containers", 0, "env"), f"{entry['name']} is the operator's to set; leave it out"
+        for mount in container.get("volumeMounts", ()):
+            if mount["name"] == _GCS_VOLUME or mount["mountPath"] == _GCS_FOLDER:
+                yield (*pod, "containers", 0, "volumeMounts"), f"{_GCS_FOLDER} is the operator's to mount; leave it out"
+    if any(volume["name"] == _GCS_VOLUME for volume in at(spec, (*pod[len(path) :], "volumes")) or ()):
+        yield (*pod, "volumes"), f"{_GCS_VOLUME} is the operator's name; give the volume another"
 
 
 def _yaml(text: str) -> Any:

@@ -157,10 +157,22 @@ def test_a_full_service_says_when_to_ask_again() -> None:
 
 @pytest.mark.parametrize("steps", [[NOBODY], [None]])
 def test_without_an_engine_it_is_said(steps: list[Step]) -> None:
+    """At once where Ray Serve has given up, else when the patience ends: this call has no deadline."""
     handle = Handle(steps, answers=[NOBODY])
-    (failed,) = events(handle)
+    (failed,) = events(handle, replace(CALL, deadline_s=None))
     assert failed == Failed("EngineStoppedError", "no engine is running: try again")
     assert handle.streams[0].cancelled
+
+
+def test_a_call_that_finds_no_engine_is_held_until_there_is_one() -> None:
+    class Late(Stream):
+        async def __anext__(self) -> Event:
+            await asyncio.sleep(0.08)  # four times the patience: a replacement loads its base
+            return await super().__anext__()
+
+    handle = Handle(answers=[NOBODY])
+    handle._remote = lambda call: Late([Accepted("cup@r-1"), done(0), done(1)])  # type: ignore[method-assign]
+    assert events(handle) == [Accepted("cup@r-1"), done(0), done(1)]
 
 
 def test_without_an_engine_a_call_ends_with_its_deadline() -> None:

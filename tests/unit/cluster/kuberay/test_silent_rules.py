@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cat_cluster.cluster.kuberay.check import Document, check_manifests
+from cat_cluster.cluster.kuberay.gates import gates_on
 from cat_cluster.cluster.kuberay.render import RenderOptions, render_job
 from cat_cluster.cluster.kuberay.schemas import load_schemas
 from cat_cluster.spec.job import JobSpec
@@ -33,7 +34,8 @@ def ray_job(*path: str | int, **changes: Any) -> dict[str, Any]:
 
 
 def fields(document: dict[str, Any]) -> list[str]:
-    return [finding.field for finding in check_manifests([Document("a", 1, document)], load_schemas())]
+    findings = check_manifests([Document("a", 1, document)], load_schemas(), gates=gates_on("RayCronJob"))
+    return [finding.field for finding in findings]
 
 
 @pytest.mark.parametrize(
