@@ -192,7 +192,8 @@ def test_progress_comes_back_as_it_was_and_losses_need_not_be_finite(run: Run) -
     [
         (KeyboardInterrupt(), "stopped", None),
         (SystemExit(15), "stopped", None),
-        (StoreError("the disk is full"), "failed", "StoreError: the disk is full"),
+        (StoreError("the disk is full"), "failed", "the disk is full"),
+        (ValueError("a mistake"), "failed", "ValueError: a mistake"),
         (None, "failed", None),  # an adapter has no end
     ],
 )
