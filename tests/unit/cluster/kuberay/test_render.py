@@ -64,7 +64,8 @@ def test_the_spec_goes_along_and_the_job_reads_it(tmp_path: Path) -> None:
     volume = next(one for one in pod["volumes"] if one["name"] == "job")
     mount = next(one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "job")
     assert volume["configMap"]["name"] == spec_map["metadata"]["name"]
-    assert ray_job["spec"]["entrypoint"] == f"python -m jobs.train {mount['mountPath']}/spec.yaml"
+    assert ray_job["spec"]["entrypoint"] == f"python -m jobs.train {mount['mountPath']}/spec.yaml --retries 2"
+    assert ray_job["spec"]["backoffLimit"] == 2
 
 
 def test_a_changed_spec_is_another_job_and_the_same_one_is_not() -> None:
@@ -304,7 +305,7 @@ def test_a_larger_spec_lies_in_the_storage_and_the_job_reads_it_there(
     assert findings_of(ray_job) == []
     assert annotation_size(ray_job) < 20_000
     assert '"configMap"' not in json.dumps(ray_job)
-    *words, address, option, run_id = ray_job["spec"]["entrypoint"].split()
+    *words, address, _, _, option, run_id = ray_job["spec"]["entrypoint"].split()
     assert (words, option, run_id) == (["python", "-m", "jobs.train"], "--expected", RUN_ID)
     stored = address.replace(BUCKET, (tmp_path / "store").as_uri())
     assert load_job(stored) == large.model_copy(update={"storage": BUCKET})
