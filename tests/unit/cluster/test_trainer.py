@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,9 +51,22 @@ def test_what_no_restart_would_help_ends_the_training_at_once(error: Exception, 
 
 
 def test_ray_train_gives_up_what_its_callback_refuses() -> None:
-    """Of the installed Ray Train: an error of a callback is one of the controller, which is not tried again."""
+    """Of the installed Ray Train: the callback's error passes, is one of the controller, and is not tried again."""
     from ray.train import FailureConfig
+    from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
     from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerStatus
 
+    restarts = Restarts(Events(), ["cup"], 3)  # type: ignore[arg-type]
+    refused = UserExceptionWithTraceback(StoreRefusedError("access was denied"), "Traceback")
+    group = SimpleNamespace(
+        _assert_active=lambda: None,
+        _poll_workers_and_collect_errors=lambda _: [WorkerStatus(running=False, error=refused)],
+        _worker_rank_to_replica_group_rank=None,
+        _callbacks=[UserCallbackHandler([restarts], None)],
+    )
+    with pytest.raises(StoreRefusedError) as raised:
+        WorkerGroup.poll_status(group)
     policy = create_failure_policy(FailureConfig(max_failures=3))
-    assert policy.make_decision(ControllerError(OutOfMemoryError("short"))) is FailureDecision.RAISE
+    assert policy.make_decision(ControllerError(raised.value)) is FailureDecision.RAISE
