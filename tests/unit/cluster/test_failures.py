@@ -158,6 +158,7 @@ def task_error(error: Exception) -> ray_errors.RayTaskError:
             LostWorkerError,
             LOST,
         ),
+        (unhealthy(ray_errors.LocalRayletDiedError()), LostWorkerError, LOST),
         (
             ray_errors.OwnerDiedError("ab", b"", ""),
             LostWorkerError,

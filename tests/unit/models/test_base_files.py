@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 import torch
 
-from cat_cluster.errors import BaseModelError
+from cat_cluster.errors import BaseModelError, HubError
 from cat_cluster.models.base_files import base_folder, check_base
 from cat_cluster.models.fingerprint import fingerprint
 
@@ -147,5 +147,5 @@ def test_a_check_without_the_hub_says_that_it_could_not(tmp_path: Path, monkeypa
 
 
 def test_a_repository_that_does_not_exist_names_the_remedy(hub: Hub) -> None:
-    with pytest.raises(BaseModelError, match=r"'someone/else'.*Check the name and the network"):
+    with pytest.raises(HubError, match=r"'someone/else'.*Check the name and the network"):
         base_folder("someone/else")
