@@ -110,6 +110,12 @@ class CheckpointError(CatClusterError):
     permanent = True
 
 
+class ChangedJobError(CheckpointError):
+    """What a job works on has changed or gone since it was checked: from its start it finds what there is now."""
+
+    permanent = False
+
+
 class RunError(CatClusterError):
     """A run cannot be found, read, started or stopped as asked."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,9 +15,10 @@ from cat_cluster.cluster.connection import ClusterSize
 from cat_cluster.cluster.driver import EVALUATION_RETRIES
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.run_writer import ProgressWriter
-from cat_cluster.cluster.runs import Run
-from cat_cluster.errors import CatClusterError, OutOfMemoryError, StoreRefusedError, WorkerError
+from cat_cluster.cluster.runs import Run, run_id_of
+from cat_cluster.errors import CatClusterError, LostWorkerError, OutOfMemoryError, StoreRefusedError, WorkerError
 from cat_cluster.pipeline.job import AdapterResult
+from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, parse_spec
 from cat_cluster.store import open_store
 
@@ -162,3 +164,28 @@ def test_an_evaluation_whose_process_is_lost_is_tried_again(
     results, started, _ = drive([["cup"]], always({"evaluate cup": error}))
     assert started == ["train cup", *["evaluate cup"] * tries]
     assert (results["cup"].reason or "").startswith(reason)
+
+
+def test_a_ray_that_is_lost_ends_the_run_with_a_sentence(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def connection(_: object) -> Iterator[ClusterSize]:
+        yield ClusterSize(1.0, 0.0)
+
+    def lost(*_: object) -> None:
+        raise ray_errors.LocalRayletDiedError
+
+    job, photos = job_of(["cup"]), [SimpleNamespace(image_digests=["ab"])]
+    for name, stand_in in {"prepare": lambda *_: photos, "ray_connection": connection, "_Driver": lost}.items():
+        monkeypatch.setattr(driver_module, name, stand_in)
+    monkeypatch.setattr(driver_module, "check_cluster", lambda *_: None)
+    monkeypatch.setattr(driver_module.ray, "is_initialized", lambda: True)
+    store = open_store(tmp_path / "store")
+    listener: Any = None
+    told = r"^the run stopped: a machine or pod of the cluster was lost"
+    with pytest.raises(LostWorkerError, match=told) as raised:
+        driver_module.run_on_ray(job, store.url, Settings(), listener)
+    progress = Run(store, run_id_of(job, [["ab"]])).progress()
+    assert (progress.state, progress.reason, progress.permanent) == ("failed", str(raised.value), False)
+    monkeypatch.setattr(driver_module, "check_cluster", lost)
+    with pytest.raises(LostWorkerError, match=told):
+        driver_module.run_on_ray(job, store.url, Settings(), listener)

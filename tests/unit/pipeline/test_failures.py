@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cat_cluster.errors import OutOfMemoryError, StoreError
+from cat_cluster.errors import ChangedJobError, OutOfMemoryError, StoreError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
 from cat_cluster.models import base_model
 from cat_cluster.pipeline import job
@@ -54,6 +54,7 @@ def test_a_base_that_does_not_fit_is_not_called_damaged(tmp_path: Any) -> None:
     [
         (SHORT, "out of memory: 2.00 GiB more were asked for", True),
         (StoreError("the store is away"), "the store is away", False),
+        (ChangedJobError("its photos changed"), "its photos changed", False),
         (None, "gradient not finite at step 1", True),
     ],
 )
