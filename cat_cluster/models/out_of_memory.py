@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import psutil
 
 from cat_cluster.errors import OutOfMemoryError
 
@@ -53,12 +53,12 @@ def short_of_memory(what: str, adapters: int | None = None) -> OutOfMemoryError:
 
 
 def _held_here() -> str:
-    """Say what this process holds of the memory that its machine, or its container, has."""
-    limit = int(psutil.virtual_memory().total)
+    """Say what this process has held of the memory that its machine, or its container, has."""
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with suppress(OSError, ValueError):  # a container's own limit, where there is one
         limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    held = int(psutil.Process().memory_info().rss)
-    return f"the process held {_gib(held)} and its machine or pod has {_gib(limit)}"
+    held = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"the process held up to {_gib(held)} and its machine or pod has {_gib(limit)}"
 
 
 def _gib(count: int) -> str:
