@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 
 class CatClusterError(Exception):
-    """Root of all expected errors; the command line prints the message alone and exits with code 1."""
+    """Root of all expected errors; the command line prints the message alone and exits with code 1.
+
+    permanent: whether the same work would fail again until a person changes something, so that nothing tries it again.
+    """
+
+    permanent: ClassVar[bool] = False
 
 
 class MissingExtraError(CatClusterError):
     """An optional part of the package is needed and not installed."""
+
+    permanent = True
 
 
 @contextmanager
@@ -35,13 +43,25 @@ def needs_extra(extra: str, purpose: str, otherwise: str = "") -> Iterator[None]
 class SpecError(CatClusterError):
     """A job spec has an unknown key, a bad value, or names something that is not there."""
 
+    permanent = True
+
 
 class ConceptError(CatClusterError):
     """The images or captions of a concept cannot be used."""
 
+    permanent = True
+
 
 class BaseModelError(CatClusterError):
     """A base model cannot be found, is of an unsupported family, or is damaged."""
+
+    permanent = True
+
+
+class HubError(BaseModelError):
+    """A base model cannot be downloaded from the hub: its name, a right, or the network."""
+
+    permanent = False
 
 
 class AdapterFormatError(CatClusterError):
@@ -56,12 +76,20 @@ class StoreError(CatClusterError):
     """The object store refused, is unreachable, or ran out of space."""
 
 
+class StoreRefusedError(StoreError):
+    """The object store refuses for good: the credentials, the right to the bucket, or what the server cannot do."""
+
+    permanent = True
+
+
 class ObjectNotFoundError(StoreError):
     """No object is stored under the key."""
 
 
 class ObjectUnreadableError(StoreError):
     """One object cannot be read, or is not what was stored; the store itself responds."""
+
+    permanent = True
 
 
 class ObjectExistsError(StoreError):
@@ -79,6 +107,14 @@ class AdapterNotFoundError(RegistryError):
 class CheckpointError(CatClusterError):
     """A training checkpoint is missing, damaged, or belongs to another run."""
 
+    permanent = True
+
+
+class ChangedJobError(CheckpointError):
+    """What a job works on has changed or gone since it was checked: from its start it finds what there is now."""
+
+    permanent = False
+
 
 class RunError(CatClusterError):
     """A run cannot be found, read, started or stopped as asked."""
@@ -87,9 +123,25 @@ class RunError(CatClusterError):
 class SupersededError(RunError):
     """Another driver has taken over the run: this one must not write any more."""
 
+    permanent = True
+
 
 class ClusterError(CatClusterError):
     """A Ray cluster cannot be reached, or refuses what was asked of it."""
+
+
+class WorkerError(ClusterError):
+    """What ran in a process of a Ray cluster failed there."""
+
+
+class LostWorkerError(WorkerError):
+    """A process or machine of a Ray cluster was lost while it worked."""
+
+
+class OutOfMemoryError(CatClusterError):
+    """The work needs more memory than there is."""
+
+    permanent = True
 
 
 class OutputError(CatClusterError):

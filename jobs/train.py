@@ -16,13 +16,14 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from cat_cluster.cluster.run_progress import RunProgress, RunState
-from cat_cluster.cluster.runs import Run
+from cat_cluster.cluster.runs import Run, run_id_of
 from cat_cluster.cluster.stored_spec import load_job
+from cat_cluster.cluster.tries import end_untried
 from cat_cluster.errors import CatClusterError, SupersededError
 from cat_cluster.models.base_files import check_bases
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import JobSpec
-from cat_cluster.store import open_store
+from cat_cluster.store import ObjectStore, open_store
 
 if TYPE_CHECKING:
     from cat_cluster.pipeline.job import AdapterResult
@@ -83,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             store = open_store(options.storage or job.storage or settings.storage)
             storage = store.url
             run = None if options.expected is None else Run(store, options.expected)
+            if options.retries and _is_in_vain(run or _run_of(job, store), options.retries):
+                return 1
         return _train(job, storage)
     except CatClusterError as error:
         say(f"error: {error}")
@@ -118,6 +121,22 @@ def _train(job: JobSpec, storage: str) -> int:
     return 1 if failed else 0
 
 
+def _run_of(job: JobSpec, store: ObjectStore) -> Run:
+    from cat_cluster.cluster.submit import image_digests_of
+
+    return Run(store, run_id_of(job, image_digests_of(job)))
+
+
+def _is_in_vain(run: Run, retries: int) -> bool:
+    """Say, also in the log, whether an earlier try of this job has failed for good."""
+    ended = end_untried(run, retries)
+    if ended is None:
+        return False
+    failed = "; ".join(f"{one.id}: {one.reason}" for one in ended.adapters if one.state == "failed")
+    say(f"not tried again, since attempt {ended.attempt - ended.untried} failed for good: {ended.reason or failed}")
+    return True
+
+
 def _record_end(run: Run | None, job: JobSpec | None, state: RunState, reason: str | None = None) -> None:
     """Record an end that came before the driver began its own record, for those who follow the run."""
     if run is None:
@@ -143,6 +162,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--run", help="run whose job spec is in the storage")
     what.add_argument("spec", nargs="?", help="job spec (YAML): a file, or its address s3://.../specs/<sha256>.yaml")
     parser.add_argument("--expected", metavar="RUN", help="run that the spec makes, for those who wait for its start")
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how often what starts this job does so again if it fails: what failed for good is not tried again",
+    )
     parser.add_argument("--storage", help="folder or s3:// address; default: the spec's, else $CAT_STORAGE")
     return parser.parse_args(arguments)
 

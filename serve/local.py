@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import RayServeException
 
+from cat_cluster.cluster.failures import failure_in
 from cat_cluster.cluster.local_ray import check_ray_folder, start_ray
 from cat_cluster.errors import ClusterError
 from cat_cluster.models.base_files import POCKET, base_folder, check_family
@@ -92,11 +93,12 @@ def start(deployment: Deployment, host: str, port: int) -> None:
 
 
 def _reason() -> str:
-    """Return the last line of the messages of replicas that did not start: their errors."""
+    """Return why replicas did not start, of the messages that Ray Serve has of them."""
     application = ray_serve.status().applications.get(APPLICATION)
     deployments = {} if application is None else application.deployments
-    messages = [found.message.strip().splitlines() for found in deployments.values() if found.status != "HEALTHY"]
-    return "; ".join(lines[-1] for lines in messages if lines)
+    messages = [found.message.strip() for found in deployments.values() if found.status != "HEALTHY"]
+    errors = [message.partition(" Error:\n")[2] or message for message in messages if message]
+    return "; ".join(str(failure_in(error, "the engine")) for error in errors)
 
 
 def local_deployment(settings: ServeSettings, engines: int) -> Deployment:

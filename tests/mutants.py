@@ -267,6 +267,11 @@ MUTANTS = (
         "is_claimed(self.number)",
         "cluster/test_runs.py",
     ),
+    Mutant(
+        "cluster", "cat_cluster/cluster/trainer.py", "if failure.permanent:", "if False:", "cluster/test_trainer.py"
+    ),
+    Mutant("cluster", "cat_cluster/cluster/tries.py", " or last.untried >= retries", "", "cluster/test_tries.py"),
+    Mutant("cluster", "cat_cluster/cluster/run_progress.py", " and all(failed)", "", "cluster/test_driver.py"),
     # serving
     Mutant(
         "serving",

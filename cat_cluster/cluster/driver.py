@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,13 +18,20 @@ import ray
 from cat_cluster import telemetry
 from cat_cluster.cluster.connection import ClusterSize, check_cluster, cluster_address, ray_connection
 from cat_cluster.cluster.event_queue import EventQueue
+from cat_cluster.cluster.failures import failure_of, unwrapped
 from cat_cluster.cluster.ray_jobs import current_job
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.run_writer import ProgressWriter
 from cat_cluster.cluster.runs import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.cluster.tasks import evaluate_on_ray, pack_size_on_ray
-from cat_cluster.cluster.trainer import REASON_CHARACTERS, PackSpec, start_pack
-from cat_cluster.errors import ClusterError
+from cat_cluster.cluster.trainer import PackSpec, start_pack
+from cat_cluster.errors import (
+    CatClusterError,
+    ClusterError,
+    LostWorkerError,
+    OutOfMemoryError,
+    StoreRefusedError,
+)
 from cat_cluster.pipeline.job import AdapterResult, JobListener, already_published, plan_packs, tell_warnings
 from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, prepare
 from cat_cluster.registry import Registry
@@ -35,6 +42,7 @@ from cat_cluster.telemetry.ray_backend import RayBackend
 
 POLL_SECONDS = 0.1
 CANCEL_SECONDS = 10.0  # that tasks have to end in when the driver stops early
+EVALUATION_RETRIES = 3  # of one whose process or machine is lost
 CHECK_SECONDS = 2.0  # between two checks whether the attempt is superseded or asked to stop
 
 
@@ -54,6 +62,7 @@ def run_on_ray(
     prepared = prepare(job, settings)
     run = Run(store, run_id_of(job, [adapter.image_digests for adapter in prepared]))
     with (
+        unwrapped("the run"),
         ray_connection(address) as size,
         tempfile.TemporaryDirectory(prefix="cat-cluster-", ignore_cleanup_errors=True) as folder,
     ):
@@ -61,7 +70,7 @@ def run_on_ray(
         run.write_spec(job)
         attempt = run.claim(job=current_job())
         progress = RunProgress.begin(run.run_id, job, state="running", attempt=attempt.number)
-        with ProgressWriter(attempt, progress) as writer:
+        with ProgressWriter(attempt, progress) as writer, unwrapped("the run"):
             return _Driver(job, listener, attempt, writer, size, folder).run(prepared)
 
 
@@ -89,8 +98,10 @@ class _Driver:
         self._registry = Registry(FencedStore(attempt))
         self._results: dict[str, AdapterResult] = {}
         self._waiting: deque[list[PreparedAdapter]] = deque()
+        self._alone: deque[list[PreparedAdapter]] = deque()  # packs of one that wait until nothing else is at work
         self._training: dict[Any, _Pack] = {}  # by the references of their tasks, as are the evaluations
-        self._evaluating: dict[Any, PreparedAdapter] = {}
+        self._evaluating: dict[Any, tuple[PreparedAdapter, float]] = {}
+        self._retries: Counter[str] = Counter()  # of evaluations, by adapter
         self._packs_started = 0
         self._checked = time.monotonic()
         self._metrics = telemetry.Metrics(RayBackend())
@@ -101,7 +112,9 @@ class _Driver:
         try:
             tell_warnings(prepared, self._listener)
             self._plan(prepared)
-            while self._waiting or self._training or self._evaluating:
+            while self._waiting or self._alone or self._training or self._evaluating:
+                if self._alone and not (self._waiting or self._training or self._evaluating):
+                    self._start(self._alone.popleft())
                 while self._waiting and len(self._training) < self._side_by_side():
                     self._start(self._waiting.popleft())
                 ready, _ = ray.wait([*self._training, *self._evaluating], timeout=POLL_SECONDS)
@@ -143,7 +156,7 @@ class _Driver:
         try:
             return pack_size_on_ray(group, self._job, on_gpus=on_gpus, side_by_side=together)
         except ray.exceptions.RayError as error:
-            self._listener.message(f"measuring the memory of a step failed ({type(error).__name__}): packs of one")
+            self._listener.message(f"packs of one: {failure_of(error, 'measuring the memory of a step')}")
             return 1
 
     def _side_by_side(self) -> int:
@@ -195,31 +208,38 @@ class _Driver:
         """Start evaluating the trained adapters of a pack, or split a pack that failed."""
         pack = self._training.pop(task)
         try:
-            reason: str | None = ray.get(task)
+            failure: CatClusterError | None = ray.get(task)
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             # The workers have ended too, but Ray may keep their resources reserved until this driver ends.
             raise ClusterError(
                 f"the process that controls the training of {', '.join(pack.spec.ids)} was killed, as happens when "
-                "memory runs out: submit or train again to go on from the last checkpoint"
+                "the driver's machine or pod runs out of memory: submit or train again to go on from the last "
+                "checkpoint"
             ) from error
         except ray.exceptions.RayError as error:
-            reason = f"training stopped: {_cause(error)}"
+            failure = failure_of(error, adapters=len(pack.adapters))
         seconds = time.perf_counter() - pack.started
         left = [adapter for adapter in pack.adapters if adapter.resolved.id not in self._results]
-        if reason is None:
+        if failure is None:
             for adapter in left:
                 self._evaluate(adapter, seconds)
-        elif len(left) == 1:
-            self._fail(left[0].resolved.id, reason)
+        elif len(left) == 1 and isinstance(failure, OutOfMemoryError) and (self._training or self._evaluating):
+            self._attempt.check()
+            self._listener.message(f"{left[0].resolved.id} waits until it has the cluster to itself: {failure}")
+            self._alone.append(left)
+        elif len(left) == 1 or isinstance(failure, StoreRefusedError):
+            for adapter in left:
+                self._fail(adapter.resolved.id, failure)
         elif left:
             # Whatever it was, one adapter may be the cause: halves find it, and the others get through.
             self._attempt.check()
-            self._listener.message(f"a pack of {len(left)} failed and is trained in two halves: {reason}")
+            self._listener.message(f"a pack of {len(left)} failed and is trained in two halves: {failure}")
             middle = len(left) // 2
             self._waiting.extendleft([left[middle:], left[:middle]])
         self._update_metrics()
 
     def _evaluate(self, adapter: PreparedAdapter, seconds: float) -> None:
+        """Start evaluating a trained adapter. seconds: how long its pack trained."""
         self._writer.adapter(adapter.resolved.id, state="evaluating")
         task = evaluate_on_ray(
             adapter,
@@ -230,24 +250,36 @@ class _Driver:
             events=self._events,
             on_gpus=self._size.on_gpus,
         )
-        self._evaluating[task] = adapter
+        self._evaluating[task] = (adapter, seconds)
 
     def _end_evaluation(self, task: Any) -> None:
-        adapter = self._evaluating.pop(task)
+        """Keep the result of an evaluation, or start it again where its process or machine was lost."""
+        adapter, seconds = self._evaluating.pop(task)
         try:
             self._keep(ray.get(task))
         except ray.exceptions.RayError as error:
             self._attempt.check()
-            self._fail(adapter.resolved.id, f"evaluation stopped: {_cause(error)}")
+            failure, adapter_id = failure_of(error, "evaluation"), adapter.resolved.id
+            # Memory may have been short because of what ran beside it.
+            may_pass = isinstance(failure, LostWorkerError | OutOfMemoryError)
+            if may_pass and self._retries[adapter_id] < EVALUATION_RETRIES:
+                self._retries[adapter_id] += 1
+                self._evaluate(adapter, seconds)
+            else:
+                self._fail(adapter_id, failure)
 
-    def _fail(self, adapter_id: str, reason: str) -> None:
+    def _fail(self, adapter_id: str, error: CatClusterError) -> None:
         revision = self._writer.progress.adapter(adapter_id).revision or ""
-        self._keep(AdapterResult(adapter_id, revision, "failed", reason=reason))
+        self._keep(AdapterResult.failed(adapter_id, revision, error))
 
     def _keep(self, result: AdapterResult) -> None:
         self._results[result.adapter_id] = result
         self._writer.adapter(
-            result.adapter_id, state=result.outcome, reason=result.reason, metrics=result.summary()["metrics"]
+            result.adapter_id,
+            state=result.outcome,
+            reason=result.reason,
+            permanent=result.permanent,
+            metrics=result.summary()["metrics"],
         )
         self._listener.finished(result)
         self._update_metrics()
@@ -287,7 +319,3 @@ def _cancel(tasks: Sequence[Any]) -> None:
     _, left = ray.wait(tasks, num_returns=len(tasks), timeout=CANCEL_SECONDS)
     for task in left:
         ray.cancel(task, force=True)
-
-
-def _cause(error: ray.exceptions.RayError) -> str:
-    return str(getattr(error, "cause", None) or error).strip()[-REASON_CHARACTERS:]

@@ -45,8 +45,8 @@ def train_worker(pack: PackSpec) -> None:
         return  # after an error Ray would start the workers again and again, until the driver notices
     adapters, failed = _prepare(pack, settings)
     if first:
-        for adapter_id, reason in failed.items():
-            pack.events.put("failed", adapter_id, reason, wait=True)
+        for adapter_id, error in failed.items():
+            pack.events.put("failed", adapter_id, error, wait=True)
     if not adapters:
         return
     stage = pack.job.cluster.zero_stage
@@ -63,17 +63,17 @@ def train_worker(pack: PackSpec) -> None:
         )
 
 
-def _prepare(pack: PackSpec, settings: Settings) -> tuple[list[PreparedAdapter], dict[str, str]]:
+def _prepare(pack: PackSpec, settings: Settings) -> tuple[list[PreparedAdapter], dict[str, CatClusterError]]:
     """Read every adapter's photos; one that cannot be used on any worker fails on all, and the others go on."""
     bases: dict[str, BaseModel] = {}
     adapters: list[PreparedAdapter] = []
-    failed: dict[str, str] = {}
+    failed: dict[str, CatClusterError] = {}
     for resolved, revision in pack.adapters:
         try:
             adapters.append(prepare_again(resolved, revision, settings, bases))
         except CatClusterError as error:
-            failed[resolved.id] = str(error)
-    by_worker: list[dict[str, str]] = [{} for _ in range(distributed.get_world_size())]
+            failed[resolved.id] = error
+    by_worker: list[dict[str, CatClusterError]] = [{} for _ in range(distributed.get_world_size())]
     distributed.all_gather_object(by_worker, failed)
     for others in by_worker:
         failed = {**others, **failed}

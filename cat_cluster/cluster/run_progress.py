@@ -43,7 +43,10 @@ class TokenLoss(_Record):
 
 
 class AdapterProgress(_Record):
-    """The progress of one adapter: its state, the step it has reached, last losses by token, metrics once evaluated."""
+    """The progress of one adapter: its state, the step it has reached, last losses by token, metrics once evaluated.
+
+    permanent: it failed in a way in which the same job would fail again.
+    """
 
     id: str
     revision: str | None = None
@@ -52,13 +55,16 @@ class AdapterProgress(_Record):
     steps: int = 0
     losses: dict[str, TokenLoss] = Field(default_factory=dict)
     reason: str | None = None
+    permanent: bool = False
     metrics: dict[str, Measure] = Field(default_factory=dict)
 
 
 class RunProgress(_Record):
     """The progress of a run. attempt: the attempt that writes the record, or will; times are ISO 8601 in UTC.
 
-    started: when that attempt began, or a waiting run was submitted. reason: why the run as a whole failed.
+    started: when that attempt began, or a waiting run was submitted. reason: why the run as a whole failed; permanent:
+    whether the same job would fail again, in all that has failed; untried: how many attempts have tried nothing since
+    the one that found that.
     """
 
     run_id: str
@@ -69,6 +75,8 @@ class RunProgress(_Record):
     updated: str
     adapters: tuple[AdapterProgress, ...]
     reason: str | None = None
+    permanent: bool = False
+    untried: int = 0
 
     @classmethod
     def begin(cls, run_id: str, job: JobSpec, *, state: RunState, attempt: int) -> RunProgress:
@@ -100,6 +108,12 @@ class RunProgress(_Record):
         """Return the state in which the run ends: done when each adapter has ended and none failed, else failed."""
         succeeded = all(adapter.state in ENDED_ADAPTER and adapter.state != "failed" for adapter in self.adapters)
         return "done" if succeeded else "failed"
+
+    def is_permanent(self) -> bool:
+        """Say whether adapters failed, and all that did would fail again: others may succeed in another attempt."""
+        failed = [adapter.permanent for adapter in self.adapters if adapter.state == "failed"]
+        ended = all(adapter.state in ENDED_ADAPTER for adapter in self.adapters)
+        return bool(failed) and ended and all(failed)
 
     def silent_seconds(self, now: datetime | None = None) -> float:
         """Return the seconds since the record was last written; the clocks of two machines may differ."""

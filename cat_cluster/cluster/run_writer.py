@@ -11,7 +11,7 @@ from typing import Any
 
 from cat_cluster.cluster.run_progress import HEARTBEAT_SECONDS, RunProgress, timestamp
 from cat_cluster.cluster.runs import Attempt, FencedStore
-from cat_cluster.errors import StoreError, SupersededError
+from cat_cluster.errors import CatClusterError, StoreError, SupersededError
 
 WRITE_SECONDS = 2.0
 
@@ -63,17 +63,19 @@ class ProgressWriter:
         self._thread.join()
         if error is None:
             self._refuse_superseded()
-            self._end(self._progress.outcome())
+            self._end(self._progress.outcome(), permanent=self._progress.is_permanent())
         elif not isinstance(error, SupersededError):
             with suppress(StoreError, SupersededError):  # the first error is the one to report
                 if isinstance(error, KeyboardInterrupt | SystemExit):
                     self._end("stopped")
+                elif isinstance(error, CatClusterError):
+                    self._end("failed", str(error), permanent=error.permanent)
                 else:
                     self._end("failed", f"{type(error).__name__}: {error}")
 
-    def _end(self, state: str, reason: str | None = None) -> None:
+    def _end(self, state: str, reason: str | None = None, *, permanent: bool = False) -> None:
         if not self._progress.ended:
-            self._progress = self._progress.changed(state=state, reason=reason)
+            self._progress = self._progress.changed(state=state, reason=reason, permanent=permanent)
         self._write()
 
     def _change(self, change: Callable[[RunProgress], RunProgress]) -> None:

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -54,7 +55,7 @@ def check_run_id(run_id: str) -> str:
 
 
 class Claim(BaseModel):
-    """Who claimed an attempt: a nonce, the driver's host and process, the time, and the id of its Ray job if any."""
+    """Who claimed an attempt: a nonce, the driver's host, process and package version, the time, its Ray job if any."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -63,6 +64,12 @@ class Claim(BaseModel):
     pid: int
     time: str
     job: str | None = None
+    version: str | None = None
+
+
+def package_version() -> str:
+    """Return the version of this package."""
+    return metadata.version("cat-cluster")
 
 
 class Expectation(BaseModel):
@@ -114,7 +121,14 @@ class Run:
 
     def claim(self, job: str | None = None) -> Attempt:
         """Claim the next attempt, which supersedes all before it. job: the id of the Ray job that runs the driver."""
-        claim = Claim(nonce=uuid.uuid4().hex, host=socket.gethostname(), pid=os.getpid(), time=timestamp(), job=job)
+        claim = Claim(
+            nonce=uuid.uuid4().hex,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            time=timestamp(),
+            job=job,
+            version=package_version(),
+        )
         data = claim.model_dump_json().encode()
         first = self.last_attempt() + 1
         for number in range(first, first + MAX_CLAIMS):

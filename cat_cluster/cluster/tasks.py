@@ -25,16 +25,19 @@ from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.telemetry.ray_backend import RayBackend
 
-EVALUATION_RETRIES = 3  # of a task whose process or machine is lost
 IMAGE_EVENT_SECONDS = 0.25
 
 
 def pack_size_on_ray(group: Sequence[PreparedAdapter], job: JobSpec, *, on_gpus: bool, side_by_side: int) -> int:
-    """Return how many adapters of a group are trained together; `auto` is measured where workers run."""
+    """Return how many adapters of a group are trained together; `auto` is measured where workers run.
+
+    Raises ray.exceptions.RayError where that cannot be measured.
+    """
     if job.cluster.max_pack != "auto" or len(group) == 1:
         return pack_size(group, job, load_settings())
     adapters = [adapter.resolved for adapter in group]
-    task = ray.remote(_pack_size).options(num_cpus=1, num_gpus=1 if on_gpus else 0)
+    # Where Ray may try a task again, it does so without end for want of memory.
+    task = ray.remote(_pack_size).options(num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=0)
     size: int = ray.get(task.remote(adapters, job, 1 if on_gpus else side_by_side))
     return size
 
@@ -51,10 +54,10 @@ def evaluate_on_ray(
 ) -> Any:
     """Start evaluating and publishing a trained adapter; return the reference of its AdapterResult.
 
-    seconds: how long its pack trained.
+    seconds: how long its pack trained. Ray does not try it again, as for want of memory it would do so without end.
     """
     task = ray.remote(_evaluate).options(
-        num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=EVALUATION_RETRIES, name=f"evaluate {adapter.resolved.id}"
+        num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=0, name=f"evaluate {adapter.resolved.id}"
     )
     return task.remote(adapter.resolved, adapter.revision, storage, run_id, attempt, seconds, events)
 
@@ -98,7 +101,7 @@ def _evaluate(
             adapter, trained_adapter(adapter, store), Registry(store), seconds, on_images, _cache.memory
         )
     except CatClusterError as error:
-        result = AdapterResult(resolved.id, revision, "failed", reason=str(error))
+        result = AdapterResult.failed(resolved.id, revision, error)
     metrics.observe(telemetry.EVALUATION_SECONDS, time.perf_counter() - started)
     return result
 

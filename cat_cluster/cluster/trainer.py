@@ -6,7 +6,6 @@ Ray Train's controller loads this module too, so it imports none of the models.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,13 +17,12 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cat_cluster.cluster.event_queue import EventQueue
+from cat_cluster.cluster.failures import failure_of, worst_of
+from cat_cluster.errors import CatClusterError
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 
 COLLECTIVE_SECONDS = 1800
 START_SECONDS = 3600  # a worker group may wait for pods to start, or for evaluations that hold its processors
-REASON_CHARACTERS = 500
-
-_OWN_ERROR = re.compile(r"cat_cluster\.errors\.\w+: (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +50,12 @@ class PackSpec:
 
 
 def start_pack(pack: PackSpec) -> Any:
-    """Start training a pack; return the reference of the reason why it failed, or of None.
+    """Start training a pack; return the reference of the error with which it failed, or of None.
 
     When the task ends, each adapter's last checkpoint is in the store. A lost worker costs a restart from there, at
-    most `max_failures` times. Cancelling the task has Ray Train stop the workers. Its process owns Ray Train's
-    controller and through it the workers, so they also end when the process is killed or its driver ends.
+    most `max_failures` times; a permanent error ends the pack at once. Cancelling the task has Ray Train stop the
+    workers. Its process owns Ray Train's controller and through it the workers, so they also end when the process is
+    killed or its driver ends.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     task = ray.remote(_fit).options(
@@ -65,7 +64,7 @@ def start_pack(pack: PackSpec) -> Any:
     return task.remote(pack)
 
 
-def _fit(pack: PackSpec) -> str | None:
+def _fit(pack: PackSpec) -> CatClusterError | None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in the environment keep their meaning
     failures = pack.job.cluster.max_failures
@@ -78,13 +77,13 @@ def _fit(pack: PackSpec) -> str | None:
             name=f"{pack.run_id}-{pack.attempt}-{pack.number}",
             storage_path=pack.folder,
             failure_config=ray.train.FailureConfig(max_failures=failures),
-            callbacks=[RestartMessages(pack.events, pack.ids, failures)],
+            callbacks=[Restarts(pack.events, pack.ids, failures)],
         ),
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        return failure_reason(getattr(error, "worker_failures", None) or {0: error})
+        return failure_of(error, adapters=len(pack.ids))
     return None
 
 
@@ -94,38 +93,28 @@ def _train_worker(pack: PackSpec) -> None:
     train_worker(pack)
 
 
-class RestartMessages(ray.train.UserCallback):  # type: ignore[misc]
-    """Sends the driver a message each time that workers fail and start again, of which Ray Train says nothing."""
+class Restarts(ray.train.UserCallback):  # type: ignore[misc]
+    """Hears of each failure of workers: sends the driver a message, or ends the training that no restart would help.
+
+    Ray Train itself says nothing of restarts. An error of its callback is to it one of its controller, after which it
+    restarts nothing.
+    """
 
     def __init__(self, events: EventQueue, adapter_ids: Sequence[str], max_failures: int) -> None:
-        self._events = events
+        self._events, self._adapters = events, len(adapter_ids)
         more = f" and {len(adapter_ids) - 1} more" if len(adapter_ids) > 1 else ""
         self._pack = f"{adapter_ids[0]}{more}"
         self._failures, self._max_failures = 0, max_failures
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Report that workers of the group failed, unless the pack is given up: its task returns that."""
+        """Raise a permanent failure; report another one, unless the pack is given up: its task returns that."""
+        failure = worst_of(worker_exceptions, adapters=self._adapters)
+        if failure.permanent:
+            raise failure
         self._failures += 1
         if self._failures <= self._max_failures:
             self._events.put(
                 "message",
-                f"{self._pack}: workers failed ({failure_reason(worker_exceptions)[:200]}); they go on from the last "
+                f"{self._pack}: workers failed ({str(failure)[:200]}); they go on from the last "
                 f"checkpoint, restart {self._failures} of at most {self._max_failures}",
             )
-
-
-def failure_reason(failures: Mapping[int, Exception]) -> str:
-    """Return why workers failed, by rank: the message of an error of ours, else the last line of the first one."""
-    texts = [_exception_text(failure) for _, failure in sorted(failures.items())]
-    for text in texts:
-        if (own := _OWN_ERROR.fullmatch(text)) is not None:
-            return own[1]
-    lines = texts[0].splitlines() or ["no reason given"]
-    return f"training stopped: {lines[-1][-REASON_CHARACTERS:]}"
-
-
-def _exception_text(failure: Exception) -> str:
-    """Return class and message of a worker's exception, which Ray Train gives as its whole traceback in text."""
-    _, header, last = str(failure).strip().rpartition("Traceback (most recent call last):\n")
-    # The frames are indented, the exception after them is not.
-    return re.sub(r"\A(?: .*\n)+", "", last) if header else last

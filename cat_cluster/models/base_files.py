@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from cat_cluster.errors import BaseModelError
+from cat_cluster.errors import BaseModelError, HubError
 from cat_cluster.spec.job import ResolvedAdapter
 
 POCKET = "pocket"
@@ -260,7 +260,7 @@ def _download(name: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (OSError, ValueError, EntryNotFoundError) as error:
         reason = next(iter(str(error).splitlines()), "")
-        raise BaseModelError(
+        raise HubError(
             f"base {name!r} is neither a folder nor in the local hub cache, and downloading it failed "
             f"({type(error).__name__}: {reason}). Check the name and the network (HF_HUB_OFFLINE must not be 1; a "
             "gated base needs `hf auth login`), or give the path of a diffusers folder."

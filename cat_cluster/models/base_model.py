@@ -24,6 +24,7 @@ from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import base_folder as base_folder
 from cat_cluster.models.base_files import check_family, read_config, weight_files
 from cat_cluster.models.fingerprint import fingerprint
+from cat_cluster.models.out_of_memory import memory_explained
 from cat_cluster.models.schedule import NoiseSchedule
 from cat_cluster.models.text_limit import TextLimit
 
@@ -218,7 +219,8 @@ def _load_text(folder: Path) -> tuple[Any, Any]:
 def _naming_damage(part: Path) -> Iterator[None]:
     """Turn the libraries' own loading errors into one that names the part and the remedy."""
     try:
-        yield
+        with memory_explained():
+            yield
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise BaseModelError(
             f"{part} cannot be loaded ({str(error).strip()}); its config and weights must belong together: "

@@ -17,6 +17,7 @@ from cat_cluster.evaluation.gates import check_gates
 from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
+from cat_cluster.models.out_of_memory import memory_explained
 from cat_cluster.pipeline.prepare import (
     PreparedAdapter,
     checkpoints_of,
@@ -74,7 +75,8 @@ class _Silent:
 class AdapterResult:
     """What became of one adapter of a job.
 
-    reason: why it failed or was rejected; evaluation: None unless measured in this run.
+    reason: why it failed or was rejected; permanent: whether the same job would fail again; evaluation: None unless
+    measured in this run.
     """
 
     adapter_id: str
@@ -83,6 +85,12 @@ class AdapterResult:
     reason: str | None = None
     manifest: Manifest | None = None
     evaluation: Evaluation | None = None
+    permanent: bool = False
+
+    @classmethod
+    def failed(cls, adapter_id: str, revision: str, error: CatClusterError) -> AdapterResult:
+        """Return the result of an adapter that failed with an error."""
+        return cls(adapter_id, revision, "failed", reason=str(error), permanent=error.permanent)
 
     def summary(self) -> dict[str, Any]:
         """The result as JSON: id, revision, outcome, and the reason or the metrics."""
@@ -206,7 +214,7 @@ def _pack_key(adapter: PreparedAdapter) -> tuple[object, ...]:
 def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings, *, shared_by: int = 1) -> int:
     """Return how many adapters of a group are trained together: the spec's number, or what memory allows here.
 
-    shared_by: packs that train at once in this memory.
+    shared_by: packs that train at once in this memory. Raises OutOfMemoryError where not even two fit.
     """
     wanted = job.cluster.max_pack
     if wanted != "auto":
@@ -215,7 +223,7 @@ def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings
         return 1
     # The most demanding adapters stand for all: a pack of them is the largest that can come about.
     heaviest = sorted(group, key=lambda one: (one.resolved.training.rank, one.rows))[-2:]
-    with open_bank(heaviest[0].base, heaviest) as bank:
+    with memory_explained(len(heaviest)), open_bank(heaviest[0].base, heaviest) as bank:
         members = [pack_member(adapter, bank, settings.cache_dir) for adapter in heaviest]
         return measured_pack_size(heaviest[0].base, bank, members, shared_by=shared_by)
 
@@ -234,9 +242,9 @@ def train_adapters(
     """Train the adapters of one pack together, from their last common checkpoint on.
 
     on_checkpoint is called after each stored checkpoint with its seconds and bytes. on_bank is given the bank when it
-    is open, with adapter i of the pack in slot i + 1 from the first step on.
+    is open, with adapter i of the pack in slot i + 1 from the first step on. Raises OutOfMemoryError.
     """
-    with open_bank(pack[0].base, pack) as bank:
+    with memory_explained(len(pack)), open_bank(pack[0].base, pack) as bank:
         members = [pack_member(adapter, bank, settings.cache_dir) for adapter in pack]
         if on_bank is not None:
             on_bank(bank)
@@ -267,10 +275,11 @@ def finish_adapter(
     and publishes it without training.
     """
     try:
-        result = _finish(adapter, trained, registry, seconds, on_images, memory)
+        with memory_explained():
+            result = _finish(adapter, trained, registry, seconds, on_images, memory)
         checkpoints_of(adapter, registry.store).clear()
     except CatClusterError as error:
-        result = AdapterResult(adapter.resolved.id, adapter.revision, "failed", reason=str(error))
+        result = AdapterResult.failed(adapter.resolved.id, adapter.revision, error)
     return result
 
 
@@ -284,7 +293,7 @@ def _finish(
 ) -> AdapterResult:
     resolved = adapter.resolved
     if trained.weights is None:
-        return AdapterResult(resolved.id, adapter.revision, "failed", reason=trained.dropped)
+        return AdapterResult(resolved.id, adapter.revision, "failed", reason=trained.dropped, permanent=True)
     evaluation = None
     if resolved.evaluation.enabled:
         with open_bank(adapter.base, [adapter]) as bank:

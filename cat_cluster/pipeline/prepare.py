@@ -11,7 +11,7 @@ from cat_cluster.data.concepts import Concept, has_token, load_concepts
 from cat_cluster.data.draws import AdapterTask
 from cat_cluster.data.latents import LatentCache
 from cat_cluster.data.text_length import check_caption_lengths
-from cat_cluster.errors import CheckpointError, EvaluationError, SpecError
+from cat_cluster.errors import ChangedJobError, CheckpointError, EvaluationError, SpecError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
@@ -94,10 +94,10 @@ def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[s
 def prepare_again(
     resolved: ResolvedAdapter, revision: str, settings: Settings, bases: dict[str, BaseModel]
 ) -> PreparedAdapter:
-    """Read an adapter that was checked elsewhere; CheckpointError if it is not the `revision` it was there."""
+    """Read an adapter that was checked elsewhere; ChangedJobError if it is not the `revision` it was there."""
     adapter = prepare_adapter(resolved, settings, bases)
     if adapter.revision != revision:
-        raise CheckpointError(
+        raise ChangedJobError(
             "its photos, its base or cat-cluster itself changed after the job was checked: submit it again"
         )
     return adapter
@@ -134,11 +134,11 @@ def refuse_old_checkpoints(adapter: PreparedAdapter, store: ObjectStore) -> None
 
 
 def trained_adapter(adapter: PreparedAdapter, store: ObjectStore) -> TrainedAdapter:
-    """Return what training left in an adapter's last checkpoint; CheckpointError if there is none."""
+    """Return what training left in an adapter's last checkpoint; ChangedJobError if there is none."""
     checkpoints, training = checkpoints_of(adapter, store), adapter.resolved.training
     steps = checkpoints.steps()
     if not steps:
-        raise CheckpointError("its checkpoints are gone from the store: submit the job again")
+        raise ChangedJobError("its checkpoints are gone from the store: submit the job again")
     layers = adapted_layers(adapter.base.unet, training.targets, training.blocks)
     state = checkpoints.load(steps[-1], parameter_names(layers))
     weights = None

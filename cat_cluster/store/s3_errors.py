@@ -16,7 +16,13 @@ from botocore.exceptions import (
     SSLError,
 )
 
-from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, ObjectUnreadableError, StoreError
+from cat_cluster.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    ObjectUnreadableError,
+    StoreError,
+    StoreRefusedError,
+)
 
 S3_ERRORS = (ClientError, BotoCoreError, OSError)  # all that a request may raise
 
@@ -95,20 +101,21 @@ def explain(error: Exception, *, action: str, key: str, url: str, endpoint: str,
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return StoreError(f"{start}: no AWS credentials were found; {_CREDENTIALS}")
     if code in _WRONG_SECRET:
-        return StoreError(f"{start}: {endpoint} refused the credentials ({code}: {message}); {_CREDENTIALS}")
+        refused = StoreError if code == "ExpiredToken" else StoreRefusedError  # a role has a new token soon
+        return refused(f"{start}: {endpoint} refused the credentials ({code}: {message}); {_CREDENTIALS}")
     if code in _REFUSED:
-        return StoreError(
+        return StoreRefusedError(
             f"{start}: access was denied ({message}); check the credentials, and that they may list the bucket "
             f"{bucket} and get, put and delete its objects"
         )
     if code == "NoSuchBucket":
-        return StoreError(f"{start}: there is no bucket {bucket} at {endpoint}; make it, or correct the name")
+        return StoreRefusedError(f"{start}: there is no bucket {bucket} at {endpoint}; make it, or correct the name")
     if is_missing(error):
         return _not_there(action, start, key, url, endpoint)
     if isinstance(error, FlexibleChecksumError) or code == "BrokenMPU":
         return damaged(key, url, message)
     if code == "NotImplemented" or http_status(error) == 501:
-        return StoreError(
+        return StoreRefusedError(
             f"{start}: the server at {endpoint} lacks what is asked of it ({message}); conditional writes "
             "(If-None-Match) are needed; with an old server try AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
         )

@@ -240,7 +240,7 @@ def _queue_labels(options: RenderOptions) -> dict[str, str]:
 
 def _entrypoint(spec: str, run_id: str | None) -> str:
     expected = "" if run_id is None else f" --expected {run_id}"
-    return f"python -m jobs.train {shlex.quote(spec)}{expected}"
+    return f"python -m jobs.train {shlex.quote(spec)} --retries {RETRIES}{expected}"
 
 
 def _job_spec(job: JobSpec, image: str, options: RenderOptions, sizes: JobSizes, spec: str | None) -> dict[str, Any]:

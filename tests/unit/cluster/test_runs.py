@@ -17,7 +17,7 @@ from cat_cluster.cluster import run_writer
 from cat_cluster.cluster.run_progress import HEARTBEAT_SECONDS, MISSED_HEARTBEATS, RunProgress, is_alive
 from cat_cluster.cluster.run_writer import ProgressWriter
 from cat_cluster.cluster.runs import Attempt, FencedStore, Run, list_runs, open_fenced_store, run_id_of
-from cat_cluster.errors import RunError, StoreError, SupersededError
+from cat_cluster.errors import CheckpointError, RunError, StoreError, SupersededError
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.training.loss_curves import ConceptLoss
@@ -192,7 +192,9 @@ def test_progress_comes_back_as_it_was_and_losses_need_not_be_finite(run: Run) -
     [
         (KeyboardInterrupt(), "stopped", None),
         (SystemExit(15), "stopped", None),
-        (StoreError("the disk is full"), "failed", "StoreError: the disk is full"),
+        (StoreError("the disk is full"), "failed", "the disk is full"),
+        (CheckpointError("of an earlier version"), "failed", "of an earlier version"),
+        (ValueError("a mistake"), "failed", "ValueError: a mistake"),
         (None, "failed", None),  # an adapter has no end
     ],
 )
@@ -209,6 +211,7 @@ def test_every_run_gets_an_end(run: Run, error: BaseException | None, state: str
         with pytest.raises(type(error)):
             drive()
     assert (run.progress().state, run.progress().reason) == (state, reason)
+    assert run.progress().permanent == isinstance(error, CheckpointError)
 
 
 def test_changes_are_written_seldom_and_a_heartbeat_without_any(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,46 +1,17 @@
-"""What is reported of failed workers, from exceptions in the form in which Ray Train gives them."""
+"""What is made of failed workers: a message and a restart, or the end of their pack."""
 
 from __future__ import annotations
 
-import traceback
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError as RaysOutOfMemoryError
+from ray.train.v2.api.exceptions import ControllerError
 
-from cat_cluster.cluster.trainer import RestartMessages, failure_reason
-from cat_cluster.errors import CatClusterError, StoreError
-
-
-class AsText(Exception):
-    """An exception of a worker's code: Ray Train gives its traceback as text."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__("".join(traceback.format_exception(error)))
-
-
-def raised(error: Exception, cause: Exception | None = None) -> AsText:
-    try:
-        raise error from cause
-    except Exception as caught:
-        return AsText(caught)
-
-
-@pytest.mark.parametrize(
-    ("failures", "reason"),
-    [
-        ({0: raised(StoreError("the bucket is gone"))}, "the bucket is gone"),
-        ({0: raised(StoreError("two\nlines"), KeyError("inner"))}, "two\nlines"),
-        ({0: raised(ValueError("late")), 1: raised(CatClusterError("not finite"))}, "not finite"),
-        ({1: raised(ValueError("second")), 0: raised(ValueError("first"))}, "training stopped: ValueError: first"),
-        ({0: raised(ValueError("x"), StoreError("only the cause"))}, "training stopped: ValueError: x"),
-        ({0: RuntimeError("the actor died\nits node was lost ")}, "training stopped: its node was lost"),
-        ({0: RuntimeError()}, "training stopped: no reason given"),
-    ],
-)
-def test_the_reason_is_our_own_errors_message_or_the_first_workers_last_line(
-    failures: dict[int, Exception], reason: str
-) -> None:
-    assert failure_reason(failures) == reason
+from cat_cluster.cluster.failures import failure_of
+from cat_cluster.cluster.trainer import Restarts
+from cat_cluster.errors import CatClusterError, ConceptError, OutOfMemoryError, StoreError, StoreRefusedError
 
 
 class Events:
@@ -55,8 +26,47 @@ class Events:
 
 def test_each_restart_is_reported_and_the_last_failure_is_left_to_the_task() -> None:
     events = Events()
-    messages = RestartMessages(events, ["cup", "mug", "bowl"], 2)  # type: ignore[arg-type]
+    restarts = Restarts(events, ["cup", "mug", "bowl"], 2)  # type: ignore[arg-type]
     for _ in range(3):
-        messages.after_exception(None, {0: raised(StoreError("the bucket is gone"))})
+        restarts.after_exception(None, {0: StoreError("the bucket is gone")})
     begin = "cup and 2 more: workers failed (the bucket is gone); they go on from the last checkpoint"
     assert events.all == [("message", f"{begin}, restart {number} of at most 2") for number in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RaysOutOfMemoryError("1 worker(s) were killed"), OutOfMemoryError),
+        (StoreRefusedError("access was denied"), StoreRefusedError),
+        (ConceptError("no photo"), ConceptError),
+    ],
+)
+def test_what_no_restart_would_help_ends_the_training_at_once(error: Exception, kind: type[CatClusterError]) -> None:
+    events = Events()
+    with pytest.raises(kind) as raised:
+        Restarts(events, ["cup", "mug"], 3).after_exception(None, {1: error})  # type: ignore[arg-type]
+    assert events.all == []
+    # Ray Train makes an error of its controller of it, and the pack's task returns what it was.
+    assert failure_of(ControllerError(raised.value)) is raised.value
+
+
+def test_ray_train_gives_up_what_its_callback_refuses() -> None:
+    """Of the installed Ray Train: the callback's error passes, is one of the controller, and is not tried again."""
+    from ray.train import FailureConfig
+    from ray.train.v2._internal.callbacks.user_callback import UserCallbackHandler
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
+    from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerStatus
+
+    restarts = Restarts(Events(), ["cup"], 3)  # type: ignore[arg-type]
+    refused = UserExceptionWithTraceback(StoreRefusedError("access was denied"), "Traceback")
+    group = SimpleNamespace(
+        _assert_active=lambda: None,
+        _poll_workers_and_collect_errors=lambda _: [WorkerStatus(running=False, error=refused)],
+        _worker_rank_to_replica_group_rank=None,
+        _callbacks=[UserCallbackHandler([restarts], None)],
+    )
+    with pytest.raises(StoreRefusedError) as raised:
+        WorkerGroup.poll_status(group)
+    policy = create_failure_policy(FailureConfig(max_failures=3))
+    assert policy.make_decision(ControllerError(raised.value)) is FailureDecision.RAISE

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cat_cluster.errors import BaseModelError
+from cat_cluster.errors import BaseModelError, HubError
 from cat_cluster.models.base_files import base_folder, check_base, local_base, parameter_count
 from cat_cluster.models.fingerprint import fingerprint
 
@@ -148,7 +148,7 @@ def test_a_check_without_the_hub_says_that_it_could_not(tmp_path: Path, monkeypa
 
 
 def test_a_repository_that_does_not_exist_names_the_remedy(hub: Hub) -> None:
-    with pytest.raises(BaseModelError, match=r"'someone/else'.*Check the name and the network"):
+    with pytest.raises(HubError, match=r"'someone/else'.*Check the name and the network"):
         base_folder("someone/else")
 
 

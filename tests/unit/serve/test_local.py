@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -52,6 +53,30 @@ def test_a_ray_that_does_not_start_is_one_sentence(tmp_path: Path, monkeypatch: 
     ) as told:
         serve(tmp_path)
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("cat_cluster.errors.BaseModelError: the base is damaged: download it again.", "the base is damaged: download"),
+        ("ValueError: rows\nof what", "the engine stopped: ValueError: rows"),
+    ],
+)
+def test_an_engine_that_does_not_start_is_its_error(message: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the form in which Ray Serve has it: its own words, Ray's traceback, and Python's inside that."""
+    whole = (
+        "The deployment failed to start 3 times in a row. See controller logs for details. Error:\n"
+        "\x1b[36mray::ServeReplica:cat:Engine.initialize()\x1b[39m (pid=1, ip=::1, actor_id=a, repr=<b>)\n"
+        '  File "c.py", line 1, in initialize\nRuntimeError: Traceback (most recent call last):\n'
+        f'  File "d.py", line 2, in build\n    raise\n{message}\n'
+    )
+    found = {
+        "e": SimpleNamespace(status="DEPLOY_FAILED", message=whole),
+        "i": SimpleNamespace(status="HEALTHY", message=""),
+    }
+    status = SimpleNamespace(applications={local.APPLICATION: SimpleNamespace(deployments=found)})
+    monkeypatch.setattr(ray_serve, "status", lambda: status)
+    assert local._reason().startswith(reason)
 
 
 @pytest.mark.parametrize("host", ["a..b", "a" * 64, "\udcff.org"])

@@ -79,10 +79,11 @@ def test_the_spec_is_in_the_head_and_the_job_reads_it_as_a_file(tmp_path: Path) 
     mount = next(one for one in pod["spec"]["containers"][0]["volumeMounts"] if one["name"] == "job")
     (item,) = volume["downwardAPI"]["items"]
     (annotation,) = re.findall(r"^metadata\.annotations\['(.+)'\]$", item["fieldRef"]["fieldPath"])
-    assert ray_job["spec"]["entrypoint"] == f"python -m jobs.train {mount['mountPath']}/{item['path']}"
+    assert ray_job["spec"]["entrypoint"] == f"python -m jobs.train {mount['mountPath']}/{item['path']} --retries 2"
     written = tmp_path / "spec.yaml"
     written.write_text(pod["metadata"]["annotations"][annotation])
     assert load_spec(written) == job(training={"steps": 40}, storage=BUCKET)
+    assert ray_job["spec"]["backoffLimit"] == 2
 
 
 def test_a_changed_spec_is_another_job_and_the_same_one_is_not() -> None:
@@ -353,7 +354,7 @@ def test_a_larger_spec_lies_in_the_storage_and_the_job_reads_it_there(
     assert findings_of(ray_job) == []
     assert annotation_size(ray_job) < 20_000
     assert "cat-cluster/spec" not in json.dumps(ray_job)
-    *words, address, option, run_id = ray_job["spec"]["entrypoint"].split()
+    *words, address, _, _, option, run_id = ray_job["spec"]["entrypoint"].split()
     assert (words, option, run_id) == (["python", "-m", "jobs.train"], "--expected", RUN_ID)
     stored = address.replace(BUCKET, (tmp_path / "store").as_uri())
     assert load_job(stored) == large.model_copy(update={"storage": BUCKET})

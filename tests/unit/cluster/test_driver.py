@@ -1,0 +1,191 @@
+"""What the driver does with packs and evaluations that fail; Ray's tasks are stood in for, as they need a Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import exceptions as ray_errors
+
+from cat_cluster.cluster import driver as driver_module
+from cat_cluster.cluster.connection import ClusterSize
+from cat_cluster.cluster.driver import EVALUATION_RETRIES
+from cat_cluster.cluster.run_progress import RunProgress
+from cat_cluster.cluster.run_writer import ProgressWriter
+from cat_cluster.cluster.runs import Run, run_id_of
+from cat_cluster.errors import CatClusterError, LostWorkerError, OutOfMemoryError, StoreRefusedError, WorkerError
+from cat_cluster.pipeline.job import AdapterResult
+from cat_cluster.settings import Settings
+from cat_cluster.spec.job import JobSpec, parse_spec
+from cat_cluster.store import open_store
+
+Outcome = CatClusterError | Exception | None
+SHORT = OutOfMemoryError("out of memory")
+
+
+class Cluster:
+    """Tasks that end at once: `fails` says with what a pack or an evaluation does."""
+
+    def __init__(self, fails: Callable[[str, tuple[str, ...]], Outcome]) -> None:
+        self.fails = fails
+        self.started: list[str] = []
+
+    def start_pack(self, spec: Any) -> Any:
+        return self._start("train", tuple(spec.ids))
+
+    def evaluate(self, adapter: Any, **_: Any) -> Any:
+        return self._start("evaluate", (adapter.resolved.id,))
+
+    def get(self, task: Any) -> Any:
+        kind, ids = task
+        outcome = self.fails(kind, ids)
+        if isinstance(outcome, ray_errors.RayError):
+            raise outcome
+        if kind == "evaluate" and outcome is None:
+            return AdapterResult(ids[0], "r-0123456789ab", "published")
+        return outcome
+
+    def wait(self, tasks: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        return list(tasks)[:1], list(tasks)[1:]
+
+    def _start(self, kind: str, ids: tuple[str, ...]) -> Any:
+        self.started.append(f"{kind} {' '.join(ids)}")
+        return kind, ids
+
+
+Drive = Callable[..., tuple[dict[str, AdapterResult], list[str], RunProgress]]
+
+
+@pytest.fixture
+def drive(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Drive:
+    def run(
+        packs: Sequence[Sequence[str]], fails: Callable[[str, tuple[str, ...]], Outcome], *, side_by_side: int = 1
+    ) -> tuple[dict[str, AdapterResult], list[str], RunProgress]:
+        names = [name for pack in packs for name in pack]
+        job = job_of(names)
+        cluster = Cluster(fails)
+        for name, stand_in in {"start_pack": cluster.start_pack, "evaluate_on_ray": cluster.evaluate}.items():
+            monkeypatch.setattr(driver_module, name, stand_in)
+        for name, stand_in in {"get": cluster.get, "wait": cluster.wait, "cancel": lambda *_, **__: None}.items():
+            monkeypatch.setattr(driver_module.ray, name, stand_in)
+        monkeypatch.setattr(driver_module.EventQueue, "start", lambda: SimpleNamespace(take=list))
+        monkeypatch.setattr(driver_module.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
+        adapters = {name: prepared(name) for name in names}
+        attempt = Run(open_store(tmp_path / "store"), "run-0123456789ab").claim()
+        progress = RunProgress.begin(attempt.run.run_id, job, state="running", attempt=attempt.number)
+        listener = SimpleNamespace(message=lambda _: None, pack_started=lambda *_: None, finished=lambda _: None)
+        with ProgressWriter(attempt, progress, interval=30) as writer:
+            size = ClusterSize(float(side_by_side), 0.0)
+            one = driver_module._Driver(job, listener, attempt, writer, size, str(tmp_path))  # type: ignore[arg-type]
+            monkeypatch.setattr(
+                one, "_plan", lambda _: one._waiting.extend([adapters[name] for name in pack] for pack in packs)
+            )
+            results = one.run(list(adapters.values()))
+        return {result.adapter_id: result for result in results}, cluster.started, attempt.run.progress()
+
+    return run
+
+
+def job_of(names: Sequence[str]) -> JobSpec:
+    adapters = "".join(
+        f"- id: {name}\n  concepts: [{{token: sk{number}, class_noun: cup, images: 's3://bucket/{name}'}}]\n"
+        for number, name in enumerate(names)
+    )
+    return parse_spec(f"name: tea\nbase: pocket\nadapters:\n{adapters}".encode(), "spec.yaml")
+
+
+def prepared(name: str) -> Any:
+    resolved = SimpleNamespace(id=name, training=SimpleNamespace(steps=9))
+    return SimpleNamespace(resolved=resolved, revision="r-0123456789ab", rows=1, warnings=())
+
+
+def always(outcomes: Mapping[str, Outcome]) -> Callable[[str, tuple[str, ...]], Outcome]:
+    """Say of a task by its kind and ids, as Cluster notes them, with what it ends."""
+    return lambda kind, ids: outcomes.get(f"{kind} {' '.join(ids)}")
+
+
+def test_a_pack_too_large_for_the_memory_is_halved_and_the_record_says_what_may_not_pass(drive: Drive) -> None:
+    results, started, progress = drive([["cup", "mug"]], always({"train cup mug": SHORT, "train mug": SHORT}))
+    # At its first try mug trains beside the evaluation of cup, at its second it is alone.
+    assert started == ["train cup mug", "train cup", "evaluate cup", "train mug", "train mug"]
+    assert (results["cup"].outcome, results["mug"].outcome) == ("published", "failed")
+    assert results["mug"].permanent
+    assert (progress.state, progress.permanent, progress.reason) == ("failed", True, None)
+    assert (progress.adapter("mug").reason, progress.adapter("mug").permanent) == ("out of memory", True)
+
+
+def test_one_that_ran_out_of_memory_beside_others_is_tried_once_more_alone(drive: Drive) -> None:
+    seen: list[str] = []
+
+    def fails(kind: str, ids: tuple[str, ...]) -> Outcome:
+        seen.append(f"{kind} {ids[0]}")
+        return SHORT if kind == "train" and ids == ("cup",) and seen.count("train cup") == 1 else None
+
+    results, started, progress = drive([["cup"], ["mug"]], fails, side_by_side=2)
+    assert started == ["train cup", "train mug", "evaluate mug", "train cup", "evaluate cup"]
+    assert {result.outcome for result in results.values()} == {"published"}
+    assert progress.state == "done"
+
+
+def test_one_alone_that_runs_out_of_memory_has_failed(drive: Drive) -> None:
+    results, started, _ = drive([["cup"]], always({"train cup": SHORT}))
+    assert started == ["train cup"]
+    assert (results["cup"].outcome, results["cup"].permanent) == ("failed", True)
+
+
+def test_a_pack_that_the_store_refuses_is_not_halved(drive: Drive) -> None:
+    refused = StoreRefusedError("access was denied")
+    results, started, progress = drive([["cup", "mug"]], always({"train cup mug": refused}))
+    assert started == ["train cup mug"]
+    assert [result.reason for result in results.values()] == ["access was denied"] * 2
+    assert progress.permanent
+
+
+def test_a_run_with_a_failure_that_may_pass_is_worth_another_try(drive: Drive) -> None:
+    lost = WorkerError("training stopped: lost")
+    _, _, progress = drive([["cup"], ["mug"]], always({"train cup": lost, "train mug": SHORT}))
+    assert (progress.state, progress.permanent) == ("failed", False)
+
+
+@pytest.mark.parametrize(
+    ("error", "tries", "reason"),
+    [
+        (ray_errors.WorkerCrashedError(), 1 + EVALUATION_RETRIES, "evaluation stopped: a process was killed"),
+        (ray_errors.OutOfMemoryError("killed"), 1 + EVALUATION_RETRIES, "out of memory: Ray ended a process"),
+        (ray_errors.RayTaskError("f", "ValueError: x", ValueError("x"), "", 1, "::1"), 1, "evaluation stopped: Value"),
+    ],
+)
+def test_an_evaluation_whose_process_is_lost_is_tried_again(
+    drive: Drive, error: Exception, tries: int, reason: str
+) -> None:
+    results, started, _ = drive([["cup"]], always({"evaluate cup": error}))
+    assert started == ["train cup", *["evaluate cup"] * tries]
+    assert (results["cup"].reason or "").startswith(reason)
+
+
+def test_a_ray_that_is_lost_ends_the_run_with_a_sentence(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def connection(_: object) -> Iterator[ClusterSize]:
+        yield ClusterSize(1.0, 0.0)
+
+    def lost(*_: object) -> None:
+        raise ray_errors.LocalRayletDiedError
+
+    job, photos = job_of(["cup"]), [SimpleNamespace(image_digests=["ab"])]
+    for name, stand_in in {"prepare": lambda *_: photos, "ray_connection": connection, "_Driver": lost}.items():
+        monkeypatch.setattr(driver_module, name, stand_in)
+    monkeypatch.setattr(driver_module, "check_cluster", lambda *_: None)
+    monkeypatch.setattr(driver_module.ray, "is_initialized", lambda: True)
+    store = open_store(tmp_path / "store")
+    listener: Any = None
+    told = r"^the run stopped: a machine or pod of the cluster was lost"
+    with pytest.raises(LostWorkerError, match=told) as raised:
+        driver_module.run_on_ray(job, store.url, Settings(), listener)
+    progress = Run(store, run_id_of(job, [["ab"]])).progress()
+    assert (progress.state, progress.reason, progress.permanent) == ("failed", str(raised.value), False)
+    monkeypatch.setattr(driver_module, "check_cluster", lost)
+    with pytest.raises(LostWorkerError, match=told):
+        driver_module.run_on_ray(job, store.url, Settings(), listener)

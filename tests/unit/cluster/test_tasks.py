@@ -1,0 +1,30 @@
+"""How the tasks beside the training are started; what they do is tested on a real Ray."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cat_cluster.cluster import tasks
+
+
+def test_ray_tries_no_task_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that it may try again it starts without end when memory runs out."""
+    given: list[dict[str, Any]] = []
+
+    def options(**named: Any) -> Any:
+        given.append(named)
+        return SimpleNamespace(remote=lambda *_: 3)
+
+    monkeypatch.setattr(tasks.ray, "remote", lambda _: SimpleNamespace(options=options))
+    monkeypatch.setattr(tasks.ray, "get", lambda size: size)
+    adapter: Any = SimpleNamespace(resolved=SimpleNamespace(id="cup"), revision="r-0123456789ab")
+    job: Any = SimpleNamespace(cluster=SimpleNamespace(max_pack="auto"))
+    assert tasks.pack_size_on_ray([adapter, adapter], job, on_gpus=True, side_by_side=1) == 3
+    events: Any = None
+    tasks.evaluate_on_ray(
+        adapter, storage="file:///s", run_id="run-1", attempt=1, seconds=1.0, events=events, on_gpus=False
+    )
+    assert [(one["max_retries"], one["num_gpus"]) for one in given] == [(0, 1), (0, 0)]
