@@ -19,7 +19,8 @@ from cat_cluster.errors import SpecError
 from cat_cluster.models.base_files import POCKET, local_base, parameter_count, read_config
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 
-WORKER_MARGIN, HEAD_MARGIN = 1.2, 1.1  # over what the rule gives: allocators fragment, and photos differ
+WORKER_MARGIN = 1.2  # over what the rule gives: allocators fragment, and photos differ
+HEAD_MARGIN = 1.25  # Ray ends processes at 95% of what a pod has, and keeps a few idle ones ready
 STEP = 256  # MiB that a request is rounded up to
 AUTO_PACK = 8  # adapters that `max_pack: auto` gets room for; it takes as many as the memory allows
 LEAST_MEMORY = 512 << 20  # bytes; Ray alone needs them
