@@ -33,7 +33,7 @@ from cat_cluster.cli.options import (
 )
 from cat_cluster.cli.serve import serve
 from cat_cluster.cli.values import above_zero, check_all_values, output_folder, png_file
-from cat_cluster.errors import CatClusterError, needs_extra
+from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.choices import SamplerName
@@ -247,7 +247,10 @@ def spec_check(
     from cat_cluster.spec.job import load_spec
 
     adapters = load_spec(spec).resolved()
-    away = check_bases(adapters)
+    try:
+        away = check_bases(adapters)
+    except BaseModelError as error:
+        raise BaseModelError(f"{spec}: {error}") from error
     limits = {adapter.base: local_text_limit(adapter.base) for adapter in adapters}
     read: dict[str, list[dict[str, Any]]] = {}
     warnings = [

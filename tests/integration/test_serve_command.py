@@ -119,7 +119,7 @@ def test_what_cannot_be_is_said_before_ray_starts(tmp_path: Path) -> None:
         assert "text_encoder, tokenizer, unet, vae" in said[2].result()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.chaos)])
 def test_a_signal_ends_it_and_a_second_one_at_once(tiny_base_folder: Path, number: signal.Signals) -> None:
     """SIGTERM lets images in flight finish; a second Ctrl+C, which a terminal sends to all processes, does not."""
     with command(tiny_base_folder) as serving, httpx2.Client(base_url=serving.url, timeout=60) as http:

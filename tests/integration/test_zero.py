@@ -31,15 +31,14 @@ def folder(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.fixture(scope="module")
-def pair(folder: Path) -> list[dict[Any, Any]]:
+def found_by_both(folder: Path, what: str) -> list[dict[Any, Any]]:
     """What both workers found; they have no compiler on their path."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     workers = [
         subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.support.gloo_pair", str(rank), port, str(folder)],
+            [sys.executable, "-W", "ignore", "-m", "tests.support.gloo_pair", str(rank), port, str(folder), what],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -50,6 +49,16 @@ def pair(folder: Path) -> list[dict[Any, Any]]:
     outputs = [worker.communicate(timeout=280)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(output[-3000:] for output in outputs)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def pair(folder: Path) -> list[dict[Any, Any]]:
+    return found_by_both(folder, "laws")
+
+
+@pytest.fixture(scope="module")
+def killed_pair(folder: Path) -> list[dict[Any, Any]]:
+    return found_by_both(folder, "kills")
 
 
 @pytest.fixture(scope="module")
@@ -119,19 +128,21 @@ def unbroken(base: BaseModel) -> dict[str, Any]:
     return gloo_pair.weights(train(base, members(base), steps=gloo_pair.RESUMED))
 
 
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (1, 3), (None, 3), (2, None), (0, 1)])
+@pytest.mark.chaos
+@pytest.mark.parametrize(("before", "after"), gloo_pair.RESUMPTIONS)
 def test_a_run_is_resumed_at_another_stage(
-    pair: list[dict[Any, Any]], unbroken: dict[str, Any], before: int | None, after: int | None
+    killed_pair: list[dict[Any, Any]], unbroken: dict[str, Any], before: int | None, after: int | None
 ) -> None:
-    for found in pair:
+    for found in killed_pair:
         assert worst(found["resumed", before, after], unbroken) <= LAW
         assert found["first step", before, after] == 7, "it began anew, or further back than its last checkpoint"
 
 
+@pytest.mark.chaos
 def test_a_run_of_two_workers_is_resumed_by_one(
-    pair: list[dict[Any, Any]], base: BaseModel, unbroken: dict[str, Any], folder: Path
+    killed_pair: list[dict[Any, Any]], base: BaseModel, unbroken: dict[str, Any], folder: Path
 ) -> None:
-    assert pair
+    assert killed_pair
     seen: list[int] = []
     resumed = train(
         base,

@@ -1,4 +1,4 @@
-"""Two workers of one pack as gloo processes, for every engine: `python -m tests.support.gloo_pair RANK PORT FOLDER`.
+"""Two workers of one pack as gloo processes: `python -m tests.support.gloo_pair RANK PORT FOLDER laws|kills`.
 
 Writes FOLDER/<rank>.pt; tests/integration/test_zero.py starts the pair and holds the results to the laws.
 """
@@ -26,6 +26,7 @@ from tests.unit.training.test_loop import STEPS, Killed, member, members, series
 from tests.unit.training.test_step import concept, task
 
 STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
+RESUMPTIONS = ((3, 2), (1, 3), (None, 3), (2, None), (0, 1))  # from one stage to another
 FEW = 6  # steps, enough to tell a slot that is off from one that is not
 DIE_AT, RESUMED = 8, 11  # steps: the last checkpoint before a kill is that of step 6, and the run goes on to the end
 
@@ -93,15 +94,16 @@ def counted_invalidations() -> Iterator[list[str]]:
     lines += [line for line in printed.getvalue().splitlines() if "Invalidate trace" in line]
 
 
-def run(rank: int, folder: Path) -> dict[str, Any]:
-    """Everything that the tests ask of the pair."""
-    base_folder = str(folder / "base")
+def fresh_base(folder: Path) -> BaseModel:
+    """Load the base; what ZeRO-3 has sharded stays sharded, so each turn has one of its own."""
+    gc.collect()
+    return load_base_model(str(folder / "base"))
+
+
+def try_laws(folder: Path) -> dict[str, Any]:
+    """What each engine makes of a pack, of a bad one, and of one with too few rows."""
     results: dict[str, Any] = {}
-
-    def fresh() -> BaseModel:
-        gc.collect()  # what ZeRO-3 has sharded stays sharded: each turn has a base of its own
-        return load_base_model(base_folder)
-
+    fresh = partial(fresh_base, folder)
     for stage in STAGES:
         make, base = engine(stage), fresh()
         with counted_invalidations() as lines:
@@ -113,7 +115,21 @@ def run(rank: int, folder: Path) -> dict[str, Any]:
         results["poisoned", stage] = weights(train(base, poisoned(base), steps=FEW, make_engine=make))
         base = fresh()
         results["one row", stage] = weights(train(base, one_row(base), steps=FEW, make_engine=make))
-    for before, after in ((3, 2), (1, 3), (None, 3), (2, None), (0, 1)):
+    with counted_invalidations() as lines:
+        base = fresh()
+        pack = members(base)
+        bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
+        train_pack(base, bank, pack, steps=6, make_engine=_changing_calls)
+    results["control"] = len(lines)
+    return results
+
+
+def try_kills(folder: Path) -> dict[str, Any]:
+    """What becomes of runs that are killed at one stage and go on at another."""
+    results: dict[str, Any] = {}
+    fresh = partial(fresh_base, folder)
+    base = fresh()
+    for before, after in RESUMPTIONS:
         checkpoints = series(folder / f"resumed-{before}-{after}", members(base))
         try:
             base = fresh()
@@ -134,12 +150,6 @@ def run(rank: int, folder: Path) -> dict[str, Any]:
         )
     except Killed:
         distributed.barrier()
-    with counted_invalidations() as lines:
-        base = fresh()
-        pack = members(base)
-        bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
-        train_pack(base, bank, pack, steps=6, make_engine=_changing_calls)
-    results["control"] = len(lines)
     return results
 
 
@@ -162,14 +172,14 @@ def _changing_calls(base: BaseModel, slots: Slots, moments: Moments | None, bf16
 
 def main() -> None:
     """Be one worker of the pair."""
-    rank, port, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    rank, port, folder, what = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
         DS_ACCELERATOR="cpu", PATH="",
     )  # fmt: skip
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.save(run(rank, folder), folder / f"{rank}.pt")
+    torch.save({"laws": try_laws, "kills": try_kills}[what](folder), folder / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 

@@ -37,14 +37,10 @@ _KINDS = {
 
 def plain_tag(text: str) -> str:
     """Return the tag that Kubernetes gives a scalar without quotes: that of text, bool, null, int, float or merge."""
-    if text == "<<":
-        return f"{TAG}merge"
-    for tag, pattern in _KINDS.get(text[:1], ()):
-        number = text.replace("_", "") if pattern in (_INT[1], _FLOAT[1]) else text
-        if pattern.fullmatch(number):
-            # What overflows is left as text.
-            return f"{TAG}str" if tag == f"{TAG}float" and _is_too_large(number) else tag
-    return f"{TAG}str"
+    tag = _form(text)
+    # What overflows is left as text.
+    is_text = tag == f"{TAG}float" and text[-1].isdigit() and math.isinf(float(text.replace("_", "")))
+    return f"{TAG}str" if is_text else tag
 
 
 def dump(value: Any) -> str:
@@ -56,8 +52,14 @@ def dump(value: Any) -> str:
     return text
 
 
-def _is_too_large(number: str) -> bool:
-    return number[-1].isdigit() and math.isinf(float(number))
+def _form(text: str) -> str:
+    """Return the tag of what a plain scalar looks like."""
+    if text == "<<":
+        return f"{TAG}merge"
+    for tag, pattern in _KINDS.get(text[:1], ()):
+        if pattern.fullmatch(text.replace("_", "") if pattern in (_INT[1], _FLOAT[1]) else text):
+            return tag
+    return f"{TAG}str"
 
 
 class _Dumper(yaml.CSafeDumper):
@@ -67,7 +69,7 @@ class _Dumper(yaml.CSafeDumper):
 
 
 def _text(dumper: yaml.CSafeDumper, text: str) -> yaml.ScalarNode:
-    style = "|" if "\n" in text else None if plain_tag(text) == f"{TAG}str" else "'"
+    style = "|" if "\n" in text else None if _form(text) == f"{TAG}str" else "'"
     return dumper.represent_scalar(f"{TAG}str", text, style=style)
 
 

@@ -43,7 +43,7 @@ def test_other_texts_are_not(text: str) -> None:
 
 
 @given(st.from_regex(r"[-+]?[.0-9yYnNtTfFoO~][-+._0-9a-fA-FxXobeEnNsSuUlLrR~]{0,5}", fullmatch=True))
-def test_numbers_are_those_of_yaml_1_2_and_more(text: str) -> None:
+def test_numbers_of_yaml_1_2_are_quoted(text: str) -> None:
     """The core schema of YAML 1.2, section 10.3.2."""
     core = {
         "null": r"null|Null|NULL|~",
@@ -52,7 +52,13 @@ def test_numbers_are_those_of_yaml_1_2_and_more(text: str) -> None:
         "float": r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?(\.inf|\.Inf|\.INF)|\.nan|\.NaN|\.NAN",
     }
     if any(re.fullmatch(pattern, text) for pattern in core.values()):
-        assert plain_tag(text) != f"{TAG}str"
+        assert dump([text]) == f"- '{text}'\n"
+
+
+def test_a_number_that_overflows_is_text_to_kubernetes_alone() -> None:
+    assert plain_tag("1e310") == f"{TAG}str"
+    assert plain_tag("1e300") == f"{TAG}float"
+    assert dump(["1e310"]) == "- '1e310'\n"
 
 
 def test_several_lines_stay_lines_in_any_script() -> None:
