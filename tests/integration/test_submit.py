@@ -39,9 +39,9 @@ from tests.integration.conftest import Published
 from tests.support.ray_head import RayHead, free_ports, ray_head
 from tests.support.tiny_jobs import adapter, open_registry, write_spec
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-END_SECONDS = 90
+END_SECONDS = 240
 
 
 @pytest.fixture(scope="module")
