@@ -18,12 +18,12 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cat_cluster.cluster.run_progress import RunProgress, timestamp
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, RunError, SupersededError
+from cat_cluster.registry.manifest import package_version
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore, open_store
 from cat_cluster.store.protocol import Entry, KeyList
@@ -65,11 +65,6 @@ class Claim(BaseModel):
     time: str
     job: str | None = None
     version: str | None = None
-
-
-def package_version() -> str:
-    """Return the version of this package."""
-    return metadata.version("cat-cluster")
 
 
 class Expectation(BaseModel):

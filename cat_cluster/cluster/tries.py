@@ -6,8 +6,9 @@ from contextlib import suppress
 
 from cat_cluster.cluster.ray_jobs import current_job
 from cat_cluster.cluster.run_progress import RunProgress, timestamp
-from cat_cluster.cluster.runs import Claim, Run, package_version
+from cat_cluster.cluster.runs import Claim, Run
 from cat_cluster.errors import RunError
+from cat_cluster.registry.manifest import package_version
 
 
 def end_untried(run: Run, retries: int) -> RunProgress | None:

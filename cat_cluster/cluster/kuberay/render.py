@@ -12,7 +12,6 @@ import json
 import re
 import shlex
 from dataclasses import astuple, dataclass
-from importlib import metadata
 from typing import Any
 
 from cat_cluster.cluster.kuberay.pods import (
@@ -30,6 +29,7 @@ from cat_cluster.cluster.runs import Expectation, run_id_of
 from cat_cluster.cluster.stored_spec import spec_address, store_spec
 from cat_cluster.cluster.submit import image_digests_of, with_stored_images
 from cat_cluster.errors import SpecError
+from cat_cluster.registry.manifest import package_version
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 
@@ -222,7 +222,7 @@ def _check_options(options: RenderOptions) -> None:
 
 
 def _image(options: RenderOptions) -> str:
-    return options.image or f"{IMAGE}:{metadata.version('cat-cluster')}{'-gpu' if options.gpu else ''}"
+    return options.image or f"{IMAGE}:{package_version()}{'-gpu' if options.gpu else ''}"
 
 
 def _name(title: str, text: str, image: str, options: RenderOptions) -> str:
