@@ -57,7 +57,7 @@ def local_text_limit(base: str) -> TextLimit | None:
     folder = base_folder(base) if base == POCKET else Path(base).expanduser()
     try:
         if not folder.is_dir():
-            folder = Path(snapshot_download(base, local_files_only=True))
+            folder = Path(snapshot_download(base, local_files_only=True, allow_patterns=["tokenizer/*"]))
         # Of a folder without one the library would make an empty tokenizer.
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():
             return None

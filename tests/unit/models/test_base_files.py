@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from cat_cluster.errors import BaseModelError, HubError
 from cat_cluster.models.base_files import base_folder, check_base, local_base, parameter_count
 from cat_cluster.models.fingerprint import fingerprint
+from cat_cluster.models.text_limit import local_text_limit
 
 COMMIT = "b" * 40
 NAME = "someone/tiny"
@@ -156,6 +157,7 @@ def test_a_base_that_was_fetched_is_found_without_the_hub(hub: Hub, monkeypatch:
     assert local_base(NAME) is None
     assert hub.sent == []
     folder = base_folder(NAME)
+    assert local_text_limit(NAME) is not None
     monkeypatch.setattr("cat_cluster.models.base_files._download", lambda *_: pytest.fail("the hub is asked"))
     assert local_base(NAME) == base_folder(NAME) == folder
 
