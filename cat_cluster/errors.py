@@ -130,6 +130,17 @@ class ClusterError(CatClusterError):
     """A Ray cluster cannot be reached, or refuses what was asked of it."""
 
 
+class KubernetesError(ClusterError):
+    """The API server of a Kubernetes cluster cannot be reached, or refuses what was asked of it.
+
+    status: the HTTP status it gave; None when it gave none.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class WorkerError(ClusterError):
     """What ran in a process of a Ray cluster failed there."""
 

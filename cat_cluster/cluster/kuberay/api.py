@@ -1,0 +1,313 @@
+"""The API server of a Kubernetes cluster, through the official client: objects are the mappings that manifests are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import kubernetes.client
+import kubernetes.config
+import urllib3
+from kubernetes.config.config_exception import ConfigException
+
+from cat_cluster.errors import KubernetesError, SpecError
+
+Json = dict[str, Any]
+
+FIELD_MANAGER = "cat-cluster"
+ROLE = "training-jobs"  # of k8s/base: what trainers may do
+TIMEOUT = (5.0, 60.0)  # seconds to connect, and to wait for a reply
+_IN_CLUSTER = "in-cluster"
+
+
+@dataclass(frozen=True)
+class Resource:
+    """Where the objects of a kind are: `path` is below the server's address, without namespace and name."""
+
+    path: str
+    plural: str
+    namespaced: bool
+
+
+class Api:
+    """An API server, and the namespace in it that is meant unless an object names its own.
+
+    Every method raises KubernetesError for a server that cannot be reached or refuses, with the status it gave.
+    """
+
+    def __init__(self, client: Any, context: str, namespace: str) -> None:
+        self._client = client
+        self._resources: dict[str, dict[str, Resource]] = {}
+        self.context = context
+        self.namespace = namespace
+
+    @property
+    def client(self) -> Any:
+        """The official client, for what speaks another protocol."""
+        return self._client
+
+    @property
+    def server(self) -> str:
+        """Address of the server."""
+        return str(self._client.configuration.host)
+
+    def get(self, api_version: str, kind: str, name: str, *, namespace: str | None = None) -> Json | None:
+        """Return an object, or None where there is none, also for want of its kind."""
+        resource = self.resource(api_version, kind)
+        if resource is None:
+            return None
+        try:
+            return self._json("GET", self._path(resource, namespace, name), asked=f"get {kind} {name}")
+        except KubernetesError as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+
+    def list(
+        self, api_version: str, kind: str, *, labels: str = "", fields: str = "", namespace: str | None = None
+    ) -> list[Json]:
+        """Return the objects of a kind, none where the server does not have that kind.
+
+        labels, fields: selectors in the server's own notation; namespace: "" for all of them.
+        """
+        resource = self.resource(api_version, kind)
+        if resource is None:
+            return []
+        query = {name: value for name, value in (("labelSelector", labels), ("fieldSelector", fields)) if value}
+        path = self._path(resource, namespace)
+        found: list[Json] = []
+        while True:
+            page = self._json("GET", path, query={"limit": "500", **query}, asked=f"list {resource.plural}")
+            found += page.get("items") or []
+            following = page.get("metadata", {}).get("continue")
+            if not following:
+                return found
+            query["continue"] = following
+
+    def apply(self, document: Json, *, dry_run: bool = False) -> Json:
+        """Apply an object server-side as `cat-cluster` and return it as it is then.
+
+        Fields that are unknown or given twice are refused; fields that someone else manages too are taken over.
+        """
+        resource, namespace, name = self._addressed(document)
+        query = {"fieldManager": FIELD_MANAGER, "force": "true", "fieldValidation": "Strict", **_dry(dry_run)}
+        asked = f"apply {document['kind']} {name}"
+        return self._json(
+            "PATCH",
+            self._path(resource, namespace, name),
+            query=query,
+            body=json.dumps(document),
+            content="application/apply-patch+yaml",
+            asked=asked,
+        )
+
+    def create(self, document: Json, *, dry_run: bool = False) -> Json:
+        """Create an object, which may have a `generateName`, and return it."""
+        resource, namespace, name = self._addressed(document)
+        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict", **_dry(dry_run)}
+        asked = f"create {document['kind']} {name}"
+        return self._json("POST", self._path(resource, namespace), query=query, body=document, asked=asked)
+
+    def merge(self, api_version: str, kind: str, name: str, change: Json) -> Json:
+        """Change some fields of an object (a JSON merge patch) and return it."""
+        resource = self._known(api_version, kind)
+        return self._json(
+            "PATCH",
+            self._path(resource, None, name),
+            query={"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"},
+            body=change,
+            content="application/merge-patch+json",
+            asked=f"change {kind} {name}",
+        )
+
+    def delete(self, api_version: str, kind: str, name: str) -> bool:
+        """Delete an object, and what it owns after it; say whether it was there."""
+        resource = self._known(api_version, kind)
+        path = self._path(resource, None, name)
+        try:
+            self._json("DELETE", path, query={"propagationPolicy": "Background"}, asked=f"delete {kind} {name}")
+        except KubernetesError as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return False
+            raise
+        return True
+
+    def log(
+        self, pod: str, container: str, *, tail: int | None = None, previous: bool = False, follow: bool = False
+    ) -> Iterator[str]:
+        """Yield the log of a container in pieces of text.
+
+        tail: its last lines alone; previous: of the container before it was restarted; follow: until it ends.
+        """
+        query = {"container": container, **({} if tail is None else {"tailLines": str(tail)})}
+        query |= {name: "true" for name, given in (("previous", previous), ("follow", follow)) if given}
+        path = f"/api/v1/namespaces/{quote(self.namespace)}/pods/{quote(pod)}/log"
+        reply = self._request("GET", path, query=query, asked=f"read the log of Pod {pod}", timeout=(TIMEOUT[0], None))
+        try:
+            for piece in reply.response.stream(amt=None if follow else 1 << 16):
+                yield piece.decode(errors="replace")
+        except urllib3.exceptions.HTTPError as error:
+            raise KubernetesError(f"the log of Pod {pod} broke off: {error}; ask again") from error
+        finally:
+            reply.response.release_conn()
+
+    def allows(self, verb: str, group: str, resource: str, *, subresource: str = "", name: str = "") -> bool:
+        """Say whether whoever asks has a right in the namespace."""
+        attributes = {
+            "namespace": self.namespace,
+            "verb": verb,
+            "group": group,
+            "resource": resource,
+            "subresource": subresource,
+            "name": name,
+        }
+        review = {
+            "apiVersion": "authorization.k8s.io/v1",
+            "kind": "SelfSubjectAccessReview",
+            "spec": {"resourceAttributes": attributes},
+        }
+        path = "/apis/authorization.k8s.io/v1/selfsubjectaccessreviews"
+        answer = self._json("POST", path, body=review, asked="ask for a right")
+        return bool(answer.get("status", {}).get("allowed"))
+
+    def version(self) -> str:
+        """Return the server's version, such as v1.34.4."""
+        return str(self._json("GET", "/version", asked="ask for its version")["gitVersion"])
+
+    def resource(self, api_version: str, kind: str) -> Resource | None:
+        """Return where the objects of a kind are; None where the server does not have it."""
+        if api_version not in self._resources:
+            path = f"/api/{api_version}" if "/" not in api_version else f"/apis/{api_version}"
+            try:
+                found = self._json("GET", quote(path), asked=f"list the kinds of {api_version}")
+            except KubernetesError as error:
+                if error.status != HTTPStatus.NOT_FOUND:
+                    raise
+                found = {"resources": []}
+            self._resources[api_version] = {
+                entry["kind"]: Resource(path, entry["name"], entry["namespaced"])
+                for entry in found["resources"]
+                if "/" not in entry["name"]  # a part of a kind, such as pods/log
+            }
+        return self._resources[api_version].get(kind)
+
+    def _known(self, api_version: str, kind: str) -> Resource:
+        resource = self.resource(api_version, kind)
+        if resource is None:
+            missing = (
+                "KubeRay is not installed there" if api_version.startswith("ray.io/") else "install what brings it"
+            )
+            raise KubernetesError(
+                f"the cluster of context {self.context} has no kind {kind} of {api_version}: {missing} "
+                "(docs/operations.md, From nothing to a served adapter)",
+                HTTPStatus.NOT_FOUND,
+            )
+        return resource
+
+    def _addressed(self, document: Json) -> tuple[Resource, str | None, str]:
+        metadata = document.get("metadata") or {}
+        resource = self._known(document["apiVersion"], document["kind"])
+        return resource, metadata.get("namespace"), metadata.get("name") or metadata.get("generateName") or ""
+
+    def _path(self, resource: Resource, namespace: str | None, name: str = "") -> str:
+        where = self.namespace if namespace is None else namespace
+        inside = f"/namespaces/{quote(where, safe='')}" if resource.namespaced and where else ""
+        return f"{quote(resource.path)}{inside}/{resource.plural}" + (f"/{quote(name, safe='')}" if name else "")
+
+    def _json(self, method: str, path: str, *, asked: str, **request: Any) -> Json:
+        reply = self._request(method, path, asked=asked, **request)
+        content: Json = json.loads(reply.read())
+        return content
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        asked: str,
+        query: Mapping[str, str] | None = None,
+        body: Json | str | None = None,
+        content: str = "application/json",
+        timeout: tuple[float, float | None] = TIMEOUT,
+    ) -> Any:
+        if query:
+            path = f"{path}?{urlencode(query)}"
+        headers = {"Accept": "application/json", **({} if body is None else {"Content-Type": content})}
+        try:
+            serialized = self._client.param_serialize(
+                method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
+            )
+            reply = self._client.call_api(*serialized, _request_timeout=timeout)
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            cause = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
+            raise KubernetesError(
+                f"the API server {self.server} of context {self.context} cannot be reached: {cause}; check the network, "
+                "or give another --context"
+            ) from error
+        if reply.status >= HTTPStatus.BAD_REQUEST:
+            raise self._refusal(reply.status, reply.read() or b"", asked)
+        return reply
+
+    def _refusal(self, status: int, body: bytes, asked: str) -> KubernetesError:
+        try:
+            reason = str(json.loads(body)["message"])
+        except (ValueError, KeyError, TypeError):
+            reason = body.decode(errors="replace").strip() or HTTPStatus(status).phrase
+        where = f"context {self.context}, namespace {self.namespace}"
+        if status == HTTPStatus.UNAUTHORIZED:
+            text = f"the API server {self.server} does not know who asks: log in to context {self.context} again"
+        elif status == HTTPStatus.FORBIDDEN and "is forbidden: User" in reason:
+            text = (
+                f"a right is missing to {asked} ({where}): {reason}. Role {ROLE} of k8s/base gives it: have yourself "
+                f"bound to it, or use another --context"
+            )
+        else:
+            text = f"the API server refuses to {asked} ({where}): {reason}"
+        return KubernetesError(text, status)
+
+
+def open_api(context: str | None = None, namespace: str | None = None) -> Api:
+    """Return the API server of a context of kubeconfig, the current one by default; in a pod, that of its cluster.
+
+    namespace: None for the context's own. Raises SpecError for a kubeconfig or context that is not there or unusable.
+    """
+    configuration = kubernetes.client.Configuration()
+    try:
+        contexts, current = kubernetes.config.list_kube_config_contexts()
+    except ConfigException as error:
+        if context is None and (api := _in_cluster(configuration, namespace)) is not None:
+            return api
+        raise SpecError(
+            f"no cluster is configured: {error}; set KUBECONFIG to the file that says where it is"
+        ) from error
+    known = {entry["name"]: entry for entry in contexts}
+    name = context or current["name"]
+    if name not in known:
+        raise SpecError(f"--context {name}: kubeconfig has none of this name; it has {', '.join(sorted(known))}")
+    try:
+        kubernetes.config.load_kube_config(context=name, client_configuration=configuration)
+    except (ConfigException, OSError, ValueError) as error:
+        raise SpecError(f"context {name} of kubeconfig cannot be used: {error}; log in to it again") from error
+    configured = known[name]["context"].get("namespace") or "default"
+    return _api(configuration, name, namespace or configured)
+
+
+def _in_cluster(configuration: Any, namespace: str | None) -> Api | None:
+    try:
+        kubernetes.config.load_incluster_config(client_configuration=configuration)
+    except ConfigException:
+        return None
+    return _api(configuration, _IN_CLUSTER, namespace or "default")
+
+
+def _api(configuration: Any, context: str, namespace: str) -> Api:
+    configuration.retries = urllib3.Retry(2, backoff_factor=0.2, allowed_methods=["GET"], raise_on_status=False)
+    return Api(kubernetes.client.ApiClient(configuration), context, namespace)
+
+
+def _dry(dry_run: bool) -> dict[str, str]:
+    return {"dryRun": "All"} if dry_run else {}
