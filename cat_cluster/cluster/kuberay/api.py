@@ -245,8 +245,8 @@ class Api:
         except (urllib3.exceptions.HTTPError, OSError) as error:
             cause = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
             raise KubernetesError(
-                f"the API server {self.server} of context {self.context} cannot be reached: {cause}; check the network, "
-                "or give another --context"
+                f"the API server {self.server} of context {self.context} cannot be reached: {cause}; check the "
+                "network, or give another --context"
             ) from error
         if reply.status >= HTTPStatus.BAD_REQUEST:
             raise self._refusal(reply.status, reply.read() or b"", asked)
