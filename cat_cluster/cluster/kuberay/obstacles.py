@@ -65,7 +65,7 @@ def job_obstacles(api: Api, name: str) -> list[Obstacle]:
 def view_job(api: Api, job: Json) -> JobView:
     """Return what there is to see of a RayJob, as far as role `training-jobs` and Kueue's absence let it be seen."""
     hidden: list[Obstacle] = []
-    name, status = job["metadata"]["name"], job.get("status", {})
+    status = job.get("status", {})
 
     def seen(what: str, ask: Callable[[], list[Json]]) -> list[Json]:
         try:

@@ -38,7 +38,7 @@ _HOW = {  # who makes a Secret or ConfigMap
 
 
 def crashes(pod: Json) -> Iterator[Json]:
-    """Yield the status of each container of a pod that ended with an error, and is not back or was killed for memory."""
+    """Yield the status of each container that ended with an error, and is not back or was killed for memory."""
     for status in _statuses(pod):
         ended = _ended(status)
         if ended is not None and (not _runs(status) or ended.get("reason") == "OOMKilled"):
@@ -63,7 +63,7 @@ def pod_cause(pod: Json, warnings: Sequence[Json], logs: Mapping[str, str], *, n
         return None
     if status.get("reason") == "Evicted":
         return evicted(status.get("message", ""))
-    scheduled = next((one for one in status.get("conditions", ()) if one.get("type") == "PodScheduled"), {})
+    scheduled: Json = next((one for one in status.get("conditions", ()) if one.get("type") == "PodScheduled"), {})
     if scheduled.get("status") == "False":
         return unschedulable(scheduled.get("message", ""), pod)
     for container in _statuses(pod):
@@ -160,7 +160,8 @@ def _crash_cause(pod: Json, container: Json, log: str) -> Cause:
     lines = [line.strip() for line in log.splitlines() if line.strip()][-LINES:]
     last = f"; its last lines: {' / '.join(shortened(line, 200) for line in lines)}" if lines else ""
     return (
-        f"container {name} ended with exit code {ended.get('exitCode')}, {often}{last}; `cat-cluster k8s logs` has more",
+        f"container {name} ended with exit code {ended.get('exitCode')}, {often}{last}; "
+        "`cat-cluster k8s logs` has more",
         final,
     )
 
