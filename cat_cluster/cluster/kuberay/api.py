@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -277,8 +278,9 @@ def open_api(context: str | None = None, namespace: str | None = None) -> Api:
     namespace: None for the context's own. Raises SpecError for a kubeconfig or context that is not there or unusable.
     """
     configuration = kubernetes.client.Configuration()
+    file = os.environ.get("KUBECONFIG") or None  # the library looks when it is imported
     try:
-        contexts, current = kubernetes.config.list_kube_config_contexts()
+        contexts, current = kubernetes.config.list_kube_config_contexts(file)
     except ConfigException as error:
         if context is None and (api := _in_cluster(configuration, namespace)) is not None:
             return api
@@ -290,7 +292,7 @@ def open_api(context: str | None = None, namespace: str | None = None) -> Api:
     if name not in known:
         raise SpecError(f"--context {name}: kubeconfig has none of this name; it has {', '.join(sorted(known))}")
     try:
-        kubernetes.config.load_kube_config(context=name, client_configuration=configuration)
+        kubernetes.config.load_kube_config(file, context=name, client_configuration=configuration)
     except (ConfigException, OSError, ValueError) as error:
         raise SpecError(f"context {name} of kubeconfig cannot be used: {error}; log in to it again") from error
     configured = known[name]["context"].get("namespace") or "default"

@@ -5,12 +5,14 @@ from __future__ import annotations
 from contextlib import suppress
 
 from cat_cluster.cluster.kuberay.api import Api, Json
+from cat_cluster.cluster.kuberay.pods import RUN_LABEL, STORAGE_ANNOTATION
 from cat_cluster.cluster.runs import check_run_id
 from cat_cluster.errors import RunError
 
 RAY = "ray.io/v1"
-RUN_LABEL = "cat-cluster/run"  # of a RayJob whose run was known when it was rendered
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _SHOWN = 5
+_LONGEST = 400  # characters of a reason: a job that failed quotes its log
 
 
 def find_job(api: Api, name_or_run: str) -> Json:
@@ -38,10 +40,31 @@ def has_ended(job: Json) -> bool:
     return job.get("status", {}).get("jobDeploymentStatus") in ("Complete", "Failed", "ValidationFailed")
 
 
+def is_held(job: Json) -> bool:
+    """Say whether a RayJob is suspended until a person starts it; in a queue Kueue does."""
+    return bool(job["spec"].get("suspend")) and QUEUE_LABEL not in job["metadata"].get("labels", {})
+
+
 def run_of(job: Json) -> str | None:
     """Return the run that a RayJob trains; None where it was rendered without `--upload`."""
     run: str | None = job["metadata"].get("labels", {}).get(RUN_LABEL)
     return run
+
+
+def storage_of_run(job: Json) -> str | None:
+    """Return the address of the storage that a RayJob's run is in; None where `run_of` is."""
+    storage: str | None = job["metadata"].get("annotations", {}).get(STORAGE_ANNOTATION)
+    return storage
+
+
+def end_text(job: Json) -> str:
+    """Return how a RayJob has ended, as "has ended as Failed (AppFailed: ...)"."""
+    status = job.get("status", {})
+    message = " ".join(str(status.get("message", "")).split())
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
+    why = ": ".join(filter(None, (status.get("reason", ""), message)))
+    return f"has ended as {status.get('jobDeploymentStatus')}" + (f" ({why})" if why else "")
 
 
 def _what_is_there(api: Api) -> str:
