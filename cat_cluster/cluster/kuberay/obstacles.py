@@ -9,6 +9,7 @@ from http import HTTPStatus
 from typing import Any
 
 from cat_cluster.cluster.kuberay.api import Api
+from cat_cluster.cluster.kuberay.jobs import RAY, has_ended, is_held
 from cat_cluster.cluster.kuberay.pod_causes import LINES, evicted, logs_wanted, pod_cause
 from cat_cluster.cluster.kuberay.queues import VERSIONS, queue_cause, queue_of
 from cat_cluster.cluster.kuberay.refusals import refusal, shortened
@@ -16,10 +17,8 @@ from cat_cluster.errors import KubernetesError
 
 Json = dict[str, Any]
 
-RAY = "ray.io/v1"
 NOTICE_SECONDS = 30  # in which the operator, or Kueue, has seen a new job
 RECENT_SECONDS = 300  # that the events of pods which are gone, and of the operator, count
-_ENDED = ("Complete", "Failed", "ValidationFailed")
 _DEADLINES = {
     "DeadlineExceeded": "--hours gives it more",
     "PreRunningDeadlineExceeded": "what kept its pods from starting has to change; then make the job anew",
@@ -77,7 +76,7 @@ def view_job(api: Api, job: Json) -> JobView:
             return []
 
     pods = seen("pods", lambda: list(job_pods(api, job)))
-    is_over = status.get("jobDeploymentStatus") in _ENDED and status.get("reason") not in _DEADLINES
+    is_over = has_ended(job) and status.get("reason") not in _DEADLINES
     events = [] if is_over else seen("events", lambda: api.list("v1", "Event", fields="type=Warning"))
     workloads: Sequence[Json] | None = ()
     if queue_of(job) and not is_over:
@@ -131,7 +130,7 @@ def obstacles_of(view: JobView, *, now: datetime) -> list[Obstacle]:
     """Return what is in the way of a job, each cause once, however many pods have it."""
     job, status = view.job, view.job.get("status", {})
     about, state = f"RayJob {job['metadata']['name']}", status.get("jobDeploymentStatus")
-    if state in _ENDED:
+    if has_ended(job):
         # What is still there of a job whose deadline passed says why.
         why = [*_cluster_obstacles(view), *_pod_obstacles(view, now)] if status.get("reason") in _DEADLINES else []
         return _together([*_ended_obstacles(about, status), *why])
@@ -140,7 +139,7 @@ def obstacles_of(view: JobView, *, now: datetime) -> list[Obstacle]:
         return [*found, Obstacle(about, *cause)]
     if not status:
         return [*found, *_unseen(about, view, now), *_events_of(view, now)]
-    if state == "Suspended" or (state == "Suspending" and job["spec"].get("suspend")):
+    if is_held(job) and state in ("Suspended", "Suspending"):
         name = job["metadata"]["name"]
         command = f'`kubectl patch rayjob {name} --type merge -p \'{{"spec":{{"suspend":false}}}}\'`'
         return [*found, Obstacle(about, f"is suspended; {command} starts it", final=True)]
@@ -159,15 +158,15 @@ def _ended_obstacles(about: str, status: Json) -> Iterator[Obstacle]:
 
 
 def _queue_cause(view: JobView, now: datetime) -> tuple[str, bool] | None:
+    """Why a job that Kueue holds waits; without Kueue nobody holds one that is not suspended."""
+    if not view.job["spec"].get("suspend"):
+        return None
     if view.workloads is None:
-        queue = queue_of(view.job)
-        return (
-            f"waits for queue {queue}, and Kueue is not installed in the cluster; install it, or leave --queue out",
-            True,
-        )
+        text = f"waits for queue {queue_of(view.job)}, and Kueue is not installed in the cluster; install it"
+        return text, True
     if any(one.about == "workloads" for one in view.hidden):
         return None
-    if not view.job["spec"].get("suspend") or (not view.workloads and _age(view.job, now) < NOTICE_SECONDS):
+    if not view.workloads and _age(view.job, now) < NOTICE_SECONDS:
         return None
     return queue_cause(view.job, view.workloads)
 
@@ -183,7 +182,7 @@ def _unseen(about: str, view: JobView, now: datetime) -> Iterator[Obstacle]:
     elif age >= NOTICE_SECONDS:
         down = [one for one in view.operator or () if not one.get("status", {}).get("readyReplicas")]
         where = down[0]["metadata"]["namespace"] if down else "kuberay-system"
-        state = "does not run" if down else f"has said nothing of it for {age:.0f} s"
+        state = "does not run" if down else f"has said nothing of it for {NOTICE_SECONDS} s and more"
         text = (
             f"KubeRay's operator {state}; see that it runs (`kubectl -n {where} get pods`), and watches the namespace"
         )

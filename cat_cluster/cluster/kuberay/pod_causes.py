@@ -190,8 +190,8 @@ def _unready_cause(pod: Json, warnings: Sequence[Json], now: datetime) -> Cause 
         seconds = (now - datetime.fromisoformat(started)).total_seconds()
         if seconds > START_SECONDS:
             return (
-                f"container {container['name']} runs for {seconds:.0f} s and is not ready: {shortened(probes[-1])}; "
-                "`cat-cluster k8s logs` shows what it does",
+                f"container {container['name']} runs for {START_SECONDS} s and more and is not ready: "
+                f"{shortened(probes[-1])}; `cat-cluster k8s logs` shows what it does",
                 False,
             )
     return None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from cat_cluster.cluster.kuberay.jobs import QUEUE_LABEL
 from cat_cluster.cluster.kuberay.refusals import Cause, shortened
 
 Json = dict[str, Any]
 
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 VERSIONS = ("kueue.x-k8s.io/v1beta2", "kueue.x-k8s.io/v1beta1")
 
 

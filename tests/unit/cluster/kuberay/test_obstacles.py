@@ -51,7 +51,7 @@ SAID: dict[str, list[tuple[str, str, bool]]] = {
     "crash": [("Pod ", "container ray-head ended with exit code 255, 5 times; its last lines: no / bucket;", True)],
     "cmdbad": [("Pod ", 'cannot be started: exec: "/nothere": stat /nothere: no such file or directory', True)],
     "evict": [("pods (evict-", 'was evicted: Usage of EmptyDir volume "v" exceeds the limit "4Ki"; another', False)],
-    "sleeps": [("Pod ", "container ray-head runs for 300 s and is not ready: Liveness probe failed: Get", False)],
+    "sleeps": [("Pod ", "runs for 180 s and more and is not ready: Liveness probe failed: Get", False)],
     "managed": [("RayJob managed", "is kueue.x-k8s.io/multikueue's to run (managedBy)", False)],
     "invalid": [("RayJob invalid", "KubeRay's operator refuses it: The RayJob spec is invalid: backoffLimit", True)],
     "invalid2": [("RayJob invalid2", "is not allowed to be suspended; correct it, and make it anew", True)],
@@ -169,7 +169,7 @@ def test_a_job_that_nobody_has_looked_at() -> None:
     soon, late = made + timedelta(seconds=20), made + timedelta(seconds=95)
     assert obstacles_of(JobView(job), now=soon) == []
     (hidden,) = obstacles_of(JobView(job), now=late)
-    assert hidden.text.startswith("KubeRay's operator has said nothing of it for 95 s; see that it runs")
+    assert hidden.text.startswith("KubeRay's operator has said nothing of it for 30 s and more; see that it runs")
     (absent,) = obstacles_of(JobView(job, operator=[]), now=soon)
     assert absent.text.startswith("KubeRay's operator is not installed")
     assert absent.final
