@@ -83,7 +83,7 @@ def submit(
         _say(f"warning: {warning}")
     api = _open(context, namespace)
     check_cluster(api)
-    settings = pod_settings(api)
+    settings = pod_settings(api, _say)
     url = storage_of(storage, job.storage, settings, _say)
     with storage_reached(api, settings, _say):
         submission = submit_to_kubernetes(api, job, open_store(url), options, force=force)
@@ -142,7 +142,7 @@ def stop(
     if run_id is None or url is None:
         stop_job(api, found, None, _say)
     else:
-        with storage_reached(api, pod_settings(api), _say):
+        with storage_reached(api, pod_settings(api, _say), _say):
             stop_job(api, found, Run(open_store(url), run_id), _say)
     if as_json:
         print_json({"job": name, "run_id": run_id, "storage": url})

@@ -23,8 +23,8 @@ _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 Say = Callable[[str], None]
 
 
-def pod_settings(api: Api) -> Mapping[str, str]:
-    """Return the environment that the namespace gives its pods, nothing where it may not be read.
+def pod_settings(api: Api, say: Say) -> Mapping[str, str]:
+    """Return the environment that the namespace gives its pods; nothing, which is said, where it may not be read.
 
     Raises KubernetesError where there is none: no pod would start.
     """
@@ -32,6 +32,7 @@ def pod_settings(api: Api) -> Mapping[str, str]:
         found = api.get("v1", "ConfigMap", SETTINGS)
     except KubernetesError as error:
         if error.status == HTTPStatus.FORBIDDEN:
+            say(f"{error}. Going on with the storage that this shell names")
             return {}
         raise
     if found is None:

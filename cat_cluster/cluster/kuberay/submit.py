@@ -62,9 +62,9 @@ def submit_to_kubernetes(
 ) -> KubernetesSubmission:
     """Make the RayJob of a spec unless its run is done or has one that is at work; photos are stored first.
 
-    A suspended one is started; one that has ended without an adapter's failure is made again, and goes on from the store. force: also where the run
-    is done or at work, or has failed. Raises SpecError, ConceptError, BaseModelError, StoreError, KubernetesError, and
-    RunError for a run that failed or that something else works on.
+    A suspended one is started; one that has ended without a failure is made again, and goes on from the store. force:
+    also where the run is done or at work, or has failed. Raises SpecError, ConceptError, BaseModelError, StoreError,
+    KubernetesError, and RunError for a run that failed or that something else works on.
     """
     job, run_id = upload_job(job, store)
     run = Run(store, run_id)
@@ -109,12 +109,15 @@ def stop_job(api: Api, job: Json, run: Run | None, say: Callable[[str], None]) -
     name = job["metadata"]["name"]
     if has_ended(job):
         raise RunError(f"RayJob {name} {end_text(job)}: there is nothing to stop")
-    if run is not None:
-        try:
+    try:
+        if run is not None:
             _ask_to_stop(run, say)
-        except StoreError as error:
-            say(f"{error}; RayJob {name} is deleted all the same")
+    except StoreError as error:
+        say(f"{error}; RayJob {name} is deleted all the same")
+        run = None
     delete_job(api, name)
+    if run is not None:
+        _record_stop(run)
 
 
 def delete_job(api: Api, name: str) -> None:
@@ -124,8 +127,8 @@ def delete_job(api: Api, name: str) -> None:
     while api.get(RAY, "RayJob", name) is not None:
         if time.monotonic() > until:
             raise KubernetesError(
-                f"RayJob {name} was deleted {GONE_SECONDS:.0f} s ago and is still there: KubeRay's operator has to let it go; "
-                "see that it runs, then try again"
+                f"RayJob {name} was deleted {GONE_SECONDS:.0f} s ago and is still there: KubeRay's operator "
+                "has to let it go; see that it runs, then try again"
             )
         time.sleep(POLL_SECONDS)
 
@@ -157,3 +160,10 @@ def _ask_to_stop(run: Run, say: Callable[[str], None]) -> None:
     while time.monotonic() < until and not progress.ended:
         time.sleep(POLL_SECONDS)
         progress = run.progress()
+
+
+def _record_stop(run: Run) -> None:
+    """Record the stop for a driver that went before it could: a run is resumed only when none is at work."""
+    progress = progress_or_none(run, damaged_ok=True)
+    if progress is not None and not progress.ended:
+        run.write_progress(progress.changed(state="stopped"))
