@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cat_cluster.cli.k8s_jobs import logs, stop, submit
+from cat_cluster.cli.k8s_jobs import logs, status, stop, submit
 from cat_cluster.cli.k8s_options import (
     NAMESPACE,
     Context,
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 # Training's modules take seconds to import: commands import what they need.
 
 k8s_app = typer.Typer(no_args_is_help=True, help="Kubernetes with KubeRay: jobs on it, and strict checks of manifests.")
-for _command in (submit, logs, stop):
+for _command in (submit, status, logs, stop):
     k8s_app.command()(_command)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from cat_cluster.cluster.kuberay.api import Api
 from cat_cluster.cluster.kuberay.jobs import RAY, has_ended, is_held
 from cat_cluster.cluster.kuberay.pod_causes import LINES, evicted, logs_wanted, pod_cause
-from cat_cluster.cluster.kuberay.queues import VERSIONS, queue_cause, queue_of
+from cat_cluster.cluster.kuberay.queues import VERSIONS, kubectl_of, queue_cause, queue_of
 from cat_cluster.cluster.kuberay.refusals import refusal, shortened
 from cat_cluster.errors import KubernetesError
 
@@ -140,8 +140,8 @@ def obstacles_of(view: JobView, *, now: datetime) -> list[Obstacle]:
     if not status:
         return [*found, *_unseen(about, view, now), *_events_of(view, now)]
     if is_held(job) and state in ("Suspended", "Suspending"):
-        name = job["metadata"]["name"]
-        command = f'`kubectl patch rayjob {name} --type merge -p \'{{"spec":{{"suspend":false}}}}\'`'
+        patch = f'patch rayjob {job["metadata"]["name"]} --type merge -p \'{{"spec":{{"suspend":false}}}}\''
+        command = f"`{kubectl_of(job)} {patch}`"
         return [*found, Obstacle(about, f"is suspended; {command} starts it", final=True)]
     return _together([*found, *_cluster_obstacles(view), *_pod_obstacles(view, now), *_events_of(view, now)])
 

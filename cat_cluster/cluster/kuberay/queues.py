@@ -19,6 +19,12 @@ def queue_of(job: Json) -> str | None:
     return queue
 
 
+def kubectl_of(job: Json) -> str:
+    """Return how a command of kubectl for a job's namespace begins."""
+    namespace = job["metadata"].get("namespace")
+    return f"kubectl -n {namespace}" if namespace else "kubectl"
+
+
 def workload_of(job: Json, workloads: Sequence[Json]) -> Json | None:
     """Return what Kueue made of a RayJob; None while it has made nothing."""
     uid = job["metadata"].get("uid")
@@ -60,7 +66,7 @@ def queue_cause(job: Json, workloads: Sequence[Json]) -> Cause | None:
         )
     name, text = workload["metadata"]["name"], waiting_text(job, workloads)
     if workload["spec"].get("active") is False:
-        command = f'`kubectl patch workload {name} --type merge -p \'{{"spec":{{"active":true}}}}\'`'
+        command = f'`{kubectl_of(job)} patch workload {name} --type merge -p \'{{"spec":{{"active":true}}}}\'`'
         return f"{text}: {command} lets it go on", True
     reserved = _condition(workload, "QuotaReserved")
     why = shortened(reserved.get("message", ""))
@@ -73,7 +79,10 @@ def queue_cause(job: Json, workloads: Sequence[Json]) -> Cause | None:
             one.get("name", "") for one in workload["status"].get("admissionChecks", ()) if one.get("state") != "Ready"
         ]
         what = f"admission check {', '.join(checks)}" if checks else "its admission"
-        return f"has quota in queue {queue} and waits for {what}; `kubectl describe workload {name}` says more", False
+        return (
+            f"has quota in queue {queue} and waits for {what}; `{kubectl_of(job)} describe workload {name}` says more",
+            False,
+        )
     return None
 
 

@@ -52,7 +52,9 @@ def ask_server(api: Api, documents: Sequence[Document]) -> ServerAnswer:
     for document in documents:
         if is_shaped(document.content):
             asker.ask(document)
-    return ServerAnswer(tuple(asker.findings), tuple(dict.fromkeys(asker.not_asked)))
+    kinds = ", ".join(dict.fromkeys(asker.not_allowed))
+    not_allowed = [f"{kinds}: context {api.context} may not apply them"] if kinds else []
+    return ServerAnswer(tuple(asker.findings), tuple(dict.fromkeys([*not_allowed, *asker.not_asked])))
 
 
 def pod_templates(document: Json) -> Iterator[PodTemplate]:
@@ -99,6 +101,7 @@ class _Asker:
         }
         self.findings: list[ManifestFinding] = []
         self.not_asked: list[str] = []
+        self.not_allowed: list[str] = []  # kinds that whoever asks may not apply
 
     def ask(self, document: Document) -> None:
         """Ask about a document, and if it is taken about its pods."""
@@ -140,7 +143,7 @@ class _Asker:
                 text = f"the cluster has no namespace {namespace}; make it first, or name another"
                 self._find(document, ("metadata", "namespace"), text)
         elif error.status == HTTPStatus.FORBIDDEN and _MISSING_RIGHT in reason:
-            self.not_asked.append(f"{document.content['kind']} ({error})")
+            self.not_allowed.append(document.content["kind"])
         elif causes := [(field, text) for field, text in error.causes if field and field != "<nil>"]:
             for field, text in causes:
                 self._find(document, field, text)
@@ -155,7 +158,10 @@ class _Asker:
         if error.status is None or error.status == HTTPStatus.UNAUTHORIZED:
             raise error
         if error.status == HTTPStatus.FORBIDDEN and _MISSING_RIGHT in reason:
-            self.not_asked.append(f"pods: Pod Security, quota, accounts and priority classes ({error})")
+            text = (
+                f"Pod Security, quota, accounts and priority classes: context {self._api.context} may not create pods"
+            )
+            self.not_asked.append(text)
             return
         absent = _ABSENT.search(reason)
         if absent and any((kind, name) in self._made for kind, name in absent.groupdict().items() if name):

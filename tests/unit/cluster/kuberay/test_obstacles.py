@@ -178,6 +178,18 @@ def test_a_job_that_nobody_has_looked_at() -> None:
     assert "does not run; see that it runs (`kubectl -n ops get pods`)" in stopped.text
 
 
+def test_commands_name_the_namespace() -> None:
+    job = copy.deepcopy(RECORDED["suspended"]["job"])
+    job["metadata"]["namespace"] = "cats"
+    assert "`kubectl -n cats patch rayjob suspended --type" in obstacles_of(JobView(job), now=NOW)[0].text
+
+
+def test_a_job_of_a_queue_runs_where_there_is_no_kueue() -> None:
+    """Nobody suspends it there, so it waits for nobody."""
+    job = {**queued("tea"), "spec": {"suspend": False}, "status": RECORDED["cpu"]["job"]["status"]}
+    assert obstacles_of(JobView(job, workloads=None), now=NOW) == []
+
+
 def test_a_job_that_is_handed_over_in_vain() -> None:
     status = {"jobDeploymentStatus": "Failed", "reason": "SubmissionFailed", "message": "Job submission has failed."}
     (obstacle,) = obstacles_of(JobView({**RECORDED["cpu"]["job"], "status": status}), now=NOW)

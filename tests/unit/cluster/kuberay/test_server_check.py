@@ -48,7 +48,7 @@ def documents(*contents: dict[str, Any]) -> list[Document]:
 class Server:
     """The border of Api: what was asked, and refusals by the kind of what is asked about."""
 
-    namespace = "cats"
+    context, namespace = "lab", "cats"
 
     def __init__(self, **refusals: KubernetesError) -> None:
         self._refusals = refusals
@@ -179,9 +179,7 @@ def test_claims_of_a_stateful_set_are_volumes_of_its_pods() -> None:
             "unknown field",
         ),
         (
-            refused(
-                HTTPStatus.UNPROCESSABLE_ENTITY, "is invalid", ("spec.ttl", "must be 0"), ("<nil>", "null")
-            ),
+            refused(HTTPStatus.UNPROCESSABLE_ENTITY, "is invalid", ("spec.ttl", "must be 0"), ("<nil>", "null")),
             "spec.ttl",
             "must be 0",
         ),
@@ -252,11 +250,12 @@ def test_what_the_documents_make_themselves_is_named_as_not_looked_at() -> None:
 
 
 def test_a_missing_right_is_not_the_manifests_fault() -> None:
-    findings, left = answer_to(job(), Pod=refused(HTTPStatus.FORBIDDEN, NO_RIGHT))
-    assert findings == []
-    assert left[0].startswith("pods: Pod Security, quota, accounts and priority classes (the API server refuses")
-    assert len(left) == 1
-    assert len(answer_to(job(), RayJob=refused(HTTPStatus.FORBIDDEN, NO_RIGHT))[1]) == 1
+    error = refused(HTTPStatus.FORBIDDEN, NO_RIGHT)
+    pods = "Pod Security, quota, accounts and priority classes: context lab may not create pods"
+    assert answer_to(job(), Pod=error) == ([], [pods])
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "a"}}
+    left = ["RayJob, ServiceAccount: context lab may not apply them"]
+    assert answer_to(job(), account, job(), RayJob=error, ServiceAccount=error) == ([], left)
 
 
 @pytest.mark.parametrize("status", [None, HTTPStatus.UNAUTHORIZED])
