@@ -227,7 +227,10 @@ FINDINGS: dict[str, tuple[list[str], str]] = {
         ["k8s", "render", "spec.yaml", "--queue", "cats", "--suspend"],
         "--suspend: Kueue starts a job in its queue all the same",
     ),
-    "a bad namespace of a submission": (["k8s", "submit", "spec.yaml", "--namespace", "Bad NS"], "--namespace 'Bad NS'"),
+    "a bad namespace of a submission": (
+        ["k8s", "submit", "spec.yaml", "--namespace", "Bad NS"],
+        "--namespace 'Bad NS'",
+    ),
     "a submission without a cluster": (["k8s", "submit", "spec.yaml"], "no cluster is configured"),
     "no adapter": (["adapters", "alias", "nosuch", "prod"], "no adapter 'nosuch'"),
 }
