@@ -178,6 +178,17 @@ def test_a_job_that_nobody_has_looked_at() -> None:
     assert "does not run; see that it runs (`kubectl -n ops get pods`)" in stopped.text
 
 
+def test_pods_that_are_not_valid_are_told_without_the_name_of_the_last() -> None:
+    job = copy.deepcopy(RECORDED["quota"]["job"])
+    message = (
+        'FailedCreateWorkerPod\nPod "tea-x-worker-6bpd9" is invalid: metadata.labels: Invalid value: "g_": no label'
+    )
+    failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateWorkerPod", "message": message}
+    job["status"]["rayClusterStatus"]["conditions"] = [failure]
+    (obstacle,) = obstacles_of(JobView(job), now=NOW)
+    assert obstacle.text.startswith('the API server refuses its pods: metadata.labels: Invalid value: "g_": no label;')
+
+
 def test_commands_name_the_namespace() -> None:
     job = copy.deepcopy(RECORDED["suspended"]["job"])
     job["metadata"]["namespace"] = "cats"
