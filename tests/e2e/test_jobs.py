@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +12,21 @@ import pytest
 import yaml
 
 from tests.e2e.conftest import Figures
-from tests.support.kubernetes import ROOT, STORAGE, Json, command, is_ready, kubectl, name_of, objects, pods, wait_until
+from tests.support.kubernetes import (
+    OPERATIONS,
+    ROOT,
+    STORAGE,
+    Json,
+    command,
+    documented,
+    is_ready,
+    kubectl,
+    name_of,
+    objects,
+    pods,
+    shell,
+    wait_until,
+)
 
 PHOTOS = ROOT / "out" / "demo" / "photos" / "striped-cup"
 STANDING_WORKERS = "ray.io/cluster=cat-training,ray.io/node-type=worker"
@@ -59,33 +73,12 @@ def removed() -> Iterator[list[str]]:
             kubectl("delete", "rayjob", name_of(job), "--wait=false")
 
 
-@pytest.fixture
-def without_a_word(spec_file: Path) -> Iterator[subprocess.Popen[str]]:
-    """`k8s submit` of the spec in the background, whose output is read at its end."""
-    process = subprocess.Popen(
-        [Path(sys.executable).with_name("cat-cluster"), "k8s", "submit", spec_file, "--storage", STORAGE, "--json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    yield process
-    process.kill()
-    process.communicate()
-
-
 def ray_pods(cluster: str, kind: str) -> list[Json]:
     return [pod for pod in pods(f"ray.io/cluster={cluster},ray.io/node-type={kind}") if is_ready(pod)]
 
 
 def cluster_of(name: str) -> str:
     return str(job_of(name).get("status", {}).get("rayClusterName", ""))
-
-
-def step_of(run: str) -> int:
-    """Return the step of a run's first adapter as its record in the storage has it, by `k8s status`' own command."""
-    done = command("cat-cluster", "k8s", "status", run, "--json")
-    assert done.returncode == 0, done.stderr
-    return int(json.loads(done.stdout)["run"]["adapters"][0]["step"])
 
 
 def test_what_is_killed_while_it_trains(spec_file: Path, removed: list[str], figures: Figures) -> None:
@@ -152,12 +145,20 @@ def test_why_nothing_moves(options: list[str], words: str, spec_file: Path, remo
 def test_the_standing_cluster_grows_and_shrinks(spec_file: Path, figures: Figures) -> None:
     """`submit` of a job of two workers: `cat-training` grows by a pod for it and shrinks again"""
     write_spec(spec_file, "grows", workers=2, steps=10)
-    port = "18265"
-    forward = subprocess.Popen(
-        ["kubectl", "-n", "cat-cluster", "port-forward", "svc/cat-training-head-svc", f"{port}:8265"],
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        pytest.skip("see below")
-    finally:
-        forward.kill()
+    assert len(pods(STANDING_WORKERS)) == 1
+    script = documented("**`submit`** goes through")[0].replace("jobs/specs/batch.yaml", str(spec_file))
+    forward, rest = script.split("&\n", 1)
+    with shell(f"{s3_access()}{forward}&\nsleep 5\n{rest}", seconds=900) as done:
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert len(pods(STANDING_WORKERS)) == 2
+    ended = time.monotonic()
+    wait_until("one worker again", lambda: len(pods(STANDING_WORKERS)) == 1, 480)
+    figures[""] = f"from 1 worker to 2, and to 1 again {time.monotonic() - ended:.0f} s after the job"
+
+
+def s3_access() -> str:
+    """The lines of docs/operations.md by which this machine reaches the S3 server of `local`."""
+    lines = OPERATIONS.read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in lines if line.startswith("export AWS_") or "port-forward svc/s3 " in line]
+    assert len(wanted) == 4, wanted
+    return "\n".join([*wanted, "sleep 3", ""])
