@@ -104,7 +104,7 @@ def jobs_list(storage: StoreOption = None, as_json: AsJson = False) -> None:
     for run_id in damaged:
         people.print(f"[red]the record of {run_id} is damaged[/red]: submit its job again with --force", soft_wrap=True)
     if as_json:
-        print_json({"runs": [_run_json(run) for run in runs], "damaged": damaged})
+        print_json({"runs": [run_json(run) for run in runs], "damaged": damaged})
     elif runs:
         Console(emoji=False).print(runs_table(runs))
     else:
@@ -133,7 +133,7 @@ def jobs_status(
         return
     progress = run.progress()
     if as_json:
-        print_json(_run_json(progress))
+        print_json(run_json(progress))
         return
     console = Console(emoji=False)
     console.print(f"{progress.run_id} ({progress.name})", markup=False, highlight=False)
@@ -192,20 +192,20 @@ def jobs_stop(
 def _follow(run: Run, address: str | None, token: str | None, ca: Path | None, *, as_json: bool) -> None:
     """Show a run until it ends; exit code 1 when it failed or was stopped, 130 on Ctrl+C, which leaves it running."""
     from cat_cluster.cli.run_status import RunBars
-    from cat_cluster.cluster.follow import follow_run
+    from cat_cluster.cluster.follow import RayCarrier, follow_run
     from cat_cluster.cluster.ray_jobs import open_cluster
 
-    cluster = None if address is None else open_cluster(address, token, ca)
+    carrier = None if address is None else RayCarrier(run, open_cluster(address, token, ca))
     try:
         with RunBars(people) as bars:
-            progress = follow_run(run, bars, cluster)
+            progress = follow_run(run, bars, carrier)
     except KeyboardInterrupt:
         people.print("\ndetached; the run continues", soft_wrap=True)
         people.print(f"follow it  {_follow_command(run, address)}", soft_wrap=True, markup=False)
         people.print(f"stop it    cat-cluster jobs stop {run.run_id}{_options(run, address)}", soft_wrap=True)
         raise typer.Exit(130) from None
     if as_json:
-        print_json(_run_json(progress))
+        print_json(run_json(progress))
     if progress.state != "done":
         raise typer.Exit(1)
 
@@ -218,7 +218,8 @@ def _options(run: Run, address: str | None) -> str:
     return f" --storage {run.store.url}" + (f" --address {address}" if address else "")
 
 
-def _run_json(progress: RunProgress) -> dict[str, Any]:
+def run_json(progress: RunProgress) -> dict[str, Any]:
+    """Return the JSON of a run's state."""
     return {**progress.model_dump(mode="json"), "alive": is_alive(progress)}
 
 

@@ -1,4 +1,7 @@
-"""Commands for Kubernetes: `k8s render` makes a RayJob of a job spec, `k8s check` reads manifests strictly."""
+"""Commands for Kubernetes: `k8s render` makes a RayJob of a job spec, `k8s check` reads manifests strictly.
+
+Those for jobs on a cluster are in `k8s_jobs`.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,24 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from cat_cluster.cli.k8s_jobs import logs, stop, submit
+from cat_cluster.cli.k8s_options import (
+    NAMESPACE,
+    Context,
+    Gpu,
+    HeadMemory,
+    Hours,
+    Image,
+    Name,
+    Namespace,
+    Packs,
+    Priority,
+    Queue,
+    Spec,
+    Suspend,
+    WorkerCpu,
+    WorkerMemory,
+)
 from cat_cluster.cli.options import AsJson, people, print_json
 from cat_cluster.cli.values import output_file
 from cat_cluster.errors import SpecError, needs_extra
@@ -22,12 +43,9 @@ if TYPE_CHECKING:
 
 # Training's modules take seconds to import: commands import what they need.
 
-Context = Annotated[
-    str | None, typer.Option("--context", metavar="NAME", help="Context of kubeconfig. Default: its current one.")
-]
-Namespace = Annotated[str, typer.Option("--namespace", help="Namespace, as k8s/base makes it.")]
-
-k8s_app = typer.Typer(no_args_is_help=True, help="Kubernetes with KubeRay: a job spec as a RayJob, and strict checks.")
+k8s_app = typer.Typer(no_args_is_help=True, help="Kubernetes with KubeRay: jobs on it, and strict checks of manifests.")
+for _command in (submit, logs, stop):
+    k8s_app.command()(_command)
 
 
 def mount_k8s(app: typer.Typer) -> None:
@@ -37,35 +55,23 @@ def mount_k8s(app: typer.Typer) -> None:
 
 @k8s_app.command()
 def render(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML); see `cat-cluster spec schema`.")],
+    spec: Spec,
     storage: Annotated[str | None, typer.Option(help="s3:// address. Default: the spec's, else $CAT_STORAGE.")] = None,
     upload: Annotated[
         bool, typer.Option("--upload", help="Put photos in local folders, and a large spec, into the storage.")
     ] = False,
-    image: Annotated[
-        str | None, typer.Option(metavar="URI", help="Image of every pod. Default: cat-cluster at this version.")
-    ] = None,
-    namespace: Namespace = "cat-cluster",
-    name: Annotated[
-        str | None, typer.Option(help="Name of the job. Default: the spec's, with a digest of its content.")
-    ] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="A GPU for each worker.")] = False,
-    packs: Annotated[int, typer.Option(min=1, max=1000, help="Packs side by side: each gets the spec's workers.")] = 1,
-    hours: Annotated[int, typer.Option(min=1, max=8784, help="Hours after which the job is ended.")] = 24,
-    suspend: Annotated[bool, typer.Option("--suspend", help="Make the job, and start it later.")] = False,
-    queue: Annotated[str | None, typer.Option(help="Queue of Kueue that starts the job.")] = None,
-    priority: Annotated[
-        str | None, typer.Option(metavar="NAME", help="WorkloadPriorityClass of the job in its queue.")
-    ] = None,
-    worker_cpu: Annotated[
-        str | None, typer.Option(metavar="CPUS", help="CPUs of a worker. Default: 1, with a GPU 4.")
-    ] = None,
-    worker_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of a worker, such as 6Gi. Default: what the spec needs.")
-    ] = None,
-    head_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of the head. Default: what the spec needs.")
-    ] = None,
+    image: Image = None,
+    namespace: Namespace = NAMESPACE,
+    name: Name = None,
+    gpu: Gpu = False,
+    packs: Packs = 1,
+    hours: Hours = 24,
+    suspend: Suspend = False,
+    queue: Queue = None,
+    priority: Priority = None,
+    worker_cpu: WorkerCpu = None,
+    worker_memory: WorkerMemory = None,
+    head_memory: HeadMemory = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="<path>", parser=output_file, help="File; default: stdout.")
     ] = None,
@@ -155,7 +161,7 @@ def check(
 @k8s_app.command()
 def doctor(
     context: Context = None,
-    namespace: Namespace = "cat-cluster",
+    namespace: Namespace = NAMESPACE,
     image: Annotated[
         str | None,
         typer.Option(

@@ -64,6 +64,7 @@ class RunBars(Bars):
 
     def show(self, progress: RunProgress) -> None:
         """Move the bars to where the run stands."""
+        self._ended &= {adapter.id for adapter in progress.adapters if adapter.state in ENDED_ADAPTER}
         for adapter in progress.adapters:
             if adapter.state in ENDED_ADAPTER and adapter.id not in self._ended:
                 self._ended.add(adapter.id)

@@ -25,27 +25,73 @@ class Watcher(Protocol):
         """A line for people."""
 
 
-def follow_run(run: Run, watcher: Watcher, cluster: RayCluster | None = None) -> RunProgress:
+class Carrier(Protocol):
+    """What carries a run out and can be asked about it: a Ray cluster, or a job in Kubernetes.
+
+    Both methods raise ClusterError when it cannot be asked.
+    """
+
+    def check(self, progress: RunProgress | None) -> None:
+        """Raise RunError when it carries the run no more and no driver has said so. None: nothing has started yet.
+
+        Called every few seconds while nothing moves.
+        """
+
+    def tries_again(self, progress: RunProgress) -> bool:
+        """Say whether it will try a run that has ended once more by itself."""
+
+
+class RayCarrier:
+    """A Carrier: the cluster that a run was submitted to."""
+
+    def __init__(self, run: Run, cluster: RayCluster) -> None:
+        self._run, self._cluster = run, cluster
+
+    def check(self, progress: RunProgress | None) -> None:
+        """Ask the cluster about the run's job where its driver is silent."""
+        if progress is None or is_alive(progress):
+            return
+        status = last_job_status(self._cluster, self._run.run_id)
+        if status in LIVE or self._run.progress().ended:
+            return
+        address = self._cluster.address
+        if status is None:  # the cluster was started anew, or the run is on another one, where it may go on
+            raise ClusterError(
+                f"nothing is heard of {self._run.run_id}, and the Ray cluster at {address} has no job of it: submit it "
+                "again, or press Ctrl+C to wait no longer"
+            )
+        raise RunError(
+            f"the Ray job of {self._run.run_id} has ended ({status}) without a word from its driver: "
+            f"`cat-cluster jobs logs {self._run.run_id} --address {address}` shows why; submit the job again to go on"
+        )
+
+    def tries_again(self, progress: RunProgress) -> bool:
+        """Say no: what Ray was given once it runs once."""
+        return False
+
+
+def follow_run(run: Run, watcher: Watcher, carrier: Carrier | None = None) -> RunProgress:
     """Show the run until it ends, and return its last state; one that a job is to start is waited for.
 
-    A store or a cluster that cannot be reached is reported and tried again. Raises RunError when the run's record is
-    missing or damaged, when its job can start no more and, if a cluster is given, when the driver has died without
-    recording it.
+    A store or a carrier that cannot be reached is reported and tried again. Raises RunError when the run's record is
+    missing or damaged, when its job can start no more and, if a carrier is given, when that has ended without a record.
     """
-    wait_for_start(run, watcher)
+    wait_for_start(run, watcher, carrier)
     reported = ""
-    checked = time.monotonic()
+    seen: object = None
+    moved = time.monotonic()  # or asked, if that was later
     while True:
         try:
             progress = run.progress()
             watcher.show(progress)
-            if progress.ended:
+            if progress.ended and not (carrier is not None and carrier.tries_again(progress)):
                 return progress
-            if is_alive(progress):
-                reported = ""
-            elif cluster is not None and time.monotonic() - checked >= ASK_SECONDS:
-                checked = time.monotonic()
-                _refuse_dead(run, cluster)
+            state = (progress.state, progress.attempt, progress.adapters)
+            if state != seen:
+                seen, reported, moved = state, "", time.monotonic()
+            elif carrier is not None and time.monotonic() - moved >= ASK_SECONDS:
+                moved = time.monotonic()
+                carrier.check(progress)
         except (StoreError, ClusterError) as error:
             if str(error) != reported:
                 reported = str(error)
@@ -53,12 +99,13 @@ def follow_run(run: Run, watcher: Watcher, cluster: RayCluster | None = None) ->
         time.sleep(POLL_SECONDS)
 
 
-def wait_for_start(run: Run, watcher: Watcher) -> None:
+def wait_for_start(run: Run, watcher: Watcher, carrier: Carrier | None = None) -> None:
     """Return once the run has started, is done, or nothing is known of a job that would start it.
 
-    Says what is waited for. Raises RunError when the job can start no more, or the run's record is damaged.
+    Says what is waited for. Raises RunError when the job can start no more, the carrier says so, or the run's record is
+    damaged.
     """
-    began, said, reported = time.monotonic(), -REMIND_SECONDS, ""
+    began, said, reported, asked = time.monotonic(), -REMIND_SECONDS, "", -ASK_SECONDS
     while True:
         waited = time.monotonic() - began
         try:
@@ -74,24 +121,12 @@ def wait_for_start(run: Run, watcher: Watcher) -> None:
                 said = waited
                 since = f" ({waited / 60:.0f} min so far)" if waited >= REMIND_SECONDS else ""
                 watcher.message(f"waiting for {expected.job} to start{since}; {expected.look} shows how it stands")
+            if carrier is not None and waited - asked >= ASK_SECONDS:
+                asked = waited
+                carrier.check(None)
             reported = ""
-        except StoreError as error:
+        except (StoreError, ClusterError) as error:
             if str(error) != reported:
                 reported = str(error)
                 watcher.message(f"{reported}; trying again")
         time.sleep(POLL_SECONDS)
-
-
-def _refuse_dead(run: Run, cluster: RayCluster) -> None:
-    status = last_job_status(cluster, run.run_id)
-    if status in LIVE or run.progress().ended:
-        return
-    if status is None:  # the cluster was started anew, or the run is on another one, where it may go on
-        raise ClusterError(
-            f"nothing is heard of {run.run_id}, and the Ray cluster at {cluster.address} has no job of it: submit it "
-            "again, or press Ctrl+C to wait no longer"
-        )
-    raise RunError(
-        f"the Ray job of {run.run_id} has ended ({status}) without a word from its driver: "
-        f"`cat-cluster jobs logs {run.run_id} --address {cluster.address}` shows why; submit the job again to go on"
-    )

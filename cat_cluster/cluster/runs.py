@@ -187,6 +187,10 @@ class Run:
         """Say which job will start the run; replaces what was said before."""
         self.store.put(self.key("expected.json"), expectation.model_dump_json().encode())
 
+    def withdraw_expectation(self) -> None:
+        """Say that no job will start the run any more."""
+        self.store.delete(self.key("expected.json"))
+
     def expectation(self) -> Expectation | None:
         """Return the job that is to start the run; None when none is, or what was written cannot be read."""
         try:

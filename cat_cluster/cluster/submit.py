@@ -52,11 +52,11 @@ def submit_run(
     _refuse_local_files(job, store, cluster)
     store.check_access()
     run = Run(store, run_id_of(job, image_digests_of(job)))
-    previous = _progress_or_none(run, damaged_ok=force)
+    previous = progress_or_none(run, damaged_ok=force)
     if previous is not None and not force:
-        if previous.state == "done" and _still_published(previous, store):
+        if is_done(previous, store):
             return Submission(run.run_id, "already done", None, store.url)
-        _refuse_alive(run, previous)
+        refuse_alive(run, previous)
     client = connect(cluster)
     run.write_spec(with_stored_images(job, store).model_copy(update={"storage": store.url}))
     run.withdraw_stop()
@@ -145,7 +145,8 @@ def image_digests_of(job: JobSpec) -> list[list[str]]:
     return [image_digests(load_concepts(adapter.id, adapter.concepts)) for adapter in job.adapters]
 
 
-def _progress_or_none(run: Run, *, damaged_ok: bool) -> RunProgress | None:
+def progress_or_none(run: Run, *, damaged_ok: bool) -> RunProgress | None:
+    """Return the state of a run, None when the store has none; a damaged one is a RunError, or None if that is ok."""
     try:
         return run.progress()
     except RunError:
@@ -154,17 +155,18 @@ def _progress_or_none(run: Run, *, damaged_ok: bool) -> RunProgress | None:
         raise
 
 
-def _still_published(progress: RunProgress, store: ObjectStore) -> bool:
-    """Say whether the adapters of a finished run are still published: one may have been deleted since."""
+def is_done(progress: RunProgress, store: ObjectStore) -> bool:
+    """Say whether a run is done and its adapters are still published: one may have been deleted since."""
     from cat_cluster.registry.references import manifest_key
 
-    return all(
+    return progress.state == "done" and all(
         adapter.revision is not None and store.exists(manifest_key(adapter.id, adapter.revision))
         for adapter in progress.adapters
     )
 
 
-def _refuse_alive(run: Run, progress: RunProgress) -> None:
+def refuse_alive(run: Run, progress: RunProgress) -> None:
+    """Raise RunError where a driver works on the run."""
     if is_alive(progress):
         claim = run.claim_of(progress.attempt)
         where = "" if claim is None else f" on {claim.host}"

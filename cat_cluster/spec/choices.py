@@ -34,3 +34,5 @@ DriftDetector = Literal["ewma", "cusum"]
 DriftState = Literal["ok", "warning", "alarm"]
 ProbeVerdict = Literal[DriftState, "error"]
 DriftPolicy = Literal["annotate", "fallback", "quarantine"]
+
+JobLog = Literal["driver", "head", "workers"]

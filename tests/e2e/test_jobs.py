@@ -85,7 +85,7 @@ def test_what_is_killed_while_it_trains(spec_file: Path, removed: list[str], fig
     """One job that loses its worker, its head and the S3 server, and is done in the end"""
     removed.append("kills")
     write_spec(spec_file, "kills", steps=600, checkpoint_every=20)
-    began = submit(spec_file, "--detach", "--json")
+    began = submit(spec_file, "--no-wait", "--json")
     assert began.returncode == 0, began.stderr
     first = wait_until("a cluster", lambda: cluster_of("kills"))
     worker = wait_until("a worker", lambda: ray_pods(first, "worker"), 240)[0]
@@ -129,7 +129,7 @@ def test_why_nothing_moves(options: list[str], words: str, spec_file: Path, remo
     """What a cluster cannot give is said in words by `k8s status`: CPUs, a GPU, the image, quota"""
     removed.append("waits")
     write_spec(spec_file, "waits")
-    began = submit(spec_file, "--detach", *options)
+    began = submit(spec_file, "--no-wait", *options)
     assert began.returncode == 0, began.stderr
     name = name_of(job_of("waits"))
 

@@ -345,7 +345,7 @@ def test_a_driver_killed_without_a_word_is_noticed(
         driver.send_signal(signal.SIGKILL)
     run = Run(store, submission.run_id)
     with pytest.raises(RunError, match=rf"has ended \(FAILED\) without a word.*jobs logs {run.run_id} --address"):
-        follow.follow_run(run, NoWatcher(), cluster)
+        follow.follow_run(run, NoWatcher(), follow.RayCarrier(run, cluster))
 
 
 def test_a_cluster_that_is_gone_leaves_the_state_in_the_storage(refused: JobSpec, store: LocalStore) -> None:

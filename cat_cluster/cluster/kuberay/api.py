@@ -116,7 +116,7 @@ class Api:
 
     def merge(self, api_version: str, kind: str, name: str, change: Json) -> Json:
         """Change some fields of an object (a JSON merge patch) and return it."""
-        resource = self._known(api_version, kind)
+        resource = self.required(api_version, kind)
         return self._json(
             "PATCH",
             self._path(resource, None, name),
@@ -128,7 +128,7 @@ class Api:
 
     def delete(self, api_version: str, kind: str, name: str) -> bool:
         """Delete an object, and what it owns after it; say whether it was there."""
-        resource = self._known(api_version, kind)
+        resource = self.required(api_version, kind)
         path = self._path(resource, None, name)
         try:
             self._json("DELETE", path, query={"propagationPolicy": "Background"}, asked=f"delete {kind} {name}")
@@ -203,7 +203,8 @@ class Api:
             }
         return self._resources[api_version].get(kind)
 
-    def _known(self, api_version: str, kind: str) -> Resource:
+    def required(self, api_version: str, kind: str) -> Resource:
+        """Return where the objects of a kind are; KubernetesError, which says what to install, without that kind."""
         resource = self.resource(api_version, kind)
         if resource is None:
             missing = (
@@ -218,7 +219,7 @@ class Api:
 
     def _addressed(self, document: Json) -> tuple[Resource, str | None, str]:
         metadata = document.get("metadata") or {}
-        resource = self._known(document["apiVersion"], document["kind"])
+        resource = self.required(document["apiVersion"], document["kind"])
         return resource, metadata.get("namespace"), metadata.get("name") or metadata.get("generateName") or ""
 
     def _path(self, resource: Resource, namespace: str | None, name: str = "") -> str:

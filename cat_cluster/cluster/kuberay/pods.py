@@ -6,6 +6,8 @@ from typing import Any
 
 IMAGE = "cat-cluster"
 SPEC_ANNOTATION = "cat-cluster/spec"  # of a head: the spec of its job, which a volume shows as a file
+RUN_LABEL = "cat-cluster/run"  # of a RayJob whose run was known when it was rendered
+STORAGE_ANNOTATION = "cat-cluster/storage"  # of the same: where the run is
 SPEC_FILE = "/etc/cat-cluster/job/spec.yaml"
 USER = 10001  # of k8s/Dockerfile
 # Ports of Ray, as PodMonitors and network policies name them.

@@ -6,13 +6,13 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 
 import kubernetes.client
 from kubernetes.client.exceptions import ApiException
 from kubernetes.stream import portforward
 
-from cat_cluster.cluster.kuberay.api import Api
+from cat_cluster.cluster.kuberay.api import ROLE, Api
 from cat_cluster.errors import KubernetesError
 
 _PIECE = 1 << 16  # bytes
@@ -23,36 +23,65 @@ _log = logging.getLogger(__name__)
 def forwarded(api: Api, find_pod: Callable[[], str], port: int) -> Iterator[int]:
     """Give a port of this machine's loopback whose connections go to `port` of the pod that `find_pod` names.
 
-    It is asked for each connection. A connection that cannot be made is closed, as one to a dead server would be.
+    It is asked for each connection. A connection that cannot be made is closed, as one to a dead server would be, and
+    the log says why, once for each reason in a row.
     """
-    with ExitStack() as open_sockets, socket.create_server(("127.0.0.1", 0)) as server:
-        open_sockets.callback(server.close)
-        threading.Thread(target=_accept, args=(server, api, find_pod, port), daemon=True).start()
-        yield server.getsockname()[1]
-
-
-def _accept(server: socket.socket, api: Api, find_pod: Callable[[], str], port: int) -> None:
-    while True:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        forward = _Forward(api, find_pod, port)
+        threading.Thread(target=forward.accept, args=(server,), daemon=True).start()
         try:
-            caller, _ = server.accept()
-        except OSError:  # closed: nobody needs the port any more
-            return
-        threading.Thread(target=_carry, args=(caller, api, find_pod, port), daemon=True).start()
+            yield server.getsockname()[1]
+        finally:
+            with suppress(OSError):
+                server.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the thread that accepts
 
 
-def _carry(caller: socket.socket, api: Api, find_pod: Callable[[], str], port: int) -> None:
-    """Carry bytes both ways until either side ends."""
-    with caller:
-        try:
-            pod = find_pod()
-            core = kubernetes.client.CoreV1Api(api.client)
-            stream = portforward(core.connect_get_namespaced_pod_portforward, pod, api.namespace, ports=str(port))
-        except (KubernetesError, ApiException, OSError) as error:
-            _log.warning("port %d of a pod cannot be reached: %s", port, error)
-            return
-        remote = stream.socket(port)
-        threading.Thread(target=_pump, args=(remote, caller), daemon=True).start()
-        _pump(caller, remote)
+class _Forward:
+    def __init__(self, api: Api, find_pod: Callable[[], str], port: int) -> None:
+        self._api, self._find_pod, self._port = api, find_pod, port
+        self._said = ""
+
+    def accept(self, server: socket.socket) -> None:
+        """Serve connections until the server is closed."""
+        while True:
+            try:
+                caller, _ = server.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._carry, args=(caller,), daemon=True).start()
+
+    def _carry(self, caller: socket.socket) -> None:
+        """Carry bytes both ways until either side ends."""
+        with caller:
+            try:
+                remote = self._connect()
+            except (KubernetesError, ApiException, OSError) as error:
+                reason = _reason(error)
+                if reason != self._said:
+                    _log.warning("port %d of a pod cannot be reached: %s", self._port, reason)
+                self._said = reason
+                return
+            self._said = ""
+            threading.Thread(target=_pump, args=(remote, caller), daemon=True).start()
+            _pump(caller, remote)
+
+    def _connect(self) -> socket.socket:
+        # A client of its own: the library turns a client into one of websockets while it connects.
+        core = kubernetes.client.CoreV1Api(kubernetes.client.ApiClient(self._api.client.configuration))
+        stream = portforward(
+            core.connect_get_namespaced_pod_portforward, self._find_pod(), self._api.namespace, ports=str(self._port)
+        )
+        remote: socket.socket = stream.socket(self._port)
+        return remote
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, ApiException):
+        return str(error)
+    text = str(error.reason).partition(" -+-+- ")[0]  # what follows are the headers of the response
+    if " 403 " in text:
+        return f"the right to pods/portforward is missing; Role {ROLE} of k8s/base gives it"
+    return text
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:

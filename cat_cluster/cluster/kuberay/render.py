@@ -16,7 +16,9 @@ from typing import Any
 
 from cat_cluster.cluster.kuberay.pods import (
     IMAGE,
+    RUN_LABEL,
     SPEC_FILE,
+    STORAGE_ANNOTATION,
     autoscaler_options,
     head_template,
     part_of_project,
@@ -120,7 +122,7 @@ def render_job(
     refuse_local_paths(job, storage)
     if options.queue is not None and not isinstance(job.cluster.workers, int):
         raise SpecError("cluster.workers: Kueue admits a fixed number; give one, or leave --queue out")
-    _check_options(options)
+    check_options(options)
     text, sizes = _spec_text(job, storage), sizes_of(job, options)
     image = options.image or default_image(gpu=options.gpu)
     name = _name(job.name, text, image, options) if options.name is None else options.name
@@ -138,7 +140,12 @@ def render_job(
     ray_job = {
         "apiVersion": "ray.io/v1",
         "kind": "RayJob",
-        "metadata": {"name": name, "namespace": options.namespace, "labels": {**_LABELS, **_queue_labels(options)}},
+        "metadata": {
+            "name": name,
+            "namespace": options.namespace,
+            "labels": {**_LABELS, **_queue_labels(options), **({} if run_id is None else {RUN_LABEL: run_id})},
+            **({} if run_id is None else {"annotations": {STORAGE_ANNOTATION: storage}}),
+        },
         "spec": {
             "entrypoint": _entrypoint(address or SPEC_FILE, run_id),
             **_job_spec(job, image, options, sizes, None if address else text),
@@ -196,8 +203,8 @@ def _is_large(text: str) -> bool:
     return len(json.dumps(text, ensure_ascii=False).encode()) + 5 * sum(map(text.count, "<>&")) > MAX_SPEC
 
 
-def _check_options(options: RenderOptions) -> None:
-    """Refuse what Kubernetes would refuse when the objects are applied, or never find."""
+def check_options(options: RenderOptions) -> None:
+    """Raise SpecError for what Kubernetes would refuse when the objects are applied, or never find."""
     if not re.fullmatch(_LABEL, options.namespace):
         raise SpecError(
             f"--namespace {options.namespace!r}: must hold a-z, 0-9 and -, begin and end with a letter or digit, "

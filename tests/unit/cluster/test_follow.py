@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cat_cluster.cli.jobs import jobs_app
 from cat_cluster.cluster import follow
-from cat_cluster.cluster.follow import follow_run, wait_for_start
+from cat_cluster.cluster.follow import RayCarrier, follow_run, wait_for_start
 from cat_cluster.cluster.kuberay.render import RenderOptions, expectation_of
 from cat_cluster.cluster.ray_jobs import RayCluster
 from cat_cluster.cluster.run_progress import RunProgress
@@ -132,7 +132,7 @@ def test_a_silent_run_of_which_the_cluster_has_no_job_is_said_once(run: Run, mon
     monkeypatch.setattr(follow, "last_job_status", last_job_status)
     run.write_progress(record("running"))
     seen = Seen()
-    assert follow_run(run, seen, RayCluster("http://127.0.0.1:8265")).state == "done"
+    assert follow_run(run, seen, RayCarrier(run, RayCluster("http://127.0.0.1:8265"))).state == "done"
     (message,) = seen.messages
     assert "the Ray cluster at http://127.0.0.1:8265 has no job of it: submit it again, or press Ctrl+C" in message
 

@@ -1,0 +1,193 @@
+"""Commands for jobs on Kubernetes: `k8s submit|logs|stop`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cat_cluster.cli.jobs import run_json
+from cat_cluster.cli.k8s_options import (
+    NAMESPACE,
+    Context,
+    Gpu,
+    HeadMemory,
+    Hours,
+    Image,
+    Job,
+    Name,
+    Namespace,
+    Packs,
+    Priority,
+    Queue,
+    Spec,
+    Suspend,
+    WorkerCpu,
+    WorkerMemory,
+)
+from cat_cluster.cli.options import AsJson, people, print_json
+from cat_cluster.errors import needs_extra
+from cat_cluster.spec.choices import JobLog
+
+if TYPE_CHECKING:
+    from cat_cluster.cluster.kuberay.api import Api
+    from cat_cluster.cluster.kuberay.submit import KubernetesSubmission
+
+# The client of Kubernetes and training's modules take seconds to import: commands import what they need.
+
+
+def submit(
+    spec: Spec,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="s3:// address. Default: the spec's, else $CAT_STORAGE, else that of the namespace's pods."),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the run to its end; exit 1 if it fails.")] = True,
+    force: Annotated[
+        bool, typer.Option("--force", help="Start also when the run is done, has failed, or is at work.")
+    ] = False,
+    context: Context = None,
+    namespace: Namespace = NAMESPACE,
+    image: Image = None,
+    name: Name = None,
+    gpu: Gpu = False,
+    packs: Packs = 1,
+    hours: Hours = 24,
+    suspend: Suspend = False,
+    queue: Queue = None,
+    priority: Priority = None,
+    worker_cpu: WorkerCpu = None,
+    worker_memory: WorkerMemory = None,
+    head_memory: HeadMemory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train a job spec on a Ray cluster of its own in Kubernetes, and follow it to its end.
+
+    Photos go into the storage first; a storage in the cluster is reached through a port that this command forwards. The
+    same spec again resumes, or says that it is running or done. Example: cat-cluster k8s submit job.yaml
+    """
+    with needs_extra("k8s", "submitting to Kubernetes"):
+        from cat_cluster.cluster.kuberay.submit import check_cluster, submit_to_kubernetes
+    from cat_cluster.cluster.kuberay.render import RenderOptions, check_options, sizes_of
+    from cat_cluster.cluster.kuberay.sizes import Overrides
+    from cat_cluster.cluster.kuberay.storage import pod_settings, storage_of, storage_reached
+    from cat_cluster.spec.job import load_spec
+    from cat_cluster.store import open_store
+
+    sizes = Overrides(worker_cpu, worker_memory, head_memory)
+    options = RenderOptions(name, namespace, image, gpu, packs, hours, suspend, queue, priority, sizes)
+    check_options(options)
+    job = load_spec(spec)
+    for warning in sizes_of(job, options).warnings:
+        _say(f"warning: {warning}")
+    api = _open(context, namespace)
+    check_cluster(api)
+    settings = pod_settings(api, _say)
+    url = storage_of(storage, job.storage, settings, _say)
+    with storage_reached(api, settings, _say):
+        submission = submit_to_kubernetes(api, job, open_store(url), options, force=force)
+        _say(_outcome_text(submission))
+        if submission.outcome == "already done" or (wait and not suspend):
+            _follow(api, submission, as_json=as_json)
+            return
+    if as_json:
+        run = submission.run
+        record = {"run_id": run.run_id, "outcome": submission.outcome, "job": submission.job, "storage": run.store.url}
+        print_json(record)
+
+
+def logs(
+    job: Job,
+    of: Annotated[
+        JobLog, typer.Option(help="The driver's, or what Ray prints in the head or the workers of its cluster.")
+    ] = "driver",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
+    context: Context = None,
+    namespace: Namespace = NAMESPACE,
+) -> None:
+    """Print the log of a job: what its driver says, or Ray in one of its pods."""
+    api = _open(context, namespace)
+    from cat_cluster.cluster.kuberay.job_logs import log_of, pods_of_part
+    from cat_cluster.cluster.kuberay.jobs import find_job
+
+    pods = pods_of_part(api, find_job(api, job), of)
+    for pod in pods:
+        if len(pods) > 1:
+            _say(f"Pod {pod}:")
+        for piece in log_of(api, pod, of, follow=follow):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+
+def stop(
+    job: Job,
+    storage: Annotated[
+        str | None, typer.Option(help="Storage the job was submitted with. Default: as the job itself says.")
+    ] = None,
+    context: Context = None,
+    namespace: Namespace = NAMESPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Stop a job: its run is asked to stop, and its pods go. Submitting the same spec again resumes it."""
+    api = _open(context, namespace)
+    from cat_cluster.cluster.kuberay.jobs import find_job, run_of, storage_of_run
+    from cat_cluster.cluster.kuberay.storage import pod_settings, storage_reached
+    from cat_cluster.cluster.kuberay.submit import stop_job
+    from cat_cluster.cluster.runs import Run
+    from cat_cluster.store import open_store
+
+    found = find_job(api, job)
+    name, run_id, url = found["metadata"]["name"], run_of(found), storage or storage_of_run(found)
+    if run_id is None or url is None:
+        stop_job(api, found, None, _say)
+    else:
+        with storage_reached(api, pod_settings(api, _say), _say):
+            stop_job(api, found, Run(open_store(url), run_id), _say)
+    if as_json:
+        print_json({"job": name, "run_id": run_id, "storage": url})
+        return
+    _say(f"stopped RayJob {name}: it is deleted, and its pods go")
+    _say("what was trained is in the storage: `cat-cluster k8s submit` with the same spec goes on from there")
+
+
+def _open(context: str | None, namespace: str) -> Api:
+    with needs_extra("k8s", "a cluster of Kubernetes"):
+        from cat_cluster.cluster.kuberay.api import open_api
+
+    return open_api(context, namespace)
+
+
+def _outcome_text(submission: KubernetesSubmission) -> str:
+    run = submission.run.run_id
+    if submission.outcome == "already done":
+        return f"{run} is already done; --force runs it again"
+    if submission.outcome == "already running":
+        return f"{run} is already on its way as RayJob {submission.job}"
+    return f"submitted {run} as RayJob {submission.job}"
+
+
+def _follow(api: Api, submission: KubernetesSubmission, *, as_json: bool) -> None:
+    """Show a run until it ends; exit code 1 when it failed or was stopped, 130 on Ctrl+C, which leaves it running."""
+    from cat_cluster.cli.run_status import RunBars
+    from cat_cluster.cluster.follow import follow_run
+    from cat_cluster.cluster.kuberay.followed_job import FollowedJob
+
+    run, job = submission.run, submission.job
+    try:
+        with RunBars(people) as bars:
+            progress = follow_run(run, bars, None if job is None else FollowedJob(api, job, run, bars))
+    except KeyboardInterrupt:
+        where = f" --namespace {api.namespace} --context {api.context}"
+        _say("\ndetached; the run continues")
+        _say(f"follow it  the same command again, or cat-cluster k8s logs {job} --follow{where}")
+        _say(f"stop it    cat-cluster k8s stop {job}{where}")
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json(run_json(progress))
+    if progress.state != "done":
+        raise typer.Exit(1)
+
+
+def _say(text: str) -> None:
+    people.print(text, markup=False, highlight=False, soft_wrap=True)

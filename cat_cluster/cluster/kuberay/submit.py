@@ -1,0 +1,169 @@
+"""Submitting a job to Kubernetes: once per run, as a RayJob; and stopping it, so that it can be gone on with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Literal
+
+from cat_cluster.cluster.kuberay.api import ROLE, Api, Json
+from cat_cluster.cluster.kuberay.check import Document, check_manifests
+from cat_cluster.cluster.kuberay.jobs import RAY, end_text, has_ended, is_held
+from cat_cluster.cluster.kuberay.pods import RUN_LABEL
+from cat_cluster.cluster.kuberay.render import RenderOptions, expectation_of, render_job, upload_job
+from cat_cluster.cluster.kuberay.schemas import load_schemas
+from cat_cluster.cluster.runs import Run
+from cat_cluster.cluster.submit import is_done, progress_or_none, refuse_alive
+from cat_cluster.errors import KubernetesError, RunError, SpecError, StoreError
+from cat_cluster.spec.job import JobSpec
+from cat_cluster.store import ObjectStore
+
+POLL_SECONDS = 1.0
+GONE_SECONDS = 120.0  # that a deleted RayJob may take to go: the operator stops its Ray job first
+STOP_SECONDS = 20.0  # that a driver gets to stop by itself, which it looks for every two seconds
+_VERBS = ("get", "list", "create", "patch", "delete")
+
+
+@dataclass(frozen=True)
+class KubernetesSubmission:
+    """The result of a submission: the run, and its RayJob, None where the run was already done."""
+
+    run: Run
+    outcome: Literal["submitted", "already running", "already done"]
+    job: str | None
+
+
+def check_cluster(api: Api) -> None:
+    """Raise KubernetesError unless the cluster has KubeRay and the namespace, and whoever asks may make jobs there."""
+    api.required(RAY, "RayJob")
+    try:
+        if api.get("v1", "Namespace", api.namespace) is None:
+            raise KubernetesError(
+                f"the cluster of context {api.context} has no namespace {api.namespace}: make it and apply an overlay "
+                "(docs/operations.md, From nothing to a served adapter), or give another --namespace or --context",
+                HTTPStatus.NOT_FOUND,
+            )
+    except KubernetesError as error:
+        if error.status != HTTPStatus.FORBIDDEN:  # who has rights in a namespace alone may not see it
+            raise
+    missing = [verb for verb in _VERBS if not api.allows(verb, "ray.io", "rayjobs")]
+    if missing:
+        raise KubernetesError(
+            f"rights are missing in namespace {api.namespace} (context {api.context}): {', '.join(missing)} of "
+            f"rayjobs.ray.io; Role {ROLE} of k8s/base gives them: have yourself bound to it",
+            HTTPStatus.FORBIDDEN,
+        )
+
+
+def submit_to_kubernetes(
+    api: Api, job: JobSpec, store: ObjectStore, options: RenderOptions, *, force: bool = False
+) -> KubernetesSubmission:
+    """Make the RayJob of a spec unless its run is done or has one that is at work; photos are stored first.
+
+    A suspended one is started; one that has ended without a failure is made again, and goes on from the store. force:
+    also where the run is done or at work, or has failed. Raises SpecError, ConceptError, BaseModelError, StoreError,
+    KubernetesError, and RunError for a run that failed or that something else works on.
+    """
+    job, run_id = upload_job(job, store)
+    run = Run(store, run_id)
+    ray_job = render_job(job, store.url, options, run_id=run_id, upload_to=store)
+    name = ray_job["metadata"]["name"]
+    findings = check_manifests([Document("the rendered job", 1, ray_job)], load_schemas())
+    if findings:
+        raise SpecError("\n".join(map(str, findings)))
+    there = api.get(RAY, "RayJob", name)
+    if not force:
+        previous = progress_or_none(run, damaged_ok=False)
+        if previous is not None and is_done(previous, store):
+            return KubernetesSubmission(run, "already done", None)
+        if there is not None and not has_ended(there) and not _is_leaving(there):
+            if is_held(there) and not options.suspend:
+                api.merge(RAY, "RayJob", name, {"spec": {"suspend": False}})
+                return KubernetesSubmission(run, "submitted", name)
+            return KubernetesSubmission(run, "already running", name)
+        if there is not None and there.get("status", {}).get("jobDeploymentStatus") in ("Failed", "ValidationFailed"):
+            raise RunError(
+                f"RayJob {name} {end_text(there)}; `cat-cluster k8s logs {name} --namespace {api.namespace}` may say "
+                "more. When that is mended, --force makes it again: it goes on from what is stored"
+            )
+        _refuse_another(api, run, name)
+        if previous is not None:
+            refuse_alive(run, previous)
+    if there is not None:
+        delete_job(api, name)
+    run.withdraw_stop()
+    api.apply(ray_job)
+    run.expect(expectation_of(ray_job, options, after=run.last_attempt()))
+    return KubernetesSubmission(run, "submitted", name)
+
+
+def stop_job(api: Api, job: Json, run: Run | None, say: Callable[[str], None]) -> None:
+    """Stop a RayJob: its driver is asked through the store, then it is deleted, and its pods and later tries with it.
+
+    KubeRay suspends no job that has rules of deletion, and Kueue would start one again; what was trained is in the
+    store, from which the same job, submitted again, goes on. run: None where it is not known. Raises RunError for a job
+    that has ended, KubernetesError.
+    """
+    name = job["metadata"]["name"]
+    if has_ended(job):
+        raise RunError(f"RayJob {name} {end_text(job)}: there is nothing to stop")
+    try:
+        if run is not None:
+            _ask_to_stop(run, say)
+    except StoreError as error:
+        say(f"{error}; RayJob {name} is deleted all the same")
+        run = None
+    delete_job(api, name)
+    if run is not None:
+        _record_stop(run)
+
+
+def delete_job(api: Api, name: str) -> None:
+    """Delete a RayJob and wait until it has gone; KubernetesError when it does not."""
+    api.delete(RAY, "RayJob", name)
+    until = time.monotonic() + GONE_SECONDS
+    while api.get(RAY, "RayJob", name) is not None:
+        if time.monotonic() > until:
+            raise KubernetesError(
+                f"RayJob {name} was deleted {GONE_SECONDS:.0f} s ago and is still there: KubeRay's operator "
+                "has to let it go; see that it runs, then try again"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _is_leaving(job: Json) -> bool:
+    return "deletionTimestamp" in job["metadata"]
+
+
+def _refuse_another(api: Api, run: Run, name: str) -> None:
+    """Raise RunError where a RayJob of other sizes, image or name is at work on the run."""
+    for other in api.list(RAY, "RayJob", labels=f"{RUN_LABEL}={run.run_id}"):
+        its_name = other["metadata"]["name"]
+        if its_name != name and not has_ended(other) and not _is_leaving(other):
+            raise RunError(
+                f"RayJob {its_name} is at work on {run.run_id} already: stop it first, `cat-cluster k8s stop {its_name}"
+                f" --namespace {api.namespace}`, or take the run over with --force"
+            )
+
+
+def _ask_to_stop(run: Run, say: Callable[[str], None]) -> None:
+    progress = progress_or_none(run, damaged_ok=True)
+    attempt = run.last_attempt()
+    if progress is None or progress.ended or attempt == 0:
+        run.withdraw_expectation()  # nothing has started, and nothing will
+        return
+    run.request_stop(attempt)
+    say(f"asked attempt {attempt} of {run.run_id} to stop")
+    until = time.monotonic() + STOP_SECONDS
+    while time.monotonic() < until and not progress.ended:
+        time.sleep(POLL_SECONDS)
+        progress = run.progress()
+
+
+def _record_stop(run: Run) -> None:
+    """Record the stop for a driver that went before it could: a run is resumed only when none is at work."""
+    progress = progress_or_none(run, damaged_ok=True)
+    if progress is not None and not progress.ended:
+        run.write_progress(progress.changed(state="stopped"))

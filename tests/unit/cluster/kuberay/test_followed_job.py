@@ -1,0 +1,185 @@
+"""Following a run that a RayJob carries out: its states and obstacles in words, its tries, and its end."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_cluster.cluster import follow
+from cat_cluster.cluster.follow import follow_run
+from cat_cluster.cluster.kuberay import followed_job
+from cat_cluster.cluster.kuberay.followed_job import FollowedJob
+from cat_cluster.cluster.kuberay.obstacles import Obstacle
+from cat_cluster.cluster.run_progress import RunProgress
+from cat_cluster.cluster.runs import Expectation, Run
+from cat_cluster.errors import KubernetesError, RunError
+from cat_cluster.spec.job import JobSpec
+from cat_cluster.store import LocalStore
+from tests.support.fake_kubernetes import FakeApi, made
+
+RUN_ID = "run-0123456789ab"
+EXPECTED = Expectation(job="RayJob tea in namespace cats", look="`kubectl describe`")
+SLOW = Obstacle("Pod tea-worker", "waits for a machine with a GPU; it may take minutes", final=False)
+FINAL = Obstacle("Pod tea-head", "its image cat:9 is not there; push it", final=True)
+
+
+class Seen:
+    """A Watcher that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self.states: list[tuple[str, int]] = []
+
+    def show(self, progress: RunProgress) -> None:
+        if not self.states or self.states[-1] != (progress.state, progress.attempt):
+            self.states.append((progress.state, progress.attempt))
+
+    def message(self, text: str) -> None:
+        self.messages.append(text)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(follow, "ASK_SECONDS", 0)
+    return Run(LocalStore(tmp_path), RUN_ID)
+
+
+@pytest.fixture
+def obstacles(monkeypatch: pytest.MonkeyPatch) -> list[Obstacle]:
+    found: list[Obstacle] = []
+    monkeypatch.setattr(followed_job, "job_obstacles", lambda api, name: list(found))
+    return found
+
+
+def record(state: Any, attempt: int = 1, **changes: Any) -> RunProgress:
+    concept = {"token": "sks", "class_noun": "cup", "images": "s3://bucket/cups"}
+    job = JobSpec.model_validate({"name": "tea", "adapters": [{"id": "cup", "concepts": [concept]}]})
+    return RunProgress.begin(RUN_ID, job, state=state, attempt=attempt).changed(**changes)
+
+
+def cluster(state: str = "Initializing", **status: str) -> Any:
+    return FakeApi(made("RayJob", "tea", status={"jobDeploymentStatus": state, **status}))
+
+
+def followed(run: Run, api: Any, seen: Seen) -> RunProgress:
+    return follow_run(run, seen, FollowedJob(api, "tea", run, seen))
+
+
+def later(*steps: Any) -> None:
+    """Call the steps one after the other, 50 ms apart."""
+    first, *rest = steps
+
+    def call() -> None:
+        first()
+        if rest:
+            later(*rest)
+
+    threading.Timer(0.05, call).start()
+
+
+def set_state(api: Any, state: str, **status: str) -> None:
+    api.objects[("RayJob", "tea")]["status"] = {"jobDeploymentStatus": state, **status}
+
+
+def test_what_a_job_waits_for_is_said_once(run: Run, obstacles: list[Obstacle]) -> None:
+    run.expect(EXPECTED)
+    obstacles.append(SLOW)
+    api, seen = cluster(), Seen()
+    later(lambda: set_state(api, "Running"), lambda: run.write_progress(record("done")))
+    assert followed(run, api, seen).state == "done"
+    assert seen.messages[1:] == [
+        "RayJob tea: its Ray cluster is being made",
+        "Pod tea-worker: waits for a machine with a GPU; it may take minutes",
+        "RayJob tea: its Ray cluster is there",
+    ]
+
+
+def test_what_waiting_cannot_help_ends_the_wait(run: Run, obstacles: list[Obstacle]) -> None:
+    run.expect(EXPECTED)
+    obstacles.append(FINAL)
+    api = cluster()
+    with pytest.raises(RunError, match=r"Pod tea-head: its image cat:9 is not there.*`cat-cluster k8s stop tea"):
+        followed(run, api, Seen())
+    assert api.objects  # the job is left for people to look at
+
+
+def test_a_driver_at_work_is_waited_for_all_the_same(run: Run, obstacles: list[Obstacle]) -> None:
+    run.write_progress(record("running"))
+    obstacles.append(FINAL)
+    api, seen = cluster("Running"), Seen()
+    later(lambda: run.write_progress(record("done")))
+    assert followed(run, api, seen).state == "done"
+    assert "Pod tea-head: its image cat:9 is not there; push it" in seen.messages
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (
+            {"state": "Failed", "reason": "DeadlineExceeded", "message": "took too long"},
+            r"\(DeadlineExceeded: took too",
+        ),
+        ({"state": "ValidationFailed", "message": "no such field"}, r"ended as ValidationFailed \(no such field\)"),
+        ({"state": "Complete"}, "ended as Complete, without a word from its driver"),
+        (None, "RayJob tea is gone: somebody has deleted it"),
+    ],
+)
+def test_a_job_that_ended_without_a_word_is_an_error(status: Any, said: str, run: Run) -> None:
+    run.expect(EXPECTED)
+    api: Any = FakeApi() if status is None else cluster(**status)
+    with pytest.raises(RunError, match=said):
+        followed(run, api, Seen())
+
+
+def test_a_silent_driver_whose_job_has_ended_is_an_error(run: Run) -> None:
+    run.write_progress(record("running", updated="2026-01-01T00:00:00+00:00"))
+    with pytest.raises(RunError, match="has ended as Failed"):
+        followed(run, cluster("Failed"), Seen())
+
+
+def test_a_try_that_failed_is_followed_by_the_next(run: Run) -> None:
+    run.write_progress(record("failed"))
+    api, seen = cluster("Running"), Seen()
+    later(lambda: set_state(api, "Retrying"), lambda: run.write_progress(record("done", attempt=2)))
+    assert followed(run, api, seen).attempt == 2
+    assert seen.states == [("failed", 1), ("done", 2)]
+    assert "RayJob tea: a try has failed, and another cluster is made for the next" in seen.messages
+
+
+def test_the_last_try_and_what_failed_for_good_end_it(run: Run) -> None:
+    run.write_progress(record("failed"))
+    api = cluster("Running")
+    later(lambda: set_state(api, "Failed"))
+    assert followed(run, api, Seen()).state == "failed"
+    run.write_progress(record("failed", permanent=True))
+    assert followed(run, cluster("Running"), Seen()).permanent
+    run.write_progress(record("stopped"))
+    assert followed(run, cluster("Running"), Seen()).state == "stopped"
+
+
+def test_a_suspended_job_says_what_starts_it(run: Run) -> None:
+    seen, queued = Seen(), Seen()
+    api = cluster("Suspended")
+    api.objects[("RayJob", "tea")]["spec"] = {"suspend": True}
+    FollowedJob(api, "tea", run, seen).check(None)
+    api.objects[("RayJob", "tea")]["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "cats"}
+    FollowedJob(api, "tea", run, queued).check(None)
+    assert seen.messages == ["RayJob tea: is suspended; submit it again to start it"]
+    assert queued.messages == ["RayJob tea: is suspended until its queue admits it"]
+
+
+def test_a_server_that_is_away_is_asked_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.expect(EXPECTED)
+    api, seen = cluster(), Seen()
+
+    def away(*_: object) -> None:
+        raise KubernetesError("the API server cannot be reached")
+
+    monkeypatch.setattr(api, "get", away)
+    later(lambda: run.write_progress(record("done")))
+    assert followed(run, api, seen).state == "done"
+    assert seen.messages[1:] == ["the API server cannot be reached; trying again"]

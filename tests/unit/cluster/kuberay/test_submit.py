@@ -1,0 +1,233 @@
+"""A spec on a cluster of Kubernetes: made once per run, found again, stopped, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_cluster.cluster.kuberay import submit
+from cat_cluster.cluster.kuberay.jobs import find_job, run_of, storage_of_run
+from cat_cluster.cluster.kuberay.render import RenderOptions
+from cat_cluster.cluster.kuberay.submit import KubernetesSubmission, check_cluster, stop_job, submit_to_kubernetes
+from cat_cluster.cluster.run_progress import RunProgress
+from cat_cluster.cluster.runs import Run
+from cat_cluster.errors import KubernetesError, RunError, StoreError
+from cat_cluster.spec.job import JobSpec
+from cat_cluster.store import LocalStore
+from tests.support.fake_kubernetes import FakeApi, made
+from tests.support.tiny_jobs import write_photos
+
+
+class Bucket(LocalStore):
+    """A folder that calls itself a bucket."""
+
+    @property
+    def url(self) -> str:
+        """The address of the bucket."""
+        return "s3://bucket/prod"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    monkeypatch.setattr(submit, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(submit, "STOP_SECONDS", 0.05)
+    monkeypatch.setattr(submit, "GONE_SECONDS", 0.05)
+    return Bucket(tmp_path / "bucket")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> JobSpec:
+    photos = str(write_photos(tmp_path / "cups"))
+    concept = {"token": "sks", "class_noun": "cup", "images": photos}
+    return JobSpec.model_validate({"name": "tea", "adapters": [{"id": "cup", "concepts": [concept]}]})
+
+
+def submitted(api: Any, job: JobSpec, store: Bucket, *, force: bool = False, **options: Any) -> KubernetesSubmission:
+    return submit_to_kubernetes(api, job, store, RenderOptions(**options), force=force)
+
+
+def record(run: Run, job: JobSpec, state: Any, attempt: int = 1) -> None:
+    run.claim()
+    run.write_progress(RunProgress.begin(run.run_id, job, state=state, attempt=attempt))
+
+
+def the_job(api: FakeApi) -> dict[str, Any]:
+    (found,) = api.list("ray.io/v1", "RayJob")
+    return found
+
+
+def set_status(api: FakeApi, **status: str) -> None:
+    for one in api.objects.values():
+        one["status"] = status
+
+
+def test_a_spec_becomes_a_job_that_is_found_by_its_run(job: JobSpec, store: Bucket) -> None:
+    api: Any = FakeApi()
+    made_now = submitted(api, job, store)
+    assert made_now.outcome == "submitted"
+    found = find_job(api, made_now.run.run_id)
+    assert found["metadata"]["name"] == made_now.job == find_job(api, str(made_now.job))["metadata"]["name"]
+    assert (run_of(found), storage_of_run(found)) == (made_now.run.run_id, "s3://bucket/prod")
+    expected = made_now.run.expectation()
+    assert expected is not None
+    assert str(made_now.job) in expected.job
+    assert store.list("inputs/")
+
+
+def test_a_job_that_is_there_is_not_made_again(job: JobSpec, store: Bucket) -> None:
+    api: Any = FakeApi()
+    first = submitted(api, job, store)
+    set_status(api, jobDeploymentStatus="Running")
+    again = submitted(api, job, store)
+    assert (again.outcome, again.job) == ("already running", first.job)
+    assert api.deleted == []
+
+
+def test_a_run_that_is_done_is_said_to_be(job: JobSpec, store: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    api: Any = FakeApi()
+    run = submitted(api, job, store).run
+    record(run, job, "done")
+    monkeypatch.setattr(submit, "is_done", lambda progress, store: progress.state == "done")
+    assert submitted(api, job, store).outcome == "already done"
+    assert submitted(api, job, store, force=True).outcome == "submitted"
+    assert len(api.deleted) == 1
+
+
+def test_a_failed_job_is_made_again_when_that_is_asked_for(job: JobSpec, store: Bucket) -> None:
+    api: Any = FakeApi()
+    first = submitted(api, job, store)
+    set_status(api, jobDeploymentStatus="Failed", reason="DeadlineExceeded", message="too\n long")
+    with pytest.raises(
+        RunError, match=rf"{first.job} has ended as Failed \(DeadlineExceeded: too long\); .*--force makes"
+    ):
+        submitted(api, job, store)
+    assert submitted(api, job, store, force=True).outcome == "submitted"
+    assert api.deleted == [first.job]
+    assert "status" not in the_job(api)
+
+
+def test_a_stopped_job_is_made_again_by_itself(job: JobSpec, store: Bucket) -> None:
+    api: Any = FakeApi()
+    first = submitted(api, job, store)
+    record(first.run, job, "stopped")
+    set_status(api, jobDeploymentStatus="Complete", jobStatus="STOPPED")
+    assert submitted(api, job, store).outcome == "submitted"
+    expected = first.run.expectation()
+    assert expected is not None
+    assert expected.after == 1
+
+
+def test_a_suspended_job_is_started_by_submitting_it_again(job: JobSpec, store: Bucket) -> None:
+    api: Any = FakeApi()
+    submitted(api, job, store, suspend=True)
+    set_status(api, jobDeploymentStatus="Suspended")
+    assert submitted(api, job, store, suspend=True).outcome == "already running"
+    assert submitted(api, job, store).outcome == "submitted"
+    assert the_job(api)["spec"]["suspend"] is False
+
+
+def test_a_job_in_a_queue_is_left_to_its_queue(job: JobSpec, store: Bucket) -> None:
+    api: Any = FakeApi()
+    submitted(api, job, store, queue="cats")
+    the_one = next(iter(api.objects.values()))
+    the_one["spec"]["suspend"] = True
+    assert submitted(api, job, store, queue="cats").outcome == "already running"
+    assert the_one["spec"]["suspend"] is True
+
+
+def test_a_run_that_something_else_works_on_is_refused(job: JobSpec, store: Bucket) -> None:
+    api: Any = FakeApi()
+    first = submitted(api, job, store)
+    with pytest.raises(RunError, match=rf"RayJob {first.job} is at work on {first.run.run_id} already: stop it first"):
+        submitted(api, job, store, packs=2)
+    api.objects.clear()
+    record(first.run, job, "running")
+    with pytest.raises(RunError, match="is running: attempt 1"):
+        submitted(api, job, store)
+    assert submitted(api, job, store, force=True).outcome == "submitted"
+
+
+def test_a_job_that_does_not_go_is_said(job: JobSpec, store: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    api: Any = FakeApi()
+    submitted(api, job, store)
+    monkeypatch.setattr(api, "delete", lambda *_: True)
+    with pytest.raises(KubernetesError, match="KubeRay's operator has to let it go"):
+        submitted(api, job, store, force=True)
+
+
+def test_stopping_asks_the_run_and_deletes_the_job(job: JobSpec, store: Bucket) -> None:
+    api: Any = FakeApi()
+    run = submitted(api, job, store).run
+    record(run, job, "running")
+    said: list[str] = []
+    stop_job(api, the_job(api), run, said.append)
+    assert said == [f"asked attempt 1 of {run.run_id} to stop"]
+    assert api.objects == {}
+    assert store.exists(run.key("stop.json"))
+    assert run.progress().state == "stopped"  # its driver had no time left to say so
+    assert submitted(api, job, store).outcome == "submitted"
+    assert not store.exists(run.key("stop.json"))
+
+
+def test_a_job_that_was_stopped_before_it_started_is_awaited_no_more(job: JobSpec, store: Bucket) -> None:
+    api: Any = FakeApi()
+    run = submitted(api, job, store).run
+    stop_job(api, the_job(api), run, lambda text: None)
+    assert run.expectation() is None
+    assert api.objects == {}
+
+
+def test_a_job_is_stopped_also_when_the_store_is_away(
+    job: JobSpec, store: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api: Any = FakeApi()
+    run = submitted(api, job, store).run
+
+    def away(*_: object) -> None:
+        raise StoreError("the store is away")
+
+    monkeypatch.setattr(Run, "last_record", away)
+    said: list[str] = []
+    stop_job(api, the_job(api), run, said.append)
+    assert api.objects == {}
+    assert "the store is away; RayJob" in said[0]
+
+
+def test_an_ended_job_is_not_stopped() -> None:
+    api: Any = FakeApi()
+    ended = made("RayJob", "tea", status={"jobDeploymentStatus": "Complete"})
+    with pytest.raises(RunError, match="RayJob tea has ended as Complete: there is nothing to stop"):
+        stop_job(api, ended, None, print)
+
+
+def test_what_is_missing_in_a_cluster_is_named_before_anything_is_uploaded() -> None:
+    there = made("Namespace", "cat-cluster")
+    for api, said in (
+        (FakeApi(kinds=()), "no kind RayJob"),
+        (FakeApi(), "has no namespace cat-cluster: make it and apply an overlay"),
+        (
+            FakeApi(there, denied=("create rayjobs", "patch rayjobs")),
+            "create, patch of rayjobs.ray.io; Role training-jobs",
+        ),
+    ):
+        cluster: Any = api
+        with pytest.raises(KubernetesError, match=said):
+            check_cluster(cluster)
+    unseen: Any = FakeApi(denied=("get Namespace cat-cluster",))
+    check_cluster(unseen)
+
+
+def test_a_run_of_several_jobs_means_the_one_at_work() -> None:
+    labels = {"cat-cluster/run": "run-0123456789ab"}
+    ended = {"jobDeploymentStatus": "Failed"}
+    api: Any = FakeApi(
+        made("RayJob", "old", labels=labels, created="2026-01-01"),
+        made("RayJob", "new", labels=labels, created="2026-01-02", status=ended),
+    )
+    assert find_job(api, "run-0123456789ab")["metadata"]["name"] == "old"
+    api.objects[("RayJob", "old")]["status"] = ended
+    assert find_job(api, "run-0123456789ab")["metadata"]["name"] == "new"
+    with pytest.raises(RunError, match=r"no RayJob of 'run-ffffffffffff': it has new \(run-0123456789ab\), old"):
+        find_job(api, "run-ffffffffffff")
