@@ -37,7 +37,7 @@ class Bars:
 
     def message(self, text: str) -> None:
         """Print a line above the bars."""
-        self.console.print(escape(text))
+        self.console.print(escape(text), soft_wrap=True)
 
     def move(self, bar: str, stage: str, name: str, **changes: Any) -> None:
         """Open a bar or change it: rich's `total` and `completed`, and a `detail` in markup."""

@@ -6,6 +6,7 @@ Those for jobs on a cluster are in `k8s_jobs`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from cat_cluster.cli.k8s_jobs import logs, stop, submit
+from cat_cluster.cli.k8s_jobs import logs, status, stop, submit
 from cat_cluster.cli.k8s_options import (
     NAMESPACE,
     Context,
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 # Training's modules take seconds to import: commands import what they need.
 
 k8s_app = typer.Typer(no_args_is_help=True, help="Kubernetes with KubeRay: jobs on it, and strict checks of manifests.")
-for _command in (submit, logs, stop):
+for _command in (submit, status, logs, stop):
     k8s_app.command()(_command)
 
 
@@ -125,12 +126,19 @@ def check(
         str,
         typer.Option(metavar="NAME,...", help="Feature gates of the operator that are on beside the default ones."),
     ] = "",
+    server: Annotated[
+        bool,
+        typer.Option("--server", help="Ask the API server too: it applies nothing, and says what it would refuse."),
+    ] = False,
+    context: Context = None,
+    namespace: Namespace = NAMESPACE,
     as_json: AsJson = False,
 ) -> None:
     """Check manifests before they are applied: unknown fields, what KubeRay's operator refuses, pod security.
 
     They are read as Kubernetes reads them, and at the end is said what was not looked at. No cluster and no network is
-    needed. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
+    needed; --server asks one about each object, and about a pod of each template. --namespace is that of documents that
+    name none. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
     """
     with needs_extra("k8s", "checking manifests"):
         from cat_cluster.cluster.kuberay.check import check_manifests, not_looked_at, read_manifests
@@ -143,7 +151,16 @@ def check(
         raise SpecError(f"{', '.join(files)}: no manifest there; give files that hold some")
     schemas = load_schemas(crds)
     findings = check_manifests(documents, schemas, restricted=restricted, gates=on)
-    left = not_looked_at(documents, schemas, restricted=restricted, gates=on)
+    not_asked: Sequence[str] | None = None
+    if server:
+        from cat_cluster.cluster.kuberay.api import open_api
+        from cat_cluster.cluster.kuberay.server_check import ask_server
+
+        answer = ask_server(open_api(context, namespace), documents)
+        not_asked = answer.not_asked
+        known = {(one.file, one.document, one.title, one.field) for one in findings}
+        findings += [one for one in answer.findings if (one.file, one.document, one.title, one.field) not in known]
+    left = not_looked_at(documents, schemas, restricted=restricted, gates=on, not_asked=not_asked)
     if as_json:
         problems = [asdict(finding) for finding in findings]
         record = {"documents": len(documents), "problems": problems, "not_looked_at": left}

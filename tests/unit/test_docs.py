@@ -95,6 +95,11 @@ def command_words(line: str, program: str) -> list[str] | None:
     return words[1:end]
 
 
+def option_names(parameter: Any) -> list[str]:
+    """Return the names of an option, also those that turn it off."""
+    return [*parameter.opts, *parameter.secondary_opts]
+
+
 def parse_command(words: list[str], *, whole: bool) -> None:
     """Find the command that `words` name and, if `whole`, let it parse its arguments; raises what is wrong."""
     command: Any = typer.main.get_command(app)
@@ -103,7 +108,7 @@ def parse_command(words: list[str], *, whole: bool) -> None:
         name = rest.pop(0)
         assert name in command.commands, f"no command {name!r} in {' '.join(words)!r}"
         command = command.commands[name]
-    options = {option for parameter in command.params for option in parameter.opts}
+    options = {option for parameter in command.params for option in option_names(parameter)}
     given = {word.partition("=")[0] for word in rest if word.startswith("--")} - {"--help"}
     assert given <= options, f"{' '.join(words)!r} has no option {given - options}"
     if whole:
@@ -249,7 +254,7 @@ def test_every_short_command_and_option_exists(document: Path) -> None:
     groups = {name for name, command in root.commands.items() if hasattr(command, "commands")}
     benchmarks: Any = typer.main.get_command(benchmark_app)
     commands = [*all_commands(root), *all_commands(benchmarks)]
-    options = {option for command in commands for parameter in command.params for option in parameter.opts}
+    options = {option for command in commands for parameter in command.params for option in option_names(parameter)}
     unknown = []
     for code in _INLINE.findall(document.read_text(encoding="utf-8")):
         first, *rest = code.split()[:2] or [""]

@@ -262,8 +262,12 @@ class Api:
         return reply
 
     def _refusal(self, status: int, body: bytes, asked: str) -> KubernetesError:
+        causes: list[tuple[str, str]] = []
         try:
-            reason = str(json.loads(body)["message"])
+            answer = json.loads(body)
+            reason = str(answer["message"])
+            named = (answer.get("details") or {}).get("causes") or ()
+            causes = [(str(cause.get("field", "")), str(cause.get("message", ""))) for cause in named]
         except (ValueError, KeyError, TypeError):
             reason = body.decode(errors="replace").strip() or HTTPStatus(status).phrase
         where = f"context {self.context}, namespace {self.namespace}"
@@ -276,7 +280,7 @@ class Api:
             )
         else:
             text = f"the API server refuses to {asked} ({where}): {reason}"
-        return KubernetesError(text, status)
+        return KubernetesError(text, status, reason=reason, causes=causes)
 
 
 def open_api(context: str | None = None, namespace: str | None = None) -> Api:

@@ -152,7 +152,7 @@ def _ask_to_stop(run: Run, say: Callable[[str], None]) -> None:
     progress = progress_or_none(run, damaged_ok=True)
     attempt = run.last_attempt()
     if progress is None or progress.ended or attempt == 0:
-        run.withdraw_expectation()  # nothing has started, and nothing will
+        run.withdraw_expectation()  # no driver is at work, and none will come
         return
     run.request_stop(attempt)
     say(f"asked attempt {attempt} of {run.run_id} to stop")

@@ -147,6 +147,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("CAT_DEVICE", "nowhere")
     monkeypatch.setattr(typer.main, "get_command", lambda _: TREE)  # built once, as in a process of its own
     monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "nosuch"))  # no cluster of whoever runs this is asked
     return tmp_path
 
 
@@ -179,7 +180,7 @@ def test_every_command_is_found() -> None:
     """The fuzz above is worth what it finds: this one counts on other ways to a command than the tree."""
     groups = [app, *(group.typer_instance for group in app.registered_groups if group.typer_instance is not None)]
     assert len(ALL) == sum(len(group.registered_commands) for group in groups)
-    assert {"demo", "generate", "adapters import", "k8s render", "pocket pretrain"} <= set(ALL)
+    assert {"demo", "generate", "adapters import", "k8s render", "k8s submit", "pocket pretrain"} <= set(ALL)
 
 
 FINDINGS: dict[str, tuple[list[str], str]] = {
@@ -226,6 +227,11 @@ FINDINGS: dict[str, tuple[list[str], str]] = {
         ["k8s", "render", "spec.yaml", "--queue", "cats", "--suspend"],
         "--suspend: Kueue starts a job in its queue all the same",
     ),
+    "a bad namespace of a submission": (
+        ["k8s", "submit", "spec.yaml", "--namespace", "Bad NS"],
+        "--namespace 'Bad NS'",
+    ),
+    "a submission without a cluster": (["k8s", "submit", "spec.yaml"], "no cluster is configured"),
     "no adapter": (["adapters", "alias", "nosuch", "prod"], "no adapter 'nosuch'"),
 }
 

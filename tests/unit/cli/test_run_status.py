@@ -72,3 +72,20 @@ def test_bars_move_and_each_end_is_told_once() -> None:
         assert text.count(part) == 1, text
     assert "10/10" in text
     assert "7/10" in text
+
+
+def test_what_ended_in_one_try_is_told_again_when_the_next_one_ends_it() -> None:
+    screen = io.StringIO()
+    with RunBars(Console(file=screen, width=160, force_terminal=False)) as bars:
+        bars.show(RUN.with_adapter("cup", state="failed", reason="lost worker"))
+        bars.show(RUN.changed(attempt=3))
+        bars.show(RUN.changed(attempt=3).with_adapter("cup", state="published", revision="r-0123456789ab"))
+    text = screen.getvalue()
+    assert text.count("failed cup: lost worker") == text.count("published cup r-0123456789ab") == 1
+
+
+def test_a_message_with_a_command_is_not_broken_into_lines() -> None:
+    screen = io.StringIO()
+    with RunBars(Console(file=screen, width=40, force_terminal=False)) as bars:
+        bars.message("`kubectl -n cat-cluster describe rayjob single-94f11b30` shows how it stands")
+    assert "`kubectl -n cat-cluster describe rayjob single-94f11b30` shows" in screen.getvalue()
