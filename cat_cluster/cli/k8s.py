@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
 from cat_cluster.cli.k8s_jobs import logs, status, stop, submit
 from cat_cluster.cli.k8s_options import (
@@ -37,6 +39,7 @@ from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
 
 if TYPE_CHECKING:
+    from cat_cluster.cluster.kuberay.doctor import Finding
     from cat_cluster.cluster.kuberay.render import RenderOptions
 
 # Training's modules take seconds to import: commands import what they need.
@@ -170,3 +173,44 @@ def check(
         raise SpecError("\n".join([*map(str, findings), end]))
     count = "1 document is" if len(documents) == 1 else f"{len(documents)} documents are"
     people.print(f"{count} right\n{end}", soft_wrap=True, markup=False)
+
+
+@k8s_app.command()
+def doctor(
+    context: Context = None,
+    namespace: Namespace = NAMESPACE,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI", help="Image of the pod that looks from inside. Default: that of RayCluster cat-training."
+        ),
+    ] = None,
+    inside: Annotated[
+        bool, typer.Option("--inside/--no-inside", help="Whether a pod tries policies and bucket from inside.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Look whether a cluster is fit for training and serving: each thing is a line, with its remedy where it lacks.
+
+    Versions, operator, feature gates, rights, Secrets, storage class, GPUs; and, from a pod that is removed again,
+    whether network policies are enforced and the bucket can be used. Exit code 1 where something has to be done.
+    """
+    with needs_extra("k8s", "asking a cluster"):
+        from cat_cluster.cluster.kuberay.api import open_api
+        from cat_cluster.cluster.kuberay.doctor import examine
+
+    found: list[Finding] = []
+    for finding in examine(open_api(context, namespace), image=image, inside=inside):
+        found.append(finding)
+        if not as_json:
+            _show(finding)
+    if as_json:
+        print_json({"findings": [asdict(finding) for finding in found]})
+    if any(finding.state == "problem" for finding in found):
+        raise typer.Exit(1)
+
+
+def _show(finding: Finding) -> None:
+    marks = {"ok": "[green]ok[/green]", "problem": "[red]to do[/red]", "unknown": "[yellow]unknown[/yellow]"}
+    text = f"{marks[finding.state]}  [bold]{escape(finding.subject)}[/bold]  {escape(finding.text)}"
+    Console(emoji=False, highlight=False).print(text, soft_wrap=True)

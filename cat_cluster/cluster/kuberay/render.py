@@ -21,6 +21,7 @@ from cat_cluster.cluster.kuberay.pods import (
     STORAGE_ANNOTATION,
     autoscaler_options,
     head_template,
+    part_of_project,
     submitter_template,
     worker_template,
 )
@@ -53,7 +54,7 @@ _IMAGE_NAME = (  # registry, path, tag, digest
     rf"([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]+)?/)?{_PART}(/{_PART})*"
     r"(:\w[\w.-]{0,127})?(@(sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}))?"
 )
-_LABELS = {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/component": "training"}
+_LABELS = part_of_project("training")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ def render_job(
     if options.queue is not None and not isinstance(job.cluster.workers, int):
         raise SpecError("cluster.workers: Kueue admits a fixed number; give one, or leave --queue out")
     check_options(options)
-    text, image, sizes = _spec_text(job, storage), _image(options), sizes_of(job, options)
+    text, sizes = _spec_text(job, storage), sizes_of(job, options)
+    image = options.image or default_image(gpu=options.gpu)
     name = _name(job.name, text, image, options) if options.name is None else options.name
     longest = MAX_NAME_LENGTH["RayJob"]
     if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
@@ -228,8 +230,9 @@ def check_options(options: RenderOptions) -> None:
         raise SpecError(f"--hours {options.hours}: must be from 1 to {LARGEST_INT32 // 3600}")
 
 
-def _image(options: RenderOptions) -> str:
-    return options.image or f"{IMAGE}:{package_version()}{'-gpu' if options.gpu else ''}"
+def default_image(*, gpu: bool = False) -> str:
+    """Return the image of this version of the package, as the overlays name it."""
+    return f"{IMAGE}:{package_version()}{'-gpu' if gpu else ''}"
 
 
 def _name(title: str, text: str, image: str, options: RenderOptions) -> str:
