@@ -144,7 +144,7 @@ def obstacles_of(view: JobView, *, now: datetime) -> list[Obstacle]:
     if is_held(job) and state in ("Suspended", "Suspending"):
         patch = f'patch rayjob {job["metadata"]["name"]} --type merge -p \'{{"spec":{{"suspend":false}}}}\''
         command = f"`{kubectl_of(job)} {patch}`"
-        return [*found, Obstacle(about, f"is suspended; {command} starts it", final=True)]
+        return [*found, Obstacle(about, f"is suspended; {command} or submitting it again starts it", final=False)]
     return _together([*found, *_cluster_obstacles(view), *_pod_obstacles(view, now), *_events_of(view, now)])
 
 
