@@ -61,8 +61,8 @@ def pod_templates(document: Json) -> Iterator[PodTemplate]:
     """Yield the pods that Kubernetes or KubeRay make of a manifest, with what KubeRay adds that may be refused."""
     if document["kind"] == "RayCronJob":
         for one in pod_templates({**job_of(document), "apiVersion": document["apiVersion"]}):
-            moved = {field: ("spec", "jobTemplate", *path[1:]) for field, path in one.moved.items()}
-            yield PodTemplate(("spec", "jobTemplate", *one.path[1:]), one.pod, moved)
+            below = {field: ("spec", "jobTemplate", *path[1:]) for field, path in one.moved.items()}
+            yield PodTemplate(("spec", "jobTemplate", *one.path[1:]), one.pod, below)
         return
     cluster = CLUSTERS.get(document["kind"]) if document["apiVersion"].startswith("ray.io/") else None
     for path in pod_places(document):
