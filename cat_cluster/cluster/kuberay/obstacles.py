@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -81,17 +82,7 @@ def view_job(api: Api, job: Json) -> JobView:
     workloads: Sequence[Json] | None = ()
     if queue_of(job) and not is_over:
         workloads = seen("workloads", lambda: list_workloads(api)) if has_kueue(api) else None
-    operator = None
-    if not status:
-        try:
-            operator = [
-                one
-                for one in api.list("apps/v1", "Deployment", namespace="")
-                if one["metadata"]["name"] == "kuberay-operator"
-            ]
-        except KubernetesError as error:
-            if error.status != HTTPStatus.FORBIDDEN:
-                raise
+    operator = _operators(api) if not status else None
     logs: dict[tuple[str, str], str] = {}
     read: set[tuple[str, str]] = set()  # one pod of a group tells it for all
     for pod in () if is_over else pods:
@@ -113,6 +104,17 @@ def job_pods(api: Api, job: Json) -> Iterator[Json]:
         )
         yield from pods
         yield from api.list("v1", "Pod", labels=f"batch.kubernetes.io/job-name={name}")
+
+
+def _operators(api: Api) -> list[Json] | None:
+    """Return the Deployments of KubeRay's operator in all namespaces; None where they may not be seen."""
+    try:
+        deployments = api.list("apps/v1", "Deployment", namespace="")
+    except KubernetesError as error:
+        if error.status != HTTPStatus.FORBIDDEN:
+            raise
+        return None
+    return [one for one in deployments if "kuberay" in json.dumps([one["metadata"]["name"], one.get("spec")])]
 
 
 def has_kueue(api: Api) -> bool:
@@ -176,17 +178,17 @@ def _unseen(about: str, view: JobView, now: datetime) -> Iterator[Obstacle]:
     manager, age = view.job["spec"].get("managedBy"), _age(view.job, now)
     if manager and not manager.startswith("ray.io/"):
         yield Obstacle(about, f"is {manager}'s to run (managedBy), and KubeRay leaves it alone", final=False)
-    elif view.operator == []:
-        text = "KubeRay's operator is not installed in the cluster; install it (docs/operations.md)"
-        yield Obstacle(about, text, final=True)
     elif age >= NOTICE_SECONDS:
+        text = f"KubeRay's operator has said nothing of it for {NOTICE_SECONDS} s and more"
         down = [one for one in view.operator or () if not one.get("status", {}).get("readyReplicas")]
+        if view.operator == []:
+            # Some clouds run it where nobody sees it, so this is a guess.
+            yield Obstacle(about, f"{text}, and the cluster shows none; install it (docs/operations.md)", final=False)
+            return
         where = down[0]["metadata"]["namespace"] if down else "kuberay-system"
-        state = "does not run" if down else f"has said nothing of it for {NOTICE_SECONDS} s and more"
-        text = (
-            f"KubeRay's operator {state}; see that it runs (`kubectl -n {where} get pods`), and watches the namespace"
-        )
-        yield Obstacle(about, text, final=False)
+        look = f"`kubectl -n {where} get pods`"
+        not_ready = ", and has no pod that is ready" if down else ""
+        yield Obstacle(about, f"{text}{not_ready}; see that it runs ({look}), and watches the namespace", final=False)
 
 
 def _cluster_obstacles(view: JobView) -> Iterator[Obstacle]:

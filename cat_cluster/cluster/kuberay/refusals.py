@@ -18,7 +18,7 @@ _QUOTA = re.compile(r"exceeded quota: (?P<name>[^,]+), requested: (.*), used: (.
 _SECURITY = re.compile(r'violates PodSecurity "(?P<level>[^":]+)[^"]*": (?P<what>.*)', re.DOTALL)
 _ACCOUNT = re.compile(r'serviceaccount "(?P<name>[^"]+)" not found')
 _PRIORITY = re.compile(r"no PriorityClass with name (?P<name>\S+) was found")
-_FORBIDDEN = re.compile(r'^.*?pods "[^"]*" is forbidden: ', re.DOTALL)
+_WHICH = re.compile(r'^.*?(pods "[^"]*" is forbidden|Pod "[^"]*" is invalid): ', re.DOTALL)
 _OVERLAY = "apply the overlay of k8s/ to the namespace"
 
 _NODES = re.compile(r"0/(?P<all>\d+) nodes are available: (?P<why>.*)", re.DOTALL)
@@ -70,7 +70,7 @@ def refusal(message: str) -> Cause:
         return f"its pods want service account {found['name']}, which is not there; {_OVERLAY}", True
     if found := _PRIORITY.search(message):
         return f"its pods want priority class {found['name']}, which is not there; {_OVERLAY}", True
-    return f"the API server refuses its pods: {shortened(_FORBIDDEN.sub('', message))}; change what it names", False
+    return f"the API server refuses its pods: {shortened(_WHICH.sub('', message))}; change what it names", False
 
 
 def unschedulable(message: str, pod: Json) -> Cause:

@@ -61,8 +61,8 @@ def pod_templates(document: Json) -> Iterator[PodTemplate]:
     """Yield the pods that Kubernetes or KubeRay make of a manifest, with what KubeRay adds that may be refused."""
     if document["kind"] == "RayCronJob":
         for one in pod_templates({**job_of(document), "apiVersion": document["apiVersion"]}):
-            below = {field: ("spec", "jobTemplate", *path[1:]) for field, path in one.moved.items()}
-            yield PodTemplate(("spec", "jobTemplate", *one.path[1:]), one.pod, below)
+            places = {field: ("spec", "jobTemplate", *path[1:]) for field, path in one.moved.items()}
+            yield PodTemplate(("spec", "jobTemplate", *one.path[1:]), one.pod, places)
         return
     cluster = CLUSTERS.get(document["kind"]) if document["apiVersion"].startswith("ray.io/") else None
     for path in pod_places(document):
@@ -158,10 +158,8 @@ class _Asker:
         if error.status is None or error.status == HTTPStatus.UNAUTHORIZED:
             raise error
         if error.status == HTTPStatus.FORBIDDEN and _MISSING_RIGHT in reason:
-            text = (
-                f"Pod Security, quota, accounts and priority classes: context {self._api.context} may not create pods"
-            )
-            self.not_asked.append(text)
+            may_not = f"context {self._api.context} may not create pods"
+            self.not_asked.append(f"Pod Security, quota, accounts and priority classes: {may_not}")
             return
         absent = _ABSENT.search(reason)
         if absent and any((kind, name) in self._made for kind, name in absent.groupdict().items() if name):

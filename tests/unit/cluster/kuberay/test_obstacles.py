@@ -170,12 +170,34 @@ def test_a_job_that_nobody_has_looked_at() -> None:
     assert obstacles_of(JobView(job), now=soon) == []
     (hidden,) = obstacles_of(JobView(job), now=late)
     assert hidden.text.startswith("KubeRay's operator has said nothing of it for 30 s and more; see that it runs")
-    (absent,) = obstacles_of(JobView(job, operator=[]), now=soon)
-    assert absent.text.startswith("KubeRay's operator is not installed")
-    assert absent.final
+    (absent,) = obstacles_of(JobView(job, operator=[]), now=late)
+    assert absent.text.endswith("and the cluster shows none; install it (docs/operations.md)")
     down = {"metadata": {"namespace": "ops"}, "status": {}}
     (stopped,) = obstacles_of(JobView(job, operator=[down]), now=late)
-    assert "does not run; see that it runs (`kubectl -n ops get pods`)" in stopped.text
+    assert "has no pod that is ready; see that it runs (`kubectl -n ops get pods`)" in stopped.text
+    assert not any(one.final for one in (hidden, absent, stopped))
+
+
+@pytest.mark.parametrize("forbidden", [(), ("Deployment",)])
+def test_the_operator_is_looked_for_where_that_is_allowed(forbidden: tuple[str, ...]) -> None:
+    job = copy.deepcopy(RECORDED["managed"]["job"])
+    del job["spec"]["managedBy"]
+    operator = {"metadata": {"name": "ray", "namespace": "ops"}, "spec": {"image": "quay.io/kuberay/operator:v1.7.0"}}
+    other = {"metadata": {"name": "coredns", "namespace": "kube-system"}}
+    server = server_of(objects={"RayJob": [job], "Deployment": [other, operator]}, forbidden=forbidden)
+    (obstacle,) = job_obstacles(server, "managed")
+    assert ("-n ops" in obstacle.text) is (not forbidden)
+
+
+def test_pods_that_are_not_valid_are_told_without_the_name_of_the_last() -> None:
+    job = copy.deepcopy(RECORDED["quota"]["job"])
+    message = (
+        'FailedCreateWorkerPod\nPod "tea-x-worker-6bpd9" is invalid: metadata.labels: Invalid value: "g_": no label'
+    )
+    failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateWorkerPod", "message": message}
+    job["status"]["rayClusterStatus"]["conditions"] = [failure]
+    (obstacle,) = obstacles_of(JobView(job), now=NOW)
+    assert obstacle.text.startswith('the API server refuses its pods: metadata.labels: Invalid value: "g_": no label;')
 
 
 def test_commands_name_the_namespace() -> None:
