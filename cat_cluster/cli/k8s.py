@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -41,6 +41,7 @@ from cat_cluster.settings import load_settings
 if TYPE_CHECKING:
     from cat_cluster.cluster.kuberay.doctor import Finding
     from cat_cluster.cluster.kuberay.render import RenderOptions
+    from cat_cluster.spec.job import JobSpec
 
 # Training's modules take seconds to import: commands import what they need.
 
@@ -73,23 +74,67 @@ def render(
     worker_cpu: WorkerCpu = None,
     worker_memory: WorkerMemory = None,
     head_memory: HeadMemory = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(metavar="CRON", help="Make a RayCronJob, which starts the job at these times: '0 3 * * *'."),
+    ] = None,
+    time_zone: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Time zone of --schedule. Default: that of KubeRay's operator.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="<path>", parser=output_file, help="File; default: stdout.")
     ] = None,
 ) -> None:
-    """Write a job spec as a RayJob of Kubernetes, ready for `kubectl apply -f`; it holds the spec."""
+    """Write a job spec as a RayJob of Kubernetes, ready for `kubectl apply -f`; it holds the spec.
+
+    With --schedule as a RayCronJob: photos at an s3:// address are looked at anew each time, and what has changed is
+    trained. That kind wants the operator's feature gate RayCronJob.
+    """
     from cat_cluster.cluster.kuberay.render import RenderOptions
     from cat_cluster.cluster.kuberay.sizes import Overrides
 
     sizes = Overrides(worker_cpu, worker_memory, head_memory)
     options = RenderOptions(name, namespace, image, gpu, packs, hours, suspend, queue, priority, sizes)
-    _render(spec, storage, options, upload=upload, out=out)
+    if schedule is None and time_zone is not None:
+        raise SpecError(f"--time-zone {time_zone}: is that of a schedule; give --schedule, or leave it out")
+    if schedule is None:
+        _render(spec, storage, options, upload=upload, out=out)
+    else:
+        _render_schedule(spec, storage, options, schedule, time_zone, upload=upload, out=out)
+
+
+def _render_schedule(
+    spec: Path,
+    storage: str | None,
+    options: RenderOptions,
+    schedule: str,
+    time_zone: str | None,
+    *,
+    upload: bool,
+    out: Path | None,
+) -> None:
+    from cat_cluster.cluster.kuberay.render import on_schedule, render_job
+    from cat_cluster.spec.job import load_spec
+    from cat_cluster.store import open_store
+
+    if upload:
+        raise SpecError(
+            "--upload: stores photos once and for all, so each time would train the same; with --schedule "
+            "keep them at an s3:// address that you change, and leave --upload out"
+        )
+    if options.queue is not None:
+        raise SpecError(
+            "--queue: KubeRay gives the jobs of a schedule no labels, so Kueue would not see them; leave it out"
+        )
+    job = load_spec(spec)
+    store = open_store(storage or job.storage or load_settings().storage)
+    ray_job = render_job(job, store.url, replace(options, suspend=False))
+    _write(on_schedule(ray_job, schedule, time_zone, suspend=options.suspend), out, _warnings(job, options))
 
 
 def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: bool, out: Path | None) -> None:
-    from cat_cluster.cluster.kuberay.render import expectation_of, manifest_text, render_job, sizes_of, upload_job
+    from cat_cluster.cluster.kuberay.render import expectation_of, render_job, upload_job
     from cat_cluster.cluster.runs import Run
-    from cat_cluster.files import write_whole
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 
@@ -99,19 +144,32 @@ def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: 
     if upload:
         job, run_id = upload_job(job, store)
     ray_job = render_job(job, store.url, options, run_id=run_id, upload_to=store if upload else None)
-    for warning in sizes_of(job, options).warnings:
-        people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    text = manifest_text(ray_job)
-    if out is None:
-        sys.stdout.write(text)
-    else:
-        write_whole(out, text.encode())
-        people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)
+    _write(ray_job, out, _warnings(job, options))
     if run_id is not None:
         run = Run(store, run_id)
         run.expect(expectation_of(ray_job, options, after=run.last_attempt()))
         follow = f"cat-cluster jobs status {run_id} --wait --storage {store.url}"
         people.print(f"follow it  {follow}", soft_wrap=True, markup=False)
+
+
+def _warnings(job: JobSpec, options: RenderOptions) -> Sequence[str]:
+    from cat_cluster.cluster.kuberay.render import sizes_of
+
+    return sizes_of(job, options).warnings
+
+
+def _write(document: dict[str, Any], out: Path | None, warnings: Sequence[str]) -> None:
+    from cat_cluster.cluster.kuberay.render import manifest_text
+    from cat_cluster.files import write_whole
+
+    for warning in warnings:
+        people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    text = manifest_text(document)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_whole(out, text.encode())
+        people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)
 
 
 @k8s_app.command()

@@ -38,6 +38,7 @@ _WHAT_TRAINERS_DO = (
     ("list", "", "pods", ""),
     ("get", "", "pods", "log"),
     ("list", "", "events", ""),
+    ("create", "", "pods", "portforward"),
 )
 _NEVER_STARTS = (
     "ErrImagePull",

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shlex
+import zoneinfo
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from cat_cluster.cluster.kuberay.pods import (
     worker_template,
 )
 from cat_cluster.cluster.kuberay.rules import MAX_NAME_LENGTH
+from cat_cluster.cluster.kuberay.schedules import schedule_problem
 from cat_cluster.cluster.kuberay.sizes import FROM_SPEC, JobSizes, Overrides, job_sizes
 from cat_cluster.cluster.kuberay.yaml_text import dump
 from cat_cluster.cluster.runs import Expectation, run_id_of
@@ -156,14 +158,43 @@ def render_job(
     return ray_job
 
 
+def on_schedule(
+    ray_job: dict[str, Any], schedule: str, time_zone: str | None, *, suspend: bool = False
+) -> dict[str, Any]:
+    """Return a RayCronJob that makes the rendered RayJob at each time of a schedule.
+
+    schedule: five fields of cron, or one of @hourly ... @yearly; time_zone: such as Europe/Berlin, by default that of
+    the operator's pod; suspend: until it is released. Raises SpecError.
+    """
+    if problem := schedule_problem(schedule):
+        raise SpecError(f"--schedule {schedule!r}: {problem}")
+    if time_zone is not None and time_zone not in zoneinfo.available_timezones():
+        raise SpecError(f"--time-zone {time_zone}: is no name of the time zone database, such as Europe/Berlin")
+    metadata = ray_job["metadata"]
+    longest = MAX_NAME_LENGTH["RayCronJob"]  # each job's name has the minute behind it
+    if len(metadata["name"]) > longest:
+        raise SpecError(f"--name {metadata['name']}: may have {longest} characters with --schedule; give a shorter one")
+    spec = {
+        "schedule": schedule,
+        **({"timeZone": time_zone} if time_zone else {}),
+        **({"suspend": True} if suspend else {}),
+    }
+    return {
+        "apiVersion": ray_job["apiVersion"],
+        "kind": "RayCronJob",
+        "metadata": metadata,
+        "spec": {**spec, "jobTemplate": ray_job["spec"]},
+    }
+
+
 def sizes_of(job: JobSpec, options: RenderOptions) -> JobSizes:
     """Return what the pods of a job ask for, and what of it is doubtful; raises as `job_sizes`."""
     return job_sizes(job, options.sizes, gpu=options.gpu, packs=options.packs)
 
 
-def manifest_text(ray_job: dict[str, Any]) -> str:
-    """Return a RayJob as YAML that Kubernetes and other readers take alike, texts of several lines as they are."""
-    return dump(ray_job)
+def manifest_text(document: dict[str, Any]) -> str:
+    """Return an object as YAML that Kubernetes and other readers take alike, texts of several lines as they are."""
+    return dump(document)
 
 
 def refuse_local_paths(job: JobSpec, storage: str, *, uploads: bool = False) -> None:
