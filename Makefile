@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Tests and jobs start many processes: without compiled bytecode each would compile the whole package again.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo serve test unit coverage mutants chaos lint lint-python lint-javascript lint-shell lint-yaml generate s3 install clean
+.PHONY: demo serve test unit coverage mutants chaos e2e lint lint-python lint-javascript lint-shell lint-yaml generate s3 install clean
 
 install: $(STAMP)
 
@@ -47,6 +47,12 @@ test: $(STAMP)
 
 chaos: $(STAMP)
 	$(PYTEST) -m chaos --durations=0 --durations-min=1
+
+# On a real cluster, which it fills, breaks and empties: only the one that E2E_CONTEXT names. Each file stands on the ones
+# before it. E2E_RECORD=1 makes a result file of it, which docs/operations.md shows.
+e2e: $(STAMP)
+	$(PYTEST) --durations=0 --durations-min=1 tests/e2e/test_install.py tests/e2e/test_network.py tests/e2e/test_jobs.py \
+		tests/e2e/test_service.py tests/e2e/test_removal.py
 
 # Small mistakes in core lines, made one at a time in a copy: the tests must notice each. AREA=training for one area.
 AREA ?=

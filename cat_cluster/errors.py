@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -133,12 +133,22 @@ class ClusterError(CatClusterError):
 class KubernetesError(ClusterError):
     """The API server of a Kubernetes cluster cannot be reached, or refuses what was asked of it.
 
-    status: the HTTP status it gave; None when it gave none.
+    status: the HTTP status it gave; None when it gave none. reason: its own words. causes: field and message of each
+    field that it refuses, where it names them.
     """
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        status: int | None = None,
+        *,
+        reason: str = "",
+        causes: Sequence[tuple[str, str]] = (),
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.reason = reason
+        self.causes = tuple(causes)
 
 
 class WorkerError(ClusterError):

@@ -22,7 +22,7 @@ from cat_cluster.telemetry import LABELS, MOST_SERIES, OTHER, SERVING_METRICS, T
 from jobs.architecture_diagram import layers, way_of_the_data
 from jobs.benchmark.figures import digest_in, digest_of
 from jobs.benchmark.pages import PAGES, draw_picture, markdown_templates, page_texts, pictures
-from jobs.benchmark.record import ROOT
+from jobs.benchmark.record import RESULTS, ROOT, measured_on, read_result
 from serve.settings import Deployment, ProbeSettings, ServeSettings
 
 # page -> the models whose fields it documents, each as a table named after the model
@@ -40,6 +40,7 @@ FIELD_TABLES: Mapping[str, tuple[type[BaseModel], ...]] = {
 }
 _RULES = "k8s/monitoring/rules.yaml"
 _OPERATOR_RULES = "k8s/monitoring/prometheusrule.yaml"
+_OPERATIONS = "docs/operations.md"
 _OPERATOR_HEAD = """\
 # Generated from rules.yaml: change that, then `make generate`.
 apiVersion: monitoring.coreos.com/v1
@@ -62,6 +63,7 @@ def generated_texts(root: Path = ROOT) -> dict[str, str]:
             page: with_field_tables((root / page).read_text(encoding="utf-8"), *FIELD_TABLES[page])
             for page in FIELD_TABLES
         },
+        _OPERATIONS: with_block((root / _OPERATIONS).read_text(encoding="utf-8"), "kubernetes", cluster_table()),
         **{_relative(PAGES / name): text for name, text in page_texts().items()},
     }
 
@@ -90,13 +92,36 @@ def operator_rules(rules: str) -> str:
 def with_field_tables(page: str, *models: type[BaseModel]) -> str:
     """Return a page with the table of each model's fields between its markers; ValueError where a marker is missing."""
     for model in models:
-        start = f"<!-- generated: {model.__name__} -->\n"
-        head, found, rest = page.partition(start)
-        _, end, tail = rest.partition("<!-- end -->")
-        if not found or not end:
-            raise ValueError(f"the page lacks {start.strip()} with <!-- end --> after it")
-        page = head + start + field_table(model) + end + tail
+        page = with_block(page, model.__name__, field_table(model))
     return page
+
+
+def with_block(page: str, name: str, text: str) -> str:
+    """Return a page with a text between the markers of a name; ValueError where one is missing."""
+    start = f"<!-- generated: {name} -->\n"
+    head, found, rest = page.partition(start)
+    _, end, tail = rest.partition("<!-- end -->")
+    if not found or not end:
+        raise ValueError(f"the page lacks {start.strip()} with <!-- end --> after it")
+    return head + start + text + end + tail
+
+
+def cluster_table(results: Path = RESULTS) -> str:
+    """Return the Markdown table of what `make e2e` did on a real cluster, with what came out, failures included."""
+    result = read_result("kubernetes", results)
+    if result is None:
+        return "\n`make e2e` has no result yet.\n\n"
+    cluster = result["cluster"]
+    rows = "".join(_tested_row(part) for part in result["parts"])
+    where = f"Kubernetes {cluster['kubernetes']}, {cluster['nodes']} node, {', '.join(cluster['runtime'])}"
+    return f"\n| `make e2e` | result |\n|---|---|\n{rows}\n{where}. {measured_on(result)}\n\n"
+
+
+def _tested_row(part: Mapping[str, Any]) -> str:
+    outcome = {"passed": "yes", "skipped": "not run"}.get(part["outcome"], "**failed**")
+    figures = "; ".join(part["figures"])
+    took = f"{part['seconds']:.0f} s"
+    return f"| {part['part']} | {outcome}, {took}{': ' if figures else ''}{figures} |\n"
 
 
 def field_table(model: type[BaseModel]) -> str:

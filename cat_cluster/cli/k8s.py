@@ -6,15 +6,19 @@ Those for jobs on a cluster are in `k8s_jobs`.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
 
-from cat_cluster.cli.k8s_jobs import logs, stop, submit
+from cat_cluster.cli.k8s_jobs import logs, status, stop, submit
 from cat_cluster.cli.k8s_options import (
     NAMESPACE,
+    Context,
     Gpu,
     HeadMemory,
     Hours,
@@ -35,12 +39,14 @@ from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
 
 if TYPE_CHECKING:
+    from cat_cluster.cluster.kuberay.doctor import Finding
     from cat_cluster.cluster.kuberay.render import RenderOptions
+    from cat_cluster.spec.job import JobSpec
 
 # Training's modules take seconds to import: commands import what they need.
 
 k8s_app = typer.Typer(no_args_is_help=True, help="Kubernetes with KubeRay: jobs on it, and strict checks of manifests.")
-for _command in (submit, logs, stop):
+for _command in (submit, status, logs, stop):
     k8s_app.command()(_command)
 
 
@@ -68,23 +74,67 @@ def render(
     worker_cpu: WorkerCpu = None,
     worker_memory: WorkerMemory = None,
     head_memory: HeadMemory = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(metavar="CRON", help="Make a RayCronJob, which starts the job at these times: '0 3 * * *'."),
+    ] = None,
+    time_zone: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Time zone of --schedule. Default: that of KubeRay's operator.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="<path>", parser=output_file, help="File; default: stdout.")
     ] = None,
 ) -> None:
-    """Write a job spec as a RayJob of Kubernetes, ready for `kubectl apply -f`; it holds the spec."""
+    """Write a job spec as a RayJob of Kubernetes, ready for `kubectl apply -f`; it holds the spec.
+
+    With --schedule as a RayCronJob: photos at an s3:// address are looked at anew each time, and what has changed is
+    trained. That kind wants the operator's feature gate RayCronJob.
+    """
     from cat_cluster.cluster.kuberay.render import RenderOptions
     from cat_cluster.cluster.kuberay.sizes import Overrides
 
     sizes = Overrides(worker_cpu, worker_memory, head_memory)
     options = RenderOptions(name, namespace, image, gpu, packs, hours, suspend, queue, priority, sizes)
-    _render(spec, storage, options, upload=upload, out=out)
+    if schedule is None and time_zone is not None:
+        raise SpecError(f"--time-zone {time_zone}: is that of a schedule; give --schedule, or leave it out")
+    if schedule is None:
+        _render(spec, storage, options, upload=upload, out=out)
+    else:
+        _render_schedule(spec, storage, options, schedule, time_zone, upload=upload, out=out)
+
+
+def _render_schedule(
+    spec: Path,
+    storage: str | None,
+    options: RenderOptions,
+    schedule: str,
+    time_zone: str | None,
+    *,
+    upload: bool,
+    out: Path | None,
+) -> None:
+    from cat_cluster.cluster.kuberay.render import on_schedule, render_job
+    from cat_cluster.spec.job import load_spec
+    from cat_cluster.store import open_store
+
+    if upload:
+        raise SpecError(
+            "--upload: stores photos once and for all, so each time would train the same; with --schedule "
+            "keep them at an s3:// address that you change, and leave --upload out"
+        )
+    if options.queue is not None:
+        raise SpecError(
+            "--queue: KubeRay gives the jobs of a schedule no labels, so Kueue would not see them; leave it out"
+        )
+    job = load_spec(spec)
+    store = open_store(storage or job.storage or load_settings().storage)
+    ray_job = render_job(job, store.url, replace(options, suspend=False))
+    _write(on_schedule(ray_job, schedule, time_zone, suspend=options.suspend), out, _warnings(job, options))
 
 
 def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: bool, out: Path | None) -> None:
-    from cat_cluster.cluster.kuberay.render import expectation_of, manifest_text, render_job, sizes_of, upload_job
+    from cat_cluster.cluster.kuberay.render import expectation_of, render_job, upload_job
     from cat_cluster.cluster.runs import Run
-    from cat_cluster.files import write_whole
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 
@@ -94,19 +144,32 @@ def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: 
     if upload:
         job, run_id = upload_job(job, store)
     ray_job = render_job(job, store.url, options, run_id=run_id, upload_to=store if upload else None)
-    for warning in sizes_of(job, options).warnings:
-        people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    text = manifest_text(ray_job)
-    if out is None:
-        sys.stdout.write(text)
-    else:
-        write_whole(out, text.encode())
-        people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)
+    _write(ray_job, out, _warnings(job, options))
     if run_id is not None:
         run = Run(store, run_id)
         run.expect(expectation_of(ray_job, options, after=run.last_attempt()))
         follow = f"cat-cluster jobs status {run_id} --wait --storage {store.url}"
         people.print(f"follow it  {follow}", soft_wrap=True, markup=False)
+
+
+def _warnings(job: JobSpec, options: RenderOptions) -> Sequence[str]:
+    from cat_cluster.cluster.kuberay.render import sizes_of
+
+    return sizes_of(job, options).warnings
+
+
+def _write(document: dict[str, Any], out: Path | None, warnings: Sequence[str]) -> None:
+    from cat_cluster.cluster.kuberay.render import manifest_text
+    from cat_cluster.files import write_whole
+
+    for warning in warnings:
+        people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    text = manifest_text(document)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_whole(out, text.encode())
+        people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)
 
 
 @k8s_app.command()
@@ -121,12 +184,19 @@ def check(
         str,
         typer.Option(metavar="NAME,...", help="Feature gates of the operator that are on beside the default ones."),
     ] = "",
+    server: Annotated[
+        bool,
+        typer.Option("--server", help="Ask the API server too: it applies nothing, and says what it would refuse."),
+    ] = False,
+    context: Context = None,
+    namespace: Namespace = NAMESPACE,
     as_json: AsJson = False,
 ) -> None:
     """Check manifests before they are applied: unknown fields, what KubeRay's operator refuses, pod security.
 
     They are read as Kubernetes reads them, and at the end is said what was not looked at. No cluster and no network is
-    needed. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
+    needed; --server asks one about each object, and about a pod of each template. --namespace is that of documents that
+    name none. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
     """
     with needs_extra("k8s", "checking manifests"):
         from cat_cluster.cluster.kuberay.check import check_manifests, not_looked_at, read_manifests
@@ -139,7 +209,16 @@ def check(
         raise SpecError(f"{', '.join(files)}: no manifest there; give files that hold some")
     schemas = load_schemas(crds)
     findings = check_manifests(documents, schemas, restricted=restricted, gates=on)
-    left = not_looked_at(documents, schemas, restricted=restricted, gates=on)
+    not_asked: Sequence[str] | None = None
+    if server:
+        from cat_cluster.cluster.kuberay.api import open_api
+        from cat_cluster.cluster.kuberay.server_check import ask_server
+
+        answer = ask_server(open_api(context, namespace), documents)
+        not_asked = answer.not_asked
+        known = {(one.file, one.document, one.title, one.field) for one in findings}
+        findings += [one for one in answer.findings if (one.file, one.document, one.title, one.field) not in known]
+    left = not_looked_at(documents, schemas, restricted=restricted, gates=on, not_asked=not_asked)
     if as_json:
         problems = [asdict(finding) for finding in findings]
         record = {"documents": len(documents), "problems": problems, "not_looked_at": left}
@@ -152,3 +231,44 @@ def check(
         raise SpecError("\n".join([*map(str, findings), end]))
     count = "1 document is" if len(documents) == 1 else f"{len(documents)} documents are"
     people.print(f"{count} right\n{end}", soft_wrap=True, markup=False)
+
+
+@k8s_app.command()
+def doctor(
+    context: Context = None,
+    namespace: Namespace = NAMESPACE,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URI", help="Image of the pod that looks from inside. Default: that of RayCluster cat-training."
+        ),
+    ] = None,
+    inside: Annotated[
+        bool, typer.Option("--inside/--no-inside", help="Whether a pod tries policies and bucket from inside.")
+    ] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Look whether a cluster is fit for training and serving: each thing is a line, with its remedy where it lacks.
+
+    Versions, operator, feature gates, rights, Secrets, storage class, GPUs; and, from a pod that is removed again,
+    whether network policies are enforced and the bucket can be used. Exit code 1 where something has to be done.
+    """
+    with needs_extra("k8s", "asking a cluster"):
+        from cat_cluster.cluster.kuberay.api import open_api
+        from cat_cluster.cluster.kuberay.doctor import examine
+
+    found: list[Finding] = []
+    for finding in examine(open_api(context, namespace), image=image, inside=inside):
+        found.append(finding)
+        if not as_json:
+            _show(finding)
+    if as_json:
+        print_json({"findings": [asdict(finding) for finding in found]})
+    if any(finding.state == "problem" for finding in found):
+        raise typer.Exit(1)
+
+
+def _show(finding: Finding) -> None:
+    marks = {"ok": "[green]ok[/green]", "problem": "[red]to do[/red]", "unknown": "[yellow]unknown[/yellow]"}
+    text = f"{marks[finding.state]}  [bold]{escape(finding.subject)}[/bold]  {escape(finding.text)}"
+    Console(emoji=False, highlight=False).print(text, soft_wrap=True)

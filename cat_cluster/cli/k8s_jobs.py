@@ -1,11 +1,16 @@
-"""Commands for jobs on Kubernetes: `k8s submit|logs|stop`."""
+"""Commands for jobs on Kubernetes: `k8s submit|status|logs|stop`."""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from cat_cluster.cli.jobs import run_json
 from cat_cluster.cli.k8s_options import (
@@ -27,7 +32,7 @@ from cat_cluster.cli.k8s_options import (
     WorkerMemory,
 )
 from cat_cluster.cli.options import AsJson, people, print_json
-from cat_cluster.errors import needs_extra
+from cat_cluster.errors import KubernetesError, needs_extra
 from cat_cluster.spec.choices import JobLog
 
 if TYPE_CHECKING:
@@ -97,6 +102,40 @@ def submit(
         print_json(record)
 
 
+def status(
+    job: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|JOB]", help="Run, or the name of its RayJob. Default: all of the namespace."),
+    ] = None,
+    context: Context = None,
+    namespace: Namespace = NAMESPACE,
+    as_json: AsJson = False,
+) -> None:
+    """Show how the jobs of a namespace stand; of one also its pods, and what is in its way.
+
+    What its adapters have reached is in the storage: cat-cluster jobs status RUN --storage s3://bucket/prefix
+    """
+    api = _open(context, namespace)
+    from cat_cluster.cluster.kuberay.jobs import RAY, find_job
+    from cat_cluster.cluster.kuberay.states import job_state
+
+    if job is not None:
+        _show_job(api, find_job(api, job), as_json=as_json)
+        return
+    api.required(RAY, "RayJob")
+    found = sorted(api.list(RAY, "RayJob"), key=lambda one: one["metadata"].get("creationTimestamp", ""), reverse=True)
+    workloads = _workloads(api, found)
+    states = [job_state(one, workloads, now=datetime.now(UTC)) for one in found]
+    if as_json:
+        print_json({"jobs": [asdict(one) for one in states]})
+    elif states:
+        from cat_cluster.cli.k8s_status import jobs_table
+
+        Console(emoji=False).print(jobs_table(states))
+    else:
+        _say(f"no RayJobs in namespace {api.namespace}; --namespace and --context say where else to look")
+
+
 def logs(
     job: Job,
     of: Annotated[
@@ -156,6 +195,45 @@ def _open(context: str | None, namespace: str) -> Api:
         from cat_cluster.cluster.kuberay.api import open_api
 
     return open_api(context, namespace)
+
+
+def _show_job(api: Api, job: dict[str, Any], *, as_json: bool) -> None:
+    from cat_cluster.cli.k8s_status import age_text, pods_table, pods_text
+    from cat_cluster.cluster.kuberay.obstacles import obstacles_of, view_job
+    from cat_cluster.cluster.kuberay.states import job_state, pod_state
+
+    now, view = datetime.now(UTC), view_job(api, job)
+    state, pods = job_state(job, view.workloads or (), now=now), [pod_state(pod) for pod in view.pods]
+    obstacles = obstacles_of(view, now=now)
+    if as_json:
+        listed = {"pods": [asdict(one) for one in pods], "obstacles": [asdict(one) for one in obstacles]}
+        print_json({**asdict(state), **listed})
+        return
+    console = Console(emoji=False)
+    ready = f", {pods_text(state)} pods ready" if state.pods_asked is not None else ""
+    console.print(f"{state.job}: {state.state}{ready}, {age_text(state.age)} old", markup=False, highlight=False)
+    if pods:
+        console.print(pods_table(pods))
+    for obstacle in obstacles:
+        console.print(f"- {obstacle}", markup=False, highlight=False, soft_wrap=True)
+    if state.run is not None:
+        _say(f"its adapters  cat-cluster jobs status {state.run} --storage {state.storage or 's3://...'}")
+
+
+def _workloads(api: Api, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return Kueue's Workloads where a job waits for them; none where they may not be seen."""
+    from cat_cluster.cluster.kuberay.jobs import QUEUE_LABEL
+    from cat_cluster.cluster.kuberay.obstacles import list_workloads
+
+    if not any(QUEUE_LABEL in job["metadata"].get("labels", {}) for job in jobs):
+        return []
+    try:
+        return list_workloads(api)
+    except KubernetesError as error:
+        if error.status != HTTPStatus.FORBIDDEN:
+            raise
+        _say(f"places in queues are not known: {error}")
+        return []
 
 
 def _outcome_text(submission: KubernetesSubmission) -> str:

@@ -43,3 +43,12 @@ def test_what_ci_and_the_hooks_run_is_in_the_makefile() -> None:
     lint = re.search(r"^lint: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert lint is not None
     assert hooks == {f"make {name}" for name in lint[1].split()}
+
+
+def test_the_tests_of_a_real_cluster_are_run_each_once_and_the_removal_last() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    recipe = re.search(r"^e2e: .*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    assert recipe is not None
+    files = re.findall(r"tests/e2e/(test_\w+\.py)", recipe[1])
+    assert sorted(files) == sorted(path.name for path in (ROOT / "tests" / "e2e").glob("test_*.py"))
+    assert (files[0], files[-1]) == ("test_install.py", "test_removal.py")

@@ -19,6 +19,7 @@ from cat_cluster.errors import KubernetesError, SpecError
 
 Json = dict[str, Any]
 
+KUBECONFIG = "~/.kube/config"
 FIELD_MANAGER = "cat-cluster"
 ROLE = "training-jobs"  # of k8s/base: what trainers may do
 TIMEOUT = (5.0, 60.0)  # seconds to connect, and to wait for a reply
@@ -179,6 +180,12 @@ class Api:
         """Return the server's version, such as v1.34.4."""
         return str(self._json("GET", "/version", asked="ask for its version")["gitVersion"])
 
+    def schemas(self, api_version: str) -> Json:
+        """Return the server's schemas of an API version by name (OpenAPI 3)."""
+        path = f"/openapi/v3/apis/{quote(api_version)}"
+        content: Json = self._json("GET", path, asked="read its schemas")["components"]["schemas"]
+        return content
+
     def resource(self, api_version: str, kind: str) -> Resource | None:
         """Return where the objects of a kind are; None where the server does not have it."""
         if api_version not in self._resources:
@@ -255,8 +262,12 @@ class Api:
         return reply
 
     def _refusal(self, status: int, body: bytes, asked: str) -> KubernetesError:
+        causes: list[tuple[str, str]] = []
         try:
-            reason = str(json.loads(body)["message"])
+            answer = json.loads(body)
+            reason = str(answer["message"])
+            named = (answer.get("details") or {}).get("causes") or ()
+            causes = [(str(cause.get("field", "")), str(cause.get("message", ""))) for cause in named]
         except (ValueError, KeyError, TypeError):
             reason = body.decode(errors="replace").strip() or HTTPStatus(status).phrase
         where = f"context {self.context}, namespace {self.namespace}"
@@ -269,7 +280,7 @@ class Api:
             )
         else:
             text = f"the API server refuses to {asked} ({where}): {reason}"
-        return KubernetesError(text, status)
+        return KubernetesError(text, status, reason=reason, causes=causes)
 
 
 def open_api(context: str | None = None, namespace: str | None = None) -> Api:
@@ -278,7 +289,7 @@ def open_api(context: str | None = None, namespace: str | None = None) -> Api:
     namespace: None for the context's own. Raises SpecError for a kubeconfig or context that is not there or unusable.
     """
     configuration = kubernetes.client.Configuration()
-    file = os.environ.get("KUBECONFIG") or None  # the library looks when it is imported
+    file = os.environ.get("KUBECONFIG") or KUBECONFIG  # the client reads the variable but once, when it is imported
     try:
         contexts, current = kubernetes.config.list_kube_config_contexts(file)
     except ConfigException as error:

@@ -91,7 +91,7 @@ def check_manifests(
     """
     found = []
     for document in documents:
-        content = _without_nulls(document.content)
+        content = without_nulls(document.content)
         findings = list(_shape_findings(content))
         findings = findings or list(schemas.findings(content))
         if not findings and schemas.knows(content):
@@ -104,9 +104,20 @@ def check_manifests(
 
 
 def not_looked_at(
-    documents: Sequence[Document], schemas: Schemas, *, restricted: bool = True, gates: Set[str] = DEFAULT_GATES
+    documents: Sequence[Document],
+    schemas: Schemas,
+    *,
+    restricted: bool = True,
+    gates: Set[str] = DEFAULT_GATES,
+    not_asked: Sequence[str] | None = None,
 ) -> list[str]:
-    """Return what `check_manifests` cannot know of these documents, a phrase each."""
+    """Return what `check_manifests` cannot know of these documents, a phrase each.
+
+    not_asked: what an API server could not be asked of them; None where none was asked.
+    """
+    assumed = f"whether the operator has these feature gates on, as is assumed (--gates): {', '.join(sorted(gates))}"
+    if not_asked is not None:
+        return [*not_asked, "whether images, Secrets, ConfigMaps and machines are there", assumed]
     contents = [document.content for document in documents]
     shaped = [one for one in contents if isinstance(one.get("apiVersion"), str) and isinstance(one.get("kind"), str)]
     unknown = sorted({f"{one['kind']} of {one['apiVersion']}" for one in shaped if not schemas.knows(one)})
@@ -114,9 +125,15 @@ def not_looked_at(
         *([f"kinds without a schema here, {', '.join(unknown)} (--crds takes them)"] if unknown else []),
         *([] if restricted else ["pod security (--no-restricted)"]),
         "whether what the documents name is in the cluster: images, Secrets, ConfigMaps, accounts, nodes, quota",
-        "what an API server finds in values alone, such as labels, quantities, ports, and mounts without a volume",
-        f"whether the operator has these feature gates on, as is assumed (--gates): {', '.join(sorted(gates))}",
+        "what an API server finds in values alone, such as labels, quantities, ports, and mounts without a volume "
+        "(--server asks one)",
+        assumed,
     ]
+
+
+def is_shaped(content: dict[str, Any]) -> bool:
+    """Say whether a document names its kind and itself as an object must."""
+    return next(_shape_findings(without_nulls(content)), None) is None
 
 
 def field_text(path: Sequence[str | int]) -> str:
@@ -143,11 +160,11 @@ def _text(file: str | Path, name: str) -> str:
     return data.decode("utf-8-sig")
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Return a value without the keys that hold nothing: the API server takes them as left out."""
     if isinstance(value, dict):
-        return {key: _without_nulls(below) for key, below in value.items() if below is not None}
-    return [_without_nulls(below) for below in value] if isinstance(value, list) else value
+        return {key: without_nulls(below) for key, below in value.items() if below is not None}
+    return [without_nulls(below) for below in value] if isinstance(value, list) else value
 
 
 def _shape_findings(content: dict[str, Any]) -> Iterator[Finding]:

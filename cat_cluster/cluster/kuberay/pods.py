@@ -17,8 +17,9 @@ HEALTH_PATH = "/api/healthz"
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
 ACCOUNT, HEAD_ACCOUNT = "cat-training", "cat-training-head"
 PRIORITY = "cat-cluster-training"
+SETTINGS = "cat-cluster-settings"  # ConfigMap with the environment of every pod
+S3_SECRET = "cat-cluster-s3"
 _SCRATCH = "/scratch"
-_LABELS = {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/component": "training"}
 # Of machines that may be taken away at short notice, and of those with GPUs.
 _SPOT = ("cat-cluster/spot", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 
@@ -50,7 +51,7 @@ def head_template(image: str, memory: str, *, spec: str | None, scales: bool) ->
         pod["volumes"].append({"name": "job", "downwardAPI": {"items": [item]}})
     if scales:
         pod["volumes"].append(_token_volume())
-    return {"metadata": {"labels": dict(_LABELS), "annotations": annotations}, "spec": pod}
+    return {"metadata": {"labels": part_of_project("training"), "annotations": annotations}, "spec": pod}
 
 
 def worker_template(image: str, cpu: str, memory: str, *, gpu: bool) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def worker_template(image: str, cpu: str, memory: str, *, gpu: bool) -> dict[str
     pod = _pod(container, ACCOUNT)
     keys = (*_SPOT, "nvidia.com/gpu") if gpu else _SPOT
     pod["tolerations"] = [{"key": key, "operator": "Exists", "effect": "NoSchedule"} for key in keys]
-    return {"metadata": {"labels": dict(_LABELS)}, "spec": pod}
+    return {"metadata": {"labels": part_of_project("training")}, "spec": pod}
 
 
 def submitter_template(image: str) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def submitter_template(image: str) -> dict[str, Any]:
     }
     pod = {**_pod(container, ACCOUNT), "restartPolicy": "Never"}
     pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] == "tmp"]
-    return {"metadata": {"labels": dict(_LABELS)}, "spec": pod}
+    return {"metadata": {"labels": part_of_project("training")}, "spec": pod}
 
 
 def autoscaler_options() -> dict[str, Any]:
@@ -96,6 +97,32 @@ def autoscaler_options() -> dict[str, Any]:
             {"name": "tmp", "mountPath": "/tmp"},
             {"name": "api-token", "mountPath": TOKEN_FOLDER, "readOnly": True},
         ],
+    }
+
+
+def part_of_project(component: str) -> dict[str, str]:
+    """Return the labels that the network policies and budgets of k8s/base know a pod by."""
+    return {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/component": component}
+
+
+def settings_environment() -> list[dict[str, Any]]:
+    """Return where a pod's environment comes from: `envFrom` of its container."""
+    return [
+        {"configMapRef": {"name": SETTINGS}},
+        # Not there where a role of the cloud gives the right to the bucket.
+        {"secretRef": {"name": S3_SECRET, "optional": True}},
+        {"secretRef": {"name": "cat-cluster-hub", "optional": True}},
+    ]
+
+
+def pod_security() -> dict[str, Any]:
+    """Return the securityContext of every pod here."""
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": USER,
+        "runAsGroup": USER,
+        "fsGroup": USER,
+        "seccompProfile": {"type": "RuntimeDefault"},
     }
 
 
@@ -115,13 +142,7 @@ def _pod(container: dict[str, Any], account: str) -> dict[str, Any]:
         # Kubernetes would put an address of every Service here into the environment, such as S3_PORT=tcp://...
         "enableServiceLinks": False,
         "priorityClassName": PRIORITY,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        "securityContext": pod_security(),
         "containers": [container],
         "volumes": [
             {"name": "scratch", "emptyDir": {"sizeLimit": "20Gi"}},
@@ -138,12 +159,7 @@ def _surroundings() -> dict[str, Any]:
             {"name": "HF_HOME", "value": f"{_SCRATCH}/huggingface"},
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
         ],
-        "envFrom": [
-            {"configMapRef": {"name": "cat-cluster-settings"}},
-            # Not there where a role of the cloud gives the right to the bucket.
-            {"secretRef": {"name": "cat-cluster-s3", "optional": True}},
-            {"secretRef": {"name": "cat-cluster-hub", "optional": True}},
-        ],
+        "envFrom": settings_environment(),
         "securityContext": container_security(),
         "volumeMounts": [{"name": "scratch", "mountPath": _SCRATCH}, {"name": "tmp", "mountPath": "/tmp"}],
     }

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shlex
+import zoneinfo
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -21,10 +22,12 @@ from cat_cluster.cluster.kuberay.pods import (
     STORAGE_ANNOTATION,
     autoscaler_options,
     head_template,
+    part_of_project,
     submitter_template,
     worker_template,
 )
 from cat_cluster.cluster.kuberay.rules import MAX_NAME_LENGTH
+from cat_cluster.cluster.kuberay.schedules import schedule_problem
 from cat_cluster.cluster.kuberay.sizes import FROM_SPEC, JobSizes, Overrides, job_sizes
 from cat_cluster.cluster.kuberay.yaml_text import dump
 from cat_cluster.cluster.runs import Expectation, run_id_of
@@ -53,7 +56,7 @@ _IMAGE_NAME = (  # registry, path, tag, digest
     rf"([A-Za-z0-9]([-A-Za-z0-9.]*[A-Za-z0-9])?(:[0-9]+)?/)?{_PART}(/{_PART})*"
     r"(:\w[\w.-]{0,127})?(@(sha256:[a-f0-9]{64}|sha512:[a-f0-9]{128}))?"
 )
-_LABELS = {"app.kubernetes.io/part-of": "cat-cluster", "app.kubernetes.io/component": "training"}
+_LABELS = part_of_project("training")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,8 @@ def render_job(
     if options.queue is not None and not isinstance(job.cluster.workers, int):
         raise SpecError("cluster.workers: Kueue admits a fixed number; give one, or leave --queue out")
     check_options(options)
-    text, image, sizes = _spec_text(job, storage), _image(options), sizes_of(job, options)
+    text, sizes = _spec_text(job, storage), sizes_of(job, options)
+    image = options.image or default_image(gpu=options.gpu)
     name = _name(job.name, text, image, options) if options.name is None else options.name
     longest = MAX_NAME_LENGTH["RayJob"]
     if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
@@ -154,14 +158,43 @@ def render_job(
     return ray_job
 
 
+def on_schedule(
+    ray_job: dict[str, Any], schedule: str, time_zone: str | None, *, suspend: bool = False
+) -> dict[str, Any]:
+    """Return a RayCronJob that makes the rendered RayJob at each time of a schedule.
+
+    schedule: five fields of cron, or one of @hourly ... @yearly; time_zone: such as Europe/Berlin, by default that of
+    the operator's pod; suspend: until it is released. Raises SpecError.
+    """
+    if problem := schedule_problem(schedule):
+        raise SpecError(f"--schedule {schedule!r}: {problem}")
+    if time_zone is not None and time_zone not in zoneinfo.available_timezones():
+        raise SpecError(f"--time-zone {time_zone}: is no name of the time zone database, such as Europe/Berlin")
+    metadata = ray_job["metadata"]
+    longest = MAX_NAME_LENGTH["RayCronJob"]  # each job's name has the minute behind it
+    if len(metadata["name"]) > longest:
+        raise SpecError(f"--name {metadata['name']}: may have {longest} characters with --schedule; give a shorter one")
+    spec = {
+        "schedule": schedule,
+        **({"timeZone": time_zone} if time_zone else {}),
+        **({"suspend": True} if suspend else {}),
+    }
+    return {
+        "apiVersion": ray_job["apiVersion"],
+        "kind": "RayCronJob",
+        "metadata": metadata,
+        "spec": {**spec, "jobTemplate": ray_job["spec"]},
+    }
+
+
 def sizes_of(job: JobSpec, options: RenderOptions) -> JobSizes:
     """Return what the pods of a job ask for, and what of it is doubtful; raises as `job_sizes`."""
     return job_sizes(job, options.sizes, gpu=options.gpu, packs=options.packs)
 
 
-def manifest_text(ray_job: dict[str, Any]) -> str:
-    """Return a RayJob as YAML that Kubernetes and other readers take alike, texts of several lines as they are."""
-    return dump(ray_job)
+def manifest_text(document: dict[str, Any]) -> str:
+    """Return an object as YAML that Kubernetes and other readers take alike, texts of several lines as they are."""
+    return dump(document)
 
 
 def refuse_local_paths(job: JobSpec, storage: str, *, uploads: bool = False) -> None:
@@ -228,8 +261,9 @@ def check_options(options: RenderOptions) -> None:
         raise SpecError(f"--hours {options.hours}: must be from 1 to {LARGEST_INT32 // 3600}")
 
 
-def _image(options: RenderOptions) -> str:
-    return options.image or f"{IMAGE}:{package_version()}{'-gpu' if options.gpu else ''}"
+def default_image(*, gpu: bool = False) -> str:
+    """Return the image of this version of the package, as the overlays name it."""
+    return f"{IMAGE}:{package_version()}{'-gpu' if gpu else ''}"
 
 
 def _name(title: str, text: str, image: str, options: RenderOptions) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from cat_cluster.cluster.kuberay.gates import DEFAULT_GATES, gate_findings, needs_gate
+from cat_cluster.cluster.kuberay.schedules import schedule_problem
 from cat_cluster.cluster.kuberay.silent_rules import GENERATED, group_findings, job_findings, manager_findings
 from cat_cluster.cluster.kuberay.validation import FieldPath, Finding
 from cat_cluster.spec.yaml_bounds import load_yaml
@@ -54,6 +55,8 @@ def operator_findings(document: Json, gates: Set[str] = DEFAULT_GATES) -> Iterat
     if kind == "RayCronJob":
         if kind not in gates:  # nobody looks at it
             yield ("kind",), needs_gate(kind)
+        if problem := schedule_problem(str(spec.get("schedule", ""))):
+            yield ("spec", "schedule"), problem
         yield from in_job_template(operator_findings(job_of(document), gates))
         return
     for name, least in _MINIMA.items():

@@ -72,15 +72,20 @@ def restricted_findings(document: Json) -> Iterator[Finding]:
 
 def pods_of(document: Json) -> Iterator[tuple[FieldPath, Json]]:
     """Yield the path of each pod template of a manifest, and the pod's spec."""
+    for place in pod_places(document):
+        pod = at(document, (*place, "spec"))
+        if pod and pod.get("containers"):
+            yield place, pod
+
+
+def pod_places(document: Json) -> list[FieldPath]:
+    """Return where a manifest may have pod templates."""
     places = list(_TEMPLATES)
     if path := CLUSTERS.get(document["kind"]):
         places.append((*path, "headGroupSpec", "template"))
         groups = at(document, (*path, "workerGroupSpecs")) or ()
         places += [(*path, "workerGroupSpecs", index, "template") for index in range(len(groups))]
-    for place in places:
-        pod = at(document, (*place, "spec"))
-        if pod and pod.get("containers"):
-            yield place, pod
+    return places
 
 
 def _autoscaler_findings(path: FieldPath, cluster: Json) -> Iterator[Finding]:

@@ -10,12 +10,11 @@ from http import HTTPStatus
 from urllib.parse import urlsplit
 
 from cat_cluster.cluster.kuberay.api import Api, Json
+from cat_cluster.cluster.kuberay.pods import S3_SECRET, SETTINGS
 from cat_cluster.cluster.kuberay.port_forward import forwarded
 from cat_cluster.errors import KubernetesError, SpecError
 from cat_cluster.settings import load_settings
 
-SETTINGS = "cat-cluster-settings"  # ConfigMap, the environment of every pod
-KEYS_SECRET = "cat-cluster-s3"
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 _REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
 _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -86,7 +85,7 @@ def storage_reached(api: Api, settings: Mapping[str, str], say: Say) -> Iterator
         with_keys = ""
         if not os.environ.get(_KEYS[0]):
             variables |= _keys(api)
-            with_keys = f", with the keys of Secret {KEYS_SECRET}"
+            with_keys = f", with the keys of Secret {S3_SECRET}"
         say(f"storage through a forwarded port of Service {name}{with_keys}")
         with _environment(variables):
             yield
@@ -145,11 +144,11 @@ class _ServicePods:
 
 
 def _keys(api: Api) -> dict[str, str]:
-    secret = api.get("v1", "Secret", KEYS_SECRET)
+    secret = api.get("v1", "Secret", S3_SECRET)
     data = {} if secret is None else secret.get("data") or {}
     if any(name not in data for name in _KEYS):
         raise KubernetesError(
-            f"namespace {api.namespace} has no Secret {KEYS_SECRET} with {' and '.join(_KEYS)}: make it "
+            f"namespace {api.namespace} has no Secret {S3_SECRET} with {' and '.join(_KEYS)}: make it "
             "(k8s/secrets.sh --local-s3), or set them in this shell"
         )
     return {name: base64.b64decode(data[name]).decode() for name in _KEYS}

@@ -1,0 +1,49 @@
+"""Tables of `k8s status`: the jobs of a namespace, and the pods of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from cat_cluster.cluster.kuberay.states import JobState, PodState
+
+
+def jobs_table(jobs: Sequence[JobState]) -> Table:
+    """Return a row for each job."""
+    table = _table("job", "run", "state", "pods", "age", "queue")
+    for one in jobs:
+        table.add_row(one.job, one.run or "-", one.state, pods_text(one), age_text(one.age), one.queue or "-")
+    return table
+
+
+def pods_table(pods: Sequence[PodState]) -> Table:
+    """Return a row for each pod."""
+    table = _table("pod", "node", "phase", "restarts", "requests")
+    for one in pods:
+        requests = ", ".join(f"{name} {amount}" for name, amount in one.requests.items())
+        table.add_row(one.pod, one.node or "-", one.phase, str(one.restarts), requests or "-")
+    return table
+
+
+def pods_text(job: JobState) -> str:
+    """Return how many pods of a job are ready, of how many."""
+    return "-" if job.pods_asked is None else f"{job.pods_ready}/{job.pods_asked}"
+
+
+def age_text(seconds: float) -> str:
+    """Return an age in its largest unit, as kubectl does: 45s, 3m, 7h, 12d."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds // size:.0f}{unit}"
+    return f"{max(seconds, 0):.0f}s"
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, no_wrap=heading in ("job", "run", "pod"), overflow="fold")
+    return table

@@ -1,0 +1,101 @@
+"""A real cluster: which one, what its tests found, and what they share.
+
+The files are run in the order of the Makefile: each stands on what those before it made, and the last removes it all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Generator, MutableMapping
+from typing import Any
+
+import pytest
+
+from jobs.benchmark.record import Start, begin, write_result
+from tests.support.kubernetes import CLIENTS, NAMESPACE, STRANGERS, Json, command, kubectl
+
+Figures = MutableMapping[str, str]
+_started: dict[str, Start] = {}
+_parts: list[Json] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker("e2e")
+        item.add_marker(pytest.mark.timeout(1200))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cluster() -> str:
+    """The context of the cluster that may be used up; refuses any other than E2E_CONTEXT names."""
+    done = command("kubectl", "config", "current-context")
+    current = done.stdout.strip()
+    if done.returncode != 0 or not current:
+        pytest.skip("no cluster: kubectl has no current context")
+    if os.environ.get("E2E_CONTEXT") != current:
+        pytest.exit(
+            f"these tests fill, break and empty a cluster: where {current} may be used for that, E2E_CONTEXT={current}",
+            returncode=2,
+        )
+    if "E2E_RECORD" in os.environ:
+        _started["now"] = begin()
+    return current
+
+
+@pytest.fixture(scope="session", autouse=True)
+def clients(cluster: str) -> None:
+    """A namespace whose pods may draw, and one whose pods may not."""
+    for name, labels in ((CLIENTS, {"cat-cluster/serving-client": "true"}), (STRANGERS, {})):
+        namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+        kubectl("apply", "-f", "-", stdin=json.dumps(namespace))
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest) -> Figures:
+    """What a test measured, a few words each, for the table of docs/operations.md."""
+    found: Figures = {}
+    request.node.user_properties.append(("figures", found))
+    return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report: pytest.TestReport = yield
+    if report.when == "call" or (report.when == "setup" and not report.passed):
+        found = dict(item.user_properties).get("figures", {})
+        function = getattr(item, "function", None)
+        part = " ".join((getattr(function, "__doc__", None) or item.name).split()).rstrip(".")
+        _parts.append(
+            {
+                "part": part,
+                "test": item.nodeid,
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 1),
+                "figures": [f"{name}: {text}" if name else text for name, text in found.items()],
+            }
+        )
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if "now" in _started:
+        result = {"cluster": _versions(), "finished": time.strftime("%H:%M:%S"), "parts": _parts}
+        print(f"\nwrote {write_result('kubernetes', result, _started['now'])}")
+
+
+def _versions() -> Json:
+    server = json.loads(command("kubectl", "version", "-o", "json").stdout).get("serverVersion", {})
+    operator = command(
+        "kubectl", "get", "deploy", "-A", "-l", "app.kubernetes.io/name=kuberay-operator", "-o",
+        "jsonpath={.items[*].spec.template.spec.containers[*].image}",
+    )  # fmt: skip
+    nodes = json.loads(command("kubectl", "get", "nodes", "-o", "json").stdout)["items"]
+    return {
+        "kubernetes": server.get("gitVersion", "unknown"),
+        "operator": operator.stdout.strip() or "unknown",
+        "nodes": len(nodes),
+        "runtime": sorted({node["status"]["nodeInfo"]["containerRuntimeVersion"] for node in nodes}),
+        "namespace": NAMESPACE,
+    }

@@ -1,0 +1,135 @@
+"""Network policies, budgets and quota, tried from inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from tests.e2e.conftest import Figures
+from tests.support.kubernetes import (
+    CLIENTS,
+    IMAGE,
+    NAMESPACE,
+    STRANGERS,
+    Json,
+    command,
+    is_ready,
+    name_of,
+    objects,
+    pods,
+    run_in,
+    wait_until,
+)
+
+# Which of the targets each kind of pod reaches; all the others are closed to it.
+REACHED = {
+    "training head": {"training head", "S3 server", "API server"},
+    "training worker": {"training head", "S3 server"},
+    "serving head": {"serving head", "S3 server", "API server", "door"},
+    "engine": {"serving head", "S3 server", "door"},
+    "door": {"serving head", "S3 server", "door"},
+    "client": {"door"},
+    "stranger": set[str](),
+}
+CONNECT = """
+import json, socket, sys
+reached = []
+for name, address in json.loads(sys.argv[1]).items():
+    try:
+        socket.create_connection(tuple(address), timeout=3).close()
+        reached.append(name)
+    except OSError:
+        pass
+print(json.dumps(reached))
+"""
+
+
+def pod_of(kind: str) -> Json:
+    labels = {
+        "training head": "ray.io/cluster=cat-training,ray.io/node-type=head",
+        "training worker": "ray.io/cluster=cat-training,ray.io/node-type=worker",
+        "serving head": "app.kubernetes.io/component=serving,ray.io/node-type=head",
+        "engine": "app.kubernetes.io/component=serving,ray.io/group=engines",
+        "door": "app.kubernetes.io/component=serving,ray.io/group=doors",
+        "S3 server": "app.kubernetes.io/name=s3",
+    }
+    return next(pod for pod in pods(labels[kind]) if is_ready(pod))
+
+
+@pytest.fixture(scope="module")
+def outsiders() -> Iterator[dict[str, list[str]]]:
+    """A pod that waits in each namespace beside the project's: kubectl's words to run something in it."""
+    found = {}
+    for kind, namespace in (("client", CLIENTS), ("stranger", STRANGERS)):
+        words = ["kubectl", "-n", namespace]
+        command(*words, "delete", "pod", "outsider", "--ignore-not-found", "--now", "--wait")
+        done = command(*words, "run", "outsider", "--image", IMAGE, "--command", "--", "sleep", "3600")
+        assert done.returncode == 0, done.stderr
+        wait = command(*words, "wait", "pod/outsider", "--for=condition=Ready", "--timeout=120s")
+        assert wait.returncode == 0, wait.stderr
+        found[kind] = ["-n", namespace, "exec", "outsider"]
+    yield found
+    for namespace in (CLIENTS, STRANGERS):
+        command("kubectl", "-n", namespace, "delete", "pod", "outsider", "--now", "--wait=false")
+
+
+def test_the_network_policies(outsiders: dict[str, list[str]], figures: Figures) -> None:
+    """Network policies, from inside pods: what is named is reached and nothing else"""
+
+    def address(kind: str, port: int) -> list[object]:
+        return [pod_of(kind)["status"]["podIP"], port]
+
+    targets = {
+        "training head": address("training head", 6379),
+        "serving head": address("serving head", 6379),
+        "door": address("door", 8000),
+        "S3 server": address("S3 server", 8333),
+        "API server": ["kubernetes.default.svc", 443],
+        "dashboard": address("training head", 8265),
+        "metadata": ["169.254.169.254", 80],
+    }
+    found = {}
+    for kind in REACHED:
+        words = outsiders.get(kind) or ["-n", NAMESPACE, "exec", name_of(pod_of(kind))]
+        found[kind] = set(run_in(words, CONNECT, json.dumps(targets)))
+    training = {"training head", "training worker"}  # whose own dashboard is open to them
+    expected = {kind: reached | ({"dashboard"} if kind in training else set()) for kind, reached in REACHED.items()}
+    assert found == expected
+    figures[""] = f"{len(REACHED) * len(targets)} pairs"
+
+
+def test_what_may_be_evicted(figures: Figures) -> None:
+    """Budgets: evicting the last engine, the last door or a head is refused, a worker that trains may go"""
+    refused = {}
+    for kind in ("training head", "training worker", "serving head", "engine", "door"):
+        name = name_of(pod_of(kind))
+        eviction = {
+            "apiVersion": "policy/v1",
+            "kind": "Eviction",
+            "metadata": {"name": name, "namespace": NAMESPACE},
+            "deleteOptions": {"dryRun": ["All"]},
+        }
+        path = f"/api/v1/namespaces/{NAMESPACE}/pods/{name}/eviction"
+        done = command("kubectl", "create", "--raw", path, "-f", "-", stdin=json.dumps(eviction))
+        refused[kind] = done.returncode != 0 and "disruption budget" in done.stderr
+    assert refused == {**dict.fromkeys(refused, True), "training worker": False}
+    figures[""] = f"{sum(refused.values())} refused, 1 allowed"
+
+
+def test_the_metrics_are_read_through_the_policy() -> None:
+    """A Prometheus in namespace `monitoring`, without its operator, reads every Ray node's metrics"""
+    wait_until("metrics ports", lambda: bool(objects("pods", "-l", "app.kubernetes.io/part-of=cat-cluster")), 10)
+    command("kubectl", "create", "namespace", "monitoring")
+    words = ["kubectl", "-n", "monitoring"]
+    command(*words, "delete", "pod", "reader", "--ignore-not-found", "--now", "--wait")
+    done = command(*words, "run", "reader", "--image", IMAGE, "--command", "--", "sleep", "600")
+    assert done.returncode == 0, done.stderr
+    wait = command(*words, "wait", "pod/reader", "--for=condition=Ready", "--timeout=120s")
+    assert wait.returncode == 0, wait.stderr
+    ray = [pod for pod in pods("app.kubernetes.io/part-of=cat-cluster,ray.io/is-ray-node=yes") if is_ready(pod)]
+    targets = {name_of(pod): [pod["status"]["podIP"], 8080] for pod in ray}
+    reached = run_in(["-n", "monitoring", "exec", "reader"], CONNECT, json.dumps(targets))
+    command(*words, "delete", "pod", "reader", "--now", "--wait=false")
+    assert set(reached) == set(targets)

@@ -1,0 +1,133 @@
+"""The service under load: its engine, its head and its versions go, and every request is answered."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.conftest import Figures
+from tests.support.kubernetes import (
+    ROOT,
+    Load,
+    answered,
+    command,
+    is_ready,
+    kubectl,
+    name_of,
+    objects,
+    pods,
+    wait_until,
+)
+
+ADAPTER = "striped-cup"
+ENGINES = "app.kubernetes.io/component=serving,ray.io/group=engines"
+HEADS = "app.kubernetes.io/component=serving,ray.io/node-type=head"
+Variant = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory: pytest.TempPathFactory) -> Variant:
+    """Apply overlay `local` with some JSON patches of its RayService and some components."""
+    folder = tmp_path_factory.mktemp("overlay")
+
+    def apply(*patches: object, components: tuple[str, ...] = ()) -> None:
+        away = Path(os.path.relpath(ROOT / "k8s", folder))
+        target = {"kind": "RayService", "name": "cat-serving"}
+        kustomization = {
+            "resources": [str(away / "overlays/local")],
+            "components": [str(away / "components" / name) for name in components],
+            "patches": [{"target": target, "patch": json.dumps([patch])} for patch in patches],
+        }
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(kustomization), encoding="utf-8")
+        kubectl("apply", "-k", str(folder))
+
+    return apply
+
+
+def service() -> dict[str, object]:
+    found: dict[str, object] = objects("rayservice", "cat-serving")[0]
+    return found
+
+
+def active_cluster() -> str:
+    return str(objects("rayservice", "cat-serving")[0]["status"]["activeServiceStatus"].get("rayClusterName", ""))
+
+
+def annotated(value: str) -> object:
+    """A patch that changes an annotation of the head's pod, as docs/operations.md says for a new environment."""
+    path = "/spec/rayClusterConfig/headGroupSpec/template/metadata/annotations"
+    return {"op": "add", "path": path, "value": {"cat-cluster/e2e": value}}
+
+
+def new_cluster(before: str) -> None:
+    wait_until("a second cluster that has the traffic", lambda: active_cluster() not in ("", before), 420)
+    wait_until("a service that is ready", lambda: is_ready(service()))
+
+
+def test_the_only_engine_is_killed(figures: Figures) -> None:
+    """The only engine's pod killed under load"""
+    with Load(ADAPTER) as load:
+        time.sleep(5)
+        kubectl("delete", "pod", "-l", ENGINES, "--grace-period=0", "--force")
+        wait_until("another engine", lambda: any(map(is_ready, pods(ENGINES))))
+        time.sleep(15)
+    figures[""] = answered(load.tally)
+
+
+def test_its_configuration_changes(variant: Variant, figures: Figures) -> None:
+    """`serveConfigV2` changed under load"""
+    config = yaml.safe_load(service()["spec"]["serveConfigV2"])  # type: ignore[index]
+    config["applications"][0]["args"]["settings"]["alias_ttl_s"] = 3
+    change = {"op": "replace", "path": "/spec/serveConfigV2", "value": yaml.safe_dump(config)}
+    with Load(ADAPTER) as load:
+        variant(change)
+        time.sleep(5)
+        wait_until("a service that is ready", lambda: is_ready(service()))
+        time.sleep(40)
+    figures[""] = answered(load.tally)
+
+
+def test_another_version(variant: Variant, figures: Figures) -> None:
+    """A new version of the pods under load: a second cluster takes over"""
+    before = active_cluster()
+    with Load(ADAPTER) as load:
+        variant(annotated("another version"))
+        new_cluster(before)
+        time.sleep(10)
+    figures[""] = answered(load.tally)
+
+
+def test_the_head_is_killed(variant: Variant, figures: Figures) -> None:
+    """`gcs-embedded`: changed to under load, then the head's pod killed under load"""
+    before = active_cluster()
+    with Load(ADAPTER) as load:
+        variant(annotated("embedded"), components=("gcs-embedded",))
+        new_cluster(before)
+        time.sleep(10)
+    figures["changed to"] = answered(load.tally)
+    wait_until("one cluster", lambda: len(pods(HEADS)) == 1, 420)
+    engine = name_of(pods(ENGINES)[0])
+    with Load(ADAPTER) as load:
+        kubectl("delete", "pod", "-l", HEADS, "--grace-period=0", "--force")
+        time.sleep(20)
+        wait_until("another head", lambda: any(map(is_ready, pods(HEADS))))
+        time.sleep(60)  # engines that lose their head restart 50 s after it
+    figures["head killed"] = answered(load.tally)
+    assert [name_of(pod) for pod in pods(ENGINES)] == [engine]
+
+
+def test_the_page_of_the_service_answers() -> None:
+    """Health and metrics of a door, from a namespace of clients"""
+    name = name_of(next(pod for pod in pods("ray.io/group=doors") if is_ready(pod)))
+    script = (
+        "import json,urllib.request as u; "
+        "print(json.dumps({p: u.urlopen('http://127.0.0.1:8000/' + p).status for p in ('health', 'metrics')}))"
+    )
+    done = command("kubectl", "-n", "cat-cluster", "exec", name, "--", "python", "-c", script)
+    assert json.loads(done.stdout) == {"health": 200, "metrics": 200}, done.stderr

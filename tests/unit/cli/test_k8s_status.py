@@ -1,0 +1,85 @@
+"""What `k8s status` prints of a namespace and of a job."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from cat_cluster.cli.k8s_status import age_text
+from cat_cluster.cluster.kuberay import api
+from tests.support.tiny_jobs import CommandLine
+from tests.unit.cluster.kuberay.test_obstacles import RECORDED, Server, queued, workload
+
+
+class Namespace(Server):
+    """With the kinds that every such cluster has."""
+
+    context = "lab"
+
+    def required(self, api_version: str, kind: str) -> None:
+        assert kind == "RayJob"
+
+
+def recent(name: str, **labels: str) -> dict[str, Any]:
+    job = json.loads(json.dumps(RECORDED["cpu"]["job"]))
+    made = (datetime.now(UTC) - timedelta(minutes=3)).isoformat()
+    job["metadata"] |= {"name": name, "labels": labels, "creationTimestamp": made}
+    return dict(job)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(server: Server, *words: str) -> Any:
+        monkeypatch.setattr(api, "open_api", lambda context, namespace: server)
+        monkeypatch.setenv("COLUMNS", "200")
+        return CommandLine(monkeypatch, capsys)("k8s", "status", *words)
+
+    return call
+
+
+def test_jobs_of_a_namespace_are_a_table(command: Any) -> None:
+    objects = {
+        "RayJob": [recent("cup", **{"cat-cluster/run": "run-0123456789ab"}), queued("tea")],
+        "Workload": [workload("tea", 10)],
+    }
+    lines = command(Namespace(objects)).out.splitlines()
+    cup = next(line for line in lines if "cup" in line)
+    assert cup.split() == ["cup", "run-0123456789ab", "starting", "0/1", "3m", "-"]
+    assert "waiting in queue train, place 1" in next(line for line in lines if " tea " in line)
+    done = command(Namespace(objects), "--json")
+    assert [one["state"] for one in json.loads(done.out)["jobs"]] == ["starting", "waiting in queue train, place 1"]
+    done = command(Namespace({**objects}, forbidden=("Workload",)))
+    assert "places in queues are not known: a right is missing" in done.err
+    assert "waiting in queue train" in done.out
+
+
+def test_a_job_shows_its_pods_and_what_is_in_its_way(command: Any) -> None:
+    job = recent("cup", **{"cat-cluster/run": "run-0123456789ab"})
+    server = Namespace({"RayJob": [job], "Pod": RECORDED["cpu"]["pods"], "Event": []})
+    for name in ("cup", "run-0123456789ab"):
+        done = command(server, name)
+        assert "cup: starting, 0/1 pods ready, 3m old" in done.out
+        assert "cpu-w4s7z-head-l22zm" in done.out
+        assert "- Pod cpu-w4s7z-head-l22zm: no machine takes it, of 1 machine: 1 with too little cpu" in done.out
+        assert "cat-cluster jobs status run-0123456789ab --storage s3://..." in done.err
+    record = json.loads(command(server, "cup", "--json").out)
+    assert record["state"] == "starting"
+    assert [one["phase"] for one in record["pods"]] == ["Pending"]
+    assert record["obstacles"][0]["final"] is False
+
+
+def test_an_empty_namespace_and_a_job_that_is_not_there(command: Any) -> None:
+    done = command(Namespace({}))
+    assert (done.code, done.out) == (0, "")
+    assert "no RayJobs in namespace cat-cluster" in done.err
+    done = command(Namespace({}), "tea")
+    assert done.code == 1
+    assert "no RayJob of 'tea'" in done.err
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(-1, "0s"), (119, "119s"), (120, "2m"), (7300, "2h"), (400000, "4d")])
+def test_ages(seconds: float, text: str) -> None:
+    assert age_text(seconds) == text

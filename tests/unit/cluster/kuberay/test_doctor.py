@@ -1,0 +1,181 @@
+"""What `k8s doctor` says of a cluster that lacks one thing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_cluster.cluster.kuberay import doctor
+from cat_cluster.cluster.kuberay.api import Api, open_api
+from cat_cluster.cluster.kuberay.doctor import SECRETS, Finding, examine
+from cat_cluster.cluster.kuberay.security import restricted_findings
+from tests.support.api_server import ApiServer, api_server
+
+Json = dict[str, Any]
+EMBEDDED = {"rayClusterConfig": {"gcsFaultToleranceOptions": {"backend": "rocksdb"}}}
+ANSWER = {"reaches_api": False, "storage": "s3://cat-storage/prod", "bucket": None}
+
+
+def thing(api_version: str, kind: str, name: str, namespace: str = "cat-cluster", **content: Any) -> Json:
+    return {"apiVersion": api_version, "kind": kind, "metadata": {"name": name, "namespace": namespace}, **content}
+
+
+def operator(*arguments: str, namespace: str = "kuberay-system", ready: int = 1) -> Json:
+    container = {"name": "operator", "image": "kuberay/operator:v1.7.0", "args": list(arguments)}
+    found = thing("apps/v1", "Deployment", "kuberay-operator", namespace, status={"readyReplicas": ready})
+    found["metadata"]["labels"] = {"app.kubernetes.io/name": "kuberay-operator"}
+    found["spec"] = {"template": {"spec": {"containers": [container]}}}
+    return found
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    """A cluster that is fit."""
+    with api_server() as server:
+        server.put(operator("--feature-gates=GCSFaultToleranceEmbeddedStorage=true"))
+        namespace = thing("v1", "Namespace", "cat-cluster")
+        namespace["metadata"]["labels"] = {"pod-security.kubernetes.io/enforce": "restricted"}
+        fast = thing("storage.k8s.io/v1", "StorageClass", "fast")
+        fast["metadata"]["annotations"] = {"storageclass.kubernetes.io/is-default-class": "true"}
+        node = thing("v1", "Node", "node1", status={"allocatable": {"cpu": "8", "nvidia.com/gpu": "2"}})
+        server.put(namespace, fast, node, *(thing("v1", "Secret", name) for name in SECRETS))
+        backend = {"gcsFaultToleranceOptions": {"properties": {"backend": {}}}}
+        server.schemas["io.ray.v1.RayCluster"] = {"properties": {"spec": {"properties": backend}}}
+        server.on_create = ends_with(server, ANSWER)
+        yield server
+
+
+@pytest.fixture
+def api(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
+    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
+    return open_api(namespace="cat-cluster")
+
+
+def ends_with(server: ApiServer, answer: Json) -> Callable[[Json], None]:
+    def run(pod: Json) -> None:
+        pod["status"] = {"phase": "Succeeded"}
+        server.logs[pod["metadata"]["name"]] = f"a warning\n{json.dumps(answer)}\n"
+
+    return run
+
+
+def problems(api: Api) -> list[Finding]:
+    return [one for one in examine(api) if one.state != "ok"]
+
+
+def test_a_cluster_that_is_fit(api: Api, server: ApiServer) -> None:
+    found = list(examine(api))
+    assert {one.state for one in found} == {"ok"}
+    assert [one.text for one in found if one.subject == "GPUs"] == ["2 on 1 of 1 nodes"]
+    assert not api.list("v1", "Pod"), "the pod that looked from inside is left"
+
+
+def without_operator(server: ApiServer) -> None:
+    del server.objects["deployments", "kuberay-system", "kuberay-operator"]
+
+
+def embedded_without_gate(server: ApiServer) -> None:
+    server.put(operator(), thing("ray.io/v1", "RayService", "cat-serving", spec=EMBEDDED))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "subject", "words"),
+    [
+        pytest.param(without_operator, "KubeRay's operator", "is not there", id="no operator"),
+        pytest.param(lambda s: s.put(operator(ready=0)), "KubeRay's operator", "is not ready", id="not ready"),
+        pytest.param(lambda s: s.put(operator(namespace="other")), "KubeRay's operator", "undo each other", id="two"),
+        pytest.param(embedded_without_gate, "feature gates", "EmbeddedStorage is off, which RayService", id="gate"),
+        pytest.param(lambda s: s.schemas.clear(), "KubeRay's CRDs", "older than 1.7", id="old definitions"),
+        pytest.param(lambda s: s.kinds.pop("ray.io/v1"), "KubeRay's CRDs", "are not installed", id="no definitions"),
+        pytest.param(
+            lambda s: s.put(thing("v1", "Namespace", "cat-cluster")), "namespace", "restricted", id="pod security"
+        ),
+        pytest.param(
+            lambda s: s.objects.pop(("secrets", "cat-cluster", SECRETS[0])),
+            f"Secret {SECRETS[0]}",
+            "secrets.sh",
+            id="secret",
+        ),
+        pytest.param(
+            lambda s: s.objects.pop(("storageclasses", "", "fast")), "storage class", "wait for ever", id="class"
+        ),
+    ],
+)
+def test_what_lacks_is_named_with_its_remedy(
+    break_it: Callable[[ApiServer], object], subject: str, words: str, api: Api, server: ApiServer
+) -> None:
+    break_it(server)
+    found = problems(api)
+    assert [one.subject for one in found if one.state == "problem"] == [subject]
+    assert words in found[0].text
+
+
+def test_an_operator_elsewhere_is_not_let_in(api: Api, server: ApiServer) -> None:
+    without_operator(server)
+    server.put(operator(namespace="other"))
+    assert [one.subject for one in problems(api)] == ["KubeRay's operator"]
+
+
+def test_a_namespace_that_is_not_there_ends_it(api: Api, server: ApiServer) -> None:
+    del server.objects["namespaces", "", "cat-cluster"]
+    last = list(examine(api))[-1]
+    assert (last.subject, last.state) == ("namespace", "problem")
+    assert "k8s/base/namespace.yaml" in last.text
+
+
+def test_an_old_server(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "version", lambda: "v1.29.1-gke.5")
+    assert [one.text for one in problems(api)] == [
+        "v1.29.1-gke.5 is older than 1.33, for which the manifests are written"
+    ]
+
+
+def test_who_may_see_little_is_told_what_was_not_seen(api: Api, server: ApiServer) -> None:
+    server.forbidden |= {"deployments", "secrets", "storageclasses", "nodes", "namespaces"}
+    found = problems(api)
+    assert {one.state for one in found} == {"unknown"}
+    unseen = {"KubeRay's operator", "feature gates", "namespace", *(f"Secret {name}" for name in SECRETS)}
+    assert {one.subject for one in found} == unseen | {"storage class", "GPUs"}
+
+
+def test_rights_that_lack(api: Api, server: ApiServer) -> None:
+    server.forbidden.add("rayjobs")
+    assert "you may not create rayjobs, list rayjobs, delete rayjobs" in problems(api)[0].text
+
+
+@pytest.mark.parametrize(
+    ("change", "subject", "words"),
+    [
+        ({"reaches_api": True}, "network policies", "are not enforced"),
+        ({"bucket": "cannot be reached"}, "bucket", "s3://cat-storage/prod from inside: cannot be reached"),
+    ],
+)
+def test_what_is_found_from_inside(change: Json, subject: str, words: str, api: Api, server: ApiServer) -> None:
+    server.on_create = ends_with(server, {**ANSWER, **change})
+    (found,) = problems(api)
+    assert (found.subject, found.state) == (subject, "problem")
+    assert words in found.text
+
+
+def test_a_pod_that_cannot_start(api: Api, server: ApiServer) -> None:
+    waiting = {"waiting": {"reason": "ErrImagePull", "message": "no such image"}}
+    server.on_create = lambda pod: pod.update(status={"phase": "Pending", "containerStatuses": [{"state": waiting}]})
+    found = problems(api)
+    assert [one.state for one in found] == ["unknown", "unknown"]
+    assert "does not start: no such image; see --image" in found[0].text
+    assert not api.list("v1", "Pod")
+
+
+def test_the_pod_has_the_standing_clusters_image_and_is_restricted(api: Api, server: ApiServer) -> None:
+    head = {"template": {"spec": {"containers": [{"image": "registry.example/cat:7"}]}}}
+    server.put(thing("ray.io/v1", "RayCluster", doctor.STANDING_CLUSTER, spec={"headGroupSpec": head}))
+    made: list[Json] = []
+    end = server.on_create
+    server.on_create = lambda pod: (made.append(json.loads(json.dumps(pod))), end(pod))
+    assert not problems(api)
+    assert made[0]["spec"]["containers"][0]["image"] == "registry.example/cat:7"
+    assert not list(restricted_findings(made[0]))
