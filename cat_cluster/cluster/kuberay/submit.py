@@ -22,7 +22,7 @@ from cat_cluster.store import ObjectStore
 
 POLL_SECONDS = 1.0
 GONE_SECONDS = 120.0  # that a deleted RayJob may take to go: the operator stops its Ray job first
-STOP_SECONDS = 20.0  # that a driver gets to stop by itself, which it looks for every two seconds
+STOP_SECONDS = 30.0  # that a driver gets to end its tasks and to say that it has stopped
 _VERBS = ("get", "list", "create", "patch", "delete")
 
 
