@@ -25,12 +25,17 @@ class FakeApi:
         if kind not in self.kinds:
             raise KubernetesError(f"no kind {kind}", 404)
 
+    def resource(self, api_version: str, kind: str) -> object | None:
+        return kind if kind in self.kinds else None
+
     def get(self, api_version: str, kind: str, name: str) -> Json | None:
         if f"get {kind} {name}" in self.denied:
             raise KubernetesError(f"a right is missing to get {kind} {name}", 403)
         return copy.deepcopy(self.objects.get((kind, name)))
 
-    def list(self, api_version: str, kind: str, *, labels: str = "") -> list[Json]:
+    def list(
+        self, api_version: str, kind: str, *, labels: str = "", fields: str = "", namespace: str | None = None
+    ) -> list[Json]:
         wanted = dict(pair.split("=") for pair in labels.split(",") if pair)
         return [
             copy.deepcopy(one)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cat_cluster.cluster.follow import Watcher
 from cat_cluster.cluster.kuberay.api import Api, Json
-from cat_cluster.cluster.kuberay.jobs import RAY, end_text, has_ended, is_held
+from cat_cluster.cluster.kuberay.jobs import RAY, end_text, has_ended
 from cat_cluster.cluster.kuberay.obstacles import Obstacle, job_obstacles
 from cat_cluster.cluster.run_progress import RunProgress, is_alive
 from cat_cluster.cluster.runs import Run
@@ -16,7 +16,6 @@ _STATES = {  # of KubeRay, in words
     "Running": "its Ray cluster is there",
     "Retrying": "a try has failed, and another cluster is made for the next",
     "Suspending": "is being suspended, its pods go",
-    "Suspended": "is suspended",
 }
 
 
@@ -68,10 +67,8 @@ class FollowedJob:
         if state == self._state:
             return
         self._state = state
-        text = f"RayJob {self._name}: {_STATES.get(state, state)}"
-        if state == "Suspended":
-            text += "; submit it again to start it" if is_held(job) else " until its queue admits it"
-        self._watcher.message(text)
+        if state != "Suspended":  # what starts it is said as what is in its way
+            self._watcher.message(f"RayJob {self._name}: {_STATES.get(state, state)}")
 
     def _has_ended_since(self) -> bool:
         return self._run.last_record() is not None and self._run.awaited() is None and self._run.progress().ended

@@ -144,7 +144,7 @@ def obstacles_of(view: JobView, *, now: datetime) -> list[Obstacle]:
     if is_held(job) and state in ("Suspended", "Suspending"):
         patch = f'patch rayjob {job["metadata"]["name"]} --type merge -p \'{{"spec":{{"suspend":false}}}}\''
         command = f"`{kubectl_of(job)} {patch}`"
-        return [*found, Obstacle(about, f"is suspended; {command} starts it", final=True)]
+        return [*found, Obstacle(about, f"is suspended; {command} or submitting it again starts it", final=False)]
     return _together([*found, *_cluster_obstacles(view), *_pod_obstacles(view, now), *_events_of(view, now)])
 
 
@@ -218,8 +218,9 @@ def _events_of(view: JobView, now: datetime) -> Iterator[Obstacle]:
     here = {pod["metadata"]["name"] for pod in view.pods}
     last: dict[tuple[str, str, str], Json] = {}
     for event in sorted(view.events, key=_when):
-        if (now - _when(event)).total_seconds() <= RECENT_SECONDS:
-            about = event["involvedObject"]
+        about = event["involvedObject"]
+        # Kubernetes tries a refused pod of a Job again ever more seldom.
+        if about.get("kind") == "Job" or (now - _when(event)).total_seconds() <= RECENT_SECONDS:
             last[about.get("kind", ""), about.get("name", ""), event.get("reason", "")] = event
     for (kind, owner, reason), event in last.items():
         about, message = f"{kind} {owner}", event.get("message", "")

@@ -67,7 +67,7 @@ def queue_cause(job: Json, workloads: Sequence[Json]) -> Cause | None:
     name, text = workload["metadata"]["name"], waiting_text(job, workloads)
     if workload["spec"].get("active") is False:
         command = f'`{kubectl_of(job)} patch workload {name} --type merge -p \'{{"spec":{{"active":true}}}}\'`'
-        return f"{text}: {command} lets it go on", True
+        return f"{text}: {command} lets it go on", False
     reserved = _condition(workload, "QuotaReserved")
     why = shortened(reserved.get("message", ""))
     if text is not None:

@@ -93,7 +93,7 @@ def unschedulable(message: str, pod: Json) -> Cause:
     return (
         f"no machine takes it, of {found['all']} {machines}: {', '.join(said) or shortened(text)}; "
         f"{'; '.join(remedies) or 'add machines that fit'}",
-        "not found" in text,
+        False,
     )
 
 

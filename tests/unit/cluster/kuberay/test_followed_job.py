@@ -166,10 +166,16 @@ def test_a_suspended_job_says_what_starts_it(run: Run) -> None:
     api = cluster("Suspended")
     api.objects[("RayJob", "tea")]["spec"] = {"suspend": True}
     FollowedJob(api, "tea", run, seen).check(None)
-    api.objects[("RayJob", "tea")]["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "cats"}
+    api.kinds = ("RayJob", "Workload")
+    api.objects[("RayJob", "tea")]["metadata"] |= {"labels": {"kueue.x-k8s.io/queue-name": "cats"}, "uid": "1"}
+    workload = made("Workload", "rayjob-tea", spec={"queueName": "cats"})
+    workload["metadata"]["ownerReferences"] = [{"uid": "1"}]
+    api.apply(workload)
     FollowedJob(api, "tea", run, queued).check(None)
-    assert seen.messages == ["RayJob tea: is suspended; submit it again to start it"]
-    assert queued.messages == ["RayJob tea: is suspended until its queue admits it"]
+    (suspended,), (waiting,) = seen.messages, queued.messages
+    assert suspended.startswith("RayJob tea: is suspended; `kubectl patch rayjob tea --type merge")
+    assert suspended.endswith("or submitting it again starts it")
+    assert waiting.startswith("RayJob tea: waiting in queue cats, place 1; it starts when")
 
 
 def test_a_server_that_is_away_is_asked_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ SAID: dict[str, list[tuple[str, str, bool]]] = {
         ("4 pods (tengpu-29hgt-workers-worker-f2f9v, ...)", "1 with too little nvidia.com/gpu free", False),
     ],
     "sel": [("Pod ", "1 without the labels that the pod selects; label machines as its nodeSelector", False)],
-    "pvc": [("Pod ", "there is no volume claim none; make it, or leave the volume out", True)],
+    "pvc": [("Pod ", "there is no volume claim none; make it, or leave the volume out", False)],
     "pvcwait": [("Pod ", "its volume claim is not bound; see `kubectl get pvc`", False)],
     "image": [("Pod ", "image registry.invalid/cat:9 cannot be pulled: Head", False)],
     "badname": [("Pod ", "'Cat:0.2.0:x' is no name of an image; correct --image", True)],
@@ -56,7 +56,7 @@ SAID: dict[str, list[tuple[str, str, bool]]] = {
     "invalid": [("RayJob invalid", "KubeRay's operator refuses it: The RayJob spec is invalid: backoffLimit", True)],
     "invalid2": [("RayJob invalid2", "is not allowed to be suspended; correct it, and make it anew", True)],
     "suspended": [
-        ("RayJob suspended", 'is suspended; `kubectl patch rayjob suspended --type merge -p \'{"spec":', True)
+        ("RayJob suspended", 'is suspended; `kubectl patch rayjob suspended --type merge -p \'{"spec":', False)
     ],
     "deadline": [
         ("RayJob deadline", "its deadline has passed: The RayJob has passed the activeDeadlineSeconds", True),
@@ -157,7 +157,8 @@ def test_a_pod_that_submits_and_is_refused() -> None:
         "message": 'Error creating: pods "cpu-m5ccm" is forbidden: violates PodSecurity "restricted:latest": '
         'seccompProfile (pod or container "a" must set securityContext.seccompProfile.type)',
     }
-    (obstacle,) = obstacles_of(JobView(RECORDED["cpu"]["job"], events=[event]), now=NOW)
+    later = NOW + timedelta(minutes=20)  # Kubernetes tries it again ever more seldom
+    (obstacle,) = obstacles_of(JobView(RECORDED["cpu"]["job"], events=[event]), now=later)
     assert obstacle.about == "Job cpu"
     assert obstacle.text.startswith("Pod Security (restricted) refuses its pods: seccompProfile (pod")
 
@@ -269,7 +270,6 @@ def test_the_place_in_a_queue_is_by_priority_and_then_by_age() -> None:
     )
     (obstacle,) = obstacles_of(JobView(queued("held"), workloads=workloads), now=NOW)
     assert obstacle.text.startswith("held in queue train: `kubectl patch workload rayjob-held")
-    assert obstacle.final
 
 
 def test_a_queue_that_is_not_there() -> None:
