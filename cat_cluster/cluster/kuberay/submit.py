@@ -14,6 +14,7 @@ from cat_cluster.cluster.kuberay.client.api import ROLE, Api, Json
 from cat_cluster.cluster.kuberay.client.jobs import RAY, end_text, has_ended, is_held
 from cat_cluster.cluster.kuberay.rendering.pods import RUN_LABEL
 from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, expectation_of, render_job, upload_job
+from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.runs import Run
 from cat_cluster.cluster.submit import is_done, progress_or_none, refuse_alive
 from cat_cluster.errors import KubernetesError, RunError, SpecError, StoreError
@@ -74,8 +75,8 @@ def submit_to_kubernetes(
     if findings:
         raise SpecError("\n".join(map(str, findings)))
     there = api.get(RAY, "RayJob", name)
+    previous = progress_or_none(run, damaged_ok=force)
     if not force:
-        previous = progress_or_none(run, damaged_ok=False)
         if previous is not None and is_done(previous, store):
             return KubernetesSubmission(run, "already done", None)
         if there is not None and not has_ended(there) and not _is_leaving(there):
@@ -95,7 +96,10 @@ def submit_to_kubernetes(
         delete_job(api, name)
     run.withdraw_stop()
     api.apply(ray_job)
-    run.expect(expectation_of(ray_job, options, after=run.last_attempt()))
+    after = run.last_attempt()
+    run.expect(expectation_of(ray_job, options, after=after))
+    if previous is not None and previous.state == "done":  # its record would be taken for the end of what begins
+        run.write_progress(RunProgress.begin(run_id, job, state="waiting", attempt=after + 1))
     return KubernetesSubmission(run, "submitted", name)
 
 
@@ -150,12 +154,11 @@ def _refuse_another(api: Api, run: Run, name: str) -> None:
 
 def _ask_to_stop(run: Run, say: Callable[[str], None]) -> None:
     progress = progress_or_none(run, damaged_ok=True)
-    attempt = run.last_attempt()
-    if progress is None or progress.ended or attempt == 0:
+    if progress is None or progress.state != "running":
         run.withdraw_expectation()  # no driver is at work, and none will come
         return
-    run.request_stop(attempt)
-    say(f"asked attempt {attempt} of {run.run_id} to stop")
+    run.request_stop(progress.attempt)
+    say(f"asked attempt {progress.attempt} of {run.run_id} to stop")
     until = time.monotonic() + STOP_SECONDS
     while time.monotonic() < until and not progress.ended:
         time.sleep(POLL_SECONDS)

@@ -93,6 +93,11 @@ def test_a_run_that_is_done_is_said_to_be(job: JobSpec, store: Bucket, monkeypat
     assert submitted(api, job, store).outcome == "already done"
     assert submitted(api, job, store, force=True).outcome == "submitted"
     assert len(api.deleted) == 1
+    assert (run.progress().state, run.progress().attempt) == ("waiting", 2)  # who follows it does not see the old end
+    said: list[str] = []
+    stop_job(api, the_job(api), run, said.append)
+    assert said == []  # there is no driver to ask
+    assert run.progress().state == "stopped"
 
 
 def test_a_failed_job_is_made_again_when_that_is_asked_for(job: JobSpec, store: Bucket) -> None:
