@@ -40,7 +40,7 @@ from cat_cluster.settings import load_settings
 
 if TYPE_CHECKING:
     from cat_cluster.cluster.kuberay.doctor import Finding
-    from cat_cluster.cluster.kuberay.render import RenderOptions
+    from cat_cluster.cluster.kuberay.rendering.render import RenderOptions
     from cat_cluster.spec.job import JobSpec
 
 # Training's modules take seconds to import: commands import what they need.
@@ -90,8 +90,8 @@ def render(
     With --schedule as a RayCronJob: photos at an s3:// address are looked at anew each time, and what has changed is
     trained. That kind wants the operator's feature gate RayCronJob.
     """
-    from cat_cluster.cluster.kuberay.render import RenderOptions
-    from cat_cluster.cluster.kuberay.sizes import Overrides
+    from cat_cluster.cluster.kuberay.rendering.render import RenderOptions
+    from cat_cluster.cluster.kuberay.rendering.sizes import Overrides
 
     sizes = Overrides(worker_cpu, worker_memory, head_memory)
     options = RenderOptions(name, namespace, image, gpu, packs, hours, suspend, queue, priority, sizes)
@@ -113,7 +113,7 @@ def _render_schedule(
     upload: bool,
     out: Path | None,
 ) -> None:
-    from cat_cluster.cluster.kuberay.render import on_schedule, render_job
+    from cat_cluster.cluster.kuberay.rendering.render import on_schedule, render_job
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 
@@ -133,7 +133,7 @@ def _render_schedule(
 
 
 def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: bool, out: Path | None) -> None:
-    from cat_cluster.cluster.kuberay.render import expectation_of, render_job, upload_job
+    from cat_cluster.cluster.kuberay.rendering.render import expectation_of, render_job, upload_job
     from cat_cluster.cluster.runs import Run
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
@@ -153,13 +153,13 @@ def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: 
 
 
 def _warnings(job: JobSpec, options: RenderOptions) -> Sequence[str]:
-    from cat_cluster.cluster.kuberay.render import sizes_of
+    from cat_cluster.cluster.kuberay.rendering.render import sizes_of
 
     return sizes_of(job, options).warnings
 
 
 def _write(document: dict[str, Any], out: Path | None, warnings: Sequence[str]) -> None:
-    from cat_cluster.cluster.kuberay.render import manifest_text
+    from cat_cluster.cluster.kuberay.rendering.render import manifest_text
     from cat_cluster.files import write_whole
 
     for warning in warnings:
@@ -199,9 +199,9 @@ def check(
     name none. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
     """
     with needs_extra("k8s", "checking manifests"):
-        from cat_cluster.cluster.kuberay.check import check_manifests, not_looked_at, read_manifests
-        from cat_cluster.cluster.kuberay.gates import gates_on
-        from cat_cluster.cluster.kuberay.schemas import load_schemas
+        from cat_cluster.cluster.kuberay.checks.check import check_manifests, not_looked_at, read_manifests
+        from cat_cluster.cluster.kuberay.checks.gates import gates_on
+        from cat_cluster.cluster.kuberay.checks.schemas import load_schemas
 
     on = gates_on(gates)
     documents = read_manifests(files)
@@ -211,7 +211,7 @@ def check(
     findings = check_manifests(documents, schemas, restricted=restricted, gates=on)
     not_asked: Sequence[str] | None = None
     if server:
-        from cat_cluster.cluster.kuberay.api import open_api
+        from cat_cluster.cluster.kuberay.client.api import open_api
         from cat_cluster.cluster.kuberay.server_check import ask_server
 
         answer = ask_server(open_api(context, namespace), documents)
@@ -254,7 +254,7 @@ def doctor(
     whether network policies are enforced and the bucket can be used. Exit code 1 where something has to be done.
     """
     with needs_extra("k8s", "asking a cluster"):
-        from cat_cluster.cluster.kuberay.api import open_api
+        from cat_cluster.cluster.kuberay.client.api import open_api
         from cat_cluster.cluster.kuberay.doctor import examine
 
     found: list[Finding] = []

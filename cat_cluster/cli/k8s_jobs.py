@@ -36,7 +36,7 @@ from cat_cluster.errors import KubernetesError, needs_extra
 from cat_cluster.spec.choices import JobLog
 
 if TYPE_CHECKING:
-    from cat_cluster.cluster.kuberay.api import Api
+    from cat_cluster.cluster.kuberay.client.api import Api
     from cat_cluster.cluster.kuberay.submit import KubernetesSubmission
 
 # The client of Kubernetes and training's modules take seconds to import: commands import what they need.
@@ -74,9 +74,9 @@ def submit(
     """
     with needs_extra("k8s", "submitting to Kubernetes"):
         from cat_cluster.cluster.kuberay.submit import check_cluster, submit_to_kubernetes
-    from cat_cluster.cluster.kuberay.render import RenderOptions, check_options, sizes_of
-    from cat_cluster.cluster.kuberay.sizes import Overrides
-    from cat_cluster.cluster.kuberay.storage import pod_settings, storage_of, storage_reached
+    from cat_cluster.cluster.kuberay.client.storage import pod_settings, storage_of, storage_reached
+    from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, check_options, sizes_of
+    from cat_cluster.cluster.kuberay.rendering.sizes import Overrides
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 
@@ -116,8 +116,8 @@ def status(
     What its adapters have reached is in the storage: cat-cluster jobs status RUN --storage s3://bucket/prefix
     """
     api = _open(context, namespace)
-    from cat_cluster.cluster.kuberay.jobs import RAY, find_job
-    from cat_cluster.cluster.kuberay.states import job_state
+    from cat_cluster.cluster.kuberay.client.jobs import RAY, find_job
+    from cat_cluster.cluster.kuberay.obstacles.states import job_state
 
     if job is not None:
         _show_job(api, find_job(api, job), as_json=as_json)
@@ -147,8 +147,8 @@ def logs(
 ) -> None:
     """Print the log of a job: what its driver says, or Ray in one of its pods."""
     api = _open(context, namespace)
+    from cat_cluster.cluster.kuberay.client.jobs import find_job
     from cat_cluster.cluster.kuberay.job_logs import log_of, pods_of_part
-    from cat_cluster.cluster.kuberay.jobs import find_job
 
     pods = pods_of_part(api, find_job(api, job), of)
     for pod in pods:
@@ -170,8 +170,8 @@ def stop(
 ) -> None:
     """Stop a job: its run is asked to stop, and its pods go. Submitting the same spec again resumes it."""
     api = _open(context, namespace)
-    from cat_cluster.cluster.kuberay.jobs import find_job, run_of, storage_of_run
-    from cat_cluster.cluster.kuberay.storage import pod_settings, storage_reached
+    from cat_cluster.cluster.kuberay.client.jobs import find_job, run_of, storage_of_run
+    from cat_cluster.cluster.kuberay.client.storage import pod_settings, storage_reached
     from cat_cluster.cluster.kuberay.submit import stop_job
     from cat_cluster.cluster.runs import Run
     from cat_cluster.store import open_store
@@ -192,15 +192,15 @@ def stop(
 
 def _open(context: str | None, namespace: str) -> Api:
     with needs_extra("k8s", "a cluster of Kubernetes"):
-        from cat_cluster.cluster.kuberay.api import open_api
+        from cat_cluster.cluster.kuberay.client.api import open_api
 
     return open_api(context, namespace)
 
 
 def _show_job(api: Api, job: dict[str, Any], *, as_json: bool) -> None:
     from cat_cluster.cli.k8s_status import age_text, pods_table, pods_text
-    from cat_cluster.cluster.kuberay.obstacles import obstacles_of, view_job
-    from cat_cluster.cluster.kuberay.states import job_state, pod_state
+    from cat_cluster.cluster.kuberay.obstacles.obstacles import obstacles_of, view_job
+    from cat_cluster.cluster.kuberay.obstacles.states import job_state, pod_state
 
     now, view = datetime.now(UTC), view_job(api, job)
     state, pods = job_state(job, view.workloads or (), now=now), [pod_state(pod) for pod in view.pods]
@@ -222,8 +222,8 @@ def _show_job(api: Api, job: dict[str, Any], *, as_json: bool) -> None:
 
 def _workloads(api: Api, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return Kueue's Workloads where a job waits for them; none where they may not be seen."""
-    from cat_cluster.cluster.kuberay.jobs import QUEUE_LABEL
-    from cat_cluster.cluster.kuberay.obstacles import list_workloads
+    from cat_cluster.cluster.kuberay.client.jobs import QUEUE_LABEL
+    from cat_cluster.cluster.kuberay.obstacles.obstacles import list_workloads
 
     if not any(QUEUE_LABEL in job["metadata"].get("labels", {}) for job in jobs):
         return []

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from cat_cluster.cluster.kuberay.states import JobState, PodState
+    from cat_cluster.cluster.kuberay.obstacles.states import JobState, PodState
 
 
 def jobs_table(jobs: Sequence[JobState]) -> Table:

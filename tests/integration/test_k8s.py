@@ -27,14 +27,14 @@ from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
 from ray.serve._private.constants import DEFAULT_HTTP_PORT
 from ray.serve.schema import ServeDeploySchema
 
-from cat_cluster.cluster.kuberay import pods as kuberay_pods
-from cat_cluster.cluster.kuberay import render as kuberay
-from cat_cluster.cluster.kuberay.check import Document, ManifestFinding, check_manifests, read_manifests
-from cat_cluster.cluster.kuberay.gates import DEFAULT_GATES, EMBEDDED_STORAGE
-from cat_cluster.cluster.kuberay.render import RenderOptions, render_job
-from cat_cluster.cluster.kuberay.schemas import Schemas, load_schemas
-from cat_cluster.cluster.kuberay.security import pods_of
-from cat_cluster.cluster.kuberay.sizes import Overrides, quantity
+from cat_cluster.cluster.kuberay.checks.check import Document, ManifestFinding, check_manifests, read_manifests
+from cat_cluster.cluster.kuberay.checks.gates import DEFAULT_GATES, EMBEDDED_STORAGE
+from cat_cluster.cluster.kuberay.checks.schemas import Schemas, load_schemas
+from cat_cluster.cluster.kuberay.checks.security import pods_of
+from cat_cluster.cluster.kuberay.rendering import pods as kuberay_pods
+from cat_cluster.cluster.kuberay.rendering import render as kuberay
+from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, render_job
+from cat_cluster.cluster.kuberay.rendering.sizes import Overrides, quantity
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, load_spec, parse_spec
 from jobs import train

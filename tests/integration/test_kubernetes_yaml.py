@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from cat_cluster.cluster.kuberay.render import RenderOptions, manifest_text, render_job
-from cat_cluster.cluster.kuberay.yaml_documents import load_documents
-from cat_cluster.cluster.kuberay.yaml_text import TAG, dump, plain_tag
+from cat_cluster.cluster.kuberay.checks.yaml_documents import load_documents
+from cat_cluster.cluster.kuberay.checks.yaml_text import TAG, dump, plain_tag
+from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, manifest_text, render_job
 from cat_cluster.spec.job import JobSpec
 
 KINDS = {"str": str, "bool": bool, "null": type(None), "int": (int, float), "float": (int, float)}

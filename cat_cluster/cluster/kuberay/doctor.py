@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
-from cat_cluster.cluster.kuberay.api import Api
-from cat_cluster.cluster.kuberay.gates import EMBEDDED_STORAGE, gates_on
-from cat_cluster.cluster.kuberay.pods import (
+from cat_cluster.cluster.kuberay.checks.gates import EMBEDDED_STORAGE, gates_on
+from cat_cluster.cluster.kuberay.client.api import Api
+from cat_cluster.cluster.kuberay.rendering.pods import (
     ACCOUNT,
     container_security,
     part_of_project,
     pod_security,
     settings_environment,
 )
-from cat_cluster.cluster.kuberay.render import default_image
+from cat_cluster.cluster.kuberay.rendering.render import default_image
 from cat_cluster.errors import KubernetesError, SpecError
 
 Json = dict[str, Any]

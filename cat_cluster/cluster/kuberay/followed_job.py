@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from cat_cluster.cluster.follow import Watcher
-from cat_cluster.cluster.kuberay.api import Api, Json
-from cat_cluster.cluster.kuberay.jobs import RAY, end_text, has_ended
-from cat_cluster.cluster.kuberay.obstacles import Obstacle, job_obstacles
+from cat_cluster.cluster.kuberay.client.api import Api, Json
+from cat_cluster.cluster.kuberay.client.jobs import RAY, end_text, has_ended
+from cat_cluster.cluster.kuberay.obstacles.obstacles import Obstacle, job_obstacles
 from cat_cluster.cluster.run_progress import RunProgress, is_alive
 from cat_cluster.cluster.runs import Run
 from cat_cluster.errors import RunError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cat_cluster.cluster.kuberay.api import Api, Json
+from cat_cluster.cluster.kuberay.client.api import Api, Json
 from cat_cluster.errors import RunError
 from cat_cluster.spec.choices import JobLog
 

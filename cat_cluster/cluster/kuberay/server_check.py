@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
-from cat_cluster.cluster.kuberay.api import Api, Json
-from cat_cluster.cluster.kuberay.check import Document, ManifestFinding, field_text, is_shaped, without_nulls
-from cat_cluster.cluster.kuberay.refusals import refusal, shortened
-from cat_cluster.cluster.kuberay.rules import CLUSTERS, at, full_name, job_of
-from cat_cluster.cluster.kuberay.security import pod_places
-from cat_cluster.cluster.kuberay.validation import FieldPath
+from cat_cluster.cluster.kuberay.checks.check import Document, ManifestFinding, field_text, is_shaped, without_nulls
+from cat_cluster.cluster.kuberay.checks.rules import CLUSTERS, at, full_name, job_of
+from cat_cluster.cluster.kuberay.checks.security import pod_places
+from cat_cluster.cluster.kuberay.checks.validation import FieldPath
+from cat_cluster.cluster.kuberay.client.api import Api, Json
+from cat_cluster.cluster.kuberay.obstacles.refusals import refusal, shortened
 from cat_cluster.errors import KubernetesError
 
 _MISSING_RIGHT = "is forbidden: User"

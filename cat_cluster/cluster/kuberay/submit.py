@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Literal
 
-from cat_cluster.cluster.kuberay.api import ROLE, Api, Json
-from cat_cluster.cluster.kuberay.check import Document, check_manifests
-from cat_cluster.cluster.kuberay.jobs import RAY, end_text, has_ended, is_held
-from cat_cluster.cluster.kuberay.pods import RUN_LABEL
-from cat_cluster.cluster.kuberay.render import RenderOptions, expectation_of, render_job, upload_job
-from cat_cluster.cluster.kuberay.schemas import load_schemas
+from cat_cluster.cluster.kuberay.checks.check import Document, check_manifests
+from cat_cluster.cluster.kuberay.checks.schemas import load_schemas
+from cat_cluster.cluster.kuberay.client.api import ROLE, Api, Json
+from cat_cluster.cluster.kuberay.client.jobs import RAY, end_text, has_ended, is_held
+from cat_cluster.cluster.kuberay.rendering.pods import RUN_LABEL
+from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, expectation_of, render_job, upload_job
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.runs import Run
 from cat_cluster.cluster.submit import is_done, progress_or_none, refuse_alive

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from cat_cluster import store as stores
 from cat_cluster.cli.k8s import k8s_app
 from cat_cluster.cluster import follow
-from cat_cluster.cluster.kuberay import api as kubernetes
 from cat_cluster.cluster.kuberay import submit
+from cat_cluster.cluster.kuberay.client import api as kubernetes
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.runs import Run
 from cat_cluster.errors import RunError, SpecError

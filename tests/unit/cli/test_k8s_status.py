@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from cat_cluster.cli.k8s_status import age_text
-from cat_cluster.cluster.kuberay import api
+from cat_cluster.cluster.kuberay.client import api
+from tests.support.recorded_jobs import RECORDED, Server, queued, workload
 from tests.support.tiny_jobs import CommandLine
-from tests.unit.cluster.kuberay.test_obstacles import RECORDED, Server, queued, workload
 
 
 class Namespace(Server):

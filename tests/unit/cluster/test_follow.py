@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cat_cluster.cli.jobs import jobs_app
 from cat_cluster.cluster import follow
 from cat_cluster.cluster.follow import RayCarrier, follow_run, wait_for_start
-from cat_cluster.cluster.kuberay.render import RenderOptions, expectation_of
+from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, expectation_of
 from cat_cluster.cluster.ray_jobs import RayCluster
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.runs import Expectation, Run

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from cat_cluster.cluster.kuberay import pods as kuberay_pods
+from cat_cluster.cluster.kuberay.rendering import pods as kuberay_pods
 from serve.http.access import ADMIN_KEYS, API_KEYS
 
 ROOT = Path(__file__).parents[3]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from cat_cluster.cluster.kuberay import doctor
-from cat_cluster.cluster.kuberay.api import Api, open_api
+from cat_cluster.cluster.kuberay.checks.security import restricted_findings
+from cat_cluster.cluster.kuberay.client.api import Api, open_api
 from cat_cluster.cluster.kuberay.doctor import SECRETS, Finding, examine
-from cat_cluster.cluster.kuberay.security import restricted_findings
 from tests.support.api_server import ApiServer, api_server
 
 Json = dict[str, Any]

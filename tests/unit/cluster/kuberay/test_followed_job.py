@@ -12,7 +12,7 @@ from cat_cluster.cluster import follow
 from cat_cluster.cluster.follow import follow_run
 from cat_cluster.cluster.kuberay import followed_job
 from cat_cluster.cluster.kuberay.followed_job import FollowedJob
-from cat_cluster.cluster.kuberay.obstacles import Obstacle
+from cat_cluster.cluster.kuberay.obstacles.obstacles import Obstacle
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.runs import Expectation, Run
 from cat_cluster.errors import KubernetesError, RunError

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from cat_cluster.cluster.kuberay.check import Document
+from cat_cluster.cluster.kuberay.checks.check import Document
 from cat_cluster.cluster.kuberay.server_check import ask_server, pod_templates
 from cat_cluster.errors import KubernetesError
 from tests.support.tiny_jobs import CommandLine
@@ -272,7 +272,7 @@ def test_the_command_adds_what_the_server_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A field that both refuse is told once, and what a server was asked is no longer called not looked at."""
-    from cat_cluster.cluster.kuberay import api
+    from cat_cluster.cluster.kuberay.client import api
 
     account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "a"}, "secret": []}
     file = tmp_path / "a.yaml"

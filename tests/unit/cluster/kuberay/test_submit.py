@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from cat_cluster.cluster.kuberay import submit
-from cat_cluster.cluster.kuberay.jobs import find_job, run_of, storage_of_run
-from cat_cluster.cluster.kuberay.render import RenderOptions
+from cat_cluster.cluster.kuberay.client.jobs import find_job, run_of, storage_of_run
+from cat_cluster.cluster.kuberay.rendering.render import RenderOptions
 from cat_cluster.cluster.kuberay.submit import KubernetesSubmission, check_cluster, stop_job, submit_to_kubernetes
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.runs import Run

@@ -1,0 +1,1 @@
+"""How jobs on a cluster stand, and why they do not move, in words."""

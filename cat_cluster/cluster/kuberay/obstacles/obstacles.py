@@ -1,0 +1,273 @@
+"""Why a RayJob does not move, in words: of its status, its pods and events, and its place in a queue of Kueue."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Any
+
+from cat_cluster.cluster.kuberay.client.api import Api
+from cat_cluster.cluster.kuberay.client.jobs import RAY, has_ended, is_held
+from cat_cluster.cluster.kuberay.obstacles.pod_causes import LINES, evicted, logs_wanted, pod_cause
+from cat_cluster.cluster.kuberay.obstacles.queues import VERSIONS, kubectl_of, queue_cause, queue_of
+from cat_cluster.cluster.kuberay.obstacles.refusals import refusal, shortened
+from cat_cluster.errors import KubernetesError
+
+Json = dict[str, Any]
+
+NOTICE_SECONDS = 30  # in which the operator, or Kueue, has seen a new job
+RECENT_SECONDS = 300  # that the events of pods which are gone, and of the operator, count
+_DEADLINES = {
+    "DeadlineExceeded": "--hours gives it more",
+    "PreRunningDeadlineExceeded": "what kept its pods from starting has to change; then make the job anew",
+}
+_POD_REFUSED = "FailedToCreate"  # begins the operator's reasons
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """What is in a job's way. about: the object; text: a sentence with its remedy; final: waiting cannot help."""
+
+    about: str
+    text: str
+    final: bool
+
+    def __str__(self) -> str:
+        return f"{self.about}: {self.text}"
+
+
+@dataclass(frozen=True)
+class JobView:
+    """What an API server shows of a RayJob.
+
+    workloads: Kueue's of the namespace, None where it has none; operator: KubeRay's Deployments, None where whoever
+    asks may not see them; logs: by pod and container, the end of what it wrote; hidden: what may not be seen.
+    """
+
+    job: Json
+    pods: Sequence[Json] = ()
+    events: Sequence[Json] = ()
+    workloads: Sequence[Json] | None = ()
+    operator: Sequence[Json] | None = None
+    logs: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    hidden: Sequence[Obstacle] = ()
+
+
+def job_obstacles(api: Api, name: str) -> list[Obstacle]:
+    """Return what is in the way of the RayJob `name` of the namespace; nothing where there is no such job."""
+    job = api.get(RAY, "RayJob", name)
+    return [] if job is None else obstacles_of(view_job(api, job), now=datetime.now(UTC))
+
+
+def view_job(api: Api, job: Json) -> JobView:
+    """Return what there is to see of a RayJob, as far as role `training-jobs` and Kueue's absence let it be seen."""
+    hidden: list[Obstacle] = []
+    status = job.get("status", {})
+
+    def seen(what: str, ask: Callable[[], list[Json]]) -> list[Json]:
+        try:
+            return ask()
+        except KubernetesError as error:
+            if error.status != HTTPStatus.FORBIDDEN:
+                raise
+            hidden.append(Obstacle(what, str(error), final=False))
+            return []
+
+    pods = seen("pods", lambda: list(job_pods(api, job)))
+    is_over = has_ended(job) and status.get("reason") not in _DEADLINES
+    events = [] if is_over else seen("events", lambda: api.list("v1", "Event", fields="type=Warning"))
+    workloads: Sequence[Json] | None = ()
+    if queue_of(job) and not is_over:
+        workloads = seen("workloads", lambda: list_workloads(api)) if has_kueue(api) else None
+    operator = _operators(api) if not status else None
+    logs: dict[tuple[str, str], str] = {}
+    read: set[tuple[str, str]] = set()  # one pod of a group tells it for all
+    for pod in () if is_over else pods:
+        group = pod["metadata"].get("labels", {}).get("ray.io/group", "")
+        for container, previous in logs_wanted(pod):
+            if (group, container) not in read:
+                read.add((group, container))
+                logs[pod["metadata"]["name"], container] = _log_end(api, pod["metadata"]["name"], container, previous)
+    return JobView(job, pods, events, workloads, operator, logs, hidden)
+
+
+def job_pods(api: Api, job: Json) -> Iterator[Json]:
+    """Yield the pods of a RayJob's cluster of the moment, the head first, and those that submit it."""
+    name, cluster = job["metadata"]["name"], job.get("status", {}).get("rayClusterName")
+    if cluster:
+        pods = api.list("v1", "Pod", labels=f"ray.io/cluster={cluster}")
+        pods.sort(
+            key=lambda pod: (pod["metadata"]["labels"].get("ray.io/node-type") != "head", pod["metadata"]["name"])
+        )
+        yield from pods
+        yield from api.list("v1", "Pod", labels=f"batch.kubernetes.io/job-name={name}")
+
+
+def _operators(api: Api) -> list[Json] | None:
+    """Return the Deployments of KubeRay's operator in all namespaces; None where they may not be seen."""
+    try:
+        deployments = api.list("apps/v1", "Deployment", namespace="")
+    except KubernetesError as error:
+        if error.status != HTTPStatus.FORBIDDEN:
+            raise
+        return None
+    return [one for one in deployments if "kuberay" in json.dumps([one["metadata"]["name"], one.get("spec")])]
+
+
+def has_kueue(api: Api) -> bool:
+    """Say whether the cluster has Kueue's kinds."""
+    return any(api.resource(version, "Workload") for version in VERSIONS)
+
+
+def list_workloads(api: Api) -> list[Json]:
+    """Return Kueue's Workloads of the namespace, none where Kueue is not installed."""
+    version = next((version for version in VERSIONS if api.resource(version, "Workload")), None)
+    return [] if version is None else api.list(version, "Workload")
+
+
+def obstacles_of(view: JobView, *, now: datetime) -> list[Obstacle]:
+    """Return what is in the way of a job, each cause once, however many pods have it."""
+    job, status = view.job, view.job.get("status", {})
+    about, state = f"RayJob {job['metadata']['name']}", status.get("jobDeploymentStatus")
+    if has_ended(job):
+        # What is still there of a job whose deadline passed says why.
+        why = [*_cluster_obstacles(view), *_pod_obstacles(view, now)] if status.get("reason") in _DEADLINES else []
+        return _together([*_ended_obstacles(about, status), *why])
+    found = list(view.hidden)
+    if queue_of(job) is not None and (cause := _queue_cause(view, now)):
+        return [*found, Obstacle(about, *cause)]
+    if not status:
+        return [*found, *_unseen(about, view, now), *_events_of(view, now)]
+    if is_held(job) and state in ("Suspended", "Suspending"):
+        patch = f'patch rayjob {job["metadata"]["name"]} --type merge -p \'{{"spec":{{"suspend":false}}}}\''
+        command = f"`{kubectl_of(job)} {patch}`"
+        return [*found, Obstacle(about, f"is suspended; {command} or submitting it again starts it", final=False)]
+    return _together([*found, *_cluster_obstacles(view), *_pod_obstacles(view, now), *_events_of(view, now)])
+
+
+def _ended_obstacles(about: str, status: Json) -> Iterator[Obstacle]:
+    reason, message = status.get("reason", ""), shortened(status.get("message", ""))
+    if status["jobDeploymentStatus"] == "ValidationFailed":
+        yield Obstacle(about, f"KubeRay's operator refuses it: {message}; correct it, and make it anew", final=True)
+    elif reason == "SubmissionFailed":
+        text = f"it could not be handed to its cluster: {message}; `cat-cluster k8s logs` of the submitter says why"
+        yield Obstacle(about, text, final=True)
+    elif reason in _DEADLINES:
+        yield Obstacle(about, f"its deadline has passed: {message}; {_DEADLINES[reason]}", final=True)
+
+
+def _queue_cause(view: JobView, now: datetime) -> tuple[str, bool] | None:
+    """Why a job that Kueue holds waits; without Kueue nobody holds one that is not suspended."""
+    if not view.job["spec"].get("suspend"):
+        return None
+    if view.workloads is None:
+        text = f"waits for queue {queue_of(view.job)}, and Kueue is not installed in the cluster; install it"
+        return text, True
+    if any(one.about == "workloads" for one in view.hidden):
+        return None
+    if not view.workloads and _age(view.job, now) < NOTICE_SECONDS:
+        return None
+    return queue_cause(view.job, view.workloads)
+
+
+def _unseen(about: str, view: JobView, now: datetime) -> Iterator[Obstacle]:
+    """A job that KubeRay's operator has said nothing of."""
+    manager, age = view.job["spec"].get("managedBy"), _age(view.job, now)
+    if manager and not manager.startswith("ray.io/"):
+        yield Obstacle(about, f"is {manager}'s to run (managedBy), and KubeRay leaves it alone", final=False)
+    elif age >= NOTICE_SECONDS:
+        text = f"KubeRay's operator has said nothing of it for {NOTICE_SECONDS} s and more"
+        down = [one for one in view.operator or () if not one.get("status", {}).get("readyReplicas")]
+        if view.operator == []:
+            # Some clouds run it where nobody sees it, so this is a guess.
+            yield Obstacle(about, f"{text}, and the cluster shows none; install it (docs/operations.md)", final=False)
+            return
+        where = down[0]["metadata"]["namespace"] if down else "kuberay-system"
+        look = f"`kubectl -n {where} get pods`"
+        not_ready = ", and has no pod that is ready" if down else ""
+        yield Obstacle(about, f"{text}{not_ready}; see that it runs ({look}), and watches the namespace", final=False)
+
+
+def _cluster_obstacles(view: JobView) -> Iterator[Obstacle]:
+    """Pods that were refused: the operator notes the last of them in the status of the cluster."""
+    status = view.job["status"]
+    conditions = status.get("rayClusterStatus", {}).get("conditions", ())
+    for condition in conditions:
+        if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
+            message = condition.get("message", "").removeprefix(condition.get("reason", "")).strip()
+            yield Obstacle(f"RayCluster {status.get('rayClusterName')}", *refusal(message))
+
+
+def _pod_obstacles(view: JobView, now: datetime) -> Iterator[Obstacle]:
+    for pod in view.pods:
+        name = pod["metadata"]["name"]
+        warnings = [one for one in view.events if one["involvedObject"].get("name") == name]
+        warnings.sort(key=_when)
+        logs = {container: text for (owner, container), text in view.logs.items() if owner == name}
+        if cause := pod_cause(pod, warnings, logs, now=now):
+            yield Obstacle(f"Pod {name}", *cause)
+
+
+def _events_of(view: JobView, now: datetime) -> Iterator[Obstacle]:
+    """What only events tell: of the operator, of the Job that submits, and of pods that are gone."""
+    name, cluster = view.job["metadata"]["name"], view.job.get("status", {}).get("rayClusterName")
+    conditions = view.job.get("status", {}).get("rayClusterStatus", {}).get("conditions")
+    here = {pod["metadata"]["name"] for pod in view.pods}
+    last: dict[tuple[str, str, str], Json] = {}
+    for event in sorted(view.events, key=_when):
+        about = event["involvedObject"]
+        # Kubernetes tries a refused pod of a Job again ever more seldom.
+        if about.get("kind") == "Job" or (now - _when(event)).total_seconds() <= RECENT_SECONDS:
+            last[about.get("kind", ""), about.get("name", ""), event.get("reason", "")] = event
+    for (kind, owner, reason), event in last.items():
+        about, message = f"{kind} {owner}", event.get("message", "")
+        if kind == "Pod" and reason == "Evicted" and cluster and owner.startswith(f"{cluster}-") and owner not in here:
+            yield Obstacle(about, *evicted(message))
+        elif (kind, owner, reason) == ("Job", name, "FailedCreate"):
+            if not any("batch.kubernetes.io/job-name" in pod["metadata"].get("labels", {}) for pod in view.pods):
+                yield Obstacle(about, *refusal(message))
+        elif (kind, owner) in (("RayJob", name), ("RayCluster", cluster)):
+            if not (reason.startswith(_POD_REFUSED) and reason.endswith("Pod")):
+                yield Obstacle(about, f"{reason}: {shortened(message)}; correct what it names", final=False)
+            elif not conditions:  # the operator notes nothing there when its gate is off
+                yield Obstacle(about, *refusal(message))
+
+
+def _together(found: Iterable[Obstacle]) -> list[Obstacle]:
+    """Return obstacles of which those with the same text are one, about all that have it."""
+    same: dict[tuple[str, bool], list[str]] = {}
+    for one in found:
+        same.setdefault((one.text, one.final), []).append(one.about)
+    return [Obstacle(_about(names), text, final) for (text, final), names in same.items()]
+
+
+def _about(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    kind, _, first = names[0].partition(" ")
+    return f"{len(names)} {kind.lower()}s ({first}, ...)"
+
+
+def _log_end(api: Api, pod: str, container: str, previous: bool) -> str:
+    """Return the last lines of a log; none where it is gone or may not be read."""
+    try:
+        return "".join(api.log(pod, container, tail=LINES, previous=previous))
+    except KubernetesError:
+        return ""
+
+
+def _age(job: Json, now: datetime) -> float:
+    """Return the age of a job in seconds."""
+    created = job["metadata"].get("creationTimestamp")
+    return 0.0 if created is None else (now - datetime.fromisoformat(created)).total_seconds()
+
+
+def _when(event: Json) -> datetime:
+    """Return when an event was last seen."""
+    series = event.get("series") or {}
+    times = (series.get("lastObservedTime"), event.get("lastTimestamp"), event.get("eventTime"))
+    text = next((time for time in times if time), event["metadata"].get("creationTimestamp"))
+    return datetime.fromisoformat(text) if text else datetime.fromtimestamp(0, UTC)

@@ -1,0 +1,1 @@
+"""What is made of a job spec: a RayJob, its pods, and their sizes."""

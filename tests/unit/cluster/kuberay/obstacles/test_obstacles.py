@@ -1,0 +1,296 @@
+"""Why a job does not move: what a real API server (Kubernetes 1.34) and KubeRay 1.7 said, told in a sentence."""
+
+from __future__ import annotations
+
+import copy
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from cat_cluster.cluster.kuberay.obstacles.obstacles import JobView, Obstacle, job_obstacles, obstacles_of
+from tests.support.recorded_jobs import RECORDED, Server, queued, workload
+
+# Of each recorded job: about what is said, in what words, and whether waiting cannot help.
+SAID: dict[str, list[tuple[str, str, bool]]] = {
+    "cpu": [("Pod cpu-w4s7z-head-l22zm", "of 1 machine: 1 with too little cpu free (it asks for 100); ask for", False)],
+    "mem": [("Pod ", "1 with too little memory free (it asks for 500Gi); ask for less (--worker-memory", False)],
+    "gpu": [("Pod ", "1 with too little nvidia.com/gpu free (it asks for 1); wait for a GPU, add machines", False)],
+    "tengpu": [
+        ("Pod tengpu-29hgt-head-w46j5", "container ray-head cannot be started: exec", True),
+        ("4 pods (tengpu-29hgt-workers-worker-f2f9v, ...)", "1 with too little nvidia.com/gpu free", False),
+    ],
+    "sel": [("Pod ", "1 without the labels that the pod selects; label machines as its nodeSelector", False)],
+    "pvc": [("Pod ", "there is no volume claim none; make it, or leave the volume out", False)],
+    "pvcwait": [("Pod ", "its volume claim is not bound; see `kubectl get pvc`", False)],
+    "image": [("Pod ", "image registry.invalid/cat:9 cannot be pulled: Head", False)],
+    "badname": [("Pod ", "'Cat:0.2.0:x' is no name of an image; correct --image", True)],
+    "never": [("Pod ", "image localhost/notthere:1 is not on its machine, and imagePullPolicy is Never", True)],
+    "psa": [("RayCluster psa-dphkj", "Pod Security (restricted) refuses its pods: runAsNonRoot != true", True)],
+    "account": [("RayCluster ", "its pods want service account nobody, which is not there; apply the overlay", True)],
+    "prio": [("RayCluster ", "its pods want priority class nothing, which is not there; apply the overlay", True)],
+    "quota": [
+        ("RayCluster ", "quota training has no room for its pods, the next of which asks for requests.cpu 2", True)
+    ],
+    "quota10": [
+        ("RayCluster quota10-d6cgk", "asks for requests.cpu 300m (910m of 1 in use); wait for other jobs", False),
+        ("Pod quota10-d6cgk-head-hkqqp", "container ray-head cannot be started: exec", True),
+        ("3 pods (quota10-d6cgk-workers-worker-9pss5, ...)", "container wait-gcs-ready cannot be started", True),
+    ],
+    "secret": [("Pod ", "container ray-head wants Secret absent-secret, which is not there; make it", True)],
+    "cm": [("Pod ", "wants ConfigMap cat-cluster-settings, which is not there; apply the overlay of k8s/", True)],
+    "key": [("Pod ", "wants key nokey of Secret there, which does not have it; add it", True)],
+    "mount": [("Pod ", "volume v wants Secret absent-secret, which is not there; make it", True)],
+    "oom": [("Pod ", "was killed for memory 5 times, of which it had 16Mi; give it more (--worker-memory", True)],
+    "crash": [("Pod ", "container ray-head ended with exit code 255, 5 times; its last lines: no / bucket;", True)],
+    "cmdbad": [("Pod ", 'cannot be started: exec: "/nothere": stat /nothere: no such file or directory', True)],
+    "evict": [("pods (evict-", 'was evicted: Usage of EmptyDir volume "v" exceeds the limit "4Ki"; another', False)],
+    "sleeps": [("Pod ", "runs for 180 s and more and is not ready: Liveness probe failed: Get", False)],
+    "managed": [("RayJob managed", "is kueue.x-k8s.io/multikueue's to run (managedBy)", False)],
+    "invalid": [("RayJob invalid", "KubeRay's operator refuses it: The RayJob spec is invalid: backoffLimit", True)],
+    "invalid2": [("RayJob invalid2", "is not allowed to be suspended; correct it, and make it anew", True)],
+    "suspended": [
+        ("RayJob suspended", 'is suspended; `kubectl patch rayjob suspended --type merge -p \'{"spec":', False)
+    ],
+    "deadline": [
+        ("RayJob deadline", "its deadline has passed: The RayJob has passed the activeDeadlineSeconds", True),
+        ("Pod ", "container ray-head cannot be started", True),
+    ],
+    "predeadline": [
+        ("RayJob predeadline", "its deadline has passed: The RayJob has passed the preRunningDeadlineSeconds", True),
+        ("Pod ", "container ray-head cannot be started", True),
+    ],
+}
+NOW = datetime(2026, 11, 29, 10, 51, 18, tzinfo=UTC)
+KUEUE = "kueue.x-k8s.io/v1beta2"
+
+
+def test_each_recorded_case_has_its_words() -> None:
+    assert SAID.keys() == RECORDED.keys()
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_a_recorded_job(case: str) -> None:
+    found = obstacles_of(view_of(case), now=NOW)
+    assert len(found) == len(SAID[case]), found
+    for obstacle, (about, text, final) in zip(found, SAID[case], strict=True):
+        assert about in obstacle.about
+        assert text in obstacle.text
+        assert obstacle.final is final
+        assert str(obstacle) == f"{obstacle.about}: {obstacle.text}"
+        assert "\n" not in obstacle.text
+
+
+def view_of(case: str) -> JobView:
+    record = RECORDED[case]
+    logs = {(pod["metadata"]["name"], "ray-head"): "x\n\nno\nbucket\n"[2:] for pod in record["pods"]}
+    return JobView(record["job"], record["pods"], record["events"], logs=logs)
+
+
+@pytest.mark.parametrize(
+    ("clause", "words"),
+    [
+        ("3 node(s) had untolerated taint {nvidia.com/gpu: present}", "3 tainted nvidia.com/gpu; take the taint away"),
+        ("2 Too many pods", "2 with as many pods as they may have; add machines"),
+        ("1 node(s) were unschedulable", "1 cordoned; uncordon them"),
+        ("1 node(s) had volume node affinity conflict", "1 away from its volume; add a machine in its zone"),
+        ("2 node(s) didn't have free ports", "2 node(s) didn't have free ports; add machines that fit"),
+    ],
+)
+def test_what_else_keeps_a_pod_from_machines(clause: str, words: str) -> None:
+    message = f"0/4 nodes are available: {clause}. preemption: 0/4 nodes are available: 4 No preemption victims found."
+    pod = copy.deepcopy(RECORDED["cpu"]["pods"][0])
+    pod["status"]["conditions"] = [{"type": "PodScheduled", "status": "False", "message": message}]
+    (obstacle,) = obstacles_of(JobView(RECORDED["cpu"]["job"], [pod]), now=NOW)
+    assert obstacle.text == f"no machine takes it, of 4 machines: {words}" + (
+        " or add a toleration" if "taint" in clause else ""
+    )
+
+
+def test_reasons_of_several_machines_are_told_together() -> None:
+    message = "0/3 nodes are available: 1 Insufficient cpu, 2 Insufficient memory. preemption: no."
+    pod = copy.deepcopy(RECORDED["cpu"]["pods"][0])
+    pod["status"]["conditions"][0]["message"] = message
+    (obstacle,) = obstacles_of(JobView(RECORDED["cpu"]["job"], [pod]), now=NOW)
+    asked = "1 with too little cpu free (it asks for 100), 2 with too little memory free (it asks for 32Mi)"
+    assert asked in obstacle.text
+
+
+def test_an_evicted_pod_that_is_still_there() -> None:
+    pod = copy.deepcopy(RECORDED["cpu"]["pods"][0])
+    pod["status"] = {"phase": "Failed", "reason": "Evicted", "message": "The node was low on resource: memory. "}
+    (obstacle,) = obstacles_of(JobView(RECORDED["cpu"]["job"], [pod]), now=NOW)
+    assert obstacle.text.startswith("was evicted: The node was low on resource: memory; another takes its place")
+
+
+def test_old_evictions_and_pods_that_go_say_nothing() -> None:
+    view = view_of("evict")
+    later = NOW + timedelta(hours=1)
+    assert [one for one in obstacles_of(view, now=later) if "evicted" in one.text] == []
+    pod = copy.deepcopy(RECORDED["oom"]["pods"][0])
+    pod["metadata"]["deletionTimestamp"] = "2026-11-29T10:51:00Z"
+    assert obstacles_of(JobView(RECORDED["oom"]["job"], [pod]), now=NOW) == []
+
+
+def test_a_container_that_is_back_after_it_was_killed_for_memory_is_told_and_may_go_on() -> None:
+    pod = copy.deepcopy(RECORDED["oom"]["pods"][0])
+    pod["status"]["containerStatuses"][0] |= {"ready": True, "restartCount": 4, "state": {"running": {}}}
+    (obstacle,) = obstacles_of(JobView(RECORDED["oom"]["job"], [pod]), now=NOW)
+    assert "was killed for memory 4 times" in obstacle.text
+    assert not obstacle.final
+    pod["status"]["containerStatuses"][0]["lastState"]["terminated"]["reason"] = "Error"
+    assert obstacles_of(JobView(RECORDED["oom"]["job"], [pod]), now=NOW) == []
+
+
+def test_a_pod_that_submits_and_is_refused() -> None:
+    event = {
+        "involvedObject": {"kind": "Job", "name": "cpu"},
+        "metadata": {},
+        "reason": "FailedCreate",
+        "lastTimestamp": "2026-11-29T10:50:31Z",
+        "message": 'Error creating: pods "cpu-m5ccm" is forbidden: violates PodSecurity "restricted:latest": '
+        'seccompProfile (pod or container "a" must set securityContext.seccompProfile.type)',
+    }
+    later = NOW + timedelta(minutes=20)  # Kubernetes tries it again ever more seldom
+    (obstacle,) = obstacles_of(JobView(RECORDED["cpu"]["job"], events=[event]), now=later)
+    assert obstacle.about == "Job cpu"
+    assert obstacle.text.startswith("Pod Security (restricted) refuses its pods: seccompProfile (pod")
+
+
+def test_a_job_that_nobody_has_looked_at() -> None:
+    job = copy.deepcopy(RECORDED["managed"]["job"])
+    del job["spec"]["managedBy"]
+    made = datetime.fromisoformat(job["metadata"]["creationTimestamp"])
+    soon, late = made + timedelta(seconds=20), made + timedelta(seconds=95)
+    assert obstacles_of(JobView(job), now=soon) == []
+    (hidden,) = obstacles_of(JobView(job), now=late)
+    assert hidden.text.startswith("KubeRay's operator has said nothing of it for 30 s and more; see that it runs")
+    (absent,) = obstacles_of(JobView(job, operator=[]), now=late)
+    assert absent.text.endswith("and the cluster shows none; install it (docs/operations.md)")
+    down = {"metadata": {"namespace": "ops"}, "status": {}}
+    (stopped,) = obstacles_of(JobView(job, operator=[down]), now=late)
+    assert "has no pod that is ready; see that it runs (`kubectl -n ops get pods`)" in stopped.text
+    assert not any(one.final for one in (hidden, absent, stopped))
+
+
+@pytest.mark.parametrize("forbidden", [(), ("Deployment",)])
+def test_the_operator_is_looked_for_where_that_is_allowed(forbidden: tuple[str, ...]) -> None:
+    job = copy.deepcopy(RECORDED["managed"]["job"])
+    del job["spec"]["managedBy"]
+    operator = {"metadata": {"name": "ray", "namespace": "ops"}, "spec": {"image": "quay.io/kuberay/operator:v1.7.0"}}
+    other = {"metadata": {"name": "coredns", "namespace": "kube-system"}}
+    server = server_of(objects={"RayJob": [job], "Deployment": [other, operator]}, forbidden=forbidden)
+    (obstacle,) = job_obstacles(server, "managed")
+    assert ("-n ops" in obstacle.text) is (not forbidden)
+
+
+def test_pods_that_are_not_valid_are_told_without_the_name_of_the_last() -> None:
+    job = copy.deepcopy(RECORDED["quota"]["job"])
+    message = (
+        'FailedCreateWorkerPod\nPod "tea-x-worker-6bpd9" is invalid: metadata.labels: Invalid value: "g_": no label'
+    )
+    failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateWorkerPod", "message": message}
+    job["status"]["rayClusterStatus"]["conditions"] = [failure]
+    (obstacle,) = obstacles_of(JobView(job), now=NOW)
+    assert obstacle.text.startswith('the API server refuses its pods: metadata.labels: Invalid value: "g_": no label;')
+
+
+def test_commands_name_the_namespace() -> None:
+    job = copy.deepcopy(RECORDED["suspended"]["job"])
+    job["metadata"]["namespace"] = "cats"
+    assert "`kubectl -n cats patch rayjob suspended --type" in obstacles_of(JobView(job), now=NOW)[0].text
+
+
+def test_a_job_of_a_queue_runs_where_there_is_no_kueue() -> None:
+    """Nobody suspends it there, so it waits for nobody."""
+    job = {**queued("tea"), "spec": {"suspend": False}, "status": RECORDED["cpu"]["job"]["status"]}
+    assert obstacles_of(JobView(job, workloads=None), now=NOW) == []
+
+
+def test_a_job_that_is_handed_over_in_vain() -> None:
+    status = {"jobDeploymentStatus": "Failed", "reason": "SubmissionFailed", "message": "Job submission has failed."}
+    (obstacle,) = obstacles_of(JobView({**RECORDED["cpu"]["job"], "status": status}), now=NOW)
+    assert obstacle.text.startswith("it could not be handed to its cluster: Job submission has failed; `cat-cluster")
+
+
+# Kueue's objects are written here from its types (v1beta2): the cluster of the recordings had no Kueue.
+
+
+def test_the_place_in_a_queue_is_by_priority_and_then_by_age() -> None:
+    message = "couldn't assign flavors to pod set head: insufficient unused quota for cpu in flavor all, 1 more needed"
+    runs = workload("runs", 10)
+    runs["status"]["conditions"] = [{"type": kind, "status": "True"} for kind in ("QuotaReserved", "Admitted")]
+    other = workload("other", 10, queueName="night")
+    held = workload("held", 10, active=False)
+    workloads = [
+        workload("late", 30),
+        workload("tea", 20, message=message),
+        runs,
+        workload("first", 40, 9),
+        other,
+        held,
+    ]
+    (obstacle,) = obstacles_of(JobView(queued("tea"), workloads=workloads), now=NOW)
+    assert obstacle == Obstacle(
+        "RayJob tea",
+        f"waiting in queue train, place 2: {message}; it starts when there is quota for all of its pods",
+        final=False,
+    )
+    (obstacle,) = obstacles_of(JobView(queued("held"), workloads=workloads), now=NOW)
+    assert obstacle.text.startswith("held in queue train: `kubectl patch workload rayjob-held")
+
+
+def test_a_queue_that_is_not_there() -> None:
+    (obstacle,) = obstacles_of(
+        JobView(queued("tea"), workloads=[workload("tea", 10, message="LocalQueue train doesn't exist")]), now=NOW
+    )
+    assert obstacle.text.startswith("waiting in queue train, place 1: LocalQueue train doesn't exist; make it")
+    assert obstacle.final
+    (obstacle,) = obstacles_of(JobView(queued("tea"), workloads=None), now=NOW)
+    assert "Kueue is not installed" in obstacle.text
+    (obstacle,) = obstacles_of(JobView(queued("tea")), now=NOW)
+    assert "which Kueue has not noticed" in obstacle.text
+
+
+def test_a_job_with_quota_waits_for_admission_checks() -> None:
+    one = workload("tea", 10)
+    one["status"] = {
+        "conditions": [{"type": "QuotaReserved", "status": "True"}, {"type": "Admitted", "status": "False"}],
+        "admissionChecks": [{"name": "machines", "state": "Pending"}],
+    }
+    (obstacle,) = obstacles_of(JobView(queued("tea"), workloads=[one]), now=NOW)
+    assert obstacle.text.startswith("has quota in queue train and waits for admission check machines;")
+
+
+def server_of(*cases: str, **more: Any) -> Any:
+    records = [RECORDED[case] for case in cases]
+    objects: dict[str, list[dict[str, Any]]] = {
+        "RayJob": [one["job"] for one in records],
+        "Pod": [pod for one in records for pod in one["pods"]],
+        "Event": [event for one in records for event in one["events"]],
+    }
+    return Server({**objects, **more.pop("objects", {})}, **more)
+
+
+def test_the_reader_looks_at_the_pods_and_events_of_one_job() -> None:
+    server = server_of("cpu", "crash", "oom")
+    (obstacle,) = job_obstacles(server, "crash")
+    assert "its last lines: Traceback / ValueError: no bucket; `cat-cluster k8s logs` has more" in obstacle.text
+    assert server.logs_read == [("crash-p7xbh-head-dx5x8", "ray-head", True)]
+    assert job_obstacles(server, "none") == []
+
+
+def test_what_may_not_be_seen_is_told_beside_the_rest() -> None:
+    (hidden, seen) = job_obstacles(server_of("cpu", forbidden=("Event",)), "cpu")
+    assert (hidden.about, hidden.text) == ("events", "a right is missing to list Event")
+    assert "too little cpu" in seen.text
+
+
+def test_the_reader_asks_kueue_for_jobs_of_a_queue_alone() -> None:
+    server = server_of(objects={"RayJob": [queued("tea")], "Workload": [workload("tea", 10)]})
+    (obstacle,) = job_obstacles(server, "tea")
+    assert obstacle.text.startswith("waiting in queue train, place 1;")
+    (obstacle,) = job_obstacles(server_of(objects={"RayJob": [queued("tea")]}), "tea")
+    assert "Kueue is not installed" in obstacle.text
+    server = server_of("cpu", forbidden=("Workload",), objects={"Workload": []})
+    assert len(job_obstacles(server, "cpu")) == 1
