@@ -48,7 +48,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(LocalStore(tmp_path), RUN_ID)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def obstacles(monkeypatch: pytest.MonkeyPatch) -> list[Obstacle]:
     found: list[Obstacle] = []
     monkeypatch.setattr(followed_job, "job_obstacles", lambda api, name: list(found))
