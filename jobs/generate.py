@@ -114,14 +114,14 @@ def cluster_table(results: Path = RESULTS) -> str:
     cluster = result["cluster"]
     rows = "".join(_tested_row(part) for part in result["parts"])
     where = f"Kubernetes {cluster['kubernetes']}, {cluster['nodes']} node, {', '.join(cluster['runtime'])}"
-    return f"\n| `make e2e` | result |\n|---|---|\n{rows}\n{where}. {measured_on(result)}\n\n"
+    return f"\n| `make e2e` | result | at commit |\n|---|---|---|\n{rows}\n{where}. {measured_on(result)}\n\n"
 
 
 def _tested_row(part: Mapping[str, Any]) -> str:
     outcome = {"passed": "yes", "skipped": "not run"}.get(part["outcome"], "**failed**")
     figures = "; ".join(part["figures"])
     took = f"{part['seconds']:.0f} s"
-    return f"| {part['part']} | {outcome}, {took}{': ' if figures else ''}{figures} |\n"
+    return f"| {part['part']} | {outcome}, {took}{': ' if figures else ''}{figures} | {part['commit'][:8]} |\n"
 
 
 def field_table(model: type[BaseModel]) -> str:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Generator, MutableMapping
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
-from jobs.benchmark.record import Start, begin, write_result
+from jobs.benchmark.record import Start, begin, read_result, write_result
 from tests.support.kubernetes import CLIENTS, NAMESPACE, STRANGERS, Json, command, kubectl
 
 Figures = MutableMapping[str, str]
@@ -67,22 +67,28 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         found = dict(item.user_properties).get("figures", {})
         function = getattr(item, "function", None)
         part = " ".join((getattr(function, "__doc__", None) or item.name).split()).rstrip(".")
+        case = item.name.partition("[")[2].rstrip("]")
         _parts.append(
             {
-                "part": part,
+                "part": f"{part}: {case}" if case else part,
                 "test": item.nodeid,
                 "outcome": report.outcome,
                 "seconds": round(report.duration, 1),
                 "figures": [f"{name}: {text}" if name else text for name, text in found.items()],
+                **({} if "now" not in _started else asdict(_started["now"])),
             }
         )
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if "now" in _started:
-        result = {"cluster": _versions(), "finished": time.strftime("%H:%M:%S"), "parts": _parts}
-        print(f"\nwrote {write_result('kubernetes', result, _started['now'])}")
+    """Write the result file; parts that were not run this time stay in it, with the commit at which they were."""
+    if "now" not in _started:
+        return
+    kept = {part["test"]: part for part in (read_result("kubernetes") or {"parts": []})["parts"]}
+    parts = kept | {part["test"]: part for part in _parts}
+    result = {"cluster": _versions(), "parts": list(parts.values())}
+    print(f"\nwrote {write_result('kubernetes', result, _started['now'])}")
 
 
 def _versions() -> Json:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -38,17 +39,15 @@ def spec_file(tmp_path: Path) -> Path:
     return tmp_path / "spec.yaml"
 
 
-def write_spec(
-    path: Path, name: str, *, steps: int = 20, adapters: int = 1, workers: object = 1, **training: int
-) -> None:
+def write_spec(path: Path, name: str, *, steps: int = 20, workers: object = 1, checkpoint_every: int = 100) -> None:
     one = {"token": "sks", "class_noun": "cup", "images": str(PHOTOS)}
     spec = {
         "name": name,
         "base": "pocket",
-        "adapters": [{"id": f"{name}-{number}", "concepts": [one]} for number in range(adapters)],
-        "training": {"steps": steps, "rank": 4, "rows_per_concept": 1, **training},
+        "adapters": [{"id": name, "concepts": [one]}],
+        "training": {"steps": steps, "rank": 4, "rows_per_concept": 1},
         "evaluation": {"prompts": ["{} on a table"], "images_per_prompt": 1},
-        "cluster": {"workers": workers},
+        "cluster": {"workers": workers, "checkpoint_every": checkpoint_every},
     }
     path.write_text(yaml.safe_dump(spec), encoding="utf-8")
 
@@ -126,7 +125,7 @@ def test_too_little_memory(spec_file: Path, removed: list[str], figures: Figures
     ],
 )
 def test_why_nothing_moves(options: list[str], words: str, spec_file: Path, removed: list[str]) -> None:
-    """What a cluster cannot give is said in words by `k8s status`: CPUs, a GPU, the image, quota"""
+    """`k8s status` says in words what a cluster cannot give"""
     removed.append("waits")
     write_spec(spec_file, "waits")
     began = submit(spec_file, "--no-wait", *options)
@@ -143,17 +142,25 @@ def test_why_nothing_moves(options: list[str], words: str, spec_file: Path, remo
 
 
 def test_the_standing_cluster_grows_and_shrinks(spec_file: Path, figures: Figures) -> None:
-    """`submit` of a job of two workers: `cat-training` grows by a pod for it and shrinks again"""
-    write_spec(spec_file, "grows", workers=2, steps=10)
+    """`submit` of a job of one worker to four: `cat-training` grows by a pod of two CPUs for it, and shrinks again"""
+    write_spec(spec_file, "grows", workers=[1, 4], steps=300)
     assert len(pods(STANDING_WORKERS)) == 1
     script = documented("**`submit`** goes through")[0].replace("jobs/specs/batch.yaml", str(spec_file))
     forward, rest = script.split("&\n", 1)
-    with shell(f"{s3_access()}{forward}&\nsleep 5\n{rest}", seconds=900) as done:
-        assert done.returncode == 0, done.stdout + done.stderr
-    assert len(pods(STANDING_WORKERS)) == 2
+
+    def submitted() -> str:
+        with shell(f"{s3_access()}{forward}&\nsleep 5\n{rest}", seconds=900) as done:
+            return "" if done.returncode == 0 else done.stdout + done.stderr
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(submitted)
+        wait_until("two workers", lambda: len(pods(STANDING_WORKERS)) == 2 or job.done(), 400)
+        workers, problem = len(pods(STANDING_WORKERS)), job.result()
+    assert not problem
+    assert workers == 2
     ended = time.monotonic()
     wait_until("one worker again", lambda: len(pods(STANDING_WORKERS)) == 1, 480)
-    figures[""] = f"from 1 worker to 2, and to 1 again {time.monotonic() - ended:.0f} s after the job"
+    figures[""] = f"from 1 pod to 2, and to 1 again {time.monotonic() - ended:.0f} s after the job"
 
 
 def s3_access() -> str:
