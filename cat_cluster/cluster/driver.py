@@ -160,8 +160,12 @@ class _Driver:
             return 1
 
     def _side_by_side(self) -> int:
-        workers = self._job.cluster.workers
-        return max(1, self._size.workers // (workers if isinstance(workers, int) else workers[1]))
+        return max(1, self._size.workers // _most(self._job.cluster.workers))
+
+    def _threads(self, workers: int | tuple[int, int]) -> int:
+        """Share the cluster's CPUs among the workers of a pack that starts and of those that train beside it."""
+        packs = min(self._side_by_side(), len(self._training) + 1 + len(self._waiting))
+        return max(1, int(self._size.cpus) // (packs * _most(workers)))
 
     def _start(self, adapters: list[PreparedAdapter]) -> None:
         workers = _workers_of(self._job, adapters)
@@ -179,6 +183,7 @@ class _Driver:
             attempt=self._attempt.number,
             events=self._events,
             workers=workers,
+            threads=self._threads(workers),
             on_gpus=self._size.on_gpus,
             folder=self._folder,
         )
@@ -308,6 +313,10 @@ def _workers_of(job: JobSpec, pack: Sequence[PreparedAdapter]) -> int | tuple[in
         return min(workers, rows)
     least, most = (min(bound, rows) for bound in workers)
     return least if least == most else (least, most)
+
+
+def _most(workers: int | tuple[int, int]) -> int:
+    return workers if isinstance(workers, int) else workers[1]
 
 
 def _cancel(tasks: Sequence[Any]) -> None:

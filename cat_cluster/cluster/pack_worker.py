@@ -30,7 +30,7 @@ def train_worker(pack: PackSpec) -> None:
         settings = settings.model_copy(update={"device": str(ray.train.torch.get_device())})
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        torch.set_num_threads(_threads())
+        torch.set_num_threads(min(pack.threads, _threads()))
     metrics = Metrics(RayBackend())
     store = open_fenced_store(
         pack.storage,

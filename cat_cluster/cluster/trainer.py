@@ -29,7 +29,8 @@ START_SECONDS = 3600  # a worker group may wait for pods to start, or for evalua
 class PackSpec:
     """What the workers of a pack need to know. adapters: each with its revision; workers: a number, or (least, most).
 
-    number: the pack's number in this attempt; folder: where Ray Train keeps its own files.
+    number: the pack's number in this attempt; threads: each worker's share of the cluster's CPUs; folder: where Ray
+    Train keeps its own files.
     """
 
     number: int
@@ -40,6 +41,7 @@ class PackSpec:
     attempt: int
     events: EventQueue
     workers: int | tuple[int, int]
+    threads: int
     on_gpus: bool
     folder: str
 

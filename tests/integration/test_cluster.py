@@ -126,8 +126,8 @@ def jobs(folder: Path, plan: list[dict[str, Any]], nowhere: object, bucket: str 
     if bucket is not None:
         store = open_store(f"{bucket}/prod")
         for key in store.list(""):
-            (folder / "apart" / key).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "apart" / key).write_bytes(store.get(key))
+            (folder / "alone" / key).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "alone" / key).write_bytes(store.get(key))
     return Jobs(folder, json.loads((folder / "results.json").read_text()))
 
 
@@ -144,7 +144,7 @@ def nowhere(folder: Path, tiny_base_folder: Path, ray_folder: Path) -> Iterator[
     process.communicate()
 
 
-WAYS = ("apart", "batch")
+WAYS = ("alone", "batch")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -159,7 +159,7 @@ def test_every_way_of_training_gives_the_adapter_of_the_local_loop(jobs: Jobs, w
 
 
 def test_the_jobs_were_spread_as_their_specs_say(jobs: Jobs) -> None:
-    assert jobs["apart"]["packs"] == [{"ids": ["cup"], "workers": 1}, {"ids": ["mug"], "workers": 1}]
+    assert jobs["alone"]["packs"] == [{"ids": ["cup"], "workers": 1}]
     (pack,) = jobs["batch"]["packs"]
     assert (len(pack["ids"]), pack["workers"]) == (22, [1, 2])
 
@@ -219,11 +219,11 @@ def test_photos_that_turn_bad_after_the_check_are_named(jobs: Jobs) -> None:
 
 
 def test_the_same_job_again_is_already_done(jobs: Jobs) -> None:
-    again, record = jobs.adapters("apart again"), jobs.progress("apart")
-    assert jobs["apart again"]["code"] == 0
-    assert jobs["apart again"]["packs"] == []
+    again, record = jobs.adapters("published again"), jobs.progress("unpublished")
+    assert jobs["published again"]["code"] == 0
+    assert jobs["published again"]["packs"] == []
     assert (again["cup"]["outcome"], again["mug"]["outcome"]) == ("already published", "rejected")
-    assert again["cup"]["metrics"] == jobs.adapters("apart")["cup"]["metrics"]
+    assert again["cup"]["metrics"] == jobs.adapters("published")["cup"]["metrics"]
     assert (record.state, record.attempt) == ("done", 2)
     assert [(one.state, one.step) for one in record.adapters] == [("already published", 0), ("rejected", 0)]
 
@@ -241,12 +241,12 @@ def test_what_is_trained_and_not_published_is_only_measured(jobs: Jobs) -> None:
     assert not [key for key in stored_files(jobs.folder / "unpublished") if "checkpoints" in key]
 
 
-@pytest.mark.parametrize("name", ["apart", "batch", "unpublished"])
+@pytest.mark.parametrize("name", ["batch", "unpublished"])
 def test_an_adapter_that_fails_its_gate_is_rejected(jobs: Jobs, name: str) -> None:
     outcome = jobs.adapters("published" if name == "unpublished" else name)["mug"]
     standing, registry = jobs.progress(name).adapter("mug"), open_registry(jobs.folder / name)
     assert (outcome["outcome"], standing.state) == ("rejected", "rejected")
-    if name != "apart":  # there the job has run again since, and tells it shorter
+    if name == "batch":  # the other has run again since, and tells it shorter
         assert standing.reason == outcome["reason"]
     assert outcome["reason"].startswith("kps is ")
     assert outcome["reason"].endswith("it must be >= 2")
@@ -256,34 +256,33 @@ def test_an_adapter_that_fails_its_gate_is_rejected(jobs: Jobs, name: str) -> No
 
 
 def test_a_rejected_adapter_is_no_failure_of_the_job(jobs: Jobs) -> None:
-    assert jobs["apart"]["code"] == jobs["published"]["code"] == 0
-    assert jobs.progress("apart").state == "done"
+    assert jobs["published"]["code"] == 0
+    assert jobs.progress("unpublished").state == "done"
 
 
 def test_a_job_leaves_curves_and_pictures(jobs: Jobs) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert jobs["apart"]
-    (run,) = (jobs.folder / "apart" / "runs").glob("run-*")
-    for name, token in (("cup", "sks"), ("mug", "zwx")):
-        curves = EventAccumulator(str(run / "tensorboard" / name)).Reload()
-        assert {f"{kind}_loss/{name}/{token}" for kind in ("identity", "cat")} <= set(curves.Tags()["scalars"])
-        assert [point.step for point in curves.Scalars(f"identity_loss/{name}/{token}")] == list(range(1, STEPS + 1))
-        assert curves.Tags()["images"] == [f"samples/{name}"]
-        pictures = sorted((run / "samples" / name).iterdir())
-        assert [picture.name for picture in pictures] == [f"{step:08d}.png" for step in (5, 10, 15, 20)]
-        for picture in pictures:
-            with Image.open(picture) as image:
-                image.load()
-                assert min(image.size) >= 16
+    assert jobs["alone"]
+    (run,) = (jobs.folder / "alone" / "runs").glob("run-*")
+    curves = EventAccumulator(str(run / "tensorboard" / "cup")).Reload()
+    assert {f"{kind}_loss/cup/sks" for kind in ("identity", "cat")} <= set(curves.Tags()["scalars"])
+    assert [point.step for point in curves.Scalars("identity_loss/cup/sks")] == list(range(1, STEPS + 1))
+    assert curves.Tags()["images"] == ["samples/cup"]
+    pictures = sorted((run / "samples" / "cup").iterdir())
+    assert [picture.name for picture in pictures] == [f"{step:08d}.png" for step in (10, 20)]
+    for picture in pictures:
+        with Image.open(picture) as image:
+            image.load()
+            assert min(image.size) >= 16
 
 
 def test_the_nodes_metrics_tell_of_the_job(jobs: Jobs) -> None:
-    found = jobs["apart"]["metrics"]
+    found = jobs["alone"]["metrics"]
     assert found["ray_cat_checkpoint_bytes_total"] > 10_000
     exact = {name: value for name, value in ray_plan.METRICS.items() if name != "ray_cat_checkpoint_bytes_total"}
     assert {name: found.get(name) for name in exact} == exact
-    assert set(ray_plan.GAUGES) <= set(jobs["apart"]["seen"])
+    assert set(ray_plan.GAUGES) <= set(jobs["alone"]["seen"])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import grpc
 import httpx2
 import psutil
 import pytest
+import ray
 import torch
 import yaml
 from ray.serve.generated.serve_pb2 import ASGIRequest
@@ -34,6 +35,7 @@ from serve.local import local_deployment
 from serve.settings import Deployment, ServeSettings
 from tests.support.ray_head import TOKEN, free_ports, ray_head
 from tests.support.serving import PATH, ROOT, ask, ray_folder, surroundings, until
+from tests.support.tiny_jobs import CommandLine
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
@@ -92,31 +94,27 @@ def assert_only_here(family: list[psutil.Process]) -> None:
         assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-def refused(*options: str, **environment: str) -> str:
-    """What the command says when it does not start."""
-    clean = {name: value for name, value in os.environ.items() if name not in KEYS}
-    ended = subprocess.run([*COMMAND, *options], env={**clean, **environment}, capture_output=True, text=True)
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert "Traceback" not in ended.stderr
-    return " ".join(ended.stderr.split())
+def test_what_cannot_be_is_said_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in KEYS:
+        monkeypatch.delenv(name, raising=False)
+    run = CommandLine(monkeypatch, capsys)
 
+    def refused(*options: str) -> str:
+        ended = run("serve", "--storage", tmp_path / "registry", *options)
+        assert (ended.code, ended.out) == (1, "")
+        assert "Traceback" not in ended.err
+        return " ".join(ended.err.split())
 
-def test_what_cannot_be_is_said_before_ray_starts(tmp_path: Path) -> None:
-    with socket.socket() as taken, ThreadPoolExecutor(3) as pool:
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port, other = str(taken.getsockname()[1]), str(free_ports(1)[0])
-        said = [
-            pool.submit(refused, "--storage", str(tmp_path / "registry"), *options)
-            for options in (
-                ("--port", port),
-                ("--port", other, "--host", "0.0.0.0"),
-                ("--port", other, "--base", str(tmp_path)),
-            )
-        ]
-        assert f"port {port} of 127.0.0.1 cannot be used" in said[0].result()
-        assert "set CAT_API_KEYS to one or more keys" in said[1].result()
-        assert "text_encoder, tokenizer, unet, vae" in said[2].result()
+        assert f"port {port} of 127.0.0.1 cannot be used" in refused("--port", port)
+        assert "set CAT_API_KEYS to one or more keys" in refused("--port", other, "--host", "0.0.0.0")
+        assert "text_encoder, tokenizer, unet, vae" in refused("--port", other, "--base", str(tmp_path))
+    assert not ray.is_initialized()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.chaos)])

@@ -41,7 +41,7 @@ def start_ray() -> None:
         log_to_driver=False,
         object_store_memory=100 * 2**20,
         logging_level="ERROR",
-        _system_config={"metrics_report_interval_ms": 500, "idle_worker_killing_time_threshold_ms": 600000},
+        _system_config={"metrics_report_interval_ms": 2000, "idle_worker_killing_time_threshold_ms": 600000},
     )
 
 

@@ -27,13 +27,18 @@ SHORT = OutOfMemoryError("out of memory")
 
 
 class Cluster:
-    """Tasks that end at once: `fails` says with what a pack or an evaluation does."""
+    """Tasks that end at once: `fails` says with what a pack or an evaluation does.
+
+    started: every task; threads: how many a worker of each pack may use.
+    """
 
     def __init__(self, fails: Callable[[str, tuple[str, ...]], Outcome]) -> None:
         self.fails = fails
         self.started: list[str] = []
+        self.threads: list[int] = []
 
     def start_pack(self, spec: Any) -> Any:
+        self.threads.append(spec.threads)
         return self._start("train", tuple(spec.ids))
 
     def evaluate(self, adapter: Any, **_: Any) -> Any:
@@ -62,7 +67,11 @@ Drive = Callable[..., tuple[dict[str, AdapterResult], list[str], RunProgress]]
 @pytest.fixture
 def drive(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Drive:
     def run(
-        packs: Sequence[Sequence[str]], fails: Callable[[str, tuple[str, ...]], Outcome], *, side_by_side: int = 1
+        packs: Sequence[Sequence[str]],
+        fails: Callable[[str, tuple[str, ...]], Outcome],
+        *,
+        side_by_side: int = 1,
+        threads: list[int] | None = None,
     ) -> tuple[dict[str, AdapterResult], list[str], RunProgress]:
         names = [name for pack in packs for name in pack]
         job = job_of(names)
@@ -84,6 +93,8 @@ def drive(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Drive:
                 one, "_plan", lambda _: one._waiting.extend([adapters[name] for name in pack] for pack in packs)
             )
             results = one.run(list(adapters.values()))
+        if threads is not None:
+            threads += cluster.threads
         return {result.adapter_id: result for result in results}, cluster.started, attempt.run.progress()
 
     return run
@@ -128,6 +139,13 @@ def test_one_that_ran_out_of_memory_beside_others_is_tried_once_more_alone(drive
     assert started == ["train cup", "train mug", "evaluate mug", "train cup", "evaluate cup"]
     assert {result.outcome for result in results.values()} == {"published"}
     assert progress.state == "done"
+
+
+def test_packs_side_by_side_share_the_cpus(drive: Drive) -> None:
+    for packs, expected in ((1, [4]), (2, [2, 2]), (5, [1] * 5)):
+        threads: list[int] = []
+        drive([[f"cup-{n}"] for n in range(packs)], always({}), side_by_side=4, threads=threads)
+        assert threads == expected
 
 
 def test_one_alone_that_runs_out_of_memory_has_failed(drive: Drive) -> None:
