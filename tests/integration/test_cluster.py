@@ -126,8 +126,8 @@ def jobs(folder: Path, plan: list[dict[str, Any]], nowhere: object, bucket: str 
     if bucket is not None:
         store = open_store(f"{bucket}/prod")
         for key in store.list(""):
-            (folder / "alone" / key).parent.mkdir(parents=True, exist_ok=True)
-            (folder / "alone" / key).write_bytes(store.get(key))
+            (folder / "apart" / key).parent.mkdir(parents=True, exist_ok=True)
+            (folder / "apart" / key).write_bytes(store.get(key))
     return Jobs(folder, json.loads((folder / "results.json").read_text()))
 
 
@@ -144,7 +144,7 @@ def nowhere(folder: Path, tiny_base_folder: Path, ray_folder: Path) -> Iterator[
     process.communicate()
 
 
-WAYS = ("alone", "batch")
+WAYS = ("apart", "batch")
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -159,7 +159,7 @@ def test_every_way_of_training_gives_the_adapter_of_the_local_loop(jobs: Jobs, w
 
 
 def test_the_jobs_were_spread_as_their_specs_say(jobs: Jobs) -> None:
-    assert jobs["alone"]["packs"] == [{"ids": ["cup"], "workers": 1}]
+    assert jobs["apart"]["packs"] == [{"ids": ["cup"], "workers": 1}, {"ids": ["mug"], "workers": 1}]
     (pack,) = jobs["batch"]["packs"]
     assert (len(pack["ids"]), pack["workers"]) == (22, [1, 2])
 
@@ -263,8 +263,8 @@ def test_a_rejected_adapter_is_no_failure_of_the_job(jobs: Jobs) -> None:
 def test_a_job_leaves_curves_and_pictures(jobs: Jobs) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert jobs["alone"]
-    (run,) = (jobs.folder / "alone" / "runs").glob("run-*")
+    assert jobs["apart"]
+    (run,) = (jobs.folder / "apart" / "runs").glob("run-*")
     curves = EventAccumulator(str(run / "tensorboard" / "cup")).Reload()
     assert {f"{kind}_loss/cup/sks" for kind in ("identity", "cat")} <= set(curves.Tags()["scalars"])
     assert [point.step for point in curves.Scalars("identity_loss/cup/sks")] == list(range(1, STEPS + 1))
@@ -278,11 +278,11 @@ def test_a_job_leaves_curves_and_pictures(jobs: Jobs) -> None:
 
 
 def test_the_nodes_metrics_tell_of_the_job(jobs: Jobs) -> None:
-    found = jobs["alone"]["metrics"]
+    found = jobs["apart"]["metrics"]
     assert found["ray_cat_checkpoint_bytes_total"] > 10_000
     exact = {name: value for name, value in ray_plan.METRICS.items() if name != "ray_cat_checkpoint_bytes_total"}
     assert {name: found.get(name) for name in exact} == exact
-    assert set(ray_plan.GAUGES) <= set(jobs["alone"]["seen"])
+    assert set(ray_plan.GAUGES) <= set(jobs["apart"]["seen"])
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ GOOD = tuple(f"good-{n}" for n in range(18))
 MEASURED = 4  # of these
 # What the node must show after the first job; a checkpoint is taken twice as often as asked.
 METRICS = {
-    "ray_cat_training_steps_total": STEPS,
+    "ray_cat_training_steps_total": 2 * STEPS,
     "ray_cat_checkpoint_bytes_total": 1,
-    "ray_cat_checkpoint_seconds_count": STEPS // 5,
-    "ray_cat_evaluation_seconds_count": 1,
+    "ray_cat_checkpoint_seconds_count": 2 * STEPS // 5,
+    "ray_cat_evaluation_seconds_count": 2,
 }
 HOOKS = ("damage", "store_away", "metrics", "environment")  # see tests/support/ray_jobs.py
 GAUGES = ("ray_cat_packs_running", "ray_cat_adapters", "ray_cat_training_identity_loss")
@@ -72,7 +72,7 @@ def batch(folder: Path, judge: Path) -> list[dict[str, Any]]:
 def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> list[dict[str, Any]]:
     """Write the specs of all jobs, each to train alike, and return the jobs in order.
 
-    folder: has `photos`, and the name of each job is its storage. bucket: the storage of the job `alone`, and where its
+    folder: has `photos`, and the name of each job is its storage. bucket: the storage of the job `apart`, and where its
     cup's photos are; without one it is as the others, and what S3 refuses is left out.
     """
 
@@ -85,20 +85,20 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
 
     both = [cup(folder, judge), mug(folder, judge)]
     spoilt = folder / "photos" / "spoilt" / "1.png"
-    alone = job(
-        "alone",
-        [cup(folder, judge, None if bucket is None else photos_in(bucket, folder / "photos" / "cup"))],
-        cluster={"workers": 1, "checkpoint_every": 10},
+    apart = job(
+        "apart",
+        [cup(folder, judge, None if bucket is None else photos_in(bucket, folder / "photos" / "cup")), both[1]],
+        cluster={"workers": 1, "max_pack": 1, "checkpoint_every": 10},
         monitoring={"tensorboard": True, "samples_every": 10},
         metrics=METRICS,
-        to=str(folder / "alone") if bucket is None else f"{bucket}/prod",
+        to=str(folder / "apart") if bucket is None else f"{bucket}/prod",
     )
     unpublished = job("unpublished", both, "--in-process", store_away=True)
     published = job("unpublished", both)["arguments"]  # the same spec and storage
     jobs = [
         job("local", both, "--in-process"),
         unpublished,
-        alone,
+        apart,
         job("batch", batch(folder, judge), cluster={"workers": [1, 2], "zero_stage": 2}, damage=str(spoilt)),
         {"name": "published", "arguments": published},
         {"name": "published again", "arguments": published},
