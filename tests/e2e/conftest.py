@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 
 from jobs.benchmark.record import Start, begin, read_result, write_result
-from tests.support.kubernetes import CLIENTS, NAMESPACE, STRANGERS, Json, command, kubectl
+from tests.support.kubernetes import CLIENTS, IMAGE, STRANGERS, Json, command, kubectl, objects
 
 Figures = MutableMapping[str, str]
 _started: dict[str, Start] = {}
+_cluster: dict[str, Json] = {}
 _parts: list[Json] = []
 
 
@@ -63,6 +64,8 @@ def figures(request: pytest.FixtureRequest) -> Figures:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report: pytest.TestReport = yield
+    if "now" in _started and ("now" not in _cluster or not _cluster["now"]["image"]):
+        _cluster["now"] = _versions()  # while there is something in it
     if report.when == "call" or (report.when == "setup" and not report.passed):
         found = dict(item.user_properties).get("figures", {})
         function = getattr(item, "function", None)
@@ -87,7 +90,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     kept = {part["test"]: part for part in (read_result("kubernetes") or {"parts": []})["parts"]}
     parts = kept | {part["test"]: part for part in _parts}
-    result = {"cluster": _versions(), "parts": list(parts.values())}
+    result = {"cluster": _cluster["now"], "parts": list(parts.values())}
     print(f"\nwrote {write_result('kubernetes', result, _started['now'])}")
 
 
@@ -97,11 +100,17 @@ def _versions() -> Json:
         "kubectl", "get", "deploy", "-A", "-l", "app.kubernetes.io/name=kuberay-operator", "-o",
         "jsonpath={.items[*].spec.template.spec.containers[*].image}",
     )  # fmt: skip
+    images = {
+        status["imageID"].rpartition("@")[2]
+        for pod in objects("pods")
+        for status in pod["status"].get("containerStatuses", ())
+        if status["image"].endswith(IMAGE)
+    }
     nodes = json.loads(command("kubectl", "get", "nodes", "-o", "json").stdout)["items"]
     return {
         "kubernetes": server.get("gitVersion", "unknown"),
         "operator": operator.stdout.strip() or "unknown",
         "nodes": len(nodes),
         "runtime": sorted({node["status"]["nodeInfo"]["containerRuntimeVersion"] for node in nodes}),
-        "namespace": NAMESPACE,
+        "image": sorted(images),
     }
