@@ -35,6 +35,7 @@ from cat_cluster.cli.k8s_options import (
 )
 from cat_cluster.cli.options import AsJson, people, print_json
 from cat_cluster.cli.values import output_file
+from cat_cluster.cluster.kuberay.checks.gates import NEWEST, Release
 from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
 
@@ -177,9 +178,10 @@ def check(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Files of manifests; - is stdin.")],
     crds: Annotated[
         str | None,
-        typer.Option(metavar="DIR|URL", help="KubeRay's CRDs. Default: those of this package, KubeRay 1.7."),
+        typer.Option(metavar="DIR|URL", help="KubeRay's CRDs. Default: those of --kuberay, which this package has."),
     ] = None,
     restricted: Annotated[bool, typer.Option(help="Whether pods must fit the restricted pod-security profile.")] = True,
+    kuberay: Annotated[Release, typer.Option(help="Release of KubeRay that is installed.")] = NEWEST,
     gates: Annotated[
         str,
         typer.Option(metavar="NAME,...", help="Feature gates of the operator that are on beside the default ones."),
@@ -203,11 +205,11 @@ def check(
         from cat_cluster.cluster.kuberay.checks.gates import gates_on
         from cat_cluster.cluster.kuberay.checks.schemas import load_schemas
 
-    on = gates_on(gates)
+    on = gates_on(gates, kuberay)
     documents = read_manifests(files)
     if not documents:
         raise SpecError(f"{', '.join(files)}: no manifest there; give files that hold some")
-    schemas = load_schemas(crds)
+    schemas = load_schemas(crds, kuberay)
     findings = check_manifests(documents, schemas, restricted=restricted, gates=on)
     not_asked: Sequence[str] | None = None
     if server:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
-from cat_cluster.cluster.kuberay.checks.gates import EMBEDDED_STORAGE, gates_on
+from cat_cluster.cluster.kuberay.checks.gates import EMBEDDED_STORAGE, NEWEST, Release, gates_on
 from cat_cluster.cluster.kuberay.client.api import Api
 from cat_cluster.cluster.kuberay.rendering.pods import (
     ACCOUNT,
@@ -89,10 +89,11 @@ def examine(api: Api, *, image: str | None = None, inside: bool = True) -> Itera
     that pod, by default the one that the standing cluster has. Raises KubernetesError where no server can be reached.
     """
     yield _kubernetes(api.version())
-    yield _definitions(api)
+    release = _release(api)
+    yield _definitions(api, release)
     operator = _or_none(lambda: _operators(api))
     yield _operator(operator)
-    yield _gates(api, operator)
+    yield _gates(api, operator, release or NEWEST)
     namespace = _seen(lambda: api.get("v1", "Namespace", api.namespace))
     if isinstance(namespace, Finding):
         yield Finding("namespace", "unknown", f"{api.namespace} cannot be looked at: {namespace.text}")
@@ -119,22 +120,31 @@ def _kubernetes(version: str) -> Finding:
     return Finding("Kubernetes", "ok", version)
 
 
-def _definitions(api: Api) -> Finding:
-    """The release that KubeRay's definitions are of, by a field that came with 1.7."""
+def _release(api: Api) -> Release | None:
+    """Return the release that KubeRay's definitions are of, by a field that came with it; None for none known here."""
     if api.resource("ray.io/v1", "RayJob") is None:
-        return Finding(
-            "KubeRay's CRDs", "problem", "are not installed: install the operator (docs/operations.md, 3. The operator)"
-        )
+        return None
     schema = api.schemas("ray.io/v1").get("io.ray.v1.RayCluster", {})
     spec = schema.get("properties", {}).get("spec", {}).get("properties", {})
     if "backend" in spec.get("gcsFaultToleranceOptions", {}).get("properties", {}):
-        return Finding("KubeRay's CRDs", "ok", "of 1.7 or later")
-    return Finding(
-        "KubeRay's CRDs",
-        "problem",
-        "are older than 1.7, and helm leaves them alone when it upgrades: kubectl apply --server-side those of "
-        "helm-chart/kuberay-operator/crds of KubeRay 1.7",
-    )
+        return "1.7"
+    return "1.6" if "secretName" in spec.get("authOptions", {}).get("properties", {}) else None
+
+
+def _definitions(api: Api, release: Release | None) -> Finding:
+    subject = "KubeRay's CRDs"
+    if release == "1.7":
+        return Finding(subject, "ok", "of 1.7 or later")
+    if release == "1.6":
+        return Finding(subject, "ok", "of 1.6, which has no k8s/components/gcs-embedded; check with --kuberay 1.6")
+    if api.resource("ray.io/v1", "RayJob") is None:
+        text = "are not installed: install the operator (docs/operations.md, 3. The operator)"
+    else:
+        text = (
+            "are older than 1.6, and helm leaves them alone when it upgrades: kubectl apply --server-side those of "
+            "helm-chart/kuberay-operator/crds of KubeRay 1.7"
+        )
+    return Finding(subject, "problem", text)
 
 
 def _operators(api: Api) -> list[Json]:
@@ -175,7 +185,7 @@ def _operator(found: list[Json] | None) -> Finding:
     return Finding(subject, "ok", f"{image} in {namespace}")
 
 
-def _gates(api: Api, operators: list[Json] | None) -> Finding:
+def _gates(api: Api, operators: list[Json] | None, release: Release) -> Finding:
     """Feature gates of the operator, and whether what is in the namespace needs one that is off."""
     subject = "feature gates"
     if not operators:
@@ -186,7 +196,7 @@ def _gates(api: Api, operators: list[Json] | None) -> Finding:
         (word.partition("=")[2] for word in words if word.startswith(("--feature-gates", "-feature-gates"))), ""
     )
     try:
-        on = gates_on(given)
+        on = gates_on(given, release)
     except SpecError:  # of another release
         return Finding(subject, "ok", given)
     services = _or_none(lambda: api.list("ray.io/v1", "RayService")) or []

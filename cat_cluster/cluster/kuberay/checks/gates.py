@@ -6,29 +6,37 @@ What needs a gate is refused by the operator without it (validation.go, v1.7.0),
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from typing import Any
+from typing import Any, Literal
 
 from cat_cluster.cluster.kuberay.checks.validation import FieldPath, Finding, nearest
 from cat_cluster.errors import SpecError
 
 Json = Mapping[str, Any]
+Release = Literal["1.6", "1.7"]  # of KubeRay, that are known here
 
 EMBEDDED_STORAGE = "GCSFaultToleranceEmbeddedStorage"
-# Whether each is on by default (features.go, v1.7.0).
-GATES: Mapping[str, bool] = {
+NEWEST: Release = "1.7"
+# Whether each is on by default (features.go).
+_OLDER = {
     "RayClusterStatusConditions": True,
     "RayJobDeletionPolicy": True,
     "RayMultiHostIndexing": True,
-    "RayServiceIncrementalUpgrade": True,
+    "RayServiceIncrementalUpgrade": False,
     "RayCronJob": False,
-    "SidecarSubmitterRestart": False,
-    "RayClusterNetworkPolicy": False,
-    EMBEDDED_STORAGE: False,
-    "RayClusterMTLS": False,
-    "RayClusterHistoryServer": False,
-    "KubernetesWAS": False,
 }
-DEFAULT_GATES = frozenset(name for name, is_on in GATES.items() if is_on)
+GATES: Mapping[Release, Mapping[str, bool]] = {
+    "1.6": {**_OLDER, "AsyncJobInfoQuery": False},
+    "1.7": {
+        **_OLDER,
+        "RayServiceIncrementalUpgrade": True,
+        "SidecarSubmitterRestart": False,
+        "RayClusterNetworkPolicy": False,
+        EMBEDDED_STORAGE: False,
+        "RayClusterMTLS": False,
+        "RayClusterHistoryServer": False,
+        "KubernetesWAS": False,
+    },
+}
 _FIELDS = {  # of a cluster
     "networkPolicy": "RayClusterNetworkPolicy",
     "tlsOptions": "RayClusterMTLS",
@@ -37,18 +45,22 @@ _FIELDS = {  # of a cluster
 _SWITCH = {"true": True, "false": False}
 
 
-def gates_on(text: str) -> frozenset[str]:
+def gates_on(text: str, release: Release = NEWEST) -> frozenset[str]:
     """Return the gates that are on, given those that are not as by default: `NAME,NAME=false`; raises SpecError."""
-    on = set(DEFAULT_GATES)
+    known = GATES[release]
+    on = {name for name, is_on in known.items() if is_on}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = part.partition("=")
-        if name not in GATES:
-            raise SpecError(f"--gates: {name!r} is no feature gate of KubeRay 1.7; {nearest(name, GATES)}")
+        if name not in known:
+            raise SpecError(f"--gates: {name!r} is no feature gate of KubeRay {release}; {nearest(name, known)}")
         is_on = _SWITCH.get(value.lower()) if equals else True
         if is_on is None:
             raise SpecError(f"--gates: {part!r}: write {name}=true or {name}=false")
         (on.add if is_on else on.discard)(name)
     return frozenset(on)
+
+
+DEFAULT_GATES = gates_on("")
 
 
 def gate_findings(document: Json, path: FieldPath, cluster: Json, gates: Set[str]) -> Iterator[Finding]:

@@ -1,7 +1,7 @@
 """The schemas of KubeRay's and Kubernetes' kinds, closed: a field that an API server would drop is an error here.
 
-crds.json.xz holds those of KubeRay's custom resource definitions (Apache-2.0), with their version, source and the
-sha256 of the original files. For another release, run this with a folder of its helm-chart/kuberay-operator/crds:
+crds-<release>.json.xz hold those of KubeRay's custom resource definitions (Apache-2.0), with their version, source and
+the sha256 of the original files. For another release, run this with a folder of its helm-chart/kuberay-operator/crds:
 
     python -m cat_cluster.cluster.kuberay.checks.schemas 1.7.0 FOLDER
 """
@@ -24,11 +24,12 @@ from typing import Any
 import kubernetes_validate
 import yaml
 
+from cat_cluster.cluster.kuberay.checks.gates import NEWEST, Release
 from cat_cluster.cluster.kuberay.checks.validation import Finding, SchemaCheck, bounded_integers, nearest
 from cat_cluster.errors import ClusterError
 
 KUBERNETES_VERSION = "1.33"  # the oldest that the manifests are written for
-SHIPPED = Path(__file__).with_name("crds.json.xz")
+SHIPPED = Path(__file__).parent
 SOURCE = "https://github.com/ray-project/kuberay, helm-chart/kuberay-operator/crds"
 CRD_FILES = ("ray.io_rayclusters.yaml", "ray.io_raycronjobs.yaml", "ray.io_rayjobs.yaml", "ray.io_rayservices.yaml")
 FETCH_SECONDS = 30
@@ -100,13 +101,13 @@ class Schemas:
         return self._checks[key]
 
 
-def load_schemas(source: str | None = None) -> Schemas:
-    """Return the schemas of the CRDs in a folder or below an https:// address; None means those of this package.
+def load_schemas(source: str | None = None, release: Release = NEWEST) -> Schemas:
+    """Return the schemas of the CRDs in a folder or below an https:// address; None means those of a known release.
 
     Raises ClusterError for a source that cannot be read or holds no CRD.
     """
     if source is None:
-        return Schemas(shipped()["schemas"])
+        return Schemas(shipped(release)["schemas"])
     texts = _fetched(source) if "://" in source else _read(Path(source))
     custom = {key: schema for name, text in texts.items() for key, schema in closed_schemas(name, text)}
     if not custom:
@@ -118,14 +119,14 @@ def load_schemas(source: str | None = None) -> Schemas:
 
 
 @functools.cache
-def shipped() -> dict[str, Any]:
-    """Return what crds.json.xz holds: version, source, licence, sha256 by file name, and schemas."""
-    content: dict[str, Any] = json.loads(lzma.decompress(SHIPPED.read_bytes()))
+def shipped(release: Release = NEWEST) -> dict[str, Any]:
+    """Return what this package has of a release: version, source, licence, sha256 by file name, and schemas."""
+    content: dict[str, Any] = json.loads(lzma.decompress((SHIPPED / f"crds-{release}.json.xz").read_bytes()))
     return content
 
 
 def ship(version: str, folder: Path, target: Path = SHIPPED) -> None:
-    """Write the schemas of the CRDs in a folder, those of a KubeRay release, to the file of this package."""
+    """Write the schemas of the CRDs in a folder, those of a KubeRay version, to the file of its release."""
     texts = {name: (folder / name).read_bytes() for name in CRD_FILES}
     content = {
         "source": f"{SOURCE} at v{version}",
@@ -135,7 +136,8 @@ def ship(version: str, folder: Path, target: Path = SHIPPED) -> None:
         "schemas": {key: schema for name, text in texts.items() for key, schema in closed_schemas(name, text)},
     }
     text = json.dumps(content, separators=(",", ":"))
-    target.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    path = target / f"crds-{version.rpartition('.')[0]}.json.xz"
+    path.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def closed_schemas(name: str, text: bytes) -> Iterator[tuple[str, Any]]:

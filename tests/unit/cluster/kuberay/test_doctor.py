@@ -89,7 +89,7 @@ def embedded_without_gate(server: ApiServer) -> None:
         pytest.param(lambda s: s.put(operator(ready=0)), "KubeRay's operator", "is not ready", id="not ready"),
         pytest.param(lambda s: s.put(operator(namespace="other")), "KubeRay's operator", "undo each other", id="two"),
         pytest.param(embedded_without_gate, "feature gates", "EmbeddedStorage is off, which RayService", id="gate"),
-        pytest.param(lambda s: s.schemas.clear(), "KubeRay's CRDs", "older than 1.7", id="old definitions"),
+        pytest.param(lambda s: s.schemas.clear(), "KubeRay's CRDs", "older than 1.6", id="old definitions"),
         pytest.param(lambda s: s.kinds.pop("ray.io/v1"), "KubeRay's CRDs", "are not installed", id="no definitions"),
         pytest.param(
             lambda s: s.put(thing("v1", "Namespace", "cat-cluster")), "namespace", "restricted", id="pod security"
@@ -112,6 +112,16 @@ def test_what_lacks_is_named_with_its_remedy(
     found = problems(api)
     assert [one.subject for one in found if one.state == "problem"] == [subject]
     assert words in found[0].text
+
+
+def test_the_older_release_is_fit_and_named(api: Api, server: ApiServer) -> None:
+    server.put(operator("--feature-gates=RayJobDeletionPolicy=true,AsyncJobInfoQuery=true"))
+    fields = {"authOptions": {"properties": {"secretName": {}}}}
+    server.schemas["io.ray.v1.RayCluster"] = {"properties": {"spec": {"properties": fields}}}
+    found = {one.subject: one for one in examine(api)}
+    assert {one.state for one in found.values()} == {"ok"}
+    assert "of 1.6" in found["KubeRay's CRDs"].text
+    assert "AsyncJobInfoQuery" in found["feature gates"].text
 
 
 def test_an_operator_elsewhere_is_not_let_in(api: Api, server: ApiServer) -> None:

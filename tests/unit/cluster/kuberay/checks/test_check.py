@@ -26,6 +26,7 @@ from cat_cluster.cluster.kuberay.checks.check import (
     not_looked_at,
     read_manifests,
 )
+from cat_cluster.cluster.kuberay.checks.gates import GATES, Release
 from cat_cluster.cluster.kuberay.checks.schemas import CRD_FILES, SHIPPED, Schemas, load_schemas, ship, shipped
 from cat_cluster.cluster.kuberay.checks.security import restricted_findings
 from cat_cluster.cluster.kuberay.checks.validation import bounded_integers
@@ -297,25 +298,27 @@ def test_fields_are_written_as_people_do() -> None:
     assert field_text(()) == "the whole document"
 
 
-def test_the_schemas_of_a_release_are_in_the_package(tmp_path: Path) -> None:
-    record = shipped()
+@pytest.mark.parametrize("release", GATES)
+def test_the_schemas_of_a_release_are_in_the_package(release: Release) -> None:
+    record = shipped(release)
     assert record["licence"] == "Apache-2.0"
     assert f"v{record['version']}" in record["source"]
     assert {name.split()[1] for name in record["schemas"]} == {"RayCluster", "RayCronJob", "RayJob", "RayService"}
     assert set(record["sha256"]) == set(CRD_FILES)
-    assert SHIPPED.stat().st_size < 20_000
+    assert record["version"].startswith(f"{release}.")
+    assert (SHIPPED / f"crds-{release}.json.xz").stat().st_size < 20_000
     assert "description" not in json.dumps(record["schemas"])
 
 
 def test_what_is_shipped_is_what_the_folder_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in CRD_FILES:
         (tmp_path / name).write_text(yaml.safe_dump(CUP_CRD))
-    ship("9.9.9", tmp_path, tmp_path / "crds.json.xz")
+    ship("1.7.9", tmp_path, tmp_path)
     expected = load_schemas(str(tmp_path))
     shipped.cache_clear()
-    monkeypatch.setattr(kuberay_schemas, "SHIPPED", tmp_path / "crds.json.xz")
+    monkeypatch.setattr(kuberay_schemas, "SHIPPED", tmp_path)
     try:
-        assert shipped()["version"] == "9.9.9"
+        assert shipped()["version"] == "1.7.9"
         digest = hashlib.sha256((tmp_path / CRD_FILES[0]).read_bytes()).hexdigest()
         assert shipped()["sha256"][CRD_FILES[0]] == digest
         assert load_schemas() == expected

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cat_cluster.cluster.kuberay.checks.check import Document, check_manifests
-from cat_cluster.cluster.kuberay.checks.gates import DEFAULT_GATES, EMBEDDED_STORAGE, GATES, gates_on
+from cat_cluster.cluster.kuberay.checks.gates import DEFAULT_GATES, EMBEDDED_STORAGE, GATES, NEWEST, gates_on
 from cat_cluster.cluster.kuberay.checks.schemas import load_schemas
 from cat_cluster.errors import SpecError
 from tests.support.tiny_jobs import CommandLine
@@ -69,7 +69,21 @@ def test_what_needs_a_gate_is_refused_without_it(document: dict[str, Any], field
     assert set(messages) == {field}
     assert f"feature gate {gate}: turn it on" in messages[field]
     assert f"--gates {gate}" in messages[field]
-    assert (found(document, "") == {}) == GATES[gate]
+    assert (found(document, "") == {}) == GATES[NEWEST][gate]
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "service.yaml", "job.yaml"])
+def test_the_base_fits_the_older_release_too(name: str) -> None:
+    documents = [Document("f", 1, one) for one in yaml.safe_load_all((BASE / name).read_text()) if one]
+    assert check_manifests(documents, load_schemas(release="1.6"), gates=gates_on("", "1.6")) == []
+
+
+def test_the_older_release_has_no_embedded_store() -> None:
+    document = Document("f", 1, service(gcsFaultToleranceOptions=EMBEDDED))
+    findings = check_manifests([document], load_schemas(release="1.6"), gates=gates_on("", "1.6"))
+    assert any("backend" in finding.field for finding in findings)
+    with pytest.raises(SpecError, match=r"is no feature gate of KubeRay 1\.6"):
+        gates_on(EMBEDDED_STORAGE, "1.6")
 
 
 def test_gates_are_given_as_the_operator_takes_them() -> None:
