@@ -52,7 +52,7 @@ def server() -> Iterator[ApiServer]:
 @pytest.fixture
 def api(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
-    return open_api(namespace="cat-cluster")
+    return open_api(None, "cat-cluster")
 
 
 def ends_with(server: ApiServer, answer: Json) -> Callable[[Json], None]:
