@@ -129,9 +129,9 @@ def status(
     if as_json:
         print_json({"jobs": [asdict(one) for one in states]})
     elif states:
-        from cat_cluster.cli.k8s_status import jobs_table
+        from cat_cluster.cli.k8s_status import jobs_table, print_table
 
-        Console(emoji=False).print(jobs_table(states))
+        print_table(jobs_table(states))
     else:
         _say(f"no RayJobs in namespace {api.namespace}; --namespace and --context say where else to look")
 
@@ -198,7 +198,7 @@ def _open(context: str | None, namespace: str) -> Api:
 
 
 def _show_job(api: Api, job: dict[str, Any], *, as_json: bool) -> None:
-    from cat_cluster.cli.k8s_status import age_text, pods_table, pods_text
+    from cat_cluster.cli.k8s_status import age_text, pods_table, pods_text, print_table
     from cat_cluster.cluster.kuberay.obstacles.obstacles import obstacles_of, view_job
     from cat_cluster.cluster.kuberay.obstacles.states import job_state, pod_state
 
@@ -213,7 +213,7 @@ def _show_job(api: Api, job: dict[str, Any], *, as_json: bool) -> None:
     ready = f", {pods_text(state)} pods ready" if state.pods_asked is not None else ""
     console.print(f"{state.job}: {state.state}{ready}, {age_text(state.age)} old", markup=False, highlight=False)
     if pods:
-        console.print(pods_table(pods))
+        print_table(pods_table(pods))
     for obstacle in obstacles:
         console.print(f"- {obstacle}", markup=False, highlight=False, soft_wrap=True)
     if state.run is not None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from cat_cluster.cluster.kuberay.checks.gates import EMBEDDED_STORAGE, gates_on
 from cat_cluster.cluster.kuberay.client.api import Api
+from cat_cluster.cluster.kuberay.obstacles.refusals import shortened
 from cat_cluster.cluster.kuberay.rendering.pods import (
     ACCOUNT,
     container_security,
@@ -71,6 +72,7 @@ def bucket():
     return last
 print(json.dumps({"reaches_api": reaches_api(), "storage": os.environ["CAT_STORAGE"], "bucket": bucket()}))
 """
+_ANSWER = '{"reaches_api"'  # begins the line that the probe prints, among what libraries say
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,10 @@ def _definitions(api: Api) -> Finding:
         return Finding(
             "KubeRay's CRDs", "problem", "are not installed: install the operator (docs/operations.md, 3. The operator)"
         )
-    schema = api.schemas("ray.io/v1").get("io.ray.v1.RayCluster", {})
+    schemas = _seen(lambda: api.schemas("ray.io/v1"))
+    if isinstance(schemas, Finding):
+        return Finding("KubeRay's CRDs", "unknown", "are installed; your account may not look at their schemas")
+    schema = (schemas or {}).get("io.ray.v1.RayCluster", {})
     spec = schema.get("properties", {}).get("spec", {}).get("properties", {})
     if "backend" in spec.get("gcsFaultToleranceOptions", {}).get("properties", {}):
         return Finding("KubeRay's CRDs", "ok", "of 1.7 or later")
@@ -269,7 +274,7 @@ def _gpus(api: Api) -> Finding:
     nodes = _or_none(lambda: api.list("v1", "Node"))
     if nodes is None:
         return Finding("GPUs", "unknown", "your account may not list nodes")
-    having = {node["metadata"]["name"]: int(node["status"]["allocatable"].get("nvidia.com/gpu", 0)) for node in nodes}
+    having = {node["metadata"]["name"]: int(_allocatable(node).get("nvidia.com/gpu", 0)) for node in nodes}
     if not any(having.values()):
         return Finding(
             "GPUs",
@@ -279,9 +284,14 @@ def _gpus(api: Api) -> Finding:
     return Finding("GPUs", "ok", f"{sum(having.values())} on {sum(map(bool, having.values()))} of {len(nodes)} nodes")
 
 
+def _allocatable(node: Json) -> Json:
+    allocatable: Json = node.get("status", {}).get("allocatable", {})  # none of a node that has just come
+    return allocatable
+
+
 def _standing_image(api: Api) -> str:
-    cluster = api.get("ray.io/v1", "RayCluster", STANDING_CLUSTER)
-    if cluster is None:
+    cluster = _seen(lambda: api.get("ray.io/v1", "RayCluster", STANDING_CLUSTER))
+    if cluster is None or isinstance(cluster, Finding):
         return default_image()
     return str(cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"])
 
@@ -315,7 +325,11 @@ def _probe(api: Api, image: str) -> Json:
     try:
         if _end_of(api, name, image) == "Failed":
             raise KubernetesError(f"it failed: {''.join(api.log(name, 'probe', tail=3)).strip()}")
-        content: Json = json.loads("".join(api.log(name, "probe")).splitlines()[-1])
+        said = "".join(api.log(name, "probe"))
+        answers = [line for line in said.splitlines() if line.startswith(_ANSWER)]
+        if not answers:
+            raise KubernetesError(f"it ended without an answer: {shortened(said) or 'its log is empty'}")
+        content: Json = json.loads(answers[-1])
     finally:
         api.delete("v1", "Pod", name)
     return content

@@ -32,9 +32,9 @@ def recent(name: str, **labels: str) -> dict[str, Any]:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(server: Server, *words: str) -> Any:
+    def call(server: Server, *words: str, columns: str = "200") -> Any:
         monkeypatch.setattr(api, "open_api", lambda context, namespace: server)
-        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setenv("COLUMNS", columns)
         return CommandLine(monkeypatch, capsys)("k8s", "status", *words)
 
     return call
@@ -69,6 +69,15 @@ def test_a_job_shows_its_pods_and_what_is_in_its_way(command: Any) -> None:
     assert record["state"] == "starting"
     assert [one["phase"] for one in record["pods"]] == ["Pending"]
     assert record["obstacles"][0]["final"] is False
+
+
+def test_a_narrow_terminal_hides_nothing(command: Any) -> None:
+    job = recent("a-name-of-forty-seven-characters-as-kuberay-takes", **{"cat-cluster/run": "run-0123456789ab"})
+    job["status"]["jobDeploymentStatus"] = "[red]"
+    server = Namespace({"RayJob": [job], "Pod": RECORDED["cpu"]["pods"], "Event": []})
+    row = command(server, columns="40").out.splitlines()[-2]
+    assert row.split() == [job["metadata"]["name"], "run-0123456789ab", "[red]", "0/1", "3m", "-"]
+    assert " cpu 100, memory" in command(server, "run-0123456789ab", columns="40").out
 
 
 def test_an_empty_namespace_and_a_job_that_is_not_there(command: Any) -> None:

@@ -305,8 +305,8 @@ class Api:
             text = f"the API server {self.server} does not know who asks: log in to context {self.context} again"
         elif status == HTTPStatus.FORBIDDEN and "is forbidden: User" in reason:
             text = (
-                f"a right is missing to {asked} ({where}): {reason}. Role {ROLE} of k8s/base gives it: have yourself "
-                f"bound to it, or use another --context"
+                f"a right is missing to {asked} ({where}): {reason}. Have yourself bound to a role that gives it (Role "
+                f"{ROLE} of k8s/base, for jobs), or use another --context"
             )
         else:
             text = f"the API server refuses to {asked} ({where}): {reason}"

@@ -42,7 +42,7 @@ def has_ended(job: Json) -> bool:
 
 def is_held(job: Json) -> bool:
     """Say whether a RayJob is suspended until a person starts it; in a queue Kueue does."""
-    return bool(job["spec"].get("suspend")) and QUEUE_LABEL not in job["metadata"].get("labels", {})
+    return bool(job.get("spec", {}).get("suspend")) and QUEUE_LABEL not in job["metadata"].get("labels", {})
 
 
 def run_of(job: Json) -> str | None:

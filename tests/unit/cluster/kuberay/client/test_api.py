@@ -95,7 +95,7 @@ def test_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_a_connection_that_breaks_off_within_a_reply(api: Api, server: ApiServer) -> None:
     server.cut = 3
-    with pytest.raises(KubernetesError, match="cannot be reached: .*Connection broken"):
+    with pytest.raises(KubernetesError, match=r"cannot be reached: .*Connection broken"):
         api.list("ray.io/v1", "RayJob")
 
 
@@ -160,5 +160,5 @@ def test_what_is_no_api_version_has_no_kinds(api: Api, server: ApiServer, versio
 
 @pytest.mark.parametrize("namespace", ["", ".", "Team", "a/b", "x" * 64])
 def test_what_is_no_namespace(namespace: str) -> None:
-    with pytest.raises(SpecError, match="--namespace .*: must hold a-z, 0-9 and -"):
+    with pytest.raises(SpecError, match=r"--namespace .*: must hold a-z, 0-9 and -"):
         open_api(None, namespace)

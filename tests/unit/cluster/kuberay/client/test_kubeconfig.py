@@ -73,7 +73,7 @@ def test_a_file_that_is_no_kubeconfig(write: Any, content: bytes) -> None:
 
 def test_a_folder_is_no_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path))
-    with pytest.raises(SpecError, match="cannot be read: .*Is a directory"):
+    with pytest.raises(SpecError, match=r"cannot be read: .*Is a directory"):
         find_server(None)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cat_cluster.cluster.kuberay.obstacles.obstacles import JobView, Obstacle, job_obstacles, obstacles_of
+from cat_cluster.cluster.kuberay.obstacles.pod_causes import logs_wanted
 from tests.support.recorded_jobs import RECORDED, Server, queued, workload
 
 # Of each recorded job: about what is said, in what words, and whether waiting cannot help.
@@ -294,3 +295,13 @@ def test_the_reader_asks_kueue_for_jobs_of_a_queue_alone() -> None:
     assert "Kueue is not installed" in obstacle.text
     server = server_of("cpu", forbidden=("Workload",), objects={"Workload": []})
     assert len(job_obstacles(server, "cpu")) == 1
+
+
+def test_a_job_without_a_spec_is_looked_at_too() -> None:
+    job = {"metadata": {"name": "tea"}, "status": {"jobDeploymentStatus": "Running"}}
+    assert obstacles_of(JobView(job), now=datetime.now(UTC)) == []
+
+
+def test_an_end_without_a_reason_wants_its_log() -> None:
+    ended = {"name": "ray-head", "state": {"terminated": {"exitCode": 137}}}
+    assert list(logs_wanted({"status": {"containerStatuses": [ended]}})) == [("ray-head", False)]
