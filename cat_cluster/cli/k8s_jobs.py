@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -148,13 +150,13 @@ def logs(
     """Print the log of a job: what its driver says, or Ray in one of its pods."""
     api = _open(context, namespace)
     from cat_cluster.cluster.kuberay.client.jobs import find_job
-    from cat_cluster.cluster.kuberay.job_logs import log_of, pods_of_part
+    from cat_cluster.cluster.kuberay.job_logs import pods_of_part
 
     pods = pods_of_part(api, find_job(api, job), of)
     for pod in pods:
         if len(pods) > 1:
-            _say(f"Pod {pod}:")
-        for piece in log_of(api, pod, of, follow=follow):
+            _say(f"Pod {pod.name}:")
+        for piece in api.log(pod.name, pod.container, follow=follow):
             sys.stdout.write(piece)
             sys.stdout.flush()
 
@@ -178,11 +180,15 @@ def stop(
 
     found = find_job(api, job)
     name, run_id, url = found["metadata"]["name"], run_of(found), storage or storage_of_run(found)
-    if run_id is None or url is None:
-        stop_job(api, found, None, _say)
-    else:
-        with storage_reached(api, pod_settings(api, _say), _say):
-            stop_job(api, found, Run(open_store(url), run_id), _say)
+    with ExitStack() as stack:
+        run = None
+        if run_id is not None and url is not None:
+            try:
+                stack.enter_context(storage_reached(api, pod_settings(api, _say), _say))
+                run = Run(open_store(url), run_id)
+            except KubernetesError as error:  # a job must not run on because its storage is away
+                _say(f"{error}; RayJob {name} is deleted all the same")
+        stop_job(api, found, run, _say)
     if as_json:
         print_json({"job": name, "run_id": run_id, "storage": url})
         return
@@ -249,6 +255,7 @@ def _follow(api: Api, submission: KubernetesSubmission, *, as_json: bool) -> Non
     """Show a run until it ends; exit code 1 when it failed or was stopped, 130 on Ctrl+C, which leaves it running."""
     from cat_cluster.cli.run_status import RunBars
     from cat_cluster.cluster.follow import follow_run
+    from cat_cluster.cluster.kuberay.client.kubeconfig import IN_CLUSTER
     from cat_cluster.cluster.kuberay.followed_job import FollowedJob
 
     run, job = submission.run, submission.job
@@ -256,7 +263,9 @@ def _follow(api: Api, submission: KubernetesSubmission, *, as_json: bool) -> Non
         with RunBars(people) as bars:
             progress = follow_run(run, bars, None if job is None else FollowedJob(api, job, run, bars))
     except KeyboardInterrupt:
-        where = f" --namespace {api.namespace} --context {api.context}"
+        where = f" --namespace {api.namespace}"
+        if api.context != IN_CLUSTER:
+            where += f" --context {shlex.quote(api.context)}"
         _say("\ndetached; the run continues")
         _say(f"follow it  the same command again, or cat-cluster k8s logs {job} --follow{where}")
         _say(f"stop it    cat-cluster k8s stop {job}{where}")
