@@ -113,9 +113,9 @@ def status(
     namespace: Namespace = NAMESPACE,
     as_json: AsJson = False,
 ) -> None:
-    """Show how the jobs of a namespace stand; of one also its pods, and what is in its way.
+    """Show how the jobs of a namespace stand; given one, also its pods, and what is in its way.
 
-    What its adapters have reached is in the storage: cat-cluster jobs status RUN --storage s3://bucket/prefix
+    How far its adapters are is in the storage: cat-cluster jobs status RUN --storage s3://bucket/prefix
     """
     api = _open(context, namespace)
     from cat_cluster.cluster.kuberay.client.jobs import RAY, find_job
@@ -143,7 +143,7 @@ def logs(
     of: Annotated[
         JobLog, typer.Option(help="The driver's, or what Ray prints in the head or the workers of its cluster.")
     ] = "driver",
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends; of several workers one after the other.")] = False,
     context: Context = None,
     namespace: Namespace = NAMESPACE,
 ) -> None:
@@ -193,7 +193,8 @@ def stop(
         print_json({"job": name, "run_id": run_id, "storage": url})
         return
     _say(f"stopped RayJob {name}: it is deleted, and its pods go")
-    _say("what was trained is in the storage: `cat-cluster k8s submit` with the same spec goes on from there")
+    if run_id is not None:
+        _say("what was trained is in the storage: `cat-cluster k8s submit` with the same spec goes on from there")
 
 
 def _open(context: str | None, namespace: str) -> Api:
