@@ -143,7 +143,9 @@ def logs(
     of: Annotated[
         JobLog, typer.Option(help="The driver's, or what Ray prints in the head or the workers of its cluster.")
     ] = "driver",
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends; of several workers one after the other.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until it ends; of several workers one after the other.")
+    ] = False,
     context: Context = None,
     namespace: Namespace = NAMESPACE,
 ) -> None:
