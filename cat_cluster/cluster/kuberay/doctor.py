@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from cat_cluster.cluster.kuberay.checks.gates import EMBEDDED_STORAGE, gates_on
 from cat_cluster.cluster.kuberay.client.api import Api
+from cat_cluster.cluster.kuberay.client.jobs import JOB_VERBS
 from cat_cluster.cluster.kuberay.obstacles.refusals import shortened
 from cat_cluster.cluster.kuberay.rendering.pods import (
     ACCOUNT,
@@ -33,9 +34,7 @@ DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 STANDING_CLUSTER = "cat-training"
 PROBE_SECONDS = 120.0
 _WHAT_TRAINERS_DO = (
-    ("create", "ray.io", "rayjobs", ""),
-    ("list", "ray.io", "rayjobs", ""),
-    ("delete", "ray.io", "rayjobs", ""),
+    *((verb, "ray.io", "rayjobs", "") for verb in JOB_VERBS),
     ("list", "", "pods", ""),
     ("get", "", "pods", "log"),
     ("list", "", "events", ""),

@@ -10,6 +10,7 @@ from cat_cluster.cluster.runs import check_run_id
 from cat_cluster.errors import RunError
 
 RAY = "ray.io/v1"
+JOB_VERBS = ("get", "list", "create", "patch", "delete")  # on RayJobs, of who submits them
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _SHOWN = 5
 _LONGEST = 400  # characters of a reason: a job that failed quotes its log

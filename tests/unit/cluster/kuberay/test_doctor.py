@@ -144,7 +144,9 @@ def test_who_may_see_little_is_told_what_was_not_seen(api: Api, server: ApiServe
 
 def test_rights_that_lack(api: Api, server: ApiServer) -> None:
     server.forbidden.add("rayjobs")
-    assert "you may not create rayjobs, list rayjobs, delete rayjobs" in problems(api)[0].text
+    assert (
+        "you may not get rayjobs, list rayjobs, create rayjobs, patch rayjobs, delete rayjobs" in problems(api)[0].text
+    )
 
 
 @pytest.mark.parametrize(

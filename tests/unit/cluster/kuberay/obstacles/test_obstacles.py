@@ -66,7 +66,6 @@ SAID: dict[str, list[tuple[str, str, bool]]] = {
     ],
 }
 NOW = datetime(2026, 11, 29, 10, 51, 18, tzinfo=UTC)
-KUEUE = "kueue.x-k8s.io/v1beta2"
 
 
 @pytest.fixture
