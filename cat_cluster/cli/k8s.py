@@ -196,9 +196,9 @@ def check(
 ) -> None:
     """Check manifests before they are applied: unknown fields, what KubeRay's operator refuses, pod security.
 
-    They are read as Kubernetes reads them, and at the end is said what was not looked at. No cluster and no network is
-    needed; --server asks one about each object, and about a pod of each template. --namespace is that of documents that
-    name none. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
+    They are read as Kubernetes reads them; the end says what was not looked at. No cluster and no network is needed;
+    --server asks a cluster about each object, and about a pod of each template. --namespace is for documents that name
+    none. An overlay: `kubectl kustomize k8s/overlays/aws | cat-cluster k8s check -`.
     """
     with needs_extra("k8s", "checking manifests"):
         from cat_cluster.cluster.kuberay.checks.check import check_manifests, not_looked_at, read_manifests
@@ -250,7 +250,7 @@ def doctor(
     ] = True,
     as_json: AsJson = False,
 ) -> None:
-    """Look whether a cluster is fit for training and serving: each thing is a line, with its remedy where it lacks.
+    """Look whether a cluster is fit for training and serving: a line for each thing, with a remedy where it is not.
 
     Versions, operator, feature gates, rights, Secrets, storage class, GPUs; and, from a pod that is removed again,
     whether network policies are enforced and the bucket can be used. Exit code 1 where something has to be done.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -111,9 +113,9 @@ def status(
     namespace: Namespace = NAMESPACE,
     as_json: AsJson = False,
 ) -> None:
-    """Show how the jobs of a namespace stand; of one also its pods, and what is in its way.
+    """Show how the jobs of a namespace stand; given one, also its pods, and what is in its way.
 
-    What its adapters have reached is in the storage: cat-cluster jobs status RUN --storage s3://bucket/prefix
+    How far its adapters are is in the storage: cat-cluster jobs status RUN --storage s3://bucket/prefix
     """
     api = _open(context, namespace)
     from cat_cluster.cluster.kuberay.client.jobs import RAY, find_job
@@ -129,9 +131,9 @@ def status(
     if as_json:
         print_json({"jobs": [asdict(one) for one in states]})
     elif states:
-        from cat_cluster.cli.k8s_status import jobs_table
+        from cat_cluster.cli.k8s_status import jobs_table, print_table
 
-        Console(emoji=False).print(jobs_table(states))
+        print_table(jobs_table(states))
     else:
         _say(f"no RayJobs in namespace {api.namespace}; --namespace and --context say where else to look")
 
@@ -141,20 +143,22 @@ def logs(
     of: Annotated[
         JobLog, typer.Option(help="The driver's, or what Ray prints in the head or the workers of its cluster.")
     ] = "driver",
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until it ends.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until it ends; of several workers one after the other.")
+    ] = False,
     context: Context = None,
     namespace: Namespace = NAMESPACE,
 ) -> None:
     """Print the log of a job: what its driver says, or Ray in one of its pods."""
     api = _open(context, namespace)
     from cat_cluster.cluster.kuberay.client.jobs import find_job
-    from cat_cluster.cluster.kuberay.job_logs import log_of, pods_of_part
+    from cat_cluster.cluster.kuberay.job_logs import pods_of_part
 
     pods = pods_of_part(api, find_job(api, job), of)
     for pod in pods:
         if len(pods) > 1:
-            _say(f"Pod {pod}:")
-        for piece in log_of(api, pod, of, follow=follow):
+            _say(f"Pod {pod.name}:")
+        for piece in api.log(pod.name, pod.container, follow=follow):
             sys.stdout.write(piece)
             sys.stdout.flush()
 
@@ -178,16 +182,21 @@ def stop(
 
     found = find_job(api, job)
     name, run_id, url = found["metadata"]["name"], run_of(found), storage or storage_of_run(found)
-    if run_id is None or url is None:
-        stop_job(api, found, None, _say)
-    else:
-        with storage_reached(api, pod_settings(api, _say), _say):
-            stop_job(api, found, Run(open_store(url), run_id), _say)
+    with ExitStack() as stack:
+        run = None
+        if run_id is not None and url is not None:
+            try:
+                stack.enter_context(storage_reached(api, pod_settings(api, _say), _say))
+                run = Run(open_store(url), run_id)
+            except KubernetesError as error:  # a job must not run on because its storage is away
+                _say(f"{error}; RayJob {name} is deleted all the same")
+        stop_job(api, found, run, _say)
     if as_json:
         print_json({"job": name, "run_id": run_id, "storage": url})
         return
     _say(f"stopped RayJob {name}: it is deleted, and its pods go")
-    _say("what was trained is in the storage: `cat-cluster k8s submit` with the same spec goes on from there")
+    if run_id is not None:
+        _say("what was trained is in the storage: `cat-cluster k8s submit` with the same spec goes on from there")
 
 
 def _open(context: str | None, namespace: str) -> Api:
@@ -198,7 +207,7 @@ def _open(context: str | None, namespace: str) -> Api:
 
 
 def _show_job(api: Api, job: dict[str, Any], *, as_json: bool) -> None:
-    from cat_cluster.cli.k8s_status import age_text, pods_table, pods_text
+    from cat_cluster.cli.k8s_status import age_text, pods_table, pods_text, print_table
     from cat_cluster.cluster.kuberay.obstacles.obstacles import obstacles_of, view_job
     from cat_cluster.cluster.kuberay.obstacles.states import job_state, pod_state
 
@@ -213,7 +222,7 @@ def _show_job(api: Api, job: dict[str, Any], *, as_json: bool) -> None:
     ready = f", {pods_text(state)} pods ready" if state.pods_asked is not None else ""
     console.print(f"{state.job}: {state.state}{ready}, {age_text(state.age)} old", markup=False, highlight=False)
     if pods:
-        console.print(pods_table(pods))
+        print_table(pods_table(pods))
     for obstacle in obstacles:
         console.print(f"- {obstacle}", markup=False, highlight=False, soft_wrap=True)
     if state.run is not None:
@@ -249,6 +258,7 @@ def _follow(api: Api, submission: KubernetesSubmission, *, as_json: bool) -> Non
     """Show a run until it ends; exit code 1 when it failed or was stopped, 130 on Ctrl+C, which leaves it running."""
     from cat_cluster.cli.run_status import RunBars
     from cat_cluster.cluster.follow import follow_run
+    from cat_cluster.cluster.kuberay.client.kubeconfig import IN_CLUSTER
     from cat_cluster.cluster.kuberay.followed_job import FollowedJob
 
     run, job = submission.run, submission.job
@@ -256,7 +266,9 @@ def _follow(api: Api, submission: KubernetesSubmission, *, as_json: bool) -> Non
         with RunBars(people) as bars:
             progress = follow_run(run, bars, None if job is None else FollowedJob(api, job, run, bars))
     except KeyboardInterrupt:
-        where = f" --namespace {api.namespace} --context {api.context}"
+        where = f" --namespace {api.namespace}"
+        if api.context != IN_CLUSTER:
+            where += f" --context {shlex.quote(api.context)}"
         _say("\ndetached; the run continues")
         _say(f"follow it  the same command again, or cat-cluster k8s logs {job} --follow{where}")
         _say(f"stop it    cat-cluster k8s stop {job}{where}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from cat_cluster.errors import KubernetesError
+from tests.support.api_server import ApiServer
 
 RECORDED = {
     case["case"]: case
@@ -41,33 +41,20 @@ def queued(name: str) -> dict[str, Any]:
     }
 
 
-class Server:
-    """The border of Api: objects by kind, and what may not be read."""
+def put_recorded(server: ApiServer, *cases: str) -> None:
+    """Keep the objects of recorded jobs in a server."""
+    for record in map(RECORDED.__getitem__, cases):
+        put_jobs(server, record["job"])
+        server.put(*(typed("v1", "Pod", one) for one in record["pods"]))
+        for number, event in enumerate(record["events"]):  # whose names were not recorded
+            server.put(typed("v1", "Event", {**event, "metadata": {**event["metadata"], "name": f"{number}"}}))
 
-    namespace = "cat-cluster"
 
-    def __init__(self, objects: dict[str, list[dict[str, Any]]], forbidden: tuple[str, ...] = ()) -> None:
-        self._objects, self._forbidden = objects, forbidden
-        self.logs_read: list[tuple[str, str, bool]] = []
+def put_jobs(server: ApiServer, *jobs: dict[str, Any]) -> None:
+    """Keep RayJobs in a server."""
+    server.put(*(typed("ray.io/v1", "RayJob", one) for one in jobs))
 
-    def get(self, api_version: str, kind: str, name: str) -> dict[str, Any] | None:
-        return next((one for one in self._objects.get(kind, []) if one["metadata"]["name"] == name), None)
 
-    def resource(self, api_version: str, kind: str) -> object | None:
-        return object() if kind in self._objects else None
-
-    def list(
-        self, api_version: str, kind: str, *, labels: str = "", fields: str = "", namespace: str | None = None
-    ) -> list[dict[str, Any]]:
-        if kind in self._forbidden:
-            raise KubernetesError(f"a right is missing to list {kind}", HTTPStatus.FORBIDDEN)
-        pairs = [tuple(pair.split("=")) for pair in labels.split(",") if pair]
-        return [
-            one
-            for one in self._objects.get(kind, [])
-            if all(one["metadata"].get("labels", {}).get(key) == value for key, value in pairs)
-        ]
-
-    def log(self, pod: str, container: str, *, tail: int, previous: bool) -> list[str]:
-        self.logs_read.append((pod, container, previous))
-        return ["Traceback\n", "ValueError: no bucket\n"]
+def typed(api_version: str, kind: str, one: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of an object that names its kind, as lists leave out."""
+    return {"apiVersion": api_version, "kind": kind, **copy.deepcopy(one)}

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -12,13 +10,8 @@ from typing import Any, Literal
 
 from cat_cluster.cluster.kuberay.checks.gates import EMBEDDED_STORAGE, NEWEST, Release, gates_on
 from cat_cluster.cluster.kuberay.client.api import Api
-from cat_cluster.cluster.kuberay.rendering.pods import (
-    ACCOUNT,
-    container_security,
-    part_of_project,
-    pod_security,
-    settings_environment,
-)
+from cat_cluster.cluster.kuberay.client.jobs import JOB_VERBS
+from cat_cluster.cluster.kuberay.probe_pod import look_inside
 from cat_cluster.cluster.kuberay.rendering.render import default_image
 from cat_cluster.errors import KubernetesError, SpecError
 
@@ -30,47 +23,13 @@ OPERATOR_LABELS = ("app.kubernetes.io/name=kuberay-operator", "app.kubernetes.io
 SECRETS = ("cat-training-ray-token", "cat-serving-ray-token", "cat-cluster-api-keys")
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 STANDING_CLUSTER = "cat-training"
-PROBE_SECONDS = 120.0
 _WHAT_TRAINERS_DO = (
-    ("create", "ray.io", "rayjobs", ""),
-    ("list", "ray.io", "rayjobs", ""),
-    ("delete", "ray.io", "rayjobs", ""),
+    *((verb, "ray.io", "rayjobs", "") for verb in JOB_VERBS),
     ("list", "", "pods", ""),
     ("get", "", "pods", "log"),
     ("list", "", "events", ""),
     ("create", "", "pods", "portforward"),
 )
-_NEVER_STARTS = (
-    "ErrImagePull",
-    "ImagePullBackOff",
-    "InvalidImageName",
-    "ErrImageNeverPull",
-    "CreateContainerConfigError",
-)
-# The bucket is reached from pods of this project, the API server from heads alone. Policies may take effect some
-# seconds after a pod has started, so each is tried again: to be let through once is not yet to be let through.
-_PROBE = """
-import json, os, socket, time
-def reaches_api():
-    for _ in range(4):
-        try:
-            socket.create_connection((os.environ["KUBERNETES_SERVICE_HOST"], 443), timeout=3).close()
-        except OSError:
-            return False
-        time.sleep(3)
-    return True
-def bucket():
-    from cat_cluster.store import open_store
-    for _ in range(3):
-        try:
-            open_store(os.environ["CAT_STORAGE"]).check_access()
-            return None
-        except Exception as error:
-            last = str(error)
-            time.sleep(3)
-    return last
-print(json.dumps({"reaches_api": reaches_api(), "storage": os.environ["CAT_STORAGE"], "bucket": bucket()}))
-"""
 
 
 @dataclass(frozen=True)
@@ -89,8 +48,8 @@ def examine(api: Api, *, image: str | None = None, inside: bool = True) -> Itera
     that pod, by default the one that the standing cluster has. Raises KubernetesError where no server can be reached.
     """
     yield _kubernetes(api.version())
-    release = _release(api)
-    yield _definitions(api, release)
+    release, definitions = _definitions(api)
+    yield definitions
     operator = _or_none(lambda: _operators(api))
     yield _operator(operator)
     yield _gates(api, operator, release or NEWEST)
@@ -120,31 +79,27 @@ def _kubernetes(version: str) -> Finding:
     return Finding("Kubernetes", "ok", version)
 
 
-def _release(api: Api) -> Release | None:
-    """Return the release that KubeRay's definitions are of, by a field that came with it; None for none known here."""
-    if api.resource("ray.io/v1", "RayJob") is None:
-        return None
-    schema = api.schemas("ray.io/v1").get("io.ray.v1.RayCluster", {})
-    spec = schema.get("properties", {}).get("spec", {}).get("properties", {})
-    if "backend" in spec.get("gcsFaultToleranceOptions", {}).get("properties", {}):
-        return "1.7"
-    return "1.6" if "secretName" in spec.get("authOptions", {}).get("properties", {}) else None
-
-
-def _definitions(api: Api, release: Release | None) -> Finding:
+def _definitions(api: Api) -> tuple[Release | None, Finding]:
+    """Return the release that KubeRay's definitions are of, by fields that came with it; None for none known here."""
     subject = "KubeRay's CRDs"
-    if release == "1.7":
-        return Finding(subject, "ok", "of 1.7 or later")
-    if release == "1.6":
-        return Finding(subject, "ok", "of 1.6, which has no k8s/components/gcs-embedded; check with --kuberay 1.6")
     if api.resource("ray.io/v1", "RayJob") is None:
         text = "are not installed: install the operator (docs/operations.md, 3. The operator)"
-    else:
-        text = (
-            "are older than 1.6, and helm leaves them alone when it upgrades: kubectl apply --server-side those of "
-            "helm-chart/kuberay-operator/crds of KubeRay 1.7"
-        )
-    return Finding(subject, "problem", text)
+        return None, Finding(subject, "problem", text)
+    schemas = _seen(lambda: api.schemas("ray.io/v1"))
+    if isinstance(schemas, Finding):
+        return None, Finding(subject, "unknown", "are installed; your account may not look at their schemas")
+    schema = (schemas or {}).get("io.ray.v1.RayCluster", {})
+    spec = schema.get("properties", {}).get("spec", {}).get("properties", {})
+    if "backend" in spec.get("gcsFaultToleranceOptions", {}).get("properties", {}):
+        return "1.7", Finding(subject, "ok", "of 1.7 or later")
+    if "secretName" in spec.get("authOptions", {}).get("properties", {}):
+        text = "of 1.6, which has no k8s/components/gcs-embedded; check with --kuberay 1.6"
+        return "1.6", Finding(subject, "ok", text)
+    text = (
+        "are older than 1.6, and helm leaves them alone when it upgrades: kubectl apply --server-side those of "
+        "helm-chart/kuberay-operator/crds of KubeRay 1.7"
+    )
+    return None, Finding(subject, "problem", text)
 
 
 def _operators(api: Api) -> list[Json]:
@@ -279,7 +234,7 @@ def _gpus(api: Api) -> Finding:
     nodes = _or_none(lambda: api.list("v1", "Node"))
     if nodes is None:
         return Finding("GPUs", "unknown", "your account may not list nodes")
-    having = {node["metadata"]["name"]: int(node["status"]["allocatable"].get("nvidia.com/gpu", 0)) for node in nodes}
+    having = {node["metadata"]["name"]: int(_allocatable(node).get("nvidia.com/gpu", 0)) for node in nodes}
     if not any(having.values()):
         return Finding(
             "GPUs",
@@ -289,9 +244,14 @@ def _gpus(api: Api) -> Finding:
     return Finding("GPUs", "ok", f"{sum(having.values())} on {sum(map(bool, having.values()))} of {len(nodes)} nodes")
 
 
+def _allocatable(node: Json) -> Json:
+    allocatable: Json = node.get("status", {}).get("allocatable", {})  # none of a node that has just come
+    return allocatable
+
+
 def _standing_image(api: Api) -> str:
-    cluster = api.get("ray.io/v1", "RayCluster", STANDING_CLUSTER)
-    if cluster is None:
+    cluster = _seen(lambda: api.get("ray.io/v1", "RayCluster", STANDING_CLUSTER))
+    if cluster is None or isinstance(cluster, Finding):
         return default_image()
     return str(cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"])
 
@@ -299,7 +259,7 @@ def _standing_image(api: Api) -> str:
 def _from_inside(api: Api, image: str) -> Iterator[Finding]:
     policies, bucket = "network policies", "bucket"
     try:
-        answer = _probe(api, image)
+        answer = look_inside(api, image)
     except KubernetesError as error:
         yield Finding(policies, "unknown", f"the pod that would try them: {error}")
         yield Finding(bucket, "unknown", "for the same reason")
@@ -317,63 +277,6 @@ def _from_inside(api: Api, image: str) -> Iterator[Finding]:
         yield Finding(bucket, "ok", f"{answer['storage']} is written and read from inside")
     else:
         yield Finding(bucket, "problem", f"{answer['storage']} from inside: {answer['bucket']}")
-
-
-def _probe(api: Api, image: str) -> Json:
-    """Run the probe's pod to its end and return what it found; raises KubernetesError."""
-    name = str(api.create(_probe_pod(image))["metadata"]["name"])
-    try:
-        if _end_of(api, name, image) == "Failed":
-            raise KubernetesError(f"it failed: {''.join(api.log(name, 'probe', tail=3)).strip()}")
-        content: Json = json.loads("".join(api.log(name, "probe")).splitlines()[-1])
-    finally:
-        api.delete("v1", "Pod", name)
-    return content
-
-
-def _end_of(api: Api, name: str, image: str) -> str:
-    """Return the phase in which the probe's pod ends; raises KubernetesError where it does not."""
-    end = time.monotonic() + PROBE_SECONDS
-    while True:
-        status = (api.get("v1", "Pod", name) or {}).get("status", {})
-        phase = str(status.get("phase", "Failed"))
-        if phase in ("Succeeded", "Failed"):
-            return phase
-        waiting = (status.get("containerStatuses") or [{}])[0].get("state", {}).get("waiting", {})
-        if waiting.get("reason") in _NEVER_STARTS or time.monotonic() > end:
-            unscheduled = [one.get("message") for one in status.get("conditions", ()) if one["status"] == "False"]
-            why = next(filter(None, (waiting.get("message"), waiting.get("reason"), *unscheduled)), f"it is {phase}")
-            raise KubernetesError(f"with image {image} it does not start: {why}; see --image")
-        time.sleep(1)
-
-
-def _probe_pod(image: str) -> Json:
-    container = {
-        "name": "probe",
-        "image": image,
-        "command": ["python", "-c", _PROBE],
-        "env": [{"name": "HOME", "value": "/tmp"}],
-        "envFrom": settings_environment(),
-        "securityContext": container_security(),
-        "resources": {"requests": {"cpu": "50m", "memory": "128Mi"}, "limits": {"cpu": "1", "memory": "512Mi"}},
-        "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],
-    }
-    return {
-        "apiVersion": "v1",
-        "kind": "Pod",
-        "metadata": {"generateName": "cat-doctor-", "labels": part_of_project("doctor")},
-        "spec": {
-            "serviceAccountName": ACCOUNT,
-            "automountServiceAccountToken": False,
-            "enableServiceLinks": False,
-            "restartPolicy": "Never",
-            "terminationGracePeriodSeconds": 0,
-            "activeDeadlineSeconds": int(PROBE_SECONDS) + 30,  # should whoever asked be gone
-            "securityContext": pod_security(),
-            "containers": [container],
-            "volumes": [{"name": "tmp", "emptyDir": {}}],
-        },
-    }
 
 
 def _seen(look: Callable[[], Json | None]) -> Json | Finding | None:

@@ -21,6 +21,13 @@ _UNKNOWN = re.compile(r'unknown field "(?P<field>[^"]+)"|duplicate field "(?P<tw
 _ABSENT = re.compile(
     r'serviceaccount "(?P<ServiceAccount>[^"]+)" not found|no PriorityClass with name (?P<PriorityClass>\S+) was'
 )
+_NOT_OF_THE_DOCUMENT = (  # statuses with which a server refuses to look at it
+    None,
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.TOO_MANY_REQUESTS,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
 _AUTOSCALER = "autoscaler"  # the container that the operator adds to the head, and its resources
 _AUTOSCALER_RESOURCES = {"limits": {"cpu": "500m", "memory": "512Mi"}, "requests": {"cpu": "500m", "memory": "512Mi"}}
 _SUBMITTER_RESOURCES = {"limits": {"cpu": "1", "memory": "1Gi"}, "requests": {"cpu": "500m", "memory": "200Mi"}}
@@ -134,7 +141,7 @@ class _Asker:
 
     def _refused(self, document: Document, error: KubernetesError) -> None:
         reason, namespace = error.reason, document.content["metadata"].get("namespace") or self._api.namespace
-        if error.status is None or error.status == HTTPStatus.UNAUTHORIZED:
+        if error.status in _NOT_OF_THE_DOCUMENT:
             raise error
         if error.status == HTTPStatus.NOT_FOUND and _NO_NAMESPACE.match(reason):
             if ("Namespace", namespace) in self._made:
@@ -155,7 +162,7 @@ class _Asker:
 
     def _pod_refused(self, document: Document, template: PodTemplate, error: KubernetesError) -> None:
         reason = error.reason
-        if error.status is None or error.status == HTTPStatus.UNAUTHORIZED:
+        if error.status in _NOT_OF_THE_DOCUMENT:
             raise error
         if error.status == HTTPStatus.FORBIDDEN and _MISSING_RIGHT in reason:
             may_not = f"context {self._api.context} may not create pods"

@@ -11,7 +11,7 @@ from typing import Literal
 from cat_cluster.cluster.kuberay.checks.check import Document, check_manifests
 from cat_cluster.cluster.kuberay.checks.schemas import load_schemas
 from cat_cluster.cluster.kuberay.client.api import ROLE, Api, Json
-from cat_cluster.cluster.kuberay.client.jobs import RAY, end_text, has_ended, is_held
+from cat_cluster.cluster.kuberay.client.jobs import JOB_VERBS, RAY, end_text, has_ended, is_held
 from cat_cluster.cluster.kuberay.rendering.pods import RUN_LABEL
 from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, expectation_of, render_job, upload_job
 from cat_cluster.cluster.run_progress import RunProgress
@@ -24,7 +24,6 @@ from cat_cluster.store import ObjectStore
 POLL_SECONDS = 1.0
 GONE_SECONDS = 120.0  # that a deleted RayJob may take to go: the operator stops its Ray job first
 STOP_SECONDS = 30.0  # that a driver gets to end its tasks and to say that it has stopped
-_VERBS = ("get", "list", "create", "patch", "delete")
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def check_cluster(api: Api) -> None:
     except KubernetesError as error:
         if error.status != HTTPStatus.FORBIDDEN:  # who has rights in a namespace alone may not see it
             raise
-    missing = [verb for verb in _VERBS if not api.allows(verb, "ray.io", "rayjobs")]
+    missing = [verb for verb in JOB_VERBS if not api.allows(verb, "ray.io", "rayjobs")]
     if missing:
         raise KubernetesError(
             f"rights are missing in namespace {api.namespace} (context {api.context}): {', '.join(missing)} of "

@@ -141,11 +141,23 @@ def test_logs_are_those_of_a_run_or_a_job(spec: Path, api: FakeApi, bucket: Buck
     record = submitted(spec)
     nothing = call("logs", record["run_id"])
     assert isinstance(nothing.exception, RunError)
-    submitter = made("Pod", "s", labels={"batch.kubernetes.io/job-name": record["job"]})
+    labels = {"batch.kubernetes.io/job-name": record["job"]}
+    submitter = made("Pod", "s", labels=labels, spec={"containers": [{"name": "ray-job-submitter"}]})
     api.objects[("Pod", "s")] = submitter
     api.logs[("s", "ray-job-submitter")] = "step 1/40\n"
     for target in (record["run_id"], record["job"]):
         assert call("logs", target).stdout == "step 1/40\n"
+
+
+def test_a_job_is_stopped_though_its_storage_is_away(spec: Path, api: FakeApi, bucket: Bucket) -> None:
+    job = submitted(spec)["job"]
+    api.objects[("ConfigMap", "cat-cluster-settings")]["data"]["AWS_ENDPOINT_URL"] = "http://s3:8333"  # no such Service
+    finished = call("stop", job)
+    assert finished.exit_code == 0, finished.exception
+    assert (
+        f"has no such one: correct AWS_ENDPOINT_URL there, or set it in this shell; RayJob {job} is" in finished.stderr
+    )
+    assert ("RayJob", job) not in api.objects
 
 
 def test_stopping_takes_the_storage_from_the_job(spec: Path, api: FakeApi, bucket: Bucket) -> None:

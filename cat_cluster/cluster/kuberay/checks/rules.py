@@ -17,6 +17,7 @@ from cat_cluster.cluster.kuberay.checks.gates import DEFAULT_GATES, gate_finding
 from cat_cluster.cluster.kuberay.checks.schedules import schedule_problem
 from cat_cluster.cluster.kuberay.checks.silent_rules import GENERATED, group_findings, job_findings, manager_findings
 from cat_cluster.cluster.kuberay.checks.validation import FieldPath, Finding
+from cat_cluster.errors import SpecError
 from cat_cluster.spec.yaml_bounds import load_yaml
 
 Json = Mapping[str, Any]
@@ -91,6 +92,14 @@ def full_name(metadata: Json) -> str:
     """Return the name of an object, or one that Kubernetes may make of generateName."""
     name = metadata.get("name") or f"{metadata.get('generateName', '')[:_MAX_PREFIX]}{'x' * GENERATED}"
     return str(name)
+
+
+def check_namespace(name: str) -> None:
+    """Raise SpecError for what cannot be the name of a namespace."""
+    if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name):
+        raise SpecError(
+            f"--namespace {name!r}: must hold a-z, 0-9 and -, begin and end with a letter or digit, 63 at most"
+        )
 
 
 def at(document: Any, path: FieldPath) -> Any:

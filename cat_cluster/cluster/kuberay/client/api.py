@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import codecs
 import json
-import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import quote, urlencode
 
 import kubernetes.client
-import kubernetes.config
 import urllib3
-from kubernetes.config.config_exception import ConfigException
 
+from cat_cluster.cluster.kuberay.checks.rules import check_namespace
+from cat_cluster.cluster.kuberay.client.kubeconfig import find_server
 from cat_cluster.errors import KubernetesError, SpecError
 
 Json = dict[str, Any]
 
-KUBECONFIG = "~/.kube/config"
 FIELD_MANAGER = "cat-cluster"
 ROLE = "training-jobs"  # of k8s/base: what trainers may do
 TIMEOUT = (5.0, 60.0)  # seconds to connect, and to wait for a reply
-_IN_CLUSTER = "in-cluster"
+RETRY_AFTER = 20  # seconds that a server may have a request wait
+_PIECE = 1 << 16  # bytes
+_ANONYMOUS = 'User "system:anonymous"'  # as a server calls who gives no credentials
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,21 @@ class Api:
         query = {name: value for name, value in (("labelSelector", labels), ("fieldSelector", fields)) if value}
         path = self._path(resource, namespace)
         found: list[Json] = []
+        paging = {"limit": "500"}
+        asked = f"list {resource.plural}"
         while True:
-            page = self._json("GET", path, query={"limit": "500", **query}, asked=f"list {resource.plural}")
+            try:
+                page = self._json("GET", path, query={**paging, **query}, asked=asked)
+            except KubernetesError as error:
+                if error.status != HTTPStatus.GONE:
+                    raise
+                # The rest of a list is kept for minutes; then all of it is asked for at once.
+                return self._json("GET", path, query=query, asked=asked).get("items") or []
             found += page.get("items") or []
-            following = page.get("metadata", {}).get("continue")
+            following = (page.get("metadata") or {}).get("continue")
             if not following:
                 return found
-            query["continue"] = following
+            paging["continue"] = following
 
     def apply(self, document: Json, *, dry_run: bool = False) -> Json:
         """Apply an object server-side as `cat-cluster` and return it as it is then.
@@ -149,9 +159,11 @@ class Api:
         query |= {name: "true" for name, given in (("previous", previous), ("follow", follow)) if given}
         path = f"/api/v1/namespaces/{quote(self.namespace)}/pods/{quote(pod)}/log"
         reply = self._request("GET", path, query=query, asked=f"read the log of Pod {pod}", timeout=(TIMEOUT[0], None))
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be in two pieces
         try:
-            for piece in reply.response.stream(amt=None if follow else 1 << 16):
-                yield piece.decode(errors="replace")
+            for piece in reply.response.stream(amt=None if follow else _PIECE):
+                yield decoder.decode(piece)
+            yield decoder.decode(b"", final=True)
         except urllib3.exceptions.HTTPError as error:
             raise KubernetesError(f"the log of Pod {pod} broke off: {error}; ask again") from error
         finally:
@@ -178,12 +190,12 @@ class Api:
 
     def version(self) -> str:
         """Return the server's version, such as v1.34.4."""
-        return str(self._json("GET", "/version", asked="ask for its version")["gitVersion"])
+        return str(self._json("GET", "/version", asked="ask for its version").get("gitVersion", "unknown"))
 
     def schemas(self, api_version: str) -> Json:
         """Return the server's schemas of an API version by name (OpenAPI 3)."""
         path = f"/openapi/v3/apis/{quote(api_version)}"
-        content: Json = self._json("GET", path, asked="read its schemas")["components"]["schemas"]
+        content: Json = self._json("GET", path, asked="read its schemas").get("components", {}).get("schemas", {})
         return content
 
     def resource(self, api_version: str, kind: str) -> Resource | None:
@@ -195,10 +207,10 @@ class Api:
             except KubernetesError as error:
                 if error.status != HTTPStatus.NOT_FOUND:
                     raise
-                found = {"resources": []}
+                found = {}
             self._resources[api_version] = {
                 entry["kind"]: Resource(path, entry["name"], entry["namespaced"])
-                for entry in found["resources"]
+                for entry in found.get("resources") or ()  # None of them: it is no API version
                 if "/" not in entry["name"]  # a part of a kind, such as pods/log
             }
         return self._resources[api_version].get(kind)
@@ -220,17 +232,40 @@ class Api:
     def _addressed(self, document: Json) -> tuple[Resource, str | None, str]:
         metadata = document.get("metadata") or {}
         resource = self.required(document["apiVersion"], document["kind"])
-        return resource, metadata.get("namespace"), metadata.get("name") or metadata.get("generateName") or ""
+        return resource, metadata.get("namespace") or None, metadata.get("name") or metadata.get("generateName") or ""
 
-    def _path(self, resource: Resource, namespace: str | None, name: str = "") -> str:
+    def _path(self, resource: Resource, namespace: str | None, name: str | None = None) -> str:
+        """Return the path of an object, or without a name of all."""
         where = self.namespace if namespace is None else namespace
-        inside = f"/namespaces/{quote(where, safe='')}" if resource.namespaced and where else ""
-        return f"{quote(resource.path)}{inside}/{resource.plural}" + (f"/{quote(name, safe='')}" if name else "")
+        is_everywhere = name is None and where == ""
+        inside = f"/namespaces/{_segment(where)}" if resource.namespaced and not is_everywhere else ""
+        return f"{quote(resource.path)}{inside}/{resource.plural}" + ("" if name is None else f"/{_segment(name)}")
 
     def _json(self, method: str, path: str, *, asked: str, **request: Any) -> Json:
         reply = self._request(method, path, asked=asked, **request)
-        content: Json = json.loads(reply.read())
+        with self._reached():
+            data = reply.read()
+        try:
+            content = json.loads(data)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict):
+            raise KubernetesError(
+                f"what answers at {self.server} (context {self.context}) is no API server of Kubernetes, or a proxy "
+                f"before it, when asked to {asked}: {_short(data)!r}; check the context and the proxy"
+            )
         return content
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # ValueError: a token that is no header
+            cause = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
+            raise KubernetesError(
+                f"the API server {self.server} of context {self.context} cannot be reached: {cause}; check the "
+                "network, or give another --context"
+            ) from error
 
     def _request(
         self,
@@ -246,19 +281,14 @@ class Api:
         if query:
             path = f"{path}?{urlencode(query)}"
         headers = {"Accept": "application/json", **({} if body is None else {"Content-Type": content})}
-        try:
+        with self._reached():
             serialized = self._client.param_serialize(
                 method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
             )
             reply = self._client.call_api(*serialized, _request_timeout=timeout)
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            cause = error.reason if isinstance(error, urllib3.exceptions.MaxRetryError) else error
-            raise KubernetesError(
-                f"the API server {self.server} of context {self.context} cannot be reached: {cause}; check the "
-                "network, or give another --context"
-            ) from error
-        if reply.status >= HTTPStatus.BAD_REQUEST:
-            raise self._refusal(reply.status, reply.read() or b"", asked)
+            refused = reply.read() or b"" if reply.status >= HTTPStatus.BAD_REQUEST else None
+        if refused is not None:
+            raise self._refusal(reply.status, refused, asked)
         return reply
 
     def _refusal(self, status: int, body: bytes, asked: str) -> KubernetesError:
@@ -268,59 +298,47 @@ class Api:
             reason = str(answer["message"])
             named = (answer.get("details") or {}).get("causes") or ()
             causes = [(str(cause.get("field", "")), str(cause.get("message", ""))) for cause in named]
-        except (ValueError, KeyError, TypeError):
-            reason = body.decode(errors="replace").strip() or HTTPStatus(status).phrase
+        except (ValueError, KeyError, TypeError, AttributeError):  # of a proxy
+            reason = _short(body) or f"HTTP status {status}"
         where = f"context {self.context}, namespace {self.namespace}"
-        if status == HTTPStatus.UNAUTHORIZED:
+        if status == HTTPStatus.UNAUTHORIZED or (status == HTTPStatus.FORBIDDEN and _ANONYMOUS in reason):
             text = f"the API server {self.server} does not know who asks: log in to context {self.context} again"
         elif status == HTTPStatus.FORBIDDEN and "is forbidden: User" in reason:
             text = (
-                f"a right is missing to {asked} ({where}): {reason}. Role {ROLE} of k8s/base gives it: have yourself "
-                f"bound to it, or use another --context"
+                f"a right is missing to {asked} ({where}): {reason}. Have yourself bound to a role that gives it (Role "
+                f"{ROLE} of k8s/base, for jobs), or use another --context"
             )
         else:
             text = f"the API server refuses to {asked} ({where}): {reason}"
         return KubernetesError(text, status, reason=reason, causes=causes)
 
 
-def open_api(context: str | None = None, namespace: str | None = None) -> Api:
-    """Return the API server of a context of kubeconfig, the current one by default; in a pod, that of its cluster.
+def open_api(context: str | None, namespace: str) -> Api:
+    """Return the API server of a context of kubeconfig, by default the current one; in a pod, that of its cluster.
 
-    namespace: None for the context's own. Raises SpecError for a kubeconfig or context that is not there or unusable.
+    Raises SpecError for a context that is not there or cannot be used, and for what cannot be a namespace.
     """
-    configuration = kubernetes.client.Configuration()
-    file = os.environ.get("KUBECONFIG") or KUBECONFIG  # the client reads the variable but once, when it is imported
+    check_namespace(namespace)
+    configuration, name = find_server(context)
+    configuration.retries = urllib3.Retry(
+        2, backoff_factor=0.2, allowed_methods=["GET"], raise_on_status=False, retry_after_max=RETRY_AFTER
+    )
     try:
-        contexts, current = kubernetes.config.list_kube_config_contexts(file)
-    except ConfigException as error:
-        if context is None and (api := _in_cluster(configuration, namespace)) is not None:
-            return api
-        raise SpecError(
-            f"no cluster is configured: {error}; set KUBECONFIG to the file that says where it is"
-        ) from error
-    known = {entry["name"]: entry for entry in contexts}
-    name = context or current["name"]
-    if name not in known:
-        raise SpecError(f"--context {name}: kubeconfig has none of this name; it has {', '.join(sorted(known))}")
-    try:
-        kubernetes.config.load_kube_config(file, context=name, client_configuration=configuration)
-    except (ConfigException, OSError, ValueError) as error:
-        raise SpecError(f"context {name} of kubeconfig cannot be used: {error}; log in to it again") from error
-    configured = known[name]["context"].get("namespace") or "default"
-    return _api(configuration, name, namespace or configured)
+        client = kubernetes.client.ApiClient(configuration)
+    except (ImportError, ValueError, urllib3.exceptions.HTTPError) as error:  # of its proxy, its certificates
+        raise SpecError(f"context {name} of kubeconfig cannot be used: {error}; correct it") from error
+    return Api(client, name, namespace)
 
 
-def _in_cluster(configuration: Any, namespace: str | None) -> Api | None:
-    try:
-        kubernetes.config.load_incluster_config(client_configuration=configuration)
-    except ConfigException:
-        return None
-    return _api(configuration, _IN_CLUSTER, namespace or "default")
+def _segment(name: str) -> str:
+    """Return a name as a part of a path; KubernetesError, with the status of what is not there, for none."""
+    if not isinstance(name, str) or name in ("", ".", ".."):  # these would be the path of something else
+        raise KubernetesError(f"{name!r} can be no name of an object", HTTPStatus.NOT_FOUND)
+    return quote(name, safe="")
 
 
-def _api(configuration: Any, context: str, namespace: str) -> Api:
-    configuration.retries = urllib3.Retry(2, backoff_factor=0.2, allowed_methods=["GET"], raise_on_status=False)
-    return Api(kubernetes.client.ApiClient(configuration), context, namespace)
+def _short(body: bytes) -> str:
+    return " ".join(body[:200].decode(errors="replace").split())
 
 
 def _dry(dry_run: bool) -> dict[str, str]:

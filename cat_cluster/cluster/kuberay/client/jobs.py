@@ -10,6 +10,7 @@ from cat_cluster.cluster.runs import check_run_id
 from cat_cluster.errors import RunError
 
 RAY = "ray.io/v1"
+JOB_VERBS = ("get", "list", "create", "patch", "delete")  # on RayJobs, of who submits them
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _SHOWN = 5
 _LONGEST = 400  # characters of a reason: a job that failed quotes its log
@@ -42,7 +43,7 @@ def has_ended(job: Json) -> bool:
 
 def is_held(job: Json) -> bool:
     """Say whether a RayJob is suspended until a person starts it; in a queue Kueue does."""
-    return bool(job["spec"].get("suspend")) and QUEUE_LABEL not in job["metadata"].get("labels", {})
+    return bool(job.get("spec", {}).get("suspend")) and QUEUE_LABEL not in job["metadata"].get("labels", {})
 
 
 def run_of(job: Json) -> str | None:

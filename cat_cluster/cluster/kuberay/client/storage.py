@@ -93,12 +93,19 @@ def storage_reached(api: Api, settings: Mapping[str, str], say: Say) -> Iterator
 
 def _service_of(api: Api, endpoint: str) -> tuple[str, int] | None:
     """Return name and port of the Service of the namespace that an endpoint is, None for any other."""
-    parts = urlsplit(endpoint)
+    try:
+        parts = urlsplit(endpoint)
+        port = parts.port or 80
+    except ValueError as error:
+        raise KubernetesError(
+            f"ConfigMap {SETTINGS} names {endpoint!r} as the storage's server, which is no address: {error}; correct "
+            "AWS_ENDPOINT_URL there, or set it in this shell"
+        ) from error
     name, _, rest = (parts.hostname or "").partition(".")
     inside = ("", api.namespace, f"{api.namespace}.svc", f"{api.namespace}.svc.cluster.local")
     if parts.scheme != "http" or not name or rest.rstrip(".") not in inside:
         return None
-    return name, parts.port or 80
+    return name, port
 
 
 class _ServicePods:

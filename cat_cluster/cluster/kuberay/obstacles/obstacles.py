@@ -161,7 +161,7 @@ def _ended_obstacles(about: str, status: Json) -> Iterator[Obstacle]:
 
 def _queue_cause(view: JobView, now: datetime) -> tuple[str, bool] | None:
     """Why a job that Kueue holds waits; without Kueue nobody holds one that is not suspended."""
-    if not view.job["spec"].get("suspend"):
+    if not view.job.get("spec", {}).get("suspend"):
         return None
     if view.workloads is None:
         text = f"waits for queue {queue_of(view.job)}, and Kueue is not installed in the cluster; install it"
@@ -175,7 +175,7 @@ def _queue_cause(view: JobView, now: datetime) -> tuple[str, bool] | None:
 
 def _unseen(about: str, view: JobView, now: datetime) -> Iterator[Obstacle]:
     """A job that KubeRay's operator has said nothing of."""
-    manager, age = view.job["spec"].get("managedBy"), _age(view.job, now)
+    manager, age = view.job.get("spec", {}).get("managedBy"), _age(view.job, now)
     if manager and not manager.startswith("ray.io/"):
         yield Obstacle(about, f"is {manager}'s to run (managedBy), and KubeRay leaves it alone", final=False)
     elif age >= NOTICE_SECONDS:

@@ -48,7 +48,7 @@ def crashes(pod: Json) -> Iterator[Json]:
 def logs_wanted(pod: Json) -> Iterator[tuple[str, bool]]:
     """Yield container, and whether it was restarted since, of each log that tells why a pod does not run."""
     for status in crashes(pod):
-        if _ended(status)["reason"] not in ("OOMKilled", "StartError", "ContainerCannotRun"):  # type: ignore[index]
+        if (_ended(status) or {}).get("reason") not in ("OOMKilled", "StartError", "ContainerCannotRun"):
             yield status["name"], "terminated" not in status.get("state", {})
 
 

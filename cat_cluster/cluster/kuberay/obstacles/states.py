@@ -80,7 +80,7 @@ def pod_state(pod: Json) -> PodState:
 def _state_text(job: Json, workloads: Sequence[Json]) -> str:
     status = job.get("status", {})
     state = status.get("jobDeploymentStatus", "")
-    if job["spec"].get("suspend") and state in ("", "Suspended"):
+    if job.get("spec", {}).get("suspend") and state in ("", "Suspended"):
         if is_held(job):
             return "suspended"
         return waiting_text(job, workloads) or f"waiting in queue {queue_of(job)}"

@@ -15,7 +15,7 @@ import zoneinfo
 from dataclasses import astuple, dataclass
 from typing import Any
 
-from cat_cluster.cluster.kuberay.checks.rules import MAX_NAME_LENGTH
+from cat_cluster.cluster.kuberay.checks.rules import MAX_NAME_LENGTH, check_namespace
 from cat_cluster.cluster.kuberay.checks.schedules import schedule_problem
 from cat_cluster.cluster.kuberay.checks.yaml_text import dump
 from cat_cluster.cluster.kuberay.rendering.pods import (
@@ -236,11 +236,7 @@ def _is_large(text: str) -> bool:
 
 def check_options(options: RenderOptions) -> None:
     """Raise SpecError for what Kubernetes would refuse when the objects are applied, or never find."""
-    if not re.fullmatch(_LABEL, options.namespace):
-        raise SpecError(
-            f"--namespace {options.namespace!r}: must hold a-z, 0-9 and -, begin and end with a letter or digit, "
-            "63 at most"
-        )
+    check_namespace(options.namespace)
     for option, name in (("--queue", options.queue), ("--priority", options.priority)):
         if name is not None and not (len(name) <= 63 and re.fullmatch(rf"{_LABEL}(\.{_LABEL})*", name)):
             raise SpecError(

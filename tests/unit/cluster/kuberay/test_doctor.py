@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def server() -> Iterator[ApiServer]:
 @pytest.fixture
 def api(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
-    return open_api(namespace="cat-cluster")
+    return open_api(None, "cat-cluster")
 
 
 def ends_with(server: ApiServer, answer: Json) -> Callable[[Json], None]:
@@ -154,7 +154,9 @@ def test_who_may_see_little_is_told_what_was_not_seen(api: Api, server: ApiServe
 
 def test_rights_that_lack(api: Api, server: ApiServer) -> None:
     server.forbidden.add("rayjobs")
-    assert "you may not create rayjobs, list rayjobs, delete rayjobs" in problems(api)[0].text
+    assert (
+        "you may not get rayjobs, list rayjobs, create rayjobs, patch rayjobs, delete rayjobs" in problems(api)[0].text
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,6 +180,39 @@ def test_a_pod_that_cannot_start(api: Api, server: ApiServer) -> None:
     assert [one.state for one in found] == ["unknown", "unknown"]
     assert "does not start: no such image; see --image" in found[0].text
     assert not api.list("v1", "Pod")
+
+
+def test_a_trainer_may_ask_too(api: Api, server: ApiServer) -> None:
+    server.forbidden |= {"deployments", "nodes", "rayclusters"}  # no right of role training-jobs
+    answer = server.answer
+
+    def no_schemas(method: str, path: str, query: Mapping[str, str], body: Json | None) -> tuple[int, Any]:
+        refused = (403, {"message": 'forbidden: User "ada" cannot get path'})
+        return refused if path.startswith("/openapi") else answer(method, path, query, body)
+
+    server.answer = no_schemas  # type: ignore[method-assign]
+    found = problems(api)
+    assert {one.state for one in found} == {"unknown"}
+    assert {"KubeRay's CRDs", "GPUs"} <= {one.subject for one in found}
+
+
+def test_a_node_that_has_just_come(api: Api, server: ApiServer) -> None:
+    server.put(thing("v1", "Node", "node2", status={}))
+    assert not problems(api)
+
+
+@pytest.mark.parametrize(
+    ("log", "says"),
+    [(f"{json.dumps(ANSWER)}\na late warning\n", None), ("", "its log is empty"), ("Killed\n", "an answer: Killed")],
+)
+def test_the_answer_is_found_among_what_else_is_in_the_log(
+    log: str, says: str | None, api: Api, server: ApiServer
+) -> None:
+    end = server.on_create
+    server.on_create = lambda pod: (end(pod), server.logs.update({pod["metadata"]["name"]: log}))
+    found = problems(api)
+    assert [one.state for one in found] == ([] if says is None else ["unknown", "unknown"])
+    assert says is None or says in found[0].text
 
 
 def test_the_pod_has_the_standing_clusters_image_and_is_restricted(api: Api, server: ApiServer) -> None:

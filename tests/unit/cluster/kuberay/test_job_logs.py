@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cat_cluster.cluster.kuberay.job_logs import log_of, pods_of_part
+from cat_cluster.cluster.kuberay.job_logs import JobPod, pods_of_part
 from cat_cluster.errors import RunError
 from tests.support.fake_kubernetes import FakeApi, made
 
@@ -16,28 +16,27 @@ def job(**status: str) -> dict[str, Any]:
 
 
 def submitter(name: str, created: str) -> dict[str, Any]:
-    return made("Pod", name, labels={"batch.kubernetes.io/job-name": "tea"}, created=created)
+    spec = {"containers": [{"name": "mesh"}, {"name": "ray-job-submitter"}]}
+    return made("Pod", name, labels={"batch.kubernetes.io/job-name": "tea"}, created=created, spec=spec)
 
 
-def of_cluster(name: str, kind: str, cluster: str = "tea-1") -> dict[str, Any]:
-    return made("Pod", name, labels={"ray.io/cluster": cluster, "ray.io/node-type": kind})
+def of_cluster(name: str, kind: str, cluster: str = "tea-1", container: str | None = None) -> dict[str, Any]:
+    spec = {"containers": [{"name": container or f"ray-{kind}"}, {"name": "sidecar"}]}
+    return made("Pod", name, labels={"ray.io/cluster": cluster, "ray.io/node-type": kind}, spec=spec)
 
 
 def test_each_part_has_its_pods_and_container() -> None:
     pods = [
         of_cluster("w1", "worker"),
         of_cluster("w0", "worker"),
-        of_cluster("h", "head"),
+        of_cluster("h", "head", container="their-head"),
         of_cluster("x", "head", "b"),
     ]
     api: Any = FakeApi(submitter("s2", "2026-01-02"), submitter("s1", "2026-01-01"), *pods)
-    api.logs = {("s2", "ray-job-submitter"): "driver", ("h", "ray-head"): "head", ("w0", "ray-worker"): "worker"}
     running = job(jobDeploymentStatus="Running", rayClusterName="tea-1")
-    assert pods_of_part(api, running, "driver") == ["s2"]
-    assert pods_of_part(api, running, "head") == ["h"]
-    assert pods_of_part(api, running, "workers") == ["w0", "w1"]
-    assert "".join(log_of(api, "s2", "driver")) == "driver"
-    assert "".join(log_of(api, "w0", "workers")) == "worker"
+    assert pods_of_part(api, running, "driver") == [JobPod("s2", "ray-job-submitter")]
+    assert pods_of_part(api, running, "head") == [JobPod("h", "their-head")]
+    assert pods_of_part(api, running, "workers") == [JobPod("w0", "ray-worker"), JobPod("w1", "ray-worker")]
 
 
 def test_what_is_there_instead_is_named() -> None:

@@ -258,7 +258,9 @@ def test_a_missing_right_is_not_the_manifests_fault() -> None:
     assert answer_to(job(), account, job(), RayJob=error, ServiceAccount=error) == ([], left)
 
 
-@pytest.mark.parametrize("status", [None, HTTPStatus.UNAUTHORIZED])
+@pytest.mark.parametrize(
+    "status", [None, HTTPStatus.UNAUTHORIZED, HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE]
+)
 def test_a_server_that_does_not_answer_ends_the_check(status: HTTPStatus | None) -> None:
     with pytest.raises(KubernetesError, match="away"):
         answer_to(job(), Pod=KubernetesError("away", status))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ def server() -> Iterator[ApiServer]:
 @pytest.fixture
 def api(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
     monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
-    return open_api(namespace="cat-cluster")
+    return open_api(None, "cat-cluster")
 
 
 def job(name: str, **labels: str) -> dict[str, object]:
@@ -81,23 +81,84 @@ def test_a_log_is_text(api: Api, server: ApiServer) -> None:
     assert "".join(api.log("pod", "ray-head")) == "one\ntwo\n"
 
 
-def test_a_server_that_is_away(api: Api, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_character_may_be_in_two_pieces_of_a_log(api: Api, server: ApiServer) -> None:
+    server.logs["pod"] = "a" * 65535 + "ä€\n"  # pieces are of 64 KiB
+    assert "".join(api.log("pod", "ray-head")) == server.logs["pod"]
+
+
+def test_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nowhere = ApiServer(url="http://127.0.0.1:9")
     monkeypatch.setenv("KUBECONFIG", str(nowhere.kubeconfig(tmp_path)))
     with pytest.raises(KubernetesError, match=r"http://127\.0\.0\.1:9 of context test cannot be reached: .*refused"):
-        open_api().version()
+        open_api(None, "cat-cluster").version()
 
 
-def test_the_namespace_is_the_contexts_own_unless_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(ApiServer(url="http://127.0.0.1:9").kubeconfig(tmp_path, namespace="team")))
-    assert open_api().namespace == "team"
-    assert open_api(namespace="other").namespace == "other"
+def test_a_connection_that_breaks_off_within_a_reply(api: Api, server: ApiServer) -> None:
+    server.cut = 3
+    with pytest.raises(KubernetesError, match=r"cannot be reached: .*Connection broken"):
+        api.list("ray.io/v1", "RayJob")
 
 
-def test_an_unknown_context_and_no_kubeconfig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KUBECONFIG", str(ApiServer(url="http://127.0.0.1:9").kubeconfig(tmp_path)))
-    with pytest.raises(SpecError, match="--context prod: kubeconfig has none of this name; it has test"):
-        open_api("prod")
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    with pytest.raises(SpecError, match=r"no cluster is configured: .*; set KUBECONFIG"):
-        open_api()
+@pytest.mark.parametrize("page", ["<html>log in</html>", "", "[]"])
+def test_what_is_no_api_server_is_named(api: Api, server: ApiServer, page: str) -> None:
+    server.answer = lambda *_: (200, page)  # type: ignore[method-assign]
+    with pytest.raises(KubernetesError, match=r"\(context test\) is no API server of Kubernetes, or a proxy before it"):
+        api.list("ray.io/v1", "RayJob")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "says"),
+    [
+        (520, "", "HTTP status 520"),
+        (503, f"<html>{'x' * 5000}</html>", "<html>x{194}$"),
+        (422, {"message": "wrong", "details": {"causes": ["text"]}}, "wrong"),
+    ],
+)
+def test_refusals_of_another_form(api: Api, server: ApiServer, status: int, body: object, says: str) -> None:
+    server.answer = lambda *_: (status, body)  # type: ignore[method-assign]
+    with pytest.raises(KubernetesError, match=says) as hit:
+        api.version()
+    assert hit.value.status == status
+
+
+def test_who_has_no_credentials_logs_in(api: Api, server: ApiServer) -> None:
+    server.refused["GET rayjobs"] = (403, 'rayjobs is forbidden: User "system:anonymous" cannot list resource')
+    with pytest.raises(KubernetesError, match="does not know who asks: log in to context test again"):
+        api.list("ray.io/v1", "RayJob")
+
+
+def test_a_list_whose_rest_has_expired_is_asked_for_as_a_whole(api: Api, server: ApiServer) -> None:
+    everything = {"items": [job("tea"), job("cup")], "metadata": {}}
+    first = {"items": [job("tea")], "metadata": {"continue": "there"}}
+    answer = server.answer
+
+    def pages(method: str, path: str, query: Mapping[str, str], body: object) -> tuple[int, object]:
+        if not path.endswith("/rayjobs"):
+            return answer(method, path, query, None)
+        if "limit" not in query:
+            return 200, everything
+        return (410, {"message": "too old"}) if "continue" in query else (200, first)
+
+    server.answer = pages  # type: ignore[method-assign]
+    assert [one["metadata"]["name"] for one in api.list("ray.io/v1", "RayJob")] == ["tea", "cup"]
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_what_is_no_name_asks_about_nothing_else(api: Api, server: ApiServer, name: str) -> None:
+    server.put(job("tea"))  # type: ignore[arg-type]
+    assert api.get("ray.io/v1", "RayJob", name) is None
+    with pytest.raises(KubernetesError, match="can be no name"):
+        api.delete("ray.io/v1", "RayJob", name)
+    assert not any("/rayjobs" in asked for asked in server.asked)
+
+
+@pytest.mark.parametrize("version", ["apps/", "a/b/c", ""])
+def test_what_is_no_api_version_has_no_kinds(api: Api, server: ApiServer, version: str) -> None:
+    server.answer = lambda *_: (200, {"kind": "APIGroup"})  # type: ignore[method-assign]
+    assert api.resource(version, "Deployment") is None
+
+
+@pytest.mark.parametrize("namespace", ["", ".", "Team", "a/b", "x" * 64])
+def test_what_is_no_namespace(namespace: str) -> None:
+    with pytest.raises(SpecError, match=r"--namespace .*: must hold a-z, 0-9 and -"):
+        open_api(None, namespace)

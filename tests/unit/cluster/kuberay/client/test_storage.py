@@ -200,3 +200,12 @@ def test_a_forwarded_port_carries_both_ways_and_closes(
     ]
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+@pytest.mark.parametrize("endpoint", ["http://s3:port", "http://s3:99999", "http://[s3"])
+def test_what_is_no_address_of_a_server(endpoint: str) -> None:
+    with (
+        pytest.raises(KubernetesError, match=r"names 'http://.*' as the storage's server, which is no address: "),
+        storage_reached(cluster(), {"AWS_ENDPOINT_URL": endpoint}, print),
+    ):
+        pass

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from pathlib import Path
 
 import pytest
 
+from cat_cluster.cluster.kuberay.client.api import Api, open_api
 from cat_cluster.cluster.kuberay.obstacles.obstacles import JobView, Obstacle, job_obstacles, obstacles_of
-from tests.support.recorded_jobs import RECORDED, Server, queued, workload
+from cat_cluster.cluster.kuberay.obstacles.pod_causes import logs_wanted
+from tests.support.api_server import ApiServer, api_server
+from tests.support.recorded_jobs import RECORDED, put_jobs, put_recorded, queued, typed, workload
 
 # Of each recorded job: about what is said, in what words, and whether waiting cannot help.
 SAID: dict[str, list[tuple[str, str, bool]]] = {
@@ -62,7 +66,18 @@ SAID: dict[str, list[tuple[str, str, bool]]] = {
     ],
 }
 NOW = datetime(2026, 11, 29, 10, 51, 18, tzinfo=UTC)
-KUEUE = "kueue.x-k8s.io/v1beta2"
+
+
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    with api_server() as server:
+        yield server
+
+
+@pytest.fixture
+def api(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
+    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
+    return open_api(None, "cat-cluster")
 
 
 def test_each_recorded_case_has_its_words() -> None:
@@ -173,14 +188,16 @@ def test_a_job_that_nobody_has_looked_at() -> None:
     assert not any(one.final for one in (hidden, absent, stopped))
 
 
-@pytest.mark.parametrize("forbidden", [(), ("Deployment",)])
-def test_the_operator_is_looked_for_where_that_is_allowed(forbidden: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("forbidden", [set(), {"deployments"}])
+def test_the_operator_is_looked_for_where_that_is_allowed(forbidden: set[str], api: Api, server: ApiServer) -> None:
     job = copy.deepcopy(RECORDED["managed"]["job"])
     del job["spec"]["managedBy"]
     operator = {"metadata": {"name": "ray", "namespace": "ops"}, "spec": {"image": "quay.io/kuberay/operator:v1.7.0"}}
     other = {"metadata": {"name": "coredns", "namespace": "kube-system"}}
-    server = server_of(objects={"RayJob": [job], "Deployment": [other, operator]}, forbidden=forbidden)
-    (obstacle,) = job_obstacles(server, "managed")
+    put_jobs(server, job)
+    server.put(*(typed("apps/v1", "Deployment", one) for one in (other, operator)))
+    server.forbidden |= forbidden
+    (obstacle,) = job_obstacles(api, "managed")
     assert ("-n ops" in obstacle.text) is (not forbidden)
 
 
@@ -262,35 +279,47 @@ def test_a_job_with_quota_waits_for_admission_checks() -> None:
     assert obstacle.text.startswith("has quota in queue train and waits for admission check machines;")
 
 
-def server_of(*cases: str, **more: Any) -> Any:
-    records = [RECORDED[case] for case in cases]
-    objects: dict[str, list[dict[str, Any]]] = {
-        "RayJob": [one["job"] for one in records],
-        "Pod": [pod for one in records for pod in one["pods"]],
-        "Event": [event for one in records for event in one["events"]],
-    }
-    return Server({**objects, **more.pop("objects", {})}, **more)
-
-
-def test_the_reader_looks_at_the_pods_and_events_of_one_job() -> None:
-    server = server_of("cpu", "crash", "oom")
-    (obstacle,) = job_obstacles(server, "crash")
+def test_the_reader_looks_at_the_pods_and_events_of_one_job(api: Api, server: ApiServer) -> None:
+    put_recorded(server, "cpu", "crash", "oom")
+    server.logs["crash-p7xbh-head-dx5x8"] = "Traceback\nValueError: no bucket\n"
+    (obstacle,) = job_obstacles(api, "crash")
     assert "its last lines: Traceback / ValueError: no bucket; `cat-cluster k8s logs` has more" in obstacle.text
-    assert server.logs_read == [("crash-p7xbh-head-dx5x8", "ray-head", True)]
-    assert job_obstacles(server, "none") == []
+    (read,) = [asked for asked in server.asked if "/log?" in asked]
+    assert read.endswith("/pods/crash-p7xbh-head-dx5x8/log?container=ray-head&tailLines=3&previous=true")
+    assert job_obstacles(api, "none") == []
 
 
-def test_what_may_not_be_seen_is_told_beside_the_rest() -> None:
-    (hidden, seen) = job_obstacles(server_of("cpu", forbidden=("Event",)), "cpu")
-    assert (hidden.about, hidden.text) == ("events", "a right is missing to list Event")
+def test_what_may_not_be_seen_is_told_beside_the_rest(api: Api, server: ApiServer) -> None:
+    put_recorded(server, "cpu")
+    server.forbidden.add("events")
+    (hidden, seen) = job_obstacles(api, "cpu")
+    assert hidden.about == "events"
+    assert hidden.text.startswith("a right is missing to list events")
     assert "too little cpu" in seen.text
 
 
-def test_the_reader_asks_kueue_for_jobs_of_a_queue_alone() -> None:
-    server = server_of(objects={"RayJob": [queued("tea")], "Workload": [workload("tea", 10)]})
-    (obstacle,) = job_obstacles(server, "tea")
+def test_the_reader_asks_kueue_for_jobs_of_a_queue_alone(api: Api, server: ApiServer) -> None:
+    put_jobs(server, queued("tea"))
+    server.put(typed("kueue.x-k8s.io/v1beta1", "Workload", workload("tea", 10)))
+    put_recorded(server, "cpu")
+    (obstacle,) = job_obstacles(api, "tea")
     assert obstacle.text.startswith("waiting in queue train, place 1;")
-    (obstacle,) = job_obstacles(server_of(objects={"RayJob": [queued("tea")]}), "tea")
+    server.forbidden.add("workloads")
+    assert len(job_obstacles(api, "cpu")) == 1
+
+
+def test_a_queue_without_kueue(api: Api, server: ApiServer) -> None:
+    put_jobs(server, queued("tea"))
+    del server.kinds["kueue.x-k8s.io/v1beta1"]
+    (obstacle,) = job_obstacles(api, "tea")
     assert "Kueue is not installed" in obstacle.text
-    server = server_of("cpu", forbidden=("Workload",), objects={"Workload": []})
-    assert len(job_obstacles(server, "cpu")) == 1
+
+
+def test_a_job_without_a_spec_is_looked_at_too() -> None:
+    job = {"metadata": {"name": "tea"}, "status": {"jobDeploymentStatus": "Running"}}
+    assert obstacles_of(JobView(job), now=datetime.now(UTC)) == []
+
+
+def test_an_end_without_a_reason_wants_its_log() -> None:
+    ended = {"name": "ray-head", "state": {"terminated": {"exitCode": 137}}}
+    assert list(logs_wanted({"status": {"containerStatuses": [ended]}})) == [("ray-head", False)]

@@ -22,6 +22,7 @@ def with_status(**status: Any) -> dict[str, Any]:
     [
         (RECORDED["managed"]["job"], "not yet seen by KubeRay"),
         (RECORDED["cpu"]["job"], "starting"),
+        ({"metadata": {"name": "tea"}}, "not yet seen by KubeRay"),
         (RECORDED["invalid"]["job"], "refused by KubeRay"),
         (RECORDED["suspended"]["job"], "suspended"),
         (RECORDED["deadline"]["job"], "failed: its deadline has passed"),
