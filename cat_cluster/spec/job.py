@@ -279,6 +279,9 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
         where = next((found for found in own if found[0] == "adapters"), own[0])
         yield where, "require needs an evaluation, and enabled is false; remove require, or set enabled to true"
     prompts = () if evaluation.prompts == "default" else evaluation.prompts
+    if evaluation.enabled and len(prompts) * evaluation.images_per_prompt == 1:
+        text = "one image cannot be measured: diversity needs 2 per concept; raise it, or give more prompts"
+        yield place("evaluation", "images_per_prompt"), text
     for number, prompt in enumerate(prompts):
         for token in (concept.token for concept in adapter.concepts):
             if token.casefold() in words(prompt):

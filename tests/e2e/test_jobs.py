@@ -46,7 +46,7 @@ def write_spec(path: Path, name: str, *, steps: int = 20, workers: object = 1, c
         "base": "pocket",
         "adapters": [{"id": name, "concepts": [one]}],
         "training": {"steps": steps, "rank": 4, "rows_per_concept": 1},
-        "evaluation": {"prompts": ["{} on a table"], "images_per_prompt": 1},
+        "evaluation": {"prompts": ["{} on a table"], "images_per_prompt": 2},
         "cluster": {"workers": workers, "checkpoint_every": checkpoint_every},
     }
     path.write_text(yaml.safe_dump(spec), encoding="utf-8")

@@ -73,3 +73,12 @@ def test_gates_without_an_evaluation_are_refused_where_they_meet(
         load(tmp_path, job, *adapters)
     lines = [line.strip() for line in str(caught.value).splitlines() if "require needs an evaluation" in line]
     assert [line.split(" (line ")[0] for line in lines] == places
+
+
+def test_an_evaluation_of_one_image_is_refused_where_it_is_set(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"evaluation\.images_per_prompt .*: one image cannot be measured"):
+        load(tmp_path, {"prompts": ["{} on a table"], "images_per_prompt": 1})
+    with pytest.raises(SpecError, match=r"adapters\[1\]\.evaluation\.images_per_prompt"):
+        load(tmp_path, {"prompts": ["{} on a table"]}, {}, {"images_per_prompt": 1})
+    load(tmp_path, {"prompts": ["{} on a table", "{} at sea"], "images_per_prompt": 1})
+    load(tmp_path, {"prompts": ["{} on a table"], "images_per_prompt": 1, "enabled": False})
