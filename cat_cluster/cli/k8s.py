@@ -35,7 +35,7 @@ from cat_cluster.cli.k8s_options import (
 )
 from cat_cluster.cli.options import AsJson, people, print_json
 from cat_cluster.cli.values import output_file
-from cat_cluster.cluster.kuberay.checks.gates import NEWEST, Release
+from cat_cluster.cluster.kuberay.checks.releases import NEWEST, Release
 from cat_cluster.errors import SpecError, needs_extra
 from cat_cluster.settings import load_settings
 

@@ -145,7 +145,7 @@ def test_the_standing_cluster_grows_and_shrinks(spec_file: Path, figures: Figure
     """`submit` of a job of one worker to four: `cat-training` grows by a pod of two CPUs for it, and shrinks again"""
     write_spec(spec_file, "grows", workers=[1, 4], steps=300)
     assert len(pods(STANDING_WORKERS)) == 1
-    script = documented("**`submit`** goes through")[0].replace("jobs/specs/batch.yaml", str(spec_file))
+    script = documented("**`cat-cluster submit`** goes through")[0].replace("jobs/specs/batch.yaml", str(spec_file))
     forward, rest = script.split("&\n", 1)
 
     def submitted() -> str:

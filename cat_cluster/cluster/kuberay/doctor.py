@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Literal
 
-from cat_cluster.cluster.kuberay.checks.gates import EMBEDDED_STORAGE, NEWEST, Release, gates_on
+from cat_cluster.cluster.kuberay.checks.gates import EMBEDDED_STORAGE, gates_on
+from cat_cluster.cluster.kuberay.checks.releases import NEWEST, Release
 from cat_cluster.cluster.kuberay.client.api import Api
 from cat_cluster.cluster.kuberay.client.jobs import JOB_VERBS
 from cat_cluster.cluster.kuberay.probe_pod import look_inside
@@ -28,7 +29,6 @@ _WHAT_TRAINERS_DO = (
     ("list", "", "pods", ""),
     ("get", "", "pods", "log"),
     ("list", "", "events", ""),
-    ("create", "", "pods", "portforward"),
 )
 
 

@@ -6,16 +6,15 @@ What needs a gate is refused by the operator without it (validation.go, v1.7.0),
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Set
-from typing import Any, Literal
+from typing import Any
 
+from cat_cluster.cluster.kuberay.checks.releases import NEWEST, Release
 from cat_cluster.cluster.kuberay.checks.validation import FieldPath, Finding, nearest
 from cat_cluster.errors import SpecError
 
 Json = Mapping[str, Any]
-Release = Literal["1.6", "1.7"]  # of KubeRay, that are known here
 
 EMBEDDED_STORAGE = "GCSFaultToleranceEmbeddedStorage"
-NEWEST: Release = "1.7"
 # Whether each is on by default (features.go).
 _OLDER = {
     "RayClusterStatusConditions": True,

@@ -24,7 +24,7 @@ from typing import Any
 import kubernetes_validate
 import yaml
 
-from cat_cluster.cluster.kuberay.checks.gates import NEWEST, Release
+from cat_cluster.cluster.kuberay.checks.releases import NEWEST, Release
 from cat_cluster.cluster.kuberay.checks.validation import Finding, SchemaCheck, bounded_integers, nearest
 from cat_cluster.errors import ClusterError
 

@@ -80,7 +80,7 @@ def _reason(error: Exception) -> str:
         return str(error)
     text = str(error.reason).partition(" -+-+- ")[0]  # what follows are the headers of the response
     if " 403 " in text:
-        return f"the right to pods/portforward is missing; Role {ROLE} of k8s/base gives it"
+        return f"the right to pods/portforward is missing; Role {ROLE} of overlays/local gives it"
     return text
 
 

@@ -26,7 +26,8 @@ from cat_cluster.cluster.kuberay.checks.check import (
     not_looked_at,
     read_manifests,
 )
-from cat_cluster.cluster.kuberay.checks.gates import GATES, Release
+from cat_cluster.cluster.kuberay.checks.gates import GATES
+from cat_cluster.cluster.kuberay.checks.releases import Release
 from cat_cluster.cluster.kuberay.checks.schemas import CRD_FILES, SHIPPED, Schemas, load_schemas, ship, shipped
 from cat_cluster.cluster.kuberay.checks.security import restricted_findings
 from cat_cluster.cluster.kuberay.checks.validation import bounded_integers

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from cat_cluster.cluster.kuberay.checks.check import Document, check_manifests
-from cat_cluster.cluster.kuberay.checks.gates import DEFAULT_GATES, EMBEDDED_STORAGE, GATES, NEWEST, gates_on
+from cat_cluster.cluster.kuberay.checks.gates import DEFAULT_GATES, EMBEDDED_STORAGE, GATES, gates_on
+from cat_cluster.cluster.kuberay.checks.releases import NEWEST
 from cat_cluster.cluster.kuberay.checks.schemas import load_schemas
 from cat_cluster.errors import SpecError
 from tests.support.tiny_jobs import CommandLine
