@@ -120,8 +120,8 @@ def test_what_may_be_evicted(figures: Figures) -> None:
     figures[""] = f"{sum(refused.values())} refused, 1 allowed"
 
 
-def test_the_metrics_are_read_through_the_policy() -> None:
-    """A Prometheus in namespace `monitoring`, without its operator, reads every Ray node's metrics"""
+def test_the_metrics_are_reached_through_the_policy() -> None:
+    """Pods of namespace `monitoring` reach the metrics port of every Ray node"""
     wait_until("metrics ports", lambda: bool(objects("pods", "-l", "app.kubernetes.io/part-of=cat-cluster")), 10)
     command("kubectl", "create", "namespace", "monitoring")
     words = ["kubectl", "-n", "monitoring"]
