@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from cat_cluster.cluster.kuberay.checks.gates import EMBEDDED_STORAGE, gates_on
 from cat_cluster.cluster.kuberay.checks.releases import NEWEST, Release
-from cat_cluster.cluster.kuberay.client.api import Api
+from cat_cluster.cluster.kuberay.client.api import Api, unless_forbidden
 from cat_cluster.cluster.kuberay.client.jobs import JOB_VERBS
 from cat_cluster.cluster.kuberay.probe_pod import look_inside
 from cat_cluster.cluster.kuberay.rendering.render import default_image
@@ -50,7 +50,7 @@ def examine(api: Api, *, image: str | None = None, inside: bool = True) -> Itera
     yield _kubernetes(api.version())
     release, definitions = _definitions(api)
     yield definitions
-    operator = _or_none(lambda: _operators(api))
+    operator = unless_forbidden(lambda: _operators(api))
     yield _operator(operator)
     yield _gates(api, operator, release or NEWEST)
     namespace = _seen(lambda: api.get("v1", "Namespace", api.namespace))
@@ -154,7 +154,7 @@ def _gates(api: Api, operators: list[Json] | None, release: Release) -> Finding:
         on = gates_on(given, release)
     except SpecError:  # of another release
         return Finding(subject, "ok", given)
-    services = _or_none(lambda: api.list("ray.io/v1", "RayService")) or []
+    services = unless_forbidden(lambda: api.list("ray.io/v1", "RayService")) or []
     wanting = [one["metadata"]["name"] for one in services if _is_embedded(one)] if EMBEDDED_STORAGE not in on else []
     if wanting:
         return Finding(
@@ -208,7 +208,7 @@ def _secrets(api: Api) -> Iterator[Finding]:
 
 def _storage_class(api: Api) -> Finding:
     subject = "storage class"
-    found = _or_none(lambda: api.list("storage.k8s.io/v1", "StorageClass"))
+    found = unless_forbidden(lambda: api.list("storage.k8s.io/v1", "StorageClass"))
     if found is None:
         return Finding(subject, "unknown", "your account may not list storage classes")
     default = [
@@ -218,7 +218,7 @@ def _storage_class(api: Api) -> Finding:
     ]
     if default:
         return Finding(subject, "ok", f"{default[0]} is the default one")
-    bound = _or_none(lambda: api.list("v1", "PersistentVolumeClaim")) or []
+    bound = unless_forbidden(lambda: api.list("v1", "PersistentVolumeClaim")) or []
     waiting = [one["metadata"]["name"] for one in bound if one.get("status", {}).get("phase") != "Bound"]
     if bound and not waiting:
         return Finding(subject, "ok", "none is the default, and the volumes of this namespace were found without")
@@ -231,7 +231,7 @@ def _storage_class(api: Api) -> Finding:
 
 
 def _gpus(api: Api) -> Finding:
-    nodes = _or_none(lambda: api.list("v1", "Node"))
+    nodes = unless_forbidden(lambda: api.list("v1", "Node"))
     if nodes is None:
         return Finding("GPUs", "unknown", "your account may not list nodes")
     having = {node["metadata"]["name"]: int(_allocatable(node).get("nvidia.com/gpu", 0)) for node in nodes}
@@ -287,13 +287,3 @@ def _seen(look: Callable[[], Json | None]) -> Json | Finding | None:
         if error.status != HTTPStatus.FORBIDDEN:
             raise
         return Finding("", "unknown", "your account may not look")
-
-
-def _or_none(look: Callable[[], list[Json]]) -> list[Json] | None:
-    """Return what is there, None where whoever asks may not look."""
-    try:
-        return look()
-    except KubernetesError as error:
-        if error.status != HTTPStatus.FORBIDDEN:
-            raise
-        return None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
 
 import kubernetes.client
@@ -19,6 +19,7 @@ from cat_cluster.cluster.kuberay.client.kubeconfig import find_server
 from cat_cluster.errors import KubernetesError, SpecError
 
 Json = dict[str, Any]
+Found = TypeVar("Found")
 
 FIELD_MANAGER = "cat-cluster"
 ROLE = "training-jobs"  # of k8s/base: what trainers may do
@@ -328,6 +329,16 @@ def open_api(context: str | None, namespace: str) -> Api:
     except (ImportError, ValueError, urllib3.exceptions.HTTPError) as error:  # of its proxy, its certificates
         raise SpecError(f"context {name} of kubeconfig cannot be used: {error}; correct it") from error
     return Api(client, name, namespace)
+
+
+def unless_forbidden(look: Callable[[], Found]) -> Found | None:
+    """Return what is there, None where whoever asks may not look."""
+    try:
+        return look()
+    except KubernetesError as error:
+        if error.status != HTTPStatus.FORBIDDEN:
+            raise
+        return None
 
 
 def _segment(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from datetime import datetime
 
 from cat_cluster.cluster.kuberay.client.api import Api, Json
 from cat_cluster.cluster.kuberay.rendering.pods import RUN_LABEL, STORAGE_ANNOTATION
@@ -44,6 +45,12 @@ def has_ended(job: Json) -> bool:
 def is_held(job: Json) -> bool:
     """Say whether a RayJob is suspended until a person starts it; in a queue Kueue does."""
     return bool(job.get("spec", {}).get("suspend")) and QUEUE_LABEL not in job["metadata"].get("labels", {})
+
+
+def age_of(job: Json, now: datetime) -> float:
+    """Return the age of a RayJob in seconds."""
+    created = job["metadata"].get("creationTimestamp")
+    return 0.0 if created is None else (now - datetime.fromisoformat(created)).total_seconds()
 
 
 def run_of(job: Json) -> str | None:

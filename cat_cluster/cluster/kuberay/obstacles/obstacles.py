@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
-from cat_cluster.cluster.kuberay.client.api import Api
-from cat_cluster.cluster.kuberay.client.jobs import RAY, has_ended, is_held
+from cat_cluster.cluster.kuberay.client.api import Api, unless_forbidden
+from cat_cluster.cluster.kuberay.client.jobs import RAY, age_of, has_ended, is_held
 from cat_cluster.cluster.kuberay.obstacles.pod_causes import LINES, evicted, logs_wanted, pod_cause
 from cat_cluster.cluster.kuberay.obstacles.queues import VERSIONS, kubectl_of, queue_cause, queue_of
 from cat_cluster.cluster.kuberay.obstacles.refusals import refusal, shortened
@@ -108,11 +108,8 @@ def job_pods(api: Api, job: Json) -> Iterator[Json]:
 
 def _operators(api: Api) -> list[Json] | None:
     """Return the Deployments of KubeRay's operator in all namespaces; None where they may not be seen."""
-    try:
-        deployments = api.list("apps/v1", "Deployment", namespace="")
-    except KubernetesError as error:
-        if error.status != HTTPStatus.FORBIDDEN:
-            raise
+    deployments = unless_forbidden(lambda: api.list("apps/v1", "Deployment", namespace=""))
+    if deployments is None:
         return None
     return [one for one in deployments if "kuberay" in json.dumps([one["metadata"]["name"], one.get("spec")])]
 
@@ -168,14 +165,14 @@ def _queue_cause(view: JobView, now: datetime) -> tuple[str, bool] | None:
         return text, True
     if any(one.about == "workloads" for one in view.hidden):
         return None
-    if not view.workloads and _age(view.job, now) < NOTICE_SECONDS:
+    if not view.workloads and age_of(view.job, now) < NOTICE_SECONDS:
         return None
     return queue_cause(view.job, view.workloads)
 
 
 def _unseen(about: str, view: JobView, now: datetime) -> Iterator[Obstacle]:
     """A job that KubeRay's operator has said nothing of."""
-    manager, age = view.job.get("spec", {}).get("managedBy"), _age(view.job, now)
+    manager, age = view.job.get("spec", {}).get("managedBy"), age_of(view.job, now)
     if manager and not manager.startswith("ray.io/"):
         yield Obstacle(about, f"is {manager}'s to run (managedBy), and KubeRay leaves it alone", final=False)
     elif age >= NOTICE_SECONDS:
@@ -257,12 +254,6 @@ def _log_end(api: Api, pod: str, container: str, previous: bool) -> str:
         return "".join(api.log(pod, container, tail=LINES, previous=previous))
     except KubernetesError:
         return ""
-
-
-def _age(job: Json, now: datetime) -> float:
-    """Return the age of a job in seconds."""
-    created = job["metadata"].get("creationTimestamp")
-    return 0.0 if created is None else (now - datetime.fromisoformat(created)).total_seconds()
 
 
 def _when(event: Json) -> datetime:

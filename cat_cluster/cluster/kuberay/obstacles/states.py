@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from cat_cluster.cluster.kuberay.client.jobs import is_held, run_of, storage_of_run
+from cat_cluster.cluster.kuberay.client.jobs import age_of, is_held, run_of, storage_of_run
 from cat_cluster.cluster.kuberay.obstacles.queues import queue_of, waiting_text
 from cat_cluster.cluster.kuberay.obstacles.refusals import requests_of
 
@@ -59,9 +59,7 @@ class PodState:
 def job_state(job: Json, workloads: Sequence[Json], *, now: datetime) -> JobState:
     """Return how a RayJob stands. workloads: Kueue's of its namespace."""
     metadata, ready, asked = job["metadata"], *_pod_counts(job)
-    created = metadata.get("creationTimestamp")
-    age = 0.0 if created is None else (now - datetime.fromisoformat(created)).total_seconds()
-    text = _state_text(job, workloads)
+    text, age = _state_text(job, workloads), age_of(job, now)
     return JobState(metadata["name"], run_of(job), storage_of_run(job), text, ready, asked, age, queue_of(job))
 
 
