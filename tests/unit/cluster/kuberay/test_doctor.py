@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cat_cluster.cluster.kuberay import doctor
 from cat_cluster.cluster.kuberay.checks.security import restricted_findings
-from cat_cluster.cluster.kuberay.client.api import Api, open_api
+from cat_cluster.cluster.kuberay.client.api import Api
 from cat_cluster.cluster.kuberay.doctor import SECRETS, Finding, examine
 from tests.support.api_server import ApiServer, api_server
 
@@ -47,12 +46,6 @@ def server() -> Iterator[ApiServer]:
         server.schemas["io.ray.v1.RayCluster"] = {"properties": {"spec": {"properties": backend}}}
         server.on_create = ends_with(server, ANSWER)
         yield server
-
-
-@pytest.fixture
-def api(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
-    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
-    return open_api(None, "cat-cluster")
 
 
 def ends_with(server: ApiServer, answer: Json) -> Callable[[Json], None]:

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from cat_cluster.cluster.kuberay.client.api import Api, open_api
 from cat_cluster.errors import KubernetesError, SpecError
-from tests.support.api_server import ApiServer, api_server
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with api_server() as server:
-        yield server
-
-
-@pytest.fixture
-def api(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
-    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
-    return open_api(None, "cat-cluster")
+from tests.support.api_server import ApiServer
 
 
 def job(name: str, **labels: str) -> dict[str, object]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 
-from cat_cluster.cluster.kuberay.client.api import Api, open_api
+from cat_cluster.cluster.kuberay.client.api import Api
 from cat_cluster.cluster.kuberay.obstacles.obstacles import JobView, Obstacle, job_obstacles, obstacles_of
 from cat_cluster.cluster.kuberay.obstacles.pod_causes import logs_wanted
-from tests.support.api_server import ApiServer, api_server
+from tests.support.api_server import ApiServer
 from tests.support.recorded_jobs import RECORDED, put_jobs, put_recorded, queued, typed, workload
 
 # Of each recorded job: about what is said, in what words, and whether waiting cannot help.
@@ -66,18 +64,6 @@ SAID: dict[str, list[tuple[str, str, bool]]] = {
     ],
 }
 NOW = datetime(2026, 11, 29, 10, 51, 18, tzinfo=UTC)
-
-
-@pytest.fixture
-def server() -> Iterator[ApiServer]:
-    with api_server() as server:
-        yield server
-
-
-@pytest.fixture
-def api(server: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Api:
-    monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
-    return open_api(None, "cat-cluster")
 
 
 def test_each_recorded_case_has_its_words() -> None:
