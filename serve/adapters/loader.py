@@ -10,9 +10,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from cat_cluster.errors import AdapterMismatchError
+from cat_cluster.errors import AdapterMismatchError, AdapterNotFoundError, ObjectNotFoundError
 from cat_cluster.lora.formats import AdapterWeights
-from cat_cluster.registry import Manifest, Registry
+from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.manifest import WEIGHTS
 from serve.adapters.disk_cache import DiskCache
 
@@ -84,9 +84,26 @@ class Loader:
         """Return an adapter ready to be copied into a slot.
 
         Raises AdapterMismatchError for another base, too large a rank or foreign layers, AdapterFormatError for damaged
-        weights, StoreError when they cannot be fetched.
+        weights, AdapterNotFoundError for a revision deleted since it was looked up, StoreError when its weights cannot
+        be fetched.
         """
         self.check(manifest)
+        try:
+            return self._read(manifest)
+        except ObjectNotFoundError:
+            if self._registry.look_up(Reference(manifest.adapter_id, manifest.revision)) is None:
+                raise AdapterNotFoundError(
+                    f"{manifest.name} was deleted: GET /v1/models lists those there are"
+                ) from None
+        return self._read(manifest)  # it is there: perhaps deleted and published again meanwhile
+
+    def keep(self, manifest: Manifest, loaded: Loaded) -> int:
+        """Write the file of an adapter from the store to disk; return how many files were evicted for it."""
+        if self._disk is None or loaded.tier != "store":
+            return 0
+        return self._disk.write(manifest.objects[WEIGHTS].sha256, loaded.data)
+
+    def _read(self, manifest: Manifest) -> Loaded:
         tier: Tier = "store"
         data = b""
 
@@ -103,9 +120,3 @@ class Loader:
         with torch.inference_mode():
             vector = self._pack(weights).to(self._dtype).contiguous()
             return Loaded(vector.pin_memory() if self._page_locked else vector, tier, data)
-
-    def keep(self, manifest: Manifest, loaded: Loaded) -> int:
-        """Write the file of an adapter from the store to disk; return how many files were evicted for it."""
-        if self._disk is None or loaded.tier != "store":
-            return 0
-        return self._disk.write(manifest.objects[WEIGHTS].sha256, loaded.data)

@@ -102,13 +102,16 @@ class Load:
             return ("left", None, 0) if leaves else ("no end", f"{body}: {error!r}", 0)
         except httpx2.TransportError as error:
             return "broken", f"{body}: {error!r}", 0
-        if answer.status_code == 404 and model.partition("@")[0] in order.may_be_missing:
+        may_be_missing = model.partition("@")[0] in order.may_be_missing
+        if answer.status_code == 404 and may_be_missing:
             return "404", None, 0
         if answer.status_code == 503 and order.may_be_refused and "retry-after" in answer.headers:
             return "503", None, 0
         if answer.status_code != 200:
             return str(answer.status_code), f"{body}: {answer.status_code} {answer.text}", 0
         found = _of_events(answer.text) if streams else answer.json()
+        if "error" in found and found["error"]["code"] == "model_not_found" and may_be_missing:
+            return "404", None, 0  # deleted after the stream had begun
         if "error" in found:
             return "broken stream", f"{body}: {found['error']}", 0
         if len(found["data"]) != count:

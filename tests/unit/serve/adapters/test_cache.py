@@ -23,6 +23,7 @@ from cat_cluster.errors import (
     StoreError,
 )
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.registry.references import manifest_key
 from serve.adapters.loader import MIB
 from tests.support.served_adapters import ROW, SOON, Clock, World, held, lease, random_weights, wait_until, weights_key
 
@@ -119,6 +120,30 @@ def test_a_file_too_large_for_a_slot_is_refused_before_it_is_fetched(world: Worl
     with pytest.raises(AdapterMismatchError, match="a slot takes up to"):
         lease(cache, oversize)
     assert not world.store.asked
+
+
+def test_a_revision_deleted_after_its_name_was_looked_up_is_not_found(world: World) -> None:
+    cache, manifest = world.cache(), world.publish("cup")
+    assert cache.resolve(manifest.name).result(SOON).manifest == manifest
+    world.registry.remove_alias(manifest.adapter_id, "latest")
+    world.registry.delete(manifest.adapter_id, manifest.revision)
+    with pytest.raises(AdapterNotFoundError, match=f"{manifest.name} was deleted"):
+        lease(cache, manifest)
+
+
+def test_a_revision_published_again_while_it_is_loaded_is_served(world: World) -> None:
+    cache, manifest = world.cache(), world.publish("cup")
+    weights, looked_up = weights_key(manifest), manifest_key(manifest.adapter_id, manifest.revision)
+    data = world.store.get(weights)
+    world.store.delete(weights)
+    world.store.gates[looked_up] = threading.Event()
+    world.store.asked.clear()
+    coming = cache.lease(manifest)
+    wait_until(lambda: world.store.asked[looked_up] == 1)
+    world.store.put(weights, data)
+    world.store.gates[looked_up].set()
+    with coming.result(SOON) as leased:
+        assert torch.equal(leased.flat, world.vector(manifest))
 
 
 def test_a_failure_is_remembered_for_a_while(world: World) -> None:
