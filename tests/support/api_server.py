@@ -157,6 +157,7 @@ def api_server() -> Iterator[ApiServer]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # headers and body go apart: the second would wait 40 ms for the first to arrive
 
         def _reply(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
