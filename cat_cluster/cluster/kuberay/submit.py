@@ -11,7 +11,7 @@ from typing import Literal
 from cat_cluster.cluster.kuberay.checks.check import Document, check_manifests
 from cat_cluster.cluster.kuberay.checks.schemas import load_schemas
 from cat_cluster.cluster.kuberay.client.api import ROLE, Api, Json
-from cat_cluster.cluster.kuberay.client.jobs import JOB_VERBS, RAY, end_text, has_ended, is_held
+from cat_cluster.cluster.kuberay.client.jobs import JOB_VERBS, RAY, end_text, has_ended, is_held, run_of
 from cat_cluster.cluster.kuberay.rendering.pods import RUN_LABEL
 from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, expectation_of, render_job, upload_job
 from cat_cluster.cluster.run_progress import RunProgress
@@ -62,9 +62,10 @@ def submit_to_kubernetes(
 ) -> KubernetesSubmission:
     """Make the RayJob of a spec unless its run is done or has one that is at work; photos are stored first.
 
-    A suspended one is started; one that has ended without a failure is made again, and goes on from the store. force:
-    also where the run is done or at work, or has failed. Raises SpecError, ConceptError, BaseModelError, StoreError,
-    KubernetesError, and RunError for a run that failed or that something else works on.
+    A suspended one is started; one that has ended without a failure is made again, and goes on from the store. One of
+    this name that has another run, since photos at an s3:// address have changed, is made again unless it is at work.
+    force: also where the run is done or at work, or has failed. Raises SpecError, ConceptError, BaseModelError,
+    StoreError, KubernetesError, and RunError for a run that failed or that something else works on.
     """
     job, run_id = upload_job(job, store)
     run = Run(store, run_id)
@@ -78,16 +79,9 @@ def submit_to_kubernetes(
     if not force:
         if previous is not None and is_done(previous, store):
             return KubernetesSubmission(run, "already done", None)
-        if there is not None and not has_ended(there) and not _is_leaving(there):
-            if is_held(there) and not options.suspend:
-                api.merge(RAY, "RayJob", name, {"spec": {"suspend": False}})
-                return KubernetesSubmission(run, "submitted", name)
-            return KubernetesSubmission(run, "already running", name)
-        if there is not None and there.get("status", {}).get("jobDeploymentStatus") in ("Failed", "ValidationFailed"):
-            raise RunError(
-                f"RayJob {name} {end_text(there)}; `cat-cluster k8s logs {name} --namespace {api.namespace}` may say "
-                "more. When that is mended, --force makes it again: it goes on from what is stored"
-            )
+        found = _job_of_run(api, run, there, options)
+        if found is not None:
+            return found
         _refuse_another(api, run, name)
         if previous is not None:
             refuse_alive(run, previous)
@@ -134,6 +128,35 @@ def delete_job(api: Api, name: str) -> None:
                 "has to let it go; see that it runs, then try again"
             )
         time.sleep(POLL_SECONDS)
+
+
+def _job_of_run(api: Api, run: Run, job: Json | None, options: RenderOptions) -> KubernetesSubmission | None:
+    """Return the submission that the RayJob of this name makes unnecessary: a new one. None: one is to be made.
+
+    Raises RunError for a job that failed, and for one that is at work on another run.
+    """
+    if job is None or (_is_leaving(job) and not has_ended(job)):
+        return None
+    name, other = job["metadata"]["name"], run_of(job)
+    if other not in (None, run.run_id):
+        if has_ended(job) or is_held(job):
+            return None
+        raise RunError(
+            f"RayJob {name} is at work on {other}, the same job with other photos or another spec: submit again when it "
+            f"has ended, or stop it, `cat-cluster k8s stop {name} --namespace {api.namespace}`; --force puts "
+            f"{run.run_id} in its place"
+        )
+    if not has_ended(job):
+        if is_held(job) and not options.suspend:
+            api.merge(RAY, "RayJob", name, {"spec": {"suspend": False}})
+            return KubernetesSubmission(run, "submitted", name)
+        return KubernetesSubmission(run, "already running", name)
+    if job.get("status", {}).get("jobDeploymentStatus") in ("Failed", "ValidationFailed"):
+        raise RunError(
+            f"RayJob {name} {end_text(job)}; `cat-cluster k8s logs {name} --namespace {api.namespace}` may say "
+            "more. When that is mended, --force makes it again: it goes on from what is stored"
+        )
+    return None
 
 
 def _is_leaving(job: Json) -> bool:

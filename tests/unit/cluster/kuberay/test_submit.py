@@ -133,6 +133,54 @@ def test_a_suspended_job_is_started_by_submitting_it_again(job: JobSpec, store: 
     assert the_job(api)["spec"]["suspend"] is False
 
 
+def changed_photos(job: JobSpec, folder: Path) -> JobSpec:
+    """The same spec, as it is when its photos at an address have changed."""
+    (adapter,) = job.adapters
+    (concept,) = adapter.concepts
+    photos = str(write_photos(folder, seed=1))
+    return job.model_copy(
+        update={
+            "adapters": (adapter.model_copy(update={"concepts": (concept.model_copy(update={"images": photos}),)}),)
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"},
+        {"jobDeploymentStatus": "Failed", "reason": "AppFailed"},
+        {"jobDeploymentStatus": "Suspended"},
+    ],
+)
+def test_an_ended_job_of_the_same_name_is_made_again_for_new_photos(
+    status: dict[str, str], job: JobSpec, store: Bucket, tmp_path: Path
+) -> None:
+    api: Any = FakeApi()
+    suspended = "Suspended" in status.values()
+    first = submitted(api, job, store, name="nightly", suspend=suspended)
+    set_status(api, **status)
+    second = submitted(api, changed_photos(job, tmp_path / "more"), store, name="nightly")
+    assert (second.outcome, second.job) == ("submitted", "nightly")
+    assert second.run.run_id != first.run.run_id
+    assert run_of(the_job(api)) == second.run.run_id
+    assert api.deleted == ["nightly"]
+
+
+def test_a_job_at_work_is_not_mistaken_for_that_of_new_photos(job: JobSpec, store: Bucket, tmp_path: Path) -> None:
+    api: Any = FakeApi()
+    first = submitted(api, job, store, name="nightly")
+    set_status(api, jobDeploymentStatus="Running")
+    new = changed_photos(job, tmp_path / "more")
+    with pytest.raises(
+        RunError, match=rf"RayJob nightly is at work on {first.run.run_id}, .* submit again when it has"
+    ):
+        submitted(api, new, store, name="nightly")
+    assert run_of(the_job(api)) == first.run.run_id
+    set_status(api, jobDeploymentStatus="Complete")
+    assert submitted(api, new, store, name="nightly").outcome == "submitted"
+
+
 def test_a_job_in_a_queue_is_left_to_its_queue(job: JobSpec, store: Bucket) -> None:
     api: Any = FakeApi()
     submitted(api, job, store, queue="cats")
