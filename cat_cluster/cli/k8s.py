@@ -79,8 +79,15 @@ def render(
         str | None,
         typer.Option(metavar="CRON", help="Make a RayCronJob, which starts the job at these times: '0 3 * * *'."),
     ] = None,
+    cron_job: Annotated[
+        bool,
+        typer.Option(
+            "--cron-job", help="With --schedule: a CronJob, for an operator whose feature gate RayCronJob is off."
+        ),
+    ] = False,
     time_zone: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Time zone of --schedule. Default: that of KubeRay's operator.")
+        str | None,
+        typer.Option(metavar="NAME", help="Time zone of --schedule. Default: that of the operator, or Kubernetes."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="<path>", parser=output_file, help="File; default: stdout.")
@@ -89,7 +96,8 @@ def render(
     """Write a job spec as a RayJob of Kubernetes, ready for `kubectl apply -f`; it holds the spec.
 
     With --schedule as a RayCronJob: photos at an s3:// address are looked at anew each time, and what has changed is
-    trained. That kind wants the operator's feature gate RayCronJob.
+    trained. That kind wants the operator's feature gate RayCronJob, which is off by default; --cron-job does without: a
+    CronJob, whose pod calls `k8s submit`.
     """
     from cat_cluster.cluster.kuberay.rendering.render import RenderOptions
     from cat_cluster.cluster.kuberay.rendering.sizes import Overrides
@@ -98,10 +106,12 @@ def render(
     options = RenderOptions(name, namespace, image, gpu, packs, hours, suspend, queue, priority, sizes)
     if schedule is None and time_zone is not None:
         raise SpecError(f"--time-zone {time_zone}: is that of a schedule; give --schedule, or leave it out")
+    if schedule is None and cron_job:
+        raise SpecError("--cron-job: submits a job at the times of --schedule; give that too, or leave it out")
     if schedule is None:
         _render(spec, storage, options, upload=upload, out=out)
     else:
-        _render_schedule(spec, storage, options, schedule, time_zone, upload=upload, out=out)
+        _render_schedule(spec, storage, options, schedule, time_zone, cron_job=cron_job, upload=upload, out=out)
 
 
 def _render_schedule(
@@ -111,10 +121,13 @@ def _render_schedule(
     schedule: str,
     time_zone: str | None,
     *,
+    cron_job: bool,
     upload: bool,
     out: Path | None,
 ) -> None:
-    from cat_cluster.cluster.kuberay.rendering.render import on_schedule, render_job
+    from cat_cluster.cluster.kuberay.rendering import schedule as schedules
+    from cat_cluster.cluster.kuberay.rendering.render import render_job, sizes_of
+    from cat_cluster.cluster.kuberay.rendering.sizes import Overrides
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 
@@ -123,14 +136,24 @@ def _render_schedule(
             "--upload: stores photos once and for all, so each time would train the same; with --schedule "
             "keep them at an s3:// address that you change, and leave --upload out"
         )
-    if options.queue is not None:
+    if options.queue is not None and not cron_job:
         raise SpecError(
-            "--queue: KubeRay gives the jobs of a schedule no labels, so Kueue would not see them; leave it out"
+            "--queue: KubeRay gives the jobs of a RayCronJob no labels, so Kueue would not see them; give --cron-job "
+            "too, or leave it out"
         )
     job = load_spec(spec)
     store = open_store(storage or job.storage or load_settings().storage)
-    ray_job = render_job(job, store.url, replace(options, suspend=False))
-    _write(on_schedule(ray_job, schedule, time_zone, suspend=options.suspend), out, _warnings(job, options))
+    schedules.refuse_large_spec(job, store.url)
+    suspend, options = options.suspend, replace(options, suspend=False)
+    sizes = sizes_of(job, options)
+    if cron_job:  # the job that its pod will make is rendered here, so that what is wrong with it is refused here
+        given = Overrides(sizes.worker_cpu, sizes.worker_memory, sizes.head_memory)
+        ray_job = render_job(job, store.url, replace(options, sizes=given))
+        document = schedules.cron_job(ray_job, options, sizes, schedule, time_zone, suspend=suspend)
+    else:
+        ray_job = render_job(job, store.url, options)
+        document = schedules.ray_cron_job(ray_job, schedule, time_zone, suspend=suspend)
+    _write(document, out, sizes.warnings)
 
 
 def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: bool, out: Path | None) -> None:

@@ -142,8 +142,8 @@ def _job_of_run(api: Api, run: Run, job: Json | None, options: RenderOptions) ->
         if has_ended(job) or is_held(job):
             return None
         raise RunError(
-            f"RayJob {name} is at work on {other}, the same job with other photos or another spec: submit again when it "
-            f"has ended, or stop it, `cat-cluster k8s stop {name} --namespace {api.namespace}`; --force puts "
+            f"RayJob {name} is at work on {other}, the same job with other photos or another spec: submit again when "
+            f"it has ended, or stop it, `cat-cluster k8s stop {name} --namespace {api.namespace}`; --force puts "
             f"{run.run_id} in its place"
         )
     if not has_ended(job):

@@ -15,13 +15,14 @@ from cat_cluster.errors import SpecError
 Json = Mapping[str, Any]
 
 EMBEDDED_STORAGE = "GCSFaultToleranceEmbeddedStorage"
+CRON_JOBS = "RayCronJob"
 # Whether each is on by default (features.go).
 _OLDER = {
     "RayClusterStatusConditions": True,
     "RayJobDeletionPolicy": True,
     "RayMultiHostIndexing": True,
     "RayServiceIncrementalUpgrade": False,
-    "RayCronJob": False,
+    CRON_JOBS: False,
 }
 GATES: Mapping[Release, Mapping[str, bool]] = {
     "1.6": {**_OLDER, "AsyncJobInfoQuery": False},
@@ -71,9 +72,10 @@ def gate_findings(document: Json, path: FieldPath, cluster: Json, gates: Set[str
 
 def needs_gate(gate: str) -> str:
     """Return what is to be done about something that needs a gate."""
+    instead = "use the CronJob of `k8s render --schedule --cron-job`" if gate == CRON_JOBS else "leave this out"
     return (
         f"needs the operator's feature gate {gate}: turn it on (featureGates in the values of its chart) and check "
-        f"with --gates {gate}, or leave this out"
+        f"with --gates {gate}, or {instead}"
     )
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 IMAGE = "cat-cluster"
-SPEC_ANNOTATION = "cat-cluster/spec"  # of a head: the spec of its job, which a volume shows as a file
+SPEC_ANNOTATION = "cat-cluster/spec"  # of a head or a schedule: the spec, which a volume shows as a file
 RUN_LABEL = "cat-cluster/run"  # of a RayJob whose run was known when it was rendered
 STORAGE_ANNOTATION = "cat-cluster/storage"  # of the same: where the run is
 SPEC_FILE = "/etc/cat-cluster/job/spec.yaml"
@@ -15,7 +16,7 @@ GCS_PORT, DASHBOARD_PORT, AGENT_PORT = 6379, 8265, 52365
 METRICS_PORT, AUTOSCALER_METRICS_PORT, DASHBOARD_METRICS_PORT = 8080, 44217, 44227
 HEALTH_PATH = "/api/healthz"
 TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
-ACCOUNT, HEAD_ACCOUNT = "cat-training", "cat-training-head"
+ACCOUNT, HEAD_ACCOUNT, SCHEDULE_ACCOUNT = "cat-training", "cat-training-head", "cat-schedule"
 PRIORITY = "cat-cluster-training"
 SETTINGS = "cat-cluster-settings"  # ConfigMap with the environment of every pod
 S3_SECRET = "cat-cluster-s3"
@@ -45,10 +46,7 @@ def head_template(image: str, memory: str, *, spec: str | None, scales: bool) ->
     annotations = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false", "karpenter.sh/do-not-disrupt": "true"}
     if spec is not None:
         annotations[SPEC_ANNOTATION] = spec
-        folder, _, name = SPEC_FILE.rpartition("/")
-        container["volumeMounts"].append({"name": "job", "mountPath": folder, "readOnly": True})
-        item = {"path": name, "fieldRef": {"fieldPath": f"metadata.annotations['{SPEC_ANNOTATION}']"}}
-        pod["volumes"].append({"name": "job", "downwardAPI": {"items": [item]}})
+        _show_spec(pod)
     if scales:
         pod["volumes"].append(_token_volume())
     return {"metadata": {"labels": part_of_project("training"), "annotations": annotations}, "spec": pod}
@@ -83,6 +81,21 @@ def submitter_template(image: str) -> dict[str, Any]:
     pod = {**_pod(container, ACCOUNT), "restartPolicy": "Never"}
     pod["volumes"] = [volume for volume in pod["volumes"] if volume["name"] == "tmp"]
     return {"metadata": {"labels": part_of_project("training")}, "spec": pod}
+
+
+def schedule_template(image: str, spec: str, command: Sequence[str]) -> dict[str, Any]:
+    """Return the pod of a CronJob, whose command finds the spec in SPEC_FILE: it alone has the account's token."""
+    container = {
+        "name": "submit",
+        "image": image,
+        "command": list(command),
+        **_surroundings(),
+        # It loads training's libraries and looks at the photos, one adapter's after the other.
+        "resources": {"requests": {"cpu": "200m", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "4Gi"}},
+    }
+    pod = {**_pod(container, SCHEDULE_ACCOUNT), "automountServiceAccountToken": True, "restartPolicy": "Never"}
+    _show_spec(pod)
+    return {"metadata": {"labels": part_of_project("schedule"), "annotations": {SPEC_ANNOTATION: spec}}, "spec": pod}
 
 
 def autoscaler_options() -> dict[str, Any]:
@@ -149,6 +162,14 @@ def _pod(container: dict[str, Any], account: str) -> dict[str, Any]:
             {"name": "tmp", "emptyDir": {"sizeLimit": "20Gi"}},
         ],
     }
+
+
+def _show_spec(pod: dict[str, Any]) -> None:
+    """Let a pod's container see the annotation with the spec as SPEC_FILE."""
+    folder, _, name = SPEC_FILE.rpartition("/")
+    pod["containers"][0]["volumeMounts"].append({"name": "job", "mountPath": folder, "readOnly": True})
+    item = {"path": name, "fieldRef": {"fieldPath": f"metadata.annotations['{SPEC_ANNOTATION}']"}}
+    pod["volumes"].append({"name": "job", "downwardAPI": {"items": [item]}})
 
 
 def _surroundings() -> dict[str, Any]:

@@ -11,12 +11,10 @@ import hashlib
 import json
 import re
 import shlex
-import zoneinfo
 from dataclasses import astuple, dataclass
 from typing import Any
 
 from cat_cluster.cluster.kuberay.checks.rules import MAX_NAME_LENGTH, check_namespace
-from cat_cluster.cluster.kuberay.checks.schedules import schedule_problem
 from cat_cluster.cluster.kuberay.checks.yaml_text import dump
 from cat_cluster.cluster.kuberay.rendering.pods import (
     IMAGE,
@@ -125,7 +123,7 @@ def render_job(
     if options.queue is not None and not isinstance(job.cluster.workers, int):
         raise SpecError("cluster.workers: Kueue admits a fixed number; give one, or leave --queue out")
     check_options(options)
-    text, sizes = _spec_text(job, storage), sizes_of(job, options)
+    text, sizes = spec_text(job, storage), sizes_of(job, options)
     image = options.image or default_image(gpu=options.gpu)
     name = _name(job.name, text, image, options) if options.name is None else options.name
     longest = MAX_NAME_LENGTH["RayJob"]
@@ -133,7 +131,7 @@ def render_job(
         raise SpecError(
             f"--name {name}: must begin with a letter and hold a-z, 0-9 and -, {longest} characters at most"
         )
-    address = spec_address(text, storage) if _is_large(text) else None
+    address = spec_address(text, storage) if is_large(text) else None
     if address is not None and upload_to is None:
         raise SpecError(
             f"the spec has {len(text.encode()) >> 10} KiB, more than an object of Kubernetes holds: give --upload, "
@@ -156,35 +154,6 @@ def render_job(
     if address is not None and upload_to is not None:
         store_spec(text, upload_to)
     return ray_job
-
-
-def on_schedule(
-    ray_job: dict[str, Any], schedule: str, time_zone: str | None, *, suspend: bool = False
-) -> dict[str, Any]:
-    """Return a RayCronJob that makes the rendered RayJob at each time of a schedule.
-
-    schedule: five fields of cron, or one of @hourly ... @yearly; time_zone: such as Europe/Berlin, by default that of
-    the operator's pod; suspend: until it is released. Raises SpecError.
-    """
-    if problem := schedule_problem(schedule):
-        raise SpecError(f"--schedule {schedule!r}: {problem}")
-    if time_zone is not None and time_zone not in zoneinfo.available_timezones():
-        raise SpecError(f"--time-zone {time_zone}: is no name of the time zone database, such as Europe/Berlin")
-    metadata = ray_job["metadata"]
-    longest = MAX_NAME_LENGTH["RayCronJob"]  # each job's name has the minute behind it
-    if len(metadata["name"]) > longest:
-        raise SpecError(f"--name {metadata['name']}: may have {longest} characters with --schedule; give a shorter one")
-    spec = {
-        "schedule": schedule,
-        **({"timeZone": time_zone} if time_zone else {}),
-        **({"suspend": True} if suspend else {}),
-    }
-    return {
-        "apiVersion": ray_job["apiVersion"],
-        "kind": "RayCronJob",
-        "metadata": metadata,
-        "spec": {**spec, "jobTemplate": ray_job["spec"]},
-    }
 
 
 def sizes_of(job: JobSpec, options: RenderOptions) -> JobSizes:
@@ -225,11 +194,12 @@ def refuse_local_paths(job: JobSpec, storage: str, *, uploads: bool = False) -> 
                 )
 
 
-def _spec_text(job: JobSpec, storage: str) -> str:
+def spec_text(job: JobSpec, storage: str) -> str:
+    """Return a spec as its job reads it, with the storage in it."""
     return dump(job.model_copy(update={"storage": storage}).model_dump(mode="json", exclude_unset=True))
 
 
-def _is_large(text: str) -> bool:
+def is_large(text: str) -> bool:
     """Whether a spec leaves too little room in the annotation, where Go's JSON has six characters for <, > and &."""
     return len(json.dumps(text, ensure_ascii=False).encode()) + 5 * sum(map(text.count, "<>&")) > MAX_SPEC
 

@@ -172,9 +172,7 @@ def test_a_job_at_work_is_not_mistaken_for_that_of_new_photos(job: JobSpec, stor
     first = submitted(api, job, store, name="nightly")
     set_status(api, jobDeploymentStatus="Running")
     new = changed_photos(job, tmp_path / "more")
-    with pytest.raises(
-        RunError, match=rf"RayJob nightly is at work on {first.run.run_id}, .* submit again when it has"
-    ):
+    with pytest.raises(RunError, match=rf"RayJob nightly is at work on {first.run.run_id}, .* submit again when it"):
         submitted(api, new, store, name="nightly")
     assert run_of(the_job(api)) == first.run.run_id
     set_status(api, jobDeploymentStatus="Complete")

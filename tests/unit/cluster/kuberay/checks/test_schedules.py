@@ -13,7 +13,8 @@ from cat_cluster.cluster.kuberay.checks.check import Document, check_manifests
 from cat_cluster.cluster.kuberay.checks.gates import gates_on
 from cat_cluster.cluster.kuberay.checks.schedules import schedule_problem
 from cat_cluster.cluster.kuberay.checks.schemas import load_schemas
-from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, on_schedule, render_job
+from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, render_job
+from cat_cluster.cluster.kuberay.rendering.schedule import ray_cron_job
 from cat_cluster.errors import SpecError
 from cat_cluster.spec.job import JobSpec
 
@@ -30,7 +31,7 @@ def ray_job(name: str | None = None) -> dict[str, object]:
 
 
 def test_the_job_of_a_schedule_is_the_rendered_one() -> None:
-    document = on_schedule(ray_job(), "0 3 * * *", "Europe/Berlin", suspend=True)
+    document = ray_cron_job(ray_job(), "0 3 * * *", "Europe/Berlin", suspend=True)
     assert document["kind"] == "RayCronJob"
     assert document["spec"]["jobTemplate"] == ray_job()["spec"]
     assert {name: document["spec"][name] for name in ("schedule", "timeZone", "suspend")} == {
@@ -76,9 +77,9 @@ def test_schedules_that_the_operator_takes(schedule: str) -> None:
 )
 def test_schedules_that_the_operator_refuses(schedule: str, words: str) -> None:
     with pytest.raises(SpecError, match="--schedule") as hit:
-        on_schedule(ray_job(), schedule, None)
+        ray_cron_job(ray_job(), schedule, None)
     assert words in str(hit.value)
-    document = {**on_schedule(ray_job(), "@daily", None)}
+    document = {**ray_cron_job(ray_job(), "@daily", None)}
     document["spec"] = {**document["spec"], "schedule": schedule}
     (found,) = check_manifests([Document("f", 1, document)], load_schemas(), gates=gates_on("RayCronJob"))
     assert (found.field, found.message) == ("spec.schedule", schedule_problem(schedule))
@@ -86,17 +87,19 @@ def test_schedules_that_the_operator_refuses(schedule: str, words: str) -> None:
 
 def test_an_unknown_time_zone_and_a_name_without_room() -> None:
     with pytest.raises(SpecError, match="--time-zone Mars: is no name"):
-        on_schedule(ray_job(), "@daily", "Mars")
+        ray_cron_job(ray_job(), "@daily", "Mars")
     with pytest.raises(SpecError, match="may have 36 characters with --schedule"):
-        on_schedule(ray_job("a" * 37), "@daily", None)
+        ray_cron_job(ray_job("a" * 37), "@daily", None)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--schedule", "@daily", "--upload"], "--upload: stores photos once and for all"),
-        (["--schedule", "@daily", "--queue", "train"], "--queue: KubeRay gives the jobs of a schedule no labels"),
+        (["--schedule", "@daily", "--queue", "train"], "--queue: KubeRay gives the jobs of a RayCronJob no labels"),
+        (["--schedule", "@daily", "--cron-job", "--upload"], "--upload: stores photos once and for all"),
         (["--time-zone", "UTC"], "--time-zone UTC: is that of a schedule"),
+        (["--cron-job"], "--cron-job: submits a job at the times of --schedule"),
     ],
 )
 def test_what_does_not_go_with_a_schedule(options: list[str], words: str, tmp_path: Path) -> None:
