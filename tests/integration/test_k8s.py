@@ -33,11 +33,12 @@ from cat_cluster.cluster.kuberay.checks.schemas import Schemas, load_schemas
 from cat_cluster.cluster.kuberay.checks.security import pods_of
 from cat_cluster.cluster.kuberay.rendering import pods as kuberay_pods
 from cat_cluster.cluster.kuberay.rendering import render as kuberay
-from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, render_job
+from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, render_job, sizes_of
+from cat_cluster.cluster.kuberay.rendering.schedule import cron_job
 from cat_cluster.cluster.kuberay.rendering.sizes import Overrides, quantity
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, load_spec, parse_spec
-from jobs import train
+from jobs import probe, train
 from serve.http.access import ADMIN_KEYS, API_KEYS
 from serve.http.image_routes import GRACE_S
 from serve.settings import Deployment
@@ -142,6 +143,14 @@ def job(workers: Any, images: str = "s3://bucket/concepts/cup") -> JobSpec:
     return JobSpec.model_validate(fields)
 
 
+def scheduled_pod() -> tuple[dict[str, str], dict[str, Any]]:
+    """The labels and the spec of the pod that submits a job on a schedule."""
+    ray_job = render_job(job(1), "s3://bucket/prod", RenderOptions())
+    sizes = sizes_of(job(1), RenderOptions())
+    template = cron_job(ray_job, RenderOptions(), sizes, "@daily", None)["spec"]["jobTemplate"]["spec"]["template"]
+    return template["metadata"]["labels"], template["spec"]
+
+
 def lines(findings: list[ManifestFinding]) -> str:
     return "\n".join(map(str, findings))
 
@@ -177,6 +186,48 @@ def test_one_line_says_where_the_head_keeps_its_state(
     else:
         assert set(options["redisPassword"]) == {"valueFrom"}
         assert "redis" in {one.content["metadata"]["name"] for one in documents}
+
+
+@pytest.mark.parametrize("place", PLACES[1:])
+def test_nightly_probes_reach_the_doors_and_nothing_else(place: str, tmp_path: Path, schemas: Schemas) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    overlay = tmp_path / "k8s" / "overlays" / ("local" if place == "overlays/local" else "gpu") / "kustomization.yaml"
+    line = "  - ../../components/nightly-probes\n"
+    before, components, after = overlay.read_text().partition("components:\n")
+    overlay.write_text(f"{before}components:\n{line}{after}" if components else f"{before}components:\n{line}")
+    documents = built_in(tmp_path / "k8s", place)
+    findings = check_manifests(documents, schemas, gates=DEFAULT_GATES | {EMBEDDED_STORAGE})
+    assert not findings, lines(findings)
+    (night,) = (one.content for one in documents if one.content["kind"] == "CronJob")
+    template = night["spec"]["jobTemplate"]["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    assert template["spec"]["automountServiceAccountToken"] is False
+    assert template["spec"]["enableServiceLinks"] is False
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    (key,) = (one for one in container["env"] if "valueFrom" in one)
+    assert (key["name"], key["valueFrom"]["secretKeyRef"]["key"]) == (ADMIN_KEYS, ADMIN_KEYS)
+    python, _, module, address = container["command"]
+    assert (python, module) == ("python", probe.__name__)
+    (service,) = of_kind(place, "RayService")
+    assert address == f"http://{service['metadata']['name']}-serve-svc:{DEFAULT_HTTP_PORT}"
+    assert container["image"] == next(values(serving(place)["doors"], "image"))
+
+    worn = template["metadata"]["labels"]
+    doors = {"app.kubernetes.io/component": "serving", "ray.io/group": "doors"}
+    policies = [one.content for one in documents if one.content["kind"] == "NetworkPolicy"]
+    rules = [
+        (one["metadata"]["name"], rule)
+        for one in policies
+        if one["spec"]["podSelector"].get("matchLabels", {}).items() <= worn.items()
+        for rule in one["spec"].get("egress", ())
+    ]
+    assert sorted(name for name, _ in rules) == ["dns", "nightly-probes"]
+    way = dict(rules)["nightly-probes"]
+    assert way["to"] == [{"podSelector": {"matchLabels": doors}}]
+    assert [port["port"] for port in way["ports"]] == [DEFAULT_HTTP_PORT]
+    into = next(one["spec"] for one in policies if one["metadata"]["name"] == "nightly-probes-to-doors")
+    assert into["podSelector"]["matchLabels"] == doors
+    assert into["ingress"][0]["from"] == [{"podSelector": {"matchLabels": worn}}]
 
 
 @pytest.mark.parametrize(
@@ -391,6 +442,7 @@ def test_every_selector_finds_a_pod_and_every_pod_a_policy(place: str) -> None:
     labels = [worn for worn, _ in ray_pods(place)]
     labels += [one["spec"]["template"]["metadata"]["labels"] for one in of_kind(place, "StatefulSet", "Deployment")]
     labels += [one["spec"]["submitterPodTemplate"]["metadata"]["labels"] for one in of_kind(place, "RayJob")]
+    labels += [scheduled_pod()[0]]
 
     def fits(selector: Mapping[str, Any], worn: Mapping[str, str]) -> bool:
         return selector.get("matchLabels", {}).items() <= worn.items()
@@ -422,6 +474,14 @@ def test_what_pods_refer_to_is_there(place: str) -> None:
         assert pod["priorityClassName"] == f"cat-cluster-{labels['app.kubernetes.io/component']}"
         assert pod["priorityClassName"] in priorities
     assert priorities["cat-cluster-serving"] > priorities["cat-cluster-training"]
+    _, scheduled = scheduled_pod()
+    assert scheduled["serviceAccountName"] in names["ServiceAccount"]
+    assert scheduled["priorityClassName"] in priorities
+    for one in of_kind(place, "RoleBinding"):
+        for subject in one["subjects"]:
+            if subject["kind"] == "ServiceAccount":
+                assert subject["name"] in names["ServiceAccount"]
+                assert subject["namespace"] == one["metadata"]["namespace"]
     for one in contents(place):
         found = [ref["name"] for key in ("secretRef", "secretKeyRef") for ref in values(one, key)]
         assert {*found, *values(one, "secretName")} <= secrets, one["metadata"]["name"]
