@@ -84,11 +84,16 @@ class HandleClient:
             await asyncio.sleep(self._retry_s * attempt)
 
     async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
-        """Act on an adapter in every engine, and return the first one's result; raises CatClusterError."""
+        """Act on an adapter in every engine, and return the first one's result; raises CatClusterError.
+
+        Of a probe's records the worst: each engine has a copy of its own.
+        """
         results = await self._all("admin", action, reference)
         for result in results:
             if isinstance(result, Failed):
                 raise result.to_error()
+        if action == "probe":
+            return dict(max(results, key=lambda record: _STATES.index(record["verdict"])))
         return dict(results[0])
 
     async def status(self) -> dict[str, Any]:

@@ -303,6 +303,11 @@ def test_an_error_keeps_its_class_and_words(failed: Failed, error: Exception) ->
     assert getattr(caught.value, "retry_after", None) == getattr(error, "retry_after", None)
 
 
+def test_a_probe_that_one_engine_alarms_at_is_an_alarm() -> None:
+    records = [{"verdict": verdict, "replica": str(n)} for n, verdict in enumerate(("ok", "alarm", "warning", "alarm"))]
+    assert asked([dict(record) for record in records], lambda one: one.admin("probe", "cup")) == records[1]
+
+
 def test_log_lines_are_json() -> None:
     lines, logger = JsonLines(), logging.getLogger("cat_cluster.serve.test")
     record = logger.makeRecord(logger.name, logging.INFO, "f", 1, '{"route": "/"}', (), None)
