@@ -98,6 +98,7 @@ def job_sizes(job: JobSpec, given: Overrides, *, gpu: bool, packs: int) -> JobSi
     cpu = given.worker_cpu or str(GPU_CPUS if gpu else 1)
     cpus = math.ceil(cpu_amount("--worker-cpu", cpu))
     bases, warnings = _bases(job)
+    is_guess = bool(warnings)
     adapters = job.resolved()
     # Ray gives each CPU of a worker to a process that trains or measures, where no GPU limits them.
     together = 1 if gpu else cpus
@@ -110,6 +111,8 @@ def job_sizes(job: JobSpec, given: Overrides, *, gpu: bool, packs: int) -> JobSi
     ):
         if text is not None and memory_amount(option, text) < needed << 20:
             warnings.append(f"{option} {text}: the spec needs about {_written(needed)}; with less it may be killed")
+    if is_guess and given.worker_memory and given.head_memory:
+        warnings = []  # no size rests on the guess
     return JobSizes(cpu, given.worker_memory or _written(worker), given.head_memory or _written(head), (*warnings,))
 
 

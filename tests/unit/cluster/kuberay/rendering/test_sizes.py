@@ -154,6 +154,9 @@ def test_a_base_that_is_not_here_gets_a_default_and_is_named() -> None:
     assert float(memory_amount("", found.head_memory)) > (DEFAULT_SIZE.weights + 2048) * 2**20
     assert worker_gib(job(base=HUB), gpu=True) < 16
     assert sizes_of(job()).warnings == ()
+    # Sizes that were given, as to the pod of a schedule, are held against no guess.
+    assert sizes_of(job(base=HUB), worker_memory="4Gi", head_memory="4Gi").warnings == ()
+    assert len(sizes_of(job(base=HUB), worker_memory="4Gi").warnings) == 2
 
 
 def test_a_base_of_the_hub_that_is_here_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
