@@ -52,7 +52,7 @@ chaos: $(STAMP)
 # before it. E2E_RECORD=1 makes a result file of it, which docs/operations.md shows.
 e2e: $(STAMP)
 	$(PYTEST) --durations=0 --durations-min=1 tests/e2e/test_install.py tests/e2e/test_network.py tests/e2e/test_jobs.py \
-		tests/e2e/test_service.py tests/e2e/test_removal.py
+		tests/e2e/test_schedules.py tests/e2e/test_service.py tests/e2e/test_removal.py
 
 # Small mistakes in core lines, made one at a time in a copy: the tests must notice each. AREA=training for one area.
 AREA ?=

@@ -14,7 +14,6 @@ import yaml
 
 from tests.e2e.conftest import Figures
 from tests.support.kubernetes import (
-    OPERATIONS,
     ROOT,
     STORAGE,
     Json,
@@ -25,6 +24,7 @@ from tests.support.kubernetes import (
     name_of,
     objects,
     pods,
+    s3_access,
     shell,
     wait_until,
 )
@@ -161,11 +161,3 @@ def test_the_standing_cluster_grows_and_shrinks(spec_file: Path, figures: Figure
     ended = time.monotonic()
     wait_until("one worker again", lambda: len(pods(STANDING_WORKERS)) == 1, 480)
     figures[""] = f"from 1 pod to 2, and to 1 again {time.monotonic() - ended:.0f} s after the job"
-
-
-def s3_access() -> str:
-    """The lines of docs/operations.md by which this machine reaches the S3 server of `local`."""
-    lines = OPERATIONS.read_text(encoding="utf-8").splitlines()
-    wanted = [line for line in lines if line.startswith("export AWS_") or "port-forward svc/s3 " in line]
-    assert len(wanted) == 4, wanted
-    return "\n".join([*wanted, "sleep 3", ""])

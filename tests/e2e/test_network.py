@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +19,6 @@ from tests.support.kubernetes import (
     command,
     is_ready,
     name_of,
-    objects,
     pods,
     run_in,
     wait_until,
@@ -43,6 +44,14 @@ for name, address in json.loads(sys.argv[1]).items():
     except OSError:
         pass
 print(json.dumps(reached))
+"""
+QUERY = """
+import json, sys, urllib.error, urllib.parse, urllib.request
+url = "http://127.0.0.1:9090/api/v1/query?" + urllib.parse.urlencode({"query": sys.argv[1]})
+try:
+    print(json.dumps(json.load(urllib.request.urlopen(url, timeout=5))["data"]))
+except urllib.error.URLError:  # not up yet
+    print(json.dumps({"result": []}))
 """
 
 
@@ -120,18 +129,44 @@ def test_what_may_be_evicted(figures: Figures) -> None:
     figures[""] = f"{sum(refused.values())} refused, 1 allowed"
 
 
-def test_the_metrics_are_reached_through_the_policy() -> None:
-    """Pods of namespace `monitoring` reach the metrics port of every Ray node"""
-    wait_until("metrics ports", lambda: bool(objects("pods", "-l", "app.kubernetes.io/part-of=cat-cluster")), 10)
-    command("kubectl", "create", "namespace", "monitoring")
+@pytest.fixture
+def prometheus() -> Iterator[list[str]]:
+    """A plain Prometheus with the project's settings in namespace `monitoring`: kubectl's words to ask beside it.
+
+    Its binary is that of this machine, since a cluster may have no way to a registry.
+    """
+    binary = shutil.which("prometheus")
+    if binary is None:
+        pytest.skip("this machine has no Prometheus to put into a pod")
     words = ["kubectl", "-n", "monitoring"]
-    command(*words, "delete", "pod", "reader", "--ignore-not-found", "--now", "--wait")
-    done = command(*words, "run", "reader", "--image", IMAGE, "--command", "--", "sleep", "600")
+    command("kubectl", "create", "namespace", "monitoring")
+    grant = ["create", "clusterrolebinding", "cat-e2e", "--clusterrole=view", "--serviceaccount=monitoring:default"]
+    command("kubectl", *grant)
+    command(*words, "delete", "pod", "prometheus", "--ignore-not-found", "--now", "--wait")
+    done = command(*words, "run", "prometheus", "--image", IMAGE, "--command", "--", "sleep", "600")
     assert done.returncode == 0, done.stderr
-    wait = command(*words, "wait", "pod/reader", "--for=condition=Ready", "--timeout=120s")
+    wait = command(*words, "wait", "pod/prometheus", "--for=condition=Ready", "--timeout=120s")
     assert wait.returncode == 0, wait.stderr
+    for file in (binary, "k8s/monitoring/prometheus.yaml", "k8s/monitoring/rules.yaml"):
+        copied = command(*words, "cp", file, f"prometheus:/tmp/{Path(file).name}")
+        assert copied.returncode == 0, copied.stderr
+    start = "cd /tmp && chmod +x prometheus && nohup ./prometheus --config.file=prometheus.yaml >log 2>&1 &"
+    begun = command(*words, "exec", "prometheus", "--", "sh", "-c", start)
+    assert begun.returncode == 0, begun.stderr
+    yield ["-n", "monitoring", "exec", "prometheus"]
+    command(*words, "delete", "pod", "prometheus", "--now", "--wait=false")
+    command("kubectl", "delete", "clusterrolebinding", "cat-e2e")
+
+
+def test_the_metrics_are_scraped_through_the_policy(prometheus: list[str], figures: Figures) -> None:
+    """A plain Prometheus in namespace `monitoring` scrapes every Ray node"""
     ray = [pod for pod in pods("app.kubernetes.io/part-of=cat-cluster,ray.io/is-ray-node=yes") if is_ready(pod)]
-    targets = {name_of(pod): [pod["status"]["podIP"], 8080] for pod in ray}
-    reached = run_in(["-n", "monitoring", "exec", "reader"], CONNECT, json.dumps(targets))
-    command(*words, "delete", "pod", "reader", "--now", "--wait=false")
-    assert set(reached) == set(targets)
+    wanted = {name_of(pod) for pod in ray}
+
+    def scraped() -> dict[str, str]:
+        series = run_in(prometheus, QUERY, 'up{job="cat-cluster"}')["result"]
+        return {one["metric"]["pod"]: one["value"][1] for one in series}
+
+    wait_until("what every node says", lambda: scraped() == dict.fromkeys(wanted, "1"), 90, 5)
+    metrics = run_in(prometheus, QUERY, 'count(count by (__name__) ({job="cat-cluster", __name__=~"ray_cat_.*"}))')
+    figures[""] = f"{len(wanted)} nodes, {metrics['result'][0]['value'][1]} metrics of the project"

@@ -82,6 +82,14 @@ def documented(start: str) -> list[str]:
     return [str(block) for block in blocks]
 
 
+def s3_access() -> str:
+    """The lines of docs/operations.md by which this machine reaches the S3 server of `local`."""
+    lines = OPERATIONS.read_text(encoding="utf-8").splitlines()
+    wanted = [line for line in lines if line.startswith("export AWS_") or "port-forward svc/s3 " in line]
+    assert len(wanted) == 4, wanted
+    return "\n".join([*wanted, "sleep 3", ""])
+
+
 @contextmanager
 def shell(script: str, seconds: float = 300, **variables: str) -> Iterator[subprocess.CompletedProcess[str]]:
     """Run commands as a person would in a shell; what they leave in the background ends with the block."""
