@@ -123,7 +123,6 @@ def test_a_ray_cron_job_starts(spec_of: Callable[[str], Path]) -> None:
     """`render --schedule`: KubeRay makes a RayJob of a RayCronJob at its minute"""
     kubectl("apply", "-f", "-", stdin=rendered(spec_of("timed"), "--schedule", EVERY_MINUTE))
     jobs = wait_until("a RayJob", timed_jobs, 150)
-    kubectl("delete", "raycronjob", "timed")
     wait_until("its cluster", lambda: status_of(jobs[0]).get("rayClusterName"), 60)
 
 
