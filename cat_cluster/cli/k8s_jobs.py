@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -127,7 +126,7 @@ def status(
     api.required(RAY, "RayJob")
     found = sorted(api.list(RAY, "RayJob"), key=lambda one: one["metadata"].get("creationTimestamp", ""), reverse=True)
     workloads = _workloads(api, found)
-    states = [job_state(one, workloads, now=datetime.now(UTC)) for one in found]
+    states = [job_state(one, workloads, now=api.now()) for one in found]
     if as_json:
         print_json({"jobs": [asdict(one) for one in states]})
     elif states:
@@ -144,23 +143,19 @@ def logs(
         JobLog, typer.Option(help="The driver's, or what Ray prints in the head or the workers of its cluster.")
     ] = "driver",
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on until it ends; of several workers one after the other.")
+        bool, typer.Option("--follow", "-f", help="Go on until it ends; of several workers all at once.")
     ] = False,
     context: Context = None,
     namespace: Namespace = NAMESPACE,
 ) -> None:
-    """Print the log of a job: what its driver says, or Ray in one of its pods."""
+    """Print the log of a job: what its driver says, or Ray in its pods; of several pods each line names its own."""
     api = _open(context, namespace)
     from cat_cluster.cluster.kuberay.client.jobs import find_job
-    from cat_cluster.cluster.kuberay.job_logs import pods_of_part
+    from cat_cluster.cluster.kuberay.job_logs import pods_of_part, read_logs
 
-    pods = pods_of_part(api, find_job(api, job), of)
-    for pod in pods:
-        if len(pods) > 1:
-            _say(f"Pod {pod.name}:")
-        for piece in api.log(pod.name, pod.container, follow=follow):
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+    for piece in read_logs(api, pods_of_part(api, find_job(api, job), of), follow=follow, say=_say):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
 
 
 def stop(
@@ -211,7 +206,8 @@ def _show_job(api: Api, job: dict[str, Any], *, as_json: bool) -> None:
     from cat_cluster.cluster.kuberay.obstacles.obstacles import obstacles_of, view_job
     from cat_cluster.cluster.kuberay.obstacles.states import job_state, pod_state
 
-    now, view = datetime.now(UTC), view_job(api, job)
+    view = view_job(api, job)
+    now = api.now()
     state, pods = job_state(job, view.workloads or (), now=now), [pod_state(pod) for pod in view.pods]
     obstacles = obstacles_of(view, now=now)
     if as_json:

@@ -49,11 +49,13 @@ class ApiServer:
     objects: dict[tuple[str, str, str], Json] = field(default_factory=dict)
     kinds: dict[str, Mapping[str, tuple[str, bool]]] = field(default_factory=lambda: dict(KINDS))
     forbidden: set[str] = field(default_factory=set)  # resources
-    refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # method and resource -> status, message
+    refused: dict[str, tuple[int, Json | str]] = field(default_factory=dict)  # method and resource -> status, body
     logs: dict[str, str] = field(default_factory=dict)  # pod -> its log
     schemas: Json = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
+    sent: list[Json] = field(default_factory=list)  # the objects of those questions that had one
     on_create: Any = None  # called with each object that is made, and may change it
+    date: str | None = None  # of each reply, by default the time
     cut: int = 0  # bytes that each reply lacks at its end, where the connection breaks off
     url: str = ""
 
@@ -109,7 +111,8 @@ class ApiServer:
             reason = f'{resource} is forbidden: User "ada" cannot list resource "{resource}" in API group ""'
             return 403, {"message": reason}
         if (refusal := self.refused.get(f"{method} {resource}")) is not None:
-            return refusal[0], {"message": refusal[1]}
+            status, said = refusal
+            return status, {"message": said} if isinstance(said, str) else said
         if found["part"] == "log":
             return 200, self.logs.get(name, "")
         if method == "POST":
@@ -150,6 +153,22 @@ class ApiServer:
         return 200, after
 
 
+def made(
+    kind: str,
+    name: str,
+    namespace: str = "cat-cluster",
+    *,
+    labels: Json | None = None,
+    created: str = "2026-01-01T00:00:00Z",
+    **content: Any,
+) -> Json:
+    """Return an object of one of KINDS with its metadata. content: what else it holds, such as its status."""
+    version, namespaced = next((version, kinds[kind][1]) for version, kinds in KINDS.items() if kind in kinds)
+    where = {"namespace": namespace} if namespaced else {}
+    metadata = {"name": name, **where, "labels": labels or {}, "creationTimestamp": created}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata, "spec": {}, **content}
+
+
 @contextmanager
 def api_server() -> Iterator[ApiServer]:
     """Start such a server on loopback, for the length of the block."""
@@ -165,6 +184,8 @@ def api_server() -> Iterator[ApiServer]:
             url = urlsplit(self.path)
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             state.asked.append(f"{self.command} {self.path}")
+            if body is not None:
+                state.sent.append(body)
             status, content = state.answer(self.command, url.path, query, body)
             data = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)
@@ -174,6 +195,9 @@ def api_server() -> Iterator[ApiServer]:
             self.close_connection = state.cut > 0
 
         do_GET = do_POST = do_PATCH = do_DELETE = _reply
+
+        def date_time_string(self, timestamp: float | None = None) -> str:
+            return super().date_time_string(timestamp) if state.date is None else state.date
 
         def log_message(self, *_: object) -> None:
             pass

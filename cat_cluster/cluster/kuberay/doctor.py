@@ -12,6 +12,7 @@ from cat_cluster.cluster.kuberay.checks.gates import EMBEDDED_STORAGE, gates_on
 from cat_cluster.cluster.kuberay.checks.releases import NEWEST, Release
 from cat_cluster.cluster.kuberay.client.api import Api, unless_forbidden
 from cat_cluster.cluster.kuberay.client.jobs import JOB_VERBS
+from cat_cluster.cluster.kuberay.client.operators import find_operators, given_gates, operator_container
 from cat_cluster.cluster.kuberay.probe_pod import look_inside
 from cat_cluster.cluster.kuberay.rendering.render import default_image
 from cat_cluster.errors import KubernetesError, SpecError
@@ -20,7 +21,6 @@ Json = dict[str, Any]
 
 OLDEST_KUBERNETES = (1, 33)
 OPERATOR_NAMESPACE = "kuberay-system"  # that the network policies of k8s/base let in
-OPERATOR_LABELS = ("app.kubernetes.io/name=kuberay-operator", "app.kubernetes.io/component=kuberay-operator")
 SECRETS = ("cat-training-ray-token", "cat-serving-ray-token", "cat-cluster-api-keys")
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 STANDING_CLUSTER = "cat-training"
@@ -50,9 +50,9 @@ def examine(api: Api, *, image: str | None = None, inside: bool = True) -> Itera
     yield _kubernetes(api.version())
     release, definitions = _definitions(api)
     yield definitions
-    operator = unless_forbidden(lambda: _operators(api))
-    yield _operator(operator)
-    yield _gates(api, operator, release or NEWEST)
+    operators = find_operators(api)
+    yield _operator(operators)
+    yield _gates(api, operators, release or NEWEST)
     namespace = _seen(lambda: api.get("v1", "Namespace", api.namespace))
     if isinstance(namespace, Finding):
         yield Finding("namespace", "unknown", f"{api.namespace} cannot be looked at: {namespace.text}")
@@ -102,16 +102,6 @@ def _definitions(api: Api) -> tuple[Release | None, Finding]:
     return None, Finding(subject, "problem", text)
 
 
-def _operators(api: Api) -> list[Json]:
-    found = [
-        one for labels in OPERATOR_LABELS for one in api.list("apps/v1", "Deployment", labels=labels, namespace="")
-    ]
-    if not found:  # one that was installed without the chart
-        everywhere = api.list("apps/v1", "Deployment", namespace="")
-        found = [one for one in everywhere if "kuberay-operator" in one["metadata"]["name"]]
-    return list({one["metadata"]["uid"]: one for one in found}.values())
-
-
 def _operator(found: list[Json] | None) -> Finding:
     subject = "KubeRay's operator"
     if found is None:
@@ -124,7 +114,6 @@ def _operator(found: list[Json] | None) -> Finding:
         where = ", ".join(one["metadata"]["namespace"] for one in found)
         return Finding(subject, "problem", f"runs in {where}: two of them undo each other's work, so keep one")
     (one,) = found
-    image = one["spec"]["template"]["spec"]["containers"][0]["image"]
     namespace = one["metadata"]["namespace"]
     if not one.get("status", {}).get("readyReplicas"):
         return Finding(
@@ -137,7 +126,7 @@ def _operator(found: list[Json] | None) -> Finding:
             f"is in namespace {namespace}, and the network policies let in {OPERATOR_NAMESPACE} alone: change policy "
             "`operator` of k8s/base/network.yaml, or move it",
         )
-    return Finding(subject, "ok", f"{image} in {namespace}")
+    return Finding(subject, "ok", f"{operator_container(one)['image']} in {namespace}")
 
 
 def _gates(api: Api, operators: list[Json] | None, release: Release) -> Finding:
@@ -145,11 +134,7 @@ def _gates(api: Api, operators: list[Json] | None, release: Release) -> Finding:
     subject = "feature gates"
     if not operators:
         return Finding(subject, "unknown", "as the operator cannot be looked at")
-    container = operators[0]["spec"]["template"]["spec"]["containers"][0]
-    words = [*container.get("command", ()), *container.get("args", ())]
-    given = next(
-        (word.partition("=")[2] for word in words if word.startswith(("--feature-gates", "-feature-gates"))), ""
-    )
+    given = given_gates(operators[0])
     try:
         on = gates_on(given, release)
     except SpecError:  # of another release

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from queue import Queue
+from threading import Thread
+from typing import TypeVar
 
 from cat_cluster.cluster.kuberay.client.api import Api, Json
-from cat_cluster.errors import RunError
+from cat_cluster.cluster.kuberay.client.jobs import pods_of
+from cat_cluster.errors import KubernetesError, RunError
 from cat_cluster.spec.choices import JobLog
 
+Item = TypeVar("Item")
+
+_WAITING_LINES = 1000  # of all logs together, that are kept for a reader who is slower
 _CONTAINERS: dict[JobLog, str] = {"driver": "ray-job-submitter", "head": "ray-head", "workers": "ray-worker"}
 
 
@@ -24,7 +33,7 @@ def pods_of_part(api: Api, job: Json, part: JobLog) -> list[JobPod]:
 
     Raises RunError, which says what there is instead, where there is none; KubernetesError.
     """
-    pods = _pods(api, job)
+    pods = pods_of(api, job)
     if not pods[part]:
         there = [name for name, found in pods.items() if found]
         name, status = job["metadata"]["name"], job.get("status", {}).get("jobDeploymentStatus") or "new"
@@ -32,22 +41,63 @@ def pods_of_part(api: Api, job: Json, part: JobLog) -> list[JobPod]:
             f"RayJob {name} ({status}) has no pod for the log of its {part}: "
             + (f"there is that of its {' and '.join(there)} (--of)" if there else _why_none(status))
         )
-    return pods[part][-1:] if part == "driver" else pods[part]
+    shown = pods[part][-1:] if part == "driver" else pods[part]
+    return [JobPod(pod["metadata"]["name"], _container(pod, part)) for pod in shown]
 
 
-def _pods(api: Api, job: Json) -> dict[JobLog, list[JobPod]]:
-    cluster = job.get("status", {}).get("rayClusterName")
-    types = {"head": "head", "workers": "worker"}
-    selectors = {"driver": f"batch.kubernetes.io/job-name={job['metadata']['name']}"}
-    if cluster:
-        selectors |= {part: f"ray.io/cluster={cluster},ray.io/node-type={kind}" for part, kind in types.items()}
-    found: dict[JobLog, list[JobPod]] = {"driver": [], "head": [], "workers": []}
-    for part in found:
-        if part in selectors:
-            pods = api.list("v1", "Pod", labels=selectors[part])
-            pods.sort(key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"]))
-            found[part] = [JobPod(pod["metadata"]["name"], _container(pod, part)) for pod in pods]
-    return found
+def read_logs(api: Api, pods: Sequence[JobPod], *, follow: bool, say: Callable[[str], None]) -> Iterator[str]:
+    """Yield the log of a pod in pieces; of several pods line by line, each with its pod as of `kubectl logs --prefix`.
+
+    follow: until they end, all pods at once. Of several pods one whose log cannot be read is said, and the others go
+    on; KubernetesError is raised in the end.
+    """
+    if len(pods) == 1:
+        yield from api.log(pods[0].name, pods[0].container, follow=follow)
+        return
+    logs = [_lines(api, pod, follow=follow) for pod in pods]
+    broken = 0
+    for line in _at_once(logs) if follow else chain.from_iterable(logs):
+        if isinstance(line, str):
+            yield line
+        else:
+            broken += 1
+            say(str(line))
+    if broken:
+        raise KubernetesError(
+            f"{broken} of {len(pods)} logs could not be read to their end, as is said above; ask again"
+        )
+
+
+def _lines(api: Api, pod: JobPod, *, follow: bool) -> Iterator[str | KubernetesError]:
+    """Yield the lines of a log, and last why it cannot be read, where that is so."""
+    before, rest = f"[pod/{pod.name}/{pod.container}] ", ""
+    try:
+        for piece in api.log(pod.name, pod.container, follow=follow):
+            *lines, rest = f"{rest}{piece}".split("\n")
+            for line in lines:
+                yield f"{before}{line}\n"
+    except KubernetesError as error:
+        yield error
+    if rest:
+        yield f"{before}{rest}\n"
+
+
+def _at_once(sources: Sequence[Iterator[Item]]) -> Iterator[Item]:
+    """Yield what iterators yield, as it comes, until all have ended; None is no item."""
+    found: Queue[Item | None] = Queue(_WAITING_LINES)
+
+    def carry(source: Iterator[Item]) -> None:
+        try:
+            for one in source:
+                found.put(one)
+        finally:
+            found.put(None)
+
+    for source in sources:
+        Thread(target=carry, args=(source,), daemon=True).start()
+    for _ in sources:  # each ends once
+        while (one := found.get()) is not None:
+            yield one
 
 
 def _container(pod: Json, part: JobLog) -> str:

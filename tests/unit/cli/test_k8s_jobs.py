@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,12 @@ from cat_cluster import store as stores
 from cat_cluster.cli.k8s import k8s_app
 from cat_cluster.cluster import follow
 from cat_cluster.cluster.kuberay import submit
-from cat_cluster.cluster.kuberay.client import api as kubernetes
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.runs import Run
 from cat_cluster.errors import RunError, SpecError
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import LocalStore
-from tests.support.fake_kubernetes import FakeApi, made
+from tests.support.api_server import ApiServer, api_server, made
 from tests.support.tiny_jobs import adapter, write_photos, write_spec
 
 URL = "s3://cat-storage/prod"
@@ -47,12 +47,12 @@ def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bucket:
 
 
 @pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch) -> FakeApi:
-    there = FakeApi(
-        made("Namespace", "cat-cluster"), made("ConfigMap", "cat-cluster-settings", data={"CAT_STORAGE": URL})
-    )
-    monkeypatch.setattr(kubernetes, "open_api", lambda context, namespace: there)
-    return there
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
+    with api_server() as server:
+        settings = made("ConfigMap", "cat-cluster-settings", data={"CAT_STORAGE": URL})
+        server.put(made("Namespace", "cat-cluster"), settings)
+        monkeypatch.setenv("KUBECONFIG", str(server.kubeconfig(tmp_path)))
+        yield server
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def write_state(bucket: Bucket, run_id: str, spec: Path, state: Any, **changes: 
     run.write_progress(RunProgress.begin(run_id, load_spec(spec), state=state, attempt=1).changed(**changes))
 
 
-def test_submitting_says_what_was_made_and_where(spec: Path, api: FakeApi, bucket: Bucket) -> None:
+def test_submitting_says_what_was_made_and_where(spec: Path, server: ApiServer, bucket: Bucket) -> None:
     finished = call("submit", spec, "--no-wait", "--json")
     record = json.loads(finished.stdout)
     assert record == {
@@ -86,13 +86,13 @@ def test_submitting_says_what_was_made_and_where(spec: Path, api: FakeApi, bucke
         "job": record["job"],
         "storage": URL,
     }
-    assert ("RayJob", record["job"]) in api.objects
+    assert ("rayjobs", "cat-cluster", record["job"]) in server.objects
     assert f"storage {URL}, as ConfigMap cat-cluster-settings says" in finished.stderr
     assert f"submitted {record['run_id']} as RayJob {record['job']}" in finished.stderr
     assert submitted(spec)["outcome"] == "already running"
 
 
-def test_a_run_is_followed_to_its_end(spec: Path, api: FakeApi, bucket: Bucket) -> None:
+def test_a_run_is_followed_to_its_end(spec: Path, server: ApiServer, bucket: Bucket) -> None:
     record = submitted(spec)
     write_state(bucket, record["run_id"], spec, "failed", reason="no memory", permanent=True)
     finished = call("submit", spec, "--json")
@@ -103,7 +103,7 @@ def test_a_run_is_followed_to_its_end(spec: Path, api: FakeApi, bucket: Bucket) 
 
 
 def test_a_run_that_is_done_ends_well(
-    spec: Path, api: FakeApi, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+    spec: Path, server: ApiServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = submitted(spec)
     write_state(bucket, record["run_id"], spec, "done")
@@ -113,12 +113,12 @@ def test_a_run_that_is_done_ends_well(
     assert "is already done; --force runs it again" in finished.stderr
 
 
-def test_a_suspended_job_is_not_waited_for(spec: Path, api: FakeApi, bucket: Bucket) -> None:
+def test_a_suspended_job_is_not_waited_for(spec: Path, server: ApiServer, bucket: Bucket) -> None:
     finished = call("submit", spec, "--suspend", "--json")
     assert json.loads(finished.stdout)["outcome"] == "submitted"
 
 
-def test_an_interrupt_detaches(spec: Path, api: FakeApi, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_detaches(spec: Path, server: ApiServer, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     job = submitted(spec)["job"]
 
     def interrupt(*_: object) -> None:
@@ -127,46 +127,47 @@ def test_an_interrupt_detaches(spec: Path, api: FakeApi, bucket: Bucket, monkeyp
     monkeypatch.setattr(follow, "follow_run", interrupt)
     finished = call("submit", spec)
     assert finished.exit_code == 130
-    assert f"stop it    cat-cluster k8s stop {job} --namespace cat-cluster --context lab" in finished.stderr
-    assert ("RayJob", job) in api.objects
+    assert f"stop it    cat-cluster k8s stop {job} --namespace cat-cluster --context test" in finished.stderr
+    assert ("rayjobs", "cat-cluster", job) in server.objects
 
 
-def test_a_folder_is_refused_where_it_was_given(spec: Path, api: FakeApi, bucket: Bucket) -> None:
+def test_a_folder_is_refused_where_it_was_given(spec: Path, server: ApiServer, bucket: Bucket) -> None:
     finished = call("submit", spec, "--storage", spec.parent / "new")
     assert isinstance(finished.exception, SpecError)
     assert "is a folder of this machine, and a cluster in Kubernetes cannot see it" in str(finished.exception)
 
 
-def test_logs_are_those_of_a_run_or_a_job(spec: Path, api: FakeApi, bucket: Bucket) -> None:
+def test_logs_are_those_of_a_run_or_a_job(spec: Path, server: ApiServer, bucket: Bucket) -> None:
     record = submitted(spec)
     nothing = call("logs", record["run_id"])
     assert isinstance(nothing.exception, RunError)
     labels = {"batch.kubernetes.io/job-name": record["job"]}
     submitter = made("Pod", "s", labels=labels, spec={"containers": [{"name": "ray-job-submitter"}]})
-    api.objects[("Pod", "s")] = submitter
-    api.logs[("s", "ray-job-submitter")] = "step 1/40\n"
+    server.put(submitter)
+    server.logs["s"] = "step 1/40\n"
     for target in (record["run_id"], record["job"]):
         assert call("logs", target).stdout == "step 1/40\n"
 
 
-def test_a_job_is_stopped_though_its_storage_is_away(spec: Path, api: FakeApi, bucket: Bucket) -> None:
+def test_a_job_is_stopped_though_its_storage_is_away(spec: Path, server: ApiServer, bucket: Bucket) -> None:
     job = submitted(spec)["job"]
-    api.objects[("ConfigMap", "cat-cluster-settings")]["data"]["AWS_ENDPOINT_URL"] = "http://s3:8333"  # no such Service
+    settings = server.objects["configmaps", "cat-cluster", "cat-cluster-settings"]
+    settings["data"]["AWS_ENDPOINT_URL"] = "http://s3:8333"  # no such Service
     finished = call("stop", job)
     assert finished.exit_code == 0, finished.exception
     assert (
         f"has no such one: correct AWS_ENDPOINT_URL there, or set it in this shell; RayJob {job} is" in finished.stderr
     )
-    assert ("RayJob", job) not in api.objects
+    assert ("rayjobs", "cat-cluster", job) not in server.objects
 
 
-def test_stopping_takes_the_storage_from_the_job(spec: Path, api: FakeApi, bucket: Bucket) -> None:
+def test_stopping_takes_the_storage_from_the_job(spec: Path, server: ApiServer, bucket: Bucket) -> None:
     record = submitted(spec)
     write_state(bucket, record["run_id"], spec, "running")
     finished = call("stop", record["run_id"])
     assert finished.exit_code == 0, finished.exception
     assert f"asked attempt 1 of {record['run_id']} to stop" in finished.stderr
     assert f"stopped RayJob {record['job']}" in finished.stderr
-    assert ("RayJob", record["job"]) not in api.objects
+    assert ("rayjobs", "cat-cluster", record["job"]) not in server.objects
     assert Run(bucket, record["run_id"]).progress().state == "stopped"
     assert submitted(spec)["outcome"] == "submitted"

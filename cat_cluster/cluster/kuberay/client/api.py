@@ -5,8 +5,10 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -24,6 +26,7 @@ Found = TypeVar("Found")
 FIELD_MANAGER = "cat-cluster"
 ROLE = "training-jobs"  # of k8s/base: what trainers may do
 TIMEOUT = (5.0, 60.0)  # seconds to connect, and to wait for a reply
+CLOCKS_AGREE = timedelta(seconds=2)  # or differ by less than can be told
 RETRY_AFTER = 20  # seconds that a server may have a request wait
 _PIECE = 1 << 16  # bytes
 _ANONYMOUS = 'User "system:anonymous"'  # as a server calls who gives no credentials
@@ -47,6 +50,7 @@ class Api:
     def __init__(self, client: Any, context: str, namespace: str) -> None:
         self._client = client
         self._resources: dict[str, dict[str, Resource]] = {}
+        self._ahead = timedelta()  # of this machine's clock
         self.context = context
         self.namespace = namespace
 
@@ -59,6 +63,10 @@ class Api:
     def server(self) -> str:
         """Address of the server."""
         return str(self._client.configuration.host)
+
+    def now(self) -> datetime:
+        """Return the time by the clock of the server, which writes the times of objects, as far as it has replied."""
+        return datetime.now(UTC) + self._ahead
 
     def get(self, api_version: str, kind: str, name: str, *, namespace: str | None = None) -> Json | None:
         """Return an object, or None where there is none, also for want of its kind."""
@@ -287,10 +295,17 @@ class Api:
                 method, path, header_params=headers, body=body, auth_settings=["BearerToken"]
             )
             reply = self._client.call_api(*serialized, _request_timeout=timeout)
+            self._read_clock(reply)
             refused = reply.read() or b"" if reply.status >= HTTPStatus.BAD_REQUEST else None
         if refused is not None:
             raise self._refusal(reply.status, refused, asked)
         return reply
+
+    def _read_clock(self, reply: Any) -> None:
+        with suppress(TypeError, ValueError):  # no date, or one that a proxy has spoilt
+            ahead = parsedate_to_datetime(reply.getheader("Date")) - datetime.now(UTC)
+            # The date is in whole seconds, and a reply is under way for a while.
+            self._ahead = ahead if abs(ahead) > CLOCKS_AGREE else timedelta()
 
     def _refusal(self, status: int, body: bytes, asked: str) -> KubernetesError:
         causes: list[tuple[str, str]] = []

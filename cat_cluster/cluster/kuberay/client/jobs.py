@@ -1,4 +1,4 @@
-"""RayJobs of a namespace: the one that a name or a run means, and how it stands."""
+"""RayJobs of a namespace: the one that a name or a run means, how it stands, and its pods."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from cat_cluster.cluster.kuberay.client.api import Api, Json
 from cat_cluster.cluster.kuberay.rendering.pods import RUN_LABEL, STORAGE_ANNOTATION
 from cat_cluster.cluster.runs import check_run_id
 from cat_cluster.errors import RunError
+from cat_cluster.spec.choices import JobLog
 
 RAY = "ray.io/v1"
 JOB_VERBS = ("get", "list", "create", "patch", "delete")  # on RayJobs, of who submits them
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+_PARTS: dict[str, JobLog] = {"head": "head", "worker": "workers"}  # by label ray.io/node-type
 _SHOWN = 5
 _LONGEST = 400  # characters of a reason: a job that failed quotes its log
 
@@ -47,10 +49,32 @@ def is_held(job: Json) -> bool:
     return bool(job.get("spec", {}).get("suspend")) and QUEUE_LABEL not in job["metadata"].get("labels", {})
 
 
+def shares_cluster(job: Json) -> bool:
+    """Say whether a RayJob runs on a RayCluster that is there without it, and for others too."""
+    return bool(job.get("spec", {}).get("clusterSelector"))
+
+
+def pods_of(api: Api, job: Json) -> dict[JobLog, list[Json]]:
+    """Return the pods of a RayJob by the log that they have, oldest first: those that submit it have the driver's.
+
+    Head and workers are those of its cluster of the moment, which may be shared.
+    """
+    name, cluster = job["metadata"]["name"], job.get("status", {}).get("rayClusterName")
+    found: dict[JobLog, list[Json]] = {"driver": [], "head": [], "workers": []}
+    found["driver"] = api.list("v1", "Pod", labels=f"batch.kubernetes.io/job-name={name}")
+    for pod in api.list("v1", "Pod", labels=f"ray.io/cluster={cluster}") if cluster else ():
+        part = _PARTS.get(pod["metadata"]["labels"].get("ray.io/node-type", ""))
+        if part is not None:
+            found[part].append(pod)
+    for pods in found.values():
+        pods.sort(key=lambda pod: (pod["metadata"].get("creationTimestamp", ""), pod["metadata"]["name"]))
+    return found
+
+
 def age_of(job: Json, now: datetime) -> float:
-    """Return the age of a RayJob in seconds."""
+    """Return the age of a RayJob in seconds. now: by the API server's clock, `Api.now`."""
     created = job["metadata"].get("creationTimestamp")
-    return 0.0 if created is None else (now - datetime.fromisoformat(created)).total_seconds()
+    return 0.0 if created is None else max(0.0, (now - datetime.fromisoformat(created)).total_seconds())
 
 
 def run_of(job: Json) -> str | None:

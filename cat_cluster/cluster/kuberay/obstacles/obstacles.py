@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 
-from cat_cluster.cluster.kuberay.client.api import Api, unless_forbidden
-from cat_cluster.cluster.kuberay.client.jobs import RAY, age_of, has_ended, is_held
+from cat_cluster.cluster.kuberay.client.api import Api
+from cat_cluster.cluster.kuberay.client.jobs import RAY, age_of, has_ended, is_held, pods_of, shares_cluster
+from cat_cluster.cluster.kuberay.client.operators import find_operators
 from cat_cluster.cluster.kuberay.obstacles.pod_causes import LINES, evicted, logs_wanted, pod_cause
 from cat_cluster.cluster.kuberay.obstacles.queues import VERSIONS, kubectl_of, queue_cause, queue_of
 from cat_cluster.cluster.kuberay.obstacles.refusals import refusal, shortened
@@ -43,7 +43,7 @@ class Obstacle:
 class JobView:
     """What an API server shows of a RayJob.
 
-    workloads: Kueue's of the namespace, None where it has none; operator: KubeRay's Deployments, None where whoever
+    workloads: Kueue's of the namespace, None where it has none; operators: KubeRay's Deployments, None where whoever
     asks may not see them; logs: by pod and container, the end of what it wrote; hidden: what may not be seen.
     """
 
@@ -51,7 +51,7 @@ class JobView:
     pods: Sequence[Json] = ()
     events: Sequence[Json] = ()
     workloads: Sequence[Json] | None = ()
-    operator: Sequence[Json] | None = None
+    operators: Sequence[Json] | None = None
     logs: Mapping[tuple[str, str], str] = field(default_factory=dict)
     hidden: Sequence[Obstacle] = ()
 
@@ -59,7 +59,7 @@ class JobView:
 def job_obstacles(api: Api, name: str) -> list[Obstacle]:
     """Return what is in the way of the RayJob `name` of the namespace; nothing where there is no such job."""
     job = api.get(RAY, "RayJob", name)
-    return [] if job is None else obstacles_of(view_job(api, job), now=datetime.now(UTC))
+    return [] if job is None else obstacles_of(view_job(api, job), now=api.now())
 
 
 def view_job(api: Api, job: Json) -> JobView:
@@ -76,13 +76,13 @@ def view_job(api: Api, job: Json) -> JobView:
             hidden.append(Obstacle(what, str(error), final=False))
             return []
 
-    pods = seen("pods", lambda: list(job_pods(api, job)))
+    pods = seen("pods", lambda: _own_pods(api, job))
     is_over = has_ended(job) and status.get("reason") not in _DEADLINES
     events = [] if is_over else seen("events", lambda: api.list("v1", "Event", fields="type=Warning"))
     workloads: Sequence[Json] | None = ()
     if queue_of(job) and not is_over:
         workloads = seen("workloads", lambda: list_workloads(api)) if has_kueue(api) else None
-    operator = _operators(api) if not status else None
+    operators = find_operators(api) if not status else None
     logs: dict[tuple[str, str], str] = {}
     read: set[tuple[str, str]] = set()  # one pod of a group tells it for all
     for pod in () if is_over else pods:
@@ -91,27 +91,13 @@ def view_job(api: Api, job: Json) -> JobView:
             if (group, container) not in read:
                 read.add((group, container))
                 logs[pod["metadata"]["name"], container] = _log_end(api, pod["metadata"]["name"], container, previous)
-    return JobView(job, pods, events, workloads, operator, logs, hidden)
+    return JobView(job, pods, events, workloads, operators, logs, hidden)
 
 
-def job_pods(api: Api, job: Json) -> Iterator[Json]:
-    """Yield the pods of a RayJob's cluster of the moment, the head first, and those that submit it."""
-    name, cluster = job["metadata"]["name"], job.get("status", {}).get("rayClusterName")
-    if cluster:
-        pods = api.list("v1", "Pod", labels=f"ray.io/cluster={cluster}")
-        pods.sort(
-            key=lambda pod: (pod["metadata"]["labels"].get("ray.io/node-type") != "head", pod["metadata"]["name"])
-        )
-        yield from pods
-        yield from api.list("v1", "Pod", labels=f"batch.kubernetes.io/job-name={name}")
-
-
-def _operators(api: Api) -> list[Json] | None:
-    """Return the Deployments of KubeRay's operator in all namespaces; None where they may not be seen."""
-    deployments = unless_forbidden(lambda: api.list("apps/v1", "Deployment", namespace=""))
-    if deployments is None:
-        return None
-    return [one for one in deployments if "kuberay" in json.dumps([one["metadata"]["name"], one.get("spec")])]
+def _own_pods(api: Api, job: Json) -> list[Json]:
+    """Return the pods that are there for a RayJob alone, the head first, and those that submit it last."""
+    found = pods_of(api, job)
+    return found["driver"] if shares_cluster(job) else [*found["head"], *found["workers"], *found["driver"]]
 
 
 def has_kueue(api: Api) -> bool:
@@ -177,8 +163,8 @@ def _unseen(about: str, view: JobView, now: datetime) -> Iterator[Obstacle]:
         yield Obstacle(about, f"is {manager}'s to run (managedBy), and KubeRay leaves it alone", final=False)
     elif age >= NOTICE_SECONDS:
         text = f"KubeRay's operator has said nothing of it for {NOTICE_SECONDS} s and more"
-        down = [one for one in view.operator or () if not one.get("status", {}).get("readyReplicas")]
-        if view.operator == []:
+        down = [one for one in view.operators or () if not one.get("status", {}).get("readyReplicas")]
+        if view.operators == []:
             # Some clouds run it where nobody sees it, so this is a guess.
             yield Obstacle(about, f"{text}, and the cluster shows none; install it (docs/operations.md)", final=False)
             return
@@ -191,6 +177,19 @@ def _unseen(about: str, view: JobView, now: datetime) -> Iterator[Obstacle]:
 def _cluster_obstacles(view: JobView) -> Iterator[Obstacle]:
     """Pods that were refused: the operator notes the last of them in the status of the cluster."""
     status = view.job["status"]
+    if shares_cluster(view.job):  # what it lacks is in the way of a job that waits for it alone
+        if (
+            status.get("jobDeploymentStatus") == "Initializing"
+            and status.get("rayClusterStatus", {}).get("state") != "ready"
+        ):
+            cluster = status.get("rayClusterName")
+            yield Obstacle(
+                f"RayJob {view.job['metadata']['name']}",
+                f"waits for RayCluster {cluster}, which it shares with others, to be ready; "
+                f"`{kubectl_of(view.job)} describe raycluster {cluster}` says how that stands",
+                final=False,
+            )
+        return
     conditions = status.get("rayClusterStatus", {}).get("conditions", ())
     for condition in conditions:
         if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
@@ -210,7 +209,8 @@ def _pod_obstacles(view: JobView, now: datetime) -> Iterator[Obstacle]:
 
 def _events_of(view: JobView, now: datetime) -> Iterator[Obstacle]:
     """What only events tell: of the operator, of the Job that submits, and of pods that are gone."""
-    name, cluster = view.job["metadata"]["name"], view.job.get("status", {}).get("rayClusterName")
+    name = view.job["metadata"]["name"]
+    cluster = None if shares_cluster(view.job) else view.job.get("status", {}).get("rayClusterName")
     conditions = view.job.get("status", {}).get("rayClusterStatus", {}).get("conditions")
     here = {pod["metadata"]["name"] for pod in view.pods}
     last: dict[tuple[str, str, str], Json] = {}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from cat_cluster.cluster.kuberay.client.jobs import age_of, is_held, run_of, storage_of_run
+from cat_cluster.cluster.kuberay.client.jobs import age_of, is_held, run_of, shares_cluster, storage_of_run
 from cat_cluster.cluster.kuberay.obstacles.queues import queue_of, waiting_text
 from cat_cluster.cluster.kuberay.obstacles.refusals import requests_of
 
@@ -33,7 +33,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class JobState:
-    """How a RayJob stands. pods_ready, pods_asked: None while it has no cluster; age: seconds."""
+    """How a RayJob stands. pods_ready, pods_asked: None while it has no cluster of its own; age: seconds."""
 
     job: str
     run: str | None
@@ -96,7 +96,8 @@ def _pod_counts(job: Json) -> tuple[int | None, int | None]:
     """Return how many pods of a job's cluster are ready, and how many it asks for."""
     status = job.get("status", {})
     cluster = status.get("rayClusterStatus") or {}
-    if not status.get("rayClusterName") or status.get("jobDeploymentStatus") in ("Suspended", "Retrying"):
+    has_own = bool(status.get("rayClusterName")) and not shares_cluster(job)
+    if not has_own or status.get("jobDeploymentStatus") in ("Suspended", "Retrying"):
         return None, None
     conditions = cluster.get("conditions") or ()
     head = any(one.get("type") == "HeadPodReady" and one.get("status") == "True" for one in conditions)

@@ -12,23 +12,17 @@ from cat_cluster.cluster.kuberay import doctor
 from cat_cluster.cluster.kuberay.checks.security import restricted_findings
 from cat_cluster.cluster.kuberay.client.api import Api
 from cat_cluster.cluster.kuberay.doctor import SECRETS, Finding, examine
-from tests.support.api_server import ApiServer, api_server
+from tests.support.api_server import ApiServer, api_server, made
 
 Json = dict[str, Any]
 EMBEDDED = {"rayClusterConfig": {"gcsFaultToleranceOptions": {"backend": "rocksdb"}}}
 ANSWER = {"reaches_api": False, "storage": "s3://cat-storage/prod", "bucket": None}
 
 
-def thing(api_version: str, kind: str, name: str, namespace: str = "cat-cluster", **content: Any) -> Json:
-    return {"apiVersion": api_version, "kind": kind, "metadata": {"name": name, "namespace": namespace}, **content}
-
-
 def operator(*arguments: str, namespace: str = "kuberay-system", ready: int = 1) -> Json:
     container = {"name": "operator", "image": "kuberay/operator:v1.7.0", "args": list(arguments)}
-    found = thing("apps/v1", "Deployment", "kuberay-operator", namespace, status={"readyReplicas": ready})
-    found["metadata"]["labels"] = {"app.kubernetes.io/name": "kuberay-operator"}
-    found["spec"] = {"template": {"spec": {"containers": [container]}}}
-    return found
+    spec = {"template": {"spec": {"containers": [container]}}}
+    return made("Deployment", "kuberay-operator", namespace, spec=spec, status={"readyReplicas": ready})
 
 
 @pytest.fixture
@@ -36,12 +30,11 @@ def server() -> Iterator[ApiServer]:
     """A cluster that is fit."""
     with api_server() as server:
         server.put(operator("--feature-gates=GCSFaultToleranceEmbeddedStorage=true"))
-        namespace = thing("v1", "Namespace", "cat-cluster")
-        namespace["metadata"]["labels"] = {"pod-security.kubernetes.io/enforce": "restricted"}
-        fast = thing("storage.k8s.io/v1", "StorageClass", "fast")
+        namespace = made("Namespace", "cat-cluster", labels={"pod-security.kubernetes.io/enforce": "restricted"})
+        fast = made("StorageClass", "fast")
         fast["metadata"]["annotations"] = {"storageclass.kubernetes.io/is-default-class": "true"}
-        node = thing("v1", "Node", "node1", status={"allocatable": {"cpu": "8", "nvidia.com/gpu": "2"}})
-        server.put(namespace, fast, node, *(thing("v1", "Secret", name) for name in SECRETS))
+        node = made("Node", "node1", status={"allocatable": {"cpu": "8", "nvidia.com/gpu": "2"}})
+        server.put(namespace, fast, node, *(made("Secret", name) for name in SECRETS))
         backend = {"gcsFaultToleranceOptions": {"properties": {"backend": {}}}}
         server.schemas["io.ray.v1.RayCluster"] = {"properties": {"spec": {"properties": backend}}}
         server.on_create = ends_with(server, ANSWER)
@@ -72,7 +65,7 @@ def without_operator(server: ApiServer) -> None:
 
 
 def embedded_without_gate(server: ApiServer) -> None:
-    server.put(operator(), thing("ray.io/v1", "RayService", "cat-serving", spec=EMBEDDED))
+    server.put(operator(), made("RayService", "cat-serving", spec=EMBEDDED))
 
 
 @pytest.mark.parametrize(
@@ -84,9 +77,7 @@ def embedded_without_gate(server: ApiServer) -> None:
         pytest.param(embedded_without_gate, "feature gates", "EmbeddedStorage is off, which RayService", id="gate"),
         pytest.param(lambda s: s.schemas.clear(), "KubeRay's CRDs", "older than 1.6", id="old definitions"),
         pytest.param(lambda s: s.kinds.pop("ray.io/v1"), "KubeRay's CRDs", "are not installed", id="no definitions"),
-        pytest.param(
-            lambda s: s.put(thing("v1", "Namespace", "cat-cluster")), "namespace", "restricted", id="pod security"
-        ),
+        pytest.param(lambda s: s.put(made("Namespace", "cat-cluster")), "namespace", "restricted", id="pod security"),
         pytest.param(
             lambda s: s.objects.pop(("secrets", "cat-cluster", SECRETS[0])),
             f"Secret {SECRETS[0]}",
@@ -190,7 +181,7 @@ def test_a_trainer_may_ask_too(api: Api, server: ApiServer) -> None:
 
 
 def test_a_node_that_has_just_come(api: Api, server: ApiServer) -> None:
-    server.put(thing("v1", "Node", "node2", status={}))
+    server.put(made("Node", "node2", status={}))
     assert not problems(api)
 
 
@@ -210,10 +201,10 @@ def test_the_answer_is_found_among_what_else_is_in_the_log(
 
 def test_the_pod_has_the_standing_clusters_image_and_is_restricted(api: Api, server: ApiServer) -> None:
     head = {"template": {"spec": {"containers": [{"image": "registry.example/cat:7"}]}}}
-    server.put(thing("ray.io/v1", "RayCluster", doctor.STANDING_CLUSTER, spec={"headGroupSpec": head}))
-    made: list[Json] = []
+    server.put(made("RayCluster", doctor.STANDING_CLUSTER, spec={"headGroupSpec": head}))
+    pods: list[Json] = []
     end = server.on_create
-    server.on_create = lambda pod: (made.append(json.loads(json.dumps(pod))), end(pod))
+    server.on_create = lambda pod: (pods.append(json.loads(json.dumps(pod))), end(pod))
     assert not problems(api)
-    assert made[0]["spec"]["containers"][0]["image"] == "registry.example/cat:7"
-    assert not list(restricted_findings(made[0]))
+    assert pods[0]["spec"]["containers"][0]["image"] == "registry.example/cat:7"
+    assert not list(restricted_findings(pods[0]))

@@ -11,6 +11,7 @@ import pytest
 from cat_cluster.cluster import follow
 from cat_cluster.cluster.follow import follow_run
 from cat_cluster.cluster.kuberay import followed_job
+from cat_cluster.cluster.kuberay.client.api import Api
 from cat_cluster.cluster.kuberay.followed_job import FollowedJob
 from cat_cluster.cluster.kuberay.obstacles.obstacles import Obstacle
 from cat_cluster.cluster.run_progress import RunProgress
@@ -18,7 +19,7 @@ from cat_cluster.cluster.runs import Expectation, Run
 from cat_cluster.errors import KubernetesError, RunError
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
-from tests.support.fake_kubernetes import FakeApi, made
+from tests.support.api_server import ApiServer, made
 
 RUN_ID = "run-0123456789ab"
 EXPECTED = Expectation(job="RayJob tea in namespace cats", look="`kubectl describe`")
@@ -61,11 +62,7 @@ def record(state: Any, attempt: int = 1, **changes: Any) -> RunProgress:
     return RunProgress.begin(RUN_ID, job, state=state, attempt=attempt).changed(**changes)
 
 
-def cluster(state: str = "Initializing", **status: str) -> Any:
-    return FakeApi(made("RayJob", "tea", status={"jobDeploymentStatus": state, **status}))
-
-
-def followed(run: Run, api: Any, seen: Seen) -> RunProgress:
+def followed(run: Run, api: Api, seen: Seen) -> RunProgress:
     return follow_run(run, seen, FollowedJob(api, "tea", run, seen))
 
 
@@ -81,15 +78,16 @@ def later(*steps: Any) -> None:
     threading.Timer(0.05, call).start()
 
 
-def set_state(api: Any, state: str, **status: str) -> None:
-    api.objects[("RayJob", "tea")]["status"] = {"jobDeploymentStatus": state, **status}
+def set_state(server: ApiServer, state: str = "Initializing", **status: str) -> None:
+    server.put(made("RayJob", "tea", status={"jobDeploymentStatus": state, **status}))
 
 
-def test_what_a_job_waits_for_is_said_once(run: Run, obstacles: list[Obstacle]) -> None:
+def test_what_a_job_waits_for_is_said_once(run: Run, obstacles: list[Obstacle], api: Api, server: ApiServer) -> None:
     run.expect(EXPECTED)
     obstacles.append(SLOW)
-    api, seen = cluster(), Seen()
-    later(lambda: set_state(api, "Running"), lambda: run.write_progress(record("done")))
+    set_state(server)
+    seen = Seen()
+    later(lambda: set_state(server, "Running"), lambda: run.write_progress(record("done")))
     assert followed(run, api, seen).state == "done"
     assert seen.messages[1:] == [
         "RayJob tea: its Ray cluster is being made",
@@ -98,19 +96,24 @@ def test_what_a_job_waits_for_is_said_once(run: Run, obstacles: list[Obstacle]) 
     ]
 
 
-def test_what_waiting_cannot_help_ends_the_wait(run: Run, obstacles: list[Obstacle]) -> None:
+def test_what_waiting_cannot_help_ends_the_wait(
+    run: Run, obstacles: list[Obstacle], api: Api, server: ApiServer
+) -> None:
     run.expect(EXPECTED)
     obstacles.append(FINAL)
-    api = cluster()
+    set_state(server)
     with pytest.raises(RunError, match=r"Pod tea-head: its image cat:9 is not there.*`cat-cluster k8s stop tea"):
         followed(run, api, Seen())
-    assert api.objects  # the job is left for people to look at
+    assert server.objects  # the job is left for people to look at
 
 
-def test_a_driver_at_work_is_waited_for_all_the_same(run: Run, obstacles: list[Obstacle]) -> None:
+def test_a_driver_at_work_is_waited_for_all_the_same(
+    run: Run, obstacles: list[Obstacle], api: Api, server: ApiServer
+) -> None:
     run.write_progress(record("running"))
     obstacles.append(FINAL)
-    api, seen = cluster("Running"), Seen()
+    set_state(server, "Running")
+    seen = Seen()
     later(lambda: run.write_progress(record("done")))
     assert followed(run, api, seen).state == "done"
     assert "Pod tea-head: its image cat:9 is not there; push it" in seen.messages
@@ -128,59 +131,64 @@ def test_a_driver_at_work_is_waited_for_all_the_same(run: Run, obstacles: list[O
         (None, "RayJob tea is gone: somebody has deleted it"),
     ],
 )
-def test_a_job_that_ended_without_a_word_is_an_error(status: Any, said: str, run: Run) -> None:
+def test_a_job_that_ended_without_a_word_is_an_error(
+    status: Any, said: str, run: Run, api: Api, server: ApiServer
+) -> None:
     run.expect(EXPECTED)
-    api: Any = FakeApi() if status is None else cluster(**status)
+    if status is not None:
+        set_state(server, **status)
     with pytest.raises(RunError, match=said):
         followed(run, api, Seen())
 
 
-def test_a_silent_driver_whose_job_has_ended_is_an_error(run: Run) -> None:
+def test_a_silent_driver_whose_job_has_ended_is_an_error(run: Run, api: Api, server: ApiServer) -> None:
     run.write_progress(record("running", updated="2026-01-01T00:00:00+00:00"))
+    set_state(server, "Failed")
     with pytest.raises(RunError, match="has ended as Failed"):
-        followed(run, cluster("Failed"), Seen())
+        followed(run, api, Seen())
 
 
-def test_a_try_that_failed_is_followed_by_the_next(run: Run) -> None:
+def test_a_try_that_failed_is_followed_by_the_next(run: Run, api: Api, server: ApiServer) -> None:
     run.write_progress(record("failed"))
-    api, seen = cluster("Running"), Seen()
-    later(lambda: set_state(api, "Retrying"), lambda: run.write_progress(record("done", attempt=2)))
+    set_state(server, "Running")
+    seen = Seen()
+    later(lambda: set_state(server, "Retrying"), lambda: run.write_progress(record("done", attempt=2)))
     assert followed(run, api, seen).attempt == 2
     assert seen.states == [("failed", 1), ("done", 2)]
     assert "RayJob tea: a try has failed, and another cluster is made for the next" in seen.messages
 
 
-def test_the_last_try_and_what_failed_for_good_end_it(run: Run) -> None:
+def test_the_last_try_and_what_failed_for_good_end_it(run: Run, api: Api, server: ApiServer) -> None:
     run.write_progress(record("failed"))
-    api = cluster("Running")
-    later(lambda: set_state(api, "Failed"))
+    set_state(server, "Running")
+    later(lambda: set_state(server, "Failed"))
     assert followed(run, api, Seen()).state == "failed"
+    set_state(server, "Running")
     run.write_progress(record("failed", permanent=True))
-    assert followed(run, cluster("Running"), Seen()).permanent
+    assert followed(run, api, Seen()).permanent
     run.write_progress(record("stopped"))
-    assert followed(run, cluster("Running"), Seen()).state == "stopped"
+    assert followed(run, api, Seen()).state == "stopped"
 
 
-def test_a_suspended_job_says_what_starts_it(run: Run) -> None:
+def test_a_suspended_job_says_what_starts_it(run: Run, api: Api, server: ApiServer) -> None:
     seen, queued = Seen(), Seen()
-    api = cluster("Suspended")
-    api.objects[("RayJob", "tea")]["spec"] = {"suspend": True}
+    job = made("RayJob", "tea", spec={"suspend": True}, status={"jobDeploymentStatus": "Suspended"})
+    server.put(job)
     FollowedJob(api, "tea", run, seen).check(None)
-    api.kinds = ("RayJob", "Workload")
-    api.objects[("RayJob", "tea")]["metadata"] |= {"labels": {"kueue.x-k8s.io/queue-name": "cats"}, "uid": "1"}
+    job["metadata"]["labels"] = {"kueue.x-k8s.io/queue-name": "cats"}
     workload = made("Workload", "rayjob-tea", spec={"queueName": "cats"})
-    workload["metadata"]["ownerReferences"] = [{"uid": "1"}]
-    api.apply(workload)
+    workload["metadata"]["ownerReferences"] = [{"uid": job["metadata"]["uid"]}]
+    server.put(workload)
     FollowedJob(api, "tea", run, queued).check(None)
     (suspended,), (waiting,) = seen.messages, queued.messages
-    assert suspended.startswith("RayJob tea: is suspended; `kubectl patch rayjob tea --type merge")
+    assert suspended.startswith("RayJob tea: is suspended; `kubectl -n cat-cluster patch rayjob tea --type merge")
     assert suspended.endswith("or submitting it again starts it")
     assert waiting.startswith("RayJob tea: waiting in queue cats, place 1; it starts when")
 
 
-def test_a_server_that_is_away_is_asked_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_is_away_is_asked_again(run: Run, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     run.expect(EXPECTED)
-    api, seen = cluster(), Seen()
+    seen = Seen()
 
     def away(*_: object) -> None:
         raise KubernetesError("the API server cannot be reached")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import pytest
@@ -150,3 +152,24 @@ def test_what_is_no_api_version_has_no_kinds(api: Api, server: ApiServer, versio
 def test_what_is_no_namespace(namespace: str) -> None:
     with pytest.raises(SpecError, match=r"--namespace .*: must hold a-z, 0-9 and -"):
         open_api(None, namespace)
+
+
+@pytest.mark.parametrize(
+    ("ahead", "date"),
+    [
+        (timedelta(hours=1), None),
+        (timedelta(minutes=-10), None),
+        (timedelta(0), ""),
+        (timedelta(0), "yesterday"),
+    ],
+)
+def test_the_time_is_that_of_the_server(ahead: timedelta, date: str | None, api: Api, server: ApiServer) -> None:
+    server.date = format_datetime(datetime.now(UTC) + ahead, usegmt=True) if date is None else date
+    api.version()
+    assert abs(api.now() - datetime.now(UTC) - ahead) < timedelta(seconds=5)
+
+
+def test_clocks_that_agree_are_not_corrected_by_the_rest_of_a_second(api: Api, server: ApiServer) -> None:
+    server.date = format_datetime(datetime.now(UTC) - timedelta(seconds=1), usegmt=True)
+    api.version()
+    assert abs(api.now() - datetime.now(UTC)) < timedelta(seconds=0.1)

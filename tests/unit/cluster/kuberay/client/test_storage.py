@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from cat_cluster.cluster.kuberay.client import storage
+from cat_cluster.cluster.kuberay.client.api import Api
 from cat_cluster.cluster.kuberay.client.storage import pod_settings, storage_of, storage_reached
 from cat_cluster.errors import KubernetesError, SpecError
-from tests.support.fake_kubernetes import FakeApi, made
+from tests.support.api_server import ApiServer, api_server, made
 
 SETTINGS = {"AWS_REGION": "eu-1", "CAT_STORAGE": "s3://cat-storage/prod", "AWS_ENDPOINT_URL": "http://s3:8333"}
 VARIABLES = (
@@ -48,7 +49,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return found
 
 
-def cluster(*, denied: tuple[str, ...] = (), ready: str = "True") -> Any:
+@pytest.fixture
+def server() -> Iterator[ApiServer]:
+    """A namespace whose storage is a Service with two pods, of which one is ready."""
     keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
     data = {name: base64.b64encode(value.encode()).decode() for name, value in keys.items()}
     ports = [{"name": "s3", "containerPort": 9000}]
@@ -60,16 +63,13 @@ def cluster(*, denied: tuple[str, ...] = (), ready: str = "True") -> Any:
             spec={"containers": [{}, {"ports": ports}]},
             status={"conditions": [{"type": "Ready", "status": state}]},
         )
-        for name, state in (("starting", "False"), ("s3-0", ready))
+        for name, state in (("starting", "False"), ("s3-0", "True"))
     ]
     service = {"selector": {"app": "s3"}, "ports": [{"port": 8333, "targetPort": "s3"}]}
-    return FakeApi(
-        made("ConfigMap", "cat-cluster-settings", data=SETTINGS),
-        made("Secret", "cat-cluster-s3", data=data),
-        made("Service", "s3", spec=service),
-        *pods,
-        denied=denied,
-    )
+    with api_server() as server:
+        server.put(made("ConfigMap", "cat-cluster-settings", data=SETTINGS))
+        server.put(made("Secret", "cat-cluster-s3", data=data), made("Service", "s3", spec=service), *pods)
+        yield server
 
 
 def seen() -> dict[str, str]:
@@ -77,9 +77,11 @@ def seen() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("host", ["s3", "s3.cat-cluster", "s3.cat-cluster.svc", "s3.cat-cluster.svc.cluster.local"])
-def test_a_server_in_the_namespace_is_reached_through_its_pod(host: str, asked: list[tuple[str, int]]) -> None:
+def test_a_server_in_the_namespace_is_reached_through_its_pod(
+    host: str, asked: list[tuple[str, int]], api: Api
+) -> None:
     said: list[str] = []
-    with storage_reached(cluster(), {**SETTINGS, "AWS_ENDPOINT_URL": f"http://{host}:8333"}, said.append):
+    with storage_reached(api, {**SETTINGS, "AWS_ENDPOINT_URL": f"http://{host}:8333"}, said.append):
         inside = seen()
     assert asked == [("s3-0", 9000)]
     assert inside == {
@@ -92,17 +94,20 @@ def test_a_server_in_the_namespace_is_reached_through_its_pod(host: str, asked: 
     assert seen() == {}
 
 
-def test_what_the_environment_gives_counts(asked: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_environment_gives_counts(
+    asked: list[tuple[str, int]], api: Api, server: ApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("AWS_DEFAULT_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "mine")
     before = seen()
     said: list[str] = []
-    with storage_reached(cluster(denied=("get Secret cat-cluster-s3",)), SETTINGS, said.append):
+    server.forbidden.add("secrets")
+    with storage_reached(api, SETTINGS, said.append):
         assert seen() == {**before, "AWS_ENDPOINT_URL": "http://127.0.0.1:41000"}
     assert said == ["storage through a forwarded port of Service s3"]
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     before = seen()
-    with storage_reached(cluster(), SETTINGS, said.append):
+    with storage_reached(api, SETTINGS, said.append):
         assert seen() == before
     assert len(said) == len(asked) == 1
 
@@ -110,35 +115,45 @@ def test_what_the_environment_gives_counts(asked: list[tuple[str, int]], monkeyp
 @pytest.mark.parametrize(
     "endpoint", ["", "https://s3.eu-1.amazonaws.com", "http://s3.other:8333", "http://10.0.0.7:8333", "https://s3:8333"]
 )
-def test_a_server_elsewhere_is_the_users_own(endpoint: str, asked: list[tuple[str, int]]) -> None:
-    with storage_reached(cluster(), {**SETTINGS, "AWS_ENDPOINT_URL": endpoint}, print):
+def test_a_server_elsewhere_is_the_users_own(endpoint: str, asked: list[tuple[str, int]], api: Api) -> None:
+    with storage_reached(api, {**SETTINGS, "AWS_ENDPOINT_URL": endpoint}, print):
         assert seen() == {}
     assert asked == []
 
 
-def test_what_is_missing_is_named(asked: list[tuple[str, int]]) -> None:
-    without_secret, without_service = cluster(), cluster()
-    del without_secret.objects[("Secret", "cat-cluster-s3")]
-    del without_service.objects[("Service", "s3")]
-    for api, said in (
-        (cluster(ready="False"), r"no pod behind Service s3.*get pods -l app=s3"),
-        (without_secret, "no Secret cat-cluster-s3 with AWS_ACCESS_KEY_ID"),
-        (without_service, "names port 8333 of Service s3 as the storage"),
-        (cluster(denied=("get Secret cat-cluster-s3",)), "a right is missing to get Secret cat-cluster-s3"),
-    ):
-        with pytest.raises(KubernetesError, match=said), storage_reached(api, SETTINGS, print):
-            pass
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (lambda s: s.objects.pop(("pods", "cat-cluster", "s3-0")), r"no pod behind Service s3.*get pods -l app=s3"),
+        (
+            lambda s: s.objects.pop(("secrets", "cat-cluster", "cat-cluster-s3")),
+            "no Secret cat-cluster-s3 with AWS_ACCESS_KEY_ID",
+        ),
+        (
+            lambda s: s.objects.pop(("services", "cat-cluster", "s3")),
+            "names port 8333 of Service s3 as the storage",
+        ),
+        (lambda s: s.forbidden.add("secrets"), "a right is missing to get Secret cat-cluster-s3"),
+    ],
+)
+def test_what_is_missing_is_named(
+    break_it: Callable[[ApiServer], object], said: str, asked: list[tuple[str, int]], api: Api, server: ApiServer
+) -> None:
+    break_it(server)
+    with pytest.raises(KubernetesError, match=said), storage_reached(api, SETTINGS, print):
+        pass
 
 
-def test_the_settings_of_pods_are_read_where_that_is_allowed() -> None:
+def test_the_settings_of_pods_are_read_where_that_is_allowed(api: Api, server: ApiServer) -> None:
     said: list[str] = []
-    assert pod_settings(cluster(), said.append) == SETTINGS
+    assert pod_settings(api, said.append) == SETTINGS
     assert said == []
-    assert pod_settings(cluster(denied=("get ConfigMap cat-cluster-settings",)), said.append) == {}
-    assert "a right is missing" in said[0]
-    empty: Any = FakeApi()
+    server.objects.clear()
     with pytest.raises(KubernetesError, match="no ConfigMap cat-cluster-settings, which every pod needs"):
-        pod_settings(empty, print)
+        pod_settings(api, print)
+    server.forbidden.add("configmaps")
+    assert pod_settings(api, said.append) == {}
+    assert "a right is missing" in said[0]
 
 
 def test_the_first_storage_that_pods_can_see_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,7 +176,7 @@ def test_the_first_storage_that_pods_can_see_is_taken(monkeypatch: pytest.Monkey
 
 
 def test_a_forwarded_port_carries_both_ways_and_closes(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from cat_cluster.cluster.kuberay.client import port_forward
 
@@ -181,7 +196,6 @@ def test_a_forwarded_port_carries_both_ways_and_closes(
             return pod
         raise KubernetesError("no pod is ready")
 
-    api: Any = FakeApi()
     with port_forward.forwarded(api, find_pod, 8333) as port:
         with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
             client.sendall(b"question")
@@ -203,9 +217,9 @@ def test_a_forwarded_port_carries_both_ways_and_closes(
 
 
 @pytest.mark.parametrize("endpoint", ["http://s3:port", "http://s3:99999", "http://[s3"])
-def test_what_is_no_address_of_a_server(endpoint: str) -> None:
+def test_what_is_no_address_of_a_server(endpoint: str, api: Api) -> None:
     with (
         pytest.raises(KubernetesError, match=r"names 'http://.*' as the storage's server, which is no address: "),
-        storage_reached(cluster(), {"AWS_ENDPOINT_URL": endpoint}, print),
+        storage_reached(api, {"AWS_ENDPOINT_URL": endpoint}, print),
     ):
         pass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 
 import pytest
 
 from cat_cluster.cluster.kuberay.client.api import Api
-from cat_cluster.cluster.kuberay.obstacles.obstacles import JobView, Obstacle, job_obstacles, obstacles_of
+from cat_cluster.cluster.kuberay.obstacles.obstacles import JobView, Obstacle, job_obstacles, obstacles_of, view_job
 from cat_cluster.cluster.kuberay.obstacles.pod_causes import logs_wanted
-from tests.support.api_server import ApiServer
+from tests.support.api_server import ApiServer, made
 from tests.support.recorded_jobs import RECORDED, put_jobs, put_recorded, queued, typed, workload
 
 # Of each recorded job: about what is said, in what words, and whether waiting cannot help.
@@ -166,10 +167,10 @@ def test_a_job_that_nobody_has_looked_at() -> None:
     assert obstacles_of(JobView(job), now=soon) == []
     (hidden,) = obstacles_of(JobView(job), now=late)
     assert hidden.text.startswith("KubeRay's operator has said nothing of it for 30 s and more; see that it runs")
-    (absent,) = obstacles_of(JobView(job, operator=[]), now=late)
+    (absent,) = obstacles_of(JobView(job, operators=[]), now=late)
     assert absent.text.endswith("and the cluster shows none; install it (docs/operations.md)")
     down = {"metadata": {"namespace": "ops"}, "status": {}}
-    (stopped,) = obstacles_of(JobView(job, operator=[down]), now=late)
+    (stopped,) = obstacles_of(JobView(job, operators=[down]), now=late)
     assert "has no pod that is ready; see that it runs (`kubectl -n ops get pods`)" in stopped.text
     assert not any(one.final for one in (hidden, absent, stopped))
 
@@ -178,10 +179,9 @@ def test_a_job_that_nobody_has_looked_at() -> None:
 def test_the_operator_is_looked_for_where_that_is_allowed(forbidden: set[str], api: Api, server: ApiServer) -> None:
     job = copy.deepcopy(RECORDED["managed"]["job"])
     del job["spec"]["managedBy"]
-    operator = {"metadata": {"name": "ray", "namespace": "ops"}, "spec": {"image": "quay.io/kuberay/operator:v1.7.0"}}
-    other = {"metadata": {"name": "coredns", "namespace": "kube-system"}}
     put_jobs(server, job)
-    server.put(*(typed("apps/v1", "Deployment", one) for one in (other, operator)))
+    containers = [{"image": "quay.io/kuberay/operator:v1.7.0"}]
+    server.put(made("Deployment", "ray", "ops", spec={"template": {"spec": {"containers": containers}}}))
     server.forbidden |= forbidden
     (obstacle,) = job_obstacles(api, "managed")
     assert ("-n ops" in obstacle.text) is (not forbidden)
@@ -309,3 +309,41 @@ def test_a_job_without_a_spec_is_looked_at_too() -> None:
 def test_an_end_without_a_reason_wants_its_log() -> None:
     ended = {"name": "ray-head", "state": {"terminated": {"exitCode": 137}}}
     assert list(logs_wanted({"status": {"containerStatuses": [ended]}})) == [("ray-head", False)]
+
+
+def test_a_shared_cluster_is_not_the_jobs(api: Api, server: ApiServer) -> None:
+    """Its pods are other jobs' too; it is in the way of a job that waits for it alone, and then by its name."""
+    record = copy.deepcopy(RECORDED["oom"])
+    cluster = record["job"]["status"]["rayClusterName"]
+    put_recorded(server, "oom")
+    (own,) = job_obstacles(api, "oom")
+    assert "was killed for memory" in own.text
+    record["job"]["spec"] = {"clusterSelector": {"ray.io/cluster": cluster}}
+    record["job"]["metadata"]["namespace"] = "cat-cluster"
+    put_jobs(server, record["job"])
+    server.put(made("Pod", "oom-s", labels={"batch.kubernetes.io/job-name": "oom"}))
+    assert [pod["metadata"]["name"] for pod in view_job(api, record["job"]).pods] == ["oom-s"]
+    (waits,) = job_obstacles(api, "oom")
+    assert str(waits) == (
+        f"RayJob oom: waits for RayCluster {cluster}, which it shares with others, to be ready; "
+        f"`kubectl -n cat-cluster describe raycluster {cluster}` says how that stands"
+    )
+    assert not waits.final
+    record["job"]["status"]["jobDeploymentStatus"] = "Running"
+    put_jobs(server, record["job"])
+    assert job_obstacles(api, "oom") == []
+
+
+@pytest.mark.parametrize("ahead", [timedelta(hours=2), timedelta(hours=-2)])
+def test_recent_events_are_recent_by_the_servers_clock(ahead: timedelta, api: Api, server: ApiServer) -> None:
+    """Whatever this machine's clock says."""
+    put_recorded(server, "evict")
+    there = datetime.now(UTC) + ahead
+    for one in server.objects.values():
+        if one["kind"] == "Event":
+            one["lastTimestamp"] = there.isoformat()
+    server.date = format_datetime(there, usegmt=True)
+    (evicted,) = job_obstacles(api, "evict")
+    assert "was evicted" in evicted.text
+    server.date = format_datetime(there + timedelta(hours=1), usegmt=True)
+    assert job_obstacles(api, "evict") == []

@@ -59,6 +59,8 @@ def test_pods_of_a_job_are_counted() -> None:
     state = job_state(RECORDED["tengpu"]["job"], (), now=NOW)
     assert (state.pods_ready, state.pods_asked) == (0, 5)
     assert job_state(RECORDED["invalid"]["job"], (), now=NOW).pods_asked is None
+    shares = {**RECORDED["tengpu"]["job"], "spec": {"clusterSelector": {"ray.io/cluster": "tea"}}}
+    assert job_state(shares, (), now=NOW).pods_asked is None
 
 
 def test_run_storage_and_age_are_told() -> None:
