@@ -203,8 +203,9 @@ def _open(context: str | None, namespace: str) -> Api:
 
 def _show_job(api: Api, job: dict[str, Any], *, as_json: bool) -> None:
     from cat_cluster.cli.k8s_status import age_text, pods_table, pods_text, print_table
-    from cat_cluster.cluster.kuberay.obstacles.obstacles import obstacles_of, view_job
+    from cat_cluster.cluster.kuberay.obstacles.obstacles import obstacles_of
     from cat_cluster.cluster.kuberay.obstacles.states import job_state, pod_state
+    from cat_cluster.cluster.kuberay.obstacles.view import view_job
 
     view = view_job(api, job)
     now = api.now()
@@ -228,12 +229,12 @@ def _show_job(api: Api, job: dict[str, Any], *, as_json: bool) -> None:
 def _workloads(api: Api, jobs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return Kueue's Workloads where a job waits for them; none where they may not be seen."""
     from cat_cluster.cluster.kuberay.client.jobs import QUEUE_LABEL
-    from cat_cluster.cluster.kuberay.obstacles.obstacles import list_workloads
+    from cat_cluster.cluster.kuberay.obstacles.view import list_workloads
 
     if not any(QUEUE_LABEL in job["metadata"].get("labels", {}) for job in jobs):
         return []
     try:
-        return list_workloads(api)
+        return list_workloads(api) or []
     except KubernetesError as error:
         if error.status != HTTPStatus.FORBIDDEN:
             raise

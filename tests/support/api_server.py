@@ -123,13 +123,15 @@ class ApiServer:
             if (resource, where, name) in self.objects:
                 return 409, {"message": f'{resource} "{name}" already exists'}
         if name is None:
-            wanted = dict(part.split("=", 1) for part in query.get("labelSelector", "").split(",") if part)
+            wanted = _selector(query.get("labelSelector", ""))
+            fields = _selector(query.get("fieldSelector", "")).items()
             items = [
                 one
                 for (kind, namespace, _), one in self.objects.items()
                 if kind == resource
                 and where in ("", namespace)
                 and wanted.items() <= (one["metadata"].get("labels") or {}).items()
+                and all(_field(one, path) == value for path, value in fields)
             ]
             return 200, {"items": items, "metadata": {}}
         if method == "PATCH":
@@ -209,6 +211,16 @@ def api_server() -> Iterator[ApiServer]:
             yield state
         finally:
             server.shutdown()
+
+
+def _selector(text: str) -> dict[str, str]:
+    return dict(part.split("=", 1) for part in text.split(",") if part)
+
+
+def _field(one: Any, path: str) -> Any:
+    for name in path.split("."):
+        one = one.get(name, {})
+    return one
 
 
 def _merged(before: Json, change: Json) -> Json:

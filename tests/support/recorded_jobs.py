@@ -47,7 +47,8 @@ def put_recorded(server: ApiServer, *cases: str) -> None:
         put_jobs(server, record["job"])
         server.put(*(typed("v1", "Pod", one) for one in record["pods"]))
         for number, event in enumerate(record["events"]):  # whose names were not recorded
-            server.put(typed("v1", "Event", {**event, "metadata": {**event["metadata"], "name": f"{number}"}}))
+            named = {**event, "type": "Warning", "metadata": {**event["metadata"], "name": f"{number}"}}
+            server.put(typed("v1", "Event", named))
 
 
 def put_jobs(server: ApiServer, *jobs: dict[str, Any]) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from http import HTTPStatus
 from typing import Any
 
 from cat_cluster.cluster.kuberay.client.api import Api
-from cat_cluster.cluster.kuberay.client.jobs import RAY, age_of, has_ended, is_held, pods_of, shares_cluster
-from cat_cluster.cluster.kuberay.client.operators import find_operators
-from cat_cluster.cluster.kuberay.obstacles.pod_causes import LINES, evicted, logs_wanted, pod_cause
-from cat_cluster.cluster.kuberay.obstacles.queues import VERSIONS, kubectl_of, queue_cause, queue_of
+from cat_cluster.cluster.kuberay.client.jobs import RAY, age_of, has_ended, is_held, shares_cluster
+from cat_cluster.cluster.kuberay.obstacles.pod_causes import evicted, killed_and_deleted, pod_cause, was_killed
+from cat_cluster.cluster.kuberay.obstacles.queues import kubectl_of, queue_cause, queue_of
 from cat_cluster.cluster.kuberay.obstacles.refusals import refusal, shortened
-from cat_cluster.errors import KubernetesError
+from cat_cluster.cluster.kuberay.obstacles.view import JobView, view_job
 
 Json = dict[str, Any]
 
@@ -25,6 +24,8 @@ _DEADLINES = {
     "PreRunningDeadlineExceeded": "what kept its pods from starting has to change; then make the job anew",
 }
 _POD_REFUSED = "FailedToCreate"  # begins the operator's reasons
+# A pod that may not restart (autoscaler v2) is deleted when its container ends: only this event tells why.
+_KILLED = re.compile(r"Deleted (?P<type>head|worker) Pod [^/;]*/(?P<name>[^;]+);.*\bReason:OOMKilled\b")
 
 
 @dataclass(frozen=True)
@@ -39,76 +40,10 @@ class Obstacle:
         return f"{self.about}: {self.text}"
 
 
-@dataclass(frozen=True)
-class JobView:
-    """What an API server shows of a RayJob.
-
-    workloads: Kueue's of the namespace, None where it has none; operators: KubeRay's Deployments, None where whoever
-    asks may not see them; logs: by pod and container, the end of what it wrote; hidden: what may not be seen.
-    """
-
-    job: Json
-    pods: Sequence[Json] = ()
-    events: Sequence[Json] = ()
-    workloads: Sequence[Json] | None = ()
-    operators: Sequence[Json] | None = None
-    logs: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    hidden: Sequence[Obstacle] = ()
-
-
 def job_obstacles(api: Api, name: str) -> list[Obstacle]:
     """Return what is in the way of the RayJob `name` of the namespace; nothing where there is no such job."""
     job = api.get(RAY, "RayJob", name)
     return [] if job is None else obstacles_of(view_job(api, job), now=api.now())
-
-
-def view_job(api: Api, job: Json) -> JobView:
-    """Return what there is to see of a RayJob, as far as role `training-jobs` and Kueue's absence let it be seen."""
-    hidden: list[Obstacle] = []
-    status = job.get("status", {})
-
-    def seen(what: str, ask: Callable[[], list[Json]]) -> list[Json]:
-        try:
-            return ask()
-        except KubernetesError as error:
-            if error.status != HTTPStatus.FORBIDDEN:
-                raise
-            hidden.append(Obstacle(what, str(error), final=False))
-            return []
-
-    pods = seen("pods", lambda: _own_pods(api, job))
-    is_over = has_ended(job) and status.get("reason") not in _DEADLINES
-    events = [] if is_over else seen("events", lambda: api.list("v1", "Event", fields="type=Warning"))
-    workloads: Sequence[Json] | None = ()
-    if queue_of(job) and not is_over:
-        workloads = seen("workloads", lambda: list_workloads(api)) if has_kueue(api) else None
-    operators = find_operators(api) if not status else None
-    logs: dict[tuple[str, str], str] = {}
-    read: set[tuple[str, str]] = set()  # one pod of a group tells it for all
-    for pod in () if is_over else pods:
-        group = pod["metadata"].get("labels", {}).get("ray.io/group", "")
-        for container, previous in logs_wanted(pod):
-            if (group, container) not in read:
-                read.add((group, container))
-                logs[pod["metadata"]["name"], container] = _log_end(api, pod["metadata"]["name"], container, previous)
-    return JobView(job, pods, events, workloads, operators, logs, hidden)
-
-
-def _own_pods(api: Api, job: Json) -> list[Json]:
-    """Return the pods that are there for a RayJob alone, the head first, and those that submit it last."""
-    found = pods_of(api, job)
-    return found["driver"] if shares_cluster(job) else [*found["head"], *found["workers"], *found["driver"]]
-
-
-def has_kueue(api: Api) -> bool:
-    """Say whether the cluster has Kueue's kinds."""
-    return any(api.resource(version, "Workload") for version in VERSIONS)
-
-
-def list_workloads(api: Api) -> list[Json]:
-    """Return Kueue's Workloads of the namespace, none where Kueue is not installed."""
-    version = next((version for version in VERSIONS if api.resource(version, "Workload")), None)
-    return [] if version is None else api.list(version, "Workload")
 
 
 def obstacles_of(view: JobView, *, now: datetime) -> list[Obstacle]:
@@ -116,10 +51,8 @@ def obstacles_of(view: JobView, *, now: datetime) -> list[Obstacle]:
     job, status = view.job, view.job.get("status", {})
     about, state = f"RayJob {job['metadata']['name']}", status.get("jobDeploymentStatus")
     if has_ended(job):
-        # What is still there of a job whose deadline passed says why.
-        why = [*_cluster_obstacles(view), *_pod_obstacles(view, now)] if status.get("reason") in _DEADLINES else []
-        return _together([*_ended_obstacles(about, status), *why])
-    found = list(view.hidden)
+        return _together([*_ended_obstacles(about, status), *_remaining_obstacles(view, now)])
+    found = [Obstacle(what, why, final=False) for what, why in view.hidden.items()]
     if queue_of(job) is not None and (cause := _queue_cause(view, now)):
         return [*found, Obstacle(about, *cause)]
     if not status:
@@ -142,6 +75,16 @@ def _ended_obstacles(about: str, status: Json) -> Iterator[Obstacle]:
         yield Obstacle(about, f"its deadline has passed: {message}; {_DEADLINES[reason]}", final=True)
 
 
+def _remaining_obstacles(view: JobView, now: datetime) -> Iterator[Obstacle]:
+    """What is still there of a job says why its deadline passed, and whether it failed for want of memory."""
+    status = view.job["status"]
+    if status.get("reason") in _DEADLINES:
+        yield from _cluster_obstacles(view)
+        yield from _pod_obstacles(view, now)
+    elif status["jobDeploymentStatus"] == "Failed":
+        yield from _pod_obstacles(replace(view, pods=[pod for pod in view.pods if was_killed(pod)]), now)
+
+
 def _queue_cause(view: JobView, now: datetime) -> tuple[str, bool] | None:
     """Why a job that Kueue holds waits; without Kueue nobody holds one that is not suspended."""
     if not view.job.get("spec", {}).get("suspend"):
@@ -149,7 +92,7 @@ def _queue_cause(view: JobView, now: datetime) -> tuple[str, bool] | None:
     if view.workloads is None:
         text = f"waits for queue {queue_of(view.job)}, and Kueue is not installed in the cluster; install it"
         return text, True
-    if any(one.about == "workloads" for one in view.hidden):
+    if "workloads" in view.hidden:
         return None
     if not view.workloads and age_of(view.job, now) < NOTICE_SECONDS:
         return None
@@ -216,6 +159,8 @@ def _events_of(view: JobView, now: datetime) -> Iterator[Obstacle]:
     last: dict[tuple[str, str, str], Json] = {}
     for event in sorted(view.events, key=_when):
         about = event["involvedObject"]
+        if event.get("type") == "Normal" and not _KILLED.search(event.get("message", "")):
+            continue
         # Kubernetes tries a refused pod of a Job again ever more seldom.
         if about.get("kind") == "Job" or (now - _when(event)).total_seconds() <= RECENT_SECONDS:
             last[about.get("kind", ""), about.get("name", ""), event.get("reason", "")] = event
@@ -226,11 +171,20 @@ def _events_of(view: JobView, now: datetime) -> Iterator[Obstacle]:
         elif (kind, owner, reason) == ("Job", name, "FailedCreate"):
             if not any("batch.kubernetes.io/job-name" in pod["metadata"].get("labels", {}) for pod in view.pods):
                 yield Obstacle(about, *refusal(message))
+        elif killed := _KILLED.search(message):
+            alike = _alike(killed["name"], view.pods)
+            yield Obstacle(f"Pod {killed['name']}", *killed_and_deleted(killed["type"], alike))
         elif (kind, owner) in (("RayJob", name), ("RayCluster", cluster)):
             if not (reason.startswith(_POD_REFUSED) and reason.endswith("Pod")):
                 yield Obstacle(about, f"{reason}: {shortened(message)}; correct what it names", final=False)
             elif not conditions:  # the operator notes nothing there when its gate is off
                 yield Obstacle(about, *refusal(message))
+
+
+def _alike(name: str, pods: Iterable[Json]) -> Json | None:
+    """Return a pod of the group of one that is gone: their names differ in the part that Kubernetes made."""
+    group = name.rpartition("-")[0]
+    return next((pod for pod in pods if pod["metadata"]["name"].rpartition("-")[0] == group), None)
 
 
 def _together(found: Iterable[Obstacle]) -> list[Obstacle]:
@@ -246,14 +200,6 @@ def _about(names: Sequence[str]) -> str:
         return names[0]
     kind, _, first = names[0].partition(" ")
     return f"{len(names)} {kind.lower()}s ({first}, ...)"
-
-
-def _log_end(api: Api, pod: str, container: str, previous: bool) -> str:
-    """Return the last lines of a log; none where it is gone or may not be read."""
-    try:
-        return "".join(api.log(pod, container, tail=LINES, previous=previous))
-    except KubernetesError:
-        return ""
 
 
 def _when(event: Json) -> datetime:

@@ -28,6 +28,13 @@ _NO_KEY = re.compile(r"^couldn't find key (?P<key>\S+) in (?P<kind>Secret|Config
 _NOT_MOUNTED = re.compile(r'^MountVolume\.SetUp failed for volume "(?P<volume>[^"]+)" : (?P<why>.*)', re.DOTALL)
 _VOLUME_REASONS = ("FailedMount", "FailedAttachVolume", "FailedMapVolume")
 _KINDS = {"secret": "Secret", "configmap": "ConfigMap"}
+_KILLED = "OOMKilled"  # the kubelet's word for a container that took more memory than its limit
+_MORE_MEMORY = {  # by what is in the pod
+    "head": "give it more (--head-memory), or train fewer packs side by side (--packs)",
+    "worker": "give it more (--worker-memory), or train fewer adapters in a pack (cluster.max_pack)",
+    "autoscaler": "give it more (autoscalerOptions.resources of the manifest)",
+    "submitter": "give it more (submitterPodTemplate of the manifest)",
+}
 _HOW = {  # who makes a Secret or ConfigMap
     "cat-cluster-settings": "apply the overlay of k8s/ to the namespace",
     **dict.fromkeys(
@@ -41,14 +48,19 @@ def crashes(pod: Json) -> Iterator[Json]:
     """Yield the status of each container that ended with an error, and is not back or was killed for memory."""
     for status in _statuses(pod):
         ended = _ended(status)
-        if ended is not None and (not _runs(status) or ended.get("reason") == "OOMKilled"):
+        if ended is not None and (not _runs(status) or ended.get("reason") == _KILLED):
             yield status
+
+
+def was_killed(pod: Json) -> bool:
+    """Say whether a container of a pod was killed for memory when it last ended."""
+    return any((_ended(status) or {}).get("reason") == _KILLED for status in _statuses(pod))
 
 
 def logs_wanted(pod: Json) -> Iterator[tuple[str, bool]]:
     """Yield container, and whether it was restarted since, of each log that tells why a pod does not run."""
     for status in crashes(pod):
-        if (_ended(status) or {}).get("reason") not in ("OOMKilled", "StartError", "ContainerCannotRun"):
+        if (_ended(status) or {}).get("reason") not in (_KILLED, "StartError", "ContainerCannotRun"):
             yield status["name"], "terminated" not in status.get("state", {})
 
 
@@ -84,6 +96,12 @@ def evicted(message: str) -> Cause:
         "(scratch, memory) or the machine's room grow",
         False,
     )
+
+
+def killed_and_deleted(pod_type: str, alike: Json | None) -> Cause:
+    """Return that a pod was killed for memory and is gone. pod_type: head, worker; alike: one of its group, if any."""
+    had = "" if alike is None else _had(alike, f"ray-{pod_type}")
+    return f"was killed for memory{had}; another takes its place: {_MORE_MEMORY[pod_type]}", False
 
 
 def _waiting_cause(pod: Json, container: Json, waiting: Json) -> Cause | None:
@@ -146,14 +164,8 @@ def _crash_cause(pod: Json, container: Json, log: str) -> Cause:
     times = container.get("restartCount", 0) + (0 if _is_back(container) else 1)
     often = "once" if times == 1 else f"{times} times"
     final = times >= LOOP and not _runs(container)
-    if ended.get("reason") == "OOMKilled":
-        limit = _memory_limit(pod, name)
-        had = f", of which it had {limit}" if limit else ""
-        return (
-            f"container {name} was killed for memory {often}{had}; give it more (--worker-memory, --head-memory), or "
-            "train fewer adapters in a pack",
-            final,
-        )
+    if ended.get("reason") == _KILLED:
+        return f"container {name} was killed for memory {often}{_had(pod, name)}; {_more_memory(pod, name)}", final
     if ended.get("reason") in ("StartError", "ContainerCannotRun"):
         why = _start_error(ended.get("message", ""))
         return f"container {name} cannot be started: {why}; correct its command or image", True
@@ -220,9 +232,18 @@ def _is_back(container: Json) -> bool:
     return "terminated" not in container.get("state", {})
 
 
-def _memory_limit(pod: Json, name: str) -> str | None:
-    for container in pod.get("spec", {}).get("containers") or ():
-        if container.get("name") == name:
-            limit: str | None = ((container.get("resources") or {}).get("limits") or {}).get("memory")
-            return limit
-    return None
+def _had(pod: Json, name: str) -> str:
+    """Return how much memory a container of a pod may take, as the end of a clause; nothing without a limit."""
+    spec = pod.get("spec", {})
+    for container in (*(spec.get("initContainers") or ()), *(spec.get("containers") or ())):
+        limit = ((container.get("resources") or {}).get("limits") or {}).get("memory")
+        if container.get("name") == name and limit:
+            return f", of which it had {limit}"
+    return ""
+
+
+def _more_memory(pod: Json, name: str) -> str:
+    """Return what gives a container more memory, or lets it need less."""
+    if name == "autoscaler":
+        return _MORE_MEMORY[name]
+    return _MORE_MEMORY[pod["metadata"].get("labels", {}).get("ray.io/node-type", "submitter")]

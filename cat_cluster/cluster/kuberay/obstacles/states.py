@@ -64,11 +64,13 @@ def job_state(job: Json, workloads: Sequence[Json], *, now: datetime) -> JobStat
 
 
 def pod_state(pod: Json) -> PodState:
-    """Return how a pod stands; one that waits for a container says for what, as kubectl does."""
+    """Return how a pod stands; one that waits for a container, or whose container failed, says why, as kubectl does."""
     status = pod.get("status", {})
     containers = [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
     waiting = [one["state"]["waiting"].get("reason", "") for one in containers if one.get("state", {}).get("waiting")]
-    phase = status.get("reason") or next(filter(None, waiting), status.get("phase", "Pending"))
+    ended = [one["state"]["terminated"] for one in containers if one.get("state", {}).get("terminated")]
+    failed = [one.get("reason", "") for one in ended if one.get("exitCode")]
+    phase = status.get("reason") or next(filter(None, [*waiting, *failed]), status.get("phase", "Pending"))
     if pod["metadata"].get("deletionTimestamp"):
         phase = "Terminating"
     restarts = sum(one.get("restartCount", 0) for one in containers)

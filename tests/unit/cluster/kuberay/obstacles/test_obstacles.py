@@ -9,8 +9,10 @@ from email.utils import format_datetime
 import pytest
 
 from cat_cluster.cluster.kuberay.client.api import Api
-from cat_cluster.cluster.kuberay.obstacles.obstacles import JobView, Obstacle, job_obstacles, obstacles_of, view_job
+from cat_cluster.cluster.kuberay.obstacles.obstacles import Obstacle, job_obstacles, obstacles_of
 from cat_cluster.cluster.kuberay.obstacles.pod_causes import logs_wanted
+from cat_cluster.cluster.kuberay.obstacles.states import pod_state
+from cat_cluster.cluster.kuberay.obstacles.view import JobView, view_job
 from tests.support.api_server import ApiServer, made
 from tests.support.recorded_jobs import RECORDED, put_jobs, put_recorded, queued, typed, workload
 
@@ -44,7 +46,7 @@ SAID: dict[str, list[tuple[str, str, bool]]] = {
     "cm": [("Pod ", "wants ConfigMap cat-cluster-settings, which is not there; apply the overlay of k8s/", True)],
     "key": [("Pod ", "wants key nokey of Secret there, which does not have it; add it", True)],
     "mount": [("Pod ", "volume v wants Secret absent-secret, which is not there; make it", True)],
-    "oom": [("Pod ", "was killed for memory 5 times, of which it had 16Mi; give it more (--worker-memory", True)],
+    "oom": [("Pod ", "was killed for memory 5 times, of which it had 16Mi; give it more (--head-memory)", True)],
     "crash": [("Pod ", "container ray-head ended with exit code 255, 5 times; its last lines: no / bucket;", True)],
     "cmdbad": [("Pod ", 'cannot be started: exec: "/nothere": stat /nothere: no such file or directory', True)],
     "evict": [("pods (evict-", 'was evicted: Usage of EmptyDir volume "v" exceeds the limit "4Ki"; another', False)],
@@ -142,6 +144,84 @@ def test_a_container_that_is_back_after_it_was_killed_for_memory_is_told_and_may
     assert not obstacle.final
     pod["status"]["containerStatuses"][0]["lastState"]["terminated"]["reason"] = "Error"
     assert obstacles_of(JobView(RECORDED["oom"]["job"], [pod]), now=NOW) == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "container", "remedy"),
+    [
+        ({"ray.io/node-type": "head"}, "ray-head", "give it more (--head-memory), or train fewer packs"),
+        ({"ray.io/node-type": "head"}, "autoscaler", "give it more (autoscalerOptions.resources of the manifest)"),
+        ({"ray.io/node-type": "worker"}, "ray-worker", "give it more (--worker-memory), or train fewer adapters"),
+        ({"batch.kubernetes.io/job-name": "oom"}, "ray-job-submitter", "give it more (submitterPodTemplate of"),
+    ],
+)
+@pytest.mark.parametrize("restarts", [True, False])
+def test_each_pod_that_is_killed_for_memory_is_told_what_it_had_and_what_gives_it_more(
+    labels: dict[str, str], container: str, remedy: str, restarts: bool
+) -> None:
+    pod = copy.deepcopy(RECORDED["oom"]["pods"][0])
+    pod["metadata"]["labels"] = labels
+    pod["spec"]["containers"][0]["name"] = pod["status"]["containerStatuses"][0]["name"] = container
+    times = "5 times"
+    if not restarts:
+        status = pod["status"]["containerStatuses"][0]
+        status |= {"restartCount": 0, "state": status.pop("lastState")}
+        pod["status"]["phase"], times = "Failed", "once"
+    (obstacle,) = obstacles_of(JobView(RECORDED["oom"]["job"], [pod]), now=NOW)
+    assert f"container {container} was killed for memory {times}, of which it had 16Mi; {remedy}" in obstacle.text
+    assert pod_state(pod).phase == ("CrashLoopBackOff" if restarts else "OOMKilled")
+
+
+@pytest.mark.parametrize(("state", "told"), [("Failed", 1), ("Complete", 0)])
+def test_a_job_that_failed_says_what_of_it_was_killed_for_memory(
+    state: str, told: int, api: Api, server: ApiServer
+) -> None:
+    put_recorded(server, "oom", "crash")
+    for name in ("oom", "crash"):
+        server.objects["rayjobs", "cat-cluster", name]["status"] |= {"jobDeploymentStatus": state}
+    found = job_obstacles(api, "oom")
+    assert ["was killed for memory 5 times, of which it had 16Mi" in one.text for one in found] == [True] * told
+    assert job_obstacles(api, "crash") == []
+
+
+def test_a_worker_that_was_killed_for_memory_and_deleted_is_told_by_the_operators_event(
+    api: Api, server: ApiServer
+) -> None:
+    """With autoscaler v2 no pod restarts: KubeRay deletes it at once and makes another."""
+    job = copy.deepcopy(RECORDED["tengpu"]["job"])
+    name, cluster = job["metadata"]["name"], job["status"]["rayClusterName"]
+    put_jobs(server, job)
+    spec = {"containers": [{"name": "ray-worker", "resources": {"limits": {"memory": "3Gi"}}}]}
+    labels = {"ray.io/cluster": cluster, "ray.io/node-type": "worker"}
+    server.put(made("Pod", f"{cluster}-cpu-worker-new", labels=labels, spec=spec))
+
+    def event(number: int, pod: str, ended: str) -> None:
+        # As KubeRay 1.7 and k8s.io/api 0.36 write it.
+        message = (
+            f"Deleted worker Pod cat-cluster/{pod}; Pod status: Failed; Pod restart policy: Never; "
+            f"Ray container terminated status: {ended}"
+        )
+        about = {"kind": "RayCluster", "name": cluster}
+        server.put(
+            made(
+                "Event",
+                f"e{number}",
+                type="Normal",
+                reason="DeletedWorkerPod",
+                message=message,
+                involvedObject=about,
+                eventTime=datetime.now(UTC).isoformat(),
+            )
+        )
+
+    event(1, f"{cluster}-cpu-worker-old", "&ContainerStateTerminated{ExitCode:137,Signal:0,Reason:OOMKilled,Message:,}")
+    event(2, f"{cluster}-cpu-worker-x", "&ContainerStateTerminated{ExitCode:1,Signal:0,Reason:Error,Message:,}")
+    (obstacle,) = job_obstacles(api, name)
+    assert str(obstacle) == (
+        f"Pod {cluster}-cpu-worker-old: was killed for memory, of which it had 3Gi; another takes its place: give it "
+        "more (--worker-memory), or train fewer adapters in a pack (cluster.max_pack)"
+    )
+    assert not obstacle.final
 
 
 def test_a_pod_that_submits_and_is_refused() -> None:
