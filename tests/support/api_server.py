@@ -49,11 +49,10 @@ class ApiServer:
     objects: dict[tuple[str, str, str], Json] = field(default_factory=dict)
     kinds: dict[str, Mapping[str, tuple[str, bool]]] = field(default_factory=lambda: dict(KINDS))
     forbidden: set[str] = field(default_factory=set)  # resources
-    refused: dict[str, tuple[int, Json | str]] = field(default_factory=dict)  # method and resource -> status, body
+    refused: dict[str, tuple[int, str]] = field(default_factory=dict)  # method and resource -> status, message
     logs: dict[str, str] = field(default_factory=dict)  # pod -> its log
     schemas: Json = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
-    sent: list[Json] = field(default_factory=list)  # the objects of those questions that had one
     on_create: Any = None  # called with each object that is made, and may change it
     date: str | None = None  # of each reply, by default the time
     cut: int = 0  # bytes that each reply lacks at its end, where the connection breaks off
@@ -111,8 +110,7 @@ class ApiServer:
             reason = f'{resource} is forbidden: User "ada" cannot list resource "{resource}" in API group ""'
             return 403, {"message": reason}
         if (refusal := self.refused.get(f"{method} {resource}")) is not None:
-            status, said = refusal
-            return status, {"message": said} if isinstance(said, str) else said
+            return refusal[0], {"message": refusal[1]}
         if found["part"] == "log":
             return 200, self.logs.get(name, "")
         if method == "POST":
@@ -186,8 +184,6 @@ def api_server() -> Iterator[ApiServer]:
             url = urlsplit(self.path)
             query = {name: values[0] for name, values in parse_qs(url.query).items()}
             state.asked.append(f"{self.command} {self.path}")
-            if body is not None:
-                state.sent.append(body)
             status, content = state.answer(self.command, url.path, query, body)
             data = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from cat_cluster.cluster.kuberay.checks.check import Document, ManifestFinding, field_text, is_shaped, without_nulls
-from cat_cluster.cluster.kuberay.checks.rules import CLUSTERS, at, full_name, job_of
+from cat_cluster.cluster.kuberay.checks.rules import CLUSTERS, full_name, job_of
 from cat_cluster.cluster.kuberay.checks.security import pod_places
-from cat_cluster.cluster.kuberay.checks.validation import FieldPath
+from cat_cluster.cluster.kuberay.checks.validation import FieldPath, at
 from cat_cluster.cluster.kuberay.client.api import Api, Json
 from cat_cluster.cluster.kuberay.obstacles.refusals import refusal, shortened
 from cat_cluster.errors import KubernetesError

@@ -13,10 +13,11 @@ from typing import Any
 
 import yaml
 
+from cat_cluster.cluster.kuberay.checks.cluster_rules import cluster_findings
 from cat_cluster.cluster.kuberay.checks.gates import DEFAULT_GATES, gate_findings, needs_gate
 from cat_cluster.cluster.kuberay.checks.schedules import schedule_problem
 from cat_cluster.cluster.kuberay.checks.silent_rules import GENERATED, group_findings, job_findings, manager_findings
-from cat_cluster.cluster.kuberay.checks.validation import FieldPath, Finding
+from cat_cluster.cluster.kuberay.checks.validation import FieldPath, Finding, at
 from cat_cluster.errors import SpecError
 from cat_cluster.spec.yaml_bounds import load_yaml
 
@@ -39,12 +40,6 @@ _MINIMA = {
 _JOB_TEMPLATE: FieldPath = ("spec", "jobTemplate")
 _MAX_PREFIX = 58  # of a generated name
 _UPGRADES = ("NewCluster", "NewClusterWithIncrementalUpgrade", "None")
-_RESOURCE_PARAMS = ("num-cpus", "num-gpus", "memory", "resources")
-_TOKEN_AUTH_SINCE = (2, 52)
-# Of a head that keeps its GCS in RocksDB.
-_GCS_VOLUME, _GCS_FOLDER = "gcs-storage", "/data/gcs"
-_GCS_VARIABLES = ("RAY_gcs_storage", "RAY_gcs_storage_path")
-_OWN_VOLUME = ("size", "storageClassName", "accessModes")
 _DELETION_ORDER = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")  # a later one may not come before an earlier one
 _DELETION_RULES: FieldPath = ("spec", "deletionStrategy", "deletionRules")
 
@@ -72,9 +67,12 @@ def operator_findings(document: Json, gates: Set[str] = DEFAULT_GATES) -> Iterat
     yield from gate_findings(document, path, cluster or {}, gates)
     yield from manager_findings({("spec",): spec, path: cluster})
     if kind != "RayJob" or cluster:
-        yield from _cluster_findings(path, cluster or {}, document)
-    if kind != "RayCluster" and at(cluster, ("upgradeStrategy", "type")):
-        yield (*path, "upgradeStrategy"), f"is for a RayCluster of its own, not for that of a {kind}; leave it out"
+        yield from cluster_findings(path, cluster or {}, at(document, ("metadata", "annotations")) or {})
+        for index, group in enumerate((cluster or {}).get("workerGroupSpecs", ())):
+            place = (*path, "workerGroupSpecs", index)
+            yield from group_findings(place, group, kind, full_name(document["metadata"]))
+    if kind != "RayCluster":
+        yield from _inner_cluster_findings(path, cluster or {}, kind)
 
 
 def job_of(cron_job: Json) -> Json:
@@ -100,16 +98,6 @@ def check_namespace(name: str) -> None:
         raise SpecError(
             f"--namespace {name!r}: must hold a-z, 0-9 and -, begin and end with a letter or digit, 63 at most"
         )
-
-
-def at(document: Any, path: FieldPath) -> Any:
-    """Return the value at a path, None when there is none."""
-    for part in path:
-        if isinstance(document, list) and isinstance(part, int):
-            document = document[part]
-        else:
-            document = document.get(part) if isinstance(document, dict) else None
-    return document
 
 
 def _name_findings(document: Json) -> Iterator[Finding]:
@@ -182,78 +170,41 @@ def _service_findings(spec: Json) -> Iterator[Finding]:
     kind = at(spec, ("upgradeStrategy", "type"))
     if kind is not None and kind not in _UPGRADES:
         yield ("spec", "upgradeStrategy", "type"), f"{kind!r} is not one of {', '.join(_UPGRADES)}"
+    if kind == "NewClusterWithIncrementalUpgrade":
+        yield from _incremental_findings(spec)
     config = _yaml(spec.get("serveConfigV2", ""))
     if not isinstance(config, dict) or not config.get("applications"):
         yield ("spec", "serveConfigV2"), "must be YAML of a Serve config with applications, such as serve/config.yaml"
 
 
-def _cluster_findings(path: FieldPath, spec: Json, document: Json) -> Iterator[Finding]:
-    head: FieldPath = (*path, "headGroupSpec")
-    groups = [(head, spec.get("headGroupSpec", {}))]
-    for index, group in enumerate(spec.get("workerGroupSpecs", ())):
-        groups.append(((*path, "workerGroupSpecs", index), group))
-        yield from group_findings(groups[-1][0], group, document["kind"], full_name(document["metadata"]))
-        least, most = group.get("minReplicas", 0), group.get("maxReplicas", 2**31 - 1)
-        if not 0 <= least <= most:
-            yield (*groups[-1][0], "minReplicas"), f"{least} must be from 0 to maxReplicas, which is {most}"
-    is_v2 = spec.get("enableInTreeAutoscaling") and at(spec, ("autoscalerOptions", "version")) == "v2"
-    for place, group in groups:
-        pod, params = at(group, ("template", "spec")) or {}, group.get("rayStartParams", {})
-        if not pod.get("containers"):
-            yield (*place, "template", "spec", "containers"), "must hold a container, Ray's first"
-        if group.get("resources") and any(params.get(name) for name in _RESOURCE_PARAMS):
-            yield (*place, "resources"), "is given here and in rayStartParams: keep one of them"
-        # A container that restarts in its pod would be a Ray node that nobody knows.
-        if is_v2 and pod.get("restartPolicy", "Never") != "Never":
-            yield (*place, "template", "spec", "restartPolicy"), "must be Never or left out with autoscaler v2"
-    if (at(spec, ("autoscalerOptions", "idleTimeoutSeconds")) or 0) < 0:
-        yield (*path, "autoscalerOptions", "idleTimeoutSeconds"), "must be 0 or more"
-    yield from _fault_tolerance_findings(head, spec, at(document, ("metadata", "annotations")) or {})
-    yield from _gcs_storage_findings(path, spec)
-    version = re.match(r"\s*v?(\d+)\.(\d+)", spec.get("rayVersion", ""))
-    is_known = version is not None and tuple(map(int, version.groups())) >= _TOKEN_AUTH_SINCE
-    if at(spec, ("authOptions", "mode")) == "token" and not is_known:
-        yield (*path, "rayVersion"), "must be 2.52.0 or later, in numbers, with authOptions.mode token"
+def _inner_cluster_findings(path: FieldPath, cluster: Json, kind: str) -> Iterator[Finding]:
+    """Yield what a cluster inside a RayJob or RayService may not have, and one of its own may."""
+    for field, remedy in (
+        (("upgradeStrategy", "type"), "leave it out"),
+        (("authOptions", "enableK8sTokenAuth"), "give secretName instead"),
+    ):
+        if at(cluster, field):
+            yield (*path, *field), f"is for a RayCluster of its own, not for that of a {kind}; {remedy}"
 
 
-def _fault_tolerance_findings(head: FieldPath, spec: Json, annotations: Mapping[str, str]) -> Iterator[Finding]:
-    containers = at(spec, ("headGroupSpec", "template", "spec", "containers")) or []
-    names = {entry["name"] for container in containers[:1] for entry in container.get("env", ())}
-    place = (*head, "template", "spec", "containers", 0, "env")
-    if "gcsFaultToleranceOptions" not in spec:
-        if "RAY_REDIS_ADDRESS" in names and annotations.get("ray.io/ft-enabled", "").lower() != "true":
-            yield place, "RAY_REDIS_ADDRESS needs gcsFaultToleranceOptions: set its redisAddress instead"
+def _incremental_findings(spec: Json) -> Iterator[Finding]:
+    """An upgrade that moves users step by step: a Gateway divides them, and the autoscaler makes room."""
+    if not at(spec, ("rayClusterConfig", "enableInTreeAutoscaling")):
+        yield ("spec", "rayClusterConfig", "enableInTreeAutoscaling"), "must be true for an incremental upgrade"
+    place: FieldPath = ("spec", "upgradeStrategy", "clusterUpgradeOptions")
+    options = at(spec, place[1:])
+    if options is None:
+        yield place, "is missing, and an incremental upgrade needs it"
         return
-    if annotations.get("ray.io/ft-enabled"):
-        yield ("metadata", "annotations", "ray.io/ft-enabled"), "leave it out beside gcsFaultToleranceOptions"
-    for name, field in (("REDIS_PASSWORD", "redisPassword"), ("RAY_REDIS_ADDRESS", "redisAddress")):
-        if name in names:
-            yield place, f"{name} is the operator's to set: use gcsFaultToleranceOptions.{field}"
-
-
-def _gcs_storage_findings(path: FieldPath, spec: Json) -> Iterator[Finding]:
-    """Redis and RocksDB each have fields of their own, and the operator itself mounts the volume of RocksDB."""
-    options, place = spec.get("gcsFaultToleranceOptions") or {}, (*path, "gcsFaultToleranceOptions")
-    storage = options.get("storage") or {}
-    if options.get("backend") != "rocksdb":
-        if "storage" in options:
-            yield (*place, "storage"), "is for backend: rocksdb alone"
-        return
-    for name in ("redisAddress", "redisUsername", "redisPassword", "externalStorageNamespace"):
-        if options.get(name):
-            yield (*place, name), "cannot be used with backend: rocksdb; leave it out"
-    if storage.get("claimName") and any(storage.get(name) for name in _OWN_VOLUME):
-        yield (*place, "storage", "claimName"), f"cannot be used with {', '.join(_OWN_VOLUME)}: keep one of them"
-    pod: FieldPath = (*path, "headGroupSpec", "template", "spec")
-    for container in (at(spec, (*pod[len(path) :], "containers")) or [])[:1]:
-        for entry in container.get("env", ()):
-            if entry["name"] in _GCS_VARIABLES:
-                yield (*pod, "containers", 0, "env"), f"{entry['name']} is the operator's to set; leave it out"
-        for mount in container.get("volumeMounts", ()):
-            if mount["name"] == _GCS_VOLUME or mount["mountPath"] == _GCS_FOLDER:
-                yield (*pod, "containers", 0, "volumeMounts"), f"{_GCS_FOLDER} is the operator's to mount; leave it out"
-    if any(volume["name"] == _GCS_VOLUME for volume in at(spec, (*pod[len(path) :], "volumes")) or ()):
-        yield (*pod, "volumes"), f"{_GCS_VOLUME} is the operator's name; give the volume another"
+    most, step = options.get("maxSurgePercent", 100), options.get("stepSizePercent", -1)
+    if not 0 <= most <= 100:
+        yield (*place, "maxSurgePercent"), f"must be from 0 to 100, got {most}"
+    if not 0 <= step <= most:
+        yield (*place, "stepSizePercent"), f"must be given, from 0 to maxSurgePercent, which is {most}"
+    if options.get("intervalSeconds", 0) <= 0:
+        yield (*place, "intervalSeconds"), "must be given, 1 or more"
+    if not options.get("gatewayClassName"):
+        yield (*place, "gatewayClassName"), "is missing, and an incremental upgrade needs it"
 
 
 def _yaml(text: str) -> Any:

@@ -9,8 +9,8 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from cat_cluster.cluster.kuberay.checks.rules import CLUSTERS, at, in_job_template, job_of
-from cat_cluster.cluster.kuberay.checks.validation import FieldPath, Finding
+from cat_cluster.cluster.kuberay.checks.rules import CLUSTERS, in_job_template, job_of
+from cat_cluster.cluster.kuberay.checks.validation import FieldPath, Finding, at
 
 _PROFILES = ("RuntimeDefault", "Localhost")
 _VOLUMES = ("configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret")

@@ -55,6 +55,16 @@ def bounded_integers(schema: Any) -> Any:
     return kept
 
 
+def at(document: Any, path: FieldPath) -> Any:
+    """Return the value at a path, None when there is none."""
+    for part in path:
+        if isinstance(document, list) and isinstance(part, int):
+            document = document[part]
+        else:
+            document = document.get(part) if isinstance(document, dict) else None
+    return document
+
+
 def nearest(name: str, known: Mapping[str, Any] | list[str]) -> str:
     """Return the end of a message about an unknown name: what was probably meant, or what there is."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

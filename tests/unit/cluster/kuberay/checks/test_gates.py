@@ -38,7 +38,11 @@ def found(document: dict[str, Any], gates: str) -> dict[str, str]:
 
 def incremental() -> dict[str, Any]:
     document = service()
-    document["spec"]["upgradeStrategy"]["type"] = "NewClusterWithIncrementalUpgrade"
+    options = {"gatewayClassName": "istio", "stepSizePercent": 10, "intervalSeconds": 30}
+    document["spec"]["upgradeStrategy"] = {
+        "type": "NewClusterWithIncrementalUpgrade",
+        "clusterUpgradeOptions": options,
+    }
     return document
 
 

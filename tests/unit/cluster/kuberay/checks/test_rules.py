@@ -25,6 +25,7 @@ BASE = Path(__file__).parents[5] / "k8s" / "base"
 VERDICTS = [json.loads(line) for line in (Path(__file__).parent / "verdicts.jsonl").read_text().splitlines()]
 AGREED = [case for case in VERDICTS if "offline" not in case]
 NOT_SEEN = [case for case in VERDICTS if case.get("offline") == "not seen"]
+INCREMENTAL = {"type": "NewClusterWithIncrementalUpgrade"}
 REFUSED_HERE_ALONE = [case for case in VERDICTS if case.get("offline") == "refused here alone"]
 
 
@@ -73,10 +74,12 @@ def check(document: dict[str, Any]) -> list[ManifestFinding]:
 
 
 def names_the_same(finding: ManifestFinding, message: str) -> bool:
-    """Whether the field of a finding, the one it is in, or a name in its message is what a refusal speaks of."""
+    """Whether a refusal speaks of a finding's field, the one it is in, or a name or the value in its message."""
     fields = re.findall(r"[A-Za-z]{3,}", finding.field)[-2:]
     said = re.findall(r"\w*[a-z][A-Z]\w*|[A-Z]+_[A-Z_]+", finding.message)
-    return any(name.lower() in message.replace(" ", "").lower() for name in (*fields, *said))
+    value = re.findall(r"^'([^']+)'", finding.message)
+    told = message.replace(" ", "").lower()
+    return any(name.replace(" ", "").lower() in told for name in (*fields, *said, *value))
 
 
 @pytest.mark.slow
@@ -133,6 +136,14 @@ def test_the_verdicts_are_of_every_kind(bases: dict[str, dict[str, Any]]) -> Non
         ("rayjob", {"backoffLimit": -1}, "backoffLimit"),
         ("rayjob", {"runtimeEnvYAML": "a: ["}, "runtimeEnvYAML"),
         ("rayservice", {"rayClusterDeletionDelaySeconds": -1}, "rayClusterDeletionDelaySeconds"),
+        ("rayservice", {"upgradeStrategy": {**INCREMENTAL, "clusterUpgradeOptions": {}}}, "stepSizePercent"),
+        ("rayservice", {"upgradeStrategy": {**INCREMENTAL, "clusterUpgradeOptions": {}}}, "intervalSeconds"),
+        ("rayservice", {"upgradeStrategy": {**INCREMENTAL, "clusterUpgradeOptions": {}}}, "gatewayClassName"),
+        (
+            "rayservice",
+            {"upgradeStrategy": {**INCREMENTAL, "clusterUpgradeOptions": {"maxSurgePercent": 101}}},
+            "maxSurgePercent",
+        ),
         # Both take these, and nothing comes of it.
         ("rayjob", {"submissionMode": "HttpMode"}, "submissionMode"),
         ("rayservice", {"serveConfigV2": "a: ["}, "serveConfigV2"),
@@ -153,6 +164,8 @@ def test_rules_that_no_verdict_is_of(
         ({"workerGroupSpecs": [{"groupName": "a", "minReplicas": 3, "maxReplicas": 2}]}, "minReplicas"),
         ({"workerGroupSpecs": [{"groupName": "a", "template": {"spec": {"containers": []}}}]}, "containers"),
         ({"gcsFaultToleranceOptions": {}, "headGroupSpec": "RAY_REDIS_ADDRESS"}, "env"),
+        ({"headGroupSpec": "RAY_enable_autoscaler_v2"}, "env"),  # beside autoscalerOptions.version
+        ({"rayVersion": "2.55.0", "workerGroupSpecs": [{"groupName": "a", "priority": 1}]}, "rayVersion"),
     ],
 )
 def test_rules_of_clusters_that_no_verdict_is_of(
@@ -163,6 +176,17 @@ def test_rules_of_clusters_that_no_verdict_is_of(
         document["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["env"] = [{"name": variable}]
     document["spec"].update(cluster)
     assert field in {path[-1] for path, _ in operator_findings(document)}
+
+
+def test_what_wants_autoscaler_v2_is_taken_with_it(bases: dict[str, dict[str, Any]]) -> None:
+    cluster = copy.deepcopy(bases["raycluster"])
+    assert cluster["spec"]["autoscalerOptions"]["version"] == "v2"
+    labels = {"team": "", "example.org/zone": "eu-1.a"}
+    cluster["spec"]["rayVersion"] = "2.56.0"
+    cluster["spec"]["workerGroupSpecs"][0].update(idleTimeoutSeconds=0, priority=2, labels=labels)
+    assert check(cluster) == []
+    del cluster["spec"]["autoscalerOptions"]["version"]
+    assert {finding.field.rpartition(".")[2] for finding in check(cluster)} == {"idleTimeoutSeconds", "priority"}
 
 
 @pytest.mark.parametrize(("base", "most"), [("raycluster", 53), ("rayjob", 47), ("rayservice", 47)])
