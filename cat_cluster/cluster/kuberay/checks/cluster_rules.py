@@ -52,15 +52,9 @@ def _label_findings(path: FieldPath, labels: Mapping[str, str]) -> Iterator[Find
     for key, value in labels.items():
         prefix, slash, name = key.rpartition("/")
         if not _LABEL_NAME.fullmatch(name) or (slash and not _LABEL_PREFIX.fullmatch(prefix)):
-            yield (
-                (*path, key),
-                f"{key[:80]!r} is no key of a label, such as team or example.org/team",
-            )
+            yield (*path, key), f"{key[:80]!r} is no key of a label, such as team or example.org/team"
         if value and not _LABEL_NAME.fullmatch(value):
-            yield (
-                (*path, key),
-                f"{value[:80]!r} is no value of a label: letters, digits, -, _ and ., 63 at most",
-            )
+            yield (*path, key), f"{value[:80]!r} is no value of a label: letters, digits, -, _ and ., 63 at most"
 
 
 def _autoscaling_findings(path: FieldPath, spec: Json, groups: list[tuple[FieldPath, Json]]) -> Iterator[Finding]:
@@ -80,16 +74,20 @@ def _autoscaling_findings(path: FieldPath, spec: Json, groups: list[tuple[FieldP
         # A container that restarts in its pod would be a Ray node that nobody knows.
         if scales and version == "v2" and (at(group, ("template", "spec", "restartPolicy")) or "Never") != "Never":
             yield (*place, "template", "spec", "restartPolicy"), "must be Never or left out with autoscaler v2"
-        if scales and group.get("suspend"):
-            yield (*place, "suspend"), "cannot be used with enableInTreeAutoscaling"
-        if group.get("idleTimeoutSeconds", 0) < 0:
-            yield (*place, "idleTimeoutSeconds"), "must be 0 or more"
-        for name in ("idleTimeoutSeconds", "priority"):
-            # An idle timeout of 0 counts as given, a priority of 0 does not.
-            if (group.get(name) or (name == "idleTimeoutSeconds" and name in group)) and version != "v2" and not is_on:
-                yield (*place, name), "needs autoscalerOptions.version: v2"
-        if group.get("priority") and not _is_ray_since(spec, _PRIORITY_SINCE):
-            yield (*path, "rayVersion"), "must be 2.56.0 or later, in numbers, with a priority of groups"
+        yield from _scaled_group_findings(place, group, scales=scales, is_v2=version == "v2" or is_on)
+    if any(group.get("priority") for _, group in groups) and not _is_ray_since(spec, _PRIORITY_SINCE):
+        yield (*path, "rayVersion"), "must be 2.56.0 or later, in numbers, with a priority of groups"
+
+
+def _scaled_group_findings(path: FieldPath, group: Json, *, scales: bool, is_v2: bool) -> Iterator[Finding]:
+    if scales and group.get("suspend"):
+        yield (*path, "suspend"), "cannot be used with enableInTreeAutoscaling"
+    if group.get("idleTimeoutSeconds", 0) < 0:
+        yield (*path, "idleTimeoutSeconds"), "must be 0 or more"
+    elif "idleTimeoutSeconds" in group and not is_v2:  # 0 counts as given, for a priority it does not
+        yield (*path, "idleTimeoutSeconds"), "needs autoscalerOptions.version: v2"
+    if group.get("priority") and not is_v2:
+        yield (*path, "priority"), "needs autoscalerOptions.version: v2"
 
 
 def _head_variables(spec: Json) -> dict[str, str]:
