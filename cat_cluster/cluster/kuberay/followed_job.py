@@ -76,7 +76,8 @@ class FollowedJob:
     def _end(self, job: Json | None) -> str:
         if job is None:
             return f"RayJob {self._name} is gone: somebody has deleted it; submit again to go on from what is stored"
+        why = "".join(f"; {obstacle}" for obstacle in job_obstacles(self._api, self._name))
         return (
-            f"RayJob {self._name} {end_text(job)}, without a word from its driver: `cat-cluster k8s logs {self._name} "
-            f"--namespace {self._api.namespace}` may show why; submit with --force to go on from what is stored"
+            f"RayJob {self._name} {end_text(job)}, without a word from its driver{why}: `cat-cluster k8s logs "
+            f"{self._name} --namespace {self._api.namespace}` may show more; submit with --force to go on from what is stored"
         )

@@ -20,6 +20,7 @@ from cat_cluster.errors import KubernetesError, RunError
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from tests.support.api_server import ApiServer, made
+from tests.support.recorded_jobs import put_recorded
 
 RUN_ID = "run-0123456789ab"
 EXPECTED = Expectation(job="RayJob tea in namespace cats", look="`kubectl describe`")
@@ -139,6 +140,16 @@ def test_a_job_that_ended_without_a_word_is_an_error(
         set_state(server, **status)
     with pytest.raises(RunError, match=said):
         followed(run, api, Seen())
+
+
+def test_an_end_without_a_word_says_what_was_killed_for_memory(run: Run, api: Api, server: ApiServer) -> None:
+    run.expect(EXPECTED)
+    put_recorded(server, "oom")
+    server.objects["rayjobs", "cat-cluster", "oom"]["status"]["jobDeploymentStatus"] = "Failed"
+    with pytest.raises(
+        RunError, match=r"a word from its driver; Pod oom-\S+: .* killed for memory 5 times, .* had 16Mi"
+    ):
+        follow_run(run, Seen(), FollowedJob(api, "oom", run, Seen()))
 
 
 def test_a_silent_driver_whose_job_has_ended_is_an_error(run: Run, api: Api, server: ApiServer) -> None:
