@@ -79,5 +79,6 @@ class FollowedJob:
         why = "".join(f"; {obstacle}" for obstacle in job_obstacles(self._api, self._name))
         return (
             f"RayJob {self._name} {end_text(job)}, without a word from its driver{why}: `cat-cluster k8s logs "
-            f"{self._name} --namespace {self._api.namespace}` may show more; submit with --force to go on from what is stored"
+            f"{self._name} --namespace {self._api.namespace}` may show more; submit with --force to go on from what is "
+            "stored"
         )
