@@ -16,11 +16,11 @@ from cat_cluster.cluster.kuberay.checks.check import Document, check_manifests
 from cat_cluster.cluster.kuberay.checks.gates import gates_on, needs_gate
 from cat_cluster.cluster.kuberay.checks.schemas import load_schemas
 from cat_cluster.cluster.kuberay.client import api as kubernetes
-from cat_cluster.cluster.kuberay.client.kubeconfig import IN_CLUSTER
+from cat_cluster.cluster.kuberay.client.api import Api
 from cat_cluster.cluster.kuberay.rendering import pods, render
 from cat_cluster.errors import SpecError
 from cat_cluster.store import LocalStore
-from tests.support.fake_kubernetes import FakeApi, made
+from tests.support.api_server import ApiServer, made
 
 BUCKET = "s3://bucket/prod"
 EVERYTHING = (
@@ -102,7 +102,7 @@ def test_a_cron_job_is_right_and_its_pod_alone_has_a_token(spec: Path, options: 
 
 @pytest.mark.parametrize("options", [(), EVERYTHING], ids=["plain", "everything"])
 def test_what_the_pod_calls_makes_the_job_that_was_rendered(
-    spec: Path, options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: Path, options: tuple[str, ...], server: ApiServer, api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     document = cron_job(spec, *options)
     template = template_of(document)
@@ -116,13 +116,14 @@ def test_what_the_pod_calls_makes_the_job_that_was_rendered(
     seen.write_text(template["metadata"]["annotations"][pods.SPEC_ANNOTATION])
 
     store = Bucket(tmp_path / "bucket")
-    there = FakeApi(made("Namespace", "pets"), made("ConfigMap", "cat-cluster-settings"))
+    namespace = document["metadata"]["namespace"]
+    server.put(made("Namespace", namespace), made("ConfigMap", "cat-cluster-settings", namespace))
     asked: list[tuple[str | None, str]] = []
+    real_open_api = kubernetes.open_api
 
-    def open_api(context: str | None, namespace: str) -> FakeApi:
-        asked.append((context, namespace))
-        there.context, there.namespace = IN_CLUSTER, namespace
-        return there
+    def open_api(context: str | None, where: str) -> Api:
+        asked.append((context, where))
+        return real_open_api(context, where)
 
     monkeypatch.setattr(kubernetes, "open_api", open_api)
     monkeypatch.setattr("cat_cluster.store.open_store", {BUCKET: store}.__getitem__)
@@ -130,8 +131,8 @@ def test_what_the_pod_calls_makes_the_job_that_was_rendered(
     monkeypatch.setattr(render, "image_digests_of", lambda job: [["0" * 64]])  # its photos are in no bucket
     done = CliRunner().invoke(k8s_app, [words[0], str(seen), *words[2:]])
     assert done.exit_code == 0, done.output
-    assert asked == [(None, document["metadata"]["namespace"])]
-    (ray_job,) = there.list("ray.io/v1", "RayJob")
+    assert asked == [(None, namespace)]
+    (ray_job,) = api.list("ray.io/v1", "RayJob", namespace=namespace)
     wanted = rendered(spec, *options)
     assert ray_job["metadata"]["labels"].items() >= wanted["metadata"]["labels"].items()
     assert ray_job["metadata"]["name"] == document["metadata"]["name"]
