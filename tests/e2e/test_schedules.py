@@ -150,7 +150,7 @@ def queue() -> Iterator[None]:
     """A queue of Kueue with room for one small job."""
     if command("kubectl", "get", "crd", "workloads.kueue.x-k8s.io").returncode != 0:
         pytest.skip("the cluster has no Kueue")
-    version = "kueue.x-k8s.io/v1beta1"
+    version = "kueue.x-k8s.io/v1beta2"
     resources = [{"name": "cpu", "nominalQuota": "2"}, {"name": "memory", "nominalQuota": "8Gi"}]
     flavor = {"name": QUEUE, "resources": resources}
     kinds: list[Json] = [
