@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,6 +28,7 @@ from tests.support.kubernetes import (
 
 ADAPTER = "striped-cup"
 ENGINES = "app.kubernetes.io/component=serving,ray.io/group=engines"
+DOORS = "app.kubernetes.io/component=serving,ray.io/group=doors"
 HEADS = "app.kubernetes.io/component=serving,ray.io/node-type=head"
 Variant = Callable[..., None]
 
@@ -80,17 +82,45 @@ def test_the_only_engine_is_killed(figures: Figures) -> None:
     figures[""] = answered(load.tally)
 
 
+def configured(change: Callable[[dict[str, Any]], None]) -> object:
+    """A patch of `serveConfigV2` by which the application's arguments change."""
+    config = yaml.safe_load(service()["spec"]["serveConfigV2"])  # type: ignore[index]
+    change(config["applications"][0]["args"])
+    return {"op": "replace", "path": "/spec/serveConfigV2", "value": yaml.safe_dump(config)}
+
+
 def test_its_configuration_changes(variant: Variant, figures: Figures) -> None:
     """`serveConfigV2` changed under load"""
-    config = yaml.safe_load(service()["spec"]["serveConfigV2"])  # type: ignore[index]
-    config["applications"][0]["args"]["settings"]["alias_ttl_s"] = 3
-    change = {"op": "replace", "path": "/spec/serveConfigV2", "value": yaml.safe_dump(config)}
     with Load(ADAPTER) as load:
-        variant(change)
+        variant(configured(lambda arguments: arguments["settings"].update(alias_ttl_s=3)))
         time.sleep(5)
         wait_until("a service that is ready", lambda: is_ready(service()))
         time.sleep(40)
     figures[""] = answered(load.tally)
+
+
+def test_a_door_goes(variant: Variant, figures: Figures) -> None:
+    """Two doors, and one deleted under load, as where a machine is drained"""
+    more = [
+        {"op": "replace", "path": f"/spec/rayClusterConfig/workerGroupSpecs/1/{field}", "value": 2}
+        for field in ("minReplicas", "maxReplicas")
+    ]
+    before = active_cluster()
+    variant(configured(lambda arguments: arguments.update(ingresses=2)), *more)
+    first, _ = wait_until("two doors", two_doors, 240)
+    assert active_cluster() == before
+    with Load(ADAPTER) as load:
+        time.sleep(5)
+        kubectl("delete", "pod", first, "--wait=false")
+        wait_until("another door", lambda: first not in (two_doors() or (first,)), 240)
+        time.sleep(10)
+    figures[""] = answered(load.tally)
+
+
+def two_doors() -> tuple[str, ...] | None:
+    """The names of the doors that are ready and stay, once there are two."""
+    ready = tuple(name_of(pod) for pod in pods(DOORS) if is_ready(pod))
+    return ready if len(ready) == 2 else None
 
 
 def test_another_version(variant: Variant, figures: Figures) -> None:
