@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -15,6 +16,10 @@ import ray
 from cat_cluster.cluster.local_ray import check_ray_folder, first_line, start_ray
 from cat_cluster.errors import ClusterError, SpecError
 from cat_cluster.spec.job import JobSpec
+
+REPLACED_SECONDS = 180.0  # in which another machine or pod takes the place of a lost one
+_POLL_SECONDS = 1.0
+_IDLE = 4  # common.proto, NodeDeathInfo.Reason: the autoscaler had no use for it
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class ClusterSize:
     def on_gpus(self) -> bool:
         """Workers take a GPU each where the cluster has any, else a CPU each."""
         return self.gpus >= 1
+
+    @property
+    def kind(self) -> str:
+        """What a worker takes one of, in the plural."""
+        return "GPUs" if self.on_gpus else "CPUs"
 
     @property
     def workers(self) -> int:
@@ -88,11 +98,15 @@ def ray_connection(address: str | None = None) -> Iterator[ClusterSize]:
     elif not joined:
         _join(str(address))
     try:
-        resources = ray.cluster_resources()
-        yield ClusterSize(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+        yield _size()
     finally:
         if not joined:
             ray.shutdown()
+
+
+def _size() -> ClusterSize:
+    resources = ray.cluster_resources()
+    return ClusterSize(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
 
 
 def _join(address: str) -> None:
@@ -125,14 +139,33 @@ def _one_attempt() -> Iterator[None]:
             del os.environ[name]
 
 
+def await_workers(job: JobSpec, size: ClusterSize, say: Callable[[str], None]) -> ClusterSize:
+    """Return the size of the cluster once the job fits in it; where it has lost a machine, another may be on its way.
+
+    Waits REPLACED_SECONDS at most, and not at all where nothing was lost. say: is told what is waited for.
+    """
+    least = least_workers(job)
+    lost = sum(not node["Alive"] and node.get("DeathReason") != _IDLE for node in ray.nodes())
+    if least <= size.workers or not lost:
+        return size
+    say(
+        f"the cluster has lost {'a machine or pod' if lost == 1 else f'{lost} machines or pods'}, and has too few "
+        f"{size.kind} for {least} workers: waiting {REPLACED_SECONDS:.0f} s for another"
+    )
+    until = time.monotonic() + REPLACED_SECONDS
+    while least > size.workers and time.monotonic() < until:
+        time.sleep(_POLL_SECONDS)
+        size = _size()
+    return size
+
+
 def check_cluster(job: JobSpec, storage: str, size: ClusterSize) -> None:
     """Raise SpecError if the cluster is too small for the spec, or has machines that cannot see a storage folder."""
     least = least_workers(job)
     if least > size.workers:
-        kind = "GPUs" if size.on_gpus else "CPUs"
         raise SpecError(
-            f"cluster.workers: {least} workers need as many {kind}, and this Ray cluster has {size.workers}: ask for "
-            f"at most {size.workers}, or let the cluster grow first"
+            f"cluster.workers: {least} workers need as many {size.kind}, and this Ray cluster has {size.workers}: ask "
+            f"for at most {size.workers}, or let the cluster grow first"
         )
     if storage.startswith("file:"):
         here = socket.gethostname()

@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from cat_cluster import telemetry
-from cat_cluster.cluster.connection import ClusterSize, check_cluster, cluster_address, ray_connection
+from cat_cluster.cluster.connection import ClusterSize, await_workers, check_cluster, cluster_address, ray_connection
 from cat_cluster.cluster.event_queue import EventQueue
 from cat_cluster.cluster.failures import failure_of, unwrapped
 from cat_cluster.cluster.ray_jobs import current_job
@@ -66,6 +66,7 @@ def run_on_ray(
         ray_connection(address) as size,
         tempfile.TemporaryDirectory(prefix="cat-cluster-", ignore_cleanup_errors=True) as folder,
     ):
+        size = await_workers(job, size, listener.message)
         check_cluster(job, store.url, size)
         run.write_spec(job)
         attempt = run.claim(job=current_job())
@@ -148,7 +149,7 @@ class _Driver:
         if len(packs) > 1:
             self._listener.message(
                 f"{len(untrained)} adapters in {len(packs)} packs, {min(len(packs), self._side_by_side())} at a time, "
-                f"on {self._size.workers} {'GPUs' if self._size.on_gpus else 'CPUs'}"
+                f"on {self._size.workers} {self._size.kind}"
             )
 
     def _pack_size(self, group: Sequence[PreparedAdapter]) -> int:

@@ -80,6 +80,11 @@ def cluster_of(name: str) -> str:
     return str(job_of(name).get("status", {}).get("rayClusterName", ""))
 
 
+def log_of_driver(name: str) -> str:
+    words = ("cat-cluster", "k8s", "logs", name_of(job_of(name)), "--namespace", "cat-cluster")
+    return command(*words).stdout
+
+
 def test_what_is_killed_while_it_trains(spec_file: Path, removed: list[str], figures: Figures) -> None:
     """One job that loses its worker, its head and the S3 server, and is done in the end"""
     removed.append("kills")
@@ -88,7 +93,7 @@ def test_what_is_killed_while_it_trains(spec_file: Path, removed: list[str], fig
     assert began.returncode == 0, began.stderr
     first = wait_until("a cluster", lambda: cluster_of("kills"))
     worker = wait_until("a worker", lambda: ray_pods(first, "worker"), 240)[0]
-    wait_until("a driver", lambda: "RUNNING" in str(job_of("kills").get("status", {}).get("jobStatus")), 240)
+    wait_until("a step", lambda: "step " in log_of_driver("kills"), 300)
     kubectl("delete", "pod", name_of(worker), "--grace-period=0", "--force")
     wait_until(
         "another worker", lambda: ray_pods(first, "worker") and name_of(ray_pods(first, "worker")[0]) != name_of(worker)
@@ -96,7 +101,7 @@ def test_what_is_killed_while_it_trains(spec_file: Path, removed: list[str], fig
     kubectl("delete", "pod", "s3-0", "--grace-period=0", "--force")
     wait_until("an S3 server", lambda: any(map(is_ready, pods("app.kubernetes.io/name=s3"))))
     kubectl("delete", "pod", "-l", f"ray.io/cluster={first},ray.io/node-type=head", "--grace-period=0", "--force")
-    wait_until("a second cluster", lambda: cluster_of("kills") not in ("", first), 300)
+    wait_until("a second cluster", lambda: cluster_of("kills") not in ("", first), 400)
     done = submit(spec_file, "--json")
     assert done.returncode == 0, done.stderr
     run = json.loads(done.stdout)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from cat_cluster.cluster.connection import cluster_address, ray_connection
+from cat_cluster.cluster import connection
+from cat_cluster.cluster.connection import ClusterSize, await_workers, cluster_address, ray_connection
 from cat_cluster.cluster.driver import run_on_ray
 from cat_cluster.errors import ClusterError
 from cat_cluster.settings import load_settings
@@ -104,3 +105,45 @@ def test_what_ray_says_is_one_sentence_with_its_remedy(
     with pytest.raises(ClusterError, match=f"^{told}") as refused, ray_connection(address):
         pass
     assert "\n" not in str(refused.value)
+
+
+ALIVE, LOST, IDLE = {"Alive": True}, {"Alive": False, "DeathReason": 2}, {"Alive": False, "DeathReason": 4}
+
+
+def job_of_two() -> JobSpec:
+    concept = {"token": "sks", "class_noun": "cup", "images": "/photos"}
+    return JobSpec.model_validate(
+        {"name": "two", "adapters": [{"id": "cup", "concepts": [concept]}], "cluster": {"workers": 2}}
+    )
+
+
+def small_cluster(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, object]], *cpus: float) -> None:
+    """A cluster that has so many CPUs when it is asked, one time after the other."""
+    left = list(cpus)
+    monkeypatch.setattr(connection.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(connection.ray, "cluster_resources", lambda: {"CPU": left.pop(0)})
+    monkeypatch.setattr(connection.time, "sleep", lambda _: None)
+
+
+def test_a_lost_machine_is_waited_for_until_the_job_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_cluster(monkeypatch, [ALIVE, LOST], 1.0, 3.0)
+    said: list[str] = []
+    assert await_workers(job_of_two(), ClusterSize(0.0, 0.0), said.append) == ClusterSize(3.0, 0.0)
+    (line,) = said
+    assert line.startswith("the cluster has lost a machine or pod, and has too few CPUs for 2 workers: waiting 180 s")
+
+
+def test_one_that_does_not_come_is_not_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_cluster(monkeypatch, [ALIVE, LOST], 1.0, 1.0, 1.0)
+    times = iter([0.0, 1.0, 2.0, connection.REPLACED_SECONDS])
+    monkeypatch.setattr(connection.time, "monotonic", lambda: next(times))
+    assert await_workers(job_of_two(), ClusterSize(0.0, 0.0), lambda _: None) == ClusterSize(1.0, 0.0)
+
+
+@pytest.mark.parametrize(("nodes", "cpus"), [([ALIVE], 0.0), ([ALIVE, IDLE], 0.0), ([ALIVE, LOST], 2.0)])
+def test_nothing_is_waited_for_where_nothing_was_lost_or_the_job_fits(
+    monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, object]], cpus: float
+) -> None:
+    small_cluster(monkeypatch, nodes)
+    size = ClusterSize(cpus, 0.0)
+    assert await_workers(job_of_two(), size, pytest.fail) == size

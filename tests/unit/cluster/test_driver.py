@@ -195,10 +195,11 @@ def test_a_ray_that_is_lost_ends_the_run_with_a_sentence(tmp_path: Any, monkeypa
     job, photos = job_of(["cup"]), [SimpleNamespace(image_digests=["ab"])]
     for name, stand_in in {"prepare": lambda *_: photos, "ray_connection": connection, "_Driver": lost}.items():
         monkeypatch.setattr(driver_module, name, stand_in)
+    monkeypatch.setattr(driver_module, "await_workers", lambda _, size, __: size)
     monkeypatch.setattr(driver_module, "check_cluster", lambda *_: None)
     monkeypatch.setattr(driver_module.ray, "is_initialized", lambda: True)
     store = open_store(tmp_path / "store")
-    listener: Any = None
+    listener: Any = SimpleNamespace(message=pytest.fail)
     told = r"^the run stopped: a machine or pod of the cluster was lost"
     with pytest.raises(LostWorkerError, match=told) as raised:
         driver_module.run_on_ray(job, store.url, Settings(), listener)
