@@ -39,13 +39,15 @@ def spec_file(tmp_path: Path) -> Path:
     return tmp_path / "spec.yaml"
 
 
-def write_spec(path: Path, name: str, *, steps: int = 20, workers: object = 1, checkpoint_every: int = 100) -> None:
+def write_spec(
+    path: Path, name: str, *, steps: int = 20, rows: int = 1, workers: object = 1, checkpoint_every: int = 100
+) -> None:
     one = {"token": "sks", "class_noun": "cup", "images": str(PHOTOS)}
     spec = {
         "name": name,
         "base": "pocket",
         "adapters": [{"id": name, "concepts": [one]}],
-        "training": {"steps": steps, "rank": 4, "rows_per_concept": 1},
+        "training": {"steps": steps, "rank": 4, "rows_per_concept": rows},
         "evaluation": {"prompts": ["{} on a table"], "images_per_prompt": 2},
         "cluster": {"workers": workers, "checkpoint_every": checkpoint_every},
     }
@@ -148,7 +150,7 @@ def test_why_nothing_moves(options: list[str], words: str, spec_file: Path, remo
 
 def test_the_standing_cluster_grows_and_shrinks(spec_file: Path, figures: Figures) -> None:
     """`submit` of a job of one worker to four: `cat-training` grows by a pod of two CPUs for it, and shrinks again"""
-    write_spec(spec_file, "grows", workers=[1, 4], steps=300)
+    write_spec(spec_file, "grows", workers=[1, 4], rows=4, steps=300)  # a worker for each row
     assert len(pods(STANDING_WORKERS)) == 1
     script = documented("**`cat-cluster submit`** goes through")[0].replace("jobs/specs/batch.yaml", str(spec_file))
     forward, rest = script.split("&\n", 1)

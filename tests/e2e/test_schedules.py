@@ -69,7 +69,7 @@ def emptied() -> Iterator[None]:
     for kind in ("cronjob", "raycronjob"):
         kubectl("delete", kind, "--all", "--ignore-not-found")
     for job in timed_jobs():
-        kubectl("delete", "rayjob", name_of(job), "--wait=false")
+        kubectl("delete", "rayjob", name_of(job), "--wait=false", "--ignore-not-found")  # or with its schedule
 
 
 def rendered(spec: Path, *options: str) -> str:
