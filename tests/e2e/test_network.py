@@ -173,8 +173,8 @@ def prometheus(tmp_path: Path) -> Iterator[list[str]]:
     for file in (binary, tmp_path / "prometheus.yaml", "k8s/monitoring/rules.yaml"):
         copied = command(*words, "cp", str(file), f"prometheus:/tmp/{Path(file).name}")
         assert copied.returncode == 0, copied.stderr
-    start = "cd /tmp && chmod +x prometheus && nohup ./prometheus --config.file=prometheus.yaml >log 2>&1 &"
-    begun = command(*words, "exec", "prometheus", "--", "sh", "-c", start)
+    start = "chmod +x prometheus && nohup ./prometheus --config.file=prometheus.yaml --storage.tsdb.path=data >log 2>&1"
+    begun = command(*words, "exec", "prometheus", "--", "sh", "-c", f"cd /tmp && {start} &")
     assert begun.returncode == 0, begun.stderr
     yield ["-n", "monitoring", "exec", "prometheus"]
     command(*words, "delete", "pod", "prometheus", "--now", "--wait=false")
