@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def spec_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             "name": name,
             "base": "pocket",
             "adapters": [{"id": name, "concepts": [one]}],
-            "training": {"steps": 20, "rank": 4, "rows_per_concept": 1},
+            "training": {"steps": 20, "rank": 4, "rows_per_concept": 1, "seed": int(time.time())},  # a new run
             "evaluation": {"enabled": False},
         }
         path = tmp_path_factory.mktemp(name) / "spec.yaml"
