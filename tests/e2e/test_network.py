@@ -20,10 +20,13 @@ from tests.support.kubernetes import (
     STRANGERS,
     Json,
     command,
+    documented,
     is_ready,
     name_of,
+    objects,
     pods,
     run_in,
+    shell,
     wait_until,
 )
 
@@ -195,3 +198,14 @@ def test_the_metrics_are_scraped_through_the_policy(prometheus: list[str], figur
     wait_until("what every node says", lambda: scraped() == dict.fromkeys(wanted, "1"), 90, 5)
     metrics = run_in(prometheus, QUERY, 'count(count by (__name__) ({job="cat-cluster", __name__=~"ray_cat_.*"}))')
     figures[""] = f"{len(wanted)} nodes, {metrics['result'][0]['value'][1]} metrics of the project"
+
+
+def test_the_operator_of_prometheus_takes_the_monitors() -> None:
+    """Step 8: monitors, rules and dashboards, on a server with the kinds of the Prometheus operator"""
+    kinds = ("podmonitors.monitoring.coreos.com", "prometheusrules.monitoring.coreos.com")
+    if command("kubectl", "get", "crd", *kinds).returncode != 0:
+        pytest.skip("the cluster has no kinds of the Prometheus operator")
+    with shell(documented("**8. Metrics.**")[0]) as done:
+        assert done.returncode == 0, done.stderr
+        assert "warning" not in (done.stdout + done.stderr).lower(), done.stderr
+    assert {name_of(one) for one in objects("podmonitors")} == {"cat-cluster-head", "cat-cluster-workers"}
