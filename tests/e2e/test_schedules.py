@@ -174,7 +174,7 @@ def queue() -> Iterator[None]:
     kubectl("delete", "-f", "-", stdin=text)
 
 
-@pytest.mark.usefixtures("emptied", "queue")
+@pytest.mark.usefixtures("queue", "emptied")  # jobs go before their queue
 def test_a_queue(spec_of: Callable[[str], Path], figures: Figures) -> None:
     """Kueue: of two jobs one runs, `k8s status` says of the other why it waits, and it runs when the first has gone"""
 
