@@ -17,6 +17,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from cat_cluster.errors import CatClusterError, SpecError
@@ -28,7 +29,7 @@ LATEST = "latest"
 _WAIT_S = 1.0  # between two tries where the service does not say how long
 _BUSY = (429, 503)
 _FINE = ("ok", "warning", "not measurable", "gone")
-_REFUSED = (400, 401, 403)  # what the service says to one it says to all
+_REFUSED = (400, 401, 403)  # for one adapter, and so for all
 _NOT_MEASURABLE = "model_not_measurable"
 _GONE = "model_not_found"
 
@@ -38,7 +39,7 @@ class ProbeError(CatClusterError):
 
 
 class RefusedError(CatClusterError):
-    """The service has refused a request. status, code: HTTP's and the service's own."""
+    """The service has refused a request, or not answered it in time. status, code: HTTP's and the service's own."""
 
     def __init__(self, message: str, status: int, code: str) -> None:
         super().__init__(message)
@@ -49,7 +50,10 @@ class Service:
     """A service at an address, asked politely: where it is busy the request is sent again when it says."""
 
     def __init__(self, url: str, key: str | None, *, limit_s: float = LIMIT_S) -> None:
-        """key: an admin key, None for a service without keys; limit_s: seconds that one request may take in all."""
+        """key: an admin key, None for a service without keys; limit_s: seconds that one request may take in all.
+
+        Raises SpecError for what is no address.
+        """
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
             raise SpecError(f"{url}: is no address of a service, such as http://127.0.0.1:8000")
@@ -60,7 +64,7 @@ class Service:
         self._opener = urllib.request.build_opener(_NoRedirects())
 
     def adapters(self) -> Iterator[Mapping[str, Any]]:
-        """Yield every adapter of the service, page by page."""
+        """Yield every adapter of the service, as GET /v1/adapters has them; raises RefusedError, ProbeError."""
         after = ""
         while True:
             query = urllib.parse.urlencode({"limit": PAGE, **({"after": after} if after else {})})
@@ -71,7 +75,7 @@ class Service:
             after = page["last_id"]
 
     def probe(self, reference: str) -> Mapping[str, Any]:
-        """Return the record of a canonical probe; RefusedError when there is none."""
+        """Return the record of a canonical probe; raises RefusedError when there is none, ProbeError."""
         answer = self._ask("POST", f"/v1/adapters/{urllib.parse.quote(reference, safe='@')}/probe")
         result: Mapping[str, Any] = answer["result"]
         return result
@@ -91,6 +95,9 @@ class Service:
                 refused = _refusal(error)
                 if error.code not in _BUSY or not _wait(error.headers.get("Retry-After"), until):
                     raise refused from None
+            except TimeoutError:  # of a connection that was made: others may be answered
+                words = f"the service did not answer within {self._limit_s:g} s (--limit)"
+                raise RefusedError(words, HTTPStatus.GATEWAY_TIMEOUT, "") from None
             except (OSError, http.client.HTTPException) as error:
                 if not self._has_answered or not _wait(None, until):
                     cause = error.reason if isinstance(error, urllib.error.URLError) else error

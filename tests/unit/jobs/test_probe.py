@@ -255,6 +255,22 @@ def test_a_service_that_has_answered_may_be_away_for_a_while(
     assert (code, lines) == (1, ["ok: cup", f"error: no service answers at {live.url}: refused", "1 ok"])
 
 
+def test_a_probe_that_is_not_answered_in_time_keeps_no_other_from_its_own(
+    live: Live, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_ = probe.urllib.request.OpenerDirector.open
+
+    def opened(self: Any, request: Any, *args: Any, **options: Any) -> Any:
+        if request.full_url.endswith("/mug/probe"):
+            raise TimeoutError("timed out")
+        return open_(self, request, *args, **options)
+
+    monkeypatch.setattr(probe.urllib.request.OpenerDirector, "open", opened)
+    code, lines = ended(capsys, live.url, "--limit", "5")
+    late = "not probed: mug: the service did not answer within 5 s (--limit)"
+    assert (code, lines[2:]) == (1, [late, "ok: pot", "1 not probed, 3 ok"])
+
+
 def test_it_loads_no_library_of_models() -> None:
     """Its pod has little memory."""
     code = (
