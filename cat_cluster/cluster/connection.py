@@ -140,9 +140,9 @@ def _one_attempt() -> Iterator[None]:
 
 
 def await_workers(job: JobSpec, size: ClusterSize, say: Callable[[str], None]) -> ClusterSize:
-    """Return the size of the cluster once the job fits in it; where it has lost a machine, another may be on its way.
+    """Return the size of the cluster, first waiting for another machine where one was lost and the job does not fit.
 
-    Waits REPLACED_SECONDS at most, and not at all where nothing was lost. say: is told what is waited for.
+    The wait ends when the job fits, after REPLACED_SECONDS at most. say: is told what is waited for.
     """
     least = least_workers(job)
     lost = sum(not node["Alive"] and node.get("DeathReason") != _IDLE for node in ray.nodes())
@@ -163,9 +163,10 @@ def check_cluster(job: JobSpec, storage: str, size: ClusterSize) -> None:
     """Raise SpecError if the cluster is too small for the spec, or has machines that cannot see a storage folder."""
     least = least_workers(job)
     if least > size.workers:
+        fewer = f"ask for at most {size.workers}, or " if size.workers else ""
         raise SpecError(
-            f"cluster.workers: {least} workers need as many {size.kind}, and this Ray cluster has {size.workers}: ask "
-            f"for at most {size.workers}, or let the cluster grow first"
+            f"cluster.workers: {least} workers need as many {size.kind}, and this Ray cluster has {size.workers}: "
+            f"{fewer}let the cluster grow first"
         )
     if storage.startswith("file:"):
         here = socket.gethostname()

@@ -8,9 +8,9 @@ import pytest
 import ray
 
 from cat_cluster.cluster import connection
-from cat_cluster.cluster.connection import ClusterSize, await_workers, cluster_address, ray_connection
+from cat_cluster.cluster.connection import ClusterSize, await_workers, check_cluster, cluster_address, ray_connection
 from cat_cluster.cluster.driver import run_on_ray
-from cat_cluster.errors import ClusterError
+from cat_cluster.errors import ClusterError, SpecError
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import JobSpec
 
@@ -147,3 +147,12 @@ def test_nothing_is_waited_for_where_nothing_was_lost_or_the_job_fits(
     small_cluster(monkeypatch, nodes)
     size = ClusterSize(cpus, 0.0)
     assert await_workers(job_of_two(), size, pytest.fail) == size
+
+
+@pytest.mark.parametrize(
+    ("cpus", "remedy"),
+    [(0.0, "has 0: let the cluster grow first"), (1.0, "has 1: ask for at most 1, or let the cluster grow first")],
+)
+def test_no_less_than_one_worker_is_proposed(cpus: float, remedy: str) -> None:
+    with pytest.raises(SpecError, match=f"{remedy}$"):
+        check_cluster(job_of_two(), "s3://bucket/prod", ClusterSize(cpus, 0.0))
