@@ -42,7 +42,6 @@ from cat_cluster.settings import load_settings
 if TYPE_CHECKING:
     from cat_cluster.cluster.kuberay.doctor import Finding
     from cat_cluster.cluster.kuberay.rendering.render import RenderOptions
-    from cat_cluster.spec.job import JobSpec
 
 # Training's modules take seconds to import: commands import what they need.
 
@@ -77,17 +76,21 @@ def render(
     head_memory: HeadMemory = None,
     schedule: Annotated[
         str | None,
-        typer.Option(metavar="CRON", help="Make a RayCronJob, which starts the job at these times: '0 3 * * *'."),
+        typer.Option(metavar="CRON", help="Times at which a RayCronJob starts the job, such as '0 3 * * *'."),
     ] = None,
     cron_job: Annotated[
         bool,
         typer.Option(
-            "--cron-job", help="With --schedule: a CronJob, for an operator whose feature gate RayCronJob is off."
+            "--cron-job",
+            help="With --schedule: a CronJob instead, for an operator whose feature gate RayCronJob is off.",
         ),
     ] = False,
     time_zone: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Time zone of --schedule. Default: that of the operator, or Kubernetes."),
+        typer.Option(
+            metavar="NAME",
+            help="Time zone of --schedule. Default: the operator's; with --cron-job that of Kubernetes' controllers.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="<path>", parser=output_file, help="File; default: stdout.")
@@ -96,8 +99,8 @@ def render(
     """Write a job spec as a RayJob of Kubernetes, ready for `kubectl apply -f`; it holds the spec.
 
     With --schedule as a RayCronJob: photos at an s3:// address are looked at anew each time, and what has changed is
-    trained. That kind wants the operator's feature gate RayCronJob, which is off by default; --cron-job does without: a
-    CronJob, whose pod calls `k8s submit`.
+    trained. It needs the operator's feature gate RayCronJob, which is off by default. --cron-job writes a CronJob
+    instead, whose pod calls `k8s submit`, and needs no gate.
     """
     from cat_cluster.cluster.kuberay.rendering.render import RenderOptions
     from cat_cluster.cluster.kuberay.rendering.sizes import Overrides
@@ -148,8 +151,9 @@ def _render_schedule(
     sizes = sizes_of(job, options)
     if cron_job:  # the job that its pod will make is rendered here, so that what is wrong with it is refused here
         given = Overrides(sizes.worker_cpu, sizes.worker_memory, sizes.head_memory)
-        ray_job = render_job(job, store.url, replace(options, sizes=given))
-        document = schedules.cron_job(ray_job, options, sizes, schedule, time_zone, suspend=suspend)
+        options = replace(options, sizes=given)
+        ray_job = render_job(job, store.url, options)
+        document = schedules.cron_job(ray_job, options, schedule, time_zone, suspend=suspend)
     else:
         ray_job = render_job(job, store.url, options)
         document = schedules.ray_cron_job(ray_job, schedule, time_zone, suspend=suspend)
@@ -157,7 +161,7 @@ def _render_schedule(
 
 
 def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: bool, out: Path | None) -> None:
-    from cat_cluster.cluster.kuberay.rendering.render import expectation_of, render_job, upload_job
+    from cat_cluster.cluster.kuberay.rendering.render import expectation_of, render_job, sizes_of, upload_job
     from cat_cluster.cluster.runs import Run
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
@@ -168,18 +172,12 @@ def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: 
     if upload:
         job, run_id = upload_job(job, store)
     ray_job = render_job(job, store.url, options, run_id=run_id, upload_to=store if upload else None)
-    _write(ray_job, out, _warnings(job, options))
+    _write(ray_job, out, sizes_of(job, options).warnings)
     if run_id is not None:
         run = Run(store, run_id)
         run.expect(expectation_of(ray_job, options, after=run.last_attempt()))
         follow = f"cat-cluster jobs status {run_id} --wait --storage {store.url}"
         people.print(f"follow it  {follow}", soft_wrap=True, markup=False)
-
-
-def _warnings(job: JobSpec, options: RenderOptions) -> Sequence[str]:
-    from cat_cluster.cluster.kuberay.rendering.render import sizes_of
-
-    return sizes_of(job, options).warnings
 
 
 def _write(document: dict[str, Any], out: Path | None, warnings: Sequence[str]) -> None:

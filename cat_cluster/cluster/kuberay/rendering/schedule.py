@@ -1,7 +1,7 @@
 """Jobs on a schedule: a RayCronJob, or a CronJob for clusters whose operator does not look at these.
 
-The one makes the RayJob that was rendered each time. The pods of the other call `cat-cluster k8s submit`, so its RayJob
-has all that one has which a person submits: labels, by which Kueue finds it, and a run.
+A RayCronJob makes the RayJob that was rendered. The pod of a CronJob calls `cat-cluster k8s submit` instead, so its
+RayJob is as one that a person submits: it has a run, and labels by which Kueue finds it.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from cat_cluster.cluster.kuberay.checks.rules import MAX_NAME_LENGTH
 from cat_cluster.cluster.kuberay.checks.schedules import schedule_problem
 from cat_cluster.cluster.kuberay.rendering.pods import SPEC_ANNOTATION, SPEC_FILE, part_of_project, schedule_template
 from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, is_large, spec_text
-from cat_cluster.cluster.kuberay.rendering.sizes import JobSizes
 from cat_cluster.errors import SpecError
 from cat_cluster.spec.job import JobSpec
 
-LATE_SECONDS = 3600  # that a submission may begin late; also that it may take, since photos are fetched
+LATE_SECONDS = 3600  # by which a submission may be late, and which it may take: it reads the photos
 RETRIES = 2  # of a submission: an API server or a bucket may be away for a minute
 SUCCEEDED, FAILED = 1, 3  # submissions that are kept, with their logs
 
 
 def refuse_large_spec(job: JobSpec, storage: str) -> None:
-    """Raise SpecError for a spec that no object of Kubernetes holds: a schedule has it nowhere else."""
+    """Raise SpecError for a spec too large for an object of Kubernetes: a schedule keeps it nowhere else."""
     text = spec_text(job, storage)
     if is_large(text):
         raise SpecError(
@@ -56,7 +55,6 @@ def ray_cron_job(
 def cron_job(
     ray_job: dict[str, Any],
     options: RenderOptions,
-    sizes: JobSizes,
     schedule: str,
     time_zone: str | None,
     *,
@@ -64,9 +62,8 @@ def cron_job(
 ) -> dict[str, Any]:
     """Return a CronJob that submits the spec of a rendered RayJob at each time of a schedule, inside the cluster.
 
-    options, sizes: with which the RayJob was rendered; it is made by the same ones, for a base that is on this machine
-    is not in the pod. The rest is as for `ray_cron_job`, but the time zone is by default that of Kubernetes'
-    controllers. Raises SpecError.
+    options: with which the RayJob was rendered, all sizes given: the pod may lack the base that tells them. The rest is
+    as for `ray_cron_job`, but the time zone is by default that of Kubernetes' controllers. Raises SpecError.
     """
     times = _times(schedule, time_zone, suspend)
     head = ray_job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
@@ -88,7 +85,7 @@ def cron_job(
                     "backoffLimit": RETRIES,
                     "activeDeadlineSeconds": LATE_SECONDS,
                     "template": schedule_template(
-                        image, head["metadata"]["annotations"][SPEC_ANNOTATION], _command(options, sizes, image)
+                        image, head["metadata"]["annotations"][SPEC_ANNOTATION], _command(options, image)
                     ),
                 },
             },
@@ -109,7 +106,7 @@ def _times(schedule: str, time_zone: str | None, suspend: bool) -> dict[str, Any
     }
 
 
-def _command(options: RenderOptions, sizes: JobSizes, image: str) -> list[str]:
+def _command(options: RenderOptions, image: str) -> list[str]:
     given = {
         "--name": options.name,
         "--namespace": options.namespace,
@@ -118,9 +115,9 @@ def _command(options: RenderOptions, sizes: JobSizes, image: str) -> list[str]:
         "--hours": str(options.hours),
         "--queue": options.queue,
         "--priority": options.priority,
-        "--worker-cpu": sizes.worker_cpu,
-        "--worker-memory": sizes.worker_memory,
-        "--head-memory": sizes.head_memory,
+        "--worker-cpu": options.sizes.worker_cpu,
+        "--worker-memory": options.sizes.worker_memory,
+        "--head-memory": options.sizes.head_memory,
     }
     words = [word for option, value in given.items() if value is not None for word in (option, value)]
     return ["cat-cluster", "k8s", "submit", SPEC_FILE, "--no-wait", *(["--gpu"] if options.gpu else []), *words]
