@@ -84,9 +84,9 @@ class HandleClient:
             await asyncio.sleep(self._retry_s * attempt)
 
     async def admin(self, action: AdminAction, reference: str) -> dict[str, Any]:
-        """Act on an adapter in every engine, and return the first one's result; raises CatClusterError.
+        """Act on an adapter in every engine; raises CatClusterError.
 
-        Of a probe's records the worst: each engine has a copy of its own.
+        Returns the first one's result; of probes the worst record, as each engine has a copy of its own.
         """
         results = await self._all("admin", action, reference)
         for result in results:

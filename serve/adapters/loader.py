@@ -95,7 +95,7 @@ class Loader:
                 raise AdapterNotFoundError(
                     f"{manifest.name} was deleted: GET /v1/models lists those there are"
                 ) from None
-        return self._read(manifest)  # it is there: perhaps deleted and published again meanwhile
+        return self._read(manifest)  # its manifest is there: it may have been published again meanwhile
 
     def keep(self, manifest: Manifest, loaded: Loaded) -> int:
         """Write the file of an adapter from the store to disk; return how many files were evicted for it."""

@@ -73,9 +73,8 @@ def _kubernetes(version: str) -> Finding:
     found = re.match(r"v?(\d+)\.(\d+)", version)
     if found and (int(found[1]), int(found[2])) < OLDEST_KUBERNETES:
         wanted = ".".join(map(str, OLDEST_KUBERNETES))
-        return Finding(
-            "Kubernetes", "problem", f"{version} is older than {wanted}, for which the manifests are written"
-        )
+        text = f"{version} is older than {wanted}, for which the manifests are written: upgrade it"
+        return Finding("Kubernetes", "problem", text)
     return Finding("Kubernetes", "ok", version)
 
 

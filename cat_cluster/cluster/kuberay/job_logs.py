@@ -46,10 +46,10 @@ def pods_of_part(api: Api, job: Json, part: JobLog) -> list[JobPod]:
 
 
 def read_logs(api: Api, pods: Sequence[JobPod], *, follow: bool, say: Callable[[str], None]) -> Iterator[str]:
-    """Yield the log of a pod in pieces; of several pods line by line, each with its pod as of `kubectl logs --prefix`.
+    """Yield the log of a pod in pieces; of several pods lines, which begin as `kubectl logs --prefix` has them.
 
-    follow: until they end, all pods at once. Of several pods one whose log cannot be read is said, and the others go
-    on; KubernetesError is raised in the end.
+    follow: until they end, all pods at once. Where one of several logs cannot be read, `say` is told why and the others
+    go on; KubernetesError is raised in the end.
     """
     if len(pods) == 1:
         yield from api.log(pods[0].name, pods[0].container, follow=follow)
@@ -69,7 +69,7 @@ def read_logs(api: Api, pods: Sequence[JobPod], *, follow: bool, say: Callable[[
 
 
 def _lines(api: Api, pod: JobPod, *, follow: bool) -> Iterator[str | KubernetesError]:
-    """Yield the lines of a log, and last why it cannot be read, where that is so."""
+    """Yield the lines of a log, and why it cannot be read further, where that is so."""
     before, rest = f"[pod/{pod.name}/{pod.container}] ", ""
     try:
         for piece in api.log(pod.name, pod.container, follow=follow):

@@ -62,8 +62,8 @@ def submit_to_kubernetes(
 ) -> KubernetesSubmission:
     """Make the RayJob of a spec unless its run is done or has one that is at work; photos are stored first.
 
-    A suspended one is started; one that has ended without a failure is made again, and goes on from the store. One of
-    this name that has another run, since photos at an s3:// address have changed, is made again unless it is at work.
+    A suspended one is started; one that has ended without a failure is made again, and goes on from the store. So is
+    one of this name that has another run, as where photos at an s3:// address have changed, unless it is at work.
     force: also where the run is done or at work, or has failed. Raises SpecError, ConceptError, BaseModelError,
     StoreError, KubernetesError, and RunError for a run that failed or that something else works on.
     """
@@ -131,7 +131,7 @@ def delete_job(api: Api, name: str) -> None:
 
 
 def _job_of_run(api: Api, run: Run, job: Json | None, options: RenderOptions) -> KubernetesSubmission | None:
-    """Return the submission that the RayJob of this name makes unnecessary: a new one. None: one is to be made.
+    """Return the submission of a run whose RayJob is there; None where one is to be made. job: the one of its name.
 
     Raises RunError for a job that failed, and for one that is at work on another run.
     """
@@ -142,9 +142,9 @@ def _job_of_run(api: Api, run: Run, job: Json | None, options: RenderOptions) ->
         if has_ended(job) or is_held(job):
             return None
         raise RunError(
-            f"RayJob {name} is at work on {other}, the same job with other photos or another spec: submit again when "
-            f"it has ended, or stop it, `cat-cluster k8s stop {name} --namespace {api.namespace}`; --force puts "
-            f"{run.run_id} in its place"
+            f"RayJob {name} is at work on {other}, which has other photos or another spec: submit again when it has "
+            f"ended, or stop it, `cat-cluster k8s stop {name} --namespace {api.namespace}`; --force puts {run.run_id} "
+            "in its place"
         )
     if not has_ended(job):
         if is_held(job) and not options.suspend:

@@ -1,6 +1,6 @@
 """What KubeRay's operator refuses of a cluster, alone or inside a RayJob or RayService, and its CRDs let pass.
 
-As `rules`, of the operator's validation.go (v1.7.0).
+Written from the operator's validation.go (v1.7.0), as `rules` is.
 """
 
 from __future__ import annotations

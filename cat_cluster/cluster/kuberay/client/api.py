@@ -65,7 +65,7 @@ class Api:
         return str(self._client.configuration.host)
 
     def now(self) -> datetime:
-        """Return the time by the clock of the server, which writes the times of objects, as far as it has replied."""
+        """Return the time by the server's clock, as the times of objects are; by this machine's until it replies."""
         return datetime.now(UTC) + self._ahead
 
     def get(self, api_version: str, kind: str, name: str, *, namespace: str | None = None) -> Json | None:

@@ -124,7 +124,7 @@ def test_a_namespace_that_is_not_there_ends_it(api: Api, server: ApiServer) -> N
 def test_an_old_server(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "version", lambda: "v1.29.1-gke.5")
     assert [one.text for one in problems(api)] == [
-        "v1.29.1-gke.5 is older than 1.33, for which the manifests are written"
+        "v1.29.1-gke.5 is older than 1.33, for which the manifests are written: upgrade it"
     ]
 
 
