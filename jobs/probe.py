@@ -11,6 +11,7 @@ import argparse
 import http.client
 import json
 import os
+import signal
 import sys
 import time
 import urllib.error
@@ -25,7 +26,9 @@ from cat_cluster.errors import CatClusterError, SpecError
 ADMIN_KEYS = "CAT_ADMIN_KEYS"  # as the service reads it: the first of them is used
 LIMIT_S = 300.0  # for one adapter, waiting for its turn included
 PAGE = 100
+MAX_BYTES = 32 << 20  # of an answer; a page of adapters has far less
 LATEST = "latest"
+_LONGEST_S = 86400.0
 _WAIT_S = 1.0  # between two tries where the service does not say how long
 _BUSY = (429, 503)
 _FINE = ("ok", "warning", "not measurable", "gone")
@@ -54,9 +57,9 @@ class Service:
 
         Raises SpecError for what is no address.
         """
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise SpecError(f"{url}: is no address of a service, such as http://127.0.0.1:8000")
+        if not _is_address(url):
+            shown = url.rpartition("@")[2]  # what is before may be a password
+            raise SpecError(f"{shown}: is no address of a service, such as http://127.0.0.1:8000")
         self.url = url.rstrip("/")
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._limit_s = limit_s
@@ -69,16 +72,25 @@ class Service:
         while True:
             query = urllib.parse.urlencode({"limit": PAGE, **({"after": after} if after else {})})
             page = self._ask("GET", f"/v1/adapters?{query}")
-            yield from page["data"]
-            if not page["has_more"]:
-                return
-            after = page["last_id"]
+            match page:
+                case {"data": list(entries), "has_more": False} if all(map(_is_entry, entries)):
+                    yield from entries
+                    return
+                case {"data": list(entries), "has_more": True, "last_id": str(last)} if (
+                    all(map(_is_entry, entries)) and last > after  # else the pages would never end
+                ):
+                    yield from entries
+                    after = last
+                case _:
+                    raise self._foreign(json.dumps(page).encode())
 
     def probe(self, reference: str) -> Mapping[str, Any]:
         """Return the record of a canonical probe; raises RefusedError when there is none, ProbeError."""
         answer = self._ask("POST", f"/v1/adapters/{urllib.parse.quote(reference, safe='@')}/probe")
-        result: Mapping[str, Any] = answer["result"]
-        return result
+        match answer:
+            case {"result": {"verdict": str()} as result}:
+                return dict(result)
+        raise self._foreign(json.dumps(answer).encode())
 
     def _ask(self, method: str, path: str) -> Mapping[str, Any]:
         """Return the answer to a request. A service that has answered before may be away for a while, too."""
@@ -87,9 +99,8 @@ class Service:
             request = urllib.request.Request(self.url + path, method=method, headers=self._headers)
             try:
                 with self._opener.open(request, timeout=max(_WAIT_S, until - time.monotonic())) as response:
-                    data = response.read()
-                self._has_answered = True
-                return self._content(data)
+                    self._has_answered = True
+                    return self._content(_read(response, until))
             except urllib.error.HTTPError as error:
                 self._has_answered = True
                 refused = _refusal(error)
@@ -98,7 +109,7 @@ class Service:
             except TimeoutError:  # of a connection that was made: others may be answered
                 words = f"the service did not answer within {self._limit_s:g} s (--limit)"
                 raise RefusedError(words, HTTPStatus.GATEWAY_TIMEOUT, "") from None
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: of a host's name
                 if not self._has_answered or not _wait(None, until):
                     cause = error.reason if isinstance(error, urllib.error.URLError) else error
                     raise ProbeError(f"no service answers at {self.url}: {cause}") from None
@@ -106,11 +117,14 @@ class Service:
     def _content(self, data: bytes) -> Mapping[str, Any]:
         try:
             content = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
-        if not isinstance(content, dict) or not content.keys() & {"data", "result"}:
-            raise ProbeError(f"what answers at {self.url} is no service of cat-cluster: {data[:100]!r}")
+        if not isinstance(content, dict):
+            raise self._foreign(data)
         return content
+
+    def _foreign(self, data: bytes) -> ProbeError:
+        return ProbeError(f"what answers at {self.url} is no service of cat-cluster: {data[:100]!r}")
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -126,8 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     counts: dict[str, int] = {}
     failed = False
     try:
-        key = os.environ.get(ADMIN_KEYS, "").partition(",")[0].strip() or None
-        service = Service(options.url, key, limit_s=options.limit)
+        service = Service(options.url, _key(os.environ.get(ADMIN_KEYS, "")), limit_s=options.limit)
         for adapter in service.adapters():
             for reference in references(adapter):
                 word, reason = outcome(service, reference)
@@ -172,18 +185,58 @@ def outcome(service: Service, reference: str) -> tuple[str, str | None]:
 
 
 def say(text: str) -> None:
-    """Write one line at once: the log is read while it grows."""
-    sys.stdout.write(f"{text}\n")
+    """Write one line at once: the log is read while it grows. What a service sends is no line of its own."""
+    sys.stdout.write("".join(one if one.isprintable() else " " for one in text) + "\n")
     sys.stdout.flush()
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        has_place = bool(parts.hostname) and parts.port != 0 and parts.username is None
+    except ValueError:
+        return False
+    is_plain = url.isascii() and url.isprintable() and " " not in url
+    return is_plain and has_place and parts.scheme in ("http", "https") and not parts.query and not parts.fragment
+
+
+def _key(text: str) -> str | None:
+    """Return the first of the keys in a text, None for none; SpecError for one that no header can hold."""
+    key = next(filter(None, map(str.strip, text.split(","))), None)
+    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        raise SpecError(f"{ADMIN_KEYS}: a key is printable ASCII without spaces, for it travels in a header")
+    return key
+
+
+def _is_entry(found: Any) -> bool:
+    match found:
+        case {"id": name, "aliases": dict(aliases), "damaged_aliases": list(damaged)}:
+            names = (name, *aliases, *aliases.values(), *damaged)
+            return all(isinstance(name, str) and name.isprintable() for name in names)
+    return False
+
+
+def _read(response: http.client.HTTPResponse, until: float) -> bytes:
+    """Return the body of an answer; TimeoutError for one that drips in for longer, HTTPException for half of one."""
+    data = bytearray()
+    while piece := response.read1(1 << 16):
+        data += piece
+        if time.monotonic() > until:
+            raise TimeoutError
+        if len(data) > MAX_BYTES:
+            break  # it is no JSON then
+    if response.length:
+        raise http.client.IncompleteRead(bytes(data), response.length)
+    return bytes(data)
 
 
 def _refusal(error: urllib.error.HTTPError) -> RefusedError:
     """Return the error of an answer that is none of success: the service's own words where they are."""
     message, code = f"{error.url} answers with HTTP status {error.code}", ""
     try:
-        found = json.loads(error.read())["error"]
+        found = json.loads(error.read(MAX_BYTES))["error"]
         message, code = " ".join(str(found["message"]).split()), str(found["code"])
-    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):  # of a proxy
+    except (ValueError, RecursionError, KeyError, TypeError, OSError, http.client.HTTPException):  # of a proxy
         if location := error.headers.get("Location"):
             message += f", which leads to {location}: give that address"
     if error.code in (401, 403):
@@ -202,7 +255,7 @@ def _wait(retry_after: str | None, until: float) -> bool:
 
 def _seconds(text: str) -> float:
     seconds = float(text)
-    if not 0 < seconds < float("inf"):
+    if not 0 < seconds <= _LONGEST_S:
         raise ValueError
     return seconds
 
@@ -224,4 +277,5 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as PID 1 of a pod it would be ignored
     sys.exit(main())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import http.client
 import http.server
+import json
+import socket
 import subprocess
 import sys
 import threading
@@ -142,7 +145,7 @@ def test_a_busy_service_is_asked_again_when_it_says(
     assert lines[2:] == ["not probed: mug: the service is full", "ok: pot", "1 not probed, 3 ok"]
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "soon"])
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e10", "soon"])
 def test_a_limit_is_a_time(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         probe.main(["http://127.0.0.1:1", "--limit", text])
@@ -156,6 +159,9 @@ def test_a_limit_is_a_time(text: str, capsys: pytest.CaptureFixture[str]) -> Non
         ("wrong", "send one of this service's API keys .* (CAT_ADMIN_KEYS of this environment is used)"),
         ("user", "acting on adapters needs a key of CAT_ADMIN_KEYS"),
         (" admin , other", None),
+        (" ,admin", None),  # as the service reads them
+        ("ad\nmin", "CAT_ADMIN_KEYS: a key is printable ASCII without spaces .* header"),
+        ("adm\u20acn", "CAT_ADMIN_KEYS: a key is printable ASCII without spaces .* header"),
     ],
 )
 def test_the_key_is_an_admins_and_a_wrong_one_ends_it_at_once(
@@ -193,6 +199,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
     """Something else that listens; `asked`: path and key of each request."""
 
     asked: list[tuple[str, str | None]]
+    page: bytes = b"<html>"  # the answer to a GET
+    probed: bytes = b""  # and to a POST
 
     def do_GET(self) -> None:
         self.asked.append((self.path, self.headers.get("Authorization")))
@@ -200,7 +208,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.send_response(302 if is_moved else 200)
         self.send_header("Location", "/other")
         self.end_headers()
-        self.wfile.write(b"<html>")
+        self.wfile.write(self.page if self.command == "GET" else self.probed)
+
+    do_POST = do_GET
 
     def log_message(self, *_: Any) -> None:
         """Nothing."""
@@ -208,7 +218,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def elsewhere() -> Iterator[str]:
-    Answers.asked = []
+    Answers.asked, Answers.page, Answers.probed = [], b"<html>", b""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -236,6 +246,133 @@ def test_what_is_no_service_is_told(elsewhere: str, capsys: pytest.CaptureFixtur
     assert lines[0].startswith("error: no service answers at http://127.0.0.1:1: ")
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        " http://127.0.0.1:1",
+        "http://[::1",
+        "http://127.0.0.1:x",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:1/\u00fc",
+        "http://127.0.0.1:1\n",
+        "http://ada:secret@127.0.0.1:1",
+        "ftp://127.0.0.1",
+        "http://127.0.0.1/?x",
+    ],
+)
+def test_what_is_no_address_is_refused_in_a_line(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = ended(capsys, url)
+    assert (code, lines[1:]) == (1, ["nothing was probed"])
+    assert "is no address of a service" in lines[0]
+    assert "secret" not in lines[0]
+
+
+@pytest.mark.parametrize("host", ["..", "a" * 70])
+def test_a_host_whose_name_cannot_be_is_told(host: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(capsys, f"http://{host}")[1][0].startswith(f"error: no service answers at http://{host}: ")
+
+
+ENTRY = {"id": "cup", "aliases": {"latest": "r-1"}, "damaged_aliases": []}
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        {"result": 1},
+        {"data": 3, "has_more": False},
+        {"data": [ENTRY]},
+        {"data": [ENTRY], "has_more": True, "last_id": None},
+        {"data": ["cup"], "has_more": False},
+        {"data": [{"id": "cup"}], "has_more": False},
+        {"data": [{**ENTRY, "id": 3}], "has_more": False},
+        {"data": [{**ENTRY, "id": "\ud800"}], "has_more": False},
+        {"data": [{**ENTRY, "aliases": ["latest"]}], "has_more": False},
+        {"data": [{**ENTRY, "aliases": {"latest": []}}], "has_more": False},
+    ],
+)
+def test_a_list_of_another_shape_is_told(page: Any, elsewhere: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Answers.page = json.dumps(page).encode()
+    code, lines = ended(capsys, elsewhere)
+    assert (code, lines[-1]) == (1, "nothing was probed")
+    assert "is no service of cat-cluster" in lines[0]
+
+
+def test_nested_beyond_all_reason_is_no_json(elsewhere: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Answers.page = b'{"data":' + b"[" * 100_000
+    assert "is no service of cat-cluster" in ended(capsys, elsewhere)[1][0]
+
+
+def test_pages_that_never_end_are_ended(elsewhere: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Answers.page = json.dumps({"data": [], "has_more": True, "last_id": "cup"}).encode()
+    code, lines = ended(capsys, elsewhere)
+    assert (code, len(Answers.asked)) == (1, 2)
+    assert "is no service of cat-cluster" in lines[0]
+
+
+@pytest.mark.parametrize("answer", [{"data": 1}, {"result": "x"}, {"result": {}}, {"result": {"verdict": []}}])
+def test_a_record_of_another_shape_is_told(answer: Any, elsewhere: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Answers.page = json.dumps({"data": [ENTRY], "has_more": False}).encode()
+    Answers.probed = json.dumps(answer).encode()
+    assert "is no service of cat-cluster" in ended(capsys, elsewhere)[1][0]
+
+
+def test_a_reason_stays_in_its_line(live: Live, engine: ProbedEngine, capsys: pytest.CaptureFixture[str]) -> None:
+    engine.found["mug"] = {"verdict": "alarm", "reason": "a\nok: pot\x1b[0m"}
+    assert ended(capsys, live.url)[1][2] == "alarm: mug: a ok: pot [0m"
+
+
+def test_one_that_gives_no_answer_in_time_does_not_end_the_others(
+    live: Live, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_ = probe.urllib.request.OpenerDirector.open
+
+    def opened(self: Any, request: Any, *args: Any, **options: Any) -> Any:
+        if "/mug/" in request.full_url:
+            raise TimeoutError("timed out")
+        return open_(self, request, *args, **options)
+
+    monkeypatch.setattr(probe.urllib.request.OpenerDirector, "open", opened)
+    code, lines = ended(capsys, live.url)
+    assert (code, lines[3:]) == (1, ["ok: pot", "1 not probed, 3 ok"])
+    assert lines[2] == "not probed: mug: the service did not answer within 300 s (--limit)"
+
+
+class Body:
+    """The body of an answer that comes in pieces."""
+
+    def __init__(self, *pieces: bytes, length: int | None = None) -> None:
+        self._pieces, self.length = [*pieces], length
+
+    def read1(self, _: int) -> bytes:
+        return self._pieces.pop(0) if self._pieces else b""
+
+
+def test_an_answer_is_bounded_in_time_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: Any = probe._read
+    later = probe.time.monotonic() + 60
+    assert read(Body(b"{", b"}"), later) == b"{}"
+    with pytest.raises(TimeoutError):
+        read(Body(b"{", b"}"), 0.0)
+    with pytest.raises(http.client.IncompleteRead):
+        read(Body(b"{", length=1), later)
+    monkeypatch.setattr(probe, "MAX_BYTES", 2)
+    assert read(Body(b"{{{", b"}}}"), later) == b"{{{"
+
+
+def test_sigterm_ends_it_as_ctrl_c_does() -> None:
+    """As PID 1 of a pod Python would not hear of it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        command = [sys.executable, "-m", "jobs.probe", f"http://127.0.0.1:{silent.getsockname()[1]}"]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as probing:
+            silent.settimeout(60)
+            connection, _ = silent.accept()
+            with connection:
+                probing.terminate()
+                assert probing.communicate(timeout=60)[0].splitlines() == ["interrupted", "nothing was probed"]
+    assert probing.returncode == 1
+
+
 def test_a_service_that_has_answered_may_be_away_for_a_while(
     live: Live, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, waits: list[float]
 ) -> None:
@@ -253,22 +390,6 @@ def test_a_service_that_has_answered_may_be_away_for_a_while(
     away += [0, 0, *[1] * 9]
     code, lines = ended(capsys, live.url, "--limit", "0.5")
     assert (code, lines) == (1, ["ok: cup", f"error: no service answers at {live.url}: refused", "1 ok"])
-
-
-def test_a_probe_that_is_not_answered_in_time_keeps_no_other_from_its_own(
-    live: Live, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    open_ = probe.urllib.request.OpenerDirector.open
-
-    def opened(self: Any, request: Any, *args: Any, **options: Any) -> Any:
-        if request.full_url.endswith("/mug/probe"):
-            raise TimeoutError("timed out")
-        return open_(self, request, *args, **options)
-
-    monkeypatch.setattr(probe.urllib.request.OpenerDirector, "open", opened)
-    code, lines = ended(capsys, live.url, "--limit", "5")
-    late = "not probed: mug: the service did not answer within 5 s (--limit)"
-    assert (code, lines[2:]) == (1, [late, "ok: pot", "1 not probed, 3 ok"])
 
 
 def test_it_loads_no_library_of_models() -> None:
