@@ -16,6 +16,7 @@ from cat_cluster.spec.choices import JobLog
 
 Item = TypeVar("Item")
 
+_LONGEST_LINE = 1 << 16  # characters that are kept of a line which does not end: bars are drawn anew in one line
 _WAITING_LINES = 1000  # of all logs together, that are kept for a reader who is slower
 _CONTAINERS: dict[JobLog, str] = {"driver": "ray-job-submitter", "head": "ray-head", "workers": "ray-worker"}
 
@@ -76,6 +77,9 @@ def _lines(api: Api, pod: JobPod, *, follow: bool) -> Iterator[str | KubernetesE
             *lines, rest = f"{rest}{piece}".split("\n")
             for line in lines:
                 yield f"{before}{line}\n"
+            if len(rest) > _LONGEST_LINE:
+                yield f"{before}{rest}\n"
+                rest = ""
     except KubernetesError as error:
         yield error
     if rest:

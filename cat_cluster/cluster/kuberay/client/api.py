@@ -302,7 +302,7 @@ class Api:
         return reply
 
     def _read_clock(self, reply: Any) -> None:
-        with suppress(TypeError, ValueError):  # no date, or one that a proxy has spoilt
+        with suppress(TypeError, ValueError, OverflowError):  # no date, or one that a proxy has spoilt
             ahead = parsedate_to_datetime(reply.getheader("Date")) - datetime.now(UTC)
             # The date is in whole seconds, and a reply is under way for a while.
             self._ahead = ahead if abs(ahead) > CLOCKS_AGREE else timedelta()

@@ -34,13 +34,20 @@ def given_gates(operator: Json) -> str:
     They are flags of its command alone: neither its configuration file nor its environment has them (main.go, v1.7.0).
     """
     container = operator_container(operator)
-    words = [*container.get("command", ()), *container.get("args", ())]
+    arguments = (*container.get("command", ()), *container.get("args", ()))
+    words = [word for argument in arguments for word in _words(argument)]
     given = ""  # as Go reads flags: `--x=y` and `--x y` are one, and the last counts
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         flag, equals, value = word.partition("=")
         if flag in _GATES:
             given = value if equals else following
     return given
+
+
+def _words(argument: str) -> list[str]:
+    """Return the words of an argument: one, unless it is a line for a shell, such as `exec /manager --qps=1`."""
+    is_line = not argument.startswith("-") and any(f" {flag}" in argument for flag in _GATES)
+    return [word.strip("\"'") for word in argument.split()] if is_line else [argument]
 
 
 def _is_operator(deployment: Json) -> bool:

@@ -88,6 +88,17 @@ def test_logs_are_followed_at_once(api: Api, monkeypatch: pytest.MonkeyPatch) ->
     assert list(lines) == ["[pod/w0/ray-worker] hello\n"]
 
 
+def test_a_line_that_does_not_end_is_shown_in_parts(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bar that is drawn again and again is one line: it is neither kept whole nor held back to its end."""
+
+    def log(pod: str, container: str, *, follow: bool) -> Iterator[str]:
+        for _ in range(3 if pod == "w0" else 0):
+            yield "x" * 40_000
+
+    monkeypatch.setattr(api, "log", log)
+    assert [len(line) for line in read_logs(api, PODS, follow=False, say=print)] == [80_021, 40_021]
+
+
 @pytest.mark.parametrize("follow", [False, True])
 def test_a_log_that_cannot_be_read_is_said_and_the_others_go_on(
     follow: bool, api: Api, monkeypatch: pytest.MonkeyPatch

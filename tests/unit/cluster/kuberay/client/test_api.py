@@ -161,6 +161,8 @@ def test_what_is_no_namespace(namespace: str) -> None:
         (timedelta(minutes=-10), None),
         (timedelta(0), ""),
         (timedelta(0), "yesterday"),
+        (timedelta(0), "Sun, 29 Nov 2026 16:00:00 +99999999999999"),
+        (timedelta(0), "Sun, 29 Nov 99999999999999999999 16:00:00 GMT"),
     ],
 )
 def test_the_time_is_that_of_the_server(ahead: timedelta, date: str | None, api: Api, server: ApiServer) -> None:

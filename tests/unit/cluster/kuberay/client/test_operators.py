@@ -60,6 +60,9 @@ def test_the_operator_is_not_what_was_put_beside_it() -> None:
         (["--feature-gates"], ""),
         (["--config", "/etc/kuberay/config.yaml"], ""),
         (["--feature-gates-file=x"], ""),
+        (["-c", "exec /manager --feature-gates=A=true,B=true --qps=1"], "A=true,B=true"),
+        (["-c", "/manager --feature-gates 'A=true' --qps=1"], "A=true"),
+        (["--feature-gates=A=true, B=true"], "A=true, B=true"),
     ],
 )
 def test_gates_are_read_as_go_reads_flags(args: list[str], gates: str) -> None:
