@@ -57,11 +57,11 @@ def restricted_findings(document: Json) -> Iterator[Finding]:
     for path, pod in pods_of(document):
         yield from _forbidden((*path, "spec"), pod)
         for index, volume in enumerate(pod.get("volumes", ())):
-            for kind in volume.keys() - {"name", *_VOLUMES}:
+            for kind in (volume or {}).keys() - {"name", *_VOLUMES}:  # null is an empty one, as for Go
                 yield (*path, "spec", "volumes", index, kind), f"must be one of {', '.join(_VOLUMES)}"
         for group in ("initContainers", "containers"):
             for index, container in enumerate(pod.get(group, ())):
-                yield from _missing((*path, "spec", group, index), container, pod)
+                yield from _missing((*path, "spec", group, index), container or {}, pod)
     path = CLUSTERS.get(document["kind"], ())
     cluster = at(document, path) if path else None
     if cluster and cluster.get("enableInTreeAutoscaling"):

@@ -19,6 +19,7 @@ from cat_cluster.spec.job import JobSpec
 LATE_SECONDS = 3600  # by which a submission may be late, and which it may take: it reads the photos
 RETRIES = 2  # of a submission: an API server or a bucket may be away for a minute
 SUCCEEDED, FAILED = 1, 3  # submissions that are kept, with their logs
+_OF_THIS_MACHINE = "localtime"  # a link beside the zones, on some machines; the cluster has none, or another
 
 
 def refuse_large_spec(job: JobSpec, storage: str) -> None:
@@ -97,7 +98,7 @@ def _times(schedule: str, time_zone: str | None, suspend: bool) -> dict[str, Any
     """Return the fields that RayCronJob and CronJob share; both are read by the same library."""
     if problem := schedule_problem(schedule):
         raise SpecError(f"--schedule {schedule!r}: {problem}")
-    if time_zone is not None and time_zone not in zoneinfo.available_timezones():
+    if time_zone is not None and time_zone not in zoneinfo.available_timezones() - {_OF_THIS_MACHINE}:
         raise SpecError(f"--time-zone {time_zone}: is no name of the time zone database, such as Europe/Berlin")
     return {
         "schedule": schedule,

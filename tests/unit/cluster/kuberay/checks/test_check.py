@@ -386,6 +386,13 @@ def container(spec: dict[str, Any]) -> dict[str, Any]:
     return spec["containers"][0]["securityContext"]  # type: ignore[no-any-return]
 
 
+def test_an_item_that_is_null_is_an_empty_one() -> None:
+    """As an API server reads it: the schemas of Kubernetes' own kinds let it pass."""
+    content = {**POD, "spec": {**POD["spec"], "volumes": [None], "containers": [None]}}  # type: ignore[dict-item]
+    fields = [finding.field for finding in check_manifests([Document("a.yaml", 1, content)], load_schemas())]
+    assert fields[0] == "spec.containers[0].securityContext.allowPrivilegeEscalation"
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [

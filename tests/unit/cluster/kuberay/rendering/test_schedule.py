@@ -75,6 +75,7 @@ def test_times_of_a_cron_job(spec: Path) -> None:
     assert "kueue" not in json.dumps(document["metadata"])  # its pod is not for the queue, but the job that it makes
     for options, words in (
         (["--time-zone", "Mars"], "--time-zone Mars"),
+        (["--time-zone", "localtime"], "--time-zone localtime"),
         (["--schedule", "0 3 * *"], "must have 5 fields"),
     ):
         with pytest.raises(SpecError, match=words):
