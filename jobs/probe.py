@@ -29,6 +29,7 @@ PAGE = 100
 MAX_BYTES = 32 << 20  # of an answer; a page of adapters has far less
 LATEST = "latest"
 _LONGEST_S = 86400.0
+FIRST_S = 30.0  # for a first answer: the network policies of a pod that has just come may shut it in for some seconds
 _WAIT_S = 1.0  # between two tries where the service does not say how long
 _BUSY = (429, 503)
 _FINE = ("ok", "warning", "not measurable", "gone")
@@ -63,7 +64,7 @@ class Service:
         self.url = url.rstrip("/")
         self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._limit_s = limit_s
-        self._has_answered = False
+        self._first_until: float | None = time.monotonic() + min(FIRST_S, limit_s)  # None: it has answered
         self._opener = urllib.request.build_opener(_NoRedirects())
 
     def adapters(self) -> Iterator[Mapping[str, Any]]:
@@ -93,24 +94,25 @@ class Service:
         raise self._foreign(json.dumps(answer).encode())
 
     def _ask(self, method: str, path: str) -> Mapping[str, Any]:
-        """Return the answer to a request. A service that has answered before may be away for a while, too."""
+        """Return the answer to a request; a service that does not answer may be away for a while."""
         until = time.monotonic() + self._limit_s
         while True:
             request = urllib.request.Request(self.url + path, method=method, headers=self._headers)
             try:
                 with self._opener.open(request, timeout=max(_WAIT_S, until - time.monotonic())) as response:
-                    self._has_answered = True
+                    self._first_until = None
                     return self._content(_read(response, until))
             except urllib.error.HTTPError as error:
-                self._has_answered = True
+                self._first_until = None
                 refused = _refusal(error)
                 if error.code not in _BUSY or not _wait(error.headers.get("Retry-After"), until):
                     raise refused from None
             except TimeoutError:  # of a connection that was made: others may be answered
                 words = f"the service did not answer within {self._limit_s:g} s (--limit)"
                 raise RefusedError(words, HTTPStatus.GATEWAY_TIMEOUT, "") from None
-            except (OSError, http.client.HTTPException, UnicodeError) as error:  # UnicodeError: of a host's name
-                if not self._has_answered or not _wait(None, until):
+            except (OSError, http.client.HTTPException, UnicodeError) as error:
+                is_no_name = isinstance(error, UnicodeError)  # of a host
+                if is_no_name or not _wait(None, until if self._first_until is None else self._first_until):
                     cause = error.reason if isinstance(error, urllib.error.URLError) else error
                     raise ProbeError(f"no service answers at {self.url}: {cause}") from None
 
