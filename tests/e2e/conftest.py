@@ -9,14 +9,16 @@ import json
 import os
 from collections.abc import Generator, MutableMapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from jobs.benchmark.record import Start, begin, read_result, write_result
-from tests.support.kubernetes import CLIENTS, IMAGE, STRANGERS, Json, command, kubectl, objects
+from tests.support.kubernetes import CLIENTS, IMAGE, ROOT, STRANGERS, Json, command, kubectl, objects
 
 Figures = MutableMapping[str, str]
+FILES = ("test_install", "test_network", "test_jobs", "test_schedules", "test_service", "test_removal")
 _started: dict[str, Start] = {}
 _cluster: dict[str, Json] = {}
 _parts: list[Json] = []
@@ -90,16 +92,23 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     kept = {part["test"]: part for part in (read_result("kubernetes") or {"parts": []})["parts"]}
     parts = kept | {part["test"]: part for part in _parts}
-    result = {"cluster": _cluster["now"], "parts": list(parts.values())}
+    there = {test: place for test in parts if (place := _place(test)) is not None}
+    result = {"cluster": _cluster["now"], "parts": [parts[test] for test in sorted(there, key=there.__getitem__)]}
     print(f"\nwrote {write_result('kubernetes', result, _started['now'])}")
+
+
+def _place(test: str) -> tuple[int, int] | None:
+    """Return where a test is among all of them; None for one that is no more."""
+    file, _, name = test.partition("::")
+    text = (ROOT / file).read_text(encoding="utf-8") if (ROOT / file).is_file() else ""
+    place = text.find(f"def {name.partition('[')[0]}(")
+    return None if place < 0 else (FILES.index(Path(file).stem), place)
 
 
 def _versions() -> Json:
     server = json.loads(command("kubectl", "version", "-o", "json").stdout).get("serverVersion", {})
-    operator = command(
-        "kubectl", "get", "deploy", "-A", "-l", "app.kubernetes.io/name=kuberay-operator", "-o",
-        "jsonpath={.items[*].spec.template.spec.containers[*].image}",
-    )  # fmt: skip
+    words = ("get", "deployments", "-A", "-o", "jsonpath={.items[*].spec.template.spec.containers[*].image}")
+    operators = [image for image in command("kubectl", *words).stdout.split() if "kuberay" in image]
     images = {
         status["imageID"].rpartition("@")[2]
         for pod in objects("pods")
@@ -109,7 +118,7 @@ def _versions() -> Json:
     nodes = json.loads(command("kubectl", "get", "nodes", "-o", "json").stdout)["items"]
     return {
         "kubernetes": server.get("gitVersion", "unknown"),
-        "operator": operator.stdout.strip() or "unknown",
+        "operator": " ".join(operators) or "unknown",
         "nodes": len(nodes),
         "runtime": sorted({node["status"]["nodeInfo"]["containerRuntimeVersion"] for node in nodes}),
         "image": sorted(images),

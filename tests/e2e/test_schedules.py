@@ -116,7 +116,9 @@ def test_a_cron_job_submits(spec_of: Callable[[str], Path], figures: Figures) ->
     wait_until("an adapter", lambda: status_of(job).get("jobStatus") == "SUCCEEDED", 420)
     said.append(started("timed", "timed-done"))
     assert [one["metadata"]["uid"] for one in timed_jobs()] == [job["metadata"]["uid"]]
-    figures[""] = "; ".join(log.splitlines()[-1] for log in said)
+    found = [word for word, log in zip(("submitted", "already on its way", "done"), said, strict=True) if word in log]
+    figures[""] = ", then ".join(found)
+    assert len(found) == len(said), said
 
 
 @pytest.mark.usefixtures("emptied")
