@@ -23,6 +23,7 @@ from cat_cluster.store import ObjectStore
 
 POLL_SECONDS = 1.0
 GONE_SECONDS = 120.0  # that a deleted RayJob may take to go: the operator stops its Ray job first
+_NOT_KNOWN = ("unknown field", "field not declared in schema")  # an API server's words, by how it was asked
 STOP_SECONDS = 30.0  # that a driver gets to end its tasks and to say that it has stopped
 
 
@@ -88,7 +89,7 @@ def submit_to_kubernetes(
     if there is not None:
         delete_job(api, name)
     run.withdraw_stop()
-    api.apply(ray_job)
+    _apply(api, ray_job)
     after = run.last_attempt()
     run.expect(expectation_of(ray_job, options, after=after))
     if previous is not None and previous.state == "done":  # its record would be taken for the end of what begins
@@ -128,6 +129,21 @@ def delete_job(api: Api, name: str) -> None:
                 "has to let it go; see that it runs, then try again"
             )
         time.sleep(POLL_SECONDS)
+
+
+def _apply(api: Api, ray_job: Json) -> None:
+    """Apply a rendered RayJob; a field that the server does not know is one of KubeRay's, since ours are checked."""
+    try:
+        api.apply(ray_job)
+    except KubernetesError as error:
+        if not any(words in str(error) for words in _NOT_KNOWN):
+            raise
+        raise KubernetesError(
+            f"KubeRay's definitions in the cluster of context {api.context} are too old: {error}. Update them and the "
+            "operator to 1.6 or later (docs/operations.md, From nothing to a served adapter, step 3); `cat-cluster k8s "
+            "doctor` says which are there",
+            error.status,
+        ) from error
 
 
 def _job_of_run(api: Api, run: Run, job: Json | None, options: RenderOptions) -> KubernetesSubmission | None:

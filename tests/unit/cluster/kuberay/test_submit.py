@@ -281,3 +281,22 @@ def test_a_run_of_several_jobs_means_the_one_at_work(api: Api, server: ApiServer
     assert find_job(api, "run-0123456789ab")["metadata"]["name"] == "new"
     with pytest.raises(RunError, match=r"no RayJob of 'run-ffffffffffff': it has new \(run-0123456789ab\), old"):
         find_job(api, "run-ffffffffffff")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        'strict decoding error: unknown field "spec.rayClusterSpec.authOptions"',
+        "failed to create typed patch object: .spec.rayClusterSpec.authOptions: field not declared in schema",
+    ],
+)
+def test_definitions_that_are_too_old_are_told(
+    words: str, job: JobSpec, store: Bucket, server: ApiServer, api: Api
+) -> None:
+    server.refused["PATCH rayjobs"] = (400, words)
+    with pytest.raises(KubernetesError, match=r"definitions in the cluster of context test are too old: .*authOptions"):
+        submitted(api, job, store)
+    server.refused["PATCH rayjobs"] = (400, "something else")
+    with pytest.raises(KubernetesError) as other:
+        submitted(api, job, store)
+    assert "too old" not in str(other.value)
