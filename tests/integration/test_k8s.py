@@ -33,7 +33,7 @@ from cat_cluster.cluster.kuberay.checks.schemas import Schemas, load_schemas
 from cat_cluster.cluster.kuberay.checks.security import pods_of
 from cat_cluster.cluster.kuberay.rendering import pods as kuberay_pods
 from cat_cluster.cluster.kuberay.rendering import render as kuberay
-from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, render_job, sizes_of
+from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, render_job
 from cat_cluster.cluster.kuberay.rendering.schedule import cron_job
 from cat_cluster.cluster.kuberay.rendering.sizes import Overrides, quantity
 from cat_cluster.settings import Settings
@@ -146,8 +146,7 @@ def job(workers: Any, images: str = "s3://bucket/concepts/cup") -> JobSpec:
 def scheduled_pod() -> tuple[dict[str, str], dict[str, Any]]:
     """The labels and the spec of the pod that submits a job on a schedule."""
     ray_job = render_job(job(1), "s3://bucket/prod", RenderOptions())
-    sizes = sizes_of(job(1), RenderOptions())
-    template = cron_job(ray_job, RenderOptions(), sizes, "@daily", None)["spec"]["jobTemplate"]["spec"]["template"]
+    template = cron_job(ray_job, RenderOptions(), "@daily", None)["spec"]["jobTemplate"]["spec"]["template"]
     return template["metadata"]["labels"], template["spec"]
 
 
