@@ -150,12 +150,11 @@ def _render_schedule(
     suspend, options = options.suspend, replace(options, suspend=False)
     sizes = sizes_of(job, options)
     if cron_job:  # the job that its pod will make is rendered here, so that what is wrong with it is refused here
-        given = Overrides(sizes.worker_cpu, sizes.worker_memory, sizes.head_memory)
-        options = replace(options, sizes=given)
-        ray_job = render_job(job, store.url, options)
+        options = replace(options, sizes=Overrides(sizes.worker_cpu, sizes.worker_memory, sizes.head_memory))
+    ray_job = render_job(job, store.url, options)
+    if cron_job:
         document = schedules.cron_job(ray_job, options, schedule, time_zone, suspend=suspend)
     else:
-        ray_job = render_job(job, store.url, options)
         document = schedules.ray_cron_job(ray_job, schedule, time_zone, suspend=suspend)
     _write(document, out, sizes.warnings)
 

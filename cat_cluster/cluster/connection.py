@@ -145,8 +145,10 @@ def await_workers(job: JobSpec, size: ClusterSize, say: Callable[[str], None]) -
     The wait ends when the job fits, after REPLACED_SECONDS at most. say: is told what is waited for.
     """
     least = least_workers(job)
+    if least <= size.workers:
+        return size
     lost = sum(not node["Alive"] and node.get("DeathReason") != _IDLE for node in ray.nodes())
-    if least <= size.workers or not lost:
+    if not lost:
         return size
     say(
         f"the cluster has lost {'a machine or pod' if lost == 1 else f'{lost} machines or pods'}, and has too few "

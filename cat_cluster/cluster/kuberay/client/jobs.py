@@ -13,6 +13,7 @@ from cat_cluster.spec.choices import JobLog
 
 RAY = "ray.io/v1"
 JOB_VERBS = ("get", "list", "create", "patch", "delete")  # on RayJobs, of who submits them
+DEADLINES = ("DeadlineExceeded", "PreRunningDeadlineExceeded")  # reasons of KubeRay's
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 _PARTS: dict[str, JobLog] = {"head": "head", "worker": "workers"}  # by label ray.io/node-type
 _SHOWN = 5
@@ -42,6 +43,11 @@ def find_job(api: Api, name_or_run: str) -> Json:
 def has_ended(job: Json) -> bool:
     """Say whether KubeRay works on a RayJob no more. A suspended one may go on."""
     return job.get("status", {}).get("jobDeploymentStatus") in ("Complete", "Failed", "ValidationFailed")
+
+
+def missed_deadline(job: Json) -> bool:
+    """Say whether a RayJob has ended because it, or its start, took longer than it may."""
+    return job.get("status", {}).get("reason") in DEADLINES
 
 
 def is_held(job: Json) -> bool:

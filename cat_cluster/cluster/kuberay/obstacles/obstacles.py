@@ -9,7 +9,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from cat_cluster.cluster.kuberay.client.api import Api
-from cat_cluster.cluster.kuberay.client.jobs import RAY, age_of, has_ended, is_held, shares_cluster
+from cat_cluster.cluster.kuberay.client.jobs import (
+    DEADLINES,
+    RAY,
+    age_of,
+    has_ended,
+    is_held,
+    missed_deadline,
+    shares_cluster,
+)
 from cat_cluster.cluster.kuberay.obstacles.pod_causes import evicted, killed_and_deleted, pod_cause, was_killed
 from cat_cluster.cluster.kuberay.obstacles.queues import kubectl_of, queue_cause, queue_of
 from cat_cluster.cluster.kuberay.obstacles.refusals import refusal, shortened
@@ -19,10 +27,13 @@ Json = dict[str, Any]
 
 NOTICE_SECONDS = 30  # in which the operator, or Kueue, has seen a new job
 RECENT_SECONDS = 300  # that the events of pods which are gone, and of the operator, count
-_DEADLINES = {
-    "DeadlineExceeded": "--hours gives it more",
-    "PreRunningDeadlineExceeded": "what kept its pods from starting has to change; then make the job anew",
-}
+_MORE_TIME = dict(
+    zip(
+        DEADLINES,
+        ("--hours gives it more", "what kept its pods from starting has to change; then make the job anew"),
+        strict=True,
+    )
+)
 _POD_REFUSED = "FailedToCreate"  # begins the operator's reasons
 # A pod that may not restart (autoscaler v2) is deleted when its container ends: only this event tells why.
 _KILLED = re.compile(r"Deleted (?P<type>head|worker) Pod [^/;]*/(?P<name>[^;]+);.*\bReason:OOMKilled\b")
@@ -71,14 +82,14 @@ def _ended_obstacles(about: str, status: Json) -> Iterator[Obstacle]:
     elif reason == "SubmissionFailed":
         text = f"it could not be handed to its cluster: {message}; `cat-cluster k8s logs` of the submitter says why"
         yield Obstacle(about, text, final=True)
-    elif reason in _DEADLINES:
-        yield Obstacle(about, f"its deadline has passed: {message}; {_DEADLINES[reason]}", final=True)
+    elif reason in DEADLINES:
+        yield Obstacle(about, f"its deadline has passed: {message}; {_MORE_TIME[reason]}", final=True)
 
 
 def _remaining_obstacles(view: JobView, now: datetime) -> Iterator[Obstacle]:
     """What is still there of a job says why its deadline passed, and whether it failed for want of memory."""
     status = view.job["status"]
-    if status.get("reason") in _DEADLINES:
+    if missed_deadline(view.job):
         yield from _cluster_obstacles(view)
         yield from _pod_obstacles(view, now)
     elif status["jobDeploymentStatus"] == "Failed":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 
 from cat_cluster.cluster.kuberay.client.api import Api, Json
-from cat_cluster.cluster.kuberay.client.jobs import has_ended, pods_of, shares_cluster
+from cat_cluster.cluster.kuberay.client.jobs import has_ended, missed_deadline, pods_of, shares_cluster
 from cat_cluster.cluster.kuberay.client.operators import find_operators
 from cat_cluster.cluster.kuberay.obstacles.pod_causes import LINES, logs_wanted
 from cat_cluster.cluster.kuberay.obstacles.queues import VERSIONS, queue_of
@@ -46,7 +46,7 @@ def view_job(api: Api, job: Json) -> JobView:
 
     status = job.get("status", {})
     pods = seen("pods", lambda: _own_pods(api, job)) or []
-    if has_ended(job) and not status.get("reason", "").endswith("DeadlineExceeded"):
+    if has_ended(job) and not missed_deadline(job):
         return JobView(job, pods, hidden=hidden)  # nothing is in its way any more
     events = seen("events", lambda: _list_events(api, job)) or []
     workloads = seen("workloads", lambda: list_workloads(api)) if queue_of(job) else []
