@@ -57,7 +57,7 @@ class JobListener(Protocol):
         """An adapter is published, was already, was rejected by its gates, or has failed."""
 
 
-class _Silent:
+class Silent:
     """A listener that shows nothing."""
 
     def message(self, text: str) -> None: ...
@@ -113,7 +113,7 @@ def run_job(
     Everything is validated before anything is trained. A failed adapter does not stop the others: its result says
     why. Results come in the order of the spec.
     """
-    settings, listener = settings or load_settings(), listener or _Silent()
+    settings, listener = settings or load_settings(), listener or Silent()
     prepared = prepare(job, settings)
     tell_warnings(prepared, listener)
     registry = Registry(store)

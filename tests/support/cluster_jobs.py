@@ -20,7 +20,7 @@ import torch
 
 from cat_cluster.cluster.runs import Run, list_runs
 from cat_cluster.errors import CatClusterError
-from cat_cluster.pipeline.job import AdapterResult, JobListener, run_job
+from cat_cluster.pipeline.job import AdapterResult, Silent, run_job
 from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import load_spec
@@ -296,8 +296,8 @@ class Watcher(threading.Thread):
         self.join()
 
 
-class Silent(JobListener):
-    """A JobListener that keeps nothing."""
+class _Published(Silent):
+    """Shows nothing, and wants every adapter published."""
 
     def finished(self, result: AdapterResult) -> None:
         """The reference must not fail."""
@@ -307,7 +307,7 @@ class Silent(JobListener):
 def train_whole(spec: Path, folder: Path) -> Path:
     """The job without Ray and without interruption; return its storage."""
     torch.set_num_threads(1)
-    run_job(load_spec(spec), LocalStore(folder), Settings(device="cpu"), Silent())
+    run_job(load_spec(spec), LocalStore(folder), Settings(device="cpu"), _Published())
     return folder
 
 
