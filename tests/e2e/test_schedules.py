@@ -17,12 +17,14 @@ from tests.e2e.conftest import Figures
 from tests.support.kubernetes import (
     NAMESPACE,
     ROOT,
+    STANDING_WORKERS,
     STORAGE,
     Json,
     command,
     kubectl,
     name_of,
     objects,
+    pods,
     s3_access,
     shell,
     wait_until,
@@ -202,3 +204,9 @@ def test_a_queue(spec_of: Callable[[str], Path], figures: Figures) -> None:
     figures["waiting"] = waits
     kubectl("delete", "rayjob", "timed-first", seconds=400)
     wait_until("the second job", lambda: is_admitted("timed-second"), 60)
+
+
+def test_the_standing_cluster_has_shrunk() -> None:
+    """`cat-training`, which grew for a job, is back at one pod"""
+    # The worker goes 300 s after the job (idleTimeoutSeconds of k8s/base/cluster.yaml), while the tests above run.
+    wait_until("one worker again", lambda: len(pods(STANDING_WORKERS)) == 1, 480)

@@ -20,6 +20,7 @@ CLIENTS = "cat-e2e"  # a namespace that may draw
 STRANGERS = "cat-e2e-strangers"  # and one that may not
 IMAGE = "cat-cluster:0.2.0"
 STORAGE = "s3://cat-storage/prod"
+STANDING_WORKERS = "ray.io/cluster=cat-training,ray.io/node-type=worker"
 LOAD = Path(__file__).with_name("cluster_load.py")
 
 Json = dict[str, Any]
