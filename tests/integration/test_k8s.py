@@ -1,52 +1,54 @@
-"""The manifests of k8s/, offline: valid strictly, secure, and in step with the code and each other."""
+"""The manifests of k8s/, offline: valid strictly, and in step with the code."""
 
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
 import json
 import random
 import re
 import shutil
-import subprocess
 import tomllib
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from ray._private import ray_constants
-from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
-from ray.autoscaler._private.kuberay import autoscaling_config, node_provider
-from ray.dashboard.consts import DASHBOARD_METRIC_PORT
-from ray.dashboard.http_server_agent import PUBLIC_EXACT_PATHS
-from ray.serve._private.constants import DEFAULT_HTTP_PORT
 from ray.serve.schema import ServeDeploySchema
 
-from cat_cluster.cluster.kuberay.checks.check import Document, ManifestFinding, check_manifests, read_manifests
+from cat_cluster.cluster.kuberay.checks.check import Document, check_manifests, read_manifests
 from cat_cluster.cluster.kuberay.checks.gates import DEFAULT_GATES, EMBEDDED_STORAGE
 from cat_cluster.cluster.kuberay.checks.schemas import Schemas, load_schemas
-from cat_cluster.cluster.kuberay.checks.security import pods_of
 from cat_cluster.cluster.kuberay.rendering import pods as kuberay_pods
 from cat_cluster.cluster.kuberay.rendering import render as kuberay
 from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, render_job
-from cat_cluster.cluster.kuberay.rendering.schedule import cron_job
-from cat_cluster.cluster.kuberay.rendering.sizes import Overrides, quantity
+from cat_cluster.cluster.kuberay.rendering.sizes import Overrides
 from cat_cluster.settings import Settings
-from cat_cluster.spec.job import JobSpec, load_spec, parse_spec
-from jobs import probe, train
+from cat_cluster.spec.job import JobSpec, load_spec
+from jobs import train
 from serve.http.access import ADMIN_KEYS, API_KEYS
-from serve.http.image_routes import GRACE_S
 from serve.settings import Deployment
+from tests.support.manifests import (
+    CUSTOM,
+    K8S,
+    PLACES,
+    ROOT,
+    built,
+    built_in,
+    clusters,
+    contents,
+    job,
+    lines,
+    of_kind,
+    pods,
+    ray_pods,
+    scheduled_pod,
+    serve_config,
+    values,
+)
 
-ROOT = Path(__file__).parents[2]
-K8S = ROOT / "k8s"
-PLACES = ["base", "overlays/local", "overlays/gpu", "overlays/aws"]
-CUSTOM = {"RayCluster": ("spec",), "RayJob": ("spec", "rayClusterSpec"), "RayService": ("spec", "rayClusterConfig")}
 # Fields whose keys are names of the writer's own: a misspelled one is another name.
 FREE = {"labels", "annotations", "matchLabels", "data", "limits", "requests", "rayStartParams", "nodeSelector", "hard"}
 FUZZED = 40  # keys of each document
@@ -57,101 +59,8 @@ def schemas() -> Schemas:
     return load_schemas()
 
 
-@functools.cache
-def built(place: str) -> tuple[Document, ...]:
-    """The documents of a kustomization."""
-    return built_in(K8S, place)
-
-
-def built_in(folder: Path, place: str) -> tuple[Document, ...]:
-    kubectl = shutil.which("kubectl")
-    if kubectl is None:
-        pytest.skip("kubectl is not installed, which puts the manifests together: install it to run this")
-    done = subprocess.run([kubectl, "kustomize", str(folder / place)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    documents = [one for one in yaml.safe_load_all(done.stdout) if one]
-    return tuple(Document(place, number, one) for number, one in enumerate(documents, 1))
-
-
-def contents(place: str) -> list[dict[str, Any]]:
-    return [document.content for document in built(place)]
-
-
-def of_kind(place: str, *kinds: str) -> list[dict[str, Any]]:
-    return [one for one in contents(place) if one["kind"] in kinds]
-
-
-def clusters(place: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each of KubeRay's objects with its cluster's spec."""
-    for one in of_kind(place, *CUSTOM):
-        spec = one
-        for part in CUSTOM[one["kind"]]:
-            spec = spec[part]
-        yield one, spec
-
-
-def ray_pods(place: str) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-    """Each pod of Ray's with the labels it will wear: the template's and the operator's."""
-    for one, spec in clusters(place):
-        groups = [("head", spec["headGroupSpec"])] + [("worker", group) for group in spec["workerGroupSpecs"]]
-        for role, group in groups:
-            own = {"ray.io/node-type": role, "ray.io/cluster": one["metadata"]["name"]}
-            own["ray.io/group"] = group.get("groupName", "headgroup")
-            yield {**group["template"]["metadata"]["labels"], **own}, group["template"]["spec"]
-
-
-def pods(place: str) -> Iterator[dict[str, Any]]:
-    for one in contents(place):
-        for _, pod in pods_of(one):
-            yield pod
-
-
-def values(document: Any, key: str) -> Iterator[Any]:
-    """Every value of a key, at any depth."""
-    if isinstance(document, dict):
-        for name, value in document.items():
-            if name == key:
-                yield value
-            yield from values(value, key)
-    elif isinstance(document, list):
-        for value in document:
-            yield from values(value, key)
-
-
-def serving(place: str) -> dict[str, dict[str, Any]]:
-    """The worker groups of the service by their names."""
-    (service,) = of_kind(place, "RayService")
-    return {group["groupName"]: group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
-
-
-def deployment(place: str) -> Deployment:
-    return Deployment.model_validate(serve_config(place)["applications"][0]["args"])
-
-
-def serve_config(place: str) -> dict[str, Any]:
-    (service,) = of_kind(place, "RayService")
-    return yaml.safe_load(service["spec"]["serveConfigV2"])  # type: ignore[no-any-return]
-
-
 def project() -> dict[str, Any]:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]  # type: ignore[no-any-return]
-
-
-def job(workers: Any, images: str = "s3://bucket/concepts/cup") -> JobSpec:
-    concept = {"token": "sks", "class_noun": "cup", "images": images}
-    fields = {"name": "tea", "adapters": [{"id": "cup", "concepts": [concept]}], "cluster": {"workers": workers}}
-    return JobSpec.model_validate(fields)
-
-
-def scheduled_pod() -> tuple[dict[str, str], dict[str, Any]]:
-    """The labels and the spec of the pod that submits a job on a schedule."""
-    ray_job = render_job(job(1), "s3://bucket/prod", RenderOptions())
-    template = cron_job(ray_job, RenderOptions(), "@daily", None)["spec"]["jobTemplate"]["spec"]["template"]
-    return template["metadata"]["labels"], template["spec"]
-
-
-def lines(findings: list[ManifestFinding]) -> str:
-    return "\n".join(map(str, findings))
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -185,48 +94,6 @@ def test_one_line_says_where_the_head_keeps_its_state(
     else:
         assert set(options["redisPassword"]) == {"valueFrom"}
         assert "redis" in {one.content["metadata"]["name"] for one in documents}
-
-
-@pytest.mark.parametrize("place", PLACES[1:])
-def test_nightly_probes_reach_the_doors_and_nothing_else(place: str, tmp_path: Path, schemas: Schemas) -> None:
-    shutil.copytree(K8S, tmp_path / "k8s")
-    overlay = tmp_path / "k8s" / "overlays" / ("local" if place == "overlays/local" else "gpu") / "kustomization.yaml"
-    line = "  - ../../components/nightly-probes\n"
-    before, components, after = overlay.read_text().partition("components:\n")
-    overlay.write_text(f"{before}components:\n{line}{after}" if components else f"{before}components:\n{line}")
-    documents = built_in(tmp_path / "k8s", place)
-    findings = check_manifests(documents, schemas, gates=DEFAULT_GATES | {EMBEDDED_STORAGE})
-    assert not findings, lines(findings)
-    (night,) = (one.content for one in documents if one.content["kind"] == "CronJob")
-    template = night["spec"]["jobTemplate"]["spec"]["template"]
-    (container,) = template["spec"]["containers"]
-    assert template["spec"]["automountServiceAccountToken"] is False
-    assert template["spec"]["enableServiceLinks"] is False
-    assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    (key,) = (one for one in container["env"] if "valueFrom" in one)
-    assert (key["name"], key["valueFrom"]["secretKeyRef"]["key"]) == (ADMIN_KEYS, ADMIN_KEYS)
-    python, _, module, address = container["command"]
-    assert (python, module) == ("python", probe.__name__)
-    (service,) = of_kind(place, "RayService")
-    assert address == f"http://{service['metadata']['name']}-serve-svc:{DEFAULT_HTTP_PORT}"
-    assert container["image"] == next(values(serving(place)["doors"], "image"))
-
-    worn = template["metadata"]["labels"]
-    doors = {"app.kubernetes.io/component": "serving", "ray.io/group": "doors"}
-    policies = [one.content for one in documents if one.content["kind"] == "NetworkPolicy"]
-    rules = [
-        (one["metadata"]["name"], rule)
-        for one in policies
-        if one["spec"]["podSelector"].get("matchLabels", {}).items() <= worn.items()
-        for rule in one["spec"].get("egress", ())
-    ]
-    assert sorted(name for name, _ in rules) == ["dns", "nightly-probes"]
-    way = dict(rules)["nightly-probes"]
-    assert way["to"] == [{"podSelector": {"matchLabels": doors}}]
-    assert [port["port"] for port in way["ports"]] == [DEFAULT_HTTP_PORT]
-    into = next(one["spec"] for one in policies if one["metadata"]["name"] == "nightly-probes-to-doors")
-    assert into["podSelector"]["matchLabels"] == doors
-    assert into["ingress"][0]["from"] == [{"podSelector": {"matchLabels": worn}}]
 
 
 @pytest.mark.parametrize(
@@ -333,57 +200,6 @@ def test_entry_points_are_in_the_code(place: str) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_the_service_has_room_for_a_second_version_of_itself(place: str) -> None:
-    args, groups = deployment(place), serving(place)
-    (service,) = of_kind(place, "RayService")
-    engines, doors = groups["engines"], groups["doors"]
-    limits = engines["template"]["spec"]["containers"][0]["resources"]["limits"]
-    each = int(int(limits["cpu"]) // args.engine_cpus)
-    if args.engine_gpus:
-        each = min(each, int(int(limits["nvidia.com/gpu"]) // args.engine_gpus))
-    assert each == 1 or args.most_engines == 1  # else the loss of a pod is that of two engines
-    assert engines["minReplicas"] * each >= args.min_engines
-    assert engines["maxReplicas"] * each >= 2 * args.most_engines
-    ((resource, share),) = args.ingress_resources.items()
-    each = int(float(doors["resources"][resource]) // share)
-    assert doors["minReplicas"] == args.ingresses  # each a door of its own, also where a new version has room beside it
-    assert doors["maxReplicas"] * each >= 2 * args.ingresses
-    # Ray's proxy cuts what is in flight when its cluster goes.
-    assert service["spec"]["rayClusterDeletionDelaySeconds"] > args.settings.deadline_s
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_traffic_goes_to_doors_alone_and_nothing_else_runs_there(place: str) -> None:
-    (service,) = of_kind(place, "RayService")
-    assert service["spec"]["excludeHeadPodFromServeSvc"] is True
-    (port,) = service["spec"]["serveService"]["spec"]["ports"]
-    assert (port["name"], port["port"]) == ("serve", DEFAULT_HTTP_PORT)
-    # Kubernetes sends nothing to a pod that has no port of this name.
-    having = [
-        name
-        for name, group in serving(place).items()
-        for one in group["template"]["spec"]["containers"][0]["ports"]
-        if one["name"] == port["targetPort"]
-    ]
-    assert having == ["doors"]
-    cluster = {"metadata": {"name": "a", "namespace": "b"}, "spec": service["spec"]["rayClusterConfig"]}
-    types = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
-    args, counted = deployment(place), {name: types[name]["resources"] for name in ("engines", "doors")}
-    assert counted["engines"]["CPU"] >= args.engine_cpus > counted["doors"]["CPU"]
-    for resource, share in args.ingress_resources.items():
-        assert counted["doors"][resource] >= share
-        assert resource not in counted["engines"]
-    groups, settings = serving(place), args.settings
-    pod = groups["doors"]["template"]["spec"]
-    waits = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert settings.deadline_s + GRACE_S < waits < pod["terminationGracePeriodSeconds"]
-    callers = next(one for one in of_kind(place, "NetworkPolicy") if one["metadata"]["name"] == "serving-clients")
-    assert callers["spec"]["podSelector"]["matchLabels"]["ray.io/group"] == "doors"
-    budgets = [one["spec"]["selector"]["matchLabels"] for one in of_kind(place, "PodDisruptionBudget")]
-    assert {"engines", "doors"} <= {labels.get("ray.io/group") for labels in budgets}
-
-
-@pytest.mark.parametrize("place", PLACES)
 def test_a_second_apply_changes_nothing(place: str) -> None:
     """What the operator and the autoscaler write into an object is written as they write it, or left to them."""
     for one, spec in clusters(place):
@@ -394,70 +210,6 @@ def test_a_second_apply_changes_nothing(place: str) -> None:
         for container in pod["containers"]:
             for amounts in container["resources"].values():
                 assert {type(amount) for amount in amounts.values()} == {str}, container["name"]
-
-
-def test_ports_and_paths_are_those_of_ray() -> None:
-    ours = kuberay_pods
-    assert ours.GCS_PORT == ray_constants.DEFAULT_PORT
-    assert ours.DASHBOARD_PORT == ray_constants.DEFAULT_DASHBOARD_PORT
-    assert ours.AGENT_PORT == ray_constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
-    assert ours.AUTOSCALER_METRICS_PORT == AUTOSCALER_METRIC_PORT
-    assert ours.DASHBOARD_METRICS_PORT == DASHBOARD_METRIC_PORT
-    assert ours.HEALTH_PATH in PUBLIC_EXACT_PATHS  # probes have no token
-    assert Path(node_provider.IN_CLUSTER_TOKEN_PATH).parent == Path(ours.TOKEN_FOLDER)
-    assert Path(node_provider.IN_CLUSTER_CA_CERT_PATH).parent == Path(ours.TOKEN_FOLDER)
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_ports_of_manifests_agree_with_each_other(place: str) -> None:
-    known = {
-        "gcs-server": kuberay_pods.GCS_PORT,
-        "dashboard": kuberay_pods.DASHBOARD_PORT,
-        "serve": DEFAULT_HTTP_PORT,
-        "metrics": kuberay_pods.METRICS_PORT,
-        "as-metrics": kuberay_pods.AUTOSCALER_METRICS_PORT,
-        "dash-metrics": kuberay_pods.DASHBOARD_METRICS_PORT,
-    }
-    assert serve_config(place)["http_options"]["port"] == DEFAULT_HTTP_PORT
-    for labels, pod in ray_pods(place):
-        container = pod["containers"][0]
-        assert {one["name"]: one["containerPort"] for one in container["ports"]}.items() <= known.items()
-        assert "metrics" in {one["name"] for one in container["ports"]}  # what PodMonitors look for
-        for name in ("startupProbe", "livenessProbe", "readinessProbe"):
-            asked = container[name]["httpGet"]
-            is_service = labels["app.kubernetes.io/component"] == "serving" and labels["ray.io/node-type"] == "worker"
-            if is_service and name == "readinessProbe":
-                assert (asked["path"], asked["port"]) == ("/-/healthz", DEFAULT_HTTP_PORT)
-            else:
-                assert (asked["path"], asked["port"]) == (kuberay_pods.HEALTH_PATH, kuberay_pods.AGENT_PORT)
-    listened = {one["containerPort"] for pod in pods(place) for one in values(pod, "ports") for one in one}
-    for policy in of_kind(place, "NetworkPolicy"):
-        for rule in policy["spec"].get("ingress", ()):
-            assert {one["port"] for one in rule.get("ports", ())} <= listened, policy["metadata"]["name"]
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_every_selector_finds_a_pod_and_every_pod_a_policy(place: str) -> None:
-    labels = [worn for worn, _ in ray_pods(place)]
-    labels += [one["spec"]["template"]["metadata"]["labels"] for one in of_kind(place, "StatefulSet", "Deployment")]
-    labels += [one["spec"]["submitterPodTemplate"]["metadata"]["labels"] for one in of_kind(place, "RayJob")]
-    labels += [scheduled_pod()[0]]
-
-    def fits(selector: Mapping[str, Any], worn: Mapping[str, str]) -> bool:
-        return selector.get("matchLabels", {}).items() <= worn.items()
-
-    for one in of_kind(place, "NetworkPolicy", "PodDisruptionBudget"):
-        selector = one["spec"].get("podSelector") or one["spec"].get("selector") or {}
-        assert any(fits(selector, worn) for worn in labels), one["metadata"]["name"]
-    for one in of_kind(place, "PodDisruptionBudget"):  # Kubernetes finds no scale of KubeRay's objects
-        assert isinstance(one["spec"]["minAvailable"], int)
-        assert "maxUnavailable" not in one["spec"]
-    deny = next(one for one in of_kind(place, "NetworkPolicy") if one["metadata"]["name"] == "deny-all")
-    assert deny["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
-    for one in of_kind(place, "Service"):
-        assert one["spec"].get("type", "ClusterIP") == "ClusterIP"
-    for _, spec in clusters(place):
-        assert spec["headGroupSpec"].get("serviceType", "ClusterIP") == "ClusterIP"
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -515,92 +267,6 @@ def test_secrets_are_named_and_never_written(place: str) -> None:
     for _, spec in clusters(place):
         assert spec["authOptions"]["mode"] == "token"
         assert spec["authOptions"]["secretName"]
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_only_the_autoscaler_reaches_the_api_server(place: str) -> None:
-    for pod in pods(place):
-        assert pod["automountServiceAccountToken"] is False
-        for container in pod["containers"]:
-            assert kuberay_pods.TOKEN_FOLDER not in {one["mountPath"] for one in container["volumeMounts"]}
-    for one in of_kind(place, "ServiceAccount"):
-        assert one["automountServiceAccountToken"] is False
-    for one in of_kind(place, "Role"):
-        for rule in one["rules"]:
-            assert "*" not in [*rule["verbs"], *rule["resources"], *rule["apiGroups"]]
-            # But for the keys of a bucket that is in the namespace, which every job has anyway.
-            if "secrets" in rule["resources"]:
-                assert (place, rule["resourceNames"], rule["verbs"]) == ("overlays/local", ["cat-cluster-s3"], ["get"])
-    assert not of_kind(place, "ClusterRole", "ClusterRoleBinding")
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_no_service_puts_its_address_into_a_pod(place: str) -> None:
-    """Service `s3` would give SeaweedFS S3_PORT=tcp://..., which it reads as a setting of its own and stops."""
-    found = list(pods(place))
-    assert len(found) >= 7
-    for pod in found:
-        assert pod["enableServiceLinks"] is False, pod["containers"][0]["name"]
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_pods_have_limits_and_no_root_they_could_write_to(place: str) -> None:
-    for _, pod in ray_pods(place):
-        container = pod["containers"][0]
-        assert container["securityContext"]["readOnlyRootFilesystem"] is True
-        mounted = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
-        empty = {one["name"] for one in pod["volumes"] if "emptyDir" in one}
-        home = next(one["value"] for one in container["env"] if one["name"] == "HOME")
-        assert mounted["/tmp"] in empty
-        assert mounted[home] in empty
-        assert container["resources"]["limits"].keys() == container["resources"]["requests"].keys() >= {"cpu", "memory"}
-    config = serve_config(place)["applications"][0]["args"]["settings"]
-    assert config["disk_cache"].startswith("/scratch/")
-
-
-def requests(*containers: dict[str, Any], pods: int = 1) -> Counter[str]:
-    """What pods of these containers ask for: CPUs, and bytes of memory."""
-    found: Counter[str] = Counter()
-    for one in containers:
-        for name, text in one["resources"]["requests"].items():
-            amount = quantity(text)
-            assert amount is not None, text
-            found[name] += float(amount) * pods  # type: ignore[assignment]
-    return found
-
-
-def cluster_requests(spec: dict[str, Any]) -> Counter[str]:
-    """What a Ray cluster asks for that has no more workers than it must."""
-    scaler = [spec["autoscalerOptions"]] if spec.get("enableInTreeAutoscaling") else []
-    found = requests(*spec["headGroupSpec"]["template"]["spec"]["containers"], *scaler)
-    for group in spec["workerGroupSpecs"]:
-        found += requests(*group["template"]["spec"]["containers"], pods=group["minReplicas"])
-    return found
-
-
-def test_all_of_operations_at_once_fits_a_small_machine() -> None:
-    """Overlay local with its service, standing cluster and S3 server, and a job, on 4 cores and 16 GiB."""
-    text = (ROOT / "jobs" / "specs" / "single.yaml").read_text().replace("../../out/demo/", "s3://cat-storage/")
-    ray_job = render_job(parse_spec(text.encode(), "single.yaml"), "s3://cat-storage/prod", RenderOptions())
-    found = cluster_requests(ray_job["spec"]["rayClusterSpec"])
-    found += requests(*ray_job["spec"]["submitterPodTemplate"]["spec"]["containers"])
-    for one, spec in clusters("overlays/local"):
-        found += cluster_requests(spec) if not one["spec"].get("suspend") else Counter()
-    for one in of_kind("overlays/local", "StatefulSet", "Deployment"):
-        found += requests(*one["spec"]["template"]["spec"]["containers"], pods=one["spec"]["replicas"])
-    assert 2 < found["cpu"] <= 4
-    assert 8 << 30 < found["memory"] <= 12 << 30
-
-
-def test_training_cannot_take_what_serving_needs() -> None:
-    for place in PLACES:
-        (quota,) = of_kind(place, "ResourceQuota")
-        (scope,) = quota["spec"]["scopeSelector"]["matchExpressions"]
-        assert scope == {"scopeName": "PriorityClass", "operator": "In", "values": ["cat-cluster-training"]}
-        training = next(one for one in of_kind(place, "PriorityClass") if "training" in one["metadata"]["name"])
-        assert training["preemptionPolicy"] == "Never"
-        spot = [pod for labels, pod in ray_pods(place) if "tolerations" in pod and labels["ray.io/node-type"] == "head"]
-        assert not spot  # a head on a machine that is taken away takes its cluster along
 
 
 def test_aws_reads_no_stored_key() -> None:
