@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,15 @@ from cat_cluster.cluster.kuberay.obstacles.refusals import Cause, shortened
 
 Json = dict[str, Any]
 
+# Kueue's words (pkg/scheduler/flavorassigner of 0.17): of each pod set, what it lacks in each flavor that was tried.
+_POD_SET = re.compile(r"(?:; )?couldn't assign flavors to pod set ([^:]+): ")
+_LACKS = re.compile(
+    r"insufficient unused quota for (?P<resource>\S+) in flavor (?P<flavor>\S+), (?P<more>\S+) more needed"
+)
+_NEVER = re.compile(
+    r"insufficient quota for (?P<resource>\S+) in flavor (?P<flavor>\S+), previously considered podsets requests "
+    r"\((?P<before>[^)]*)\) \+ current podset request \((?P<asks>[^)]*)\) > maximum capacity \((?P<most>[^)]*)\)"
+)
 VERSIONS = ("kueue.x-k8s.io/v1beta2", "kueue.x-k8s.io/v1beta1")
 
 
@@ -69,10 +79,12 @@ def queue_cause(job: Json, workloads: Sequence[Json]) -> Cause | None:
         command = f'`{kubectl_of(job)} patch workload {name} --type merge -p \'{{"spec":{{"active":true}}}}\'`'
         return f"{text}: {command} lets it go on", False
     reserved = _condition(workload, "QuotaReserved")
-    why = shortened(reserved.get("message", ""))
+    why, never = _shortage(reserved.get("message", ""))
     if text is not None:
         if "doesn't exist" in why:
             return f"{text}: {why}; make it, or submit to another --queue", True
+        if never:
+            return f"{text}: {why}; ask for less, or have the quota raised", True
         return f"{text}{f': {why}' if why else ''}; it starts when there is quota for all of its pods", False
     if _is_true(workload, "QuotaReserved") and not _is_true(workload, "Admitted"):
         checks = [
@@ -84,6 +96,29 @@ def queue_cause(job: Json, workloads: Sequence[Json]) -> Cause | None:
             False,
         )
     return None
+
+
+def _shortage(message: str) -> Cause:
+    """Return in words why Kueue finds no quota, and whether the quota is too small even when nothing else uses it."""
+    pieces = _POD_SET.split(message)
+    pod_sets = list(zip(pieces[1::2], pieces[2::2], strict=True))
+    if pieces[0] or not all(_LACKS.search(why) or _NEVER.search(why) for _, why in pod_sets):
+        return shortened(message), False
+    lines, never = [], False
+    for name, why in pod_sets:
+        short = {one["resource"] for one in _LACKS.finditer(why)}
+        never |= any(one["resource"] not in short for one in _NEVER.finditer(why))  # in no flavor that was tried
+        lacks = [f"{one['more']} of {one['resource']} in flavor {one['flavor']}" for one in _LACKS.finditer(why)]
+        beyond = [_beyond(one) for one in _NEVER.finditer(why)]
+        parts = [f"lacks {' and '.join(lacks)}"] * bool(lacks) + [f"asks for {' and '.join(beyond)}"] * bool(beyond)
+        lines.append(f"{name} {', '.join(parts)}")
+    return "; ".join(lines), never
+
+
+def _beyond(found: re.Match[str]) -> str:
+    """Return what a pod set asks for beyond all that a flavor has."""
+    others = "" if found["before"] == "0" else f" beside {found['before']} for its other pods"
+    return f"{found['asks']} of {found['resource']}{others} where flavor {found['flavor']} has {found['most']}"
 
 
 def _waits(workload: Json) -> bool:

@@ -316,11 +316,60 @@ def test_the_place_in_a_queue_is_by_priority_and_then_by_age() -> None:
     (obstacle,) = obstacles_of(JobView(queued("tea"), workloads=workloads), now=NOW)
     assert obstacle == Obstacle(
         "RayJob tea",
-        f"waiting in queue train, place 2: {message}; it starts when there is quota for all of its pods",
+        f"waiting in queue train, place 2: head lacks 1 of cpu in flavor all; {LATER}",
         final=False,
     )
     (obstacle,) = obstacles_of(JobView(queued("held"), workloads=workloads), now=NOW)
     assert obstacle.text.startswith("held in queue train: `kubectl patch workload rayjob-held")
+
+
+LATER = "it starts when there is quota for all of its pods"
+RESERVED_NOTHING = (  # by Kueue 0.17.0, of a job of two pod sets in a queue with another
+    "couldn't assign flavors to pod set head: insufficient unused quota for cpu in flavor e2e, 100m more needed, "
+    "insufficient unused quota for memory in flavor e2e, 512Mi more needed; couldn't assign flavors to pod set cpu: "
+    "insufficient unused quota for cpu in flavor e2e, 1100m more needed"
+)
+NEVER = (
+    "couldn't assign flavors to pod set head: insufficient quota for cpu in flavor {}, previously considered podsets "
+    "requests (0) + current podset request (4) > maximum capacity (2)"
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "words", "final"),
+    [
+        (
+            RESERVED_NOTHING,
+            "head lacks 100m of cpu in flavor e2e and 512Mi of memory in flavor e2e; "
+            f"cpu lacks 1100m of cpu in flavor e2e; {LATER}",
+            False,
+        ),
+        (
+            NEVER.format("small"),
+            "head asks for 4 of cpu where flavor small has 2; ask for less, or have the quota raised",
+            True,
+        ),
+        (
+            NEVER.format("small").replace("(0)", "(500m)"),
+            "head asks for 4 of cpu beside 500m for its other pods where flavor small has 2; ask for less, or have the "
+            "quota raised",
+            True,
+        ),
+        (  # another flavor has room for it, later
+            NEVER.format("small") + ", insufficient unused quota for cpu in flavor large, 1 more needed",
+            f"head lacks 1 of cpu in flavor large, asks for 4 of cpu where flavor small has 2; {LATER}",
+            False,
+        ),
+        (
+            "couldn't assign flavors to pod set head: flavor gpu doesn't match node affinity",
+            f"couldn't assign flavors to pod set head: flavor gpu doesn't match node affinity; {LATER}",
+            False,
+        ),
+    ],
+)
+def test_what_a_queue_has_no_quota_for(message: str, words: str, final: bool) -> None:
+    (obstacle,) = obstacles_of(JobView(queued("tea"), workloads=[workload("tea", 10, message=message)]), now=NOW)
+    assert (obstacle.text, obstacle.final) == (f"waiting in queue train, place 1: {words}", final)
 
 
 def test_a_queue_that_is_not_there() -> None:
