@@ -242,6 +242,13 @@ MUTANTS = (
         "word for word in words",
         "evaluation/test_prompts.py",
     ),
+    Mutant(
+        "evaluation",
+        "cat_cluster/evaluation/results.py",
+        "seed - self.spec.seed for seed in found.seeds",
+        "i for i, _ in enumerate(found.seeds)",
+        "evaluation/test_evaluate.py",
+    ),
     # store
     Mutant(
         "store",
@@ -362,6 +369,13 @@ MUTANTS = (
         "serve/probes/prober.py",
         "            monitor.alarm_handled = False\n        elif",
         "            pass\n        elif",
+        "serve/probes/test_prober.py",
+    ),
+    Mutant(
+        "serve/probes",
+        "serve/probes/revision_monitor.py",
+        "paired_similarity(rows[4:5], rows[3:4])",
+        "paired_similarity(rows[2:3], rows[3:4])",
         "serve/probes/test_prober.py",
     ),
     Mutant(
