@@ -9,7 +9,6 @@ from __future__ import annotations
 import string
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from cat_cluster.data.concepts import replace_token
 from cat_cluster.data.draws import ConceptMaterial, Decoys, keyed_generator
@@ -19,7 +18,6 @@ from cat_cluster.spec.fields import words
 WORDS = 32  # of a concept; no more decoys of it are encoded, unless it has more captions
 SHORTEST, LONGEST = 2, 5  # letters of a word
 _TRIES = 100 * WORDS
-_Item = TypeVar("_Item")
 Spell = Callable[[str], Sequence[int]]
 
 
@@ -44,11 +42,9 @@ def with_decoys(
         decoys = {}
         for place, caption in enumerate(captions):
             named = [other.token for other in concepts if _contrasts(caption, concept, other)]
-            own, others = (
-                [replace_token(caption, concept.token, word) for word in _part(some, place, len(captions))]
-                for some in (odd, named)
-            )
-            decoys[caption] = Decoys(tuple(own), tuple(prompt for prompt in others if prompt not in taught))
+            own = _filled(caption, concept.token, _part(odd, place, len(captions)))
+            others = _filled(caption, concept.token, _part(named, place, len(captions)))
+            decoys[caption] = Decoys(own, tuple(prompt for prompt in others if prompt not in taught))
         found.append(replace(concept, decoys=tuple(decoys[caption] for caption in concept.prompts)))
     return tuple(found)
 
@@ -83,7 +79,11 @@ def _contrasts(caption: str, concept: ConceptMaterial, other: ConceptMaterial) -
     return own <= set(words(caption)) and own.isdisjoint(words(other.class_noun))
 
 
-def _part(items: Sequence[_Item], place: int, captions: int) -> list[_Item]:
+def _filled(caption: str, token: str, others: Sequence[str]) -> tuple[str, ...]:
+    return tuple(replace_token(caption, token, word) for word in others)
+
+
+def _part(items: Sequence[str], place: int, captions: int) -> list[str]:
     """The items of one caption: all captions together have as many as WORDS, and each has one at least."""
     size = min(len(items), max(1, WORDS // captions))
     return [items[(place * size + i) % len(items)] for i in range(size)]
