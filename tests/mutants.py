@@ -71,6 +71,44 @@ MUTANTS = (
         "place = offset",
         "data/test_draws.py",
     ),
+    Mutant(
+        "data",
+        "cat_cluster/data/decoys.py",
+        "if len(pieces) > 1 and pieces not in taken:",
+        "if len(pieces) > 1 and word not in found:",
+        "data/test_decoys.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/decoys.py",
+        "for text in (concept.token, concept.class_noun))]",
+        "for text in (concept.class_noun,))]",
+        "data/test_decoys.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/decoys.py",
+        "for prompt in others if prompt not in taught",
+        "for prompt in others",
+        "data/test_decoys.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/decoys.py",
+        " and own.isdisjoint(words(other.class_noun))",
+        " and concept is not other",
+        "data/test_decoys.py",
+    ),
+    Mutant("data", "cat_cluster/data/draws.py", '*name, "decoy")', "*name)", "data/test_draws.py"),
+    Mutant("data", "cat_cluster/data/draws.py", '(*name, "decoy")', '("decoy")', "data/test_draws.py"),
+    Mutant("data", "cat_cluster/pipeline/prepare.py", "never=DECOYS)", "never=())", "pipeline/test_prepare.py"),
+    Mutant(
+        "data",
+        "cat_cluster/pipeline/prepare.py",
+        "draw_key = training.draw_key or resolved.id",
+        "draw_key = resolved.id",
+        "pipeline/test_prepare.py",
+    ),
     Mutant("data", "cat_cluster/data/draws.py", "if world_size == 1:", "if True:", "data/test_draws.py"),
     Mutant(
         "data",
@@ -204,6 +242,13 @@ MUTANTS = (
         "word for word in words",
         "evaluation/test_prompts.py",
     ),
+    Mutant(
+        "evaluation",
+        "cat_cluster/evaluation/results.py",
+        "seed - self.spec.seed for seed in found.seeds",
+        "i for i, _ in enumerate(found.seeds)",
+        "evaluation/test_evaluate.py",
+    ),
     # store
     Mutant(
         "store",
@@ -324,6 +369,13 @@ MUTANTS = (
         "serve/probes/prober.py",
         "            monitor.alarm_handled = False\n        elif",
         "            pass\n        elif",
+        "serve/probes/test_prober.py",
+    ),
+    Mutant(
+        "serve/probes",
+        "serve/probes/revision_monitor.py",
+        "paired_similarity(rows[4:5], rows[3:4])",
+        "paired_similarity(rows[2:3], rows[3:4])",
         "serve/probes/test_prober.py",
     ),
     Mutant(

@@ -317,7 +317,7 @@ class DriftResponse(BaseModel):
     states: dict[str, str] = Field(description="State of every revision of the adapter that is being probed.")
     policy: str = Field(description="What an alarm does.")
     canonical_every_s: float = Field(description="Seconds between canonical probes of a resident adapter.")
-    reference: dict[str, ReferenceScore] = Field(description="By score: kps, identity, base_drift.")
+    reference: dict[str, ReferenceScore] = Field(description="By score: kps, identity, base_drift, decoy_drift.")
     detectors: Any = Field(default=None, description="By token, score and detector: its statistic over its limit.")
     history: list[dict[str, Any]] = Field(description="Probe records of all replicas, oldest first.")
 

@@ -34,6 +34,7 @@ from serve.settings import ProbeSettings, ServeSettings
 
 PATH = "/v1/images/generations"
 # Scores of ten pairs.
+DECOY = {"word": "wjq", "pairs": [0, 4], "drift": [0.01, 0.03]}
 REFERENCE = {"kps": [0.22, 0.26] * 5, "identity": [0.6, 0.7] * 5, "base_drift": [0.05, 0.07] * 5}
 
 Script = Callable[[ImageCall], AsyncIterator[Event]]
@@ -200,7 +201,7 @@ def publish(
             training={"steps": 2},
             metrics={"kps": 0.2, "intervals": {"kps": [0.1, 0.3]}, "leak_matrix": {"tokens": ["sks"]}},
             judge={"name": "pocket", "digest": "d" * 64},
-            reference={"concepts": {"sks": {"photos": [[0.5] * 4], **REFERENCE}}},
+            reference={"concepts": {"sks": {"photos": [[0.5] * 4], **REFERENCE, "decoy": DECOY}}},
             samples={
                 "sample-0-with-0.png": picture(),
                 "sample-0-without-0.png": picture(shade=seed),

@@ -178,6 +178,7 @@ def test_drift_has_reference_and_history(http: httpx2.Client, live: Live, shop: 
     body = http.get("/v1/adapters/cup/drift").json()
     assert (body["name"], body["state"], body["quarantined"]) == (name.name, "unknown", None)
     assert body["reference"]["kps"] == {"mean": pytest.approx(0.24), "std": pytest.approx(0.02), "count": 10}
+    assert body["reference"]["decoy_drift"] == {"mean": pytest.approx(0.02), "std": pytest.approx(0.01), "count": 2}
     assert [(probe["verdict"], probe["scores"]["kps"]) for probe in body["history"]] == [("ok", 0.2)]
     assert len(http.get("/v1/adapters/cup/drift?hours=400").json()["history"]) == 2
     for hours in ("0", "-1", "1e3", "nan", "99999999999999999999"):
