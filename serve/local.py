@@ -114,7 +114,9 @@ def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
     if settings.disk_cache is not None:
         whole["disk_cache"] = settings.disk_cache.resolve()
     if settings.signing is not None:
-        whole["signing"] = {name: path.resolve() for name, path in settings.signing}
+        signing = settings.signing
+        files = {"certificates": signing.certificates.resolve(), "key": signing.key.resolve()}
+        whole["signing"] = signing.model_copy(update=files).model_dump()
     threads, gpus = settings.threads, 0.0
     if engines > 1 and settings.device in ("auto", "cuda") and (devices := torch.cuda.device_count()):
         # Ray counts in ten-thousandths of a GPU, and an engine's share must lie on one of them.

@@ -34,7 +34,7 @@ class ProbeSettings(BaseModel):
 
 
 class SigningSettings(BaseModel):
-    """With what images are signed; both are paths of files, and the key itself is in no setting."""
+    """With what images are signed: paths of files, for the key itself is in no setting."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,6 +42,11 @@ class SigningSettings(BaseModel):
         description="PEM file of certificates: the signer's own, then each authority above it that is not a root."
     )
     key: Path = Field(description="PEM file of the private key of the first certificate, not encrypted.")
+    time_stamps: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/]+\S*$",
+        description="Address of a time-stamping authority (RFC 3161), asked for each image; none: no time stamps.",
+    )
 
 
 class ServeSettings(BaseModel):

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cat_cluster.errors import SpecError, needs_extra
+from cat_cluster.errors import SpecError
 from serve.settings import SigningSettings
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ class Credentials:
 
 def read_credentials(settings: SigningSettings) -> Credentials:
     """Read both files; raises SpecError, which names field, file and remedy and holds nothing of the key."""
-    with needs_extra("c2pa", "signing images"):
-        from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+
     chain, key = _read_chain(settings.certificates), _read_key(settings.key)
     algorithm = _algorithm(key, settings.key)
     if chain[0].public_key() != key.public_key():

@@ -17,7 +17,7 @@ from PIL import Image
 from cat_cluster.errors import ServingError, SpecError, needs_extra
 from cat_cluster.models.provenance import DIGITAL_SOURCE_TYPE, SOFTWARE
 from cat_cluster.registry.manifest import package_version
-from serve.denoise.credentials import CERTIFICATES, KEY, read_credentials
+from serve.denoise.credentials import CERTIFICATES, KEY, Credentials, read_credentials
 from serve.settings import SigningSettings
 
 logger = logging.getLogger("cat_cluster.serve")
@@ -48,8 +48,12 @@ class ImageSigner:
             )
 
     def sign(self, file: bytes, media_type: str, model: Mapping[str, str]) -> bytes:
-        """Return an image file with a signed manifest: created by a trained model, of which `model` tells."""
-        from c2pa import Builder
+        """Return an image file with a signed manifest: created by a trained model, of which `model` tells.
+
+        Raises ServingError when it cannot be signed, as without the time stamp that is asked for: nothing unsigned is
+        served in silence. The library waits at most 30 s for one.
+        """
+        from c2pa import Builder, C2paError
 
         software = {"name": SOFTWARE, "version": package_version()}
         created = {"action": "c2pa.created", "digitalSourceType": DIGITAL_SOURCE_TYPE, "softwareAgent": software}
@@ -61,8 +65,11 @@ class ImageSigner:
             ],
         }
         signed = io.BytesIO()
-        with Builder(manifest, context=self._context) as builder:
-            builder.sign(media_type, io.BytesIO(file), signed)
+        try:
+            with Builder(manifest, context=self._context) as builder:
+                builder.sign(media_type, io.BytesIO(file), signed)
+        except C2paError as error:
+            raise ServingError(f"the image could not be signed: {error}") from error
         return signed.getvalue()
 
 
@@ -75,38 +82,46 @@ def open_signer(settings: SigningSettings | None) -> ImageSigner | None:
     if settings is None:
         return None
     with needs_extra("c2pa", "signing images"):
-        from c2pa import C2paError, C2paSignerInfo, Context, Signer
-    found = read_credentials(settings)
-    try:
-        native = Signer.from_info(C2paSignerInfo(found.algorithm, found.certificates, found.key, None))
-        signer = ImageSigner(Context.from_dict(_LIBRARY, signer=native), found.subject, found.expires)
-        faults = _faults(signer)
-    except C2paError as error:
-        faults = [str(error)]
-    if faults:
+        found = read_credentials(settings)
+        signer, faults = _tried(found, None)
+    if signer is None:
         raise SpecError(
-            f"{CERTIFICATES}: {settings.certificates} does not sign images as C2PA wants it ({'; '.join(faults)}): "
-            "take an X.509 certificate of version 3 with key usage digitalSignature, extended key usage "
-            "emailProtection, authority key identifier and basic constraints CA:FALSE; docs/serving.md has an example"
+            f"{CERTIFICATES}: {settings.certificates} does not sign images as C2PA wants it ({faults}): take an X.509 "
+            "certificate of version 3 with key usage digitalSignature, extended key usage emailProtection, authority "
+            "key identifier and basic constraints CA:FALSE; docs/serving.md has an example"
         )
+    if settings.time_stamps is not None:
+        signer, faults = _tried(found, settings.time_stamps)
+        if signer is None:
+            raise SpecError(
+                f"signing.time_stamps: {settings.time_stamps} gives no time stamps ({faults}): name an authority of "
+                "RFC 3161 that this machine reaches, or none"
+            )
     level = logging.WARNING if found.expires - _now() < _SOON else logging.INFO
     until = f"{found.expires:%Y-%m-%d}"
     logger.log(level, "images are signed as %s until %s, when its certificate expires", found.subject, until)
     return signer
 
 
-def _faults(signer: ImageSigner) -> list[str]:
-    """Sign a picture, read it as anyone would, and return what the reader finds wrong.
+def _tried(found: Credentials, time_stamps: str | None) -> tuple[ImageSigner | None, str]:
+    """Sign a picture, read it as anyone would, and return the signer, or None and what is wrong.
 
     Whom to trust is the reader's own list: that this signer is not on the library's is no fault.
     """
-    from c2pa import Reader
+    from c2pa import C2paError, C2paSignerInfo, Context, Reader, Signer
 
     blank = io.BytesIO()
     Image.new("RGB", (8, 8)).save(blank, "PNG")
-    with Reader("image/png", io.BytesIO(signer.sign(blank.getvalue(), "image/png", {}))) as reader:
-        failures = json.loads(reader.json())["validation_results"]["activeManifest"]["failure"]
-    return [found["explanation"] for found in failures if found["code"] != "signingCredential.untrusted"]
+    try:
+        native = Signer.from_info(C2paSignerInfo(found.algorithm, found.certificates, found.key, time_stamps))
+        signer = ImageSigner(Context.from_dict(_LIBRARY, signer=native), found.subject, found.expires)
+        with Reader("image/png", io.BytesIO(signer.sign(blank.getvalue(), "image/png", {}))) as reader:
+            said = json.loads(reader.json())
+    except (C2paError, ServingError) as error:
+        return None, str(error)
+    failures = said["validation_results"]["activeManifest"]["failure"]
+    faults = [fault["explanation"] for fault in failures if fault["code"] != "signingCredential.untrusted"]
+    return None if faults else signer, "; ".join(faults)
 
 
 def _now() -> datetime.datetime:

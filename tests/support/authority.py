@@ -51,10 +51,12 @@ class Authority:
         key: Any,
         days: tuple[float, float] = (-1, 365),
         usage: x509.ObjectIdentifier = ExtendedKeyUsageOID.EMAIL_PROTECTION,
+        *,
+        critical: bool = False,
     ) -> x509.Certificate:
-        """A certificate as C2PA wants a signer's."""
+        """A certificate as C2PA wants a signer's; critical: whether its extended usage is."""
         draft = self._draft("Studio", key, days, authority=False, uses={"digital_signature": True})
-        return self._sign(draft.add_extension(x509.ExtendedKeyUsage([usage]), critical=False))
+        return self._sign(draft.add_extension(x509.ExtendedKeyUsage([usage]), critical=critical))
 
     def _draft(
         self, subject: str, key: Any, days: tuple[float, float], *, authority: bool, uses: dict[str, bool]

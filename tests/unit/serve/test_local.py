@@ -48,9 +48,10 @@ def test_files_that_cannot_sign_are_refused_before_ray_starts(tmp_path: Path, mo
 
 def test_engines_find_the_files_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    signing = SigningSettings(certificates="keys/chain.pem", key="keys/signer.key")
+    signing = SigningSettings(certificates="keys/chain.pem", key="keys/signer.key", time_stamps="http://tsa.example")
     document = local_deployment(ServeSettings(signing=signing), 1).model_dump(mode="json")
     keys = {"certificates": f"{tmp_path}/keys/chain.pem", "key": f"{tmp_path}/keys/signer.key"}
+    keys["time_stamps"] = "http://tsa.example"
     assert document["settings"]["signing"] == keys
 
 

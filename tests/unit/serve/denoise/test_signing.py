@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -40,6 +41,7 @@ from tests.support.authority import (
     signing_settings,
 )
 from tests.support.provenance import DRAWN, TRAINED_MEDIA, said_in_xmp, xmp_of
+from tests.support.time_authority import time_authority
 
 KINDS: list[FileKind] = ["png", "jpeg", "webp"]
 AUTHORITY = Authority.make()
@@ -272,6 +274,44 @@ def test_the_root_that_ends_first_counts(tmp_path: Path) -> None:
     leaf = AUTHORITY.issue(key, (-1, 5000))
     signer = open_or_fail(signing_files(tmp_path, certificates_pem([leaf, root]), key_pem(key)))
     assert signer.expires == root.not_valid_after_utc
+
+
+@pytest.mark.slow
+def test_a_time_stamp_keeps_an_image_valid_when_its_certificate_has_expired(tmp_path: Path) -> None:
+    key = p256()
+    expires_soon = certificates_pem([AUTHORITY.issue(key, (-1, 4 / 86_400))])
+    files = signing_files(tmp_path, expires_soon, key_pem(key))
+    plain = image_file(picture(), METADATA, FileFormat("png"))
+    unstamped = open_or_fail(files).sign(plain, "image/png", MODEL)
+    with time_authority(tmp_path, AUTHORITY) as authority:
+        signer = open_or_fail(files.model_copy(update={"time_stamps": authority.url}))
+        stamped = signer.sign(plain, "image/png", MODEL)
+        assert len(authority.asked) == 2  # the trial, and the image
+    assert read(unstamped, "png")["validation_state"] == read(stamped, "png")["validation_state"] == "Trusted"
+    time.sleep(5)
+    assert read(unstamped, "png")["validation_state"] == "Invalid"
+    assert manifest_of(stamped, "png")["signature_info"]["time"]
+
+
+@pytest.mark.slow
+def test_without_the_time_stamp_that_was_asked_for_nothing_is_signed(tmp_path: Path) -> None:
+    files = signing_settings(tmp_path, AUTHORITY)
+    with time_authority(tmp_path, AUTHORITY) as authority:
+        stamping = files.model_copy(update={"time_stamps": authority.url})
+        signer = open_or_fail(stamping)
+        authority.away = True
+        with pytest.raises(ServingError, match=r"could not be signed: .*503"):
+            signer.sign(image_file(picture(), {}, FileFormat("webp")), "image/webp", MODEL)
+        with pytest.raises(SpecError, match=r"^signing\.time_stamps: http://\S+ gives no time stamps .*: name an"):
+            open_signer(stamping)
+    with pytest.raises(SpecError, match=r"^signing\.time_stamps: http://\S+ gives no time stamps"):
+        open_signer(stamping)
+
+
+@pytest.mark.parametrize("address", ["", "tsa.example", "ftp://tsa.example", "http://", "https://a b"])
+def test_what_is_no_address_of_a_time_authority_is_refused(address: str) -> None:
+    with pytest.raises(ValidationError, match="time_stamps"):
+        SigningSettings(certificates="chain.pem", key="signer.key", time_stamps=address)
 
 
 @pytest.fixture(scope="module")
