@@ -24,6 +24,9 @@ logger = logging.getLogger("cat_cluster.serve")
 
 MODEL = "cat-cluster.model"  # the label of our own assertion
 _SOON = datetime.timedelta(days=30)
+# What a signer's certificate may be for: e-mail, documents, C2PA itself, and C2PA by Microsoft's name. The library's
+# reader takes the first for granted; whether others count is for each reader to say.
+_USAGES = ("1.3.6.1.5.5.7.3.4", "1.3.6.1.5.5.7.3.36", "1.3.6.1.4.1.62558.2.1", "1.3.6.1.4.1.311.76.59.1.9")
 # A thumbnail would cost a hundred times the signature, and hundreds of kilobytes. That signatures can be verified is
 # tried at the start, not with each image.
 _LIBRARY = {"builder": {"thumbnail": {"enabled": False}}, "verify": {"verify_after_sign": False}}
@@ -87,8 +90,9 @@ def open_signer(settings: SigningSettings | None) -> ImageSigner | None:
     if signer is None:
         raise SpecError(
             f"{CERTIFICATES}: {settings.certificates} does not sign images as C2PA wants it ({faults}): take an X.509 "
-            "certificate of version 3 with key usage digitalSignature, extended key usage emailProtection, authority "
-            "key identifier and basic constraints CA:FALSE; docs/serving.md has an example"
+            "certificate of version 3 with key usage digitalSignature, extended key usage emailProtection (or "
+            "documentSigning, or C2PA's own), authority key identifier and basic constraints CA:FALSE; docs/serving.md "
+            "has an example"
         )
     if settings.time_stamps is not None:
         signer, faults = _tried(found, settings.time_stamps)
@@ -110,12 +114,14 @@ def _tried(found: Credentials, time_stamps: str | None) -> tuple[ImageSigner | N
     """
     from c2pa import C2paError, C2paSignerInfo, Context, Reader, Signer
 
+    usages = Context.from_dict({"trust": {"trust_config": "\n".join(_USAGES)}})
     blank = io.BytesIO()
     Image.new("RGB", (8, 8)).save(blank, "PNG")
     try:
         native = Signer.from_info(C2paSignerInfo(found.algorithm, found.certificates, found.key, time_stamps))
         signer = ImageSigner(Context.from_dict(_LIBRARY, signer=native), found.subject, found.expires)
-        with Reader("image/png", io.BytesIO(signer.sign(blank.getvalue(), "image/png", {}))) as reader:
+        signed = io.BytesIO(signer.sign(blank.getvalue(), "image/png", {}))
+        with Reader("image/png", signed, context=usages) as reader:
             said = json.loads(reader.json())
     except (C2paError, ServingError) as error:
         return None, str(error)

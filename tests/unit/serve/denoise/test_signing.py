@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from serve.calls import FileFormat, FileKind, ImageCall
 from serve.denoise import signing
 from serve.denoise.codec import Codec
+from serve.denoise.credentials import read_credentials
 from serve.denoise.image_file import image_file, image_metadata
 from serve.denoise.signing import ImageSigner, open_signer
 from serve.settings import ServeSettings, SigningSettings, bad_settings
@@ -153,6 +155,26 @@ def test_every_kind_of_key_that_c2pa_has_signs(key: Any, tmp_path: Path) -> None
     leaf_alone = certificates_pem([AUTHORITY.issue(key)])
     signer = open_or_fail(signing_files(tmp_path, leaf_alone, key_pem(key, form)))
     manifest_of(signer.sign(image_file(picture(), {}, FileFormat("png")), "image/png", {}), "png")
+
+
+@pytest.mark.parametrize("usage", ["1.3.6.1.5.5.7.3.36", "1.3.6.1.4.1.62558.2.1", "1.3.6.1.4.1.311.76.59.1.9"])
+def test_certificates_for_documents_and_for_c2pa_itself_sign_too(usage: str, tmp_path: Path) -> None:
+    key = p256()
+    certificate = AUTHORITY.issue(key, usage=x509.ObjectIdentifier(usage))
+    signer = open_or_fail(signing_files(tmp_path, certificates_pem([certificate]), key_pem(key)))
+    signed = signer.sign(image_file(picture(), {}, FileFormat("png")), "image/png", {})
+    with Reader(
+        "image/png", io.BytesIO(signed), context=Context.from_dict({"trust": {"trust_config": usage}})
+    ) as reader:
+        assert reader.get_validation_state() == "Valid"
+
+
+def test_the_trial_finds_what_a_reader_would(tmp_path: Path) -> None:
+    found = read_credentials(signing_settings(tmp_path, AUTHORITY))
+    assert signing._tried(found, None)[1] == ""
+    signer, faults = signing._tried(replace(found, key=key_pem(p256())), None)
+    assert signer is None
+    assert "signature" in faults
 
 
 class Spoiled:
