@@ -35,6 +35,7 @@ from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
 from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
+from serve.denoise.signing import ImageSigner, open_signer
 from serve.denoise.sizes import parse_sizes, pixels_per_latent
 from serve.probes.prober import Prober
 from serve.probes.revision_monitor import ProbeCall
@@ -51,6 +52,7 @@ class Service:
     def __init__(self, parts: EngineParts, registry: Registry, settings: ServeSettings, metrics: Metrics) -> None:
         self._parts, self._registry, self._settings, self._metrics = parts, registry, settings, metrics
         self._cleanup = ExitStack()
+        self._signer: ImageSigner | None = None
         self._in_flight = 0
         self._background = set[asyncio.Task[Any]]()
         self._started = time.time()
@@ -61,6 +63,7 @@ class Service:
     @classmethod
     def open(cls, settings: ServeSettings, metrics: Metrics) -> Service:
         """Load the base model, attach the bank and start the engine. Raises CatClusterError."""
+        signer = open_signer(settings.signing)
         device = choose_device(settings.device)
         half = settings.precision == "bf16" or (settings.precision == "auto" and device.startswith("cuda"))
         base = load_base_model(settings.base, device=device, dtype=torch.bfloat16 if half else torch.float32)
@@ -97,9 +100,10 @@ class Service:
                 unet=base.unet,
                 metrics=metrics,
             )
-            codec = Codec(base)
+            codec = Codec(base, signer=signer)
             cleanup.callback(codec.close)
             service = cls(EngineParts(base, engine, cache, codec, sizes, metrics), registry, settings, metrics)
+            service._signer = signer
             service._cleanup = cleanup.pop_all()
         return service
 
@@ -197,6 +201,9 @@ class Service:
             "adapters": self._parts.cache.status(),
             "drift": {name: found.to_json() for name, found in drift.items()},
             "policy": self._settings.probes.policy,
+            "signing": None
+            if self._signer is None
+            else {"subject": self._signer.subject, "expires": self._signer.expires.isoformat()},
             "stuck_for_s": round(engine.stuck_for(), 3),
             "uptime_s": round(time.time() - self._started, 1),
             "pid": os.getpid(),
@@ -224,6 +231,8 @@ class Service:
 
     async def _plan(self, call: ImageCall) -> ImagePlan:
         """Look the adapter up and check the call; raises CatClusterError before anything is started."""
+        if self._signer is not None:
+            self._signer.check_valid()
         if not 1 <= call.steps <= self._settings.max_steps:
             raise SpecError(
                 f"num_inference_steps: {call.steps} is out of range; ask for 1 to {self._settings.max_steps}"

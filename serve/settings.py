@@ -33,6 +33,22 @@ class ProbeSettings(BaseModel):
     )
 
 
+class SigningSettings(BaseModel):
+    """With what images are signed: paths of files, for the key itself is in no setting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    certificates: Path = Field(
+        description="PEM file of certificates: the signer's own, then each authority above it that is not a root."
+    )
+    key: Path = Field(description="PEM file of the private key of the first certificate, not encrypted.")
+    time_stamps: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/]+\S*$",
+        description="Address of a time-stamping authority (RFC 3161), asked for each image; none: no time stamps.",
+    )
+
+
 class ServeSettings(BaseModel):
     """How one service serves; every field has a default. API keys are secrets and come from CAT_API_KEYS alone."""
 
@@ -88,6 +104,9 @@ class ServeSettings(BaseModel):
     )
     cors_origins: tuple[str, ...] = Field(
         default=(), description="Other sites, as `https://example.com`, whose pages may draw and read."
+    )
+    signing: SigningSettings | None = Field(
+        default=None, description="Certificates and key that sign images with C2PA; none: images are not signed."
     )
     probes: ProbeSettings = Field(default=ProbeSettings(), description="Drift probes.")
 

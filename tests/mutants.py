@@ -326,6 +326,22 @@ MUTANTS = (
         "serve/test_handle_client.py",
     ),
     Mutant("serving", "serve/proxy.py", 'message["status"] >= 400 and', "False and", "serve/test_proxy.py"),
+    Mutant("serving", "serve/denoise/image_file.py", "xmp=XMP.encode(), ", "", "serve/denoise/test_image_file.py"),
+    Mutant("serving", "serve/denoise/signing.py", "_now() >= self.expires", "False", "serve/denoise/test_signing.py"),
+    Mutant(
+        "serving",
+        "serve/denoise/signing.py",
+        'if fault["code"] != "signingCredential.untrusted"',
+        "if False",
+        "serve/denoise/test_signing.py",
+    ),
+    Mutant(
+        "serving",
+        "serve/denoise/credentials.py",
+        "chain[0].public_key() != key.public_key()",
+        "False",
+        "serve/denoise/test_signing.py",
+    ),
     Mutant(
         "serve/denoise", "serve/denoise/rows.py", "self._previous[place].zero_()", "pass", "serve/denoise/test_rows.py"
     ),

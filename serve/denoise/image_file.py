@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cat_cluster.models.generate import image_array, png_bytes
+from cat_cluster.models.provenance import XMP
 from serve.calls import FileFormat, ImageCall
 
 _DESCRIPTION, _EXIF, _COMMENT = 0x010E, 0x8769, 0x9286  # tags of EXIF: ImageDescription, the folder of UserComment
@@ -19,7 +20,7 @@ _JPEG_EXIF = 65400  # bytes that a JPEG has for it, less the digits of a longer 
 
 
 def image_file(image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> bytes:
-    """Return an image [3, H, W] in [0, 1] as a file that carries `metadata`.
+    """Return an image [3, H, W] in [0, 1] as a file that carries `metadata`, and in XMP that a model drew it.
 
     PNG has it in text chunks. JPEG and WebP have `parameters` in EXIF's UserComment, where AUTOMATIC1111 writes it, and
     the other keys in ImageDescription as JSON.
@@ -29,7 +30,9 @@ def image_file(image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> 
     # Without subsampling a JPEG keeps its colours as sharp as its shapes.
     options = {"subsampling": 0} if file.kind == "jpeg" else {}
     buffer = io.BytesIO()
-    Image.fromarray(image_array(image)).save(buffer, file.kind, quality=file.quality, exif=_exif(metadata), **options)
+    Image.fromarray(image_array(image)).save(
+        buffer, file.kind, quality=file.quality, exif=_exif(metadata), xmp=XMP.encode(), **options
+    )
     return buffer.getvalue()
 
 

@@ -72,6 +72,7 @@ def test_a_png_says_how_it_was_made(shop: Shop) -> None:
             manifest = shop.registry.resolve("cup")
             digest = manifest.objects["weights"].sha256
             text = Image.open(io.BytesIO(finished.image)).text  # type: ignore[attr-defined]
+            assert "trainedAlgorithmicMedia" in text.pop("XML:com.adobe.xmp")
             parameters = text.pop("parameters").splitlines()
             assert text == {
                 "prompt": "a caf\u00e9 cup",

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 from cat_cluster.models.generate import image_array
 from serve.calls import FileFormat, FileKind, ImageCall
 from serve.denoise.image_file import fitting_prompts, image_file, image_metadata
+from tests.support.provenance import DRAWN, said_in_xmp, xmp_of
 
 KINDS: list[FileKind] = ["png", "jpeg", "webp"]
 CALL = ImageCall("request-1", "a caf\u00e9 \u4e2d \U0001f600 <b>\n&", "cup", negative_prompt="red", seed=11)
@@ -31,7 +32,9 @@ def told(data: bytes) -> dict[str, str]:
     """What a file says of its image, read by Pillow alone."""
     with Image.open(io.BytesIO(data)) as image:
         if image.format == "PNG":
-            return dict(image.text)  # type: ignore[attr-defined]
+            text = dict(image.text)  # type: ignore[attr-defined]
+            del text["XML:com.adobe.xmp"]
+            return text
         exif = image.getexif()
         comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
         assert comment[:8] == b"UNICODE\0"
@@ -73,7 +76,9 @@ def test_the_longest_prompts_are_carried_or_the_note_says_how_much(kind: FileKin
     call = replace(CALL, prompt=letter * 32_000, negative_prompt=letter * 4000, file=FileFormat(kind))
     kept, note = fitting_prompts(call, "cup@r-0123456789ab", "d" * 64)
     metadata = image_metadata(kept, 2**63 - 1, "cup@r-0123456789ab", "d" * 64)
-    assert told(image_file(picture(), metadata, call.file)) == metadata
+    data = image_file(picture(), metadata, call.file)
+    assert told(data) == metadata
+    assert said_in_xmp(xmp_of(data)) == DRAWN
     if kind == "jpeg":
         assert note is not None
         assert f"the first {len(kept.prompt)} characters" in note
@@ -81,6 +86,13 @@ def test_the_longest_prompts_are_carried_or_the_note_says_how_much(kind: FileKin
         assert kept.negative_prompt == call.negative_prompt[: len(kept.prompt)]
     else:
         assert (kept, note) == (call, None)
+
+
+@pytest.mark.parametrize("metadata", [{}, image_metadata(CALL, 12, "cup@r-0123456789ab", "d" * 64)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_says_in_xmp_that_a_model_drew_it(kind: FileKind, metadata: dict[str, str]) -> None:
+    # Previews, which have no metadata, among them.
+    assert said_in_xmp(xmp_of(image_file(picture(), metadata, FileFormat(kind)))) == DRAWN
 
 
 def test_usual_prompts_are_carried_whole() -> None:
