@@ -49,10 +49,17 @@ FAST_BUCKETS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # on a GPU few 
 class Service:
     """Implements EngineClient in this process; open it with `async with Service.open(settings, metrics) as service`."""
 
-    def __init__(self, parts: EngineParts, registry: Registry, settings: ServeSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        parts: EngineParts,
+        registry: Registry,
+        settings: ServeSettings,
+        metrics: Metrics,
+        signer: ImageSigner | None = None,
+    ) -> None:
         self._parts, self._registry, self._settings, self._metrics = parts, registry, settings, metrics
+        self._signer = signer
         self._cleanup = ExitStack()
-        self._signer: ImageSigner | None = None
         self._in_flight = 0
         self._background = set[asyncio.Task[Any]]()
         self._started = time.time()
@@ -102,8 +109,7 @@ class Service:
             )
             codec = Codec(base, signer=signer)
             cleanup.callback(codec.close)
-            service = cls(EngineParts(base, engine, cache, codec, sizes, metrics), registry, settings, metrics)
-            service._signer = signer
+            service = cls(EngineParts(base, engine, cache, codec, sizes, metrics), registry, settings, metrics, signer)
             service._cleanup = cleanup.pop_all()
         return service
 
