@@ -53,7 +53,9 @@ class AdapterLayout:
             if sizes is None:
                 raise AdapterMismatchError(f"{name} is not a linear layer or 1x1 convolution of this U-Net")
             self.shapes[name] = sizes
-        self.downs, self._down_runs = _lay_out(self._down_at, {name: i for name, (i, _) in self.shapes.items()}, rank, 0)
+        self.downs, self._down_runs = _lay_out(
+            self._down_at, {name: i for name, (i, _) in self.shapes.items()}, rank, 0
+        )
         self.size, self._up_runs = _lay_out(
             self._up_at, {name: o for name, (_, o) in self.shapes.items()}, rank, self.downs
         )

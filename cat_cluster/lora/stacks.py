@@ -26,7 +26,9 @@ def stack_weights(adapters: Sequence[tuple[AdapterWeights, float]]) -> AdapterWe
 def _side_by_side(name: str, layers: Sequence[LoraLayer]) -> LoraLayer:
     sizes = {(layer.down.shape[1], layer.up.shape[0], layer.convolution) for layer in layers}
     if len(sizes) > 1:
-        raise AdapterMismatchError(f"layer {name} has other sizes in one adapter than in another: stack those of one base")
+        raise AdapterMismatchError(
+            f"layer {name} has other sizes in one adapter than in another: stack those of one base"
+        )
     return LoraLayer(
         torch.cat([layer.down for layer in layers]),
         torch.cat([layer.up for layer in layers], dim=1),

@@ -117,7 +117,7 @@ class ImageOracle:
 
 @contextmanager
 def added(base: BaseModel, adapters: Sequence[tuple[AdapterWeights, float]]) -> Iterator[None]:
-    """The base with W + strength * B A in place of W for each adapter and layer, in a plain loop; W again at the end."""
+    """The base with W + strength * B A in place of W, adapter by adapter and layer by layer; W again at the end."""
     before = {}
     for weights, strength in adapters:
         for name, layer in weights.layers.items():

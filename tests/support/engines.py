@@ -56,8 +56,9 @@ class Lease:
         self.released = 0
 
     def release(self) -> None:
-        self.flat.fill_(float("nan"))  # whoever reads it now gets an image that is not finite
         self.released += 1
+        with torch.inference_mode():
+            self.flat.fill_(float("nan"))  # whoever reads it now gets an image that is not finite
 
 
 @dataclass

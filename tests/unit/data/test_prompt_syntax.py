@@ -15,7 +15,7 @@ def test_an_adapter_in_the_prompt_is_told_where_it_is_named(tag: str) -> None:
         [note] = syntax_notes(*texts)
         assert note.startswith(f"{tag!r} is drawn as text: ")
         assert "`model`" in note
-        assert "`strength`" in note
+        assert "<lora:ID:0.8>" in note
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ from PIL import ExifTags, Image
 from cat_cluster.models.generate import image_array
 from serve.calls import FileFormat, FileKind, ImageCall
 from serve.denoise.image_file import fitting_prompts, image_file, image_metadata
+from tests.support.services import stack
 
 KINDS: list[FileKind] = ["png", "jpeg", "webp"]
-CALL = ImageCall("request-1", "a caf\u00e9 \u4e2d \U0001f600 <b>\n&", "cup", negative_prompt="red", seed=11)
+CALL = ImageCall("request-1", "a caf\u00e9 \u4e2d \U0001f600 <b>\n&", stack("cup"), negative_prompt="red", seed=11)
 
 
 def picture() -> torch.Tensor:
@@ -41,7 +42,7 @@ def told(data: bytes) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_carries_the_same_parameters(kind: FileKind) -> None:
-    metadata = image_metadata(CALL, 12, "cup@r-0123456789ab", "d" * 64)
+    metadata = image_metadata(CALL, 12, ["cup@r-0123456789ab"], ["d" * 64])
     data = image_file(picture(), metadata, FileFormat(kind))
     assert told(data) == metadata
     assert metadata["parameters"].startswith(CALL.prompt)
@@ -71,8 +72,8 @@ def test_quality_is_size_against_likeness(kind: FileKind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_longest_prompts_are_carried_or_the_note_says_how_much(kind: FileKind, letter: str) -> None:
     call = replace(CALL, prompt=letter * 32_000, negative_prompt=letter * 4000, file=FileFormat(kind))
-    kept, note = fitting_prompts(call, "cup@r-0123456789ab", "d" * 64)
-    metadata = image_metadata(kept, 2**63 - 1, "cup@r-0123456789ab", "d" * 64)
+    kept, note = fitting_prompts(call, ["cup@r-0123456789ab"], ["d" * 64])
+    metadata = image_metadata(kept, 2**63 - 1, ["cup@r-0123456789ab"], ["d" * 64])
     assert told(image_file(picture(), metadata, call.file)) == metadata
     if kind == "jpeg":
         assert note is not None
@@ -85,4 +86,4 @@ def test_the_longest_prompts_are_carried_or_the_note_says_how_much(kind: FileKin
 
 def test_usual_prompts_are_carried_whole() -> None:
     call = replace(CALL, prompt="a photo of a sks cup " * 100, file=FileFormat("jpeg"))
-    assert fitting_prompts(call, "base", None) == (call, None)
+    assert fitting_prompts(call, ["base"], []) == (call, None)

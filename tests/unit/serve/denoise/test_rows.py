@@ -27,15 +27,17 @@ WANTED = [
     OracleImage(ImageRow("a photo", 1, steps=5, sampler="ddim", guidance=0.0)),
     OracleImage(ImageRow("cup of red", 5, steps=2, sampler="euler", guidance=2.0), 2, 1.5),
     OracleImage(ImageRow("cup", 6, steps=5, sampler="dpmpp_2m", guidance=1.0), 1, -0.5),
-    OracleImage(ImageRow("a red cup", 7, steps=3, sampler="ddim"), 1, 0.75, ((3, 0.5),)),
-    OracleImage(ImageRow("cup", 8, steps=4, sampler="euler", guidance=1.0), 6, 1.0, ((3, -0.5),)),
+    OracleImage(ImageRow("a red cup", 7, steps=3, sampler="ddim"), 2, 0.75, ((3, 0.5),)),
+    OracleImage(ImageRow("cup", 8, steps=4, sampler="euler", guidance=1.0), 3, 1.0, ((2, -0.5),)),
 ]
 
 
 @pytest.fixture(scope="module")
 def oracle(tiny_base_folder: Path) -> ImageOracle:
     base = load_base_model(str(tiny_base_folder))
-    oracle = ImageOracle(base, {1: random_adapter(base, 1), 2: random_adapter(base, 2, rank=2)})
+    oracle = ImageOracle(
+        base, {1: random_adapter(base, 1), 2: random_adapter(base, 2, rank=2), 3: random_adapter(base, 3, rank=1)}
+    )
     for wanted in WANTED:
         oracle.image(wanted)
     return oracle

@@ -245,7 +245,7 @@ def test_openais_client(client: openai.OpenAI, shop: Shop) -> None:
 
 
 def test_openais_client_asks_for_a_small_file_as_an_address(client: openai.OpenAI) -> None:
-    prompt = "a cup on a table, <lora:cup:0.8> in (snow:1.2) " * 680
+    prompt = "a cup on a table, <hypernet:cup:0.8> in (snow:1.2) " * 680
     answer = client.images.generate(
         prompt=prompt[:32_000],
         response_format="url",
@@ -263,7 +263,12 @@ def test_openais_client_asks_for_a_small_file_as_an_address(client: openai.OpenA
         assert Image.open(io.BytesIO(opened.read())).format == "WEBP"
     assert answer.data[0].seed >= 0  # type: ignore[attr-defined]
     note = answer.cat["note"]  # type: ignore[attr-defined]
-    for told in ("tokens of the prompt, and not '", "<lora:cup:0.8>", "(snow:1.2)", "moderation, safety_identifier"):
+    for told in (
+        "tokens of the prompt, and not '",
+        "<hypernet:cup:0.8>",
+        "(snow:1.2)",
+        "moderation, safety_identifier",
+    ):
         assert told in note
     assert len(note) < 2000
     with client.images.generate(prompt="a (cup:1.2)", stream=True, extra_body={"num_inference_steps": 2}) as stream:
