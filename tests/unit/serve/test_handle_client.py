@@ -135,6 +135,14 @@ def test_another_engine_draws_what_is_left_of_the_same_revision(end: Step) -> No
     assert 29.0 < (handle.calls[1].deadline_s or 0) < 30.0
 
 
+def test_every_member_of_a_stack_keeps_its_revision_and_its_strength() -> None:
+    call = replace(CALL, adapters=stack("cup@live:0.5", "mug"))
+    handle = Handle([Accepted(f"{REVISION}+mug@r-ba9876543210"), DIED], [done(0), done(1)])
+    assert events(handle, call)[1:] == [done(0), done(1)]
+    assert handle.calls[1].adapters == stack(f"{REVISION}:0.5", "mug@r-ba9876543210")
+    assert handle.sessions == ["cup"], "the engine is that of the first adapter"
+
+
 def test_it_is_tried_a_few_times() -> None:
     handle = Handle(*[[DIED]] * TRIES)
     (failed,) = events(handle)

@@ -50,6 +50,19 @@ def test_every_format_carries_the_same_parameters(kind: FileKind) -> None:
         assert (image.format, image.size) == (kind.upper(), (96, 64))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stack_has_a_part_for_each_adapter(kind: FileKind) -> None:
+    call = replace(CALL, adapters=stack("cup:0.5", "mug"))
+    names = ["cup@r-0123456789ab", "mug@r-ba9876543210"]
+    metadata = image_metadata(call, 12, names, ["d" * 64, "e" * 64])
+    found = told(image_file(picture(), metadata, FileFormat(kind)))
+    assert found["model"] == "cup@r-0123456789ab+mug@r-ba9876543210"
+    assert found["strength"] == "0.5+1.0"
+    assert found["adapter_sha256"] == f"{'d' * 64}+{'e' * 64}"
+    hashes = f"{names[0]}: {'d' * 12}, {names[1]}: {'e' * 12}"
+    assert found["parameters"].endswith(f'Model: {found["model"]}, Lora hashes: "{hashes}"')
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
 def test_quality_is_size_against_likeness(kind: FileKind) -> None:
     original, sizes, faults = picture(), [], []
