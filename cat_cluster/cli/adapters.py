@@ -90,7 +90,7 @@ def adapters_verify(adapter: AdapterReference, storage: Storage = None, as_json:
 def adapters_export(
     adapters: Annotated[
         list[str],
-        typer.Argument(metavar="ID...", help="Adapter id, id@alias or id@revision; with :0.7, at strength 0.7."),
+        typer.Argument(metavar="ID", help="Adapter id, id@alias or id@revision; with :0.7, at strength 0.7."),
     ],
     fmt: Annotated[AdapterFormat, typer.Option("--format", help="File format.")],
     out: Annotated[Path, typer.Option(callback=output_folder, help="Folder to write to.")],

@@ -40,8 +40,8 @@ def syntax_notes(prompt: str, negative_prompt: str = "") -> Iterator[str]:
     tags = [match[0] for text in texts for match in _TAG.finditer(text)]
     if tags:
         yield (
-            f"{_shown(tags)} is drawn as text: adapters are named in the prompt itself, as <lora:ID:0.8>, as `model` or "
-            "as --adapter; there are no hypernetworks"
+            f"{_shown(tags)} is drawn as text: the prompt, not the negative one, names adapters, as <lora:ID:0.8>, or "
+            "`model` or --adapter does; there are no hypernetworks"
         )
     weights = [match[0] for text in texts for match in _GROUP.finditer(text) if _WEIGHT.fullmatch(match[0])]
     if weights:

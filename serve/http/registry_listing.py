@@ -63,9 +63,10 @@ class RegistryListing:
             )
         revision = parsed.revision or summary.aliases.get(parsed.alias)
         if revision is None or revision not in (*summary.revisions, *summary.damaged):
+            aliases, revisions = ", ".join(sorted(summary.aliases)), ", ".join(summary.revisions[:8])
             raise AdapterNotFoundError(
-                f"no {str(reference)!r}: {parsed.adapter_id} has the aliases "
-                f"{', '.join(sorted(summary.aliases)) or 'none'} and the revisions {', '.join(summary.revisions[:8]) or 'none'}"
+                f"no {str(reference)!r}: {parsed.adapter_id} has the aliases {aliases or 'none'} and the revisions "
+                f"{revisions or 'none'}"
             )
         return summary, revision
 

@@ -99,8 +99,8 @@ class ImageRequest(_Body):
     model: str | None = Field(
         default=None,
         max_length=4096,
-        description="An adapter (`id`, `id@alias` or `id@r-...`), several with a + between them (a stack: their changes "
-        "add up), or the base model's name; absent: the base model.",
+        description="An adapter (`id`, `id@alias` or `id@r-...`), several with a + between them (a stack: their "
+        "changes add up), or the base model's name; absent: the base model.",
         examples=["striped-cup", "striped-cup+tea-fish"],
     )
     adapters: list[AdapterChoice] = Field(

@@ -37,14 +37,13 @@ def test_a_member_is_read_as_what_it_names(reference: Reference, strength: float
 def test_any_text_is_a_stack_of_well_formed_references_or_an_error(text: str) -> None:
     try:
         found = parse_stack(text)
-    except RegistryError as error:
-        assert len(str(error)) < 400
-    else:
-        spelt = text.split("+")
-        assert len(found) == len(spelt)
-        for one, part in zip(found, spelt, strict=True):
-            assert part in (str(one), one.adapter_id)
-            assert part != one.adapter_id or one == Reference(part)
+    except RegistryError:
+        return
+    spelt = text.split("+")
+    assert len(found) == len(spelt)
+    for one, part in zip(found, spelt, strict=True):
+        assert part in (str(one), one.adapter_id)
+        assert part != one.adapter_id or one == Reference(part)
 
 
 @given(text=st.text("cup@:-r0.1naife+ ", max_size=20))

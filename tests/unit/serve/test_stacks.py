@@ -89,9 +89,7 @@ def test_images_of_stacks_are_those_of_stock_diffusers(shop: Shop, drawn: list[l
     for name in ("cup", "mug", "jar"):
         weights = shop.registry.load_weights(shop.registry.resolve(name))
         write_adapter(weights, tmp_path / name, "diffusers", adapter_id=name, metadata={})
-        pipeline.load_lora_weights(
-            tmp_path / name, weight_name="pytorch_lora_weights.safetensors", adapter_name=name
-        )
+        pipeline.load_lora_weights(tmp_path / name, weight_name="pytorch_lora_weights.safetensors", adapter_name=name)
     for call, found in zip(CALLS, drawn, strict=True):
         names = [member.reference.adapter_id for member in call.adapters]
         pipeline.set_adapters(names, adapter_weights=[member.strength for member in call.adapters])

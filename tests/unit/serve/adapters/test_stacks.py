@@ -190,7 +190,7 @@ def test_what_can_never_have_its_slots_or_ranks_is_refused_at_once(world: World)
         cache.lease_all(manifests).result(SOON)
     for reference in ("a0", "a1"):
         cache.pin(reference).result(SOON)
-    with pytest.raises(ConflictError, match="needs 2 slots at once, and 1 of 3 are not pinned: .* unpin some"):
+    with pytest.raises(ConflictError, match=r"needs 2 slots at once, and 1 of 3 are not pinned: .* unpin some"):
         cache.lease_all(manifests[2:]).result(SOON)
     release(cache.lease_all(manifests[:3]).result(SOON))  # pinned members have theirs
 

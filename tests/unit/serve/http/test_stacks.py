@@ -121,7 +121,10 @@ def test_what_cannot_be_a_stack_is_refused_by_its_field(
 def small(engine: ScriptedEngine, tmp_path: Path) -> Iterator[httpx2.Client]:
     """A client of a service with fewer slots than an image may have adapters."""
     settings = ServeSettings(base="base", slots=2, max_stack=3)
-    with listening(only(engine), Registry(LocalStore(tmp_path)), settings, Access(settings)) as live, live.http() as http:
+    with (
+        listening(only(engine), Registry(LocalStore(tmp_path)), settings, Access(settings)) as live,
+        live.http() as http,
+    ):
         yield http
 
 
@@ -145,7 +148,7 @@ OF_THE_ENGINE: list[tuple[errors.CatClusterError, dict[str, Any], int, str, str]
      {"adapters": [{"model": "cup"}, {"model": "mug"}]}, 422, "model_mismatch", "adapters"),
     (errors.AdapterMismatchError(f"cup@{R}+mug@{R} has rank 24 in all"), {"model": "cup", "prompt": "<lora:mug>"}, 422,
      "model_mismatch", "prompt"),
-    (errors.AdapterMismatchError(f"mug@{R} was trained on base 'x'"), {"adapters": [{"model": "cup"}, {"model": "mug"}]},
+    (errors.AdapterMismatchError(f"mug@{R} was trained on 'x'"), {"adapters": [{"model": "cup"}, {"model": "mug"}]},
      422, "model_mismatch", "adapters.1.model"),
     (errors.QuarantinedError(f"mug@{R} is quarantined"), {"model": "cup", "prompt": "<lora:mug>"}, 409,
      "model_quarantined", "prompt"),
