@@ -198,11 +198,14 @@ def test_calls_that_end_leave_nothing_to_the_collector(shop: Shop) -> None:
         replace(CUP, adapters=stack("wild"), count=2),
         replace(CUP, steps=100, deadline_s=0.05),
         replace(CUP, adapters=stack("nobody")),
+        replace(CUP, adapters=stack("cup", "mug:0.5"), count=2),
+        replace(CUP, adapters=stack("jar", "foreign"), count=2),
+        replace(CUP, adapters=stack("cup", "nobody")),
     ]
     kinds = (EngineImage, ImageRows, RunningCall)
 
     async def main() -> None:
-        async with open_service(shop, max_steps=1000) as service:
+        async with open_service(shop, max_steps=1000, max_rank=6) as service:
             await events(service, CUP)
             gc.collect()
             gc.disable()

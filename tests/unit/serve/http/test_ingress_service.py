@@ -256,7 +256,9 @@ def test_openais_client_draws_a_stack_however_it_is_named(client: openai.OpenAI,
     assert [answer.model for answer in ways] == names  # type: ignore[attr-defined]
     images = [pixels({"b64_json": answer.data[0].b64_json}) for answer in ways if answer.data]
     assert images[1] == images[2] != images[0]
-    with pytest.raises(openai.NotFoundError, match=r"adapters\.1\.model: no adapter 'mugg': did you mean mug") as refused:
+    with pytest.raises(
+        openai.NotFoundError, match=r"adapters\.1\.model: no adapter 'mugg': did you mean mug"
+    ) as refused:
         client.images.generate(prompt="a", extra_body={"adapters": [{"model": "cup"}, {"model": "mugg"}]})
     assert refused.value.param == "adapters.1.model"
 
