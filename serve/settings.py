@@ -33,6 +33,9 @@ class ProbeSettings(BaseModel):
     )
 
 
+MAX_STACK = 32
+
+
 class SigningSettings(BaseModel):
     """With what images are signed: paths of files, for the key itself is in no setting."""
 
@@ -72,7 +75,10 @@ class ServeSettings(BaseModel):
         default=None, description="Image sizes served, as WxH; none: the base's own, portrait and landscape."
     )
     slots: int = Field(default=16, ge=1, le=4096, description="Adapters held on the device at once.")
-    max_rank: int = Field(default=16, ge=1, le=256, description="Largest rank of an adapter that is served.")
+    max_rank: int = Field(
+        default=16, ge=1, le=256, description="Largest rank of an adapter, or of the adapters of one image together."
+    )
+    max_stack: int = Field(default=8, ge=1, le=MAX_STACK, description="Most adapters of one image.")
     targets: Targets = Field(default="attention_ff", description="Layers that adapters may change.")
     host_mib: int = Field(default=1024, ge=1, description="MiB of adapters kept in host memory.")
     disk_cache: Path | None = Field(default=None, description="Folder of downloaded adapters; none: no disk tier.")

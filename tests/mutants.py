@@ -343,6 +343,16 @@ MUTANTS = (
         "serve/denoise/test_signing.py",
     ),
     Mutant(
+        "serve/adapters",
+        "serve/adapters/cache.py",
+        "async with self._stacking:",
+        "if True:",
+        "serve/adapters/test_stacks.py",
+    ),
+    Mutant(
+        "lora", "cat_cluster/lora/row_bank.py", "taken += adapter.rank", "taken = adapter.rank", "lora/test_row_bank.py"
+    ),
+    Mutant(
         "serve/denoise", "serve/denoise/rows.py", "self._previous[place].zero_()", "pass", "serve/denoise/test_rows.py"
     ),
     Mutant(

@@ -129,6 +129,11 @@ class RevisionMonitor:
         self.canonical, self.reason, self.alarm_handled = None, None, False
 
 
+def worst_state(states: Sequence[str]) -> str:
+    """Return the worst of the drift states of several revisions: an alarm, a warning, one not known, or "ok"."""
+    return max(states, key=("ok", "unknown", "warning", "alarm").index, default="unknown")
+
+
 def open_monitor(manifest: Manifest, base: BaseModel, load_judge: LoadJudge) -> RevisionMonitor:
     """Return the monitor of a revision; EvaluationError says why it cannot be probed. Takes a second: use a thread."""
     stored = manifest.reference
@@ -226,7 +231,7 @@ def live_token(manifest: Manifest, call: ImageCall) -> str | None:
     if len(named) != 1 or not set(words(named[0].class_noun)) <= set(words(call.prompt)):
         return None
     spec = manifest.settings.evaluation
-    plain = call.strength == 1.0 and not call.negative_prompt.strip()
+    plain = all(member.strength == 1.0 for member in call.adapters) and not call.negative_prompt.strip()
     return named[0].token if plain and (call.guidance > 1.0) == (spec.guidance > 1.0) else None
 
 

@@ -49,7 +49,8 @@ def picture(side: int = 16, shade: int = 90, kind: str = "png") -> bytes:
 
 async def draw(call: ImageCall) -> AsyncIterator[Event]:
     """What an engine that never fails says."""
-    yield Accepted(f"{call.model.partition('@')[0]}@r-0123456789ab" if call.model else "base", drift="ok")
+    names = [f"{member.reference.adapter_id}@r-0123456789ab" for member in call.adapters] or ["base"]
+    yield Accepted("+".join(names), drift="ok")
     for index in range(call.count):
         for number in range(call.previews):
             yield Preview(index, number, step=number + 1, steps=call.steps, image=picture(8, kind=call.file.kind))

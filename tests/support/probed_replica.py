@@ -30,6 +30,7 @@ from serve.probes.prober import OnAlarm, Prober
 from serve.probes.records import ProbeRecord, read_history
 from serve.probes.revision_monitor import DECOY_DRIFT, ProbeCall, score_images
 from serve.settings import ProbeSettings
+from tests.support.services import stack
 
 TEMPLATES = tuple(f"a picture of a {{}} {place}" for place in (*world.PLACES, "in a house", "by a tree"))
 EVALUATION = EvaluationSpec(prompts=list(TEMPLATES), images_per_prompt=1, steps=3)
@@ -191,7 +192,7 @@ class ProbedReplica:
 
 
 def call(prompt: str = "a photo of a sks cup at night", **changes: Any) -> ImageCall:
-    return ImageCall(**{"request_id": "1", "prompt": prompt, "model": "cup", "steps": 3, **changes})
+    return ImageCall(**{"request_id": "1", "prompt": prompt, "adapters": stack("cup"), "steps": 3, **changes})
 
 
 def user_image(replica: ProbedReplica, image_call: ImageCall, slot: int = OWN) -> Picture:

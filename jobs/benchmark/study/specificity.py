@@ -1,4 +1,4 @@
-"""Token specificity: what an adapter does with its own token, another's, an odd word and none, alone and in a sum.
+"""Token specificity: what an adapter does with its own token, another's, an odd word and none, alone and in a stack.
 
 The shares of decoy rows are compared on concepts that the study does not use, so that a share chosen here is not
 judged on what it was chosen by. The base alone is what a gate would give that leaves an adapter out of prompts without
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -28,7 +27,8 @@ from cat_cluster.evaluation.prompts import DECOYS, POCKET_TEMPLATES, fill
 from cat_cluster.evaluation.recognition import RecognitionHead, fit_head
 from cat_cluster.files import write_whole
 from cat_cluster.lora.bank import LoraBank
-from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.lora.formats import AdapterWeights
+from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, image_array
 from cat_cluster.models.pocket import world
@@ -65,7 +65,7 @@ def run(
     images: int,
     shares: Sequence[float] = SHARES,
 ) -> Path:
-    """Train `concepts` adapters for `steps` steps at each share of decoys, measure each and their sum.
+    """Train `concepts` adapters for `steps` steps at each share of decoys, measure each and their stack.
 
     images: per prompt and trigger. A share that was measured before is read back from `folder`. Raises
     CatClusterError when an adapter fails.
@@ -96,18 +96,6 @@ def run(
         "shares": measured,
     }
     return write_result("specificity", result, start)
-
-
-def summed(adapters: Sequence[AdapterWeights]) -> AdapterWeights:
-    """Return the adapter whose change of each layer is the sum of the adapters' changes: their ranks side by side."""
-    names = dict.fromkeys(name for adapter in adapters for name in adapter.layers)
-    layers = {name: [adapter.layers[name] for adapter in adapters if name in adapter.layers] for name in names}
-    return AdapterWeights(
-        {
-            name: LoraLayer(torch.cat([one.down for one in parts]), torch.cat([one.up for one in parts], dim=1))
-            for name, parts in layers.items()
-        }
-    )
 
 
 def means(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -141,9 +129,9 @@ class Bench:
         return [fill(template, concept.class_noun, word) for template, word in zip(templates, found, strict=True)]
 
     def measure(self, adapters: Mapping[str, AdapterWeights]) -> dict[str, Any]:
-        """Return the scores of each concept with its adapter alone, and with the sum of all adapters."""
+        """Return the scores of each concept with its adapter alone, and with a stack of all adapters."""
         each = [adapters[concept.name] for concept in self.taught]
-        together = summed(each)
+        together = stack_weights([(weights, 1.0) for weights in each])
         bank = LoraBank.attach(self.base.unet, slots=len(each) + 1, rank=together.rank, layers=list(together.layers))
         try:
             for slot, weights in enumerate([*each, together], start=1):
@@ -152,7 +140,7 @@ class Bench:
             stacked = self._draw(bank, dict.fromkeys((concept.name for concept in self.taught), len(each) + 1))
         finally:
             bank.detach()
-        return {"alone": self.scores(alone), "summed": self.scores(stacked)}
+        return {"alone": self.scores(alone), "stack": self.scores(stacked)}
 
     def scores(self, drawn: Drawn) -> dict[str, Any]:
         """Return concept -> {recognised: trigger -> share, judges: judge -> {gain: trigger -> gain, base_drift}}."""

@@ -11,14 +11,13 @@ import torch
 
 from cat_cluster.evaluation.judges import feature_rows, load_judge
 from cat_cluster.evaluation.recognition import RecognitionHead
-from cat_cluster.lora.bank import LoraBank
-from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.lora.formats import LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.pocket import world
 from jobs.benchmark.pages import page_texts
 from jobs.benchmark.record import Start, write_result
 from jobs.benchmark.study.measure import CONCEPTS as STUDIED
-from jobs.benchmark.study.specificity import DECOYS, TOKENS, TRIGGERS, Bench, summed
+from jobs.benchmark.study.specificity import DECOYS, TOKENS, TRIGGERS, Bench
 from jobs.benchmark.study.trials import TaughtConcept
 
 START = Start("2026-11-25T06:03:30+00:00", "3e808594ebfb", dirty=False)
@@ -44,28 +43,6 @@ def test_a_share_is_not_chosen_on_the_studys_concepts() -> None:
     assert set(TOKENS) < set(world.CONCEPTS)
     assert len({*TOKENS.values(), *DECOYS}) == len(TOKENS) + len(DECOYS)
     assert len({world.CONCEPTS[name].object for name in list(TOKENS)[:5]}) == 5
-
-
-def test_the_sum_of_adapters_changes_a_layer_by_the_sum_of_their_changes(base: BaseModel) -> None:
-    """Ranks and layers may differ; the bank's forward of the sum adds what each adapter alone adds."""
-    name, other = (f"mid_block.attentions.0.transformer_blocks.0.attn1.{part}" for part in ("to_q", "to_k"))
-    width = base.unet.get_submodule(name).in_features
-    first = AdapterWeights({name: layer(4, width, 1), other: layer(2, width, 2)})
-    second = AdapterWeights({name: layer(3, width, 3)})
-    together = summed([first, second])
-    assert together.rank == 7
-    bank = LoraBank.attach(base.unet, slots=3, rank=7, layers=[name, other])
-    for slot, weights in enumerate((first, second, together), start=1):
-        bank.load(slot, weights)
-    for path in (name, other):
-        x = torch.randn(1, 5, width, generator=torch.Generator().manual_seed(4))
-        outputs = []
-        for slot in range(4):
-            with torch.no_grad(), bank.rows([slot]):
-                outputs.append(base.unet.get_submodule(path)(x))
-        plain, one, two, both = outputs
-        torch.testing.assert_close(both, one + two - plain)
-    bank.detach()
 
 
 def test_each_trigger_stands_before_the_class_noun(base: BaseModel) -> None:
@@ -127,7 +104,7 @@ def test_the_page_shows_means_over_concepts_for_each_share(tmp_path: Path) -> No
         "concepts": {"cup": "sks", "fish": "zwx"},
         "decoys": list(DECOYS),
         "base": {"base": arm(0.0, 0.0)},
-        "shares": {"0": {"alone": arm(0.6, 1.0), "summed": arm(0.2, 0.6)}},
+        "shares": {"0": {"alone": arm(0.6, 1.0), "stack": arm(0.2, 0.6)}},
     }
     write_result("specificity", result, START, tmp_path)
     page = page_texts(tmp_path)["specificity.md"]

@@ -43,12 +43,13 @@ from tests.support.authority import (
     signing_settings,
 )
 from tests.support.provenance import DRAWN, TRAINED_MEDIA, said_in_xmp, xmp_of
+from tests.support.services import stack
 from tests.support.time_authority import time_authority
 
 KINDS: list[FileKind] = ["png", "jpeg", "webp"]
 AUTHORITY = Authority.make()
 PROMPT = "a quiet sks cup"
-METADATA = image_metadata(ImageCall("request-1", PROMPT, "cup", seed=11), 11, "cup@r-0123456789ab", "d" * 64)
+METADATA = image_metadata(ImageCall("request-1", PROMPT, stack("cup"), seed=11), 11, ["cup@r-0123456789ab"], ["d" * 64])
 MODEL = {"model": "cup@r-0123456789ab", "base": "pocket"}
 SOON = 30.0
 
