@@ -7,11 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from cat_cluster.evaluation.judges import feature_rows, load_judge
 from cat_cluster.evaluation.recognition import RecognitionHead
-from cat_cluster.lora.formats import LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.pocket import world
 from jobs.benchmark.pages import page_texts
@@ -31,11 +29,6 @@ TAUGHT = (
 @pytest.fixture
 def base(tiny_base_folder: Path) -> BaseModel:
     return load_base_model(str(tiny_base_folder))
-
-
-def layer(rank: int, width: int, seed: int) -> LoraLayer:
-    generator = torch.Generator().manual_seed(seed)
-    return LoraLayer(torch.randn(rank, width, generator=generator), torch.randn(width, rank, generator=generator))
 
 
 def test_a_share_is_not_chosen_on_the_studys_concepts() -> None:
