@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from cat_cluster import errors
 from cat_cluster.errors import CatClusterError
+from cat_cluster.registry.stacks import StackMember, parse_stack
 from cat_cluster.spec.choices import SamplerName
 
 AdminAction = Literal["load", "unload", "pin", "unpin", "prefetch", "probe", "release"]
@@ -29,16 +30,16 @@ class FileFormat:
 
 @dataclass(frozen=True)
 class ImageCall:
-    """A request for `count` images of one model: image i uses seed + i.
+    """A request for `count` images of one stack of adapters: image i uses seed + i.
 
-    model: an adapter reference (`id`, `id@alias`, `id@r-...`), or None for the base. size: (width, height) in pixels,
+    adapters: whose changes add up, each at its strength; none: the base alone. size: (width, height) in pixels,
     None for the base's own. previews: partial images per image. deadline_s: seconds from now. progress: send Progress.
     file: the format of images and previews.
     """
 
     request_id: str
     prompt: str
-    model: str | None = None
+    adapters: tuple[StackMember, ...] = ()
     negative_prompt: str = ""
     count: int = 1
     size: tuple[int, int] | None = None
@@ -46,19 +47,25 @@ class ImageCall:
     steps: int = 25
     guidance: float = 4.0
     sampler: SamplerName = "ddim"
-    strength: float = 1.0
     previews: int = 0
     progress: bool = False
     deadline_s: float | None = None
     file: FileFormat = FileFormat()
 
+    def pinned(self, model: str) -> ImageCall:
+        """Return the call with the revisions in it that Accepted.model names, whatever its aliases name by then."""
+        if not self.adapters:
+            return self
+        members = zip(self.adapters, parse_stack(model), strict=True)
+        return replace(self, adapters=tuple(replace(member, reference=revision) for member, revision in members))
+
 
 @dataclass(frozen=True)
 class Accepted:
-    """The call is queued; `model` is what serves it (`id@r-...`, or the base's name), `note` says why it is
-    another revision than requested, and what of the prompts is not read, or not as it may be meant, if so.
+    """The call is queued; `model` is what serves it (`id@r-...`, of a stack `id@r-...+id@r-...`, or the base's name).
 
-    drift: the drift state of the revision ("ok", "warning", "alarm", "unknown").
+    drift: the drift state of the revision ("ok", "warning", "alarm", "unknown"), of a stack the worst one. note: why a
+    revision is another than requested, and what of the prompts is not read, or not as it may be meant, if so.
     """
 
     model: str

@@ -14,8 +14,7 @@ from ray.exceptions import ObjectLostError, RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from cat_cluster.errors import CancelledRequestError, CatClusterError, EngineStoppedError, OverloadedError
-from cat_cluster.registry.references import parse_reference
+from cat_cluster.errors import CancelledRequestError, EngineStoppedError, OverloadedError
 from cat_cluster.spec.choices import DriftState
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress
 
@@ -31,7 +30,8 @@ _STATES = ("unknown", *get_args(DriftState))  # the worst one last
 
 
 class HandleClient:
-    """EngineClient over a Ray Serve handle: an adapter's calls go to the same engine while it has room.
+    """EngineClient over a Ray Serve handle: an adapter's calls go to the same engine while it has room,
+    those of a stack to that of its first adapter.
 
     A call that finds no engine, or loses its own, waits for another until its deadline: the last engine of a small
     service may be gone for as long as its replacement takes to start.
@@ -54,9 +54,8 @@ class HandleClient:
                     if isinstance(event, Failed) and event.kind == EngineStoppedError.__name__:
                         lost = event
                         break
-                    if isinstance(event, Accepted) and call.model is not None:
-                        # Whatever the alias names by then, all images of a call are of one revision.
-                        call = replace(call, model=event.model)
+                    if isinstance(event, Accepted):
+                        call = call.pinned(event.model)  # all images of a call are of the same revisions
                     if sent.is_new(event):
                         yield event
                     event = await anext(stream, None)  # raises when the engine that has the call is lost
@@ -187,9 +186,4 @@ def _weight(drift: dict[str, Any]) -> tuple[int, int]:
 
 def _session(call: ImageCall) -> str:
     """Return what an engine is chosen by: an adapter's calls share its slot, those of the base go anywhere."""
-    if call.model is None:
-        return call.request_id
-    try:
-        return parse_reference(call.model).adapter_id
-    except CatClusterError:
-        return call.model  # the engine will say what is wrong with it
+    return call.adapters[0].reference.adapter_id if call.adapters else call.request_id

@@ -1,4 +1,4 @@
-"""A running call: its images from text and adapter to the engine's rows, and from latents to files."""
+"""A running call: its images from text and adapters to the engine's rows, and from latents to files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from cat_cluster import telemetry
 from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineError, ServingError, SpecError
+from cat_cluster.lora.row_bank import RowAdapter
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import image_array, initial_latents
 from cat_cluster.models.samplers import SamplerTable, sampler_table
 from cat_cluster.registry import Manifest
 from cat_cluster.registry.manifest import WEIGHTS
+from cat_cluster.registry.stacks import stack_name
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Lease, Resolved
 from serve.calls import Event, Finished, ImageCall, Preview, Progress
@@ -50,54 +52,53 @@ class EngineParts:
 
 @dataclass(frozen=True, eq=False)
 class ImagePlan:
-    """A call with all that it names found: manifest (None: the base), sampler table, latent size (H, W), deadline.
+    """A call with all that it names found: a manifest for each adapter, sampler table, latent size (H, W), deadline.
 
-    told: the call as its files tell of it. digest: sha256 of the adapter's weights.
+    told: the call as its files tell of it.
     """
 
     call: ImageCall
     told: ImageCall
-    digest: str | None
-    manifest: Manifest | None
+    manifests: tuple[Manifest, ...]
     note: str | None
     table: SamplerTable
     size: Size
     deadline: float | None
     drift: str
-    served_by: str
+    base_name: str
 
     @classmethod
     def of(
         cls,
         call: ImageCall,
         parts: EngineParts,
-        found: Resolved | None = None,
+        found: Sequence[Resolved] = (),
         deadline: float | None = None,
         drift: str = "unknown",
         notes: Sequence[str] = (),
     ) -> ImagePlan:
-        """Check a call against what is served; SpecError names the field. notes: of how its prompts are read."""
+        """Check a call against what is served; SpecError names the field.
+
+        found: what its adapters' references name, in their order. notes: of how its prompts are read.
+        """
         width, height = call.size or parts.sizes[0]
         if (width, height) not in parts.sizes:
             offered = ", ".join(f"{w}x{h}" for w, h in parts.sizes)
             raise SpecError(f"size: {width}x{height} is not served; choose one of {offered}")
         unit = pixels_per_latent(parts.base)
-        manifest = None if found is None else found.manifest
-        served_by = parts.base.name if manifest is None else manifest.name
-        digest = None if manifest is None else manifest.objects[WEIGHTS].sha256
-        told, shortened = fitting_prompts(call, served_by, digest)
-        said = [None if found is None else found.note, *notes, shortened]
+        manifests = tuple(one.manifest for one in found)
+        told, shortened = fitting_prompts(call, _names(manifests, parts.base.name), _digests(manifests))
+        said = [*(one.note for one in found), *notes, shortened]
         return cls(
             call=call,
             told=told,
-            digest=digest,
-            manifest=manifest,
+            manifests=manifests,
             note="; ".join(note for note in said if note) or None,
             table=sampler_table(call.sampler, parts.base.schedule, call.steps),
             size=(height // unit, width // unit),
             deadline=deadline,
             drift=drift,
-            served_by=served_by,
+            base_name=parts.base.name,
         )
 
     @property
@@ -105,9 +106,22 @@ class ImagePlan:
         """Whether each image takes a second row for classifier-free guidance."""
         return self.call.guidance > 1.0
 
+    @property
+    def model(self) -> str:
+        """What serves the call: the base's name, a revision, or the revisions of a stack."""
+        return stack_name(_names(self.manifests, self.base_name))
+
     def metadata(self, seed: int) -> dict[str, str]:
         """What an image's file says of it."""
-        return image_metadata(self.told, seed, self.served_by, self.digest)
+        return image_metadata(self.told, seed, _names(self.manifests, self.base_name), _digests(self.manifests))
+
+
+def _names(manifests: Sequence[Manifest], base_name: str) -> list[str]:
+    return [manifest.name for manifest in manifests] or [base_name]
+
+
+def _digests(manifests: Sequence[Manifest]) -> list[str]:
+    return [manifest.objects[WEIGHTS].sha256 for manifest in manifests]
 
 
 class RunningCall:
@@ -185,8 +199,8 @@ class RunningCall:
             return
         after = time.monotonic() - started
         metrics.inc(telemetry.IMAGES, outcome="done")
-        if self._plan.manifest is not None:
-            metrics.inc(telemetry.ADAPTER_IMAGES, adapter=self._plan.manifest.adapter_id)
+        for manifest in self._plan.manifests:
+            metrics.inc(telemetry.ADAPTER_IMAGES, adapter=manifest.adapter_id)
         metrics.observe(telemetry.IMAGE_SECONDS, facts.wait_s + facts.denoise_s + after)
         self.pixels[index] = image
         rounded = {key: round(value, 4) for key, value in asdict(facts).items()}
@@ -273,27 +287,31 @@ async def generate_in_spare_rows(parts: EngineParts, plan: ImagePlan) -> NDArray
 async def prepare_image(
     parts: EngineParts, plan: ImagePlan, index: int, listener: Any, *, probe: bool = False
 ) -> EngineImage:
-    """Encode the texts and lease the adapter's slot at once, and return the image ready for the engine."""
+    """Encode the texts and lease the adapters' slots at once, and return the image ready for the engine."""
     call, deadline = plan.call, plan.deadline
     prompts = [call.prompt, call.negative_prompt] if plan.guided else [call.prompt]
-    texts = [asyncio.wrap_future(parts.codec.encode(prompt)) for prompt in prompts]  # begun, while the lease is awaited
-    lease: Lease | None = None
+    texts = [
+        asyncio.wrap_future(parts.codec.encode(prompt)) for prompt in prompts
+    ]  # begun, while the leases are awaited
+    leases: tuple[Lease, ...] = ()
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-            if plan.manifest is not None:
-                lease = await parts.cache.lease(plan.manifest)
+            leases = await parts.cache.lease(plan.manifests)
             encoded = torch.stack(await asyncio.gather(*texts))
         rows = ImageRows(
             texts=encoded,
             table=plan.table,
             guidance=call.guidance if plan.guided else 1.0,
             latents=initial_latents(parts.base, call.seed + index, plan.table, plan.size),
-            strength=call.strength,
+            adapters=tuple(
+                RowAdapter(lease.flat, manifest.rank, member.strength)
+                for lease, manifest, member in zip(leases, plan.manifests, call.adapters, strict=True)
+            ),
         )
     except BaseException as error:
         for text in texts:
             text.cancel()
-        if lease is not None:
+        for lease in leases:
             lease.release()
         if isinstance(error, TimeoutError):
             raise DeadlineError("the deadline passed before the adapter was loaded: try again in a moment") from None
@@ -302,8 +320,8 @@ async def prepare_image(
         rows=rows,
         size=plan.size,
         listener=listener,
-        lease=lease,
-        adapter=None if plan.manifest is None else plan.manifest.name,
+        leases=leases,
+        adapters=tuple(manifest.name for manifest in plan.manifests),
         deadline=deadline,
         probe=probe,
         notify_steps=preview_steps(call.previews, len(plan.table)),

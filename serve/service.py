@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,16 +29,18 @@ from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
 from cat_cluster.models.device import choose_device
 from cat_cluster.models.generate import image_array, initial_latents
-from cat_cluster.registry import Manifest, Registry
+from cat_cluster.registry import Manifest, Reference, Registry
+from cat_cluster.registry.stacks import StackMember
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
 from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
+from serve.denoise.signing import ImageSigner, open_signer
 from serve.denoise.sizes import parse_sizes, pixels_per_latent
 from serve.probes.prober import Prober
-from serve.probes.revision_monitor import ProbeCall
+from serve.probes.revision_monitor import ProbeCall, worst_state
 from serve.running_call import EngineParts, ImagePlan, RunningCall, generate_in_spare_rows
 from serve.settings import ServeSettings
 
@@ -48,8 +51,16 @@ FAST_BUCKETS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # on a GPU few 
 class Service:
     """Implements EngineClient in this process; open it with `async with Service.open(settings, metrics) as service`."""
 
-    def __init__(self, parts: EngineParts, registry: Registry, settings: ServeSettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        parts: EngineParts,
+        registry: Registry,
+        settings: ServeSettings,
+        metrics: Metrics,
+        signer: ImageSigner | None = None,
+    ) -> None:
         self._parts, self._registry, self._settings, self._metrics = parts, registry, settings, metrics
+        self._signer = signer
         self._cleanup = ExitStack()
         self._in_flight = 0
         self._background = set[asyncio.Task[Any]]()
@@ -61,6 +72,7 @@ class Service:
     @classmethod
     def open(cls, settings: ServeSettings, metrics: Metrics) -> Service:
         """Load the base model, attach the bank and start the engine. Raises CatClusterError."""
+        signer = open_signer(settings.signing)
         device = choose_device(settings.device)
         half = settings.precision == "bf16" or (settings.precision == "auto" and device.startswith("cuda"))
         base = load_base_model(settings.base, device=device, dtype=torch.bfloat16 if half else torch.float32)
@@ -97,9 +109,9 @@ class Service:
                 unet=base.unet,
                 metrics=metrics,
             )
-            codec = Codec(base)
+            codec = Codec(base, signer=signer)
             cleanup.callback(codec.close)
-            service = cls(EngineParts(base, engine, cache, codec, sizes, metrics), registry, settings, metrics)
+            service = cls(EngineParts(base, engine, cache, codec, sizes, metrics), registry, settings, metrics, signer)
             service._cleanup = cleanup.pop_all()
         return service
 
@@ -144,7 +156,7 @@ class Service:
         except OverloadedError as error:
             yield Failed.of(error)
             return
-        self._in_flight += call.count  # from here on: later calls must see it while its adapter is looked up
+        self._in_flight += call.count  # from here on: later calls must see it while its adapters are looked up
         running: RunningCall | None = None
         try:
             try:
@@ -153,7 +165,7 @@ class Service:
                 yield Failed.of(error)
                 return
             running = RunningCall(self._parts, plan)
-            yield Accepted(plan.served_by, plan.drift, plan.note)
+            yield Accepted(plan.model, plan.drift, plan.note)
             async for event in running.events():
                 if isinstance(event, CatClusterError):
                     yield Failed.of(event)
@@ -197,6 +209,9 @@ class Service:
             "adapters": self._parts.cache.status(),
             "drift": {name: found.to_json() for name, found in drift.items()},
             "policy": self._settings.probes.policy,
+            "signing": None
+            if self._signer is None
+            else {"subject": self._signer.subject, "expires": self._signer.expires.isoformat()},
             "stuck_for_s": round(engine.stuck_for(), 3),
             "uptime_s": round(time.time() - self._started, 1),
             "pid": os.getpid(),
@@ -223,38 +238,47 @@ class Service:
             )
 
     async def _plan(self, call: ImageCall) -> ImagePlan:
-        """Look the adapter up and check the call; raises CatClusterError before anything is started."""
+        """Look the adapters up and check the call; raises CatClusterError before anything is started."""
+        if self._signer is not None:
+            self._signer.check_valid()
         if not 1 <= call.steps <= self._settings.max_steps:
             raise SpecError(
                 f"num_inference_steps: {call.steps} is out of range; ask for 1 to {self._settings.max_steps}"
             )
         deadline_s = min(call.deadline_s or self._settings.deadline_s, self._settings.deadline_s)
         deadline = time.monotonic() + deadline_s
-        found: Resolved | None = None
+        cache = self._parts.cache
         try:
             async with asyncio.timeout(deadline_s):
-                if call.model is not None:
-                    found = await self._parts.cache.resolve(call.model)
-                tokens = () if found is None else [concept.token for concept in found.manifest.concepts]
+                found = await asyncio.gather(*(cache.resolve(member.reference) for member in call.adapters))
+                manifests = [one.manifest for one in found]
+                cache.check(manifests)
+                tokens = list(dict.fromkeys(concept.token for one in manifests for concept in one.concepts))
                 notes = await asyncio.wrap_future(self._parts.codec.notes(call, tokens))
         except TimeoutError:
             raise DeadlineError("the deadline passed while the adapter was looked up: try again") from None
         drift = "unknown"
-        if found is not None and self.prober is not None:
-            drift = self.prober.state(found.manifest).state
+        if self.prober is not None:
+            drift = worst_state([self.prober.state(manifest).state for manifest in manifests])
         return ImagePlan.of(call, self._parts, found, deadline, drift, notes)
 
     def _probe_live(self, plan: ImagePlan, event: Finished, image: torch.Tensor) -> None:
-        """Start a live probe with a user's image, for a share of them; the response does not wait for it."""
-        if self.prober is None or plan.manifest is None:
+        """Start a live probe with a user's image, for a share of them; the response does not wait for it.
+
+        An image of several adapters says nothing about one of them: no score of it compares with theirs.
+        """
+        if self.prober is None or len(plan.manifests) != 1:
             return
-        if self.prober.wants_live(plan.manifest, plan.call):
-            self._spawn(self.prober.live(plan.manifest, plan.call, event.seed, image_array(image)))
+        (manifest,) = plan.manifests
+        if self.prober.wants_live(manifest, plan.call):
+            self._spawn(self.prober.live(manifest, plan.call, event.seed, image_array(image)))
 
     async def _generate_probes(self, calls: Sequence[ProbeCall]) -> list[NDArray[np.uint8]]:
         """Generate the images of probes in spare rows."""
         plans = [
-            ImagePlan.of(call, self._parts, None if manifest is None else Resolved(manifest))
+            ImagePlan.of(call, self._parts)
+            if manifest is None
+            else ImagePlan.of(replace(call, adapters=(_whole(manifest),)), self._parts, [Resolved(manifest)])
             for call, manifest in calls
         ]
         return await asyncio.gather(*(generate_in_spare_rows(self._parts, plan) for plan in plans))
@@ -280,6 +304,10 @@ class Service:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("a probe failed", exc_info=task.exception())
+
+
+def _whole(manifest: Manifest) -> StackMember:
+    return StackMember(Reference(manifest.adapter_id, manifest.revision))
 
 
 def row_buckets(settings: ServeSettings, device: str) -> tuple[int, ...]:

@@ -33,6 +33,25 @@ class ProbeSettings(BaseModel):
     )
 
 
+MAX_STACK = 32
+
+
+class SigningSettings(BaseModel):
+    """With what images are signed: paths of files, for the key itself is in no setting."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    certificates: Path = Field(
+        description="PEM file of certificates: the signer's own, then each authority above it that is not a root."
+    )
+    key: Path = Field(description="PEM file of the private key of the first certificate, not encrypted.")
+    time_stamps: str | None = Field(
+        default=None,
+        pattern=r"^https?://[^\s/]+\S*$",
+        description="Address of a time-stamping authority (RFC 3161), asked for each image; none: no time stamps.",
+    )
+
+
 class ServeSettings(BaseModel):
     """How one service serves; every field has a default. API keys are secrets and come from CAT_API_KEYS alone."""
 
@@ -56,7 +75,10 @@ class ServeSettings(BaseModel):
         default=None, description="Image sizes served, as WxH; none: the base's own, portrait and landscape."
     )
     slots: int = Field(default=16, ge=1, le=4096, description="Adapters held on the device at once.")
-    max_rank: int = Field(default=16, ge=1, le=256, description="Largest rank of an adapter that is served.")
+    max_rank: int = Field(
+        default=16, ge=1, le=256, description="Largest rank of an adapter, or of the adapters of one image together."
+    )
+    max_stack: int = Field(default=8, ge=1, le=MAX_STACK, description="Most adapters of one image.")
     targets: Targets = Field(default="attention_ff", description="Layers that adapters may change.")
     host_mib: int = Field(default=1024, ge=1, description="MiB of adapters kept in host memory.")
     disk_cache: Path | None = Field(default=None, description="Folder of downloaded adapters; none: no disk tier.")
@@ -88,6 +110,9 @@ class ServeSettings(BaseModel):
     )
     cors_origins: tuple[str, ...] = Field(
         default=(), description="Other sites, as `https://example.com`, whose pages may draw and read."
+    )
+    signing: SigningSettings | None = Field(
+        default=None, description="Certificates and key that sign images with C2PA; none: images are not signed."
     )
     probes: ProbeSettings = Field(default=ProbeSettings(), description="Drift probes.")
 

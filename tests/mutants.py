@@ -71,6 +71,44 @@ MUTANTS = (
         "place = offset",
         "data/test_draws.py",
     ),
+    Mutant(
+        "data",
+        "cat_cluster/data/decoys.py",
+        "if len(pieces) > 1 and pieces not in taken:",
+        "if len(pieces) > 1 and word not in found:",
+        "data/test_decoys.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/decoys.py",
+        "for text in (concept.token, concept.class_noun))]",
+        "for text in (concept.class_noun,))]",
+        "data/test_decoys.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/decoys.py",
+        "for prompt in others if prompt not in taught",
+        "for prompt in others",
+        "data/test_decoys.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/decoys.py",
+        " and own.isdisjoint(words(other.class_noun))",
+        " and concept is not other",
+        "data/test_decoys.py",
+    ),
+    Mutant("data", "cat_cluster/data/draws.py", '*name, "decoy")', "*name)", "data/test_draws.py"),
+    Mutant("data", "cat_cluster/data/draws.py", '(*name, "decoy")', '("decoy")', "data/test_draws.py"),
+    Mutant("data", "cat_cluster/pipeline/prepare.py", "never=DECOYS)", "never=())", "pipeline/test_prepare.py"),
+    Mutant(
+        "data",
+        "cat_cluster/pipeline/prepare.py",
+        "draw_key = training.draw_key or resolved.id",
+        "draw_key = resolved.id",
+        "pipeline/test_prepare.py",
+    ),
     Mutant("data", "cat_cluster/data/draws.py", "if world_size == 1:", "if True:", "data/test_draws.py"),
     Mutant(
         "data",
@@ -204,6 +242,13 @@ MUTANTS = (
         "word for word in words",
         "evaluation/test_prompts.py",
     ),
+    Mutant(
+        "evaluation",
+        "cat_cluster/evaluation/results.py",
+        "seed - self.spec.seed for seed in found.seeds",
+        "i for i, _ in enumerate(found.seeds)",
+        "evaluation/test_evaluate.py",
+    ),
     # store
     Mutant(
         "store",
@@ -281,6 +326,32 @@ MUTANTS = (
         "serve/test_handle_client.py",
     ),
     Mutant("serving", "serve/proxy.py", 'message["status"] >= 400 and', "False and", "serve/test_proxy.py"),
+    Mutant("serving", "serve/denoise/image_file.py", "xmp=XMP.encode(), ", "", "serve/denoise/test_image_file.py"),
+    Mutant("serving", "serve/denoise/signing.py", "_now() >= self.expires", "False", "serve/denoise/test_signing.py"),
+    Mutant(
+        "serving",
+        "serve/denoise/signing.py",
+        'if fault["code"] != "signingCredential.untrusted"',
+        "if False",
+        "serve/denoise/test_signing.py",
+    ),
+    Mutant(
+        "serving",
+        "serve/denoise/credentials.py",
+        "chain[0].public_key() != key.public_key()",
+        "False",
+        "serve/denoise/test_signing.py",
+    ),
+    Mutant(
+        "serve/adapters",
+        "serve/adapters/cache.py",
+        "async with self._stacking:",
+        "if True:",
+        "serve/adapters/test_stacks.py",
+    ),
+    Mutant(
+        "lora", "cat_cluster/lora/row_bank.py", "taken += adapter.rank", "taken = adapter.rank", "lora/test_row_bank.py"
+    ),
     Mutant(
         "serve/denoise", "serve/denoise/rows.py", "self._previous[place].zero_()", "pass", "serve/denoise/test_rows.py"
     ),
@@ -324,6 +395,13 @@ MUTANTS = (
         "serve/probes/prober.py",
         "            monitor.alarm_handled = False\n        elif",
         "            pass\n        elif",
+        "serve/probes/test_prober.py",
+    ),
+    Mutant(
+        "serve/probes",
+        "serve/probes/revision_monitor.py",
+        "paired_similarity(rows[4:5], rows[3:4])",
+        "paired_similarity(rows[2:3], rows[3:4])",
         "serve/probes/test_prober.py",
     ),
     Mutant(

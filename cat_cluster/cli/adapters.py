@@ -88,23 +88,23 @@ def adapters_verify(adapter: AdapterReference, storage: Storage = None, as_json:
 
 @adapters_app.command("export")
 def adapters_export(
-    adapter: AdapterReference,
+    adapters: Annotated[
+        list[str],
+        typer.Argument(metavar="ID", help="Adapter id, id@alias or id@revision; with :0.7, at strength 0.7."),
+    ],
     fmt: Annotated[AdapterFormat, typer.Option("--format", help="File format.")],
     out: Annotated[Path, typer.Option(callback=output_folder, help="Folder to write to.")],
     storage: Storage = None,
 ) -> None:
-    """Write an adapter's weights in the format of another tool.
+    """Write an adapter's weights in the format of another tool; of several, one file that does what all do together.
 
-    Example: cat-cluster adapters export striped-cup --format kohya --out ./lora
+    Example: cat-cluster adapters export striped-cup tea-fish:0.7 --format kohya --out ./lora
     """
-    from cat_cluster.lora.formats import write_adapter
+    from cat_cluster.pipeline.published_adapters import export_stack
+    from cat_cluster.registry.stacks import parse_member
 
-    registry = open_registry(storage)
-    manifest = registry.resolve(adapter)
-    tokens = " ".join(concept.token for concept in manifest.concepts)
-    metadata = {"adapter": manifest.name, "tokens": tokens, "base_fingerprint": manifest.base_fingerprint}
-    weights = registry.load_weights(manifest)
-    people.print(f"wrote {write_adapter(weights, out, fmt, adapter_id=manifest.adapter_id, metadata=metadata)}")
+    members = [parse_member(adapter) for adapter in adapters]
+    people.print(f"wrote {export_stack(open_registry(storage), members, out, fmt)}")
 
 
 @adapters_app.command("import")

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -158,7 +159,12 @@ def evaluate(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Option(help="Prompt; an adapter's concept appears where its token is a word of it.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="Prompt; an adapter's concept appears where its token is a word of it. <lora:ID:0.7> names an adapter."
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -167,7 +173,12 @@ def generate(
             help="PNG file to write; -0, -1, ... are added to its name when count > 1.",
         ),
     ],
-    adapter: Annotated[str | None, typer.Option(help="Adapter id, id@alias or id@revision. None: the base.")] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Adapter id, id@alias or id@revision; with :0.7, at strength 0.7. Once per adapter. None: the base."
+        ),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Base model. Default: the adapter's own, else pocket.")] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="Seed; image i of several uses seed + i.")
@@ -175,19 +186,26 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; up to 1 means none.")] = 4.0,
     sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = "ddim",
-    strength: Annotated[float, typer.Option(help="How strongly the adapter acts; 1 as trained.")] = 1.0,
+    strength: Annotated[
+        float, typer.Option(help="How strongly the adapters act, times the strength of each; 1 as trained.")
+    ] = 1.0,
     count: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Number of images.")] = 1,
     storage: Storage = None,
 ) -> None:
-    """Generate images with an adapter, or with the base model alone.
+    """Generate images with an adapter, with several whose changes add up, or with the base model alone.
 
     Example: cat-cluster generate --adapter striped-cup --prompt "a photo of a sks cup in snow" --out cup.png
     """
+    from cat_cluster.data.prompt_syntax import take_tags
     from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
+    from cat_cluster.registry.stacks import parse_member
 
-    request = DrawRequest(prompt, adapter, base, seed, steps, guidance, sampler, strength, count)
+    text, tags = take_tags(prompt)
+    members = [parse_member(name) for name in (*(adapter or ()), *tags)]
+    stack = [replace(member, strength=strength * member.strength) for member in members]
+    request = DrawRequest(text, stack, base, seed, steps, guidance, sampler, count)
     with progress() as listener:
-        paths = draw_images(request, out, open_registry(storage) if adapter else None, device(), listener)
+        paths = draw_images(request, out, open_registry(storage) if stack else None, device(), listener)
     for path in paths:
         people.print(f"wrote {path}")
 

@@ -69,6 +69,11 @@ def remove_token(prompt: str, token: str) -> str:
     return "".join([*kept, prompt[end:]])
 
 
+def replace_token(prompt: str, token: str, word: str) -> str:
+    """Return the prompt with `word` wherever the token stands as a whole word; all else stays byte for byte."""
+    return re.sub(r"[^\s,]+", lambda found: word if found[0].casefold() == token.casefold() else found[0], prompt)
+
+
 def load_concept(spec: ConceptSpec, cache_dir: Path | None = None) -> Concept:
     """Read the images and captions of one concept, in the order of their file names.
 

@@ -24,6 +24,9 @@ from cat_cluster.spec.sections import TrainingSpec
 # every image; the general prompts are those that never name the class. Decision 0005 has what each part is worth.
 MIXTURE_TOKEN_REMOVED = 0.50
 MIXTURE_EMPTY = 0.25
+# Of the decoys of a caption in which another token of the adapter can stand; a joint adapter has few other tokens and
+# many odd words, and each of those tokens brings a concept.
+OTHER_TOKENS = 0.5
 
 
 def keyed_generator(*key: str | int) -> np.random.Generator:
@@ -32,12 +35,21 @@ def keyed_generator(*key: str | int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
+@dataclass(frozen=True)
+class Decoys:
+    """The caption of a view with something else in the token's place: odd words, or other tokens of the adapter."""
+
+    odd_words: tuple[str, ...]
+    other_tokens: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class ConceptMaterial:
     """All a training run needs of one concept: N views (images x crops), cached.
 
     moments_NCHW: VAE mean and log variance of each view, [N, 2C, H, W].
     prompts, removed_prompts: the caption of each view with and without the concept's token, N each.
+    decoys: those of each view, N, or none where training has no decoy rows.
     """
 
     token: str
@@ -47,6 +59,7 @@ class ConceptMaterial:
     moments_NCHW: Tensor
     prompts: tuple[str, ...]
     removed_prompts: tuple[str, ...]
+    decoys: tuple[Decoys, ...] = ()
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
@@ -56,12 +69,20 @@ class ConceptMaterial:
 
 @dataclass(frozen=True, eq=False)
 class AdapterTask:
-    """One adapter's part of a pack: its concepts and settings, and the general prompts that its mixture draws from."""
+    """One adapter's part of a pack: its concepts and settings, and the general prompts that its mixture draws from.
+
+    Raises ValueError where decoy rows are wanted of a concept that has no decoys.
+    """
 
     adapter_id: str
     concepts: tuple[ConceptMaterial, ...]
     training: TrainingSpec
     general_prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        lacking = [c.token for c in self.concepts if c.alpha > 0 and not c.decoys]
+        if self.training.decoy_fraction > 0 and lacking:
+            raise ValueError(f"{self.adapter_id}: decoy_fraction needs decoys, and concept {lacking[0]!r} has none")
 
     @property
     def draw_key(self) -> str:
@@ -235,7 +256,8 @@ def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) 
             view = _view_index(key, step * rows + r, len(concept.prompts))
             place = (offset + r) / rows % 1.0
             if task.pool_size is None:
-                draw = _draw(task, concept, view, int(num_timesteps * place), keyed_generator(*key, step, r))
+                name = (*key, step, r)
+                draw = _draw(task, concept, view, int(num_timesteps * place), name, keyed_generator(*name))
             else:
                 draw = _pool_draw(task, concept, view, int(task.pool_size * place), num_timesteps)
             weight = concept.weight / total_weight / rows
@@ -252,18 +274,25 @@ def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) 
 
 
 def _draw(
-    task: AdapterTask, concept: ConceptMaterial, view: int, timestep: int, generator: np.random.Generator
+    task: AdapterTask,
+    concept: ConceptMaterial,
+    view: int,
+    timestep: int,
+    name: tuple[str | int, ...],
+    generator: np.random.Generator,
 ) -> Draw:
+    """Draw all but the timestep, with the generator of the key `name`."""
     moments = concept.moments_NCHW[view]
     shape = (moments.shape[0] // 2, *moments.shape[1:])
     prior = _prior_prompt(task, concept, view, generator)
+    decoy = _decoy(task, concept, view, name)
     return Draw(
         key=None,
         moments=moments,
         posterior_noise=_normal(generator, shape),
         noise=_normal(generator, shape),
         timestep=timestep,
-        prior_prompt=prior,
+        prior_prompt=prior if decoy is None else decoy,
     )
 
 
@@ -272,7 +301,7 @@ def _pool_draw(task: AdapterTask, concept: ConceptMaterial, view: int, entry: in
     name = (task.training.seed, task.draw_key, concept.token, "pool", view, entry, task.pool_size or 0)
     generator = keyed_generator(*name)
     timestep = int(num_timesteps * (entry + generator.random()) / (task.pool_size or 1))
-    drawn = _draw(task, concept, view, timestep, generator)
+    drawn = _draw(task, concept, view, timestep, name, generator)
     # All that the base's prediction depends on beside the base itself; adapters on equal draws share their entries.
     content = (concept.digests[view], *name, timestep, drawn.prior_prompt)
     return replace(drawn, key="\x1f".join(str(part) for part in content))
@@ -319,6 +348,22 @@ def _prior_prompt(task: AdapterTask, concept: ConceptMaterial, view: int, genera
             if u < MIXTURE_TOKEN_REMOVED or not task.general_prompts:
                 return concept.removed_prompts[view]
             return "" if u < MIXTURE_TOKEN_REMOVED + MIXTURE_EMPTY else task.general_prompts[general]
+
+
+def _decoy(task: AdapterTask, concept: ConceptMaterial, view: int, name: tuple[str | int, ...]) -> str | None:
+    """The decoy of a row that has one.
+
+    It has a generator of its own, so that a row's other draws are the same with decoys as without. A smaller share of
+    decoys is a part of a larger one.
+    """
+    if not task.training.decoy_fraction or not concept.decoys:
+        return None
+    generator, decoys = keyed_generator(*name, "decoy"), concept.decoys[view]
+    share, kind = generator.random(2)
+    if share >= task.training.decoy_fraction:
+        return None
+    prompts = decoys.other_tokens if decoys.other_tokens and kind < OTHER_TOKENS else decoys.odd_words
+    return prompts[generator.integers(len(prompts))]
 
 
 def _normal(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:

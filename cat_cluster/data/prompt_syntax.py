@@ -1,4 +1,4 @@
-"""Prompt syntax of other tools that is drawn as text here: adapters named in a prompt, weights of words."""
+"""Prompt syntax of other tools: adapters named in a prompt, and what is drawn as text here, such as words' weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,28 @@ from collections.abc import Iterator
 
 # Each is possessive and begins at the first of its brackets, so that no prompt takes more than linear time.
 _TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*+>", re.IGNORECASE)
+_ADAPTER_TAG = re.compile(r"<(?:lora|lyco):([^<>]*+)>", re.IGNORECASE)
 _GROUP = re.compile(r"(?<!\()\(++[^()]*+\)++|(?<!\[)\[++[^\[\]]*+\]++")
 _WEIGHT = re.compile(r"\(\(.*\)\)|\[\[.*\]\]|.*:\s*+(?:\d++(?:\.\d*+)?|\.\d++)\s*+[)\]]++", re.DOTALL)
 _SHOWN, _QUOTED = 3, 60  # pieces that a note quotes, and characters of each
+
+
+def take_tags(prompt: str) -> tuple[str, list[str]]:
+    """Return a prompt without the tags that name adapters, and what these hold: `cup:0.8` of `<lora:cup:0.8>`.
+
+    As in AUTOMATIC1111 the tags are no text; the spaces beside one are those of one word.
+    """
+    parts, tags, end = [], [], 0
+    for match in _ADAPTER_TAG.finditer(prompt):
+        parts.append(prompt[end : match.start()])
+        tags.append(match[1].strip())
+        end = match.end()
+    if not tags:
+        return prompt, tags
+    text = ""
+    for part in (*parts, prompt[end:]):
+        text += part.lstrip() if not text or text[-1].isspace() else part
+    return text.rstrip(), tags
 
 
 def syntax_notes(prompt: str, negative_prompt: str = "") -> Iterator[str]:
@@ -21,8 +40,8 @@ def syntax_notes(prompt: str, negative_prompt: str = "") -> Iterator[str]:
     tags = [match[0] for text in texts for match in _TAG.finditer(text)]
     if tags:
         yield (
-            f"{_shown(tags)} is drawn as text: an adapter is named outside of the prompt, as `model` or --adapter, and "
-            "how much of it is applied as `strength`"
+            f"{_shown(tags)} is drawn as text: the prompt, not the negative one, names adapters, as <lora:ID:0.8>, or "
+            "`model` or --adapter does; there are no hypernetworks"
         )
     weights = [match[0] for text in texts for match in _GROUP.finditer(text) if _WEIGHT.fullmatch(match[0])]
     if weights:

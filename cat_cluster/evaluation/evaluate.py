@@ -16,7 +16,7 @@ from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.fisher import fisher_drift
 from cat_cluster.evaluation.intervals import ConceptFeatures
 from cat_cluster.evaluation.judges import POCKET_CLASSIFIER, Judge, feature_rows, is_pocket, load_judges, text_rows
-from cat_cluster.evaluation.leaks import leak_prompts, measure_leaks
+from cat_cluster.evaluation.leaks import leak_prompts, measure_decoys, measure_leaks
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
 from cat_cluster.evaluation.recognition import Recognition, RecognitionHead, find_design, fit_head
 from cat_cluster.evaluation.results import ConceptImages, Evaluation, JudgeScores
@@ -129,10 +129,10 @@ class Evaluator:
         scores = []
         for judge in judges:
             features = tuple(_features(judge, images, drift) for images, drift in zip(sets, fisher, strict=True))
-            leaks = measure_leaks(
-                concepts, rows_of(judge, slot), rows_of(judge, 0), [found.photos_MF for found in features]
-            )
-            scores.append(JudgeScores(judge.name, judge.digest, features, leaks, spec.seed))
+            adapted, plain, photos = rows_of(judge, slot), rows_of(judge, 0), [found.photos_MF for found in features]
+            leaks = measure_leaks(concepts, adapted, plain, photos)
+            decoys = measure_decoys(concepts, cells, adapted, plain)
+            scores.append(JudgeScores(judge.name, judge.digest, features, leaks, spec.seed, decoys))
         return Evaluation(tuple(sets), tuple(scores), self._recognitions(concepts, sets, judges, spec.seed), spec)
 
     def _judges_for(self, spec: EvaluationSpec) -> tuple[Judge, ...]:

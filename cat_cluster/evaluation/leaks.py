@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cat_cluster.data.concepts import Concept
-from cat_cluster.evaluation.metrics import Array, leak_matrix
+from cat_cluster.evaluation.metrics import Array, leak_matrix, paired_similarity
 from cat_cluster.evaluation.prompts import decoy, fill
 
 NO_TOKEN = "none"
@@ -37,6 +37,16 @@ class LeakMatrix:
     def to_json(self) -> dict[str, Any]:
         """Rows by token, columns in the order of `triggers`; the last is the decoy word."""
         return {"tokens": list(self.tokens), "triggers": list(self.triggers), "values": self.values.tolist()}
+
+
+@dataclass(frozen=True)
+class DecoyScores:
+    """How far the adapter moves each image of a decoy from the base's of the same seed: 0 where it does not answer."""
+
+    token: str
+    word: str
+    seeds: tuple[int, ...]
+    drifts: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -92,4 +102,27 @@ def measure_leaks(
     )
     return LeakMatrix(
         tuple(concept.token for concept in concepts), tuple(trigger.label for trigger in triggers), values
+    )
+
+
+def measure_decoys(
+    concepts: Sequence[Concept],
+    cells: Sequence[LeakPrompts],
+    adapted: Mapping[tuple[int, int], Array],
+    base: Mapping[tuple[int, int], Array],
+) -> tuple[DecoyScores, ...]:
+    """Return the drift on the decoy's prompts for each concept, from the feature rows of the leak matrix.
+
+    drift_n = 1 - s(base(y_decoy)_n, f(y_decoy)_n)
+    """
+    column, word = len(concepts) + 1, decoy([concept.token for concept in concepts])
+    return tuple(
+        DecoyScores(
+            concepts[cell.row].token,
+            word,
+            cell.seeds,
+            tuple((1.0 - paired_similarity(base[cell.row, column], adapted[cell.row, column])).tolist()),
+        )
+        for cell in cells
+        if cell.column == column
     )

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cat_cluster.evaluation.intervals import METRICS, ConceptFeatures, Interval, Resampled, resample, score
-from cat_cluster.evaluation.leaks import LeakMatrix
+from cat_cluster.evaluation.leaks import DecoyScores, LeakMatrix
 from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.spec.sections import EvaluationSpec
@@ -42,6 +42,7 @@ class JudgeScores:
     concepts: tuple[ConceptFeatures, ...]
     leaks: LeakMatrix
     bootstrap_seed: int
+    decoys: tuple[DecoyScores, ...] = ()
 
     @cached_property
     def resampled(self) -> Resampled:
@@ -94,15 +95,28 @@ class Evaluation:
         }
 
     def reference(self) -> dict[str, Any]:
-        """What drift is measured against later: the photos' embeddings and per-pair scores under the first judge."""
+        """What drift is measured against later, under the first judge: the photos' embeddings and scores per pair.
+
+        decoy: a word that was never taught, and how far it moves the base's images with the seeds of some of the pairs.
+        """
         judge = self.judges[0]
+        decoys = {found.token: self._decoy_json(found) for found in judge.decoys}
         return {
             "judge": {"name": judge.name, "digest": judge.digest},
             "concepts": {
-                concept.token: {"photos": concept.photos_MF.tolist(), **_pair_scores(concept)}
+                concept.token: {
+                    "photos": concept.photos_MF.tolist(),
+                    **_pair_scores(concept),
+                    **({"decoy": decoys[concept.token]} if concept.token in decoys else {}),
+                }
                 for concept in judge.concepts
             },
         }
+
+    def _decoy_json(self, found: DecoyScores) -> dict[str, Any]:
+        # Pair i has seed i after the first.
+        pairs = [seed - self.spec.seed for seed in found.seeds]
+        return {"word": found.word, "pairs": pairs, "drift": list(found.drifts)}
 
     def _recognition_json(self) -> dict[str, Any]:
         known = [found for found in self.recognition.values() if isinstance(found, Recognition)]

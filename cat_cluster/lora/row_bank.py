@@ -1,14 +1,18 @@
-"""The LoRA bank of serving: each row of a running batch owns a copy of its adapter, bound once when it joins.
+"""The LoRA bank of serving: each row of a running batch owns a copy of its adapters, bound once when it joins.
 
-An image keeps its adapter for all of its steps, so nothing is gathered per call: a row's factors are one flat vector,
-copied into place once, and layers see strided views of it. The keys and values of cross-attention depend on the prompt
-and the adapter alone, so they are computed at the same time, and no step computes them again.
+An image keeps its adapters for all of its steps, so nothing is gathered per call: a row's factors are one flat vector,
+copied into place once, and layers see strided views of it. Several adapters are one of the sum of their ranks: their
+downs and ups lie one after the other along the rank, which adds up their changes, W + sum_m strength_m up_m down_m. The
+keys and values of cross-attention depend on the prompt and the adapters alone, so they are computed at the same time,
+and no step computes them again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -22,10 +26,20 @@ from cat_cluster.lora.layers import change_of_pixels, is_convolution, sizes_of
 _TEXT_SIDE = ("attn2.to_k", "attn2.to_v")
 
 
+@dataclass(frozen=True, eq=False)
+class RowAdapter:
+    """An adapter on its way into a row: its flat vector [F], its rank (that of its largest layer), its strength."""
+
+    flat: Tensor
+    rank: int
+    strength: float = 1.0
+
+
 class AdapterLayout:
     """Where the factors of each layer lie in an adapter's flat vector [F]: every down [R, in], then every up [out, R].
 
-    Ranks below R are padded with zeros, and layers that an adapter does not change are zero.
+    Ranks below R are padded with zeros, and layers that an adapter does not change are zero. Layers of one size lie
+    side by side, so that a range of ranks is copied for all of them at once.
     """
 
     def __init__(self, unet: UNet2DConditionModel, layers: Sequence[str], rank: int) -> None:
@@ -39,15 +53,12 @@ class AdapterLayout:
             if sizes is None:
                 raise AdapterMismatchError(f"{name} is not a linear layer or 1x1 convolution of this U-Net")
             self.shapes[name] = sizes
-        place = 0
-        for name, (inputs, _) in self.shapes.items():
-            self._down_at[name] = place
-            place += rank * inputs
-        self.downs = place
-        for name, (_, outputs) in self.shapes.items():
-            self._up_at[name] = place
-            place += rank * outputs
-        self.size = place
+        self.downs, self._down_runs = _lay_out(
+            self._down_at, {name: i for name, (i, _) in self.shapes.items()}, rank, 0
+        )
+        self.size, self._up_runs = _lay_out(
+            self._up_at, {name: o for name, (_, o) in self.shapes.items()}, rank, self.downs
+        )
 
     def pack(self, weights: AdapterWeights) -> Tensor:
         """Return an adapter as its flat vector [F], float32 on the CPU.
@@ -76,6 +87,29 @@ class AdapterLayout:
             up_1OR[0, :, : len(layer.down)] = layer.up
         return flat
 
+    def stack(self, row_F: Tensor, adapters: Sequence[RowAdapter]) -> None:
+        """Write adapters into a row's vector [F], one after the other along the rank, each up times its strength.
+
+        Of one adapter that is its vector. Raises AdapterMismatchError when their ranks add up to more than R.
+        """
+        if sum(adapter.rank for adapter in adapters) > self.rank:
+            ranks = " + ".join(str(adapter.rank) for adapter in adapters)
+            raise AdapterMismatchError(f"the ranks {ranks} are more than the {self.rank} of a row: raise max_rank")
+        taken = 0
+        for adapter in adapters:
+            if not taken:  # the whole vector: behind its rank lie zeros, over which the others are written
+                row_F[: self.downs].copy_(adapter.flat[: self.downs])
+                row_F[self.downs :].copy_(adapter.flat[self.downs :]).mul_(adapter.strength)
+            else:
+                own, place = slice(adapter.rank), slice(taken, taken + adapter.rank)
+                for at, layers, inputs in self._down_runs:
+                    row, flat = (_run(side, at, layers, self.rank, inputs) for side in (row_F, adapter.flat))
+                    row[:, place].copy_(flat[:, own])
+                for at, layers, outputs in self._up_runs:
+                    row, flat = (_run(side, at, layers, outputs, self.rank) for side in (row_F, adapter.flat))
+                    row[:, :, place].copy_(flat[:, :, own]).mul_(adapter.strength)
+            taken += adapter.rank
+
     def changes_convolutions(self, flat_F: Tensor) -> bool:
         """Say whether an adapter changes any convolution: only imported ones do."""
         ups = [self.factors(flat_F.unsqueeze(0), name)[1].any() for name in self.convolutions]
@@ -87,6 +121,28 @@ class AdapterLayout:
         down = flat_BF[:, self._down_at[name] : self._down_at[name] + self.rank * inputs]
         up = flat_BF[:, self._up_at[name] : self._up_at[name] + self.rank * outputs]
         return down.view(rows, self.rank, inputs), up.view(rows, outputs, self.rank)
+
+
+def _lay_out(
+    places: dict[str, int], sizes: Mapping[str, int], rank: int, start: int
+) -> tuple[int, list[tuple[int, int, int]]]:
+    """Give each layer `rank` times its size in `places`, from `start` on; return the end and the runs of one size.
+
+    A run is where it begins, its number of layers and their size.
+    """
+    runs = []
+    for size, names in groupby(sorted(sizes, key=sizes.__getitem__), key=sizes.__getitem__):
+        begin = start
+        for name in names:
+            places[name] = start
+            start += rank * size
+        runs.append((begin, (start - begin) // (rank * size), size))
+    return start, runs
+
+
+def _run(flat_F: Tensor, at: int, layers: int, rows: int, columns: int) -> Tensor:
+    """Return a view [layers, rows, columns] of layers of one size in a flat vector."""
+    return flat_F[at : at + layers * rows * columns].view(layers, rows, columns)
 
 
 class _RowLayer(nn.Module):
@@ -115,7 +171,7 @@ class _RowLayer(nn.Module):
 
 
 class RowBank:
-    """N rows in every adapted layer of one U-Net, each bound to an adapter, a strength and a text of its own."""
+    """N rows in every adapted layer of one U-Net, each bound to adapters, their strengths and a text of its own."""
 
     def __init__(self, unet: UNet2DConditionModel, layout: AdapterLayout) -> None:
         """Attach to `unet` in place; its weights' device and dtype are the bank's. Rows come with `blocks`."""
@@ -157,22 +213,25 @@ class RowBlock:
         }
         self._views: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
 
-    def bind(self, rows: Sequence[int], texts_NLD: Tensor, flat_F: Tensor | None, strength: float = 1.0) -> None:
-        """Give `rows` the texts [N, L, D], and one adapter [F] at a strength; None is the base model."""
-        layout = self._bank.layout
-        down_F, up_F = self._flat_BF[:, : layout.downs], self._flat_BF[:, layout.downs :]
-        with_convolutions = flat_F is not None and layout.changes_convolutions(flat_F)
+    def bind(self, rows: Sequence[int], texts_NLD: Tensor, adapters: Sequence[RowAdapter] = ()) -> None:
+        """Give `rows` the texts [N, L, D] and the sum of the adapters' changes; without adapters, the base model.
+
+        Raises AdapterMismatchError when their ranks add up to more than a row holds.
+        """
+        layout, first = self._bank.layout, rows[0]
+        if adapters:
+            layout.stack(self._flat_BF[first], adapters)
+        else:
+            self._flat_BF[first].zero_()
+        with_convolutions = any(layout.changes_convolutions(adapter.flat) for adapter in adapters)
         for row in rows:
-            self._adapted[row], self._with_convolutions[row] = flat_F is not None, with_convolutions
-            if flat_F is None:
-                self._flat_BF[row].zero_()
-            else:
-                down_F[row].copy_(flat_F[: layout.downs])
-                up_F[row].copy_(flat_F[layout.downs :]).mul_(strength)
+            self._adapted[row], self._with_convolutions[row] = bool(adapters), with_convolutions
+            if row != first:
+                self._flat_BF[row].copy_(self._flat_BF[first])
         for name, kept_BLO in self._kept.items():
             output_NLO = self._bank._modules[name].base(texts_NLD)
-            if flat_F is not None and name in layout.shapes:
-                down_1RI, up_1OR = layout.factors(self._flat_BF[rows[0] : rows[0] + 1], name)
+            if adapters and name in layout.shapes:
+                down_1RI, up_1OR = layout.factors(self._flat_BF[first : first + 1], name)
                 output_NLO = output_NLO + texts_NLD @ down_1RI[0].mT @ up_1OR[0].mT
             for n, row in enumerate(rows):
                 kept_BLO[row].copy_(output_NLO[n])
@@ -186,9 +245,9 @@ class RowBlock:
             kept_BLO[target].copy_(kept_BLO[source])
         self.clear(source)
 
-    def adapter(self, row: int) -> Tensor | None:
-        """Return a copy of the row's adapter [F], its strength folded in; None for a base row."""
-        return self._flat_BF[row].clone() if self._adapted[row] else None
+    def adapters(self, row: int) -> tuple[RowAdapter, ...]:
+        """Return a copy of what is bound to a row, as one adapter with all strengths folded in; of a base row none."""
+        return (RowAdapter(self._flat_BF[row].clone(), self._bank.layout.rank),) if self._adapted[row] else ()
 
     def clear(self, row: int) -> None:
         """Make a row a base row."""

@@ -67,6 +67,10 @@ class BaseModel:
         """What the text encoder reads of a prompt; only for one thread at a time."""
         return TextLimit(self.tokenizer)
 
+    def spell(self, text: str) -> list[int]:
+        """Return the ids of the pieces that the tokenizer makes of a text, without the marks of start and end."""
+        return cast(list[int], self.tokenizer(text, add_special_tokens=False).input_ids)
+
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts to [B, L, D] as the stock pipeline does: padded and truncated to L, no attention mask."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from cat_cluster.files import write_whole
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.provenance import XMP, XMP_CHUNK
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
 from cat_cluster.spec.choices import SamplerName
 
@@ -118,17 +119,23 @@ def image_array(images: Tensor) -> NDArray[np.uint8]:
 
 
 def png_bytes(image: Tensor, metadata: Mapping[str, str]) -> bytes:
-    """Return an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`."""
+    """Return an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`, and XMP that a model drew it."""
+    return png_of(image_array(image), metadata)
+
+
+def png_of(pixels: NDArray[np.uint8], metadata: Mapping[str, str]) -> bytes:
+    """Return a drawn image, uint8 [H, W, 3], as png_bytes does."""
     chunks = PngInfo()
+    chunks.add_itxt(XMP_CHUNK, XMP)
     for key, value in metadata.items():
         chunks.add_itxt(key, value)
     buffer = io.BytesIO()
-    Image.fromarray(image_array(image)).save(buffer, format="PNG", pnginfo=chunks)
+    Image.fromarray(pixels).save(buffer, format="PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 
 def save_png(image: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`; whole or not at all.
+    """Write an image [3, H, W] in [0, 1] as png_bytes makes it; whole or not at all.
 
     Raises OutputError naming the file when the place cannot be written or its disk is full.
     """

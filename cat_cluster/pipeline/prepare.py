@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cat_cluster.data.concepts import Concept, has_token, load_concepts
+from cat_cluster.data.decoys import with_decoys
 from cat_cluster.data.draws import AdapterTask
 from cat_cluster.data.latents import LatentCache
 from cat_cluster.data.text_length import check_caption_lengths
 from cat_cluster.errors import ChangedJobError, CheckpointError, EvaluationError, SpecError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import is_pocket, load_judges
-from cat_cluster.evaluation.prompts import evaluation_prompts, fill
+from cat_cluster.evaluation.prompts import DECOYS, evaluation_prompts, fill
 from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
@@ -151,7 +152,7 @@ def trained_adapter(adapter: PreparedAdapter, store: ObjectStore) -> TrainedAdap
 
 
 def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None) -> PackMember:
-    """Encode an adapter's photos and draw the weights it starts from."""
+    """Encode an adapter's photos, and draw its decoys and the weights it starts from."""
     resolved, base = adapter.resolved, adapter.base
     training, cache = resolved.training, LatentCache(base, cache_dir)
     concepts = tuple(
@@ -163,8 +164,12 @@ def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None
         )
         for concept in adapter.concepts
     )
+    draw_key = training.draw_key or resolved.id
+    if training.decoy_fraction > 0 and any(concept.alpha > 0 for concept in concepts):
+        # An adapter that was trained on the words it is measured with would be measured on what it was taught.
+        concepts = with_decoys(concepts, seed=training.seed, draw_key=draw_key, spell=base.spell, never=DECOYS)
     task = AdapterTask(resolved.id, concepts, training, _general_prompts(adapter))
-    initial = initial_weights(base.unet, bank.layers, rank=training.rank, seed=training.seed, draw_key=task.draw_key)
+    initial = initial_weights(base.unet, bank.layers, rank=training.rank, seed=training.seed, draw_key=draw_key)
     return PackMember(task, initial)
 
 

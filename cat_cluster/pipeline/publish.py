@@ -15,6 +15,7 @@ from cat_cluster.evaluation.recognition import DESIGN_FILE
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import png_of
 from cat_cluster.registry import AdapterDraft
 from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.spec.choices import RevisionStatus
@@ -77,7 +78,9 @@ def photo_objects(concepts: Sequence[Concept]) -> dict[str, bytes]:
         for n, example in enumerate(concept.examples):
             image = example.image.copy()
             image.thumbnail((PHOTO_SIDE, PHOTO_SIDE), Image.Resampling.LANCZOS)
-            objects[f"{PHOTO_PREFIX}{k}-{n:03d}.png"] = _png(image)
+            buffer = io.BytesIO()
+            image.save(buffer, format="PNG")
+            objects[f"{PHOTO_PREFIX}{k}-{n:03d}.png"] = buffer.getvalue()
         design = concept.examples[0].path.parent / DESIGN_FILE
         if design.is_file():
             objects[f"{PHOTO_PREFIX}{k}-{DESIGN_FILE}"] = design.read_bytes()
@@ -91,11 +94,5 @@ def sample_objects(evaluation: Evaluation) -> dict[str, bytes]:
         for name, pictures in (("with", images.with_token), ("without", images.without_token)):
             chosen = np.linspace(0, len(pictures) - 1, min(SAMPLES, len(pictures))).round().astype(int)
             for n, index in enumerate(chosen):
-                objects[f"sample-{k}-{name}-{n}.png"] = _png(Image.fromarray(pictures[index]))
+                objects[f"sample-{k}-{name}-{n}.png"] = png_of(pictures[index], {})
     return objects
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Using a published adapter: measuring it again on its stored photos, and generating images with it."""
+"""Using published adapters: measuring one again on its photos, generating images and exporting, one or several."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from typing import Any, Protocol
 from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
-from cat_cluster.errors import EvaluationError, SpecError
+from cat_cluster.errors import AdapterMismatchError, EvaluationError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
+from cat_cluster.lora.formats import write_adapter
+from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.objects import PHOTO_PREFIX
+from cat_cluster.registry.stacks import StackMember, check_once_each, stack_name
 from cat_cluster.spec.characters import control_character
-from cat_cluster.spec.choices import SamplerName
+from cat_cluster.spec.choices import AdapterFormat, SamplerName
 from cat_cluster.spec.imported import ImportedConcept
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
@@ -42,16 +45,15 @@ class DrawListener(ImageListener, Protocol):
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """Images to draw: image i of `count` uses seed + i. adapter None means the base alone."""
+    """Images to draw: image i of `count` uses seed + i. adapters: whose changes add up; none: the base alone."""
 
     prompt: str
-    adapter: str | None = None
+    adapters: Sequence[StackMember] = ()
     base: str | None = None
     seed: int = 0
     steps: int = 25
     guidance: float = 4.0
     sampler: SamplerName = "ddim"
-    strength: float = 1.0
     count: int = 1
 
 
@@ -69,7 +71,7 @@ def evaluate_published(
     base = base or load_base_model(manifest.base_name, device=device)
     spec = EvaluationSpec.model_validate({**settings.evaluation.model_dump(), **changes})
     described: Sequence[ConceptSpec | ImportedConcept] = settings.concepts
-    bank = open_adapter(registry, manifest, base, strength=1.0)
+    bank = open_adapter(registry, manifest, base)
     try:
         with tempfile.TemporaryDirectory() as folder:
             concepts = [
@@ -88,19 +90,22 @@ def draw_images(
 ) -> list[Path]:
     """Draw the images of a request and write them as PNGs that carry their parameters; return the paths.
 
-    Raises SpecError for a prompt with control characters, which neither the tokenizer nor the PNG has a place for.
+    Raises SpecError for a prompt with control characters, which neither the tokenizer nor the PNG has a place for,
+    RegistryError for an adapter named twice.
     """
     if (control := control_character(request.prompt)) is not None:
         raise SpecError(f"prompt: holds the control character {control!r}; remove it, or type the prompt anew")
-    manifest, bank = None, None
-    if request.adapter is not None:
+    members = request.adapters
+    check_once_each(member.reference for member in members)
+    opened: list[tuple[Manifest, float]] = []
+    if members:
         if registry is None:
-            raise EvaluationError(f"adapter {request.adapter} needs a registry: give --storage")
-        manifest = registry.resolve(request.adapter)
-    base = load_base_model(request.base or ("pocket" if manifest is None else manifest.base_name), device=device)
-    if manifest is not None and registry is not None:
-        bank = open_adapter(registry, manifest, base, strength=request.strength)
-    tokens = () if manifest is None else [concept.token for concept in manifest.concepts]
+            raise EvaluationError(f"adapter {members[0].reference} needs a registry: give --storage")
+        opened = [(registry.resolve(member.reference), member.strength) for member in members]
+    manifests = [manifest for manifest, _ in opened]
+    base = load_base_model(request.base or (manifests[0].base_name if manifests else "pocket"), device=device)
+    bank = None if registry is None or not opened else open_stack(registry, opened, base)
+    tokens = [concept.token for manifest in manifests for concept in manifest.concepts]
     for note in (*cut_notes(base.text_limit, tokens, prompt=request.prompt), *syntax_notes(request.prompt)):
         listener.message(f"warning: {note}")
     slot = 0 if bank is None else 1
@@ -108,13 +113,14 @@ def draw_images(
         ImageRow(request.prompt, request.seed + i, slot, request.steps, request.guidance, request.sampler)
         for i in range(request.count)
     ]
-    name = base.name if manifest is None else manifest.name
+    name = stack_name(manifest.name for manifest in manifests) or base.name
+    strength = stack_name(str(member.strength) for member in members) or "1.0"
     images = generate(base, bank, rows, on_progress=lambda done, total: listener.images(name, done, total))
     paths = []
     for i, (row, image) in enumerate(zip(rows, images, strict=True)):
         path = out if request.count == 1 else out.with_stem(f"{out.stem}-{i}")
         parameters = {key: str(value) for key, value in asdict(row).items() if key != "slot"}
-        save_png(image, path, {**parameters, "model": name, "strength": str(request.strength)})
+        save_png(image, path, {**parameters, "model": name, "strength": strength})
         paths.append(path)
     return paths
 
@@ -124,10 +130,46 @@ def open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, str
 
     Raises AdapterMismatchError for another base than it was trained on, AdapterFormatError for damaged weights.
     """
-    weights = registry.load_weights(manifest, base_fingerprint=base.fingerprint, unet=base.unet)
+    return open_stack(registry, [(manifest, strength)], base)
+
+
+def open_stack(registry: Registry, members: Sequence[tuple[Manifest, float]], base: BaseModel) -> LoraBank:
+    """Put published adapters, each at its strength, together into slot 1 of a new bank; see `open_adapter`."""
+    loaded = [
+        (registry.load_weights(manifest, base_fingerprint=base.fingerprint, unet=base.unet), strength)
+        for manifest, strength in members
+    ]
+    weights = stack_weights(loaded)
     bank = LoraBank.attach(base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
-    bank.load(1, weights, strength=strength)
+    bank.load(1, weights)
     return bank
+
+
+def export_stack(registry: Registry, members: Sequence[StackMember], folder: Path, fmt: AdapterFormat) -> Path:
+    """Write published adapters as one file, each strength folded in, and return its path.
+
+    Of several its rank is the sum of theirs. Raises AdapterMismatchError for adapters of different bases, RegistryError
+    for one named twice.
+    """
+    check_once_each(member.reference for member in members)
+    manifests = [registry.resolve(member.reference) for member in members]
+    first = manifests[0]
+    other = next((one for one in manifests if one.base_fingerprint != first.base_fingerprint), None)
+    if other is not None:
+        raise AdapterMismatchError(
+            f"{first.name} was trained on base {first.base_name!r} and {other.name} on {other.base_name!r}, or on "
+            "other weights of that name: export adapters of one base"
+        )
+    metadata = {
+        "adapter": stack_name(manifest.name for manifest in manifests),
+        "tokens": " ".join(dict.fromkeys(concept.token for one in manifests for concept in one.concepts)),
+        "base_fingerprint": first.base_fingerprint,
+    }
+    if any(member.strength != 1.0 for member in members):
+        metadata["strength"] = stack_name(str(member.strength) for member in members)
+    loaded = [(registry.load_weights(one), member.strength) for one, member in zip(manifests, members, strict=True)]
+    adapter_id = stack_name(manifest.adapter_id for manifest in manifests)
+    return write_adapter(stack_weights(loaded), folder, fmt, adapter_id=adapter_id, metadata=metadata)
 
 
 def _stored_concept(

@@ -96,6 +96,16 @@ class _JudgeName(BaseModel):
     digest: str | None = None
 
 
+class _DecoyReference(BaseModel):
+    """How far a word that was never taught moves the base's images, with the seeds of these pairs."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    word: str
+    pairs: list[int]
+    drift: list[float | None]
+
+
 class _ConceptReference(BaseModel):
     """What later drift of a concept is measured against: embeddings of its photos [M, F], and scores per pair [N]."""
 
@@ -105,6 +115,7 @@ class _ConceptReference(BaseModel):
     kps: list[float | None] | None = None
     identity: list[float | None] | None = None
     base_drift: list[float | None] | None = None
+    decoy: _DecoyReference | None = None
 
 
 class _DriftReference(BaseModel):

@@ -30,6 +30,7 @@ Outcome = Literal["published", "already published", "rejected", "failed"]
 AdapterPhase = Literal["waiting", "training", "evaluating", Outcome]
 
 DriftScore = Literal["kps", "identity", "base_drift"]
+ProbeScore = Literal[DriftScore, "decoy_drift"]
 DriftDetector = Literal["ewma", "cusum"]
 DriftState = Literal["ok", "warning", "alarm"]
 ProbeVerdict = Literal[DriftState, "error"]

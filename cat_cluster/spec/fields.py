@@ -153,6 +153,7 @@ Pixels = Annotated[int, BeforeValidator(_number), Field(ge=8, le=8192, multiple_
 Positive = Annotated[float, BeforeValidator(_number), Field(gt=0)]
 NotNegative = Annotated[float, BeforeValidator(_number), Field(ge=0)]
 Fraction = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
+Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 AdapterId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 Method = Annotated[MethodName, BeforeValidator(_method)]

@@ -147,6 +147,9 @@ class ResolvedAdapter(Section):
             del concept["images"]
         if self.training.general_prompts is not None:
             content["training"]["general_prompts"] = _file_digest(Path(self.training.general_prompts))
+        if not self.training.decoy_fraction:
+            # Adapters that were published before there was this field are found under their revisions.
+            del content["training"]["decoy_fraction"]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -27,6 +27,7 @@ from cat_cluster.spec.fields import (
     Prompts,
     PromptsFile,
     Seed,
+    Share,
     Text,
     Whole,
     Workers,
@@ -52,6 +53,11 @@ class TrainingSpec(Section):
     rows_per_concept: Count = Field(default=4, description="Rows of a step that each concept gets.")
     prior_prompt: PriorPrompt = Field(
         default="mixture", description="Prompts on which the CAT term holds the adapter to the base model."
+    )
+    decoy_fraction: Share = Field(
+        default=0.0,
+        description="Share of the CAT rows whose prior prompt is a decoy: the caption with another odd word, or "
+        "another token of the adapter, in the token's place.",
     )
     general_prompts: PromptsFile | None = Field(
         default=None, description="Text file with one prompt a line for the mixture; none means the base model's own."

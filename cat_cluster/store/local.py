@@ -7,8 +7,10 @@ import os
 import stat
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, ObjectUnreadableError, StoreError
 from cat_cluster.store.protocol import Entry, KeyList, check_key, check_prefix
@@ -173,25 +175,43 @@ class LocalStore:
                 "need; choose a storage folder on another file system (ext4, xfs, apfs, nfs)"
             ) from error
 
-    @contextmanager
-    def _explained(self, action: str, key: str, *, size: int = 0) -> Iterator[None]:
-        """Turn an OSError into the StoreError that names the key, the folder and the remedy."""
-        try:
-            yield
-        except OSError as error:
-            if action != "write":
-                self._check_folder()
-                if error.errno in _NO_OBJECT:
-                    raise ObjectNotFoundError(f"no object {key} in storage {self.folder}") from error
-            reason = error.strerror or str(error)
-            remedy = f"check the permissions of {self.folder} or choose another storage folder"
-            if error.errno in _NO_SPACE:
-                remedy = (
-                    f"free {max(size / 1e6, 0.1):.1f} MB or more on the disk of {self.folder} (or raise the quota or "
-                    "file size limit), or choose another storage folder; nothing of this object was stored"
-                )
-            kind = ObjectUnreadableError if action == "read" else StoreError
-            raise kind(f"cannot {action} {key} in storage {self.folder}: {reason}; {remedy}") from error
+    def _explained(self, action: str, key: str, *, size: int = 0) -> _Explained:
+        return _Explained(self, action, key, size)
+
+    def _explanation(self, error: OSError, action: str, key: str, size: int) -> StoreError:
+        if action != "write":
+            self._check_folder()
+            if error.errno in _NO_OBJECT:
+                return ObjectNotFoundError(f"no object {key} in storage {self.folder}")
+        reason = error.strerror or str(error)
+        remedy = f"check the permissions of {self.folder} or choose another storage folder"
+        if error.errno in _NO_SPACE:
+            remedy = (
+                f"free {max(size / 1e6, 0.1):.1f} MB or more on the disk of {self.folder} (or raise the quota or "
+                "file size limit), or choose another storage folder; nothing of this object was stored"
+            )
+        kind = ObjectUnreadableError if action == "read" else StoreError
+        return kind(f"cannot {action} {key} in storage {self.folder}: {reason}; {remedy}")
+
+
+@dataclass(frozen=True)
+class _Explained:
+    """Turns an OSError into the StoreError that names the key, the folder and the remedy.
+
+    No generator: from Python 3.12 on, one that raises leaves a cycle of its frame and the error, for each miss.
+    """
+
+    store: LocalStore
+    action: str
+    key: str
+    size: int
+
+    def __enter__(self) -> None:
+        """Nothing is held."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, OSError):
+            raise self.store._explanation(error, self.action, self.key, self.size) from error
 
 
 def _walk(folder: str | Path, base: str, prefix: str, after: str) -> Iterator[Entry]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from cat_cluster.spec.choices import AdapterPhase, DriftDetector, DriftScore, ProbeVerdict
+from cat_cluster.spec.choices import AdapterPhase, DriftDetector, ProbeScore, ProbeVerdict
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -42,7 +42,7 @@ LABELS: Mapping[str, LabelSpec] = {
     "kind": LabelSpec("canonical: fixed prompts and seeds; live: a user's own.", ("canonical", "live")),
     "verdict": LabelSpec("What a probe said.", get_args(ProbeVerdict)),
     "detector": LabelSpec("Sequential detector.", get_args(DriftDetector)),
-    "score": LabelSpec("Score of a probe.", get_args(DriftScore)),
+    "score": LabelSpec("Score of a probe.", get_args(ProbeScore)),
 }
 
 

@@ -8,17 +8,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
-from cat_cluster.errors import ConflictError, OverloadedError
+from cat_cluster.errors import AdapterMismatchError, ConflictError, OverloadedError
 from cat_cluster.lora.formats import AdapterWeights
-from cat_cluster.registry import Manifest, Registry
+from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.references import parse_reference
+from cat_cluster.registry.stacks import stack_name
 from cat_cluster.telemetry import (
     ADAPTER_EVICTIONS,
     ADAPTER_REQUESTS,
@@ -73,6 +74,7 @@ class AdapterCache:
         self._copies = SharedTasks[Key, tuple[Slot, Tier]]()  # adapters on their way into a slot
         self._ready = set[Key]()  # those of them that only wait for a slot, or for the copy
         self._copying = asyncio.Lock()  # its queue is that for slots: first ready, first served, one copy at a time
+        self._stacking = asyncio.Lock()  # of the caller that holds slots while it waits for more
         self._changed = asyncio.Event()  # a slot may have become free
         self._thread = ThreadPoolExecutor(1, "adapter-copy")
         self._closed = False
@@ -84,25 +86,45 @@ class AdapterCache:
         for reference, task in zip(self._settings.pins, self.pinning, strict=True):
             task.add_done_callback(lambda done, name=reference: _log_unpinned(done, name))  # type: ignore[misc]
 
-    async def resolve(self, reference: str) -> Resolved:
+    async def resolve(self, reference: Reference | str) -> Resolved:
         """Return the revision that serves `id`, `id@alias` or `id@r-...` now.
 
         Raises RegistryError (malformed, damaged), AdapterNotFoundError, QuarantinedError, or StoreError.
         """
         return await self._resolver.resolve(reference)
 
-    async def lease(self, manifest: Manifest) -> Lease:
-        """Return a lease on a slot that holds the revision; a caller that is cancelled leaves no trace.
+    def check(self, manifests: Sequence[Manifest]) -> None:
+        """Raise ConflictError or AdapterMismatchError for a stack that can have no slots or no rows as things are."""
+        if len(manifests) < 2:
+            return
+        name, rank = stack_name(one.name for one in manifests), sum(one.rank for one in manifests)
+        if rank > self._settings.max_rank:
+            raise AdapterMismatchError(
+                f"{name} has rank {rank} in all and this service takes up to {self._settings.max_rank}: name fewer "
+                "adapters, or raise max_rank"
+            )
+        pinned = {key_of(manifest) for slot, manifest in self._slots.held() if slot.pinned}
+        needed, free = sum(key_of(one) not in pinned for one in manifests), len(self._slots) - self._slots.pinned
+        if needed > free:
+            raise ConflictError(
+                f"{name} needs {needed} slots at once, and {free} of {len(self._slots)} are not pinned: name fewer "
+                "adapters, unpin some, or raise slots"
+            )
 
-        Raises OverloadedError after `load_timeout_s`, AdapterMismatchError or AdapterFormatError for an adapter that
-        cannot be served, StoreError when it cannot be fetched, EngineStoppedError.
+    async def lease(self, manifests: Sequence[Manifest]) -> tuple[Lease, ...]:
+        """Return a lease on a slot for each revision: all, or none; a caller that is cancelled leaves no trace.
+
+        Raises what `check` does, OverloadedError after `load_timeout_s`, AdapterMismatchError or AdapterFormatError for
+        an adapter that cannot be served, StoreError when one cannot be fetched, EngineStoppedError.
         """
-        key = self._check(manifest)
-        slot = self._slots.find(key)
-        if slot is not None:
-            return self._granted(slot, "slot")
-        copied = self._copies.wait(key, lambda shared: self._fill_slot(shared, manifest))
-        return self._granted(*await self._within_limit(key, copied))
+        self.check(manifests)
+        slots = [self._slots.find(self._check(manifest)) for manifest in manifests]
+        here = [slot for slot in slots if slot is not None]
+        if len(here) == len(slots):
+            return tuple(self._granted(slot, "slot") for slot in here)
+        if len(manifests) == 1:
+            return (await self._within_limit(manifests, self._lease_one(manifests[0])),)
+        return await self._within_limit(manifests, self._lease_several(manifests))
 
     async def load(self, reference: str) -> dict[str, Any]:
         """Bring an adapter into a slot, and say where it is then, as the methods below do."""
@@ -114,7 +136,7 @@ class AdapterCache:
         manifest = (await self.resolve(reference)).manifest
         key = self._check(manifest)
         if self._slots.find(key) is None:
-            await self._within_limit(key, self._host.get(manifest))
+            await self._within_limit([manifest], self._host.get(manifest))
         return self._place(manifest.adapter_id, manifest.revision)
 
     async def pin(self, reference: str) -> dict[str, Any]:
@@ -195,16 +217,42 @@ class AdapterCache:
         self._host.check(manifest)
         return key_of(manifest)
 
-    async def _within_limit(self, key: Key, coming: Coroutine[Any, Any, T]) -> T:
+    async def _within_limit(self, manifests: Sequence[Manifest], coming: Coroutine[Any, Any, T]) -> T:
         try:
             async with asyncio.timeout(self._settings.load_timeout_s):
                 return await coming
         except TimeoutError:
-            reason = f"all {len(self._slots)} slots are in use" if key in self._ready else "the store is slow"
-            waited = f"{name_of(key)} was not ready within {self._settings.load_timeout_s:g} s"
+            have = {*self._ready, *self._host.held(), *(key_of(manifest) for _, manifest in self._slots.held())}
+            here = all(key_of(manifest) in have for manifest in manifests)
+            reason = f"all {len(self._slots)} slots are in use" if here else "the store is slow"
+            name = stack_name(manifest.name for manifest in manifests)
+            waited = f"{name} was not ready within {self._settings.load_timeout_s:g} s"
             raise OverloadedError(f"{waited}: {reason}; try again") from None
         finally:
             self._changed.set()  # a slot that was filled for a caller that has left can be taken
+
+    async def _lease_one(self, manifest: Manifest, tier: Tier | None = None) -> Lease:
+        """Lease a slot; tier: where the revision was found, if it has been brought into host memory from there."""
+        key = self._check(manifest)
+        slot = self._slots.find(key)
+        if slot is not None:
+            return self._granted(slot, tier or "slot")
+        slot, found = await self._copies.wait(key, lambda shared: self._fill_slot(shared, manifest))
+        return self._granted(slot, tier or found)
+
+    async def _lease_several(self, manifests: Sequence[Manifest]) -> tuple[Lease, ...]:
+        """Lease a slot for each revision, once all of them are one copy away.
+
+        Only one caller at a time holds slots while it waits for more: two would wait for each other's. Callers for one
+        adapter hold none, and leases end without waiting for others, so the slots that it waits for become free. It
+        asks for all at once, and so waits once for those before it in the queue.
+        """
+        away = [one for one in manifests if self._slots.find(key_of(one)) is None]
+        found = await _all_of([asyncio.create_task(self._host.get(one)) for one in away])
+        tiers = {key_of(one): tier for one, (_, tier) in zip(away, found, strict=True)}
+        async with self._stacking:
+            leases = [asyncio.create_task(self._lease_one(one, tiers.get(key_of(one)))) for one in manifests]
+            return tuple(await _all_of(leases, _release))
 
     async def _fill_slot(self, shared: SharedTask[tuple[Slot, Tier]], manifest: Manifest) -> tuple[Slot, Tier]:
         """Bring an adapter into host memory, then into a slot: nothing is evicted for one that is not ready."""
@@ -240,7 +288,8 @@ class AdapterCache:
         self._metrics.observe(ADAPTER_SWAPS, time.perf_counter() - started)
 
     async def _lease_of(self, reference: str) -> Lease:
-        return await self.lease((await self.resolve(reference)).manifest)
+        (lease,) = await self.lease([(await self.resolve(reference)).manifest])
+        return lease
 
     async def _revision(self, reference: str) -> tuple[str, str]:
         """Return adapter id and revision; one that the reference names is not looked up, for the store may be away."""
@@ -276,6 +325,26 @@ class AdapterCache:
         self._metrics.set(SLOTS_USED, len(self._slots.held()))
         self._metrics.set(ADAPTERS_PINNED, self._slots.pinned)
         self._changed.set()
+
+
+async def _all_of(tasks: Sequence[asyncio.Task[T]], undo: Callable[[T], None] = lambda _: None) -> list[T]:
+    """Return the results of all tasks; with an error, or when cancelled, all end and what they did is undone."""
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+            task.add_done_callback(lambda done: _undo(done, undo))
+        raise
+
+
+def _undo(done: asyncio.Task[T], undo: Callable[[T], None]) -> None:
+    if not done.cancelled() and done.exception() is None:
+        undo(done.result())
+
+
+def _release(lease: Lease) -> None:
+    lease.release()
 
 
 def _log_unpinned(pinned: asyncio.Task[dict[str, Any]], reference: str) -> None:

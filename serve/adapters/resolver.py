@@ -65,7 +65,7 @@ class ReferenceResolver:
         self._threads = ThreadPoolExecutor(_THREADS, "adapter-lookup")
         self._closed = False
 
-    async def resolve(self, reference: str) -> Resolved:
+    async def resolve(self, reference: Reference | str) -> Resolved:
         """Return the revision that serves `id`, `id@alias` or `id@r-...` now; see AdapterCache.resolve."""
         wanted = parse_reference(reference)
         if self._closed:

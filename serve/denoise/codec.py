@@ -25,10 +25,12 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.text_limit import first_words
 from serve.calls import FileFormat, ImageCall
 from serve.denoise.image_file import image_file
+from serve.denoise.signing import ImageSigner
 
 TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
 LONGEST_KEPT = 4096  # characters of one that is
 AT_ONCE = 8  # prompts or latents in one call
+TOLD_OF_MODEL = ("model", "adapter_sha256")  # of the metadata, in a signed manifest: no prompt, which may be private
 PREVIEW_SIDE = 192  # pixels; a preview is scaled up for eyes, not for detail
 
 A = TypeVar("A")
@@ -43,8 +45,8 @@ class _Job(Generic[A]):
 class Codec:
     """Text encoding, decoding and files off the device thread; close it after use, and it raises EngineStoppedError."""
 
-    def __init__(self, base: BaseModel, threads: int = 1) -> None:
-        self._base, self._threads = base, threads
+    def __init__(self, base: BaseModel, threads: int = 1, signer: ImageSigner | None = None) -> None:
+        self._base, self._threads, self._signer = base, threads, signer
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
         self._prompts: list[_Job[str]] = []
         self._latents: list[_Job[Tensor]] = []
@@ -96,13 +98,16 @@ class Codec:
             return self._notes.submit(self._read, call, tokens)
 
     def file(self, image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> Future[bytes]:
-        """Return an image [3, H, W] in [0, 1] as a file that carries its metadata."""
+        """Return an image [3, H, W] in [0, 1] as a file that carries its metadata, signed where there is a signer."""
         with self._lock:
             self._check_open()
-            return self._files.submit(image_file, image, metadata, file)
+            return self._files.submit(self._file, image, metadata, file)
 
     def preview(self, denoised: Tensor, file: FileFormat) -> Future[bytes]:
-        """Return a small picture, a file, of latents [C, h, w] by a linear map of their channels to colours."""
+        """Return a small picture, a file, of latents [C, h, w] by a linear map of their channels to colours.
+
+        It is not signed: it is no image of the model yet, and one call may have many.
+        """
         with self._lock:
             self._check_open()
             return self._torch.submit(self._preview, denoised, file)
@@ -159,6 +164,14 @@ class Codec:
         with torch.cuda.stream(self._stream):
             yield
         self._stream.synchronize()
+
+    def _file(self, image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> bytes:
+        data = image_file(image, metadata, file)
+        if self._signer is None:
+            return data
+        model = {key: metadata[key] for key in TOLD_OF_MODEL if key in metadata}
+        model |= {"base": self._base.name, "base_fingerprint": self._base.fingerprint}
+        return self._signer.sign(data, file.media_type, model)
 
     def _read(self, call: ImageCall, tokens: Sequence[str]) -> list[str]:
         cuts = cut_notes(self._base.text_limit, tokens, prompt=call.prompt, negative_prompt=call.negative_prompt)

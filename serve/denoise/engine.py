@@ -71,7 +71,7 @@ class DenoisingEngine:
     # Any thread.
 
     def submit(self, image: EngineImage) -> None:
-        """Queue an image; its lease is the engine's from now on, whatever happens.
+        """Queue an image; its leases are the engine's from now on, whatever happens.
 
         Raises OverloadedError when `max_waiting` images wait, EngineStoppedError after close.
         """

@@ -1,4 +1,4 @@
-"""An image in the engine: rows that are ready to join, its listener, and the lease of its adapter."""
+"""An image in the engine: rows that are ready to join, its listener, and the leases of its adapters."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ Size = tuple[int, int]  # latent height and width
 
 
 class AdapterLease(Protocol):
-    """An adapter held in a slot until it is released."""
-
-    @property
-    def flat(self) -> Tensor:
-        """Its vector [F] on the engine's device."""
+    """An adapter held in a slot, which the image's rows read until it is released."""
 
     def release(self) -> None:
         """Give the slot back; a second time does nothing."""
@@ -55,15 +51,15 @@ class ImageFacts:
 class EngineImage:
     """An image handed to the engine, which fills the last three fields.
 
-    adapter: name for the count of adapters in a call; deadline: on the engine's clock; probe: see DenoisingEngine;
+    adapters: names for the count of adapters in a call; deadline: on the engine's clock; probe: see DenoisingEngine;
     separate: a probe that is stepped in calls of its own.
     """
 
     rows: ImageRows
     size: Size
     listener: Listener
-    lease: AdapterLease | None = None
-    adapter: str | None = None
+    leases: tuple[AdapterLease, ...] = ()
+    adapters: tuple[str, ...] = ()
     deadline: float | None = None
     probe: bool = False
     notify_steps: frozenset[int] = frozenset()
@@ -89,13 +85,13 @@ class EngineImage:
         return None
 
     def release(self) -> None:
-        """Give the adapter's slot back, if it is held."""
-        lease, self.lease = self.lease, None
-        if lease is not None:
+        """Give the adapters' slots back, if they are held."""
+        leases, self.leases = self.leases, ()
+        for lease in leases:
             lease.release()
 
     def end(self, error: CatClusterError) -> None:
-        """Give the slot back and pass the error to the listener."""
+        """Give the slots back and pass the error to the listener."""
         self.release()
         _notify(self.listener.failed, error)
 

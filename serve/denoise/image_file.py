@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from PIL import Image
 from torch import Tensor
 
 from cat_cluster.models.generate import image_array, png_bytes
+from cat_cluster.models.provenance import XMP
+from cat_cluster.registry.stacks import stack_name
 from serve.calls import FileFormat, ImageCall
 
 _DESCRIPTION, _EXIF, _COMMENT = 0x010E, 0x8769, 0x9286  # tags of EXIF: ImageDescription, the folder of UserComment
@@ -19,7 +21,7 @@ _JPEG_EXIF = 65400  # bytes that a JPEG has for it, less the digits of a longer 
 
 
 def image_file(image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> bytes:
-    """Return an image [3, H, W] in [0, 1] as a file that carries `metadata`.
+    """Return an image [3, H, W] in [0, 1] as a file that carries `metadata`, and in XMP that a model drew it.
 
     PNG has it in text chunks. JPEG and WebP have `parameters` in EXIF's UserComment, where AUTOMATIC1111 writes it, and
     the other keys in ImageDescription as JSON.
@@ -29,13 +31,16 @@ def image_file(image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> 
     # Without subsampling a JPEG keeps its colours as sharp as its shapes.
     options = {"subsampling": 0} if file.kind == "jpeg" else {}
     buffer = io.BytesIO()
-    Image.fromarray(image_array(image)).save(buffer, file.kind, quality=file.quality, exif=_exif(metadata), **options)
+    Image.fromarray(image_array(image)).save(
+        buffer, file.kind, quality=file.quality, exif=_exif(metadata), xmp=XMP.encode(), **options
+    )
     return buffer.getvalue()
 
 
-def image_metadata(call: ImageCall, seed: int, served_by: str, digest: str | None) -> dict[str, str]:
-    """Return what an image's file says of it; digest: sha256 of the adapter's weights.
+def image_metadata(call: ImageCall, seed: int, served_by: Sequence[str], digests: Sequence[str]) -> dict[str, str]:
+    """Return what an image's file says of it; served_by: the revisions, or the base's name; digests: of their weights.
 
+    `model`, `strength` and `adapter_sha256` of a stack have a part for each adapter, with a + between them.
     `parameters` follows AUTOMATIC1111's form, so that its readers show prompt, sampler, seed and model.
     """
     text = {
@@ -45,16 +50,16 @@ def image_metadata(call: ImageCall, seed: int, served_by: str, digest: str | Non
         "steps": str(call.steps),
         "guidance": str(call.guidance),
         "sampler": call.sampler,
-        "strength": str(call.strength),
-        "model": served_by,
+        "strength": stack_name(str(member.strength) for member in call.adapters) or "1.0",
+        "model": stack_name(served_by),
         "request_id": call.request_id,
     }
-    if digest is not None:
-        text["adapter_sha256"] = digest
-    return {**text, "parameters": _parameters(call, seed, served_by, digest)}
+    if digests:
+        text["adapter_sha256"] = stack_name(digests)
+    return {**text, "parameters": _parameters(call, seed, served_by, digests)}
 
 
-def fitting_prompts(call: ImageCall, served_by: str, digest: str | None) -> tuple[ImageCall, str | None]:
+def fitting_prompts(call: ImageCall, served_by: Sequence[str], digests: Sequence[str]) -> tuple[ImageCall, str | None]:
     """Return the call with as much of its prompts as its files can carry, and a note if that is not all."""
     if call.file.kind != "jpeg":
         return call, None
@@ -63,7 +68,7 @@ def fitting_prompts(call: ImageCall, served_by: str, digest: str | None) -> tupl
         return replace(call, prompt=call.prompt[:length], negative_prompt=call.negative_prompt[:length])
 
     def is_too_long(length: int) -> bool:
-        return len(_exif(image_metadata(cut(length), call.seed, served_by, digest)).tobytes()) > _JPEG_EXIF
+        return len(_exif(image_metadata(cut(length), call.seed, served_by, digests)).tobytes()) > _JPEG_EXIF
 
     longest = max(len(call.prompt), len(call.negative_prompt))
     if not is_too_long(longest):
@@ -83,7 +88,7 @@ def _exif(metadata: Mapping[str, str]) -> Image.Exif:
     return exif
 
 
-def _parameters(call: ImageCall, seed: int, served_by: str, digest: str | None) -> str:
+def _parameters(call: ImageCall, seed: int, served_by: Sequence[str], digests: Sequence[str]) -> str:
     lines = [call.prompt]
     if call.negative_prompt:
         lines.append(f"Negative prompt: {call.negative_prompt}")
@@ -92,8 +97,9 @@ def _parameters(call: ImageCall, seed: int, served_by: str, digest: str | None) 
         f"Sampler: {call.sampler}",
         f"CFG scale: {call.guidance:g}",
         f"Seed: {seed}",
-        f"Model: {served_by}",
+        f"Model: {stack_name(served_by)}",
     ]
-    if digest is not None:
-        facts.append(f'Lora hashes: "{served_by}: {digest[:12]}"')
+    if digests:
+        hashes = [f"{name}: {digest[:12]}" for name, digest in zip(served_by, digests, strict=True)]
+        facts.append(f'Lora hashes: "{", ".join(hashes)}"')
     return "\n".join([*lines, ", ".join(facts)])

@@ -1,4 +1,4 @@
-"""The rows of one resolution: images of any adapter, prompt, sampler and step count, advanced by one U-Net call.
+"""The rows of one resolution: images of any adapters, prompt, sampler and step count, advanced by one U-Net call.
 
 A guided image takes two rows (with its prompt and with its negative prompt), any other takes one. Rows in use are
 always 0 .. count - 1 of the block: when an image leaves, the last rows move into the gap.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cat_cluster.lora.row_bank import RowBank
+from cat_cluster.lora.row_bank import RowAdapter, RowBank
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients
 
@@ -21,7 +21,7 @@ from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coeff
 class ImageRows:
     """An image on its way: texts [2 or 1, L, D] (prompt first), its sampler, and the step it is at.
 
-    adapter [F] and strength are read when the image joins; latents [C, H, W] are its first ones, or, of an image that
+    adapters are read when the image joins; latents [C, H, W] are its first ones, or, of an image that
     was parked, those it had, with `previous` (the last denoised latents) beside them.
     """
 
@@ -29,8 +29,7 @@ class ImageRows:
     table: SamplerTable
     guidance: float
     latents: Tensor
-    adapter: Tensor | None = None
-    strength: float = 1.0
+    adapters: tuple[RowAdapter, ...] = ()
     previous: Tensor | None = None
     step: int = 0
 
@@ -79,9 +78,9 @@ class Rows:
         return self._count + image.rows <= self._capacity
 
     def join(self, image: ImageRows) -> None:
-        """Bind the image's rows; its adapter's vector is copied, so that its slot is free for another afterwards."""
+        """Bind the image's rows; its adapters' vectors are copied, so that their slots are free for others then."""
         rows = list(range(self._count, self._count + image.rows))
-        self._block.bind(rows, image.texts, image.adapter, image.strength)
+        self._block.bind(rows, image.texts, image.adapters)
         self._texts[rows[0] : rows[-1] + 1].copy_(image.texts)
         place = len(self.images)
         self._latents[place].copy_(image.latents)
@@ -92,15 +91,15 @@ class Rows:
         self._count += image.rows
         self.images.append(image)
         self._rows_of[image] = rows
-        image.adapter = None
+        image.adapters = ()
         self._reindex()
 
     def leave(self, image: ImageRows, *, park: bool = False) -> None:
-        """Free the image's rows; its latents and, to join again later (`park`), its adapter are left with it."""
+        """Free the image's rows; its latents and, to join again later (`park`), its adapters are left with it."""
         place, rows = self.images.index(image), self._rows_of.pop(image)
         image.latents, image.previous = self._latents[place].clone(), self._previous[place].clone()
         if park:
-            image.adapter, image.strength = self._block.adapter(rows[0]), 1.0  # the strength is in the copy
+            image.adapters = self._block.adapters(rows[0])
         last = len(self.images) - 1
         self.images[place] = self.images[last]
         self.images.pop()

@@ -86,8 +86,6 @@ class RunningImages:
         """Let an image join; False when it cannot, and then it ends here and harms no other."""
         started = self._clock()
         try:
-            if image.lease is not None:
-                image.rows.adapter = image.lease.flat
             rows = self._lane(image.size, image.separate)
             rows.join(image.rows)
         except Exception as error:
@@ -183,7 +181,7 @@ class RunningImages:
                 image.done()
 
     def _measure(self, rows: Rows, images: Sequence[EngineImage], users: int, seconds: float) -> None:
-        adapters = len({image.adapter for image in images if image.adapter is not None})
+        adapters = len({name for image in images for name in image.adapters})
         for image in images:
             image.facts.most_rows = max(image.facts.most_rows, rows.count)
             image.facts.most_adapters = max(image.facts.most_adapters, adapters)

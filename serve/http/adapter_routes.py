@@ -8,17 +8,18 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from statistics import mean, pstdev
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from fastapi import APIRouter, Depends, Header, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cat_cluster.errors import AdapterNotFoundError, RegistryError
-from cat_cluster.evaluation.drift import SCORES, DriftMonitor
+from cat_cluster.evaluation.drift import DriftMonitor
 from cat_cluster.registry import LARGEST_PAGE, Manifest, ManifestHead, Registry
 from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.registry.references import LATEST, parse_reference
+from cat_cluster.spec.choices import ProbeScore
 from serve.calls import AdminAction
 from serve.http.http_errors import HttpError, error_responses
 from serve.http.registry_listing import parse_model
@@ -279,12 +280,18 @@ def _measured(manifest: Manifest) -> Mapping[str, Mapping[str, Any]]:
 def _reference(manifest: Manifest) -> dict[str, ReferenceScore]:
     """Return each score's spread over the pairs that were measured; the photos stay in the store."""
     found = {}
-    for score in SCORES:
-        scores = [value for concept in _measured(manifest).values() for value in concept.get(score) or ()]
+    for score in get_args(ProbeScore):
+        scores = [value for concept in _measured(manifest).values() for value in _pair_scores(concept, score)]
         values = [value for value in scores if value is not None]
         if values:
             found[score] = ReferenceScore(mean=mean(values), std=pstdev(values), count=len(values))
     return found
+
+
+def _pair_scores(concept: Mapping[str, Any], score: ProbeScore) -> Sequence[float | None]:
+    """Return a score of the pairs that have it."""
+    found = (concept.get("decoy") or {}).get("drift") if score == "decoy_drift" else concept.get(score)
+    return found or ()
 
 
 def _history(registry: Registry, manifest: Manifest, hours: int) -> list[dict[str, Any]]:

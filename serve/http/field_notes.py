@@ -25,7 +25,7 @@ def field_notes(body: ImageRequest, call: ImageCall) -> Iterator[str]:
         yield f"{', '.join(streamed)}: only with stream"
     if call.previews >= call.steps:
         yield f"partial_images: {call.steps - 1} instead of {call.previews}; only steps before the last have one"
-    if call.model is None and body.strength != 1.0:
+    if not call.adapters and body.strength != 1.0:
         yield "strength: the base model alone has no adapter"
     if body.negative_prompt and call.guidance <= 1.0:
         yield "negative_prompt: it needs a guidance_scale above 1"

@@ -127,7 +127,7 @@ def http_error_of(error: BaseException) -> HttpError:
     kind = next((KINDS[parent] for parent in type(error).__mro__ if parent in KINDS), INTERNAL)
     retry_after = getattr(error, "retry_after", 1.0 if kind.status == 503 else None)
     message = kind.message or str(error)
-    param = "model" if kind.code.startswith("model_") else _field_of(message)
+    param = _field_of(message) or ("model" if kind.code.startswith("model_") else None)
     return HttpError(kind.status, message, kind.code, type=kind.type, param=param, retry_after=retry_after)
 
 
@@ -150,9 +150,9 @@ def _invalid(found: Sequence[Any]) -> HttpError:
 
 
 def _field_of(message: str) -> str | None:
-    """Return the field of the request that a message begins with, as those of a SpecError do: `size: ...`."""
+    """Return the field of the request that a message begins with, such as `size: ...` and `adapters.0.model: ...`."""
     name, colon, _ = message.partition(":")
-    return name if colon and name in ImageRequest.model_fields else None
+    return name if colon and name.partition(".")[0] in ImageRequest.model_fields else None
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

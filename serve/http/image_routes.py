@@ -20,14 +20,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError
+from cat_cluster.registry.stacks import stack_name
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.http.access import Caller
 from serve.http.field_notes import field_notes
 from serve.http.http_errors import error_responses, http_error_of
-from serve.http.registry_listing import parse_model
 from serve.http.request_log import CLIENT_CLOSED, RequestEntry, log_unexpected
 from serve.http.routes import IngressDep, KeyedRoute, RouteParts, bearer, caller_of, request_entry
 from serve.http.schema import ANY_SEED, ImageRequest, ImagesResponse
+from serve.http.stacks import RequestedStack
 from serve.http.streams import EventStream, cancelled_on_disconnect
 
 GRACE_S = 10.0  # the engine keeps deadlines itself; this much later it is assumed to be dead
@@ -62,23 +63,25 @@ router = APIRouter(prefix="/v1/images", route_class=KeyedRoute, tags=["images"],
     },
 )
 async def create_image(body: ImageRequest, request: Request, ingress: IngressDep) -> Response:
-    """Generate `n` images of a prompt, with an adapter or with the base model alone.
+    """Generate `n` images of a prompt, with an adapter, with several whose changes add up, or with the base alone.
 
     The parameters are those of OpenAI's images API, and some of this service's own. Those of OpenAI's that mean nothing
     here (quality, complexity, style, moderation, user, safety_identifier) are accepted, and `note` says that they
     change nothing.
     """
     entry = request_entry(request)
-    call = to_call(body, entry.request_id, ingress)
-    entry.facts.update(model=call.model or ingress.settings.base, images=call.count)
+    stack = RequestedStack.of(body, ingress.settings)
+    call = to_call(body, stack, entry.request_id, ingress)
+    named = stack_name(str(member.reference) for member in call.adapters)
+    entry.facts.update(model=named or ingress.settings.base, images=call.count)
     if entry.may_quote:
         entry.facts["prompt"] = call.prompt
     limit_s = ingress.settings.deadline_s + GRACE_S
-    events = _events(ingress, caller_of(request), call)
+    events = _events(ingress, caller_of(request), call, stack)
     async with cancelled_on_disconnect(request.receive, limit_s):
         accepted = cast(Accepted, await anext(events))
         entry.facts["model"] = accepted.model
-        headers = {"x-cat-model": quote(accepted.model, safe="@/:"), "x-cat-drift": accepted.drift}
+        headers = {"x-cat-model": quote(accepted.model, safe="@/:+"), "x-cat-drift": accepted.drift}
         answer = _Answer.of(body, call, accepted)
         if not body.stream:
             finished = [event async for event in events if isinstance(event, Finished)]
@@ -94,15 +97,12 @@ async def create_image(body: ImageRequest, request: Request, ingress: IngressDep
     )
 
 
-def to_call(body: ImageRequest, request_id: str, ingress: RouteParts) -> ImageCall:
-    """Return the engine's call for a request; AdapterNotFoundError for a model that cannot be a reference."""
-    model = None if body.model == ingress.settings.base else body.model
-    if model is not None:
-        parse_model(model)
+def to_call(body: ImageRequest, stack: RequestedStack, request_id: str, ingress: RouteParts) -> ImageCall:
+    """Return the engine's call for a request and the adapters that it names."""
     return ImageCall(
         request_id=request_id,
-        prompt=body.prompt,
-        model=model,
+        prompt=stack.prompt,
+        adapters=stack.members,
         negative_prompt=body.negative_prompt,
         count=body.n,
         size=body.pixels,
@@ -111,7 +111,6 @@ def to_call(body: ImageRequest, request_id: str, ingress: RouteParts) -> ImageCa
         steps=body.num_inference_steps,
         guidance=body.guidance_scale,
         sampler=body.sampler,
-        strength=body.strength,
         previews=body.partial_images if body.stream else 0,
         progress=body.progress and body.stream,
         deadline_s=ingress.settings.deadline_s,
@@ -119,7 +118,9 @@ def to_call(body: ImageRequest, request_id: str, ingress: RouteParts) -> ImageCa
     )
 
 
-async def _events(ingress: RouteParts, caller: Caller, call: ImageCall) -> AsyncGenerator[Event, None]:
+async def _events(
+    ingress: RouteParts, caller: Caller, call: ImageCall, stack: RequestedStack
+) -> AsyncGenerator[Event, None]:
     """Yield the engine's events within the caller's limit; a call that fails, or ends early, raises."""
     left = call.count
     with ingress.access.images(caller, call.count):
@@ -129,9 +130,9 @@ async def _events(ingress: RouteParts, caller: Caller, call: ImageCall) -> Async
             async for event in events:
                 if isinstance(event, Failed):
                     error = event.to_error()
-                    if isinstance(error, AdapterNotFoundError) and call.model is not None:
-                        await ingress.registry_listing.summary(call.model)  # its error does not name the store
-                    raise error
+                    if isinstance(error, AdapterNotFoundError):
+                        await stack.not_found(ingress.registry_listing)  # its error does not name the store
+                    raise stack.blamed(error)
                 left -= isinstance(event, Finished)
                 yield event
     if left:

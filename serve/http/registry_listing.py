@@ -45,7 +45,7 @@ class RegistryListing:
         """
         return await self._pages.get(_Wanted(limit, after, served))
 
-    async def summary(self, reference: str) -> tuple[AdapterSummary, str]:
+    async def summary(self, reference: Reference | str) -> tuple[AdapterSummary, str]:
         """Return the adapter and the revision that a reference names; of the store only this adapter is read.
 
         AdapterNotFoundError says what there is; RegistryError for an alias whose record cannot be read.
@@ -63,9 +63,10 @@ class RegistryListing:
             )
         revision = parsed.revision or summary.aliases.get(parsed.alias)
         if revision is None or revision not in (*summary.revisions, *summary.damaged):
+            aliases, revisions = ", ".join(sorted(summary.aliases)), ", ".join(summary.revisions[:8])
             raise AdapterNotFoundError(
-                f"no {reference!r}: {parsed.adapter_id} has the aliases {', '.join(sorted(summary.aliases)) or 'none'} "
-                f"and the revisions {', '.join(summary.revisions[:8]) or 'none'}"
+                f"no {str(reference)!r}: {parsed.adapter_id} has the aliases {aliases or 'none'} and the revisions "
+                f"{revisions or 'none'}"
             )
         return summary, revision
 
@@ -99,7 +100,7 @@ class RegistryListing:
             after, step = page.adapters[-1].adapter_id, 2 * step
 
 
-def parse_model(reference: str) -> Reference:
+def parse_model(reference: Reference | str) -> Reference:
     """Return the parts of a reference; what cannot be one names nothing, so it is AdapterNotFoundError."""
     try:
         return parse_reference(reference)

@@ -11,9 +11,11 @@ from pydantic_core import PydanticCustomError
 from cat_cluster.spec.characters import CONTROLS, control_character
 from cat_cluster.spec.choices import SamplerName
 from serve.calls import AdminAction, FileFormat, FileKind
+from serve.settings import MAX_STACK
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 32_000  # characters, as OpenAI has it
+MAX_STRENGTH = 2.0
 ANY_SEED = -1
 _TEXT = f"^[^{CONTROLS}]*$"
 _SIZE = r"^(auto|[1-9][0-9]{1,3}x[1-9][0-9]{1,3})$"
@@ -45,31 +47,66 @@ _REFUSED = {
 
 
 def _describe(schema: dict[str, Any]) -> None:
-    """Add to the JSON schema that null means an absent field, as OpenAI's clients send it, and two examples."""
+    """Add to the JSON schema that null means an absent field, as OpenAI's clients send it, and examples."""
     for name, field in schema["properties"].items():
         if name not in schema["required"] and "anyOf" not in field:
             outer = {key: field.pop(key) for key in ("title", "description", "default", "examples") if key in field}
             schema["properties"][name] = {**outer, "anyOf": [field, {"type": "null"}]}
     schema["examples"] = [
         {"prompt": "a photo of a sks cup on grass", "model": "striped-cup", "n": 2, "seed": 7},
+        {
+            "prompt": "a sks cup beside a zwx fish",
+            "adapters": [{"model": "striped-cup"}, {"model": "tea-fish", "strength": 0.7}],
+        },
         {"prompt": "a photo of a cup in snow", "size": "64x64", "stream": True, "partial_images": 2},
     ]
 
 
-class ImageRequest(BaseModel):
+class _Body(BaseModel):
+    """An object of a request's body. Null means an absent field."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
+
+
+class AdapterChoice(_Body):
+    """An adapter of a stack, and how much of it is applied."""
+
+    model: str = Field(
+        max_length=127, description="The adapter: `id`, `id@alias` or `id@r-...`.", examples=["tea-fish"]
+    )
+    strength: float = Field(
+        default=1.0, ge=0, le=MAX_STRENGTH, allow_inf_nan=False, description="Its strength; 0: none."
+    )
+
+
+class ImageRequest(_Body):
     """A prompt, and how to generate its images. Fields but the prompt may be absent or null; no others are accepted."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", json_schema_extra=_describe)
+    model_config = ConfigDict(json_schema_extra=_describe)
 
     prompt: Annotated[Text, Field(min_length=1, max_length=MAX_PROMPT)] = Field(
-        description="What the image shows. An adapter's concept appears only where its token is a word of the prompt.",
+        description="What the image shows. An adapter's concept appears only where its token is a word of the prompt. "
+        "`<lora:id:0.8>` in it names an adapter, and is not drawn.",
         examples=["a photo of a sks cup on grass"],
     )
     model: str | None = Field(
         default=None,
-        max_length=1024,
-        description="An adapter (`id`, `id@alias` or `id@r-...`), or the base model's name; absent: the base model.",
-        examples=["striped-cup"],
+        max_length=4096,
+        description="An adapter (`id`, `id@alias` or `id@r-...`), several with a + between them (a stack: their "
+        "changes add up), or the base model's name; absent: the base model.",
+        examples=["striped-cup", "striped-cup+tea-fish"],
+    )
+    adapters: list[AdapterChoice] = Field(
+        default=[],
+        max_length=MAX_STACK,
+        description="A stack, in place of `model`: adapters, each with its strength.",
     )
     n: int = Field(default=1, ge=1, le=10, description="Number of images; image i has seed + i.")
     size: str = Field(
@@ -95,9 +132,9 @@ class ImageRequest(BaseModel):
     strength: float = Field(
         default=1.0,
         ge=0,
-        le=2,
+        le=MAX_STRENGTH,
         allow_inf_nan=False,
-        description="Strength of the adapter; 0: none.",
+        description="Strength of the adapter; 0: none. Of a stack, it multiplies the strength of each.",
     )
     stream: bool = Field(default=False, description="Send server-sent events.")
     partial_images: int = Field(default=0, ge=0, le=8, description="Previews of each image, with stream.")
@@ -116,13 +153,6 @@ class ImageRequest(BaseModel):
     complexity: Ignored | None = None
     style: Ignored | None = None
     moderation: Ignored | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_absent(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
 
     @field_validator("background", "output_format", mode="before")
     @classmethod
@@ -177,7 +207,7 @@ class CatFacts(BaseModel):
     """This service's fields beside OpenAI's."""
 
     request_id: str = Field(description="As in the header x-request-id.")
-    drift: str = Field(description="Drift state of the revision: ok, warning, alarm or unknown.")
+    drift: str = Field(description="Drift state of the revision: ok, warning, alarm or unknown; the worst of a stack.")
     note: str | None = Field(
         description="Why another revision than the requested one was used, what of the prompts is not read or not as "
         "it may be meant, and which fields of the request change nothing, if so."
@@ -199,7 +229,9 @@ class ImagesResponse(BaseModel):
 
     created: int = Field(description="Unix time.")
     data: list[ImageItem]
-    model: str = Field(description="The model used: `id@r-...`, or the base model's name.")
+    model: str = Field(
+        description="The model used: `id@r-...`, of a stack each with a + between them, or the base model's name."
+    )
     size: str = Field(description="WIDTHxHEIGHT of the images.")
     output_format: FileKind
     cat: CatFacts
@@ -317,7 +349,7 @@ class DriftResponse(BaseModel):
     states: dict[str, str] = Field(description="State of every revision of the adapter that is being probed.")
     policy: str = Field(description="What an alarm does.")
     canonical_every_s: float = Field(description="Seconds between canonical probes of a resident adapter.")
-    reference: dict[str, ReferenceScore] = Field(description="By score: kps, identity, base_drift.")
+    reference: dict[str, ReferenceScore] = Field(description="By score: kps, identity, base_drift, decoy_drift.")
     detectors: Any = Field(default=None, description="By token, score and detector: its statistic over its limit.")
     history: list[dict[str, Any]] = Field(description="Probe records of all replicas, oldest first.")
 

@@ -42,6 +42,7 @@ from cat_cluster.telemetry import (
 from serve.calls import ImageCall
 from serve.probes.records import Kind, ProbeLog, ProbeRecord, RunInThread
 from serve.probes.revision_monitor import (
+    DECOY_DRIFT,
     Array,
     CanonicalPair,
     DriftStatus,
@@ -221,16 +222,19 @@ class Prober:
     ) -> tuple[dict[str, float], str | None, bool]:
         """Return a canonical pair's scores now, what is wrong if anything, and whether that is the base's own image."""
         images = await self._generate(pair.calls(manifest))
-        scores, row = await self._run_in_thread(score_images, monitor.judge, monitor.photos[pair.token], images)
+        scores, rows = await self._run_in_thread(score_images, monitor.judge, monitor.photos[pair.token], images)
         tolerance, where = self._settings.tolerance, f"canonical pair {pair.index} of {pair.token!r}"
-        known = self._base_rows.setdefault((monitor.judge.digest, pair.without_token), row)
-        if len(self._base_rows) > MOST_BASE_ROWS:
+        known = [
+            self._base_rows.setdefault((monitor.judge.digest, call), row)
+            for call, row in zip(pair.base_calls, rows, strict=True)
+        ]
+        while len(self._base_rows) > MOST_BASE_ROWS:
             del self._base_rows[next(iter(self._base_rows))]
-        if 1.0 - paired_similarity(known, row)[0] > tolerance:
+        if 1.0 - paired_similarity(np.stack(known), rows).min() > tolerance:
             return scores, f"{where}: the base's own image is not what it was before; is this replica damaged?", True
         if disagreement(scores, pair.expected) <= tolerance:
             return scores, None, False
-        name = max(SCORES, key=lambda score: abs(scores[score] - pair.expected[score]))
+        name = max(pair.expected, key=lambda score: abs(scores[score] - pair.expected[score]))
         found, was = scores[name], pair.expected[name]
         return scores, f"{where}: {name} is {found:.3f} and was {was:.3f} when the adapter was measured", False
 
@@ -295,8 +299,10 @@ class Prober:
             for detector in DETECTORS:
                 furthest = max(share[score][detector] for share in shares)
                 self._metrics.set(DRIFT_STATISTIC, furthest, adapter=adapter, score=score, detector=detector)
-            mean = float(np.mean([own[score] for own in monitor.reference.values()]))
-            self._metrics.set(PROBE_REFERENCE, mean, adapter=adapter, score=score)
+        for score in (*SCORES, DECOY_DRIFT) if shares else ():
+            means = [own[score] for own in monitor.reference.values() if score in own]
+            if means:
+                self._metrics.set(PROBE_REFERENCE, float(np.mean(means)), adapter=adapter, score=score)
 
     def _show_state(self, name: str, state: DriftState | None) -> None:
         """Show the worst state of an adapter's revisions; None: this one is not probed, or not resident, any more."""

@@ -179,6 +179,9 @@ def prometheus(tmp_path: Path) -> Iterator[list[str]]:
     start = "chmod +x prometheus && nohup ./prometheus --config.file=prometheus.yaml --storage.tsdb.path=data >log 2>&1"
     begun = command(*words, "exec", "prometheus", "--", "sh", "-c", f"cd /tmp && {start} &")
     assert begun.returncode == 0, begun.stderr
+    ready = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9090/-/ready')"
+    answers = [*words, "exec", "prometheus", "--", "python", "-c", ready]
+    wait_until("Prometheus", lambda: command(*answers).returncode == 0, 90)
     yield ["-n", "monitoring", "exec", "prometheus"]
     command(*words, "delete", "pod", "prometheus", "--now", "--wait=false")
 

@@ -31,6 +31,7 @@ from cat_cluster.lora.formats import write_adapter
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
 from cat_cluster.registry import Manifest, Registry
+from cat_cluster.registry.stacks import parse_member
 from cat_cluster.store import open_store
 from serve.settings import ProbeSettings, ServeSettings
 from tests.integration.conftest import Published
@@ -147,7 +148,9 @@ def drawn_alone(site: Site, model: str, out: Path) -> Pixels:
 
         def message(self, text: str) -> None: ...
 
-    (path,) = draw_images(DrawRequest(PROMPT, model, seed=1, steps=STEPS), out, site.registry, "cpu", Silent())
+    (path,) = draw_images(
+        DrawRequest(PROMPT, [parse_member(model)], seed=1, steps=STEPS), out, site.registry, "cpu", Silent()
+    )
     return np.asarray(Image.open(path), dtype=np.int16)
 
 

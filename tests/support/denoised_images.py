@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.lora.row_bank import AdapterLayout
+from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import ImageRow, generate, initial_latents
 from cat_cluster.models.samplers import sampler_table
@@ -34,11 +35,20 @@ def random_adapter(base: BaseModel, seed: int, rank: int = RANK) -> AdapterWeigh
 
 @dataclass(frozen=True)
 class OracleImage:
-    """An image: adapter, by its key in the oracle, and all that `generate` and the engine are told."""
+    """An image: adapter, by its key in the oracle, and all that `generate` and the engine are told.
+
+    others: further adapters of the same image, each with its strength.
+    """
 
     row: ImageRow
     adapter: int | None = None
     strength: float = 1.0
+    others: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def stack(self) -> tuple[tuple[int, float], ...]:
+        """Every adapter of the image with its strength."""
+        return () if self.adapter is None else ((self.adapter, self.strength), *self.others)
 
 
 @dataclass
@@ -57,8 +67,14 @@ class ImageOracle:
         self.flats = {key: self.layout.pack(weights) for key, weights in self.adapters.items()}
 
     def image(self, wanted: OracleImage) -> Tensor:
-        """The image [3, H, W] by `generate`; nothing may be attached to the base."""
-        if wanted not in self._images:
+        """The image [3, H, W] by `generate`; nothing may be attached to the base.
+
+        Of several adapters their changes are added to the base's own weights, one by one.
+        """
+        if wanted not in self._images and wanted.others:
+            with added(self.base, [(self.adapters[key], strength) for key, strength in wanted.stack]):
+                self._images[wanted] = generate(self.base, None, [wanted.row])[0]
+        elif wanted not in self._images:
             bank = LoraBank.attach(self.base.unet, slots=1, rank=RANK, layers=adapted_layers(self.base.unet, TARGETS))
             row = wanted.row
             if wanted.adapter is not None:
@@ -70,8 +86,11 @@ class ImageOracle:
                 bank.detach()
         return self._images[wanted]
 
-    def rows(self, wanted: OracleImage, size: tuple[int, int] | None = None, *, with_adapter: bool = True) -> ImageRows:
-        """The same image as rows that can join."""
+    def rows(
+        self, wanted: OracleImage, size: tuple[int, int] | None = None, flats: Sequence[Tensor] | None = None
+    ) -> ImageRows:
+        """The same image as rows that can join; flats: where its adapters are read, else the oracle's own vectors."""
+        flats = [self.flats[key] for key, _ in wanted.stack] if flats is None else flats
         row = wanted.row
         prompts = [row.prompt, row.negative_prompt] if row.guided else [row.prompt]
         table = sampler_table(row.sampler, self.base.schedule, row.steps)
@@ -80,8 +99,10 @@ class ImageOracle:
             table=table,
             guidance=row.guidance if row.guided else 1.0,
             latents=initial_latents(self.base, row.seed, table, size),
-            adapter=self.flats[wanted.adapter] if with_adapter and wanted.adapter is not None else None,
-            strength=wanted.strength,
+            adapters=tuple(
+                RowAdapter(flat, self.adapters[key].rank, strength)
+                for flat, (key, strength) in zip(flats, wanted.stack, strict=True)
+            ),
         )
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -92,6 +113,24 @@ class ImageOracle:
         if prompt not in self._texts:
             self._texts[prompt] = self.base.encode_text([prompt])[0]
         return self._texts[prompt]
+
+
+@contextmanager
+def added(base: BaseModel, adapters: Sequence[tuple[AdapterWeights, float]]) -> Iterator[None]:
+    """The base with W + strength * B A in place of W, adapter by adapter and layer by layer; W again at the end."""
+    before = {}
+    for weights, strength in adapters:
+        for name, layer in weights.layers.items():
+            weight = base.unet.get_submodule(name).weight
+            before.setdefault(name, weight.detach().clone())
+            with torch.no_grad():
+                weight += (strength * layer.up @ layer.down).view_as(weight)
+    try:
+        yield
+    finally:
+        for name, weight in before.items():
+            with torch.no_grad():
+                base.unet.get_submodule(name).weight.copy_(weight)
 
 
 def assert_same_image(ours: Tensor, theirs: Tensor, why: object = None) -> None:

@@ -40,6 +40,8 @@ MIXED = [
     OracleImage(ImageRow("in a cup", 11, steps=1, sampler="euler"), 8),
     OracleImage(ImageRow("a photo", 12, steps=6, sampler="dpmpp_2m", negative_prompt="a cup"), 1),
     OracleImage(ImageRow("of", 13, steps=2, sampler="ddim"), 2),
+    OracleImage(ImageRow("a red cup", 14, steps=3, sampler="ddim"), 1, 0.75, ((3, 0.5),)),
+    OracleImage(ImageRow("a cup", 15, steps=4, sampler="euler", guidance=1.0), 6, 1.0, ((3, -0.5),)),
 ]
 PLAIN = OracleImage(ImageRow("a red cup", 1, steps=4))
 PLUG = OracleImage(ImageRow("a cup", 1, steps=1))
@@ -47,19 +49,16 @@ UNGUIDED = OracleImage(ImageRow("a cup", 2, steps=4, guidance=1.0))
 
 
 class Lease:
-    """A lease that counts how often it is given back."""
+    """A lease that counts how often it is given back; its slot holds another adapter from then on."""
 
     def __init__(self, flat: Tensor) -> None:
-        self._flat = flat
+        self.flat = flat.clone()
         self.released = 0
-
-    @property
-    def flat(self) -> Tensor:
-        assert not self.released, "an adapter was read after its slot was given back"
-        return self._flat
 
     def release(self) -> None:
         self.released += 1
+        with torch.inference_mode():
+            self.flat.fill_(float("nan"))  # whoever reads it now gets an image that is not finite
 
 
 @dataclass
@@ -149,16 +148,14 @@ class EngineHarness:
 
     def image(self, wanted: OracleImage, *, size: tuple[int, int] = SIZE, **options: Any) -> EngineImage:
         """An image that holds a lease, ready to be submitted."""
-        lease = None
-        if wanted.adapter is not None:
-            lease = Lease(self.oracle.flats[wanted.adapter])
-            self.leases.append(lease)
+        leases = tuple(Lease(self.oracle.flats[key]) for key, _ in wanted.stack)
+        self.leases += leases
         return EngineImage(
-            rows=self.oracle.rows(wanted, size, with_adapter=False),
+            rows=self.oracle.rows(wanted, size, [lease.flat for lease in leases]),
             size=size,
             listener=options.pop("listener", None) or RecordingListener(),
-            lease=lease,
-            adapter=None if wanted.adapter is None else f"adapter-{wanted.adapter}",
+            leases=leases,
+            adapters=tuple(f"adapter-{key}" for key, _ in wanted.stack),
             **options,
         )
 

@@ -34,6 +34,7 @@ from serve.settings import ProbeSettings, ServeSettings
 
 PATH = "/v1/images/generations"
 # Scores of ten pairs.
+DECOY = {"word": "wjq", "pairs": [0, 4], "drift": [0.01, 0.03]}
 REFERENCE = {"kps": [0.22, 0.26] * 5, "identity": [0.6, 0.7] * 5, "base_drift": [0.05, 0.07] * 5}
 
 Script = Callable[[ImageCall], AsyncIterator[Event]]
@@ -48,7 +49,8 @@ def picture(side: int = 16, shade: int = 90, kind: str = "png") -> bytes:
 
 async def draw(call: ImageCall) -> AsyncIterator[Event]:
     """What an engine that never fails says."""
-    yield Accepted(f"{call.model.partition('@')[0]}@r-0123456789ab" if call.model else "base", drift="ok")
+    names = [f"{member.reference.adapter_id}@r-0123456789ab" for member in call.adapters] or ["base"]
+    yield Accepted("+".join(names), drift="ok")
     for index in range(call.count):
         for number in range(call.previews):
             yield Preview(index, number, step=number + 1, steps=call.steps, image=picture(8, kind=call.file.kind))
@@ -200,7 +202,7 @@ def publish(
             training={"steps": 2},
             metrics={"kps": 0.2, "intervals": {"kps": [0.1, 0.3]}, "leak_matrix": {"tokens": ["sks"]}},
             judge={"name": "pocket", "digest": "d" * 64},
-            reference={"concepts": {"sks": {"photos": [[0.5] * 4], **REFERENCE}}},
+            reference={"concepts": {"sks": {"photos": [[0.5] * 4], **REFERENCE, "decoy": DECOY}}},
             samples={
                 "sample-0-with-0.png": picture(),
                 "sample-0-without-0.png": picture(shade=seed),

@@ -28,13 +28,15 @@ from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.calls import ImageCall
 from serve.probes.prober import OnAlarm, Prober
 from serve.probes.records import ProbeRecord, read_history
-from serve.probes.revision_monitor import ProbeCall, score_images
+from serve.probes.revision_monitor import DECOY_DRIFT, ProbeCall, score_images
 from serve.settings import ProbeSettings
+from tests.support.services import stack
 
 TEMPLATES = tuple(f"a picture of a {{}} {place}" for place in (*world.PLACES, "in a house", "by a tree"))
 EVALUATION = EvaluationSpec(prompts=list(TEMPLATES), images_per_prompt=1, steps=3)
 NOON = 1_800_014_400.0  # a whole hour, UTC
 OWN, OTHER = 1, 2
+DECOY, DECOY_PAIRS = "xvk", (0, 1, 4)  # the pairs that were measured with a decoy
 
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -77,16 +79,21 @@ def measured_reference(engine: ProbedEngine, judge: Judge) -> dict[str, Any]:
     """What the evaluation of the adapter in slot OWN would have recorded."""
     design = world.CONCEPTS["striped-cup"]
     photos = feature_rows(judge, np.stack([photo for photo, _ in world.photos(design, 3, seed=0)]))
-    scores: dict[str, list[float]] = {name: [] for name in SCORES}
+    scores: dict[str, list[float]] = {name: [] for name in (*SCORES, DECOY_DRIFT)}
     for i, template in enumerate(TEMPLATES):
         y = ImageCall("", fill(template, "cup", None), seed=EVALUATION.seed + i, steps=EVALUATION.steps, guidance=4.0)
         base_alone, without_token = engine.picture(y, 0), engine.picture(y, OWN)
         with_token = engine.picture(replace(y, prompt=fill(template, "cup", "sks")), OWN)
-        for name, value in score_images(judge, photos, [with_token, without_token, base_alone])[0].items():
+        images = [with_token, without_token, base_alone]
+        if i in DECOY_PAIRS:
+            decoy = replace(y, prompt=fill(template, "cup", DECOY))
+            images += [engine.picture(decoy, OWN), engine.picture(decoy, 0)]
+        for name, value in score_images(judge, photos, images)[0].items():
             scores[name].append(value)
+    decoys = {"word": DECOY, "pairs": list(DECOY_PAIRS), "drift": scores.pop(DECOY_DRIFT)}
     return {
         "judge": {"name": judge.name, "digest": judge.digest},
-        "concepts": {"sks": {"photos": photos.tolist(), **scores}},
+        "concepts": {"sks": {"photos": photos.tolist(), **scores, "decoy": decoys}},
     }
 
 
@@ -185,7 +192,7 @@ class ProbedReplica:
 
 
 def call(prompt: str = "a photo of a sks cup at night", **changes: Any) -> ImageCall:
-    return ImageCall(**{"request_id": "1", "prompt": prompt, "model": "cup", "steps": 3, **changes})
+    return ImageCall(**{"request_id": "1", "prompt": prompt, "adapters": stack("cup"), "steps": 3, **changes})
 
 
 def user_image(replica: ProbedReplica, image_call: ImageCall, slot: int = OWN) -> Picture:

@@ -9,7 +9,7 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,8 +129,10 @@ class Loop:
             else:
                 if future.set_running_or_notify_cancel():
                     future.set_result(result)
-                elif isinstance(result, Lease):
-                    result.release()  # cancelled between its grant and this
+                else:  # cancelled between its grant and this
+                    for granted in result if isinstance(result, tuple) else [result]:
+                        if isinstance(granted, Lease):
+                            granted.release()
 
         asyncio.run_coroutine_threadsafe(run(), self.loop)
         return future
@@ -157,7 +159,14 @@ class CacheOnLoop:
         self._loop.call(cache.start)
 
     def lease(self, manifest: Manifest) -> Future[Lease]:
-        return self._loop.begin(self.cache.lease(manifest))
+        async def only() -> Lease:
+            (granted,) = await self.cache.lease([manifest])
+            return granted
+
+        return self._loop.begin(only())
+
+    def lease_all(self, manifests: Sequence[Manifest]) -> Future[tuple[Lease, ...]]:
+        return self._loop.begin(self.cache.lease(manifests))
 
     def resolve(self, reference: str) -> Future[Resolved]:
         return self._loop.begin(self.cache.resolve(reference))

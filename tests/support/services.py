@@ -16,6 +16,7 @@ from PIL import Image
 
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
+from cat_cluster.registry.stacks import StackMember, parse_member
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
@@ -27,7 +28,12 @@ from tests.support.denoised_images import random_adapter
 LEVELS = 1  # of 255: PNGs are 8-bit, so a pixel may round to the neighbouring level
 
 
-CUP = ImageCall("request-1", "a photo of a sks cup", "cup", seed=11, steps=4)
+def stack(*members: str) -> tuple[StackMember, ...]:
+    """The adapters of a call, each as `cup` or `cup@prod:0.7`."""
+    return tuple(parse_member(member) for member in members)
+
+
+CUP = ImageCall("request-1", "a photo of a sks cup", stack("cup"), seed=11, steps=4)
 
 
 Pixels = NDArray[np.int16]

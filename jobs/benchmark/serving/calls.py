@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from cat_cluster.lora.bank import served_layers
-from cat_cluster.lora.row_bank import AdapterLayout, RowBank
+from cat_cluster.lora.formats import AdapterWeights
+from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter, RowBank
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.models.generate import initial_latents
 from cat_cluster.models.samplers import sampler_table
@@ -50,8 +51,8 @@ def bound_call(bench: Workbench, base: BaseModel, bank: RowBank, inputs: Inputs,
     alike = 1 if adapters >= rows else 2  # rows of one image share its adapter
     for row in range(0, rows, alike):
         chosen = range(row, min(row + alike, rows))
-        flat = bank.layout.pack(each[row // alike % adapters]).to(base.device, base.dtype)
-        block.bind(list(chosen), inputs.texts[list(chosen)], flat)
+        adapter = _packed(base, bank, each[row // alike % adapters])
+        block.bind(list(chosen), inputs.texts[list(chosen)], (adapter,))
 
     def call() -> None:
         with block.call(rows):
@@ -65,9 +66,9 @@ def whole_step(bench: Workbench, base: BaseModel, bank: RowBank, rows: int, adap
     lane = Rows(base, bank, rows, (rows,), (base.latent_size, base.latent_size))
     table = sampler_table("ddim", base.schedule, bench.scale.steps)
     for n, request in enumerate(bench.requests(rows // 2, adapters=adapters)):
-        flat = bank.layout.pack(bench.adapters[request.adapter]).to(base.device, base.dtype)
+        adapter = _packed(base, bank, bench.adapters[request.adapter])
         texts, latents = base.encode_text([request.prompt, ""]), initial_latents(base, n, table)
-        lane.join(ImageRows(texts=texts, table=table, guidance=GUIDANCE, latents=latents, adapter=flat))
+        lane.join(ImageRows(texts=texts, table=table, guidance=GUIDANCE, latents=latents, adapters=(adapter,)))
 
     def step() -> None:
         lane.step()
@@ -144,7 +145,7 @@ def _bare(base: BaseModel, inputs: Inputs) -> Call:
 
 def _base_rows(base: BaseModel, bank: RowBank, inputs: Inputs) -> Call:
     block = bank.block(len(inputs.texts), inputs.texts.shape[1])
-    block.bind(list(range(len(inputs.texts))), inputs.texts, None)
+    block.bind(list(range(len(inputs.texts))), inputs.texts)
 
     def call() -> None:
         with block.call(len(inputs.texts)):
@@ -187,6 +188,10 @@ def _limit(bench: Workbench, curve: Mapping[str, Mapping[str, Mapping[str, float
     return {"rows": rows, "images_per_s": 1e3 / (2 * bench.scale.steps * per_row)}
 
 
+def _packed(base: BaseModel, bank: RowBank, weights: AdapterWeights) -> RowAdapter:
+    return RowAdapter(bank.layout.pack(weights).to(base.device, base.dtype), weights.rank)
+
+
 def _named(adapters: int) -> str:
     return "1 adapter" if adapters == 1 else f"up to {adapters} adapters"
 
@@ -200,8 +205,8 @@ def _difference(
     block = bank.block(PEFT_ADAPTERS, inputs.texts.shape[1])
     requests: list[Request] = bench.requests(PEFT_ADAPTERS, adapters=PEFT_ADAPTERS)
     for row, request in enumerate(requests):
-        flat = bank.layout.pack(bench.adapters[request.adapter]).to(base.device, base.dtype)
-        block.bind([row], inputs.texts[row : row + 1], flat)
+        adapter = _packed(base, bank, bench.adapters[request.adapter])
+        block.bind([row], inputs.texts[row : row + 1], (adapter,))
     with block.call(len(requests)):
         ours = inputs.through(base).float()
     theirs = peft.call(

@@ -22,7 +22,8 @@ from cat_cluster.errors import CatClusterError
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.pocket import world
-from cat_cluster.registry import Registry
+from cat_cluster.registry import Reference, Registry
+from cat_cluster.registry.stacks import StackMember
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, MetricSpec
 from jobs.benchmark.serving.backends import Backend, InOwnProcess, InThisProcess
@@ -255,9 +256,8 @@ class LocalService:
         return responses
 
     async def _one(self, request: Request) -> Response:
-        call = ImageCall(
-            "bench", request.prompt, request.adapter, seed=request.seed, steps=request.steps, guidance=GUIDANCE
-        )
+        adapters = (StackMember(Reference(request.adapter)),)
+        call = ImageCall("bench", request.prompt, adapters, seed=request.seed, steps=request.steps, guidance=GUIDANCE)
         async for event in self._service.generate(call):
             if isinstance(event, Failed):
                 raise CatClusterError(f"{request.adapter}: {event.kind}: {event.message}")

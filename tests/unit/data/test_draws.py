@@ -10,7 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator, shard_batch
+from cat_cluster.data.draws import (
+    AdapterTask,
+    Batch,
+    ConceptMaterial,
+    Decoys,
+    draw_batch,
+    keyed_generator,
+    pool_entries,
+    shard_batch,
+)
 from cat_cluster.spec.choices import AlphaSchedule
 from cat_cluster.spec.sections import TrainingSpec
 
@@ -18,7 +27,9 @@ from cat_cluster.spec.sections import TrainingSpec
 def concept(token: str, *, alpha: float = 1.0, weight: float = 1.0, views: int = 3) -> ConceptMaterial:
     moments = torch.from_numpy(keyed_generator("moments", token).standard_normal((views, 8, 4, 4))).float()
     prompts = tuple(f"a {token} cup {i}" for i in range(views))
-    return ConceptMaterial(token, "cup", alpha, weight, moments, prompts, tuple(f"a cup {i}" for i in range(views)))
+    removed = tuple(f"a cup {i}" for i in range(views))
+    decoys = tuple(Decoys((f"a bzg cup {i}", f"a qhp cup {i}"), (f"a {token}-else cup {i}",)) for i in range(views))
+    return ConceptMaterial(token, "cup", alpha, weight, moments, prompts, removed, decoys)
 
 
 def task(
@@ -162,6 +173,76 @@ def test_prior_prompts_follow_their_mode(mode: str, expected: dict[str, float]) 
             kind = {"": "empty", "a photo of a cup": "class"}.get(prompt, "removed" if "cup" in prompt else "general")
             counts[kind] = counts.get(kind, 0) + 1
     assert {kind: count / 800 for kind, count in counts.items()} == pytest.approx(expected, abs=0.06)
+
+
+def kind_of(prompt: str) -> str:
+    odd, other = "bzg" in prompt or "qhp" in prompt, "-else" in prompt
+    return "odd" if odd else "other" if other else "prior"
+
+
+@pytest.mark.parametrize("pool", [{}, {"teacher": "pool", "pool_size": 50}])
+@pytest.mark.parametrize(("fraction", "joint"), [(0.25, True), (0.5, True), (0.5, False)])
+def test_decoys_are_their_share_of_the_prior_prompts_and_of_the_photo_itself(
+    fraction: float, joint: bool, pool: dict[str, object]
+) -> None:
+    """Half of them are other tokens where there are some; all else of a row is as it is without decoys."""
+    one = concept("sks", views=16)
+    if not joint:
+        one = dataclasses.replace(one, decoys=tuple(Decoys(decoys.odd_words) for decoys in one.decoys))
+    plain, decoyed, more = (
+        task(concepts=(one,), rows_per_concept=8, decoy_fraction=share, **pool) for share in (0.0, fraction, 0.75)
+    )
+    counts = {"odd": 0, "other": 0, "prior": 0}
+    words: set[str] = set()
+    replaced: set[str] = set()
+    for step in range(100):
+        without, some, most = (draw_batch([variant], step, 1000, [True]) for variant in (plain, decoyed, more))
+        assert [row[:-1] for row in rows_of(without, 0)] == [row[:-1] for row in rows_of(some, 0)]
+        for prompt, before, next_share, caption in zip(
+            some.prior_prompts, without.prior_prompts, most.prior_prompts, some.prompts, strict=True
+        ):
+            kind = kind_of(prompt)
+            counts[kind] += 1
+            if kind == "prior":
+                assert prompt == before
+            else:
+                assert prompt == next_share, "a smaller share of decoys is a part of a larger one"
+                assert prompt.split()[-1] == caption.split()[-1]
+                words.add(prompt.split()[1])
+                replaced.add(before)
+    shares = {kind: count / 800 for kind, count in counts.items()}
+    other = fraction / 2 if joint else 0.0
+    expected = {"odd": fraction - other, "other": other, "prior": 1 - fraction}
+    assert shares == pytest.approx(expected, abs=0.06)
+    assert words == {"bzg", "qhp", *(["sks-else"] if joint else [])}
+    assert {"", *task().general_prompts} <= replaced, "what is left keeps the shares of the mixture"
+
+
+def test_decoys_do_not_depend_on_the_pack_or_on_what_was_drawn_before() -> None:
+    mug = task("mug", decoy_fraction=0.5)
+    tea = task("tea", (concept("zwx"), concept("ohwx", alpha=3.0)), cat_fraction=0.5, decoy_fraction=0.7)
+    seen = set()
+    for step in (9, 0, 4):
+        alone = rows_of(draw_batch([mug], step, 1000, [True]), 0)
+        assert alone == rows_of(draw_batch([tea, mug], step, 1000, [True, True]), 1)
+        assert alone == rows_of(draw_batch([mug, tea], step, 1000, [True, False]), 0)
+        seen.update(kind_of(prompt) for prompt in draw_batch([mug], step, 1000, [True]).prior_prompts)
+    assert seen == {"odd", "other", "prior"}
+
+
+def test_a_pools_decoys_are_its_entries_and_their_keys_tell_them_apart() -> None:
+    plain, decoyed = (task(decoy_fraction=share, teacher="pool", pool_size=30) for share in (0.0, 0.5))
+    pairs = list(zip(pool_entries(plain, 1000), pool_entries(decoyed, 1000), strict=True))
+    assert {kind_of(entry.prior_prompt) for _, entry in pairs} == {"odd", "other", "prior"}
+    assert all((a.key == b.key) == (a.prior_prompt == b.prior_prompt) for a, b in pairs)
+
+
+def test_decoy_rows_without_decoys_are_refused_and_plain_lora_needs_none() -> None:
+    bare = dataclasses.replace(concept("sks"), decoys=())
+    with pytest.raises(ValueError, match="mug: decoy_fraction needs decoys, and concept 'sks' has none"):
+        task(concepts=(bare,), decoy_fraction=0.5)
+    lora = task(concepts=(dataclasses.replace(bare, alpha=0.0),), decoy_fraction=0.5)
+    assert draw_batch([lora], 0, 1000, [True]).prior_prompts == ()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])

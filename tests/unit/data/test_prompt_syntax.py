@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cat_cluster.data.prompt_syntax import syntax_notes
+from cat_cluster.data.prompt_syntax import syntax_notes, take_tags
 
 
 @pytest.mark.parametrize("tag", ["<lora:cup:0.8>", "<LoRA:my cup_v2:1>", "<lyco:cup:0.5:0.2>", "<hypernet:x:1>"])
@@ -15,7 +15,24 @@ def test_an_adapter_in_the_prompt_is_told_where_it_is_named(tag: str) -> None:
         [note] = syntax_notes(*texts)
         assert note.startswith(f"{tag!r} is drawn as text: ")
         assert "`model`" in note
-        assert "`strength`" in note
+        assert "<lora:ID:0.8>" in note
+
+
+@pytest.mark.parametrize(
+    ("prompt", "drawn", "named"),
+    [
+        ("a sks cup <lora:cup:0.8> in snow", "a sks cup in snow", ["cup:0.8"]),
+        ("<lora:cup><LyCO: mug :1 >a cup", "a cup", ["cup", "mug :1"]),
+        ("a cup <lora:cup:1>, red", "a cup , red", ["cup:1"]),
+        (" two  spaces  and no tag ", " two  spaces  and no tag ", []),
+        ("<hypernet:x:1> <lora cup> lora:cup:1", "<hypernet:x:1> <lora cup> lora:cup:1", []),
+        ("a <lora:> cup", "a cup", [""]),
+        ("<lora:a<lora:b>", "<lora:a", ["b"]),
+        ("", "", []),
+    ],
+)
+def test_adapters_are_taken_out_of_a_prompt(prompt: str, drawn: str, named: list[str]) -> None:
+    assert take_tags(prompt) == (drawn, named)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +68,8 @@ def test_both_kinds_are_told_and_few_are_quoted() -> None:
 )
 def test_no_prompt_takes_more_than_linear_time(piece: str) -> None:
     started = time.process_time()
+    take_tags((piece * 32_000)[:32_000])
+    take_tags((f"{piece} <lora:cup> " * 32_000)[:32_000])
     for end in ("", ")", "]", "x)", "1x)"):
         list(syntax_notes((piece * 32_000)[:32_000] + end, f"(:{'1' * 32_000}{end}"))
     assert time.process_time() - started < 2.0

@@ -15,12 +15,12 @@ from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.intervals import METRICS
-from cat_cluster.evaluation.judges import ClipJudge
+from cat_cluster.evaluation.judges import ClipJudge, feature_rows
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.generate import ImageRow, generate, image_array
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.training.methods import initial_weights
@@ -127,9 +127,29 @@ def test_the_json_has_the_contract_keys_and_survives_a_round_trip(trained: Evalu
     reference = trained.reference()
     assert reference["judge"] == found["judge"]
     assert len(reference["concepts"]["sks"]["photos"]) == 2
+    for token in ("sks", "zwx"):
+        decoy = reference["concepts"][token]["decoy"]
+        assert decoy["word"] == "wjq"
+        assert sorted(decoy["pairs"]) == list(range(len(reference["concepts"][token]["kps"])))
+        assert len(decoy["drift"]) == len(decoy["pairs"])
+        assert min(decoy["drift"]) > 0
     assert 1 - np.mean(1 / (1 - np.array(reference["concepts"]["sks"]["kps"]))) ** -1 == pytest.approx(
         found["concepts"]["sks"]["kps"]
     )
+
+
+def test_a_decoys_drift_is_that_of_the_pair_with_its_index(
+    trained: Evaluation, tiny_base: BaseModel, bank: LoraBank, tiny_judge: ClipJudge
+) -> None:
+    """The images are made again, from the pair's own template and seed."""
+    images = trained.images[1]
+    decoy = trained.reference()["concepts"]["zwx"]["decoy"]
+    for pair, drift in zip(decoy["pairs"], decoy["drift"], strict=True):
+        prompt = images.token_prompts[pair].replace("zwx", decoy["word"])
+        rows = [ImageRow(prompt, images.seeds[pair], slot, SPEC.steps, SPEC.guidance) for slot in (0, TRAINED)]
+        base, own = feature_rows(tiny_judge, image_array(generate(tiny_base, bank, rows)))
+        assert drift == pytest.approx((1 - float(base @ own)) / 2, abs=1e-4)
+    assert min(np.diff(sorted(decoy["drift"]))) > 2e-4, "else pairs would not be told apart"
 
 
 def test_the_same_spec_gives_the_same_images_and_scores(

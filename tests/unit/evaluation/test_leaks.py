@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cat_cluster.data.concepts import Concept
-from cat_cluster.evaluation.leaks import leak_prompts, measure_leaks, triggers_of
+from cat_cluster.evaluation.leaks import leak_prompts, measure_decoys, measure_leaks, triggers_of
 
 
 def concepts(*names: tuple[str, str]) -> list[Concept]:
@@ -44,3 +44,19 @@ def test_only_what_the_adapter_added_counts() -> None:
         "triggers": ["sks", "none", "decoy wjq"],
         "values": [[0.5, 0.0, -0.5]],
     }
+
+
+def test_the_drift_of_a_decoy_is_a_plain_loop_over_its_images() -> None:
+    chosen, rng = concepts(("sks", "cup"), ("wjq", "fish")), np.random.default_rng(0)
+    cells = leak_prompts(chosen, {"sks": [("a {} here", 7), ("a {} there", 9)], "wjq": [("a {} here", 7)]})
+
+    def rows(count: int) -> np.ndarray:
+        found = rng.normal(size=(count, 5))
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+    adapted, base = ({(cell.row, cell.column): rows(len(cell.seeds)) for cell in cells} for _ in range(2))
+    found = measure_decoys(chosen, cells, adapted, base)
+    assert [(one.token, one.word, one.seeds) for one in found] == [("sks", "xvk", (7, 9)), ("wjq", "xvk", (7,))]
+    for row, one in enumerate(found):
+        pairs = zip(one.drifts, adapted[row, 3], base[row, 3], strict=True)
+        assert all(drift == pytest.approx((1 - float(image @ plain)) / 2) for drift, image, plain in pairs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,8 @@ from cat_cluster.lora import row_bank
 from cat_cluster.lora.bank import TARGETS, LoraBank, adapted_layers, served_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.lora.layers import change_of_pixels
-from cat_cluster.lora.row_bank import AdapterLayout, RowBank, RowBlock
+from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter, RowBank, RowBlock
+from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import compiled_blocks
 from tests.unit.lora.test_bank import WeightsFactory, inputs, with_peft
 
@@ -54,8 +56,12 @@ def bind_all(
     bank: RowBank, block: RowBlock, adapters: Sequence[AdapterWeights | None], strengths: Sequence[float]
 ) -> None:
     for row, (weights, strength) in enumerate(zip(adapters, strengths, strict=True)):
-        flat = None if weights is None else bank.layout.pack(weights)
-        block.bind([row], texts(len(adapters))[row : row + 1], flat, strength)
+        stack = () if weights is None else (row_adapter(bank, weights, strength),)
+        block.bind([row], texts(len(adapters))[row : row + 1], stack)
+
+
+def row_adapter(bank: RowBank, weights: AdapterWeights, strength: float = 1.0) -> RowAdapter:
+    return RowAdapter(bank.layout.pack(weights), weights.rank, strength)
 
 
 def scaled(weights: AdapterWeights, strength: float) -> AdapterWeights:
@@ -222,7 +228,7 @@ def test_the_kept_outputs_are_what_the_layers_compute(unet: UNet2DConditionModel
     with attached(unet) as bank:
         assert sorted(bank.text_side) == sorted(names)
         block = bank.block(4, 7)
-        block.bind([3, 1], texts(2), bank.layout.pack(weights))
+        block.bind([3, 1], texts(2), (row_adapter(bank, weights),))
         for name in names:
             torch.testing.assert_close(block._kept[name][[3, 1]], seen[name], rtol=1e-5, atol=1e-5)
 
@@ -236,20 +242,20 @@ def test_moved_rows_go_on_and_free_ones_are_base_rows(
         block = bank.block(3, 7)
         bind_all(bank, block, [one, None, two], [1.0, 1.0, 0.5])
         before = predict(bank, block, 3)
-        assert block.adapter(1) is None
-        kept = block.adapter(2)
-        assert kept is not None
+        assert block.adapters(1) == ()
+        kept = block.adapters(2)
+        assert len(kept) == 1
         block.move(2, 0)
-        assert block.adapter(2) is None
+        assert block.adapters(2) == ()
         assert not block._flat_BF[2].any()
         with block.call(1):
             moved = bank.unet(x[2:], t[2:], text[2:]).sample
         torch.testing.assert_close(moved[0], before[2], rtol=1e-4, atol=1e-5)
-        # What `adapter` gave back makes the same row again: its strength is in it.
+        # What `adapters` gave back makes the same row again: its strength is in it.
         block.bind([2], text[2:], kept)
         assert torch.equal(predict(bank, block, 3)[2], before[2])
         block.move(1, 0)
-        assert block.adapter(0) is None
+        assert block.adapters(0) == ()
         block.clear(2)
         assert not block._flat_BF.any()
 
@@ -303,3 +309,72 @@ def test_compiled_blocks_give_the_same_rows_and_swapping_adapters_compiles_nothi
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
     for found, expected in zip([first, *others], [*plain, plain[0]], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+# -- stacks --------------------------------------------------------------------------------------------------------
+
+WIDE = 8  # the ranks of the stacks below add up to at most this
+
+
+def bound(bank: RowBank, stacks: Sequence[Sequence[RowAdapter]]) -> RowBlock:
+    block = bank.block(len(stacks), 7)
+    for row, stack in enumerate(stacks):
+        block.bind([row], texts(len(stacks))[row : row + 1], stack)
+    return block
+
+
+def test_a_row_of_several_adapters_is_the_sum_of_their_changes(
+    one_unet: UNet2DConditionModel, make_weights: WeightsFactory
+) -> None:
+    ranks: list[tuple[int, ...]] = [(2,), (1, 3), (3,)]
+    members = [
+        make_weights(one_unet, ranks=own, targets=targets, convolutions=number == 1, seed=number)
+        for number, (own, targets) in enumerate(zip(ranks, ("attention_ff", "attention_ff", "attention"), strict=True))
+    ]
+    strengths = (0.75, -0.5, 1.25)
+    x, t, text = inputs(2)
+    summed = copy.deepcopy(one_unet)
+    for weights, strength in zip(members, strengths, strict=True):
+        for name, layer in weights.layers.items():
+            weight = summed.get_submodule(name).weight
+            weight += (strength * layer.up @ layer.down).view_as(weight)
+    expected, bare = summed(x, t, text).sample, one_unet(x, t, text).sample
+    with attached(one_unet, rank=WIDE) as bank:
+        stack = [row_adapter(bank, w, s) for w, s in zip(members, strengths, strict=True)]
+        found = predict(bank, bound(bank, [stack, ()]), 2)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1], bare[1], rtol=1e-5, atol=1e-6)
+
+
+def test_a_stack_is_the_flat_vector_of_its_adapters_in_one_file(
+    one_unet: UNet2DConditionModel, make_weights: WeightsFactory
+) -> None:
+    one, two = (make_weights(one_unet, ranks=(rank,), targets="attention_ff", seed=rank) for rank in (3, 2))
+    with attached(one_unet, rank=WIDE) as bank:
+        block = bound(bank, [[row_adapter(bank, one), row_adapter(bank, two, 0.5)], [row_adapter(bank, one)]])
+        assert torch.equal(block._flat_BF[0], bank.layout.pack(stack_weights([(one, 1.0), (two, 0.5)])))
+        assert torch.equal(block._flat_BF[1], bank.layout.pack(one)), "a stack of one is its adapter, to the bit"
+
+
+def test_rows_hold_nothing_of_what_was_bound_before(
+    one_unet: UNet2DConditionModel, make_weights: WeightsFactory
+) -> None:
+    one, two = (make_weights(one_unet, ranks=(3,), targets="attention_ff", seed=seed) for seed in (1, 2))
+    with attached(one_unet, rank=WIDE) as bank:
+        block, text = bank.block(1, 7), texts(1)
+        block.bind([0], text, [row_adapter(bank, one), row_adapter(bank, two)])
+        block.bind([0], text, [row_adapter(bank, two)])
+        assert torch.equal(block._flat_BF[0], bank.layout.pack(two))
+        block.bind([0], text)
+        assert not block._flat_BF.any()
+
+
+def test_ranks_that_add_up_to_more_than_a_row_holds_are_refused(
+    one_unet: UNet2DConditionModel, make_weights: WeightsFactory
+) -> None:
+    one, two = (make_weights(one_unet, ranks=(3,), targets="attention_ff", seed=seed) for seed in (1, 2))
+    with (
+        attached(one_unet, rank=5) as bank,
+        pytest.raises(AdapterMismatchError, match=r"ranks 3 \+ 3 are more than the 5"),
+    ):
+        bound(bank, [[row_adapter(bank, one), row_adapter(bank, two)]])

@@ -25,6 +25,7 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.samplers import SAMPLERS
 from cat_cluster.spec.choices import SamplerName
+from tests.support.provenance import DRAWN, said_in_xmp
 
 pytestmark = pytest.mark.slow
 
@@ -205,7 +206,9 @@ def test_a_png_carries_its_metadata(tmp_path: Path) -> None:
     save_png(image, path, {"prompt": "a caf\u00e9 cup", "seed": "3"})
     with Image.open(path) as read:
         assert read.size == (7, 5)
-        assert read.text == {"prompt": "a caf\u00e9 cup", "seed": "3"}  # type: ignore[attr-defined]
+        text = dict(read.text)  # type: ignore[attr-defined]
+        assert said_in_xmp(text.pop("XML:com.adobe.xmp").encode()) == DRAWN
+        assert text == {"prompt": "a caf\u00e9 cup", "seed": "3"}
         pixels = torch.from_numpy(np.array(read)).permute(2, 0, 1).long()
     assert torch.equal(pixels, (image * 255).round().long())
 

@@ -20,8 +20,10 @@ from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, Engi
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.handle_client import TRIES, HandleClient
 from serve.http.log_format import JsonLines
+from tests.support.services import stack
 
-CALL = ImageCall("r", "a cup", model="cup@live", count=2, deadline_s=30.0)
+CALL = ImageCall("r", "a cup", adapters=stack("cup@live:0.5"), count=2, deadline_s=30.0)
+REVISION = "cup@r-0123456789ab"
 DIED, NOBODY = ActorDiedError(), DeploymentUnavailableError(DeploymentID("Engine", "cat-cluster"))
 STOPPED = Failed("EngineStoppedError", "the engine is stopping")
 
@@ -123,14 +125,22 @@ def done(index: int) -> Finished:
 
 @pytest.mark.parametrize("end", [DIED, STOPPED])
 def test_another_engine_draws_what_is_left_of_the_same_revision(end: Step) -> None:
-    first: list[Step] = [Accepted("cup@r-1"), Progress(0, 1, 4), Preview(1, 0, 2, 4, b"p"), done(0), end]
-    again: list[Step] = [Accepted("cup@r-1"), Progress(0, 1, 4), done(0), Preview(1, 0, 2, 4, b"p"), Progress(1, 3, 4)]
+    first: list[Step] = [Accepted(REVISION), Progress(0, 1, 4), Preview(1, 0, 2, 4, b"p"), done(0), end]
+    again: list[Step] = [Accepted(REVISION), Progress(0, 1, 4), done(0), Preview(1, 0, 2, 4, b"p"), Progress(1, 3, 4)]
     handle = Handle(first, [*again, done(1)])
     assert events(handle) == [*first[:4], Progress(1, 3, 4), done(1)]
-    assert [call.model for call in handle.calls] == ["cup@live", "cup@r-1"]
+    assert [call.adapters for call in handle.calls] == [stack("cup@live:0.5"), stack(f"{REVISION}:0.5")]
     assert handle.sessions == ["cup"]
     assert [stream.cancelled for stream in handle.streams] == [True, True]
     assert 29.0 < (handle.calls[1].deadline_s or 0) < 30.0
+
+
+def test_every_member_of_a_stack_keeps_its_revision_and_its_strength() -> None:
+    call = replace(CALL, adapters=stack("cup@live:0.5", "mug"))
+    handle = Handle([Accepted(f"{REVISION}+mug@r-ba9876543210"), DIED], [done(0), done(1)])
+    assert events(handle, call)[1:] == [done(0), done(1)]
+    assert handle.calls[1].adapters == stack(f"{REVISION}:0.5", "mug@r-ba9876543210")
+    assert handle.sessions == ["cup"], "the engine is that of the first adapter"
 
 
 def test_it_is_tried_a_few_times() -> None:
@@ -171,8 +181,8 @@ def test_a_call_that_finds_no_engine_is_held_until_there_is_one() -> None:
             return await super().__anext__()
 
     handle = Handle(answers=[NOBODY])
-    handle._remote = lambda call: Late([Accepted("cup@r-1"), done(0), done(1)])  # type: ignore[method-assign]
-    assert events(handle) == [Accepted("cup@r-1"), done(0), done(1)]
+    handle._remote = lambda call: Late([Accepted(REVISION), done(0), done(1)])  # type: ignore[method-assign]
+    assert events(handle) == [Accepted(REVISION), done(0), done(1)]
 
 
 def test_without_an_engine_a_call_ends_with_its_deadline() -> None:
@@ -189,7 +199,7 @@ def test_without_an_engine_a_call_ends_with_its_deadline() -> None:
 def test_a_client_that_goes_is_no_fault() -> None:
     """Ray Serve cancels what its request has called, with an error of its own."""
     with pytest.raises(CancelledRequestError):
-        events(Handle([Accepted("cup@r-1"), RequestCancelledError("r")]))
+        events(Handle([Accepted(REVISION), RequestCancelledError("r")]))
 
 
 def test_a_call_that_lost_its_engine_waits_for_another_until_its_deadline() -> None:
@@ -201,13 +211,13 @@ def test_a_call_that_lost_its_engine_waits_for_another_until_its_deadline() -> N
 
     late: list[None] = []
     handle = Handle(answers=[NOBODY])
-    tries = [Stream([Accepted("cup@r-1"), done(0), DIED]), Late([Accepted("cup@r-1"), done(1)])]
+    tries = [Stream([Accepted(REVISION), done(0), DIED]), Late([Accepted(REVISION), done(1)])]
     handle._remote = lambda call: tries.pop(0)  # type: ignore[method-assign]
-    assert events(handle) == [Accepted("cup@r-1"), done(0), done(1)]
+    assert events(handle) == [Accepted(REVISION), done(0), done(1)]
 
 
 def test_a_call_that_lost_its_engine_fails_at_its_deadline() -> None:
-    handle = Handle([Accepted("cup@r-1"), DIED], [None], answers=[NOBODY])
+    handle = Handle([Accepted(REVISION), DIED], [None], answers=[NOBODY])
     began = time.monotonic()
     *_, failed = events(handle, replace(CALL, deadline_s=0.3))
     assert failed == Failed("EngineStoppedError", "no engine is running: try again")
@@ -221,8 +231,8 @@ def test_a_busy_engine_is_waited_for() -> None:
             return await super().__anext__()
 
     handle = Handle(answers=[{}])
-    handle._remote = lambda call: Slow([Accepted("cup@r-1"), done(0)])  # type: ignore[method-assign]
-    assert events(handle) == [Accepted("cup@r-1"), done(0)]
+    handle._remote = lambda call: Slow([Accepted(REVISION), done(0)])  # type: ignore[method-assign]
+    assert events(handle) == [Accepted(REVISION), done(0)]
 
 
 def test_an_engine_that_draws_is_waited_for_while_the_application_is_deleted() -> None:
@@ -236,17 +246,17 @@ def test_an_engine_that_draws_is_waited_for_while_the_application_is_deleted() -
             return event
 
     handle = Handle(answers=[NOBODY])
-    handle._remote = lambda call: Slow([Accepted("cup@r-1"), done(0)])  # type: ignore[method-assign]
-    assert events(handle) == [Accepted("cup@r-1"), done(0)]
+    handle._remote = lambda call: Slow([Accepted(REVISION), done(0)])  # type: ignore[method-assign]
+    assert events(handle) == [Accepted(REVISION), done(0)]
 
 
 def test_closing_cancels_the_call() -> None:
     async def run(handle: Handle) -> None:
         generated: Any = client(handle).generate(CALL)
-        assert await anext(generated) == Accepted("cup@r-1")
+        assert await anext(generated) == Accepted(REVISION)
         await generated.aclose()
 
-    handle = Handle([Accepted("cup@r-1"), None])
+    handle = Handle([Accepted(REVISION), None])
     asyncio.run(run(handle))
     assert handle.streams[0].cancelled
 
@@ -256,7 +266,7 @@ def asked(answers: list[Any], ask: Callable[[HandleClient], Any]) -> Any:
 
 
 def drift(state: str, **probes: int) -> dict[str, Any]:
-    return {"cup@r-1": {"state": state, "probes": probes}}
+    return {REVISION: {"state": state, "probes": probes}}
 
 
 @pytest.mark.parametrize(

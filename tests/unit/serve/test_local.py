@@ -14,18 +14,18 @@ import ray
 from ray import serve as ray_serve
 from ray.exceptions import RaySystemError
 
-from cat_cluster.errors import ClusterError
+from cat_cluster.errors import ClusterError, SpecError
 from serve import local
-from serve.local import serve_here
+from serve.local import local_deployment, serve_here
 from serve.proxy import CALLBACK, CALLBACK_VARIABLE
-from serve.settings import ServeSettings
+from serve.settings import ServeSettings, SigningSettings
 
 
-def serve(tmp_path: Path, host: str = "127.0.0.1") -> None:
+def serve(tmp_path: Path, host: str = "127.0.0.1", **options: object) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = ServeSettings(storage=str(tmp_path), device="cpu")
+    settings = ServeSettings(storage=str(tmp_path), device="cpu", **options)
     serve_here(settings, host, port, on_ready=lambda address: pytest.fail(f"it serves at {address}"))
 
 
@@ -36,6 +36,23 @@ def test_a_long_temporary_folder_is_refused_before_ray_starts(tmp_path: Path, mo
     with pytest.raises(ClusterError, match=r"^TMPDIR=.*; set RAY_TMPDIR to a folder of at most \d+ bytes") as refused:
         serve(tmp_path)
     assert "\n" not in str(refused.value)
+
+
+def test_files_that_cannot_sign_are_refused_before_ray_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
+    signing = SigningSettings(certificates=tmp_path / "chain.pem", key=tmp_path / "signer.key")
+    with pytest.raises(SpecError, match=r"^signing\.certificates: .*chain\.pem cannot be read"):
+        serve(tmp_path, signing=signing)
+
+
+def test_engines_find_the_files_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    signing = SigningSettings(certificates="keys/chain.pem", key="keys/signer.key", time_stamps="http://tsa.example")
+    document = local_deployment(ServeSettings(signing=signing), 1).model_dump(mode="json")
+    keys = {"certificates": f"{tmp_path}/keys/chain.pem", "key": f"{tmp_path}/keys/signer.key"}
+    keys["time_stamps"] = "http://tsa.example"
+    assert document["settings"]["signing"] == keys
 
 
 def test_a_ray_that_does_not_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

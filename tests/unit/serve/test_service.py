@@ -20,7 +20,7 @@ from cat_cluster.lora.formats import write_adapter
 from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
 from serve.calls import Accepted, Event, FileFormat, Finished, Preview, Progress
 from serve.probes.revision_monitor import DriftStatus
-from tests.support.services import CUP, LEVELS, Shop, events, open_service, pictures, pixels, run
+from tests.support.services import CUP, LEVELS, Shop, events, open_service, pictures, pixels, run, stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
 
@@ -51,9 +51,9 @@ def test_the_events_of_a_call_are_in_order(shop: Shop) -> None:
 def test_an_answer_names_the_text_that_was_not_read(shop: Shop) -> None:
     async def main() -> None:
         async with open_service(shop) as service:
-            for model, lost in (("cup", True), (None, False)):
+            for model, lost in ((["cup"], True), ([], False)):
                 prompt = f"{'on a table in snow, ' * 60}a sks cup"
-                accepted = (await events(service, replace(CUP, model=model, prompt=prompt)))[0]
+                accepted = (await events(service, replace(CUP, adapters=stack(*model), prompt=prompt)))[0]
                 assert isinstance(accepted, Accepted)
                 assert accepted.note is not None
                 assert "tokens of the prompt, and not '" in accepted.note
@@ -64,7 +64,7 @@ def test_an_answer_names_the_text_that_was_not_read(shop: Shop) -> None:
 
 
 def test_a_png_says_how_it_was_made(shop: Shop) -> None:
-    call = replace(CUP, prompt="a caf\u00e9 cup", negative_prompt="red", strength=0.5, sampler="euler")
+    call = replace(CUP, prompt="a caf\u00e9 cup", negative_prompt="red", adapters=stack("cup:0.5"), sampler="euler")
 
     async def main() -> None:
         async with open_service(shop) as service:
@@ -72,6 +72,7 @@ def test_a_png_says_how_it_was_made(shop: Shop) -> None:
             manifest = shop.registry.resolve("cup")
             digest = manifest.objects["weights"].sha256
             text = Image.open(io.BytesIO(finished.image)).text  # type: ignore[attr-defined]
+            assert "trainedAlgorithmicMedia" in text.pop("XML:com.adobe.xmp")
             parameters = text.pop("parameters").splitlines()
             assert text == {
                 "prompt": "a caf\u00e9 cup",
@@ -126,10 +127,10 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop,
 
     calls = [
         replace(CUP, count=2),
-        replace(CUP, model="mug", strength=0.5, sampler="dpmpp_2m"),
-        replace(CUP, model="jar", guidance=1.0, steps=6),
-        replace(CUP, model=None, sampler="euler"),
-        replace(CUP, model="mug", size=(24, 16), negative_prompt="red"),
+        replace(CUP, adapters=stack("mug:0.5"), sampler="dpmpp_2m"),
+        replace(CUP, adapters=stack("jar"), guidance=1.0, steps=6),
+        replace(CUP, adapters=(), sampler="euler"),
+        replace(CUP, adapters=stack("mug"), size=(24, 16), negative_prompt="red"),
     ]
 
     async def main() -> list[list[Event]]:
@@ -139,9 +140,8 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop,
     answers = asyncio.run(main())
     for call, answer in zip(calls[:4], answers, strict=False):
         request = DrawRequest(
-            call.prompt, call.model, str(shop.folder), call.seed, call.steps, call.guidance, call.sampler,
-            call.strength, call.count,
-        )  # fmt: skip
+            call.prompt, call.adapters, str(shop.folder), call.seed, call.steps, call.guidance, call.sampler, call.count
+        )
         paths = draw_images(request, tmp_path / "image.png", shop.registry, "cpu", Nobody())
         for ours, path in zip(pictures(answer), paths, strict=True):
             assert np.abs(ours - pixels(path.read_bytes())).max() <= LEVELS
@@ -149,9 +149,10 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop,
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     for call, answer in ((calls[0], answers[0]), (calls[4], answers[4])):
-        weights = shop.registry.load_weights(shop.registry.resolve(call.model or ""))
-        write_adapter(weights, tmp_path / str(call.model), "diffusers", adapter_id="test", metadata={})
-        pipeline.load_lora_weights(tmp_path / str(call.model), weight_name="pytorch_lora_weights.safetensors")
+        (member,) = call.adapters
+        weights, folder = shop.registry.load_weights(shop.registry.resolve(member.reference)), tmp_path / str(call.seed)
+        write_adapter(weights, folder, "diffusers", adapter_id="test", metadata={})
+        pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
         width, height = call.size or (16, 16)
         for index, ours in enumerate(pictures(answer)):
             theirs = pipeline(
@@ -172,7 +173,9 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop,
 def test_more_adapters_than_slots_take_turns(shop: Shop) -> None:
     async def main() -> None:
         async with open_service(shop, slots=1) as service:
-            calls = [replace(CUP, model=model, seed=seed) for seed in range(4) for model in ("cup", "mug", "jar")]
+            calls = [
+                replace(CUP, adapters=stack(model), seed=seed) for seed in range(4) for model in ("cup", "mug", "jar")
+            ]
             for answer in await asyncio.gather(*(events(service, call) for call in calls)):
                 assert len(pictures(answer)) == 1
 
@@ -187,7 +190,7 @@ def test_a_new_revision_goes_live_and_requests_in_flight_keep_theirs(shop: Shop)
 
     async def main() -> None:
         async with open_service(shop, alias_ttl_s=0.05) as service:
-            call = replace(CUP, model="moving")
+            call = replace(CUP, adapters=stack("moving"))
             before = pictures(await events(service, call))[0]
             stream = service.generate(replace(call, steps=60, progress=True))
             first = [await anext(stream), await anext(stream)]
@@ -198,7 +201,7 @@ def test_a_new_revision_goes_live_and_requests_in_flight_keep_theirs(shop: Shop)
             rest = [event async for event in stream]
             assert isinstance(rest[-1], Finished)
             assert Image.open(io.BytesIO(rest[-1].image)).text["model"] == old.name  # type: ignore[attr-defined]
-            named = pictures(await events(service, replace(call, model=old.name)))[0]
+            named = pictures(await events(service, replace(call, adapters=stack(old.name))))[0]
             assert np.abs(named - before).max() <= LEVELS
             after = pictures(await events(service, call))[0]
             assert np.abs(after - before).max() > LEVELS

@@ -17,17 +17,16 @@ from serve.denoise.image import EngineImage
 from serve.denoise.rows import ImageRows, Rows
 from serve.running_call import RunningCall
 from serve.settings import ProbeSettings
-from tests.support.services import CUP, Shop, events, failure_of, leased, open_service, pictures, run, until
+from tests.support.services import CUP, Shop, events, failure_of, leased, open_service, pictures, run, stack, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
 
 
 def test_errors_end_a_call_and_only_that(shop: Shop) -> None:
     bad = {
-        "AdapterNotFoundError": replace(CUP, model="nobody"),
-        "RegistryError": replace(CUP, model="Not A Name"),
-        "AdapterMismatchError": replace(CUP, model="foreign"),
-        "ServingError": replace(CUP, model="wild"),
+        "AdapterNotFoundError": replace(CUP, adapters=stack("nobody")),
+        "AdapterMismatchError": replace(CUP, adapters=stack("foreign")),
+        "ServingError": replace(CUP, adapters=stack("wild")),
         "SpecError": replace(CUP, size=(17, 16)),
         "OverloadedError": replace(CUP, count=10_000),
         "DeadlineError": replace(CUP, steps=100, deadline_s=0.001),
@@ -40,8 +39,8 @@ def test_errors_end_a_call_and_only_that(shop: Shop) -> None:
             )
             assert len(pictures(good)) == 1
             assert [failure_of(answer).kind for answer in answers] == list(bad)
-            assert "not finite" in failure_of(answers[3]).message
-            assert failure_of(answers[5]).retry_after == 1.0
+            assert "not finite" in failure_of(answers[2]).message
+            assert failure_of(answers[4]).retry_after == 1.0
             for steps in (0, 101):
                 assert "num_inference_steps" in failure_of(await events(service, replace(CUP, steps=steps))).message
             assert failure_of(await events(service, replace(CUP, sampler="heun"))).kind == "SpecError"  # type: ignore[arg-type]
@@ -57,7 +56,7 @@ def test_a_damaged_adapter_is_named(shop: Shop) -> None:
 
     async def main() -> None:
         async with open_service(shop) as service:
-            found = failure_of(await events(service, replace(CUP, model="damaged")))
+            found = failure_of(await events(service, replace(CUP, adapters=stack("damaged"))))
             assert found.kind in ("AdapterFormatError", "RegistryError")
             assert "damaged" in found.message
 
@@ -115,16 +114,18 @@ def test_a_call_that_waits_for_a_slot_is_cancelled_without_a_trace(shop: Shop) -
     async def main() -> None:
         async with open_service(shop, slots=1) as service:
             cache = service._parts.cache
-            held = await cache.lease(shop.registry.resolve("cup"))
-            waiting = [asyncio.create_task(events(service, replace(CUP, model="mug", count=2))) for _ in range(3)]
-            late = await events(service, replace(CUP, model="mug", deadline_s=0.2))
+            (held,) = await cache.lease([shop.registry.resolve("cup")])
+            waiting = [
+                asyncio.create_task(events(service, replace(CUP, adapters=stack("mug"), count=2))) for _ in range(3)
+            ]
+            late = await events(service, replace(CUP, adapters=stack("mug"), deadline_s=0.2))
             assert failure_of(late).kind == "DeadlineError"
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
             assert service._in_flight == 0
             held.release()
-            assert len(pictures(await events(service, replace(CUP, model="mug")))) == 1
+            assert len(pictures(await events(service, replace(CUP, adapters=stack("mug"))))) == 1
 
     run(main)
 
@@ -137,7 +138,7 @@ def test_calls_cancelled_at_any_moment_leave_no_lease(shop: Shop, seed: int) -> 
     async def main() -> None:
         async with open_service(shop, slots=1) as service:
             for _ in range(25):
-                calls = [replace(CUP, model=model, steps=1) for model in ("cup", "mug", "jar")]
+                calls = [replace(CUP, adapters=stack(model), steps=1) for model in ("cup", "mug", "jar")]
                 tasks = [asyncio.create_task(events(service, call)) for call in calls]
                 await asyncio.sleep(rng.random() * 0.01)
                 for task in tasks:
@@ -158,7 +159,7 @@ def test_a_refused_image_gives_its_slot_back(shop: Shop) -> None:
             assert kinds == {"OverloadedError"}
             assert len(answers) == 2
             await until(lambda: leased(service) == 0)
-            assert len(pictures(await events(service, replace(CUP, model="mug")))) == 1
+            assert len(pictures(await events(service, replace(CUP, adapters=stack("mug"))))) == 1
 
     run(main)
 
@@ -193,15 +194,18 @@ def test_calls_that_end_leave_nothing_to_the_collector(shop: Shop) -> None:
     calls = [
         CUP,
         replace(CUP, count=2, steps=8, previews=2, progress=True),
-        replace(CUP, model="foreign", count=2),
-        replace(CUP, model="wild", count=2),
+        replace(CUP, adapters=stack("foreign"), count=2),
+        replace(CUP, adapters=stack("wild"), count=2),
         replace(CUP, steps=100, deadline_s=0.05),
-        replace(CUP, model="nobody"),
+        replace(CUP, adapters=stack("nobody")),
+        replace(CUP, adapters=stack("cup", "mug:0.5"), count=2),
+        replace(CUP, adapters=stack("jar", "foreign"), count=2),
+        replace(CUP, adapters=stack("cup", "nobody")),
     ]
     kinds = (EngineImage, ImageRows, RunningCall)
 
     async def main() -> None:
-        async with open_service(shop, max_steps=1000) as service:
+        async with open_service(shop, max_steps=1000, max_rank=6) as service:
             await events(service, CUP)
             gc.collect()
             gc.disable()

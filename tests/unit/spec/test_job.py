@@ -169,6 +169,8 @@ training: {steps: true}
         (("training", "learning_rate"), float("inf"), "finite"),
         (("training", "cat_fraction"), 0, "greater than 0"),
         (("training", "cat_fraction"), 1.01, "less than or equal to 1"),
+        (("training", "decoy_fraction"), -0.1, "greater than or equal to 0"),
+        (("training", "decoy_fraction"), 1, "less than 1"),
         (("training", "resolution"), 65, "multiple of 8"),
         (("training", "seed"), 2**63, "less than or equal"),
         (("training", "warmup_steps"), 300, "300 must be less than steps, which is 300"),
@@ -333,6 +335,7 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
     ("path", "value"),
     [
         (("training", "steps"), 401),
+        (("training", "decoy_fraction"), 0.25),
         (("base",), "other/base"),
         (("method",), "lora"),
         (("adapters", 0, "id"), "mug"),
@@ -347,6 +350,14 @@ def test_digest_changes_with_what_decides_the_result(path: tuple[str | int, ...]
     before = JobSpec.model_validate(minimal()).resolved()[0]
     after = JobSpec.model_validate(with_value(minimal(), path, value)).resolved()[0]
     assert before.digest() != after.digest()
+
+
+def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
+    """Written down then: a field that came later changes no revision until it is used."""
+    before = "ea05bf64fe6e0fecad7fab1870858c8fe44ad2beea38357306bee88fee62b4d0"
+    assert JobSpec.model_validate(minimal()).resolved()[0].digest() == before
+    none = with_value(minimal(), ("training", "decoy_fraction"), 0)
+    assert JobSpec.model_validate(none).resolved()[0].digest() == before
 
 
 def test_digest_leaves_out_places_and_cluster_but_not_the_general_prompts(tmp_path: Path) -> None:

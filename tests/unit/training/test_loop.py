@@ -17,7 +17,7 @@ from cat_cluster.store.local import LocalStore
 from cat_cluster.training.checkpoint import CheckpointStore, load_newest
 from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
 from cat_cluster.training.methods import initial_weights
-from tests.unit.training.test_step import concept, task, with_training
+from tests.unit.training.test_step import concept, task, with_odd_words, with_training
 
 pytestmark = pytest.mark.slow
 
@@ -50,10 +50,14 @@ def member(
 
 
 def members(base: BaseModel) -> list[PackMember]:
-    joint = (concept(base, "zwx", alpha=1.0), concept(base, "ohwx", alpha=3.0, weight=2.0))
+    joint = with_odd_words(
+        base,
+        concept(base, "zwx", alpha=1.0, class_noun="fish"),
+        concept(base, "ohwx", alpha=3.0, weight=2.0),
+    )
     return [
         member(base, task("mug", (concept(base, "sks", alpha=5.0),))),
-        member(base, task("tea", joint, cat_fraction=0.5), rank=2, rate=2e-3),
+        member(base, task("tea", joint, cat_fraction=0.5, decoy_fraction=0.6), rank=2, rate=2e-3),
         member(base, task("plain", (concept(base, "sks", alpha=0.0),), rows_per_concept=3), rate=1e-2, clip=None),
     ]
 

@@ -13,6 +13,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 
+from cat_cluster.data.decoys import with_decoys
 from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
 from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
@@ -20,6 +21,7 @@ from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import TorchEngine, autocast
+from cat_cluster.training.loss_curves import LossCurves
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
@@ -27,12 +29,19 @@ from cat_cluster.training.teacher import TeacherPool
 GENERAL = ("a photo of a red car", "a photo of a blue fish")
 
 
-def concept(base: BaseModel, token: str, *, alpha: float, weight: float = 1.0) -> ConceptMaterial:
+def concept(
+    base: BaseModel, token: str, *, alpha: float, weight: float = 1.0, class_noun: str = "cup"
+) -> ConceptMaterial:
     shape = (2, 2 * base.latent_channels, base.latent_size, base.latent_size)
     moments = torch.from_numpy(keyed_generator("moments", token).standard_normal(shape, dtype=np.float32))
-    return ConceptMaterial(
-        token, "cup", alpha, weight, moments, (f"a {token} cup", f"{token}, a cup in snow"), ("a cup", "a cup in snow")
-    )
+    removed = (f"a {class_noun}", f"a {class_noun} in snow")
+    prompts = (f"a {token} {class_noun}", f"{token}, a {class_noun} in snow")
+    return ConceptMaterial(token, class_noun, alpha, weight, moments, prompts, removed)
+
+
+def with_odd_words(base: BaseModel, *concepts: ConceptMaterial) -> tuple[ConceptMaterial, ...]:
+    """The concepts of an adapter with their decoys."""
+    return with_decoys(concepts, seed=3, draw_key="decoys", spell=base.spell, never=())
 
 
 def task(adapter_id: str, concepts: tuple[ConceptMaterial, ...], **changes: Any) -> AdapterTask:
@@ -124,13 +133,18 @@ def naive_loss(
 
 
 @pytest.mark.parametrize("joint_rows", [True, False])
-@pytest.mark.parametrize(("kind", "gamma", "fraction"), [("base", None, 1.0), ("base", 5.0, 0.5), ("base_v", 5.0, 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "gamma", "fraction", "decoys"),
+    [("base", None, 1.0, 0.0), ("base", 5.0, 0.5, 0.0), ("base_v", 5.0, 1.0, 0.0), ("base", None, 1.0, 0.7)],
+)
 def test_the_step_equals_a_naive_three_forward_reference(
-    request: pytest.FixtureRequest, kind: str, gamma: float | None, fraction: float, joint_rows: bool
+    request: pytest.FixtureRequest, kind: str, gamma: float | None, fraction: float, decoys: float, joint_rows: bool
 ) -> None:
     base: BaseModel = request.getfixturevalue(kind)
-    concepts = (concept(base, "sks", alpha=2.0, weight=3.0), concept(base, "zwx", alpha=0.7))
-    one = task("tea", concepts, cat_fraction=fraction)
+    concepts = with_odd_words(
+        base, concept(base, "sks", alpha=2.0, weight=3.0), concept(base, "zwx", alpha=0.7, class_noun="fish")
+    )
+    one = task("tea", concepts, cat_fraction=fraction, decoy_fraction=decoys)
     weights = trained_weights(base, 4, seed=1)
     batch = draw_batch([one], 5, 1000, [True])
     bank = open_bank(base, [weights])
@@ -165,6 +179,47 @@ def test_cat_loss_and_gradient_are_exactly_zero_at_the_start(base: BaseModel) ->
     assert torch.equal(losses.cat_M, torch.zeros(2))
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients(bank, 1))
     assert (losses.identity_B > 0).all()
+
+
+def test_the_loss_of_decoy_rows_is_exactly_zero_at_the_start(base: BaseModel) -> None:
+    layers = adapted_layers(base.unet, "attention")
+    bank = open_bank(base, [initial_weights(base.unet, layers, rank=4, seed=0, draw_key="tea")])
+    pair = concept(base, "sks", alpha=5.0), concept(base, "zwx", alpha=5.0, class_noun="fish")
+    tea = task("tea", with_odd_words(base, *pair), rows_per_concept=8, decoy_fraction=0.99)
+    batch = draw_batch([tea], 0, 1000, [True])
+    decoys = {d for one in tea.concepts for each in one.decoys for d in (*each.odd_words, *each.other_tokens)}
+    assert set(batch.prior_prompts) <= decoys
+    assert any("zwx" in prompt and "cup" in prompt for prompt in batch.prior_prompts)
+    without_identity = replace(batch, identity_weight_B=torch.zeros_like(batch.identity_weight_B))
+    losses = run(base, bank, without_identity, joint_rows=False)
+    assert torch.equal(losses.cat_M, torch.zeros(16))
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients(bank, 1))
+
+
+def test_the_cat_loss_of_a_concept_counts_its_decoys(base: BaseModel) -> None:
+    """Independent oracle: each row predicted by itself, with the adapter and without; mean over a concept's rows."""
+    pair = concept(base, "sks", alpha=2.0), concept(base, "zwx", alpha=0.7, class_noun="fish")
+    tea = task("tea", with_odd_words(base, *pair), rows_per_concept=4, decoy_fraction=0.6)
+    bank = open_bank(base, [trained_weights(base, 4, seed=1)])
+    batch = draw_batch([tea], 1, 1000, [True])
+    losses = run(base, bank, batch)
+    recorded = LossCurves([tea], 10).record(1, batch, losses)["tea"]
+    latents = base.sample_latents(batch.moments, batch.posterior_noise)
+    noisy = base.schedule.add_noise(latents, batch.noise, batch.timestep_B)
+    found: dict[int, list[float]] = {0: [], 1: []}
+    with torch.no_grad():
+        for row, prompt in zip(batch.cat_row_M.tolist(), batch.prior_prompts, strict=True):
+            predictions = []
+            for slot in (1, 0):
+                with bank.rows([slot]):
+                    inputs = noisy[row : row + 1], batch.timestep_B[row : row + 1], base.encode_text([prompt])
+                    predictions.append(base.unet(*inputs).sample)
+            found[int(batch.concept_B[row])].append((predictions[0] - predictions[1]).square().mean().item())
+    removed = {prompt for one in tea.concepts for prompt in (*one.removed_prompts, *GENERAL, "")}
+    assert {prompt in removed for prompt in batch.prior_prompts} == {True, False}
+    for k, token in enumerate(("sks", "zwx")):
+        assert len(found[k]) == 4
+        assert recorded[token].cat == pytest.approx(sum(found[k]) / 4, rel=1e-4)
 
 
 @pytest.mark.parametrize("pooled", [False, True])

@@ -24,6 +24,7 @@ from tests.unit.training.test_step import (
     open_engine,
     task,
     trained_weights,
+    with_odd_words,
     with_training,
 )
 
@@ -43,8 +44,9 @@ def test_a_step_from_the_pool_is_the_step_that_asks_the_teacher(base: BaseModel)
     """Independent oracle: the same rows with their keys taken away, so that the teacher is asked about each."""
     tea = task(
         "tea",
-        (concept(base, "sks", alpha=2.0), concept(base, "zwx", alpha=0.7)),
+        with_odd_words(base, concept(base, "sks", alpha=2.0), concept(base, "zwx", alpha=0.7)),
         cat_fraction=0.5,
+        decoy_fraction=0.5,
         teacher="pool",
         pool_size=3,
     )

@@ -258,6 +258,7 @@ def test_a_hit_needs_no_thread_and_no_turn_of_the_loop(world: World) -> None:
         return returned.value.value
 
     assert world.loop.call(lambda: hit(cache.cache.resolve("cup"))).manifest == manifest
-    with world.loop.call(lambda: hit(cache.cache.lease(manifest))) as granted:
+    (granted,) = world.loop.call(lambda: hit(cache.cache.lease([manifest])))
+    with granted:
         assert torch.equal(granted.flat, world.vector(manifest))
     assert cache.status()["held"][0]["leases"] == 0

@@ -167,8 +167,8 @@ def test_a_slot_filled_for_a_caller_that_leaves_just_then_goes_to_the_next(
 
     async def leave_when_filled() -> None:
         fill = cache.cache._slots.fill
-        leaving = asyncio.create_task(cache.cache.lease(first))
-        staying = asyncio.create_task(cache.cache.lease(second))
+        leaving = asyncio.create_task(cache.cache.lease([first]))
+        staying = asyncio.create_task(cache.cache.lease([second]))
 
         def fill_and_cancel(slot: Slot, manifest: Manifest) -> None:
             fill(slot, manifest)
@@ -177,7 +177,8 @@ def test_a_slot_filled_for_a_caller_that_leaves_just_then_goes_to_the_next(
         monkeypatch.setattr(cache.cache._slots, "fill", fill_and_cancel)
         with pytest.raises(asyncio.CancelledError):
             await leaving
-        with await staying as granted:
+        (granted,) = await staying
+        with granted:
             assert torch.equal(granted.flat, world.vector(second))
 
     world.loop.begin(leave_when_filled()).result(SOON)

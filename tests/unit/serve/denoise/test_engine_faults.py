@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 
 from cat_cluster.errors import CancelledRequestError, DeadlineError, EngineStoppedError, OverloadedError, ServingError
+from cat_cluster.lora.row_bank import RowAdapter
 from serve.denoise.image import EngineImage
 from serve.denoise.running_images import RunningImages
 from tests.support.denoised_images import ImageOracle, OracleImage, assert_same_image
@@ -107,7 +108,7 @@ def test_an_image_that_cannot_join_ends_alone(oracle: ImageOracle, calls: Calls)
         _, first = harness.submit(MIXED[0])
         calls.wait()
         bad = harness.image(MIXED[2])
-        harness.leases[-1]._flat = torch.zeros(3)
+        bad.rows.adapters = (RowAdapter(torch.zeros(3), 1),)
         harness.engine.submit(bad)
         torn = harness.image(MIXED[2], size=(7, 7))  # a size that the U-Net cannot halve, with other latents
         torn.rows.latents = torch.zeros(4, 8, 8)

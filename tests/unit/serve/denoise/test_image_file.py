@@ -14,9 +14,11 @@ from PIL import ExifTags, Image
 from cat_cluster.models.generate import image_array
 from serve.calls import FileFormat, FileKind, ImageCall
 from serve.denoise.image_file import fitting_prompts, image_file, image_metadata
+from tests.support.provenance import DRAWN, said_in_xmp, xmp_of
+from tests.support.services import stack
 
 KINDS: list[FileKind] = ["png", "jpeg", "webp"]
-CALL = ImageCall("request-1", "a caf\u00e9 \u4e2d \U0001f600 <b>\n&", "cup", negative_prompt="red", seed=11)
+CALL = ImageCall("request-1", "a caf\u00e9 \u4e2d \U0001f600 <b>\n&", stack("cup"), negative_prompt="red", seed=11)
 
 
 def picture() -> torch.Tensor:
@@ -31,7 +33,9 @@ def told(data: bytes) -> dict[str, str]:
     """What a file says of its image, read by Pillow alone."""
     with Image.open(io.BytesIO(data)) as image:
         if image.format == "PNG":
-            return dict(image.text)  # type: ignore[attr-defined]
+            text = dict(image.text)  # type: ignore[attr-defined]
+            del text["XML:com.adobe.xmp"]
+            return text
         exif = image.getexif()
         comment = exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
         assert comment[:8] == b"UNICODE\0"
@@ -41,12 +45,25 @@ def told(data: bytes) -> dict[str, str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_format_carries_the_same_parameters(kind: FileKind) -> None:
-    metadata = image_metadata(CALL, 12, "cup@r-0123456789ab", "d" * 64)
+    metadata = image_metadata(CALL, 12, ["cup@r-0123456789ab"], ["d" * 64])
     data = image_file(picture(), metadata, FileFormat(kind))
     assert told(data) == metadata
     assert metadata["parameters"].startswith(CALL.prompt)
     with Image.open(io.BytesIO(data)) as image:
         assert (image.format, image.size) == (kind.upper(), (96, 64))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stack_has_a_part_for_each_adapter(kind: FileKind) -> None:
+    call = replace(CALL, adapters=stack("cup:0.5", "mug"))
+    names = ["cup@r-0123456789ab", "mug@r-ba9876543210"]
+    metadata = image_metadata(call, 12, names, ["d" * 64, "e" * 64])
+    found = told(image_file(picture(), metadata, FileFormat(kind)))
+    assert found["model"] == "cup@r-0123456789ab+mug@r-ba9876543210"
+    assert found["strength"] == "0.5+1.0"
+    assert found["adapter_sha256"] == f"{'d' * 64}+{'e' * 64}"
+    hashes = f"{names[0]}: {'d' * 12}, {names[1]}: {'e' * 12}"
+    assert found["parameters"].endswith(f'Model: {found["model"]}, Lora hashes: "{hashes}"')
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])
@@ -71,9 +88,11 @@ def test_quality_is_size_against_likeness(kind: FileKind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_longest_prompts_are_carried_or_the_note_says_how_much(kind: FileKind, letter: str) -> None:
     call = replace(CALL, prompt=letter * 32_000, negative_prompt=letter * 4000, file=FileFormat(kind))
-    kept, note = fitting_prompts(call, "cup@r-0123456789ab", "d" * 64)
-    metadata = image_metadata(kept, 2**63 - 1, "cup@r-0123456789ab", "d" * 64)
-    assert told(image_file(picture(), metadata, call.file)) == metadata
+    kept, note = fitting_prompts(call, ["cup@r-0123456789ab"], ["d" * 64])
+    metadata = image_metadata(kept, 2**63 - 1, ["cup@r-0123456789ab"], ["d" * 64])
+    data = image_file(picture(), metadata, call.file)
+    assert told(data) == metadata
+    assert said_in_xmp(xmp_of(data)) == DRAWN
     if kind == "jpeg":
         assert note is not None
         assert f"the first {len(kept.prompt)} characters" in note
@@ -83,6 +102,13 @@ def test_the_longest_prompts_are_carried_or_the_note_says_how_much(kind: FileKin
         assert (kept, note) == (call, None)
 
 
+@pytest.mark.parametrize("metadata", [{}, image_metadata(CALL, 12, ["cup@r-0123456789ab"], ["d" * 64])])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_says_in_xmp_that_a_model_drew_it(kind: FileKind, metadata: dict[str, str]) -> None:
+    # Previews, which have no metadata, among them.
+    assert said_in_xmp(xmp_of(image_file(picture(), metadata, FileFormat(kind)))) == DRAWN
+
+
 def test_usual_prompts_are_carried_whole() -> None:
     call = replace(CALL, prompt="a photo of a sks cup " * 100, file=FileFormat("jpeg"))
-    assert fitting_prompts(call, "base", None) == (call, None)
+    assert fitting_prompts(call, ["base"], []) == (call, None)

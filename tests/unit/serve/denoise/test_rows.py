@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cat_cluster.lora.row_bank import RowBank
+from cat_cluster.lora.row_bank import RowAdapter, RowBank
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.generate import ImageRow
 from serve.denoise.rows import ImageRows, Rows
@@ -27,13 +27,17 @@ WANTED = [
     OracleImage(ImageRow("a photo", 1, steps=5, sampler="ddim", guidance=0.0)),
     OracleImage(ImageRow("cup of red", 5, steps=2, sampler="euler", guidance=2.0), 2, 1.5),
     OracleImage(ImageRow("cup", 6, steps=5, sampler="dpmpp_2m", guidance=1.0), 1, -0.5),
+    OracleImage(ImageRow("a red cup", 7, steps=3, sampler="ddim"), 2, 0.75, ((3, 0.5),)),
+    OracleImage(ImageRow("cup", 8, steps=4, sampler="euler", guidance=1.0), 3, 1.0, ((2, -0.5),)),
 ]
 
 
 @pytest.fixture(scope="module")
 def oracle(tiny_base_folder: Path) -> ImageOracle:
     base = load_base_model(str(tiny_base_folder))
-    oracle = ImageOracle(base, {1: random_adapter(base, 1), 2: random_adapter(base, 2, rank=2)})
+    oracle = ImageOracle(
+        base, {1: random_adapter(base, 1), 2: random_adapter(base, 2, rank=2), 3: random_adapter(base, 3, rank=1)}
+    )
     for wanted in WANTED:
         oracle.image(wanted)
     return oracle
@@ -80,7 +84,7 @@ def test_any_interleaving_gives_each_image_as_if_it_were_alone(oracle: ImageOrac
                 image = data.draw(st.sampled_from(ready))
                 (parked if image in parked else waiting).remove(image)
                 rows.join(image)
-                assert image.adapter is None
+                assert image.adapters == ()
             else:
                 image = data.draw(st.sampled_from(rows.images))
                 rows.leave(image, park=action == "park")
@@ -170,7 +174,7 @@ def test_an_image_that_cannot_join_leaves_no_trace(oracle: ImageOracle) -> None:
     with open_rows(oracle) as rows:
         good, bad, wrong = oracle.rows(WANTED[0]), oracle.rows(WANTED[2]), oracle.rows(WANTED[1])
         rows.join(good)
-        bad.adapter = torch.zeros(oracle.layout.size + 1)
+        bad.adapters = (RowAdapter(torch.zeros(oracle.layout.size + 1), 1),)
         wrong.latents = torch.zeros(4, 9, 9)
         for image in (bad, wrong):
             with pytest.raises(RuntimeError):

@@ -13,6 +13,7 @@ import pytest
 from cat_cluster import errors
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall
 from tests.support.ingress_server import PATH, ScriptedEngine, ask, assert_refused, events_of, picture
+from tests.support.services import stack
 
 
 def test_images_come_in_openais_shape_and_in_order(http: httpx2.Client, engine: ScriptedEngine) -> None:
@@ -30,7 +31,7 @@ def test_images_come_in_openais_shape_and_in_order(http: httpx2.Client, engine: 
     assert response.headers["x-cat-drift"] == "ok"
     assert abs(body["created"] - time.time()) < 60
     call = engine.calls[0]
-    assert (call.model, call.count, call.seed, call.size) == ("cup@latest", 3, 7, (16, 16))
+    assert (call.adapters, call.count, call.seed, call.size) == (stack("cup@latest"), 3, 7, (16, 16))
 
 
 def test_seed_zero_is_a_seed_and_not_a_wish_for_any(http: httpx2.Client, engine: ScriptedEngine) -> None:
@@ -41,7 +42,7 @@ def test_seed_zero_is_a_seed_and_not_a_wish_for_any(http: httpx2.Client, engine:
 @pytest.mark.parametrize("fields", [{}, {"model": None}, {"model": "base"}])
 def test_the_base_is_what_no_model_names(http: httpx2.Client, engine: ScriptedEngine, fields: dict[str, Any]) -> None:
     assert ask(http, **fields).json()["model"] == "base"
-    assert engine.calls[0].model is None
+    assert engine.calls[0].adapters == ()
 
 
 def test_defaults_nulls_and_openais_other_parameters(http: httpx2.Client, engine: ScriptedEngine) -> None:
@@ -51,7 +52,7 @@ def test_defaults_nulls_and_openais_other_parameters(http: httpx2.Client, engine
     second = ask(http).json()
     assert first["data"][0]["seed"] != second["data"][0]["seed"]  # drawn at random, and told
     call = engine.calls[0]
-    assert (call.steps, call.guidance, call.sampler, call.strength, call.previews) == (25, 4.0, "ddim", 1.0, 0)
+    assert (call.steps, call.guidance, call.sampler, call.adapters, call.previews) == (25, 4.0, "ddim", (), 0)
     assert call.deadline_s == 120.0
 
 

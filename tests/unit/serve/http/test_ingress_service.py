@@ -178,6 +178,7 @@ def test_drift_has_reference_and_history(http: httpx2.Client, live: Live, shop: 
     body = http.get("/v1/adapters/cup/drift").json()
     assert (body["name"], body["state"], body["quarantined"]) == (name.name, "unknown", None)
     assert body["reference"]["kps"] == {"mean": pytest.approx(0.24), "std": pytest.approx(0.02), "count": 10}
+    assert body["reference"]["decoy_drift"] == {"mean": pytest.approx(0.02), "std": pytest.approx(0.01), "count": 2}
     assert [(probe["verdict"], probe["scores"]["kps"]) for probe in body["history"]] == [("ok", 0.2)]
     assert len(http.get("/v1/adapters/cup/drift?hours=400").json()["history"]) == 2
     for hours in ("0", "-1", "1e3", "nan", "99999999999999999999"):
@@ -244,8 +245,27 @@ def test_openais_client(client: openai.OpenAI, shop: Shop) -> None:
     assert (answer.size, answer.output_format, answer.model) == ("16x16", "png", shop.cups[1].name)  # type: ignore[attr-defined]
 
 
+def test_openais_client_draws_a_stack_however_it_is_named(client: openai.OpenAI, shop: Shop) -> None:
+    settings = {"seed": 3, "num_inference_steps": 2}
+    stack = [{"model": "cup", "strength": 0.5}, {"model": shop.mug.name}]
+    ways = [
+        client.images.generate(model="cup+mug", prompt="a cup", extra_body={**settings, "strength": 0.5}),
+        client.images.generate(prompt="a cup", extra_body={**settings, "adapters": stack}),
+        client.images.generate(model="mug", prompt="a <lora:cup:0.5> cup", extra_body=settings),
+    ]
+    names = [f"{shop.cups[1].name}+{shop.mug.name}"] * 2 + [f"{shop.mug.name}+{shop.cups[1].name}"]
+    assert [answer.model for answer in ways] == names  # type: ignore[attr-defined]
+    images = [pixels({"b64_json": answer.data[0].b64_json}) for answer in ways if answer.data]
+    assert images[1] == images[2] != images[0]
+    with pytest.raises(
+        openai.NotFoundError, match=r"adapters\.1\.model: no adapter 'mugg': did you mean mug"
+    ) as refused:
+        client.images.generate(prompt="a", extra_body={"adapters": [{"model": "cup"}, {"model": "mugg"}]})
+    assert refused.value.param == "adapters.1.model"
+
+
 def test_openais_client_asks_for_a_small_file_as_an_address(client: openai.OpenAI) -> None:
-    prompt = "a cup on a table, <lora:cup:0.8> in (snow:1.2) " * 680
+    prompt = "a cup on a table, <hypernet:cup:0.8> in (snow:1.2) " * 680
     answer = client.images.generate(
         prompt=prompt[:32_000],
         response_format="url",
@@ -263,7 +283,12 @@ def test_openais_client_asks_for_a_small_file_as_an_address(client: openai.OpenA
         assert Image.open(io.BytesIO(opened.read())).format == "WEBP"
     assert answer.data[0].seed >= 0  # type: ignore[attr-defined]
     note = answer.cat["note"]  # type: ignore[attr-defined]
-    for told in ("tokens of the prompt, and not '", "<lora:cup:0.8>", "(snow:1.2)", "moderation, safety_identifier"):
+    for told in (
+        "tokens of the prompt, and not '",
+        "<hypernet:cup:0.8>",
+        "(snow:1.2)",
+        "moderation, safety_identifier",
+    ):
         assert told in note
     assert len(note) < 2000
     with client.images.generate(prompt="a (cup:1.2)", stream=True, extra_body={"num_inference_steps": 2}) as stream:

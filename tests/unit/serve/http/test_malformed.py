@@ -95,6 +95,15 @@ def wrong_fields() -> Iterator[dict[str, Any]]:
     yield from ({"seed": 2**63 - 1, "n": n} for n in range(2, 11))
     yield from ({"num_inference_steps": steps} for steps in (0, 101, 1000, 1001))
     yield from ({"model": value} for value in (*TRICKS, "\ud800", "x" * 3000))
+    yield from ({"model": f"cup+{value}"} for value in (*TRICKS, "\ud800", "x" * 3000, "cup", ""))
+    yield from (
+        {"adapters": value} for value in (1, "cup", True, {}, {"model": "cup"}, ["cup"], [1], [None], [[]], [{}])
+    )
+    yield from ({"adapters": [{"model": value}]} for value in (*TRICKS, 1, None, [], {}, "\ud800", "x" * 3000, "a+b"))
+    yield from ({"adapters": [{"model": "cup", "strength": value}]} for value in (-1, 2.1, 10**30, *others, True))
+    yield from ({"adapters": [{"model": "cup", name: 1}]} for name in ("weight", "Model", "__proto__", ""))
+    yield from ({"adapters": [{"model": f"a{n}"} for n in range(count)]} for count in (9, 33, 100))
+    yield from ({"prompt": f"a <lora:{tag}> cup"} for tag in ("", "a b", "cup:", "cup:x", "cup:3", "cup:1:1", "\udc80"))
 
 
 def wrong_names() -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from serve.calls import ImageCall
 from serve.probes.prober import MOST_LIVE, Prober
 from serve.probes.revision_monitor import ProbeCall, live_token, score_images
 from tests.support.probed_replica import OTHER, OWN, Picture, ProbedReplica, call, user_image
+from tests.support.services import stack
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.slow
         ("a photo of a <sks> cup", {}, None),
         ("a photo of two skss cup", {}, None),
         ("a photo of sks", {}, None),  # y would name no subject
-        ("a photo of a sks cup", {"strength": 0.8}, None),
+        ("a photo of a sks cup", {"adapters": stack("cup:0.8")}, None),
         ("a photo of a sks cup", {"negative_prompt": "blurry"}, None),
         ("a photo of a sks cup", {"guidance": 1.0}, None),
         ("a photo of a sks cup", {"guidance": 6.0, "sampler": "euler"}, "sks"),

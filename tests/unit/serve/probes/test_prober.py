@@ -10,10 +10,22 @@ import pytest
 
 from cat_cluster.errors import EvaluationError, StoreError
 from cat_cluster.evaluation.drift import SCORES
+from cat_cluster.evaluation.judges import feature_rows
 from cat_cluster.registry import Manifest
+from serve.calls import ImageCall
 from serve.probes.prober import Prober
 from serve.probes.records import ProbeRecord
-from tests.support.probed_replica import OTHER, OWN, TEMPLATES, ProbedReplica, call, publish
+from tests.support.probed_replica import (
+    DECOY,
+    DECOY_PAIRS,
+    EVALUATION,
+    OTHER,
+    OWN,
+    TEMPLATES,
+    ProbedReplica,
+    call,
+    publish,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +172,7 @@ def test_a_changed_base_image_is_counted_and_no_adapter_is_blamed(replica: Probe
 
     async def probes() -> list[ProbeRecord]:
         first = [await prober.canonical(replica.manifest) for _ in TEMPLATES]
-        replica.spoil = lambda pictures: [*pictures[:2], np.full_like(pictures[2], 90)]
+        replica.spoil = lambda pictures: [*pictures[:2], np.full_like(pictures[2], 90), *pictures[3:]]
         return [*first, await prober.canonical(replica.manifest)]
 
     last = asyncio.run(probes())[-1]
@@ -172,15 +184,89 @@ def test_a_changed_base_image_is_counted_and_no_adapter_is_blamed(replica: Probe
     assert replica.alarms == []
 
 
+def test_a_canonical_probe_asks_what_a_decoy_brings_where_that_was_measured(
+    replica: ProbedReplica, reference: dict[str, Any]
+) -> None:
+    prober, asked = replica.prober(), []
+
+    async def probes() -> list[ProbeRecord]:
+        records = []
+        for _ in TEMPLATES:
+            replica.asked.clear()
+            records.append(await prober.canonical(replica.manifest))
+            asked.append([(image.prompt, manifest is None) for image, manifest in replica.asked])
+        return records
+
+    records = asyncio.run(probes())
+
+    stored = reference["concepts"]["sks"]["decoy"]
+    for i, (record, prompts) in enumerate(zip(records, asked, strict=True)):
+        assert (record.scores or {}).keys() == (record.expected or {}).keys()
+        decoys = [(TEMPLATES[i].format(f"{DECOY} cup"), False), (TEMPLATES[i].format(f"{DECOY} cup"), True)]
+        if i not in DECOY_PAIRS:
+            assert len(prompts) == 3
+            assert "decoy_drift" not in (record.scores or {})
+            continue
+        assert prompts[3:] == decoys
+        y = ImageCall("", decoys[0][0], seed=EVALUATION.seed + i, steps=EVALUATION.steps, guidance=4.0)
+        shown = [feature_rows(replica.judge, replica.engine.picture(y, slot)[None])[0] for slot in (OWN, 0)]
+        drift = (1 - float(shown[0] @ shown[1])) / 2
+        assert drift > 0.01
+        assert record.scores is not None
+        assert record.scores["decoy_drift"] == pytest.approx(drift)
+        assert stored["drift"][DECOY_PAIRS.index(i)] == pytest.approx(drift, abs=1e-6)
+    assert prober.state(replica.manifest).reference["sks"]["decoy_drift"] == pytest.approx(np.mean(stored["drift"]))
+    found = replica.value("cat_probe_reference_mean", adapter="cup", score="decoy_drift")
+    assert found == pytest.approx(np.mean(stored["drift"]))
+
+
+def test_an_adapter_that_answers_to_an_odd_word_as_it_did_not_is_seen(replica: ProbedReplica) -> None:
+    prober = replica.prober(policy="quarantine")
+    replica.spoil = lambda pictures: [*pictures[:3], np.full_like(pictures[3], 90), *pictures[4:]]
+    record = asyncio.run(prober.canonical(replica.manifest))
+    assert record.verdict == "alarm"
+    assert "decoy_drift is" in (record.reason or "")
+    assert len(replica.alarms) == 1
+
+
+def test_the_bases_image_of_a_decoy_is_the_bases_own_too(replica: ProbedReplica) -> None:
+    prober = replica.prober(policy="quarantine")
+
+    async def probes() -> list[ProbeRecord]:
+        first = [await prober.canonical(replica.manifest) for _ in TEMPLATES]
+        replica.spoil = lambda pictures: [*pictures[:4], np.full_like(pictures[4], 90)]
+        return [*first, await prober.canonical(replica.manifest)]
+
+    last = asyncio.run(probes())[-1]
+    assert last.verdict == "alarm"
+    assert "the base's own image" in (last.reason or "")
+    assert replica.alarms == []
+
+
+def test_a_manifest_from_before_there_were_decoys_is_probed_as_then(
+    replica: ProbedReplica, reference: dict[str, Any]
+) -> None:
+    concept = {name: value for name, value in reference["concepts"]["sks"].items() if name != "decoy"}
+    manifest = publish(replica.store, replica.engine, {**reference, "concepts": {"sks": concept}}, "earlier")
+    prober = replica.prober()
+    record = asyncio.run(prober.canonical(manifest))
+    assert record.verdict == "ok"
+    assert set(record.scores or ()) == set(SCORES)
+    assert set(prober.state(manifest).reference["sks"]) == set(SCORES)
+
+
 def test_what_cannot_be_probed_says_why(replica: ProbedReplica, reference: dict[str, Any]) -> None:
     other_judge = {**reference, "judge": {"name": "pocket", "digest": "0" * 64}}
     shorter = {name: reference["concepts"]["sks"][name][:5] for name in SCORES}
     other_prompts = {**reference, "concepts": {"sks": {**reference["concepts"]["sks"], **shorter}}}
+    few = {**reference["concepts"]["sks"], "decoy": {**reference["concepts"]["sks"]["decoy"], "pairs": [0]}}
+    uneven = {**reference, "concepts": {"sks": few}}
     cases = {
         "unmeasured": (None, "published unmeasured"),
         "judged": (other_judge, "scores of two judges do not compare"),
         "prompted": (other_prompts, "not those of its reference scores"),
         "damaged": ({"kps": 0.2}, "no usable reference scores"),
+        "uneven": (uneven, "no usable reference scores"),
     }
     prober = replica.prober()
     for adapter_id, (stored, reason) in cases.items():

@@ -1,0 +1,58 @@
+"""Stacks: several adapters on one image, each with a strength of its own; their changes add up.
+
+A stack is named by the references of its members with a `+` between them, such as `striped-cup+tea-fish@prod`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cat_cluster.errors import RegistryError
+from cat_cluster.registry.references import Reference, parse_reference
+
+_BETWEEN = "+"
+
+
+@dataclass(frozen=True)
+class StackMember:
+    """An adapter of a stack, and how much of it is applied: 1 as it was trained, 0 nothing."""
+
+    reference: Reference
+    strength: float = 1.0
+
+
+def parse_stack(text: str) -> tuple[Reference, ...]:
+    """Return the references of `id+id@alias+...`; RegistryError for one that is none, and for an adapter twice."""
+    references = tuple(parse_reference(part) for part in text.split(_BETWEEN))
+    check_once_each(references)
+    return references
+
+
+def parse_member(text: str) -> StackMember:
+    """Return what `REFERENCE` or `REFERENCE:STRENGTH` names, such as `tea-fish:0.7`; RegistryError for other text."""
+    name, colon, number = text.partition(":")
+    try:
+        strength = float(number) if colon else 1.0
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise RegistryError(f"{text[:80]!r} names no strength behind its ':': write a number, such as {name[:80]}:0.7")
+    return StackMember(parse_reference(name), strength)
+
+
+def check_once_each(references: Iterable[Reference]) -> None:
+    """Raise RegistryError when two references are to one adapter, even to two revisions of it."""
+    counts = Counter(reference.adapter_id for reference in references)
+    twice = next((adapter_id for adapter_id, count in counts.items() if count > 1), None)
+    if twice is not None:
+        raise RegistryError(
+            f"{twice} is named twice: name each adapter of a stack once, and how much of it by strength"
+        )
+
+
+def stack_name(names: Iterable[str]) -> str:
+    """Return the name of a stack of what these name, in their order."""
+    return _BETWEEN.join(names)

@@ -1,0 +1,124 @@
+"""The adapters that a request names: in `model`, in `adapters`, and in its prompt; a refusal names the field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from cat_cluster.data.prompt_syntax import take_tags
+from cat_cluster.errors import (
+    AdapterFormatError,
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    CatClusterError,
+    ConflictError,
+    QuarantinedError,
+    RegistryError,
+    SpecError,
+)
+from cat_cluster.registry.references import Reference
+from cat_cluster.registry.stacks import StackMember, parse_member
+from serve.http.registry_listing import RegistryListing, parse_model
+from serve.http.schema import MAX_STRENGTH, ImageRequest
+from serve.settings import ServeSettings
+
+_OF_ADAPTERS = (AdapterFormatError, AdapterMismatchError, ConflictError, QuarantinedError)
+_OF_SEVERAL = re.compile(r"\S+\+\S")  # at the start of a message about a stack: its name
+
+
+@dataclass(frozen=True)
+class RequestedStack:
+    """prompt: without what names adapters in it; members: their strengths with the request's; fields: of each."""
+
+    prompt: str
+    members: tuple[StackMember, ...]
+    fields: tuple[str, ...]
+
+    @classmethod
+    def of(cls, body: ImageRequest, settings: ServeSettings) -> RequestedStack:
+        """Read a request; SpecError, or AdapterNotFoundError for what can name no adapter, begin with the field."""
+        prompt, tags = take_tags(body.prompt)
+        named = [*_named(body, settings.base), *(("prompt", _tagged(tag)) for tag in tags)]
+        fields = tuple(field for field, _ in named)
+        members = tuple(replace(member, strength=body.strength * member.strength) for _, member in named)
+        _check_number(fields, settings)
+        seen = set[str]()
+        for field, member in named:
+            adapter_id = member.reference.adapter_id
+            if adapter_id in seen:
+                raise SpecError(
+                    f"{field}: {adapter_id} is named twice; name each adapter once, and how much by strength"
+                )
+            seen.add(adapter_id)
+        return cls(prompt, members, fields)
+
+    async def not_found(self, listing: RegistryListing) -> None:
+        """Raise AdapterNotFoundError for the first member that the registry does not have; it says what there is."""
+        for field, member in zip(self.fields, self.members, strict=True):
+            try:
+                await listing.summary(member.reference)
+            except AdapterNotFoundError as error:
+                raise _with_field(error, field) from None
+
+    def blamed(self, error: Exception) -> Exception:
+        """Return an error of the engine, and where it is about adapters, with the field that names them before it."""
+        if not isinstance(error, _OF_ADAPTERS) or not self.members:
+            return error
+        message = str(error)
+        field = self.fields[-1].partition(".")[0]
+        if _OF_SEVERAL.match(message) is None:
+            about = message.partition("@")[0]
+            ids = [member.reference.adapter_id for member in self.members]
+            field = self.fields[ids.index(about)] if about in ids else field
+        return _with_field(error, field)
+
+
+def _named(body: ImageRequest, base: str) -> Iterator[tuple[str, StackMember]]:
+    """Yield the adapters that `model` or `adapters` names, each with its field."""
+    if body.model is not None and body.model != base:
+        if body.adapters:
+            raise SpecError("model: adapters are named in `model` or in `adapters`; leave one of the two out")
+        for part in body.model.split("+"):
+            yield "model", StackMember(parse_model(part))
+    for number, adapter in enumerate(body.adapters):
+        yield f"adapters.{number}.model", StackMember(_reference(adapter.model, number), adapter.strength)
+
+
+def _reference(text: str, number: int) -> Reference:
+    try:
+        return parse_model(text)
+    except AdapterNotFoundError as error:
+        raise _with_field(error, f"adapters.{number}.model") from None
+
+
+def _tagged(tag: str) -> StackMember:
+    """Return what `<lora:TAG>` names."""
+    name, colon, strength = tag.partition(":")
+    try:
+        reference = parse_model(name)
+    except AdapterNotFoundError as error:
+        raise AdapterNotFoundError(f"prompt: <lora:{tag[:80]}>: {error}") from None
+    try:
+        member = parse_member(f"{reference}{colon}{strength}")
+    except RegistryError as error:
+        raise SpecError(f"prompt: {error}") from None
+    if not 0 <= member.strength <= MAX_STRENGTH:
+        raise SpecError(f"prompt: <lora:{tag[:80]}> is out of range; its strength is 0 to {MAX_STRENGTH:g}")
+    return member
+
+
+def _check_number(fields: tuple[str, ...], settings: ServeSettings) -> None:
+    most, why = min((settings.max_stack, "max_stack"), (settings.slots, "slots"))
+    if len(fields) > most:
+        field = fields[most].partition(".")[0]
+        raise SpecError(
+            f"{field}: {len(fields)} adapters are named and an image has up to {most} here; name fewer, or raise {why}"
+        )
+
+
+def _with_field(error: CatClusterError, field: str) -> CatClusterError:
+    """Return an error with the field before its message; `model` is what most of them are about anyway."""
+    if field == "model" and not isinstance(error, ConflictError):
+        return error
+    return type(error)(f"{field}: {error}")

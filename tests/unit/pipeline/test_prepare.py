@@ -1,0 +1,70 @@
+"""From a job spec to what is trained: the decoys of an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from cat_cluster.data.decoys import odd_words
+from cat_cluster.data.draws import AdapterTask
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.pipeline import prepare
+from cat_cluster.settings import Settings
+from cat_cluster.spec.job import JobSpec
+
+MakeTask = Callable[..., AdapterTask]
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+@pytest.fixture
+def make_task(base: BaseModel, tmp_path: Path) -> MakeTask:
+    """The task of one adapter, mug unless another id is given, with these tokens."""
+    Image.new("RGB", (48, 40), (20, 90, 200)).save(tmp_path / "1.png")
+
+    def make(*tokens: str, adapter_id: str = "mug", **training: Any) -> AdapterTask:
+        concepts = [{"token": token, "class_noun": f"n{i}", "images": str(tmp_path)} for i, token in enumerate(tokens)]
+        adapter = {"id": adapter_id, "concepts": concepts, "training": training}
+        job = JobSpec.model_validate({"name": "decoys", "base": str(base.folder), "adapters": [adapter]})
+        found = prepare.prepare_adapter(job.resolved()[0], Settings(), {str(base.folder): base})
+        with prepare.open_bank(base, [found]) as bank:
+            return prepare.pack_member(found, bank, None).task
+
+    return make
+
+
+def words_of(task: AdapterTask) -> set[str]:
+    return {prompt.split()[4] for one in task.concepts for decoys in one.decoys for prompt in decoys.odd_words}
+
+
+def test_an_adapters_tokens_and_the_words_it_is_judged_by_are_no_decoys(
+    base: BaseModel, make_task: MakeTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = odd_words(0, "mug", "sks", spell=base.spell, never=())[:2]
+    assert {first, second} <= words_of(make_task("sks", decoy_fraction=0.5))
+    monkeypatch.setattr(prepare, "DECOYS", (second,))
+    joint = make_task("sks", first.upper(), decoy_fraction=0.5)
+    assert words_of(joint).isdisjoint({first, second, "sks"})
+    assert joint.concepts[0].decoys[0].other_tokens == (f"a photo of a {first.upper()} n0",)
+
+
+def test_decoys_are_keyed_as_all_draws_are(make_task: MakeTask) -> None:
+    mug = words_of(make_task("sks", decoy_fraction=0.5))
+    assert words_of(make_task("sks", decoy_fraction=0.1, adapter_id="tea", draw_key="mug")) == mug
+    for other in (
+        make_task("sks", decoy_fraction=0.5, seed=1),
+        make_task("sks", decoy_fraction=0.5, adapter_id="tea"),
+        make_task("zwx", decoy_fraction=0.5),
+    ):
+        assert len(words_of(other) & mug) <= 2
+
+
+def test_without_decoy_rows_there_are_no_decoys(make_task: MakeTask) -> None:
+    assert make_task("sks").concepts[0].decoys == ()
