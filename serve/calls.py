@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from cat_cluster import errors
-from cat_cluster.errors import CatClusterError
+from cat_cluster.errors import CatClusterError, RegistryError
 from cat_cluster.registry.stacks import StackMember, parse_stack
 from cat_cluster.spec.choices import SamplerName
 
@@ -34,7 +34,7 @@ class ImageCall:
 
     adapters: whose changes add up, each at its strength; none: the base alone. size: (width, height) in pixels,
     None for the base's own. previews: partial images per image. deadline_s: seconds from now. progress: send Progress.
-    file: the format of images and previews.
+    gate: leave out adapters none of whose tokens the prompt has. file: the format of images and previews.
     """
 
     request_id: str
@@ -47,17 +47,28 @@ class ImageCall:
     steps: int = 25
     guidance: float = 4.0
     sampler: SamplerName = "ddim"
+    gate: bool = False
     previews: int = 0
     progress: bool = False
     deadline_s: float | None = None
     file: FileFormat = FileFormat()
 
     def pinned(self, model: str) -> ImageCall:
-        """Return the call with the revisions in it that Accepted.model names, whatever its aliases name by then."""
-        if not self.adapters:
+        """Return the call with the revisions in it that Accepted.model names, whatever its aliases name by then.
+
+        Adapters that the gate leaves out are not among them, and stay as they are.
+        """
+        try:
+            revisions = {revision.adapter_id: revision for revision in parse_stack(model)} if self.adapters else {}
+        except RegistryError:  # the base's name: the gate left all of them out
             return self
-        members = zip(self.adapters, parse_stack(model), strict=True)
-        return replace(self, adapters=tuple(replace(member, reference=revision) for member, revision in members))
+        return replace(
+            self,
+            adapters=tuple(
+                replace(member, reference=revisions.get(member.reference.adapter_id, member.reference))
+                for member in self.adapters
+            ),
+        )
 
 
 @dataclass(frozen=True)

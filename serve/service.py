@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_
 from cat_cluster.models.device import choose_device
 from cat_cluster.models.generate import image_array, initial_latents
 from cat_cluster.registry import Manifest, Reference, Registry
+from cat_cluster.registry.gate import gate_note, opens_gate
 from cat_cluster.registry.stacks import StackMember
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import Metrics
@@ -251,6 +253,7 @@ class Service:
         try:
             async with asyncio.timeout(deadline_s):
                 found = await asyncio.gather(*(cache.resolve(member.reference) for member in call.adapters))
+                call, found, left_out = _gated(call, found)
                 manifests = [one.manifest for one in found]
                 cache.check(manifests)
                 tokens = list(dict.fromkeys(concept.token for one in manifests for concept in one.concepts))
@@ -260,7 +263,7 @@ class Service:
         drift = "unknown"
         if self.prober is not None:
             drift = worst_state([self.prober.state(manifest).state for manifest in manifests])
-        return ImagePlan.of(call, self._parts, found, deadline, drift, notes)
+        return ImagePlan.of(call, self._parts, found, deadline, drift, [*left_out, *notes])
 
     def _probe_live(self, plan: ImagePlan, event: Finished, image: torch.Tensor) -> None:
         """Start a live probe with a user's image, for a share of them; the response does not wait for it.
@@ -304,6 +307,14 @@ class Service:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("a probe failed", exc_info=task.exception())
+
+
+def _gated(call: ImageCall, found: list[Resolved]) -> tuple[ImageCall, list[Resolved], list[str]]:
+    """Return the call with the adapters that it carries, what these resolved to, and a note on each other one."""
+    opened = [not call.gate or opens_gate(one.manifest, call.prompt) for one in found]
+    call = replace(call, adapters=tuple(compress(call.adapters, opened)))
+    left_out = [gate_note(one.manifest) for one, carried in zip(found, opened, strict=True) if not carried]
+    return call, list(compress(found, opened)), left_out
 
 
 def _whole(manifest: Manifest) -> StackMember:

@@ -189,6 +189,9 @@ def generate(
     strength: Annotated[
         float, typer.Option(help="How strongly the adapters act, times the strength of each; 1 as trained.")
     ] = 1.0,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Leave out adapters none of whose tokens is a word of the prompt.")
+    ] = False,
     count: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Number of images.")] = 1,
     storage: Storage = None,
 ) -> None:
@@ -203,7 +206,7 @@ def generate(
     text, tags = take_tags(prompt)
     members = [parse_member(name) for name in (*(adapter or ()), *tags)]
     stack = [replace(member, strength=strength * member.strength) for member in members]
-    request = DrawRequest(text, stack, base, seed, steps, guidance, sampler, count)
+    request = DrawRequest(text, stack, base, seed, steps, guidance, sampler, count, gate)
     with progress() as listener:
         paths = draw_images(request, out, open_registry(storage) if stack else None, device(), listener)
     for path in paths:

@@ -20,6 +20,7 @@ from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.registry import Manifest, Reference, Registry
+from cat_cluster.registry.gate import gate_note, opens_gate
 from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.registry.stacks import StackMember, check_once_each, stack_name
 from cat_cluster.spec.characters import control_character
@@ -45,7 +46,10 @@ class DrawListener(ImageListener, Protocol):
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """Images to draw: image i of `count` uses seed + i. adapters: whose changes add up; none: the base alone."""
+    """Images to draw: image i of `count` uses seed + i. adapters: whose changes add up; none: the base alone.
+
+    gate: leave out adapters none of whose tokens the prompt has.
+    """
 
     prompt: str
     adapters: Sequence[StackMember] = ()
@@ -55,6 +59,7 @@ class DrawRequest:
     guidance: float = 4.0
     sampler: SamplerName = "ddim"
     count: int = 1
+    gate: bool = False
 
 
 def evaluate_published(
@@ -102,8 +107,14 @@ def draw_images(
         if registry is None:
             raise EvaluationError(f"adapter {members[0].reference} needs a registry: give --storage")
         opened = [(registry.resolve(member.reference), member.strength) for member in members]
+    base_name = request.base or (opened[0][0].base_name if opened else "pocket")
+    if request.gate:
+        shut = [manifest for manifest, _ in opened if not opens_gate(manifest, request.prompt)]
+        opened = [(manifest, strength) for manifest, strength in opened if manifest not in shut]
+        for manifest in shut:
+            listener.message(gate_note(manifest))
     manifests = [manifest for manifest, _ in opened]
-    base = load_base_model(request.base or (manifests[0].base_name if manifests else "pocket"), device=device)
+    base = load_base_model(base_name, device=device)
     bank = None if registry is None or not opened else open_stack(registry, opened, base)
     tokens = [concept.token for manifest in manifests for concept in manifest.concepts]
     for note in (*cut_notes(base.text_limit, tokens, prompt=request.prompt), *syntax_notes(request.prompt)):
@@ -114,7 +125,7 @@ def draw_images(
         for i in range(request.count)
     ]
     name = stack_name(manifest.name for manifest in manifests) or base.name
-    strength = stack_name(str(member.strength) for member in members) or "1.0"
+    strength = stack_name(str(strength) for _, strength in opened) or "1.0"
     images = generate(base, bank, rows, on_progress=lambda done, total: listener.images(name, done, total))
     paths = []
     for i, (row, image) in enumerate(zip(rows, images, strict=True)):

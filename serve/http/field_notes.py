@@ -27,5 +27,7 @@ def field_notes(body: ImageRequest, call: ImageCall) -> Iterator[str]:
         yield f"partial_images: {call.steps - 1} instead of {call.previews}; only steps before the last have one"
     if not call.adapters and body.strength != 1.0:
         yield "strength: the base model alone has no adapter"
+    if not call.adapters and body.gate:
+        yield "gate: the base model alone has no adapter"
     if body.negative_prompt and call.guidance <= 1.0:
         yield "negative_prompt: it needs a guidance_scale above 1"

@@ -136,6 +136,9 @@ class ImageRequest(_Body):
         allow_inf_nan=False,
         description="Strength of the adapter; 0: none. Of a stack, it multiplies the strength of each.",
     )
+    gate: bool = Field(
+        default=False, description="Leave out adapters none of whose tokens is a word of the prompt; `note` names them."
+    )
     stream: bool = Field(default=False, description="Send server-sent events.")
     partial_images: int = Field(default=0, ge=0, le=8, description="Previews of each image, with stream.")
     progress: bool = Field(default=False, description="An event for every denoising step, with stream.")

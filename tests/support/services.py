@@ -49,14 +49,14 @@ class Shop:
 
     def publish(self, adapter_id: str, seed: int, **changes: Any) -> Manifest:
         weights = random_adapter(self.base, seed)
-        factor = changes.pop("factor", 1.0)
+        factor, token = changes.pop("factor", 1.0), changes.pop("token", "sks")
         for layer in weights.layers.values():
             layer.up.mul_(factor)
         resolved = ResolvedAdapter(
             id=adapter_id,
             base=str(self.folder),
             method="cat",
-            concepts=(ConceptSpec(token="sks", class_noun="cup", images="photos"),),
+            concepts=(ConceptSpec(token=token, class_noun="cup", images="photos"),),
             training=TrainingSpec(rank=3, seed=seed),
             evaluation=EvaluationSpec(),
         )
