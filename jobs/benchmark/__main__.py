@@ -128,7 +128,7 @@ def serving(
     ] = False,
     allow_dirty: AllowDirty = False,
 ) -> None:
-    """Measure the serving engine beside pipelines and PEFT batches (about twenty minutes on 2 cores)."""
+    """Measure the serving engine beside pipelines and PEFT batches (about half an hour on 2 cores)."""
     from jobs.benchmark.serving.measure import SIZES, run
 
     _check("size", [size], SIZES)

@@ -87,7 +87,11 @@ def whole_step(bench: Workbench, base: BaseModel, bank: RowBank, rows: int, adap
 
 def banked(bench: Workbench, cleanup: ExitStack, rank: int) -> tuple[BaseModel, RowBank]:
     """Return a base of its own with a bank of this rank in it."""
-    base = bench.load()
+    return attached(bench, cleanup, bench.load(), rank)
+
+
+def attached(bench: Workbench, cleanup: ExitStack, base: BaseModel, rank: int) -> tuple[BaseModel, RowBank]:
+    """Return a base and the bank of this rank that is put in it."""
     bank = RowBank(base.unet, AdapterLayout(base.unet, served_layers(base.unet, TARGETS), rank))
     cleanup.callback(bank.detach)
     if bench.compile:
