@@ -369,6 +369,7 @@ MUTANTS = (
         "page.has_more)",
         "serve/http/test_pages.py",
     ),
+    Mutant("serve/http", "serve/http/stacks.py", "ids.index(about[1])", "0", "serve/http/test_stacks.py"),
     Mutant(
         "serve/http",
         "serve/http/image_routes.py",

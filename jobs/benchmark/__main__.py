@@ -116,7 +116,8 @@ def cluster(
 @app.command()
 def serving(
     only: Annotated[
-        list[str] | None, typer.Option(help="overhead, adapters, serial, peft, poisson, join, probes; none: all.")
+        list[str] | None,
+        typer.Option(help="overhead, adapters, serial, peft, stacks, poisson, join, probes; none: all."),
     ] = None,
     size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -127,7 +128,7 @@ def serving(
     ] = False,
     allow_dirty: AllowDirty = False,
 ) -> None:
-    """Measure the serving engine beside pipelines and PEFT batches (about twenty minutes on 2 cores)."""
+    """Measure the serving engine beside pipelines and PEFT batches (about half an hour on 2 cores)."""
     from jobs.benchmark.serving.measure import SIZES, run
 
     _check("size", [size], SIZES)

@@ -132,7 +132,7 @@ async def _events(
                 if isinstance(event, Failed):
                     error = event.to_error()
                     if isinstance(error, AdapterNotFoundError):
-                        await stack.not_found(ingress.registry_listing)  # its error does not name the store
+                        raise await stack.not_found(error, ingress.registry_listing)
                     raise stack.blamed(error)
                 left -= isinstance(event, Finished)
                 yield event

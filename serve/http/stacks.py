@@ -25,6 +25,9 @@ from serve.settings import ServeSettings
 
 _OF_ADAPTERS = (AdapterFormatError, AdapterMismatchError, ConflictError, QuarantinedError)
 _OF_SEVERAL = re.compile(r"\S+\+\S")  # at the start of a message about a stack: its name
+_MISSING = re.compile(
+    r"(?:no adapter ')?([a-z0-9-]+)@"
+)  # at the start of a message about one that is not there: its id
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,21 @@ class RequestedStack:
             seen.add(adapter_id)
         return cls(prompt, members, fields)
 
-    async def not_found(self, listing: RegistryListing) -> None:
-        """Raise AdapterNotFoundError for the first member that the registry does not have; it says what there is."""
+    async def not_found(self, error: AdapterNotFoundError, listing: RegistryListing) -> CatClusterError:
+        """Return an engine's error with the field of the member that is not there, without the name of the store.
+
+        It says what there is, unless the listing has every member: that is some seconds old, or they are there again.
+        """
         for field, member in zip(self.fields, self.members, strict=True):
             try:
                 await listing.summary(member.reference)
-            except AdapterNotFoundError as error:
-                raise _with_field(error, field) from None
+            except AdapterNotFoundError as found:
+                return _with_field(found, field)
+        about = _MISSING.match(str(error))
+        ids = [member.reference.adapter_id for member in self.members]
+        place = ids.index(about[1]) if about is not None and about[1] in ids else -1
+        told = f"no '{self.members[place].reference}' when it was looked up: GET /v1/models lists those there are"
+        return _with_field(AdapterNotFoundError(told), self.fields[place])
 
     def blamed(self, error: Exception) -> Exception:
         """Return an error of the engine, and where it is about adapters, with the field that names them before it."""

@@ -1,4 +1,6 @@
-"""The service under load while aliases move, adapters go and come, clients leave, engines die and hang; and a soak."""
+"""The service under load of adapters and stacks: aliases move, adapters go and come and are quarantined, clients
+leave, engines die and hang; and a soak.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,19 @@ from cat_cluster.store import LocalStore
 from serve.handle_client import PATIENCE_S
 from serve.settings import ProbeSettings, ServeSettings
 from tests.support.serving import Gallery, Served, deployment_of, publish_random, served, until
-from tests.support.serving_load import Load, Memory, Mover, Order
+from tests.support.serving_load import Load, Memory, Mover, Order, alone, id_of, ways_to_name
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(600)]
 
-ADAPTERS, GOING, SLOTS, ENGINES, CLIENTS = 32, 6, 8, 2, 64
+ADAPTERS, SLOTS, ENGINES, CLIENTS = 32, 8, 2, 64
+GOING, TROUBLED = range(6), range(6, 8)  # adapters that are deleted and come back; that are quarantined and released
+# Adapters of one image, each with its strength: of two revisions, of one, of one that may be gone or out of service.
+STACKS = (
+    (("adapter-8@live", 1.0), ("adapter-9@live", 1.0)),
+    (("adapter-10@live", 0.7), ("adapter-0@live", 1.3)),
+    (("adapter-6@live", 0.5), ("adapter-11@live", 0.5), ("adapter-1@live", 0.5)),
+    (("adapter-2@live", 1.0), ("adapter-7@live", 1.0)),
+)
 PROMPTS, SEEDS, STEPS = ("a photo of a sks cup", "a red cup"), range(1, 4), 6
 CHAOS_SECONDS, SOAK_SECONDS, WARM_SECONDS = 60, 120, 60
 FAULTS = ("kill", "stick")
@@ -39,6 +50,7 @@ class World:
     registry: Registry
     moving: list[tuple[Manifest, Manifest]]
     going: list[Any]
+    troubled: list[Manifest]
     gallery: Gallery
 
     def engines(self) -> list[dict[str, Any]]:
@@ -56,29 +68,46 @@ class World:
         names = [f"{one.adapter_id}@live" for one, _ in self.moving]
         pinned = [one.name for pair in self.moving for one in pair]
         going = [publish().adapter_id for publish in self.going]
-        gone = [f"{adapter_id}@live" for adapter_id in going]
-        models = [*names * 3, *pinned, *gone * 3]
-        return Order(models, PROMPTS, SEEDS, STEPS, may_be_missing=frozenset(going), **changes)
+        troubled = [one.adapter_id for one in self.troubled]
+        unsure = [f"{adapter_id}@live" for adapter_id in (*going, *troubled)]
+        stacks = [wish for stack in STACKS for wish in ways_to_name(stack)]
+        return Order(
+            [*map(alone, [*names * 3, *pinned, *unsure * 3]), *stacks * 4],
+            PROMPTS,
+            SEEDS,
+            STEPS,
+            may_be_missing=frozenset(going),
+            may_be_quarantined=frozenset(troubled),
+            **changes,
+        )
 
 
 @pytest.fixture(scope="module")
 def world(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     storage = tmp_path_factory.mktemp("chaos") / "storage"
     base, registry = load_base_model(str(tiny_base_folder)), Registry(LocalStore(storage))
-    gallery, moving, going = Gallery(registry, base, STEPS), [], []
+    gallery, moving, going, troubled = Gallery(registry, base, STEPS), [], [], []
+    revisions: dict[str, list[Manifest]] = {}
     for number in range(ADAPTERS):
-        publish = [
-            partial(publish_random, registry, base, f"adapter-{number}", 2 * number + revision) for revision in (0, 1)
-        ]
-        if number < GOING:
+        adapter_id = f"adapter-{number}"
+        publish = [partial(publish_random, registry, base, adapter_id, 2 * number + revision) for revision in (0, 1)]
+        if number in GOING:
             going.append(publish[0])
             manifests = [publish[0]()]
+        elif number in TROUBLED:
+            manifests = [publish[0]()]
+            troubled.append(manifests[0])
         else:
             manifests = [one() for one in publish]
             moving.append((manifests[0], manifests[1]))
         for manifest in manifests:
             gallery.add(manifest, PROMPTS, SEEDS)
-        registry.set_alias(f"adapter-{number}", "live", manifests[0].revision)
+        registry.set_alias(adapter_id, "live", manifests[0].revision)
+        revisions[adapter_id] = manifests
+    for stack in STACKS:
+        strengths = [strength for _, strength in stack]
+        for members in product(*(revisions[id_of(reference)] for reference, _ in stack)):
+            gallery.add_stack(list(zip(members, strengths, strict=True)), PROMPTS, SEEDS)
     gallery.check_it_tells_apart()
     settings = ServeSettings(
         base=str(tiny_base_folder),
@@ -93,7 +122,7 @@ def world(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         probes=ProbeSettings(enabled=False),
     )
     with served(deployment_of(settings, min_engines=ENGINES)) as service:
-        yield World(service, registry, moving, going, gallery)
+        yield World(service, registry, moving, going, troubled, gallery)
 
 
 @pytest.mark.timeout(300)
@@ -112,7 +141,7 @@ def test_the_door_outlives_the_only_engine(tiny_base_folder: Path, tmp_path: Pat
         probes=ProbeSettings(enabled=False),
     )
     deployment = deployment_of(settings, engine_cpus=1.0, ingress_resources={"door": 1.0})
-    order = Order([manifest.name], PROMPTS, SEEDS, STEPS, stream=0.0, may_be_refused=True)
+    order = Order([alone(manifest.name)], PROMPTS, SEEDS, STEPS, stream=0.0, may_be_refused=True)
     with served(deployment, nodes=True) as service, Load(service, gallery, order, DOOR_CLIENTS, seed=10) as load:
         time.sleep(5)
         before = load.tally.ends["200"]
@@ -149,7 +178,7 @@ def check_nothing_is_left(world: World) -> None:
 def test_no_wrong_picture_and_no_lost_request(world: World) -> None:
     load = Load(world.service, world.gallery, world.order(leave=0.15), CLIENTS, seed=7)
     failed: list[tuple[int, int]] = []
-    with Mover(world.registry, world.moving, world.going, seed=8) as mover, load:
+    with Mover(world.registry, world.moving, world.going, world.troubled, seed=8) as mover, load:
         for fault in FAULTS:
             time.sleep(CHAOS_SECONDS / (len(FAULTS) + 1))
             victim = max(world.engines(), key=lambda one: int(one["images"]["in_flight"]))
@@ -158,10 +187,12 @@ def test_no_wrong_picture_and_no_lost_request(world: World) -> None:
             world.await_engines(victim["pid"])
         time.sleep(CHAOS_SECONDS / (len(FAULTS) + 1))
     tally = load.tally
-    print(f"ends {dict(tally.ends)}; {tally.images} pictures checked; slowest {tally.slowest:.1f} s")
-    print(f"failed (pid, images in flight) {failed}; {mover.moves} moves, {mover.deletions} deletions")
+    done = {"moves": mover.moves, "deletions": mover.deletions, "quarantines": mover.quarantines}
+    print(f"ends {dict(tally.ends)}; refusals blamed {dict(tally.blamed)}; slowest {tally.slowest:.1f} s")
+    print(f"{tally.images} pictures checked, {tally.of_stacks} of stacks; failed (pid, images) {failed}; {done}")
     assert tally.problems == [], tally.problems[:5]
-    assert min(tally.ends["200"], tally.ends["left"], mover.moves, mover.deletions) > 10
+    assert min(tally.ends["200"], tally.ends["left"], tally.of_stacks, *done.values()) > 10
+    assert min(tally.ends["404"], tally.ends["409"], tally.blamed["prompt"]) > 0
     assert not {pid for pid, _ in failed} & {one["pid"] for one in world.await_engines()}
     check_nothing_is_left(world)
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cat_cluster.lora.bank import LoraBank
+from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
@@ -104,7 +105,7 @@ def publish_random(registry: Registry, base: BaseModel, adapter_id: str, seed: i
 
 
 class Gallery:
-    """What `generate` draws of each revision alone: the pictures that the service must give."""
+    """What `generate` draws of each revision, or stack of revisions, alone: the pictures that the service must give."""
 
     def __init__(self, registry: Registry, base: BaseModel, steps: int) -> None:
         self._registry, self._base, self._steps = registry, base, steps
@@ -112,7 +113,13 @@ class Gallery:
 
     def add(self, manifest: Manifest, prompts: tuple[str, ...], seeds: range) -> None:
         """Draw a revision's pictures of the prompts, each with every seed."""
-        weights = self._registry.load_weights(manifest)
+        self.add_stack([(manifest, 1.0)], prompts, seeds)
+
+    def add_stack(self, stack: Sequence[tuple[Manifest, float]], prompts: tuple[str, ...], seeds: range) -> None:
+        """Draw the pictures of revisions together, each with its strength; one stack of the same revisions alone."""
+        name = "+".join(manifest.name for manifest, _ in stack)
+        assert not any(known == name for known, _, _ in self._known), f"{name} has pictures"
+        weights = stack_weights([(self._registry.load_weights(one), strength) for one, strength in stack])
         bank = LoraBank.attach(self._base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
         bank.load(1, weights)
         try:
@@ -122,7 +129,7 @@ class Gallery:
             bank.detach()
         for (prompt, seed), image in zip(wanted, images, strict=True):
             pixels = (image * 255).round().permute(1, 2, 0).cpu().numpy().astype(np.int16)
-            self._known[manifest.name, prompt, seed] = pixels
+            self._known[name, prompt, seed] = pixels
 
     def check_it_tells_apart(self) -> None:
         """No revision's picture could be taken for another's."""

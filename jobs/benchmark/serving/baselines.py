@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from peft import PeftModel
 from torch import Tensor
 
-from cat_cluster.lora.formats import write_adapter
+from cat_cluster.lora.formats import AdapterWeights, write_adapter
 from cat_cluster.models.base_model import base_folder, compiled_blocks
 from cat_cluster.models.generate import image_array, initial_latents
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
@@ -27,8 +27,15 @@ from jobs.benchmark.serving.workbench import GUIDANCE, Pixels, Request, Workbenc
 from jobs.benchmark.timing import RANK, synchronise
 
 
+def state(weights: AdapterWeights) -> Iterator[tuple[str, Tensor]]:
+    """Yield an adapter's factors under the names that diffusers reads."""
+    for layer, factors in weights.layers.items():
+        yield f"{layer}.lora_A.weight", factors.down
+        yield f"{layer}.lora_B.weight", factors.up
+
+
 class Pipeline(ABC):
-    """A stock StableDiffusionPipeline that draws one request after the other, each with its adapter."""
+    """A stock StableDiffusionPipeline that draws one request after the other, each with its adapter or stack."""
 
     def __init__(self, bench: Workbench) -> None:
         diffusers_logging.set_verbosity_error()
@@ -40,11 +47,8 @@ class Pipeline(ABC):
         self._pipeline.unet.to(memory_format=torch.channels_last)
         self._pipeline.set_progress_bar_config(disable=True)
         self._states = {
-            name: {  # copies: a hot swap writes into the tensors that were loaded first
-                f"unet.{layer}.lora_{side}.weight": value.to(bench.device, bench.dtype, copy=True)
-                for layer, factors in weights.layers.items()
-                for side, value in (("A", factors.down), ("B", factors.up))
-            }
+            # Copies: a hot swap writes into the tensors that were loaded first.
+            name: {f"unet.{key}": value.to(bench.device, bench.dtype, copy=True) for key, value in state(weights)}
             for name, weights in bench.adapters.items()
         }
         self._cleanup = ExitStack()
@@ -118,18 +122,19 @@ class _AllLoaded(Pipeline):
 
 
 class SetAdapters(_AllLoaded):
-    """All adapters loaded, one made active by `set_adapters`."""
+    """All adapters loaded, those of the request made active by `set_adapters`."""
 
     def _put_in(self, adapter: str) -> None:
-        self._pipeline.set_adapters(adapter)
+        self._pipeline.set_adapters(adapter.split("+"))
 
 
 class Fuse(_AllLoaded):
-    """All adapters loaded, the request's one fused into the weights and taken out again."""
+    """All adapters loaded, those of the request fused into the weights and taken out again."""
 
     def _put_in(self, adapter: str) -> None:
-        self._pipeline.set_adapters(adapter)
-        self._pipeline.fuse_lora(adapter_names=[adapter])
+        names = adapter.split("+")
+        self._pipeline.set_adapters(names)
+        self._pipeline.fuse_lora(adapter_names=names)
 
     def _take_out(self) -> None:
         self._pipeline.unfuse_lora()

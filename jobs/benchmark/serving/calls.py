@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from cat_cluster.lora.bank import served_layers
 from cat_cluster.lora.formats import AdapterWeights
-from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter, RowBank
+from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter, RowBank, RowBlock
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.models.generate import initial_latents
 from cat_cluster.models.samplers import sampler_table
@@ -51,11 +52,16 @@ def bound_call(bench: Workbench, base: BaseModel, bank: RowBank, inputs: Inputs,
     alike = 1 if adapters >= rows else 2  # rows of one image share its adapter
     for row in range(0, rows, alike):
         chosen = range(row, min(row + alike, rows))
-        adapter = _packed(base, bank, each[row // alike % adapters])
+        adapter = packed(base, bank, each[row // alike % adapters])
         block.bind(list(chosen), inputs.texts[list(chosen)], (adapter,))
+    return call_of_all_rows(base, block, inputs)
+
+
+def call_of_all_rows(base: BaseModel, block: RowBlock, inputs: Inputs) -> Call:
+    """Return the engine's call of a block whose rows are bound."""
 
     def call() -> None:
-        with block.call(rows):
+        with block.call(len(inputs.texts)):
             inputs.through(base)
 
     return call
@@ -66,7 +72,7 @@ def whole_step(bench: Workbench, base: BaseModel, bank: RowBank, rows: int, adap
     lane = Rows(base, bank, rows, (rows,), (base.latent_size, base.latent_size))
     table = sampler_table("ddim", base.schedule, bench.scale.steps)
     for n, request in enumerate(bench.requests(rows // 2, adapters=adapters)):
-        adapter = _packed(base, bank, bench.adapters[request.adapter])
+        adapter = packed(base, bank, bench.adapters[request.adapter])
         texts, latents = base.encode_text([request.prompt, ""]), initial_latents(base, n, table)
         lane.join(ImageRows(texts=texts, table=table, guidance=GUIDANCE, latents=latents, adapters=(adapter,)))
 
@@ -81,7 +87,11 @@ def whole_step(bench: Workbench, base: BaseModel, bank: RowBank, rows: int, adap
 
 def banked(bench: Workbench, cleanup: ExitStack, rank: int) -> tuple[BaseModel, RowBank]:
     """Return a base of its own with a bank of this rank in it."""
-    base = bench.load()
+    return attached(bench, cleanup, bench.load(), rank)
+
+
+def attached(bench: Workbench, cleanup: ExitStack, base: BaseModel, rank: int) -> tuple[BaseModel, RowBank]:
+    """Return a base and the bank of this rank that is put in it."""
     bank = RowBank(base.unet, AdapterLayout(base.unet, served_layers(base.unet, TARGETS), rank))
     cleanup.callback(bank.detach)
     if bench.compile:
@@ -127,7 +137,7 @@ def _mixes(
 
     base, bank = banks[RANK]
     return {
-        BARE: _bare(bare, inputs),
+        BARE: bare_call(bare, inputs),
         **{f"{n} adapters": bound_call(bench, base, bank, inputs, n) for n in (8, 16)},
         "16 adapters in slots of twice the rank": bound_call(bench, *banks[2 * RANK], inputs, 16),
         "no adapter, text kept": _base_rows(base, bank, inputs),
@@ -136,7 +146,9 @@ def _mixes(
     }
 
 
-def _bare(base: BaseModel, inputs: Inputs) -> Call:
+def bare_call(base: BaseModel, inputs: Inputs) -> Call:
+    """Return the U-Net's call with whatever its layers are."""
+
     def call() -> None:
         inputs.through(base)
 
@@ -146,24 +158,20 @@ def _bare(base: BaseModel, inputs: Inputs) -> Call:
 def _base_rows(base: BaseModel, bank: RowBank, inputs: Inputs) -> Call:
     block = bank.block(len(inputs.texts), inputs.texts.shape[1])
     block.bind(list(range(len(inputs.texts))), inputs.texts)
-
-    def call() -> None:
-        with block.call(len(inputs.texts)):
-            inputs.through(base)
-
-    return call
+    return call_of_all_rows(base, block, inputs)
 
 
 def _compare(calls: dict[str, Call], seconds: float) -> dict[str, Any]:
-    times = take_turns_for({name: _once(call) for name, call in calls.items()}, seconds)
+    times = take_turns_for(once_each(calls), seconds)
     return {
         name: {"ms": 1e3 * timed.median, "to_bare": timed.ratio(times[BARE]), "calls": len(timed.turns)}
         for name, timed in times.items()
     }
 
 
-def _once(call: Call) -> Callable[[], float]:
-    return lambda: seconds_of(call, 1)
+def once_each(calls: Mapping[str, Call]) -> dict[str, Callable[[], float]]:
+    """Return of each call a function that makes it once and says how many seconds it took."""
+    return {name: partial(seconds_of, call, 1) for name, call in calls.items()}
 
 
 def _curve(
@@ -174,7 +182,7 @@ def _curve(
     curve = {}
     for rows in counts:
         inputs = Inputs(bare, rows)
-        calls = {BARE: _bare(bare, inputs)}
+        calls = {BARE: bare_call(bare, inputs)}
         for adapters in bench.scale.mixes:
             calls[_named(adapters)] = bound_call(bench, base, bank, inputs, adapters)
         found = _compare(calls, bench.seconds / len(counts))
@@ -188,7 +196,8 @@ def _limit(bench: Workbench, curve: Mapping[str, Mapping[str, Mapping[str, float
     return {"rows": rows, "images_per_s": 1e3 / (2 * bench.scale.steps * per_row)}
 
 
-def _packed(base: BaseModel, bank: RowBank, weights: AdapterWeights) -> RowAdapter:
+def packed(base: BaseModel, bank: RowBank, weights: AdapterWeights) -> RowAdapter:
+    """Return an adapter as a slot of the service holds it."""
     return RowAdapter(bank.layout.pack(weights).to(base.device, base.dtype), weights.rank)
 
 
@@ -205,7 +214,7 @@ def _difference(
     block = bank.block(PEFT_ADAPTERS, inputs.texts.shape[1])
     requests: list[Request] = bench.requests(PEFT_ADAPTERS, adapters=PEFT_ADAPTERS)
     for row, request in enumerate(requests):
-        adapter = _packed(base, bank, bench.adapters[request.adapter])
+        adapter = packed(base, bank, bench.adapters[request.adapter])
         block.bind([row], inputs.texts[row : row + 1], (adapter,))
     with block.call(len(requests)):
         ours = inputs.through(base).float()

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from cat_cluster.models.device import choose_device
 from jobs.benchmark.record import RESULTS, Start, machine, read_result, write_result
-from jobs.benchmark.serving import between_steps, calls, rates
+from jobs.benchmark.serving import between_steps, calls, rates, stacks
 from jobs.benchmark.serving.random_models import write_random_base
 from jobs.benchmark.serving.workbench import Scale, Workbench, open_workbench
 
@@ -29,6 +29,7 @@ PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
     "adapters": rates.measure_adapters,
     "serial": rates.measure_serial,
     "peft": rates.measure_peft,
+    "stacks": stacks.measure,
     "poisson": rates.measure_poisson,
     "join": between_steps.measure_join,
     "probes": between_steps.measure_probes,
@@ -57,6 +58,7 @@ SIZES = {
             slots=(32,),
             threads=(4,),
             call_rows=(1, 2, 4, 8, 16, 32, 64),
+            stack_rows=(2, 16, 64),
             images=64,
             serial_images=4,
             arrivals=128,

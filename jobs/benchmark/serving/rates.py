@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ import numpy as np
 
 from cat_cluster.telemetry import ADAPTER_SWAPS
 from jobs.benchmark.serving.backends import Backend
-from jobs.benchmark.serving.baselines import PIPELINES, PeftLoop, difference
+from jobs.benchmark.serving.baselines import PIPELINES, PeftLoop, Pipeline, difference
 from jobs.benchmark.serving.workbench import Numbering, Pixels, Request, Response, Workbench, take_turns_for
 from jobs.benchmark.timing import Timed
 
@@ -59,27 +59,37 @@ def measure_adapters(bench: Workbench) -> dict[str, Any]:
 
 def measure_serial(bench: Workbench) -> dict[str, Any]:
     """Return images per second of the engine and of each pipeline that draws one image at a time."""
-    requests = bench.requests(bench.scale.concurrency, adapters=ADAPTERS)
-    numbers = Numbering(len(requests))
+    return compare_one_by_one(bench, PIPELINES, bench.ids[:ADAPTERS], bench.scale.serial_images)
+
+
+def compare_one_by_one(
+    bench: Workbench, kinds: Mapping[str, type[Pipeline]], models: Sequence[str], few: int, **changes: Any
+) -> dict[str, Any]:
+    """Return images per second of the engine, and of pipelines that draw `few` a turn, one at a time.
+
+    models: adapters or stacks, which requests name in turn; changes: of the service's settings.
+    """
+    numbers = Numbering()
+
+    def requests_of(count: int) -> list[Request]:
+        new = bench.requests(count, adapters=1, first=numbers.take(count))
+        return [replace(request, adapter=models[request.seed % len(models)]) for request in new]
+
+    requests = requests_of(bench.scale.concurrency)
     with ExitStack() as cleanup:
-        served = cleanup.enter_context(bench.service())
-        pipelines = {
-            name: cleanup.enter_context(bench.backend(kind, replace(bench))) for name, kind in PIPELINES.items()
-        }
-        few = bench.scale.serial_images
+        served = cleanup.enter_context(bench.service(**changes))
+        pipelines = {name: cleanup.enter_context(bench.backend(kind, replace(bench))) for name, kind in kinds.items()}
         ours = pixels(served.get("draw", requests, len(requests)))[:few]
         differences = {
             name: difference(ours, backend.get("draw", requests[:few])) for name, backend in pipelines.items()
         }
         for backend in pipelines.values():
             backend.get("changes")
-        requests_of_turn = partial(_next_requests, bench, numbers, len(requests), ADAPTERS)
-        fewer_requests = partial(_next_requests, bench, numbers, few, ADAPTERS)
         variants: dict[str, Callable[[], float]] = {
-            ENGINE: partial(_seconds_per_image, served, requests_of_turn, len(requests))
+            ENGINE: partial(_seconds_per_image, served, partial(requests_of, len(requests)), len(requests))
         }
         for name, backend in pipelines.items():
-            variants[name] = partial(_seconds_per_image, backend, fewer_requests)
+            variants[name] = partial(_seconds_per_image, backend, partial(requests_of, few))
         times = take_turns_for(variants, bench.seconds)
         return {
             "images_per_turn": len(requests),

@@ -25,6 +25,7 @@ def verdicts(parts: Mapping[str, Part]) -> list[Verdict]:
         "overhead": _overhead_verdicts,
         "serial": _serial_verdicts,
         "peft": _peft_verdicts,
+        "stacks": _stacks_verdicts,
         "poisson": _poisson_verdicts,
         "join": _join_verdicts,
         "probes": _probes_verdicts,
@@ -55,6 +56,18 @@ def _serial_verdicts(part: Part) -> Iterable[Verdict]:
 def _peft_verdicts(part: Part) -> Iterable[Verdict]:
     best = min((one["engine_over"], name) for name, one in part["backends"].items() if name.startswith("PEFT"))
     yield _at_least(f"engine over a PEFT mixed batch ({best[1].removeprefix('PEFT, ')})", 1.1, best[0])
+
+
+def _stacks_verdicts(part: Part) -> Iterable[Verdict]:
+    own = f"{part['adapters']} of rank {part['rank']}"
+    one = f"one of rank {part['adapters'] * part['rank']}"
+    for rows, calls in part["calls"].items():
+        ratio = calls["stack_over_one"]
+        what = f"U-Net call of {rows} rows, each a stack of {own}, over {one}"
+        yield Verdict(what, "\N{LESS-THAN OR EQUAL TO} 1.05x", f"{ratio:.3f}x", ratio <= 1.05)
+    if part["device"] == "cpu":  # what is asked of a CPU
+        taken = part["bind_ms"][own]["1"]
+        yield Verdict(f"binding a stack of {own} to a row", "< 5 ms", f"{taken:.1f} ms", taken < 5.0)
 
 
 def _poisson_verdicts(part: Part) -> Iterable[Verdict]:

@@ -22,8 +22,8 @@ from cat_cluster.errors import CatClusterError
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.pocket import world
-from cat_cluster.registry import Reference, Registry
-from cat_cluster.registry.stacks import StackMember
+from cat_cluster.registry import Registry
+from cat_cluster.registry.stacks import StackMember, parse_stack
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, MetricSpec
 from jobs.benchmark.serving.backends import Backend, InOwnProcess, InThisProcess
@@ -41,7 +41,7 @@ Event = tuple[float, str, float]
 
 @dataclass(frozen=True)
 class Request:
-    """One guided image: an adapter's id, prompt, seed and number of DDIM steps."""
+    """One guided image: an adapter's id (of a stack: ids with + between them), prompt, seed, number of DDIM steps."""
 
     adapter: str
     prompt: str
@@ -74,6 +74,7 @@ class Scale:
     slots: tuple[int, ...] = (32, 8)
     threads: tuple[int, ...] = (1, 2)
     call_rows: tuple[int, ...] = (2, 4, 8, 16, 32)
+    stack_rows: tuple[int, ...] = (2, 8, 16)  # of calls with stacks
     images: int = 16  # of a turn of the part adapters
     serial_images: int = 8  # of a turn of a pipeline, which draws one at a time
     arrivals: int = 32  # images of a turn at one rate
@@ -256,7 +257,7 @@ class LocalService:
         return responses
 
     async def _one(self, request: Request) -> Response:
-        adapters = (StackMember(Reference(request.adapter)),)
+        adapters = tuple(StackMember(reference) for reference in parse_stack(request.adapter))
         call = ImageCall("bench", request.prompt, adapters, seed=request.seed, steps=request.steps, guidance=GUIDANCE)
         async for event in self._service.generate(call):
             if isinstance(event, Failed):

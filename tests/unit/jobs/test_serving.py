@@ -43,6 +43,7 @@ TINY = Scale(
     slots=(16, 3),
     threads=(1,),
     call_rows=(1, 4),
+    stack_rows=(2, 4),
     images=6,
     serial_images=3,
     arrivals=6,
@@ -115,6 +116,18 @@ def test_every_way_draws_the_same_images(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_a_stack_is_what_diffusers_makes_of_its_adapters(result: dict[str, Any]) -> None:
+    part = result["parts"]["stacks"]
+    assert set(part["images"]["differences"]) == {"set_adapters", "fuse and unfuse"}
+    assert all(gap["max"] <= 1.0 for gap in part["images"]["differences"].values())  # of 255: rounding
+    assert part["difference"]["to_one"] == 0.0
+    assert part["difference"]["to_diffusers"] < 1e-5 < part["difference"]["to_bare"]
+    assert all(calls["turns"] >= 3 and min(calls["ms"].values()) > 0 for calls in part["calls"].values())
+    assert list(part["calls"]) == ["2", "4"]
+    assert [int(size) for size in part["bytes"].values()] == [n * part["bytes"]["16"] for n in (1, 2, 4)]
+
+
+@pytest.mark.slow
 def test_adapters_are_swapped_where_slots_are_few(result: dict[str, Any]) -> None:
     swaps = result["parts"]["adapters"]["swaps"]
     assert swaps["16"] == 3
@@ -128,12 +141,20 @@ def test_the_page_calls_a_missed_figure_missed(result: dict[str, Any], tmp_path:
     text = page_texts(tmp_path)["serving.md"]
     found = verdicts(result["parts"])
     assert text.count("**missed**") == sum(not verdict.reached for verdict in found)
-    assert len(found) == 2 + 2 + 1 + 1 + 2 + 3 + 1
+    assert len(found) == 2 + 2 + 1 + 1 + 3 + 2 + 3 + 1
     for over, reached in ((1.4, True), (1.399, False)):
         backends = {"engine": {"engine_over": 1.0}, "a": {"engine_over": over}, "b": {"engine_over": 9.0}}
         assert [verdict.reached for verdict in verdicts({"serial": {"backends": backends}})] == [reached]
     for throughput, reached in ((0.981, True), (0.979, False)):
         assert [one.reached for one in verdicts({"probes": {"throughput": throughput}})] == [reached]
+    for over, ms, reached in ((1.05, 4.9, True), (1.051, 5.0, False)):
+        part = {
+            **result["parts"]["stacks"],
+            "calls": {"2": {"stack_over_one": over}},
+            "bind_ms": {"4 of rank 8": {"1": ms}},
+        }
+        assert [one.reached for one in verdicts({"stacks": part})] == [reached] * 2
+        assert len(verdicts({"stacks": {**part, "device": "cuda"}})) == 1
     pages = write_pages(tmp_path, tmp_path / "pages")
     assert {path.name for path in pages} == {"README.md", "serving.md"}
     assert (tmp_path / "pages" / "serving.png").stat().st_size > 5_000

@@ -46,6 +46,10 @@ def wrong_texts() -> Iterator[bytes]:
     yield from (
         b'{"prompt": "a", "guidance_scale": %b}' % n for n in (b"NaN", b"1e999", b"-1e999", b"0x10", b"1.", b"+1")
     )
+    yield from (
+        b'{"prompt": "a", "adapters": [{"model": "cup", "strength": %b}]}' % n for n in (b"NaN", b"1e999", b"-1", b".5")
+    )
+    yield from (b'{"prompt": "a", "adapters": %b}' % (b"[" * depth + b"]" * depth) for depth in (2, 100, 2000))
     yield from (b"[" * depth for depth in (1, 100, 2000, 4000))
     yield from (b"[" * depth + b"]" * depth for depth in (1, 100, 1000, 2000))
     yield from (b'{"prompt":' * depth + b"1" + b"}" * depth for depth in (10, 300))
@@ -96,14 +100,22 @@ def wrong_fields() -> Iterator[dict[str, Any]]:
     yield from ({"num_inference_steps": steps} for steps in (0, 101, 1000, 1001))
     yield from ({"model": value} for value in (*TRICKS, "\ud800", "x" * 3000))
     yield from ({"model": f"cup+{value}"} for value in (*TRICKS, "\ud800", "x" * 3000, "cup", ""))
-    yield from (
-        {"adapters": value} for value in (1, "cup", True, {}, {"model": "cup"}, ["cup"], [1], [None], [[]], [{}])
-    )
-    yield from ({"adapters": [{"model": value}]} for value in (*TRICKS, 1, None, [], {}, "\ud800", "x" * 3000, "a+b"))
-    yield from ({"adapters": [{"model": "cup", "strength": value}]} for value in (-1, 2.1, 10**30, *others, True))
-    yield from ({"adapters": [{"model": "cup", name: 1}]} for name in ("weight", "Model", "__proto__", ""))
-    yield from ({"adapters": [{"model": f"a{n}"} for n in range(count)]} for count in (9, 33, 100))
+    yield from ({"model": value} for value in ("+", "++", "cup+mug+", "+".join(["mug"] * 900), "mug+cup@stable+cup"))
     yield from ({"prompt": f"a <lora:{tag}> cup"} for tag in ("", "a b", "cup:", "cup:x", "cup:3", "cup:1:1", "\udc80"))
+    tricks = [trick for trick in TRICKS if not set("<>") & set(trick)]  # with these it is text
+    yield from ({"prompt": f"a <lora:{tag}> cup"} for tag in (*tricks, "cup", "mug><lora:mug", "mug:1e999", "mug:nan"))
+    yield {"prompt": "".join(f"<lora:a{n}>" for n in range(300))}
+
+
+def wrong_stacks() -> Iterator[Any]:
+    """What `adapters` must not be."""
+    others: list[Any] = ["1", "", [], [1], {}, {"a": 1}, "\0", "\u202e"]
+    yield from (1, "cup", "[]", True, {}, {"model": "cup"}, ["cup"], [1], [None], [[]], [{}], [[{"model": "cup"}]])
+    yield from ([{"model": value}] for value in (*TRICKS, 1, None, [], {}, "\ud800", "x" * 3000, "cup+mug"))
+    yield from ([{"model": "mug"}, {"model": value}] for value in (*TRICKS, None, "mug", "mug@latest"))
+    yield from ([{"model": "cup", "strength": value}] for value in (-1, 2.1, 10**30, *others, True))
+    yield from ([{"model": "cup", name: 1}] for name in ("weight", "Model", "__proto__", ""))
+    yield from ([{"model": f"a{n}"} for n in range(count)] for count in (9, 33, 100))
 
 
 def wrong_names() -> Iterator[dict[str, Any]]:
@@ -137,25 +149,32 @@ def test_what_is_wrong_is_refused_and_touches_nothing(live: Live) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", int(live.url.rpartition(":")[2]), timeout=60)
     codes: Counter[int] = Counter()
 
-    def refused(method: str, path: str, body: bytes | None = None) -> None:
+    def refused(method: str, path: str, body: bytes | None = None) -> str | None:
+        """See that it is refused; the field that is said to be wrong."""
         headers = {} if body is None else {"Content-Type": "application/json"}
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
-        content, told = answer.read(), f"{method} {path[:100]} {(body or b'')[:100]!r}"
+        param, content, told = None, answer.read(), f"{method} {path[:100]} {(body or b'')[:100]!r}"
         assert 400 <= answer.status < 500, f"{told}: {answer.status} {content[:300]!r}"
         if method != "HEAD":
             error = json.loads(content)["error"]
             assert set(error) == {"message", "type", "param", "code"}, told
             assert error["message"], told
+            param = error["param"]
             assert isinstance(error["code"], str), told
             assert len(content) < 8192, told
         assert answer.headers["x-request-id"], told
         codes[answer.status] += 1
+        return param
 
     for text in wrong_texts():
         refused("POST", PATH, text)
     for fields in (*wrong_fields(), *wrong_names()):
         refused("POST", PATH, json.dumps({**GOOD, **fields}).encode())
+    for adapters in wrong_stacks():
+        blamed = refused("POST", PATH, json.dumps({**GOOD, "model": None, "adapters": adapters}).encode())
+        assert str(blamed).startswith("adapters"), (adapters, blamed)
+    refused("POST", PATH, json.dumps({**GOOD, "adapters": [{"model": "mug"}]}).encode())  # beside `model`
     for method, path in wrong_paths():
         refused(method, path)
     connection.close()
@@ -176,6 +195,14 @@ def test_what_is_odd_but_right_is_served(live: Live) -> None:
             {"seed": 2**63 - 1},
             {"seed": 0, "strength": 0, "guidance_scale": 0},
             {"strength": 2.0, "guidance_scale": 50},
+            {"model": "mug+cup@stable"},
+            {"adapters": [], "prompt": "<lora:mug:1e-3> <lora:cup"},
+            {
+                "model": None,
+                "adapters": [{"model": "mug", "strength": 2}, {"model": "cup", "strength": 0}],
+                "strength": 2,
+            },
+            {"prompt": "<LORA: mug@latest:.5 >"},
         ):
             response = client.post(PATH, json={**GOOD, "n": 1, **fields})
             assert response.status_code == 200, response.text

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance, unsupported_method
 
 from cat_cluster.registry import Registry
@@ -60,6 +61,38 @@ def test_answers_are_those_described(case: schemathesis.Case, live: Live) -> Non
     if case.operation.path.endswith("/drift"):
         unfit.append(unsupported_method)  # POST there is an action that is none: 400
     case.call_and_validate(base_url=live.url, excluded_checks=unfit)
+
+
+NAMES = ("cup", "cup@stable", "mug", "mug@latest", "mug@nowhere", "nobody", "No Name")
+MEMBERS = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from((0, 0.5, 2.0))), max_size=5)
+
+
+@pytest.mark.slow
+@given(named=MEMBERS, tagged=MEMBERS, in_model=st.booleans())
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+def test_stacks_are_served_or_refused_as_described(
+    live: Live, named: list[tuple[str, float]], tagged: list[tuple[str, float]], in_model: bool
+) -> None:
+    fields = {
+        "model": "+".join(name for name, _ in named) or None if in_model else None,
+        "adapters": None if in_model else [{"model": name, "strength": strength} for name, strength in named],
+    }
+    prompt = "a cup" + "".join(f" <lora:{name}:{strength}>" for name, strength in tagged)
+    body = {**fields, "prompt": prompt, "num_inference_steps": 1}
+    case = schema["/v1/images/generations"]["POST"].Case(body=body, media_type="application/json")
+    response = case.call_and_validate(
+        base_url=live.url, headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=[positive_data_acceptance]
+    )
+    names = [name for name, _ in (*named, *tagged)]
+    ids = [name.partition("@")[0] for name in names]
+    expected = set[int]()
+    if len(set(ids)) < len(ids):
+        expected.add(400)
+    if not set(names) <= {"cup", "cup@stable", "mug", "mug@latest"}:
+        expected.add(404)
+    assert response.status_code in (expected or {200}), (body, response.text[:300])
+    if response.status_code == 200 and ids:
+        assert [part.partition("@")[0] for part in response.json()["model"].split("+")] == ids
 
 
 def test_examples_are_valid() -> None:

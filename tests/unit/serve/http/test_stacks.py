@@ -17,7 +17,17 @@ from cat_cluster.store import LocalStore
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall
 from serve.http.access import Access
 from serve.settings import ServeSettings
-from tests.support.ingress_server import ScriptedEngine, ask, assert_refused, listening, only, picture, until
+from tests.support.ingress_server import (
+    ScriptedEngine,
+    Shop,
+    ask,
+    assert_refused,
+    furnish,
+    listening,
+    only,
+    picture,
+    until,
+)
 from tests.support.services import stack
 
 R = "r-0123456789ab"
@@ -117,6 +127,12 @@ def test_what_cannot_be_a_stack_is_refused_by_its_field(
     assert engine.calls == []
 
 
+@pytest.fixture(scope="module")
+def shop(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    """A registry that has the adapters cup and mug."""
+    return furnish(tiny_base_folder, tmp_path_factory.mktemp("storage"))
+
+
 @pytest.fixture
 def small(engine: ScriptedEngine, tmp_path: Path) -> Iterator[httpx2.Client]:
     """A client of a service with fewer slots than an image may have adapters."""
@@ -182,6 +198,31 @@ def test_the_engines_errors_name_the_field_that_names_the_adapter(
     told = assert_refused(ask(http, **fields), status, code, param)["message"]
     assert "/secret" not in told
     assert "cup" in told or "weights" in told or "size" in told or "mug" in told
+
+
+@pytest.mark.parametrize(
+    ("told", "fields", "param"),
+    [
+        ("no adapter 'mug@latest' in storage /secret", {"adapters": [{"model": "cup"}, {"model": "mug"}]},
+         "adapters.1.model"),
+        (f"mug@{R} was deleted: GET", {"model": "cup", "prompt": "<lora:mug>"}, "prompt"),
+        ("no adapter 'cup@stable' in storage s3://key@secret/secret", {"model": "cup@stable+mug"}, "model"),
+        (f"cup@{R} was deleted: GET", {"adapters": [{"model": "cup"}], "prompt": "<lora:mug>"}, "adapters.0.model"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_is_there_again_is_refused_by_its_field(
+    engine: ScriptedEngine, shop: Shop, told: str, fields: dict[str, Any], param: str
+) -> None:
+    """The engine has not found it, and by the time that the registry is asked, or was asked last, it is there."""
+    settings = ServeSettings(base="base")
+    engine.script = failing(errors.AdapterNotFoundError(told))
+    with (
+        listening(only(engine), shop.registry, settings, Access(settings)) as live,
+        live.http() as http,
+    ):
+        message = assert_refused(ask(http, **fields), 404, "model_not_found", param)["message"]
+    assert "secret" not in message
+    assert ("cup" if "cup" in told else "mug") in message
 
 
 def test_the_log_names_every_member(
