@@ -187,7 +187,7 @@ def test_draws_three_pictures_live(open_page: OpenPage) -> None:
     expect(page.get_by_label("Prompt, with the token")).to_have_value(re.compile("a picture of a sks cup "))
     draw(page, seed=7)
     expect_done(page)
-    expect(page.locator("#announce")).to_have_text("All three pictures are done.")
+    expect(page.locator("#announce")).to_have_text("All 3 pictures are done.")
     seen = page.evaluate("window.seen")
     for kind in KINDS:
         states = [(state, previews) for name, state, previews in seen if name == kind]
