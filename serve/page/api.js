@@ -17,10 +17,14 @@ export const session = {
 /** Told when the server wants a key; set by app.js. */
 export const listeners = { unauthorized: () => {} };
 
+/** A field of the request that names an adapter or its strength; of a stack, with its place. */
+export const ABOUT_ADAPTERS = /^(?:adapters\.(\d+)\.)?(adapters|model|strength)$/;
+
 /** What went wrong, in the server's words. param: the request's field, or null; retryAfter: seconds, or null. */
 export class ApiError extends Error {
   constructor(message, { status = 0, param = null, retryAfter = null } = {}) {
-    super(param && message.startsWith(`${param}: `) ? message.slice(param.length + 2) : message);
+    const named = ABOUT_ADAPTERS.test(param ?? "") && message.startsWith(`${param}: `);
+    super(named ? message.slice(param.length + 2) : message); // the page has other names for these
     this.status = status;
     this.param = param;
     this.retryAfter = retryAfter;

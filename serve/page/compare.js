@@ -1,10 +1,10 @@
 // Compare: one prompt and seed, drawn by the base, and by one adapter with and without its token, or by several.
 
-import { ApiError, loadAdapters } from "./api.js";
+import { ABOUT_ADAPTERS, ApiError, loadAdapters } from "./api.js";
 import { byId, el, FieldError, readNumber, svg } from "./dom.js";
 import { markHistory, remember, setUpHistory } from "./history.js";
 import { Picker, parsePicked } from "./picker.js";
-import { Card, drawPicture, planned } from "./pictures.js";
+import { Card, columnsFor, drawPicture, planned } from "./pictures.js";
 import { examples, examplesTogether, removeTokens, tokensIn } from "./prompts.js";
 
 const WORDS = {
@@ -194,7 +194,7 @@ function showAddress() {
 function lay(pictures, size = "") {
   cards = pictures.map((picture) => new Card(picture, size));
   const box = byId("pictures");
-  box.style.setProperty("--columns", pictures.length > 5 ? Math.ceil(pictures.length / 2) : pictures.length);
+  box.style.setProperty("--columns", columnsFor(pictures.length));
   box.replaceChildren(...cards.map(({ node }) => node));
 }
 
@@ -302,14 +302,13 @@ function tellEnd(run) {
 }
 
 /** Show a failure beside the adapter, or the adapters, that it is about; false when it is about none. */
-function showAtField({ picture, error }) {
-  const [, place, field] = /^(?:adapters\.(\d+)\.)?(model|strength)$/.exec(error.param ?? "") ?? [];
-  const { member } = picture.members[Number(place ?? 0)] ?? {};
-  if (error.retryAfter !== null || !(error.param === "adapters" || (field && member))) return false;
-  if (!field) picker.blame(error.message);
-  else if (picker.members.includes(member)) {
-    member.blame(error.message, field === "strength" ? member.strength : member.input);
-  } else return false;
+function showAtField({ picture: { members }, error: { message, param, retryAfter } }) {
+  const [, place, field] = ABOUT_ADAPTERS.exec(param ?? "") ?? [];
+  if (!field || !members.length || retryAfter !== null) return false;
+  const one = place === undefined && members.length > 1 ? null : members[Number(place ?? 0)];
+  if (!one) picker.blame(message);
+  else if (picker.members.includes(one.member)) one.member.blame(message, field);
+  else return false; // it is not among the fields any more
   return true;
 }
 

@@ -1,6 +1,7 @@
 // What was drawn in this session, to be shown again.
 
 import { byId, el } from "./dom.js";
+import { columnsFor } from "./pictures.js";
 
 const MOST_KEPT = 24;
 
@@ -25,7 +26,7 @@ function button(run) {
   const { form, results } = run;
   const names = form.members.map(({ id }) => id).join(" + ");
   const thumbs = el("span.thumbs", {}, ...results.map(({ url }) => el("img", { src: url, alt: "" })));
-  thumbs.style.setProperty("--columns", Math.min(5, results.length));
+  thumbs.style.setProperty("--columns", columnsFor(results.length));
   run.button = el(
     "button.past",
     {

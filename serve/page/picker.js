@@ -77,10 +77,11 @@ class Member {
     if (adapter) this.blame(`${adapter.id} has no revision or alias ${revision} any more; latest is chosen.`);
   }
 
-  /** What is wrong with this adapter, in words; none when it is empty. */
-  blame(message, input = this.input) {
+  /** What is wrong with this adapter, or with its strength, in words; nothing when they are empty. */
+  blame(message, field = "model") {
+    const wrong = field === "strength" ? this.strength : this.input;
     for (const one of [this.input, this.strength])
-      one.setAttribute("aria-invalid", String(message !== "" && one === input));
+      one.setAttribute("aria-invalid", String(message !== "" && one === wrong));
     this.error.textContent = message;
     this.error.hidden = message === "";
   }
@@ -260,7 +261,7 @@ export class Picker {
     );
     byId("draw-form").toggleAttribute("data-several", several);
     const full = members.length >= this.most;
-    this.add.hidden = this.most < 2 || members.length >= Math.max(2, offered.length);
+    this.add.hidden = this.most < 2 || members.length >= offered.length;
     this.add.disabled = full;
     this.add.textContent = full ? `At most ${this.most} adapters` : "Add an adapter";
   }

@@ -105,6 +105,9 @@ function finished(data, elapsed, request) {
   };
 }
 
+/** In how many columns that many pictures are laid: in one line up to five, else in two. */
+export const columnsFor = (count) => (count > 5 ? Math.ceil(count / 2) : count);
+
 let made = 0;
 
 /** Where one of the planned pictures is shown. */
@@ -219,8 +222,8 @@ export class Card {
 const fact = (name, value, { hidden = false } = {}) =>
   el("div", {}, el(hidden ? "dt.sr" : "dt", {}, name), el("dd", {}, value));
 
-/** A stack's name, which may go on in the next line behind a +. */
-const breakable = (name) => name.split(/(?<=\+)/).flatMap((part) => [part, el("wbr")]);
+/** A stack's name, which goes on in the next line behind a + where it can. */
+const breakable = (name) => name.split(/(?<=\+)/).map((part) => el("span", {}, part));
 
 const slug = (text) =>
   text
