@@ -29,7 +29,7 @@ let picker;
 let cards = [];
 
 export function setUpCompare() {
-  picker = new Picker({ changed: chosen, edited: showAddress });
+  picker = new Picker({ changed: chosen, edited });
   showWords();
   setUpHistory(restore);
   byId("dice").append(diceIcon());
@@ -111,7 +111,7 @@ function chosen(before) {
   showWords();
   if (adapters.length) showPrompts(before, adapters);
   showDerived();
-  if (!state.run && !state.shown) rest();
+  rest();
 }
 
 function showPrompts(before, adapters) {
@@ -184,6 +184,11 @@ function written({ id, concepts: [{ token, class_noun: noun }] }) {
   return noun ? `${token} before ${noun}` : token;
 }
 
+function edited() {
+  showAddress();
+  rest();
+}
+
 /** The address names what is chosen, so that it can be given to somebody. */
 function showAddress() {
   if (picker.text) history.replaceState(null, "", `#/compare/${picker.text}`);
@@ -200,9 +205,10 @@ function lay(pictures, size = "") {
 
 /** Empty frames, until something is drawn. */
 function rest() {
-  const members = picker.members.map(({ adapter }, index) => ({
+  if (state.shown) return;
+  const members = picker.members.map(({ adapter, strength }, index) => ({
     id: adapter?.id ?? `Adapter ${index + 1}`,
-    strength: 1,
+    strength: Number(strength.value),
     tokens: [],
   }));
   lay(planned({ members, prompt: "", prior: "" }, state.base));

@@ -7,6 +7,7 @@ import io
 import re
 import time
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def test_draws_the_base_the_stack_and_each_alone(open_page: OpenPage, live: Live
     expect(page.get_by_role("option")).to_have_count(3)  # not the cup once more
     page.get_by_role("option", name="tea-fish").click()
     expect(page.get_by_label("Prompt, with the tokens")).to_have_value(TOGETHER)
-    page.get_by_label("Strength of tea-fish").fill("0.7")
+    # Small ones: random adapters at full strength enlarge the rounding that depends on what else is in a U-Net call.
+    page.get_by_label("Strength of cup").fill("0.3")
+    page.get_by_label("Strength of tea-fish").fill("0.2")
     draw(page, seed=7, steps=5)
     titles = ["Base", "Stack", "cup alone", "tea-fish alone"]
     for title in titles:
@@ -92,7 +95,7 @@ def test_draws_the_base_the_stack_and_each_alone(open_page: OpenPage, live: Live
     assert page.locator(".picture h2").all_text_contents() == titles
     assert page.locator(".picture .badge").count() == 3  # the base has no drift
 
-    cup, fish = {"model": "cup", "strength": 1}, {"model": "tea-fish", "strength": 0.7}
+    cup, fish = {"model": "cup", "strength": 0.3}, {"model": "tea-fish", "strength": 0.2}
     named: list[dict[str, Any]] = [{"model": sent[0]["model"]}, {"adapters": [cup, fish]}, cup, fish]
     common = {"prompt": TOGETHER, "seed": 7, "num_inference_steps": 5, "guidance_scale": 4, "sampler": "ddim"}
     assert len(sent) == len(named), "a picture that nobody asked for"
@@ -108,7 +111,7 @@ def test_draws_the_base_the_stack_and_each_alone(open_page: OpenPage, live: Live
             answer = http.post(PATH, json={**fields, **common}).json()
             assert np.abs(seen[-1] - pixels(base64.b64decode(answer["data"][0]["b64_json"]))).max() <= LEVELS
             expect(card.locator("code")).to_have_text(answer["model"])
-    assert all(np.abs(seen[0] - other).max() > LEVELS for other in seen[1:])
+    assert min(np.abs(one - other).max() for one, other in combinations(seen, 2)) > 10 * LEVELS
     assert [card.locator("mark").all_text_contents() for card in page.get_by_role("article").all()] == [
         [],
         ["sks", "zwx"],
@@ -178,7 +181,7 @@ def test_what_is_wrong_with_one_adapter_is_said_at_that_one(open_page: OpenPage,
     expect(picture(page, "stack")).to_contain_text("it drew cats")
     assert combobox(page, 1).get_attribute("aria-invalid") == "false"
     assert combobox(page, 2).get_attribute("aria-invalid") == "true"
-    expect(combobox(page, 2)).to_have_accessible_description(re.compile("^mug@r-.* it drew cats"))
+    expect(combobox(page, 2)).to_have_accessible_description(re.compile("^mug@r-.*it drew cats"))
     expect(page.locator("#draw-error")).to_be_hidden()
     combobox(page, 2).fill("fish")
     combobox(page, 2).press("ArrowDown")
