@@ -23,7 +23,7 @@ from tests.support.ingress_server import PATH, Live, Shop, furnish, publish, ser
 from tests.support.services import LEVELS
 
 MOST_STEPS = 800  # far from done when the test has stopped it
-OTHERS = (("tea-fish", "zwx", "fish"), ("dusk-car", "vkt", "car"))
+OTHERS = {"tea-fish": ("zwx", "fish"), "dusk-car": ("vkt", "car")}  # and what each is taught
 TOGETHER = "a picture of a sks cup and a zwx fish in the snow"
 
 
@@ -31,10 +31,8 @@ def furnished(base_folder: Path, storage: Path, **options: Any) -> Shop:
     """cup, mug, tea-fish and dusk-car, each of rank 2; cup and mug have the same token."""
     shop = furnish(base_folder, storage, max_steps=MOST_STEPS, **options)
     base = load_base_model(str(base_folder))
-    for seed, (adapter_id, token, noun) in enumerate(OTHERS, start=20):
-        publish(
-            shop.registry, base.unet, base.fingerprint, base.name, adapter_id=adapter_id, seed=seed, concept=(token, noun)
-        )
+    for seed, (adapter_id, taught) in enumerate(OTHERS.items(), start=20):
+        publish(shop.registry, base.unet, base.fingerprint, base.name, adapter_id=adapter_id, seed=seed, concept=taught)
     return shop
 
 
