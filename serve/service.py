@@ -207,6 +207,7 @@ class Service:
             "device": str(base.device),
             "sizes": [f"{width}x{height}" for width, height in self._parts.sizes],
             "rows": {"in_use": engine.rows_in_use, "most": self._settings.max_rows},
+            "stack": {"most": min(self._settings.max_stack, self._settings.slots)},
             "images": {"waiting": engine.waiting, "active": engine.active, "in_flight": self._in_flight},
             "adapters": self._parts.cache.status(),
             "drift": {name: found.to_json() for name, found in drift.items()},

@@ -17,11 +17,16 @@ export const session = {
 /** Told when the server wants a key; set by app.js. */
 export const listeners = { unauthorized: () => {} };
 
-/** What went wrong, in the server's words. retryAfter: seconds, or null. */
+/** A field of the request that names an adapter or its strength; of a stack, with its place. */
+export const ABOUT_ADAPTERS = /^(?:adapters\.(\d+)\.)?(adapters|model|strength)$/;
+
+/** What went wrong, in the server's words. param: the request's field, or null; retryAfter: seconds, or null. */
 export class ApiError extends Error {
-  constructor(message, { status = 0, retryAfter = null } = {}) {
-    super(message);
+  constructor(message, { status = 0, param = null, retryAfter = null } = {}) {
+    const named = ABOUT_ADAPTERS.test(param ?? "") && message.startsWith(`${param}: `);
+    super(named ? message.slice(param.length + 2) : message); // the page has other names for these
     this.status = status;
+    this.param = param;
     this.retryAfter = retryAfter;
   }
 }
@@ -54,8 +59,10 @@ async function send(path, { method = "GET", body, signal, quiet = false } = {}) 
 
 async function refusal(response) {
   let message = "";
+  let param = null;
   try {
     const body = await response.json();
+    param = body?.error?.param ?? null;
     message = body?.error?.message ?? (typeof body?.detail === "string" ? body.detail : "");
   } catch {
     // not JSON: the status has to say it
@@ -63,6 +70,7 @@ async function refusal(response) {
   const seconds = Number.parseFloat(response.headers.get("Retry-After") ?? "");
   return new ApiError(message || `The service responded with ${response.status} ${response.statusText}.`, {
     status: response.status,
+    param,
     retryAfter: Number.isFinite(seconds) ? seconds : null,
   });
 }
@@ -122,6 +130,7 @@ export async function loadStatus() {
     drift: status.drift ?? {},
     held: new Map((status.adapters?.held ?? []).map((slot) => [slot.model, slot])),
     sizes: status.sizes ?? [],
+    mostAdapters: status.stack?.most ?? null,
   };
 }
 

@@ -2,7 +2,7 @@
 
 import { openCatalogue, openDetail, setUpCatalogue } from "./adapters.js";
 import { getJson, listeners, loadAdapters, loadStatus, session } from "./api.js";
-import { hideError, openCompare, setUpCompare, showSizes } from "./compare.js";
+import { hideError, openCompare, setUpCompare, showLimits } from "./compare.js";
 import { byId, poll } from "./dom.js";
 import { closeDrift, openDrift, setUpDrift } from "./drift.js";
 
@@ -67,8 +67,8 @@ async function loadModels() {
 async function showStatus() {
   const box = byId("engine");
   try {
-    const { used, rows, waiting, sizes } = await loadStatus();
-    showSizes(sizes);
+    const { used, rows, waiting, sizes, mostAdapters } = await loadStatus();
+    showLimits(sizes, mostAdapters);
     box.dataset.state = waiting > 0 ? "busy" : "ready";
     byId("engine-text").textContent = [
       rows ? `${used} of ${rows} rows in use` : `${used} rows in use`,

@@ -1,33 +1,37 @@
-// Compare: one prompt and seed, drawn by the base, by the adapter without its token, and with it.
+// Compare: one prompt and seed, drawn by the base, and by one adapter with and without its token, or by several.
 
-import { ApiError, imageEvents, loadAdapters } from "./api.js";
-import { Combo } from "./combo.js";
-import { byId, driftBadge, duration, el, number, svg } from "./dom.js";
-import { examples, pieces, removeTokens, tokensIn } from "./prompts.js";
+import { ABOUT_ADAPTERS, ApiError, loadAdapters } from "./api.js";
+import { byId, el, FieldError, readNumber, svg } from "./dom.js";
+import { markHistory, remember, setUpHistory } from "./history.js";
+import { Picker, parsePicked } from "./picker.js";
+import { Card, columnsFor, drawPicture, planned } from "./pictures.js";
+import { examples, examplesTogether, removeTokens, tokensIn } from "./prompts.js";
 
-const KINDS = ["base", "without", "with"];
-const CARDS = {
-  base: ["Base", "what the base model draws"],
-  without: ["Adapter, without token", "should match the base"],
-  with: ["Adapter, with token", "should show the concept"],
+const WORDS = {
+  one: [
+    "One seed, three pictures: the token should bring the concept, and nothing else should change.",
+    "Prompt, with the token",
+  ],
+  several: [
+    "One seed, one prompt: the base, all adapters together as a stack, and each of them alone.",
+    "Prompt, with the tokens",
+  ],
 };
-const MOST_KEPT = 24;
+const MOST_AT_ONCE = 5; // of the six connections that a browser opens to one host, one is left for the rest of the page
 
 const state = {
   adapters: [],
-  adapter: null,
   base: null, // id of the base model
-  run: null, // the draw in progress: {controllers, ...}
+  run: null, // the draw in progress: {form, pictures, results, controller, failures}
   shown: null, // the draw whose pictures are seen
-  history: [],
 };
-const cards = {};
-let combo;
+let picker;
+let cards = [];
 
 export function setUpCompare() {
-  combo = new Combo(byId("adapter"), byId("adapter-list"), chooseAdapter);
-  for (const kind of KINDS) cards[kind] = new Card(kind);
-  byId("pictures").append(...KINDS.map((kind) => cards[kind].node));
+  picker = new Picker({ changed: chosen, edited });
+  showWords();
+  setUpHistory(restore);
   byId("dice").append(diceIcon());
   byId("dice").addEventListener("click", () => (byId("seed").value = Math.floor(Math.random() * 1_000_000)));
   byId("prompt").addEventListener("input", showDerived);
@@ -55,39 +59,29 @@ function showMore(open) {
   byId("more").setAttribute("aria-expanded", String(open));
 }
 
-/** Show the adapters there are now, and choose `wanted` if it is named. */
+/** Show the adapters there are now, and choose those that `wanted` names. */
 export async function openCompare(wanted, models) {
   state.base = models[0]?.id ?? null;
   try {
     state.adapters = (await loadAdapters({ fresh: true })).filter((adapter) => adapter.revision);
   } catch (error) {
-    if (!state.adapters.length) combo.empty(error.status === 401 ? "Needs an API key" : "Could not be loaded");
+    if (!state.adapters.length) picker.empty(error.status === 401 ? "Needs an API key" : "Could not be loaded");
     showError(error);
     return;
   }
   hideError();
-  combo.show(
-    state.adapters.map((adapter) => ({
-      value: adapter.id,
-      node: () => adapterOption(adapter),
-      text: searchText(adapter),
-    })),
-  );
-  if (!state.adapters.length) {
-    combo.empty("None published yet");
-    byId("prompt").placeholder = "Publish an adapter first: cat-cluster train";
-  }
+  picker.offer(state.adapters);
   byId("draw").disabled = !state.adapters.length;
-  const id = wanted ?? state.adapter?.id ?? bestAdapter(state.adapters)?.id;
-  if (id !== state.adapter?.id) return chooseAdapter(id);
-  const again = state.adapters.find((adapter) => adapter.id === id);
-  if (!again) return;
-  const chosen = byId("revision").value;
-  state.adapter = again; // it may have been published again meanwhile
-  combo.select(id);
-  showRevisions(again);
-  setChoice("revision", chosen);
+  if (!state.adapters.length) {
+    picker.empty("None published yet");
+    byId("prompt").placeholder = "Publish an adapter first: cat-cluster train";
+  } else if (wanted ? wanted !== picker.text : !picker.text) {
+    picker.set(parsePicked(wanted ?? bestAdapter(state.adapters).id));
+  }
 }
+
+const bestAdapter = (adapters) =>
+  adapters.reduce((best, next) => ((next.metrics.kps ?? -1) > (best.metrics.kps ?? -1) ? next : best), adapters[0]);
 
 /** Choose an option of a select; the first one when it is not there any more. */
 function setChoice(id, value) {
@@ -95,56 +89,54 @@ function setChoice(id, value) {
   if (byId(id).selectedIndex < 0) byId(id).selectedIndex = 0;
 }
 
-const bestAdapter = (adapters) =>
-  adapters.reduce((best, next) => ((next.metrics.kps ?? -1) > (best.metrics.kps ?? -1) ? next : best), adapters[0]);
-
-const searchText = (adapter) =>
-  [adapter.id, adapter.method, ...adapter.concepts.flatMap((concept) => [concept.token, concept.class_noun])].join(" ");
-
-function adapterOption(adapter) {
-  return [
-    el("span.option-id", {}, adapter.id),
-    el("span.option-kps", {}, "KPS ", el("b", {}, number(adapter.metrics.kps))),
-    el(
-      "span.option-tokens",
-      {},
-      adapter.concepts.map(({ token, class_noun: noun }) => `${token} ${noun ?? ""}`.trim()).join(", "),
-    ),
-    adapter.drift === "ok" || adapter.drift === "unknown" ? null : driftBadge(adapter.drift),
-  ];
+/** Offer what the service draws: its sizes, of which the first is the base's own, and the most adapters of an image. */
+export function showLimits(sizes, mostAdapters) {
+  if (mostAdapters !== null) picker.limit(mostAdapters);
+  if (!sizes.length || byId("size").childElementCount === sizes.length) return;
+  const before = byId("size").value;
+  byId("size").replaceChildren(
+    ...sizes.map((size, index) => el("option", { value: index ? size : "" }, size.replace("x", " × "))),
+  );
+  setChoice("size", before);
 }
 
-function chooseAdapter(id, prompt = null) {
-  const adapter = state.adapters.find((one) => one.id === id);
-  if (!adapter) return;
-  const before = state.adapter;
-  state.adapter = adapter;
-  combo.select(id);
-  showRevisions(adapter);
-  const offered = examples(adapter.concepts, state.base);
+// The choice of adapters
+
+const offeredBy = (adapters) =>
+  adapters.length > 1 ? examplesTogether(adapters, state.base) : examples(adapters[0].concepts, state.base);
+
+/** Other adapters are chosen: offer their prompts, and move the one that is there to them. */
+function chosen(before) {
+  const { adapters } = picker;
+  showWords();
+  if (adapters.length) showPrompts(before, adapters);
+  showDerived();
+  rest();
+}
+
+function showPrompts(before, adapters) {
+  const offered = offeredBy(adapters);
   byId("chips").replaceChildren(
-    ...offered.map((example) =>
-      el(
-        "button.chip",
-        { type: "button", "data-prompt": example.prompt, onclick: () => setPrompt(example.prompt) },
-        example.label,
-      ),
+    ...offered.map(({ label, prompt }) =>
+      el("button.chip", { type: "button", "data-prompt": prompt, onclick: () => setPrompt(prompt) }, label),
     ),
   );
   const old = byId("prompt").value.trim();
-  const own = old && before && !examples(before.concepts, state.base).some((example) => example.prompt === old);
-  if (prompt !== null) setPrompt(prompt);
-  else if (own) setPrompt(movedPrompt(old, before, adapter));
-  else setPrompt(offered.find((example) => sameEnding(example.prompt, old))?.prompt ?? offered[0]?.prompt ?? old);
-  showPlaceholders();
+  const own = old && before.length && !offeredBy(before).some(({ prompt }) => prompt === old);
+  if (own) setPrompt(movedPrompt(old, before, adapters));
+  else setPrompt(offered.find(({ prompt }) => sameEnding(prompt, old))?.prompt ?? offered[0]?.prompt ?? old);
 }
 
-/** A prompt that someone wrote for one adapter, with the other adapter's first concept in its place. */
+/** A prompt that someone wrote, with the first concepts of other adapters in the places of those before them. */
 function movedPrompt(prompt, before, after) {
-  const [from, to] = [before.concepts[0], after.concepts[0]];
-  if (!from || !to) return prompt;
-  const swap = new Map([[from.token.toLowerCase(), to.token]]);
-  if (from.class_noun && to.class_noun) swap.set(from.class_noun.toLowerCase(), to.class_noun);
+  if (before.length !== after.length) return prompt;
+  const swap = new Map();
+  for (const [index, adapter] of before.entries()) {
+    const [from, to] = [adapter.concepts[0], after[index].concepts[0]];
+    if (adapter === after[index] || !from || !to) continue;
+    swap.set(from.token.toLowerCase(), to.token);
+    if (from.class_noun && to.class_noun) swap.set(from.class_noun.toLowerCase(), to.class_noun);
+  }
   return prompt
     .split(/([\s,]+)/)
     .map((word) => swap.get(word.toLowerCase()) ?? word)
@@ -154,102 +146,97 @@ function movedPrompt(prompt, before, after) {
 const sameEnding = (left, right) =>
   right.length > 0 && left.split(" ").slice(-2).join(" ") === right.split(" ").slice(-2).join(" ");
 
-function showRevisions(adapter) {
-  const options = [el("option", { value: "" }, `latest (${adapter.revision})`)];
-  for (const [alias, revision] of Object.entries(adapter.aliases)) {
-    if (alias !== "latest") options.push(el("option", { value: alias }, `${alias} (${revision})`));
-  }
-  for (const revision of adapter.revisions) {
-    if (revision !== adapter.revision) options.push(el("option", { value: revision }, revision));
-  }
-  byId("revision").replaceChildren(...options);
-}
-
-/** Offer the sizes that the service draws; the first is the base's own. */
-export function showSizes(sizes) {
-  if (!sizes.length || byId("size").childElementCount === sizes.length) return;
-  const chosen = byId("size").value;
-  byId("size").replaceChildren(
-    ...sizes.map((size, index) => el("option", { value: index ? size : "" }, size.replace("x", " × "))),
-  );
-  setChoice("size", chosen);
-}
-
-const tokensOf = (adapter) => adapter.concepts.map((concept) => concept.token);
-
 function setPrompt(prompt) {
   byId("prompt").value = prompt;
   showDerived();
 }
 
+function showWords() {
+  const [words, label] = picker.several ? WORDS.several : WORDS.one;
+  byId("compare-words").textContent = words;
+  byId("prompt-label").textContent = label;
+}
+
+const tokensOf = (adapter) => adapter.concepts.map(({ token }) => token);
+
+/** What follows from the prompt: the one without the token, or which tokens it lacks. */
 function showDerived() {
   const prompt = byId("prompt").value.trim();
   const hint = byId("prompt-hint");
+  const { adapters } = picker;
   for (const chip of byId("chips").children) chip.setAttribute("aria-pressed", String(chip.dataset.prompt === prompt));
-  if (!state.adapter || !prompt) return hint.replaceChildren();
-  const tokens = tokensOf(state.adapter);
-  if (tokensIn(prompt, tokens).length) {
-    hint.classList.remove("wrong");
-    return hint.replaceChildren("Without it: ", el("q", {}, removeTokens(prompt, tokens)));
+  if (!adapters.length || !prompt) return hint.replaceChildren();
+  const lacking = adapters.filter((one) => one.concepts.length && !tokensIn(prompt, tokensOf(one)).length);
+  hint.classList.toggle("wrong", lacking.length > 0);
+  if (lacking.length) {
+    return hint.replaceChildren(
+      picker.several
+        ? `Not in this prompt, and so not drawn: ${lacking.map(written).join(", ")}.`
+        : `No token in this prompt. Write ${written(lacking[0])}, as a word of its own.`,
+    );
   }
-  const { token, class_noun: noun } = state.adapter.concepts[0];
-  hint.classList.add("wrong");
-  hint.replaceChildren(
-    `No token in this prompt. Write ${token}${noun ? ` before ${noun}` : ""}, as a word of its own.`,
-  );
+  if (picker.several) return hint.replaceChildren("All pictures have this prompt.");
+  return hint.replaceChildren("Without it: ", el("q", {}, removeTokens(prompt, tokensOf(adapters[0]))));
 }
 
-/** Samples of the adapter stand in the frames until something is drawn. */
-function showPlaceholders() {
-  if (!state.run && !state.shown) for (const kind of KINDS) cards[kind].rest();
+function written({ id, concepts: [{ token, class_noun: noun }] }) {
+  if (picker.several) return `${token} (${id})`;
+  return noun ? `${token} before ${noun}` : token;
+}
+
+function edited() {
+  showAddress();
+  rest();
+}
+
+/** The address names what is chosen, so that it can be given to somebody. */
+function showAddress() {
+  if (picker.text) history.replaceState(null, "", `#/compare/${picker.text}`);
+}
+
+// The cards
+
+function lay(pictures, size = "") {
+  cards = pictures.map((picture) => new Card(picture, size));
+  const box = byId("pictures");
+  box.style.setProperty("--columns", columnsFor(pictures.length));
+  box.replaceChildren(...cards.map(({ node }) => node));
+}
+
+/** Empty frames, until something is drawn. */
+function rest() {
+  if (state.shown) return;
+  const members = picker.members.map(({ adapter, strength }, index) => ({
+    id: adapter?.id ?? `Adapter ${index + 1}`,
+    strength: Number(strength.value),
+    tokens: [],
+  }));
+  lay(planned({ members, prompt: "", prior: "" }, state.base));
 }
 
 // Drawing
 
-const wholeNumber = (id, name) => checkedNumber(id, name, Number.isInteger);
-
-function checkedNumber(id, name, right = Number.isFinite) {
-  const input = byId(id);
-  const value = input.value.trim() === "" ? NaN : Number(input.value);
-  if (!right(value) || value < Number(input.min) || value > Number(input.max)) {
-    if (byId("more-fields").contains(input)) showMore(true);
-    input.focus();
-    throw new ApiError(
-      `${name}: write a ${right === Number.isInteger ? "whole " : ""}number from ${input.min} to ${input.max}.`,
-    );
-  }
-  return value;
-}
-
 function readForm() {
-  const prompt = byId("prompt").value.trim();
-  if (!state.adapter) throw new ApiError("Choose an adapter first.");
-  if (byId("adapter").value !== state.adapter.id) combo.select(state.adapter.id);
-  if (!prompt) {
-    byId("prompt").focus();
-    throw new ApiError("Write a prompt with the token first.");
-  }
-  const tokens = tokensOf(state.adapter);
-  if (!tokensIn(prompt, tokens).length) {
-    byId("prompt").focus();
-    throw new ApiError(
+  const members = picker.read();
+  const input = byId("prompt");
+  const prompt = input.value.trim();
+  const tokens = members.flatMap((member) => member.tokens);
+  if (!prompt) throw new FieldError("Write a prompt with the token first.", input);
+  if (!picker.several && !tokensIn(prompt, tokens).length) {
+    throw new FieldError(
       `The prompt has none of the adapter's tokens (${tokens.join(", ")}): with and without would be the same.`,
+      input,
     );
   }
-  const revision = byId("revision").value;
   return {
-    adapter: state.adapter.id,
-    model: revision ? `${state.adapter.id}@${revision}` : state.adapter.id,
-    tokens,
+    members,
     prompt,
     prior: removeTokens(prompt, tokens),
-    seed: wholeNumber("seed", "Seed"),
-    steps: wholeNumber("steps", "Steps"),
-    guidance: checkedNumber("guidance", "Guidance"),
-    strength: checkedNumber("strength", "Adapter strength"),
+    seed: readNumber(byId("seed"), "Seed", Number.isInteger),
+    steps: readNumber(byId("steps"), "Steps", Number.isInteger),
+    guidance: readNumber(byId("guidance"), "Guidance"),
     sampler: byId("sampler").value,
     size: byId("size").value,
-    revision,
   };
 }
 
@@ -259,100 +246,81 @@ async function draw() {
   try {
     form = readForm();
   } catch (error) {
+    if (byId("more-fields").contains(error.input)) showMore(true);
+    error.input?.focus();
     return showError(error);
   }
-  if (state.run) abort(state.run);
-  const run = { form, results: {}, controllers: {}, failures: [] };
+  state.run?.controller.abort();
+  const pictures = planned(form, state.base);
+  const run = { form, pictures, results: [], failures: [], controller: new AbortController() };
   state.run = run;
   state.shown = run;
   byId("stop").hidden = false;
   byId("draw").classList.add("busy");
-  markHistory();
-  announce("Drawing three pictures.");
+  markHistory(run);
+  announce(`Drawing ${pictures.length} pictures.`);
   document.dispatchEvent(new Event("drawing"));
-  for (const kind of KINDS) cards[kind].start(kind === "with" ? form.prompt : form.prior, form);
-  await Promise.all(KINDS.map((kind) => drawOne(run, kind)));
+  lay(pictures, form.size);
+  for (const card of cards) card.start();
+  await inTurn(cards.map((card, index) => () => drawOne(run, card, index)));
   if (state.run !== run) return; // another draw took its place
   state.run = null;
   byId("stop").hidden = true;
   byId("draw").classList.remove("busy");
-  const done = KINDS.filter((kind) => run.results[kind]).length;
-  if (run.failures.length) showError(run.failures[0]);
-  else announce(done === KINDS.length ? "All three pictures are done." : `Stopped. ${done} of 3 pictures are done.`);
-  if (done === KINDS.length) remember(run);
+  tellEnd(run);
 }
 
-async function drawOne(run, kind) {
-  const { form } = run;
-  const card = cards[kind];
-  const controller = new AbortController();
-  run.controllers[kind] = controller;
-  const request = {
-    model: kind === "base" ? state.base : form.model,
-    prompt: kind === "with" ? form.prompt : form.prior,
-    n: 1,
-    seed: form.seed,
-    num_inference_steps: form.steps,
-    guidance_scale: form.guidance,
-    sampler: form.sampler,
-    response_format: "b64_json",
-    stream: true,
-    partial_images: 4,
-    progress: true,
-  };
-  if (kind !== "base") request.strength = form.strength;
-  if (form.size) request.size = form.size;
-  const started = performance.now();
-  const current = () => state.shown === run;
+/** Do all, a few at a time. */
+async function inTurn(jobs) {
+  const left = [...jobs];
+  const some = Array.from({ length: MOST_AT_ONCE }, async () => {
+    for (let job = left.shift(); job; job = left.shift()) await job();
+  });
+  await Promise.all(some);
+}
+
+async function drawOne(run, card, index) {
+  const { signal } = run.controller;
+  const told = { progress: (data) => card.progress(data), partial_image: (data) => card.preview(data) };
   try {
-    for await (const [event, data] of imageEvents(request, controller.signal)) {
-      if (event === "error") throw eventError(data);
-      if (event === "progress" && current()) card.progress(data);
-      else if (event === "partial_image" && current()) card.preview(data);
-      else if (event === "completed") {
-        run.results[kind] = await finished(data, performance.now() - started, request);
-        if (current()) card.finish(run.results[kind], form);
-        return;
-      }
-    }
-    throw new ApiError("The service closed the connection before the picture was done. Draw again.");
+    run.results[index] = await drawPicture(card.picture, run.form, signal, told);
+    card.finish(run.results[index]);
   } catch (error) {
-    if (controller.signal.aborted) {
-      if (current()) card.stopped();
-      return;
-    }
+    if (signal.aborted) return card.stopped();
     const shown =
       error instanceof ApiError ? error : new ApiError("The connection broke before the picture was done. Draw again.");
-    run.failures.push(shown);
-    if (current()) card.failed(shown.message);
+    run.failures.push({ picture: card.picture, error: shown });
+    card.failed(shown.message);
   }
 }
 
-function eventError(data) {
-  const { message, retry_after: retryAfter = null } = data.error ?? data;
-  return new ApiError(message ?? "The picture could not be drawn.", { retryAfter });
+function tellEnd(run) {
+  const [done, all] = [run.results.filter(Boolean).length, run.pictures.length];
+  if (done === all) {
+    announce(`All ${all} pictures are done.`);
+    remember(run);
+  } else {
+    const stopped = run.controller.signal.aborted ? "Stopped. " : "";
+    announce(`${stopped}${done} of ${all} pictures are done.`);
+  }
+  const others = run.failures.filter((failure) => !showAtField(failure));
+  if (others.length) showError(others[0].error);
 }
 
-async function finished(data, elapsed, request) {
-  const bytes = Uint8Array.from(atob(data.b64_json), (letter) => letter.charCodeAt(0));
-  return {
-    url: URL.createObjectURL(new Blob([bytes], { type: "image/png" })),
-    model: data.model ?? request.model,
-    seed: data.seed ?? request.seed,
-    drift: data.cat?.drift ?? "unknown",
-    note: data.cat?.note ?? null,
-    prompt: request.prompt,
-    ms: elapsed,
-  };
-}
-
-function abort(run) {
-  for (const controller of Object.values(run.controllers)) controller.abort();
+/** Show a failure beside the adapter, or the adapters, that it is about; false when it is about none. */
+function showAtField({ picture: { members }, error: { message, param, retryAfter } }) {
+  const [, place, field] = ABOUT_ADAPTERS.exec(param ?? "") ?? [];
+  if (!field || !members.length || retryAfter !== null) return false;
+  const one = place === undefined && members.length > 1 ? null : members[Number(place ?? 0)];
+  if (!one) picker.blame(message);
+  else if (picker.members.includes(one.member)) one.member.blame(message, field);
+  else return false; // it is not among the fields any more
+  return true;
 }
 
 function stop() {
   if (!state.run) return;
-  abort(state.run);
+  state.run.controller.abort();
   byId("draw").focus();
 }
 
@@ -393,190 +361,26 @@ function retryLine(seconds) {
 export function hideError() {
   clearInterval(countdown);
   byId("draw-error").hidden = true;
+  picker.clearErrors();
 }
 
-// The three pictures
-
-class Card {
-  constructor(kind) {
-    const [title, purpose] = CARDS[kind];
-    this.kind = kind;
-    this.image = el("img", { alt: "", draggable: "false" });
-    this.bar = el("i");
-    this.meter = el(
-      "div.meter",
-      {
-        role: "progressbar",
-        "aria-label": `Progress: ${title}`,
-        "aria-valuemin": "0",
-        "aria-valuemax": "100",
-        hidden: true,
-      },
-      this.bar,
-    );
-    this.status = el("span.status");
-    this.frame = el(
-      "div.frame",
-      {},
-      this.image,
-      el("span.empty-mark", { "aria-hidden": "true" }, emptyIcon(kind)),
-      this.status,
-      this.meter,
-    );
-    this.prompt = el("p.prompt");
-    this.facts = el("dl.facts-line");
-    this.note = el("p.note");
-    this.drift = el("span.drift-slot");
-    this.link = el("a.download", { hidden: true }, "Download PNG");
-    this.node = el(
-      "article.picture",
-      { "data-kind": kind, "aria-labelledby": `picture-${kind}` },
-      el("header", {}, el("div", {}, el("h2", { id: `picture-${kind}` }, title), el("p", {}, purpose)), this.drift),
-      this.frame,
-      el("div.about", {}, el("div.said", {}, this.prompt, this.link), this.facts, this.note),
-    );
-    this.to("empty");
-  }
-
-  to(name, words = "") {
-    this.node.dataset.state = name;
-    this.status.textContent = words;
-    this.meter.hidden = name !== "waiting" && name !== "denoising";
-    this.frame.setAttribute("aria-busy", String(!this.meter.hidden));
-  }
-
-  rest() {
-    this.to("empty");
-    this.image.removeAttribute("src");
-    this.prompt.replaceChildren();
-    this.facts.replaceChildren();
-    this.note.replaceChildren();
-    this.drift.replaceChildren();
-    this.link.hidden = true;
-  }
-
-  start(prompt, form) {
-    this.rest();
-    this.to("waiting", "waiting");
-    this.node.dataset.previews = "0";
-    this.sized(form.size);
-    this.bar.style.width = "0";
-    this.meter.removeAttribute("aria-valuenow");
-    this.image.alt = "";
-    this.showPrompt(prompt, form.tokens);
-  }
-
-  sized(size) {
-    const [width, height] = (size || "1x1").split("x").map(Number);
-    this.frame.style.aspectRatio = `${width} / ${height}`;
-  }
-
-  showPrompt(prompt, tokens) {
-    const marked = pieces(prompt, tokens).map(({ text, token }) => (token ? el("mark", {}, text) : text));
-    this.prompt.replaceChildren(...marked);
-  }
-
-  progress({ step, steps }) {
-    if (!steps) return;
-    const share = Math.min(1, step / steps);
-    this.to("denoising", `step ${step} of ${steps}`);
-    this.bar.style.width = `${100 * share}%`;
-    this.meter.setAttribute("aria-valuenow", String(Math.round(100 * share)));
-  }
-
-  preview(data) {
-    this.progress(data);
-    if (this.node.dataset.state === "waiting") this.to("denoising", "drawing");
-    this.image.src = `data:image/png;base64,${data.b64_json}`;
-    this.node.dataset.previews = String(Number(this.node.dataset.previews) + 1);
-  }
-
-  finish(result, form) {
-    this.to("done", "");
-    this.sized(form.size);
-    this.image.src = result.url;
-    this.image.alt = `${CARDS[this.kind][0]}: ${result.prompt}`;
-    this.showPrompt(result.prompt, form.tokens);
-    this.facts.replaceChildren(
-      fact("Served by", el("code", {}, result.model), { hidden: true }),
-      fact("Seed", String(result.seed)),
-      fact("Time", duration(result.ms), { hidden: true }),
-    );
-    if (this.kind !== "base") this.drift.replaceChildren(driftBadge(result.drift));
-    this.note.replaceChildren(result.note ?? "");
-    this.link.href = result.url;
-    this.link.download = fileName(this.kind, form, result);
-    this.link.setAttribute("aria-label", `Download PNG: ${CARDS[this.kind][0]}`);
-    this.link.hidden = false;
-  }
-
-  stopped() {
-    this.to(this.image.hasAttribute("src") ? "stopped" : "empty", "stopped");
-  }
-
-  failed(message) {
-    this.to("failed", "failed");
-    this.facts.replaceChildren(el("div.failure", {}, el("dt.sr", {}, "Failure"), el("dd", {}, message)));
-  }
-}
-
-/** hidden: the value speaks for itself to those who see it. */
-const fact = (name, value, { hidden = false } = {}) =>
-  el("div", {}, el(hidden ? "dt.sr" : "dt", {}, name), el("dd", {}, value));
-
-function fileName(kind, form, result) {
-  const slug = result.prompt
-    .toLowerCase()
-    .replace(/[^a-z0-9]+/g, "-")
-    .replace(/^-|-$/g, "")
-    .slice(0, 60);
-  return `${kind === "base" ? "base" : `${form.adapter}-${kind}`}-${slug}-seed${result.seed}.png`;
-}
-
-// What was drawn before
-
-function remember(run) {
-  state.history.unshift(run);
-  for (const old of state.history.splice(MOST_KEPT)) {
-    if (old !== state.shown) for (const { url } of Object.values(old.results)) URL.revokeObjectURL(url);
-  }
-  byId("history").hidden = false;
-  byId("history-list").replaceChildren(
-    ...state.history.map((one) => {
-      const { form, results } = one;
-      one.button = el(
-        "button.past",
-        {
-          type: "button",
-          title: `${form.adapter}, seed ${form.seed}: ${form.prompt}`,
-          onclick: () => restore(one),
-          "aria-label": `Show again: ${form.prompt}, ${form.adapter}, seed ${form.seed}`,
-        },
-        el("span.thumbs", {}, ...KINDS.map((kind) => el("img", { src: results[kind].url, alt: "" }))),
-        el("span.past-id", {}, form.adapter),
-        el("span.past-seed", {}, `seed ${form.seed}`),
-      );
-      return el("li", {}, one.button);
-    }),
-  );
-  markHistory();
-}
-
-function markHistory() {
-  for (const run of state.history) run.button?.setAttribute("aria-pressed", String(run === state.shown));
-}
-
+/** Show a draw of this session again, with the form as it was. */
 function restore(run) {
-  if (state.run) abort(state.run);
+  const { form } = run;
+  state.run?.controller.abort();
   hideError();
   state.shown = run;
-  const { form } = run;
-  if (state.adapters.some((adapter) => adapter.id === form.adapter)) chooseAdapter(form.adapter, form.prompt);
-  for (const name of ["seed", "steps", "guidance", "strength"]) byId(name).value = form[name];
-  for (const name of ["sampler", "size", "revision"]) setChoice(name, form[name]);
-  for (const kind of KINDS) cards[kind].finish(run.results[kind], form);
-  markHistory();
-  announce(`Showing ${form.adapter} again, seed ${form.seed}.`);
+  if (form.members.every(({ id }) => state.adapters.some((adapter) => adapter.id === id))) {
+    picker.set(form.members);
+    setPrompt(form.prompt);
+    showAddress();
+  }
+  for (const name of ["seed", "steps", "guidance"]) byId(name).value = form[name];
+  for (const name of ["sampler", "size"]) setChoice(name, form[name]);
+  lay(run.pictures, form.size);
+  for (const [index, card] of cards.entries()) card.finish(run.results[index]);
+  markHistory(run);
+  announce(`Showing ${form.members.map(({ id }) => id).join(" + ")} again, seed ${form.seed}.`);
 }
 
 const diceIcon = () =>
@@ -591,13 +395,4 @@ const diceIcon = () =>
       [6.6, 13.4],
       [13.4, 13.4],
     ].map(([cx, cy]) => svg("circle", { cx, cy, r: 1.35 })),
-  );
-
-/** A cup for the base, the same for the adapter without its token, and one with a band where the concept should be. */
-const emptyIcon = (kind) =>
-  svg(
-    "svg",
-    { viewBox: "0 0 48 48" },
-    svg("path", { d: "M12 14h20v18a5 5 0 0 1-5 5H17a5 5 0 0 1-5-5zM32 18h3a5 5 0 0 1 0 10h-3" }),
-    kind === "with" ? svg("path.band", { d: "M12 22h20v6H12z" }) : null,
   );

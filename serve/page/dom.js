@@ -27,6 +27,22 @@ function fill(node, classes, attributes, children) {
 
 export const byId = (id) => document.getElementById(id);
 
+/** What is wrong with an input, in words. */
+export class FieldError extends Error {
+  constructor(message, input) {
+    super(message);
+    this.input = input;
+  }
+}
+
+/** The number in an input, within its bounds; else a FieldError with the field's name. */
+export function readNumber(input, name, right = Number.isFinite) {
+  const value = input.value.trim() === "" ? NaN : Number(input.value);
+  if (right(value) && value >= Number(input.min) && value <= Number(input.max)) return value;
+  const kind = right === Number.isInteger ? "whole number" : "number";
+  throw new FieldError(`${name}: write a ${kind} from ${input.min} to ${input.max}.`, input);
+}
+
 /** A number as the reports write it. */
 export function number(value, digits = 3) {
   if (!Number.isFinite(value)) return "–";

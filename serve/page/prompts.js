@@ -29,15 +29,27 @@ export function pieces(prompt, tokens) {
 const POCKET = ["in snow", "on grass", "on sand", "at night", "at sunset", "on a table"];
 const GENERAL = ["in the snow", "on a wooden table", "on a sandy beach", "in a forest", "in front of a brick wall"];
 
+const placesOf = (baseName) => (baseName === "pocket" ? POCKET : GENERAL);
+const named = ({ token, class_noun: noun }) => (noun ? `${token} ${noun}` : token);
+
 /** Example prompts of an adapter: `[{label, prompt}]`; the first is the one to begin with. */
 export function examples(concepts, baseName) {
-  const places = baseName === "pocket" ? POCKET : GENERAL;
+  const places = placesOf(baseName);
   const used = concepts.length > 1 ? places.slice(0, Math.max(1, Math.floor(6 / concepts.length))) : places;
   return used.flatMap((place) =>
-    concepts.map(({ token, class_noun: noun }) => {
-      const subject = noun ? `${token} ${noun}` : token;
+    concepts.map((concept) => {
+      const subject = named(concept);
       const label = concepts.length > 1 ? `${subject} ${place}` : place;
       return { label, prompt: `a picture of a ${subject} ${place}` };
     }),
   );
+}
+
+/** The same of several adapters, with the first concept of each in every prompt. */
+export function examplesTogether(adapters, baseName) {
+  const subjects = [
+    ...new Set(adapters.filter(({ concepts }) => concepts.length).map((one) => named(one.concepts[0]))),
+  ];
+  const all = subjects.map((subject) => `a ${subject}`).join(" and ");
+  return placesOf(baseName).map((place) => ({ label: place, prompt: `a picture of ${all} ${place}` }));
 }

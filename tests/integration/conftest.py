@@ -1,13 +1,18 @@
-"""Fixtures of the integration tests: photos, a judge, a published adapter, the command line."""
+"""Fixtures of the integration tests: photos, a judge, a published adapter, the command line, a browser."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
+from tests.support.browser_page import ARGUMENTS, CHROMIUM, RECORD, OpenPage, Watched
 from tests.support.tiny_jobs import CommandLine, Finished, adapter, run_process, write_judge, write_photos, write_spec
 
 
@@ -67,3 +72,31 @@ def published(first_run: tuple[Published, Finished], tmp_path: Path) -> Publishe
     storage = tmp_path / "storage"
     shutil.copytree(made.storage, storage)
     return Published(storage, made.spec, made.base)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not Path(CHROMIUM).exists():
+        pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser, page_url: str) -> Iterator[OpenPage]:
+    """Opens pages; at the end, none may have had an error or have asked another host."""
+    opened: list[Watched] = []
+    with ExitStack() as contexts:
+
+        def open_one(width: int = 1280, height: int = 800, url: str = page_url, **options: Any) -> Watched:
+            context = browser.new_context(viewport={"width": width, "height": height}, **options)
+            contexts.callback(context.close)
+            context.add_init_script(RECORD)
+            opened.append(Watched(context.new_page(), url))
+            return opened[-1]
+
+        yield open_one
+        for watched in opened:
+            watched.check()

@@ -7,15 +7,14 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
+from playwright.sync_api import Page, Route, expect
 
 from cat_cluster.data.concepts import remove_token
 from cat_cluster.evaluation.drift import DriftMonitor
@@ -26,81 +25,17 @@ from serve.http.access import Access
 from serve.probes.records import ProbeRecord
 from serve.service import Service
 from serve.settings import ProbeSettings, ServeSettings
+from tests.support.browser_page import DRAWN_MS, OpenPage, draw, picture
 from tests.support.ingress_server import Live, Shop, furnish, listening, serving
 
-CHROMIUM = "/usr/bin/chromium"
-# The browser asks for nothing by itself, so that every request seen is the page's.
-ARGUMENTS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--no-proxy-server",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 KEY = "sesame"
 KINDS = ("base", "without", "with")
 MOST_STEPS = 800  # far from done when the test has stopped it
-DRAWN_MS = 60_000
 PROBES = 20
 ROOT = Path(__file__).parents[2]
 IMAGES = ROOT / "docs" / "images"
 DEMO = Path(os.environ.get("CAT_DEMO_REGISTRY", ROOT / "out" / "demo" / "registry"))
 UPDATE = os.environ.get("CAT_UPDATE_SCREENSHOTS") == "1"
-# What the pictures go through, as [kind, state, previews]: a picture may be done before a test could look.
-RECORD = """
-window.seen = [];
-new MutationObserver((changes) => {
-  for (const { target } of changes) {
-    const { kind, state, previews } = target.dataset;
-    if (kind) window.seen.push([kind, state, Number(previews ?? 0)]);
-  }
-}).observe(document, { subtree: true, attributeFilter: ["data-state", "data-previews"] });
-"""
-
-
-@dataclass
-class Watched:
-    """A page and all that went wrong on it. allowed: statuses whose failures a test brings about."""
-
-    page: Page
-    url: str
-    allowed: set[int] = field(default_factory=set)
-    errors: list[str] = field(default_factory=list)
-    hosts: set[str] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("console", self._said)
-        self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
-
-    def _said(self, message: Any) -> None:
-        expected = any(f"status of {status} " in message.text for status in self.allowed)
-        if message.type == "error" and not expected:
-            self.errors.append(message.text)
-
-    def open(self, route: str = "#/compare") -> Page:
-        self.page.goto(f"{self.url}/{route}")
-        return self.page
-
-    def check(self) -> None:
-        assert self.errors == []
-        assert self.hosts - {""} <= {urlsplit(self.url).netloc}  # data: and blob: have no host
-
-
-OpenPage = Callable[..., Watched]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    if not Path(CHROMIUM).exists():
-        pytest.skip(f"no browser at {CHROMIUM}: apt-get install chromium")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -120,24 +55,6 @@ def live(shop: Shop) -> Iterator[Live]:
 @pytest.fixture(scope="module")
 def page_url(live: Live) -> str:
     return live.url
-
-
-@pytest.fixture
-def open_page(browser: Browser, page_url: str) -> Iterator[OpenPage]:
-    """Opens pages; at the end, none may have had an error or have asked another host."""
-    opened: list[Watched] = []
-    with ExitStack() as contexts:
-
-        def open_one(width: int = 1280, height: int = 800, url: str = page_url, **options: Any) -> Watched:
-            context = browser.new_context(viewport={"width": width, "height": height}, **options)
-            contexts.callback(context.close)
-            context.add_init_script(RECORD)
-            opened.append(Watched(context.new_page(), url))
-            return opened[-1]
-
-        yield open_one
-        for watched in opened:
-            watched.check()
 
 
 def write_history(shop: Shop) -> None:
@@ -165,18 +82,6 @@ def write_history(shop: Shop) -> None:
         shop.registry.store.put(key, json.dumps(records).encode())
 
 
-def picture(page: Page, kind: str) -> Locator:
-    return page.locator(f'.picture[data-kind="{kind}"]')
-
-
-def draw(page: Page, *, seed: int, steps: int = 60) -> None:
-    page.get_by_label("Seed", exact=True).fill(str(seed))
-    if page.locator("#more-fields").is_hidden():
-        page.get_by_role("button", name="More").click()
-    page.get_by_label("Steps").fill(str(steps))
-    page.get_by_role("button", name="Draw", exact=False).first.click()
-
-
 def expect_done(page: Page) -> None:
     for kind in KINDS:
         expect(picture(page, kind)).to_have_attribute("data-state", "done", timeout=DRAWN_MS)
@@ -187,7 +92,7 @@ def test_draws_three_pictures_live(open_page: OpenPage) -> None:
     expect(page.get_by_label("Prompt, with the token")).to_have_value(re.compile("a picture of a sks cup "))
     draw(page, seed=7)
     expect_done(page)
-    expect(page.locator("#announce")).to_have_text("All three pictures are done.")
+    expect(page.locator("#announce")).to_have_text("All 3 pictures are done.")
     seen = page.evaluate("window.seen")
     for kind in KINDS:
         states = [(state, previews) for name, state, previews in seen if name == kind]
@@ -346,7 +251,8 @@ def test_keyboard_alone(open_page: OpenPage) -> None:
     expect(page.get_by_role("option")).to_have_count(1)
     page.keyboard.press("Enter")
     expect(adapter).to_have_value("mug")
-    page.keyboard.press("Tab")
+    for _ in range(2):  # another adapter, the prompt
+        page.keyboard.press("Tab")
     expect(page.get_by_label("Prompt, with the token")).to_be_focused()
     page.keyboard.press("Control+Enter")
     expect_done(page)

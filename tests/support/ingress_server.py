@@ -171,9 +171,20 @@ def listening(
 
 
 def publish(
-    registry: Registry, unet: Any, fingerprint: str, base: str, *, adapter_id: str = "cup", seed: int = 0
+    registry: Registry,
+    unet: Any,
+    fingerprint: str,
+    base: str,
+    *,
+    adapter_id: str = "cup",
+    seed: int = 0,
+    concept: tuple[str, str] = ("sks", "cup"),
 ) -> Manifest:
-    """Publish an adapter of random weights for this U-Net; another seed makes another revision."""
+    """Publish an adapter of random weights for this U-Net; another seed makes another revision.
+
+    concept: its token and class noun.
+    """
+    token, noun = concept
     generator = torch.Generator().manual_seed(seed)
     layers = {
         name: LoraLayer(
@@ -187,7 +198,7 @@ def publish(
         id=adapter_id,
         base=base,
         method="cat",
-        concepts=(ConceptSpec(token="sks", class_noun="cup", images="photos", alpha=2.0),),
+        concepts=(ConceptSpec(token=token, class_noun=noun, images="photos", alpha=2.0),),
         training=TrainingSpec(rank=2, seed=seed),
         evaluation=EvaluationSpec(),
     )
@@ -200,9 +211,9 @@ def publish(
             image_digests=["1" * 64],
             weights=AdapterWeights(layers),
             training={"steps": 2},
-            metrics={"kps": 0.2, "intervals": {"kps": [0.1, 0.3]}, "leak_matrix": {"tokens": ["sks"]}},
+            metrics={"kps": 0.2, "intervals": {"kps": [0.1, 0.3]}, "leak_matrix": {"tokens": [token]}},
             judge={"name": "pocket", "digest": "d" * 64},
-            reference={"concepts": {"sks": {"photos": [[0.5] * 4], **REFERENCE, "decoy": DECOY}}},
+            reference={"concepts": {token: {"photos": [[0.5] * 4], **REFERENCE, "decoy": DECOY}}},
             samples={
                 "sample-0-with-0.png": picture(),
                 "sample-0-without-0.png": picture(shade=seed),

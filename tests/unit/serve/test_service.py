@@ -219,6 +219,7 @@ def test_status_and_health(shop: Shop) -> None:
             assert len(lanes) == 3
             status = await service.status()
             assert status["sizes"] == ["16x16", "24x16", "16x24"]
+            assert status["stack"] == {"most": 2}, "no image has more adapters than there are slots"
             assert status["images"] == {"waiting": 0, "active": 0, "in_flight": 0}
             assert status["stuck_for_s"] < 10
             service.check_health()
