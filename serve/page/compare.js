@@ -122,7 +122,8 @@ function showPrompts(before, adapters) {
     ),
   );
   const old = byId("prompt").value.trim();
-  const own = old && before.length && !offeredBy(before).some(({ prompt }) => prompt === old);
+  // What was typed before the first adapter was there is someone's own too.
+  const own = old && !(before.length && offeredBy(before).some(({ prompt }) => prompt === old));
   if (own) setPrompt(movedPrompt(old, before, adapters));
   else setPrompt(offered.find(({ prompt }) => sameEnding(prompt, old))?.prompt ?? offered[0]?.prompt ?? old);
 }

@@ -149,6 +149,16 @@ def test_stop_cancels(open_page: OpenPage, live: Live) -> None:
     assert all(state != "done" for _, state, _ in page.evaluate("window.seen"))
 
 
+def test_a_prompt_that_is_typed_before_the_adapters_are_there_stays(open_page: OpenPage) -> None:
+    watched = open_page()
+    watched.page.route("**/v1/**", lambda route: None)
+    page = watched.open("#/compare/cup")
+    page.locator("#prompt").fill("my own words, sks, of a cup")
+    watched.page.unroute("**/v1/**")  # lets those go that wait
+    expect(page.locator("#prompt-hint")).to_have_text("Without it: my own words, of a cup")
+    expect(page.locator("#prompt")).to_have_value("my own words, sks, of a cup")
+
+
 def test_says_what_is_wrong_and_when_to_try_again(open_page: OpenPage) -> None:
     watched = open_page()
     watched.allowed.add(503)
