@@ -97,9 +97,11 @@ def test_its_configuration_changes(variant: Variant, figures: Figures) -> None:
 def test_another_version(variant: Variant, figures: Figures) -> None:
     """A second cluster takes over under load: `gcs-embedded`, and two doors"""
     before = active_cluster()
+    # As in base: an ingress in each, and as many doors again for those of a new version.
+    group = {"minReplicas": 2, "maxReplicas": 4, "resources": {"CPU": "0", "door": "1"}}
     doors = [
-        {"op": "replace", "path": f"/spec/rayClusterConfig/workerGroupSpecs/1/{field}", "value": 2}
-        for field in ("minReplicas", "maxReplicas")
+        {"op": "replace", "path": f"/spec/rayClusterConfig/workerGroupSpecs/1/{field}", "value": value}
+        for field, value in group.items()
     ]
     two = configured(lambda arguments: arguments.update(ingresses=2))
     with Load(ADAPTER) as load:
