@@ -61,6 +61,8 @@ class RequestedStack:
 
         It says what there is, unless the listing has every member: that is some seconds old, or they are there again.
         """
+        if not self.members:
+            return error
         for field, member in zip(self.fields, self.members, strict=True):
             try:
                 await listing.summary(member.reference)
