@@ -312,7 +312,9 @@ class Service:
 
 def _gated(call: ImageCall, found: list[Resolved]) -> tuple[ImageCall, list[Resolved], list[str]]:
     """Return the call with the adapters that it carries, what these resolved to, and a note on each other one."""
-    opened = [not call.gate or opens_gate(one.manifest, call.prompt) for one in found]
+    if not call.gate:
+        return call, found, []
+    opened = [opens_gate(one.manifest, call.prompt) for one in found]
     call = replace(call, adapters=tuple(compress(call.adapters, opened)))
     left_out = [gate_note(one.manifest) for one, carried in zip(found, opened, strict=True) if not carried]
     return call, list(compress(found, opened)), left_out

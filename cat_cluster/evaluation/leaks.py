@@ -115,11 +115,12 @@ def measure_decoys(
 
     drift_n = 1 - s(base(y_decoy)_n, f(y_decoy)_n)
     """
-    column, word = len(concepts) + 1, decoy([concept.token for concept in concepts])
+    *others, stray = triggers_of(concepts)
+    column = len(others)
     return tuple(
         DecoyScores(
             concepts[cell.row].token,
-            word,
+            str(stray.word),
             cell.seeds,
             tuple((1.0 - paired_similarity(base[cell.row, column], adapted[cell.row, column])).tolist()),
         )

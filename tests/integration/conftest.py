@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, sync_playwright
 
+from cat_cluster.cluster.kuberay.checks.schemas import Schemas, load_schemas
 from tests.support.browser_page import ARGUMENTS, CHROMIUM, RECORD, OpenPage, Watched
 from tests.support.tiny_jobs import CommandLine, Finished, adapter, run_process, write_judge, write_photos, write_spec
 
@@ -23,6 +24,12 @@ class Published:
     storage: Path
     spec: Path
     base: Path
+
+
+@pytest.fixture(scope="session")
+def schemas() -> Schemas:
+    """The schemas that manifests are held to."""
+    return load_schemas()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from cat_cluster.cluster.kuberay.checks.check import Document, check_manifests, read_manifests
 from cat_cluster.cluster.kuberay.checks.gates import DEFAULT_GATES, EMBEDDED_STORAGE
-from cat_cluster.cluster.kuberay.checks.schemas import Schemas, load_schemas
+from cat_cluster.cluster.kuberay.checks.schemas import Schemas
 from cat_cluster.cluster.kuberay.rendering import pods as kuberay_pods
 from cat_cluster.cluster.kuberay.rendering import render as kuberay
 from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, render_job
@@ -52,11 +52,6 @@ from tests.support.manifests import (
 # Fields whose keys are names of the writer's own: a misspelled one is another name.
 FREE = {"labels", "annotations", "matchLabels", "data", "limits", "requests", "rayStartParams", "nodeSelector", "hard"}
 FUZZED = 40  # keys of each document
-
-
-@pytest.fixture(scope="module")
-def schemas() -> Schemas:
-    return load_schemas()
 
 
 def project() -> dict[str, Any]:

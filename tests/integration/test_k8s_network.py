@@ -17,7 +17,7 @@ from ray.serve._private.constants import DEFAULT_HTTP_PORT
 
 from cat_cluster.cluster.kuberay.checks.check import check_manifests
 from cat_cluster.cluster.kuberay.checks.gates import DEFAULT_GATES, EMBEDDED_STORAGE
-from cat_cluster.cluster.kuberay.checks.schemas import Schemas, load_schemas
+from cat_cluster.cluster.kuberay.checks.schemas import Schemas
 from cat_cluster.cluster.kuberay.rendering import pods as kuberay_pods
 from jobs import probe
 from serve.http.access import ADMIN_KEYS
@@ -37,11 +37,6 @@ from tests.support.manifests import (
     serving,
     values,
 )
-
-
-@pytest.fixture(scope="module")
-def schemas() -> Schemas:
-    return load_schemas()
 
 
 @pytest.mark.parametrize("place", PLACES[1:])

@@ -140,12 +140,7 @@ def test_stop_cancels(open_page: OpenPage, live: Live) -> None:
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#announce")).to_have_text("Stopped. 0 of 3 pictures are done.")
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
-    deadline = time.monotonic() + 10
-    busy: tuple[int, int] = (1, 1)
-    while busy != (0, 0) and time.monotonic() < deadline:
-        status = live.call(live.engine.status())
-        busy = status["images"]["in_flight"], status["rows"]["in_use"]
-    assert busy == (0, 0)
+    live.await_idle()
     assert all(state != "done" for _, state, _ in page.evaluate("window.seen"))
 
 

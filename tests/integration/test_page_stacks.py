@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import time
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -197,12 +196,7 @@ def test_stop_cancels_all(open_page: OpenPage, live: Live) -> None:
     expect(page.locator("#engine-text")).to_contain_text("10 of 16 rows in use", timeout=DRAWN_MS)  # it may still ask
     page.get_by_role("button", name="Stop").click()
     expect(page.locator("#announce")).to_have_text("Stopped. 0 of 6 pictures are done.")
-    deadline = time.monotonic() + 10
-    busy: tuple[int, int] = (1, 1)
-    while busy != (0, 0) and time.monotonic() < deadline:
-        status = live.call(live.engine.status())
-        busy = status["images"]["in_flight"], status["rows"]["in_use"]
-    assert busy == (0, 0)
+    live.await_idle()
     assert len(sent) == 5, "the sixth picture waited, and was not asked for any more"
     assert all(state != "done" for _, state, _ in page.evaluate("window.seen"))
 

@@ -114,6 +114,15 @@ class Live:
         """Run a coroutine in the service's own loop."""
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
 
+    def await_idle(self) -> None:
+        """Wait until no image is in flight and no row in use; fails after 10 s."""
+        deadline = time.monotonic() + 10
+        busy: tuple[int, int] = (1, 1)
+        while busy != (0, 0) and time.monotonic() < deadline:
+            status = self.call(self.engine.status())
+            busy = status["images"]["in_flight"], status["rows"]["in_use"]
+        assert busy == (0, 0)
+
 
 @asynccontextmanager
 async def only(engine: ScriptedEngine) -> AsyncIterator[EngineClient]:
