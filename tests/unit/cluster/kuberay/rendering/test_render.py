@@ -363,7 +363,7 @@ def test_a_larger_spec_lies_in_the_storage_and_the_job_reads_it_there(
 
 
 @pytest.mark.slow
-def test_three_megabytes_of_spec_are_rendered_sooner_than_read(tmp_path: Path) -> None:
+def test_three_megabytes_of_spec_are_rendered_in_seconds(tmp_path: Path) -> None:
     template = f"a photo of a {{token}} {{class_noun}} {'on a table ' * 13}"
     adapters = [
         f"- id: cup-{n}\n  concepts:\n  - {{token: sks, class_noun: cup, images: s3://bucket/{n:0200d}, "
@@ -373,13 +373,11 @@ def test_three_megabytes_of_spec_are_rendered_sooner_than_read(tmp_path: Path) -
     spec = tmp_path / "spec.yaml"
     spec.write_text(f"name: tea\nadapters:\n{''.join(adapters)}")
     assert spec.stat().st_size > 3_000_000
-    times = [time.process_time()]
     read = load_spec(spec)
-    times.append(time.process_time())
+    started = time.process_time()
     text = manifest_text(render_job(read, BUCKET, RenderOptions(), run_id=RUN_ID, upload_to=Bucket(tmp_path / "store")))
-    times.append(time.process_time())
-    # Measured 3.3 s in all; of a machine that is busy with other things the ratio says more.
-    assert times[2] - times[1] < times[1] - times[0] < 20
+    # Measured 1.5 s. The bound is far off: it tells work that grows with the square of the concepts, nothing finer.
+    assert time.process_time() - started < 20
     assert len(text) < 20_000
 
 
