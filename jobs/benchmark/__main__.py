@@ -64,19 +64,35 @@ def specificity(
         "out/specificity"
     ),
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each adapter.")] = 300,
-    concepts: Annotated[int, typer.Option(min=2, max=6, help="Adapters at each share, and in a sum.")] = 4,
+    concepts: Annotated[int, typer.Option(min=2, max=6, help="Adapters at each share, and in a stack; even.")] = 4,
     images: Annotated[int, typer.Option(min=1, help="Images of each prompt and trigger; there are six prompts.")] = 2,
     share: Annotated[
-        list[float] | None, typer.Option(min=0.0, max=0.99, help="Shares of decoys; none means 0, 0.25 and 0.5.")
+        list[float] | None, typer.Option(min=0.0, max=0.99, help="Shares of decoys; none means 0, 0.25, 0.5 and 0.75.")
     ] = None,
     allow_dirty: AllowDirty = False,
 ) -> None:
-    """Compare shares of decoy rows: what adapters and their sum do with odd words (half an hour on 2 cores)."""
+    """Compare shares of decoy rows: what adapters and their stack do with odd words (half an hour on 2 cores)."""
     from jobs.benchmark.study.specificity import SHARES, run
 
+    if concepts % 2:
+        raise typer.BadParameter("two and two are each other's, so an even number", param_hint="--concepts")
     start, shares = begin(allow_dirty=allow_dirty), share or SHARES
     path = run(start, folder, people, steps=steps, concepts=concepts, images=images, shares=shares)
     people.print(f"wrote {path}")
+
+
+@app.command()
+def stacks(
+    folder: Annotated[Path, typer.Option(help="Where trained adapters are kept; a second run goes on.")] = Path(
+        "out/stacks"
+    ),
+    images: Annotated[int, typer.Option(min=1, help="Images of each prompt and trigger; there are six prompts.")] = 2,
+    allow_dirty: AllowDirty = False,
+) -> None:
+    """Compare stacks of adapters with joint ones, plain LoRA and the gate (some hours on 2 cores)."""
+    from jobs.benchmark.study.stacks import run
+
+    people.print(f"wrote {run(begin(allow_dirty=allow_dirty), folder, people, images=images)}")
 
 
 @app.command()

@@ -14,6 +14,7 @@ from jobs.benchmark.serving.verdicts import threads_text, verdicts
 from jobs.benchmark.study.aims import AIMS, Aim
 from jobs.benchmark.study.compare import judges_of, leak_means
 from jobs.benchmark.study.specificity import means
+from jobs.benchmark.study.stacks import judges_summed
 
 PAGES = ROOT / "docs" / "benchmarks"
 STUDY_PARTS = ("single", "joint", "photos")
@@ -42,7 +43,7 @@ def page_texts(results: Path = RESULTS) -> dict[str, str]:
     if study:
         first = next(iter(study.values()))
         pages["study.md"] = templates.get_template("study.md.j2").render(parts=study, first=first, aims=AIMS)
-    for name in ("frontier", "specificity", "optimisations", "packing"):
+    for name in ("frontier", "specificity", "stacks", "optimisations", "packing"):
         if result := read_result(name, results):
             pages[f"{name}.md"] = templates.get_template(f"{name}.md.j2").render(result=result)
     for name in SERVING:
@@ -108,6 +109,7 @@ def _templates() -> Environment:
         "difference": _difference,
         "leak_means": leak_means,
         "means": means,
+        "judges_summed": judges_summed,
         "verdict": _verdict,
         "shown_metrics": lambda scores: [metric for metric in _SHOWN if metric in next(iter(scores.values()))],
         "settings": lambda own: ", ".join(f"{name} {value}" for name, value in own.items() if name != "method"),

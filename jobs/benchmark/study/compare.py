@@ -17,6 +17,7 @@ from cat_cluster.evaluation.intervals import (
     paired_ratio_interval,
     resample,
 )
+from cat_cluster.evaluation.metrics import Array
 from jobs.benchmark.study.trials import Measured, Subject
 
 Cells = Mapping[tuple[str, str, int], Measured]
@@ -81,14 +82,17 @@ def judges_of(table: Mapping[str, Any]) -> list[str]:
 
 
 def prompts_followed(concept: ConceptFeatures) -> float | None:
-    """Return the share of images with the token that are nearer to their own prompt than to any other of the set.
+    """Return share_followed of the images with the token; None for a judge that cannot read."""
+    return None if concept.text_NF is None else share_followed(concept.with_NF, concept.text_NF)
+
+
+def share_followed(images_NF: Array, texts_NF: Array) -> float:
+    """Return the share of images that are nearer to their own prompt than to any other of the set.
 
     Prompt similarity falls when the concept is unlike its class noun, whatever else the image shows; that offset is the
-    same for every prompt and cancels here. None for a judge that cannot read.
+    same for every prompt and cancels here.
     """
-    if concept.text_NF is None:
-        return None
-    similar = concept.with_NF @ concept.text_NF.T
+    similar = images_NF @ texts_NF.T
     own = np.diagonal(similar)
     return float((own >= similar.max(axis=1) - 1e-9).mean())
 

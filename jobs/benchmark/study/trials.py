@@ -25,8 +25,11 @@ from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.intervals import ConceptFeatures
 from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.files import write_whole
+from cat_cluster.lora.formats import AdapterWeights
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.pocket import world
 from cat_cluster.pipeline.job import AdapterResult, run_job
+from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
@@ -100,16 +103,38 @@ class TrialRunner:
         cells = [(trial, subject, seed) for subject in subjects for seed in seeds for trial in trials]
         missing = [cell for cell in cells if not self._path(*cell).exists()]
         if missing:
-            job = JobSpec.model_validate(self._job(missing))
             paths = {_adapter_id(*cell): self._path(*cell) for cell in missing}
-            with _SavingBars(console, paths, self.start) as bars:
-                results = run_job(job, open_store(self._place / "registry"), Settings(), bars)
-            failed = [result for result in results if result.outcome == "failed"]
-            if failed:
-                raise CatClusterError(f"{failed[0].adapter_id} failed: {failed[0].reason}")
+            self._train(missing, _SavingBars(console, paths, self.start))
         return {
             (trial.name, subject.name, seed): _read(self._path(trial, subject, seed)) for trial, subject, seed in cells
         }
+
+    def weights(
+        self, trial: Trial, subjects: Sequence[Subject], seed: int, base: BaseModel, console: Console
+    ) -> dict[str, AdapterWeights]:
+        """Train a trial on every subject; returns subject -> weights. Those of an earlier call are read back.
+
+        Raises CatClusterError when an adapter fails.
+        """
+        registry = Registry(open_store(self._place / "registry"))
+        found = {}
+        for subject, result in zip(
+            subjects, self._train([(trial, subject, seed) for subject in subjects], JobBars(console)), strict=True
+        ):
+            assert result.manifest is not None  # every outcome but "failed" has one
+            found[subject.name] = registry.load_weights(
+                result.manifest, base_fingerprint=base.fingerprint, unet=base.unet
+            )
+        return found
+
+    def _train(self, cells: Sequence[tuple[Trial, Subject, int]], bars: JobBars) -> list[AdapterResult]:
+        job = JobSpec.model_validate(self._job(cells))
+        with bars:
+            results = run_job(job, open_store(self._place / "registry"), Settings(), bars)
+        failed = [result for result in results if result.outcome == "failed"]
+        if failed:
+            raise CatClusterError(f"{failed[0].adapter_id} failed: {failed[0].reason}")
+        return list(results)
 
     @cached_property
     def _place(self) -> Path:
