@@ -76,7 +76,7 @@ class ServeSettings(BaseModel):
     )
     slots: int = Field(default=16, ge=1, le=4096, description="Adapters held on the device at once.")
     max_rank: int = Field(
-        default=16, ge=1, le=256, description="Largest rank of an adapter, or of the adapters of one image together."
+        default=32, ge=1, le=256, description="Largest rank of an adapter, or of the adapters of one image together."
     )
     max_stack: int = Field(default=8, ge=1, le=MAX_STACK, description="Most adapters of one image.")
     targets: Targets = Field(default="attention_ff", description="Layers that adapters may change.")

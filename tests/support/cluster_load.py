@@ -16,7 +16,7 @@ KEY = base64.b64decode(os.environ["KEYS"]).decode()
 PATIENCE = 180  # seconds
 answers: collections.Counter = collections.Counter()
 slowest = 0.0
-problems: list = []  # when, in UTC, and what
+problems: list = []  # when it began, in UTC, seconds, and what
 lock = threading.Lock()
 
 
@@ -38,13 +38,13 @@ def client(number: int) -> None:
     global slowest
     seed = number
     while not Path("/tmp/stop").exists():
-        began = time.monotonic()
+        began, clock = time.monotonic(), time.strftime("%H:%M:%S")
         answer = ask(seed)
         took = time.monotonic() - began
         with lock:
             answers[answer] += 1
             if answer != "200" and len(problems) < 20:
-                problems.append([time.strftime("%H:%M:%S"), answer])
+                problems.append([clock, round(took, 1), answer])
             slowest = max(slowest, took)
         seed += CLIENTS
         time.sleep(0.2)
