@@ -23,7 +23,6 @@ from cat_cluster.store import open_store
 from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, SERVING_METRICS, Metrics
 from cat_cluster.telemetry.ray_backend import RayAndPrometheusBackend
 from serve.calls import AdminAction, Event, Failed, ImageCall
-from serve.doors import doors_open
 from serve.handle_client import HandleClient
 from serve.http.access import Access, check_bind
 from serve.http.ingress import build_app
@@ -46,13 +45,11 @@ ENGINE_METRICS = tuple(metric for metric in SERVING_METRICS if metric not in HTT
 class EngineReplica:
     """One replica: a Service in its own process, on its own device."""
 
-    async def __init__(self, settings: dict[str, Any], has_doors: bool) -> None:  # type: ignore[misc]
+    async def __init__(self, settings: dict[str, Any]) -> None:  # type: ignore[misc]
         write_logs()
         parsed = ServeSettings.model_validate(settings)
         metrics = RayAndPrometheusBackend()
         service = await asyncio.to_thread(_open_service, parsed, Metrics(metrics, ENGINE_METRICS))
-        if has_doors:
-            await doors_open(ray_serve.get_replica_context().app_name, INGRESS)
         service.exposition = metrics.exposition
         self._service = await service.__aenter__()
 
@@ -171,9 +168,7 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,
     )
-    application: ray_serve.Application = ingress.bind(
-        document, engine.bind(document, bool(deployment.ingress_resources))
-    )
+    application: ray_serve.Application = ingress.bind(document, engine.bind(document))
     return application
 
 

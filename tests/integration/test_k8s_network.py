@@ -35,6 +35,7 @@ from tests.support.manifests import (
     scheduled_pod,
     serve_config,
     serving,
+    users_service,
     values,
 )
 
@@ -59,8 +60,8 @@ def test_nightly_probes_reach_the_doors_and_nothing_else(place: str, tmp_path: P
     assert (key["name"], key["valueFrom"]["secretKeyRef"]["key"]) == (ADMIN_KEYS, ADMIN_KEYS)
     python, _, module, address = container["command"]
     assert (python, module) == ("python", probe.__name__)
-    (service,) = of_kind(place, "RayService")
-    assert address == f"http://{service['metadata']['name']}-serve-svc:{DEFAULT_HTTP_PORT}"
+    service = users_service(place)
+    assert address == f"http://{service['metadata']['name']}:{DEFAULT_HTTP_PORT}"
     assert container["image"] == next(values(serving(place)["doors"], "image"))
 
     worn = template["metadata"]["labels"]
@@ -83,18 +84,16 @@ def test_nightly_probes_reach_the_doors_and_nothing_else(place: str, tmp_path: P
 
 @pytest.mark.parametrize("place", PLACES)
 def test_traffic_goes_to_doors_alone_and_nothing_else_runs_there(place: str) -> None:
-    (service,) = of_kind(place, "RayService")
-    assert service["spec"]["excludeHeadPodFromServeSvc"] is True
-    (port,) = service["spec"]["serveService"]["spec"]["ports"]
-    assert (port["name"], port["port"]) == ("serve", DEFAULT_HTTP_PORT)
-    # Kubernetes sends nothing to a pod that has no port of this name.
-    having = [
-        name
-        for name, group in serving(place).items()
-        for one in group["template"]["spec"]["containers"][0]["ports"]
-        if one["name"] == port["targetPort"]
-    ]
-    assert having == ["doors"]
+    users, (service,) = users_service(place)["spec"], of_kind(place, "RayService")
+    (port,), groups = users["ports"], serving(place)
+    assert port["port"] == DEFAULT_HTTP_PORT
+    doors = groups["doors"]["template"]
+    # KubeRay adds the group, and no selector may name a cluster: in an upgrade both answer.
+    assert users["selector"].items() <= {**doors["metadata"]["labels"], "ray.io/group": "doors"}.items()
+    assert users["selector"]["ray.io/group"] == "doors"
+    assert {"name": port["targetPort"], "containerPort": port["port"]} in doors["spec"]["containers"][0]["ports"]
+    starts, answers = (doors["spec"]["containers"][0][f"{kind}Probe"] for kind in ("startup", "readiness"))
+    assert (starts["httpGet"]["path"], answers["httpGet"]["path"]) == ("/ready", "/-/healthz")
     cluster = {"metadata": {"name": "a", "namespace": "b"}, "spec": service["spec"]["rayClusterConfig"]}
     types = autoscaling_config._derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"]
     args, counted = deployment(place), {name: types[name]["resources"] for name in ("engines", "doors")}
@@ -102,10 +101,11 @@ def test_traffic_goes_to_doors_alone_and_nothing_else_runs_there(place: str) -> 
     for resource, share in args.ingress_resources.items():
         assert counted["doors"][resource] >= share
         assert resource not in counted["engines"]
-    groups, settings = serving(place), args.settings
-    pod = groups["doors"]["template"]["spec"]
-    waits = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert settings.deadline_s + GRACE_S < waits < pod["terminationGracePeriodSeconds"]
+    for labels, pod in ray_pods(place):
+        if labels["app.kubernetes.io/component"] != "serving":
+            continue
+        waits = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+        assert args.settings.deadline_s + GRACE_S < waits < pod["terminationGracePeriodSeconds"]
     callers = next(one for one in of_kind(place, "NetworkPolicy") if one["metadata"]["name"] == "serving-clients")
     assert callers["spec"]["podSelector"]["matchLabels"]["ray.io/group"] == "doors"
     budgets = [one["spec"]["selector"]["matchLabels"] for one in of_kind(place, "PodDisruptionBudget")]
@@ -144,6 +144,8 @@ def test_ports_of_manifests_agree_with_each_other(place: str) -> None:
             is_service = labels["app.kubernetes.io/component"] == "serving" and labels["ray.io/node-type"] == "worker"
             if is_service and name == "readinessProbe":
                 assert (asked["path"], asked["port"]) == ("/-/healthz", DEFAULT_HTTP_PORT)
+            elif labels["ray.io/group"] == "doors" and name == "startupProbe":
+                assert (asked["path"], asked["port"]) == ("/ready", DEFAULT_HTTP_PORT)
             else:
                 assert (asked["path"], asked["port"]) == (kuberay_pods.HEALTH_PATH, kuberay_pods.AGENT_PORT)
     listened = {one["containerPort"] for pod in pods(place) for one in values(pod, "ports") for one in one}

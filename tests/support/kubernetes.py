@@ -135,7 +135,7 @@ class Load:
     def __enter__(self) -> Load:
         self._remove()
         keys = objects("secret", "cat-cluster-api-keys")[0]["data"]["CAT_API_KEYS"]
-        url = f"http://cat-serving-serve-svc.{NAMESPACE}.svc:8000"
+        url = f"http://cat-serving.{NAMESPACE}.svc:8000"
         container = {
             "name": "load",
             "image": IMAGE,

@@ -49,6 +49,11 @@ def of_kind(place: str, *kinds: str) -> list[dict[str, Any]]:
     return [one for one in contents(place) if one["kind"] in kinds]
 
 
+def users_service(place: str) -> dict[str, Any]:
+    """The Service that users connect to."""
+    return next(one for one in of_kind(place, "Service") if one["metadata"]["name"] == "cat-serving")
+
+
 def clusters(place: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Each of KubeRay's objects with its cluster's spec."""
     for one in of_kind(place, *CUSTOM):
