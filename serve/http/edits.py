@@ -22,7 +22,7 @@ from serve.http.schema import EditRequest
 
 _IMAGE_NAMES = {"image": "image", "image[]": "image", "mask": "mask"}  # OpenAI's client sends a list as image[]
 # One at a time: a picture takes far more memory while it is read than its file.
-_READING = ThreadPoolExecutor(1, "cat-uploads")
+_READING = ThreadPoolExecutor(1, "uploads")
 
 
 @dataclass(frozen=True)
