@@ -44,7 +44,7 @@ class _Job(Generic[A]):
 
 
 class Codec:
-    """Text and image encoding, decoding and files off the device thread; close it after use, and it raises EngineStoppedError."""
+    """Encoding, decoding and files off the device thread; close it after use, and it raises EngineStoppedError."""
 
     def __init__(self, base: BaseModel, threads: int = 1, signer: ImageSigner | None = None) -> None:
         self._base, self._threads, self._signer = base, threads, signer

@@ -1,4 +1,4 @@
-"""Edits in the service: in the same calls as other images, each is the one of the command line and of stock diffusers."""
+"""Edits in the service: in calls with other images, each is the one of the command line and of stock diffusers."""
 
 from __future__ import annotations
 
@@ -160,7 +160,9 @@ def test_an_edit_makes_its_share_of_the_steps_and_says_so(shop: Shop) -> None:
             text = Image.open(io.BytesIO(found[-1].image)).text  # type: ignore[attr-defined]
             assert (text["denoising_strength"], text["masked"], text["steps"]) == ("0.35", "false", "10")
             assert text["strength"] == "1.0"
-            assert text["parameters"].endswith("Denoising strength: 0.35") or "strength: 0.35, Lora" in text["parameters"]
+            assert (
+                text["parameters"].endswith("Denoising strength: 0.35") or "strength: 0.35, Lora" in text["parameters"]
+            )
             assert "trainedAlgorithmicMedia" in text["XML:com.adobe.xmp"]
             for wrong, said in ((0.05, "leaves none to make"), (0.0, "out of range"), (1.5, "out of range")):
                 failed = failure_of(await events(service, replace(call, edit=edit(photo(), None, wrong))))
@@ -170,7 +172,9 @@ def test_an_edit_makes_its_share_of_the_steps_and_says_so(shop: Shop) -> None:
     run(main)
 
 
-def test_an_image_is_encoded_once_for_its_call_and_beside_the_steps(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_encoded_once_for_its_call_and_beside_the_steps(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """While the VAE is at work on an image, others go on being denoised, to their last step."""
     encoded: list[int] = []
     held, encode = threading.Event(), BaseModel.encode_moments
@@ -205,7 +209,9 @@ def test_an_image_is_encoded_once_for_its_call_and_beside_the_steps(shop: Shop, 
     run(main)
 
 
-def test_a_call_that_goes_while_its_image_is_encoded_leaves_nothing(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_goes_while_its_image_is_encoded_leaves_nothing(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held, begun, encode = threading.Event(), threading.Event(), BaseModel.encode_moments
 
     def slow(self: BaseModel, pixels: Tensor) -> Tensor:
@@ -244,6 +250,7 @@ def test_an_edit_says_nothing_about_its_adapter_alone(shop: Shop, monkeypatch: p
         async with open_service(shop, probes=ProbeSettings(live_share=1.0, canonical_every_s=1e6)) as service:
             await events(service, PHOTO)
             await events(service, CUP)
+            await asyncio.sleep(0)  # the probe's task begins
 
     run(main)
     assert probed == [CUP]

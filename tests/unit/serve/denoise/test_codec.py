@@ -80,9 +80,7 @@ def test_what_waits_is_done_together(codec: Codec, base: BaseModel, monkeypatch:
     assert len(sizes) == 3, "a prompt is encoded once"
 
 
-def test_images_that_wait_are_encoded_together(
-    codec: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_that_wait_are_encoded_together(codec: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     encode = type(base).encode_moments
 

@@ -124,7 +124,7 @@ def test_every_field_of_a_form_counts(http: httpx2.Client, engine: ScriptedEngin
     assert response.status_code == 200, response.text
     call = engine.calls[-1]
     members = [(str(member.reference), member.strength) for member in call.adapters]
-    assert members == [("cup", 1.0), ("mug@prod", 0.5)] or members == [("cup@latest", 1.0), ("mug@prod", 0.5)]
+    assert members == [("cup@latest", 1.0), ("mug@prod", 0.5)]
     assert (call.count, call.size, call.seed, call.steps, call.guidance) == (2, (24, 16), 9, 10, 2.5)
     assert (call.negative_prompt, call.sampler, call.gate, call.file.kind) == ("caf\u00e9", "euler", True, "webp")
     assert (call.file.quality, sent(engine).strength) == (40, 0.3)
@@ -154,7 +154,7 @@ def test_openais_client_edits(client: openai.OpenAI, engine: ScriptedEngine) -> 
     assert answer.data is not None
     assert (len(answer.data), answer.model) == (2, "cup@r-0123456789ab")  # type: ignore[attr-defined]
     assert (engine.calls[-1].seed, sent(engine).strength, sent(engine).mask is not None) == (3, 0.5, True)
-    client.images.edit(image=[photo()], prompt="a cup", mask=None, extra_body={"adapters": [{"model": "cup"}]})  # type: ignore[arg-type]
+    client.images.edit(image=[photo()], prompt="a cup", extra_body={"adapters": [{"model": "cup"}]})
     assert [member.strength for member in engine.calls[-1].adapters] == [1.0]
     stack = [{"model": "cup", "strength": 0.5}, {"model": "mug", "strength": 2}]
     client.images.edit(image=photo(), prompt="a cup", extra_body={"adapters": stack, "gate": True})
@@ -278,7 +278,7 @@ def test_a_damaged_form_is_refused_or_read_as_it_is(http: httpx2.Client, engine:
     """Cut off anywhere before its last boundary it is refused; changed anywhere it never breaks the service."""
     body, headers = whole_form()
     chance = random.Random(0)
-    for end in [*range(0, 200), *range(200, len(body) - 4, 37)]:
+    for end in [*range(200), *range(200, len(body) - 4, 37)]:
         response = http.post(PATH, content=body[:end], headers=headers)
         assert response.status_code == 400, (end, response.text)
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
@@ -308,7 +308,7 @@ def test_slow_uploads_are_few_and_have_a_limit(live: Live, http: httpx2.Client) 
 
     async def main() -> None:
         host, _, port = live.url.removeprefix("http://").partition(":")
-        head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: {headers['content-type']}\r\n"
+        head = f"POST {PATH} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {headers['content-type']}\r\n"
         slow = []
         for _ in range(2):
             reader, writer = await asyncio.open_connection(host, int(port))
