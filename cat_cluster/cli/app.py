@@ -33,7 +33,7 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.serve import serve
-from cat_cluster.cli.values import above_zero, check_all_values, output_folder, png_file
+from cat_cluster.cli.values import above_zero, check_all_values, input_file, output_folder, png_file
 from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.characters import shown_name
@@ -188,12 +188,17 @@ def generate(
     sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = "ddim",
     image: Annotated[
         Path | None,
-        typer.Option(metavar="<path>", help="Image to begin with, scaled and cropped to the base's own size."),
+        typer.Option(
+            metavar="<path>",
+            callback=input_file,
+            help="Image to begin with, scaled and cropped to the base's own size.",
+        ),
     ] = None,
     mask: Annotated[
         Path | None,
         typer.Option(
             metavar="<path>",
+            callback=input_file,
             help="What of the image to draw anew: the transparent areas of a file of the same width and height, or the "
             "white ones of a black and white one.",
         ),

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from cat_cluster.errors import OutputError
+from cat_cluster.errors import OutputError, SpecError
 
 
 class CheckedCommand(TyperCommand):
@@ -69,6 +69,17 @@ def png_file(given: str | Path) -> Path:
             f"cannot write {path}: images are written as PNG, and its suffix is {path.suffix}; give --out a name that "
             "ends in .png"
         )
+    return path
+
+
+def input_file(path: Path | None) -> Path | None:
+    """Return a file to read, or none; raises SpecError when it cannot be opened."""
+    if path is not None:
+        try:
+            path.open("rb").close()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SpecError(f"{path}: cannot be read: {reason}; check the path and its permissions") from error
     return path
 
 
