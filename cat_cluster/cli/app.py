@@ -33,7 +33,7 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.serve import serve
-from cat_cluster.cli.values import above_zero, check_all_values, input_file, output_folder, png_file
+from cat_cluster.cli.values import above_zero, check_all_values, check_readable, output_folder, png_file
 from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.characters import shown_name
@@ -190,7 +190,6 @@ def generate(
         Path | None,
         typer.Option(
             metavar="<path>",
-            callback=input_file,
             help="Image to begin with, scaled and cropped to the base's own size.",
         ),
     ] = None,
@@ -198,7 +197,6 @@ def generate(
         Path | None,
         typer.Option(
             metavar="<path>",
-            callback=input_file,
             help="What of the image to draw anew: the transparent areas of a file of the same width and height, or the "
             "white ones of a black and white one.",
         ),
@@ -224,6 +222,8 @@ def generate(
     from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
     from cat_cluster.registry.stacks import parse_member
 
+    for file in (image, mask):
+        check_readable(file)
     text, tags = take_tags(prompt)
     members = [parse_member(name) for name in (*(adapter or ()), *tags)]
     of_adapters, of_edit = (1.0 if strength is None else strength, None) if image is None else (1.0, strength)

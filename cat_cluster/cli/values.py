@@ -72,15 +72,14 @@ def png_file(given: str | Path) -> Path:
     return path
 
 
-def input_file(path: Path | None) -> Path | None:
-    """Return a file to read, or none; raises SpecError when it cannot be opened."""
+def check_readable(path: Path | None) -> None:
+    """Raise SpecError when a file that is to be read, if any, cannot be opened."""
     if path is not None:
         try:
             path.open("rb").close()
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise SpecError(f"{path}: cannot be read: {reason}; check the path and its permissions") from error
-    return path
 
 
 def above_zero(value: float | None) -> float | None:

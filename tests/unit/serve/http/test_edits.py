@@ -280,8 +280,7 @@ def test_a_damaged_form_is_refused_or_read_as_it_is(http: httpx2.Client, engine:
     chance = random.Random(0)
     for end in [*range(200), *range(200, len(body) - 4, 37)]:
         response = http.post(PATH, content=body[:end], headers=headers)
-        assert response.status_code == 400, (end, response.text)
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        assert_refused(response, 400, "invalid_form")
     assert engine.calls == []
     for _ in range(300):
         damaged = bytearray(body)
