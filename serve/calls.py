@@ -29,12 +29,26 @@ class FileFormat:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """An image to edit, of the call's size. pixels: RGB, row by row.
+
+    mask: a byte for each pixel, 1 where it is edited, else 0; None: all of it is.
+    strength: the share of the steps that are made, in (0, 1].
+    """
+
+    pixels: bytes = field(repr=False)
+    mask: bytes | None = field(repr=False)
+    strength: float
+
+
+@dataclass(frozen=True)
 class ImageCall:
     """A request for `count` images of one stack of adapters: image i uses seed + i.
 
     adapters: whose changes add up, each at its strength; none: the base alone. size: (width, height) in pixels,
     None for the base's own. previews: partial images per image. deadline_s: seconds from now. progress: send Progress.
     gate: leave out adapters none of whose tokens the prompt has. file: the format of images and previews.
+    edit: the image to begin with, of `size`, which is not None then; None: noise alone.
     """
 
     request_id: str
@@ -52,6 +66,7 @@ class ImageCall:
     progress: bool = False
     deadline_s: float | None = None
     file: FileFormat = FileFormat()
+    edit: Edit | None = None
 
     def pinned(self, model: str) -> ImageCall:
         """Return the call with the revisions in it that Accepted.model names, whatever its aliases name by then.

@@ -8,6 +8,7 @@ import copy
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from cat_cluster import telemetry
 from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineError, ServingError, SpecError
 from cat_cluster.lora.row_bank import RowAdapter
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.edit import EditSource, edit_latents, edit_table
 from cat_cluster.models.generate import image_array, initial_latents
 from cat_cluster.models.samplers import SamplerTable, sampler_table
 from cat_cluster.registry import Manifest
@@ -27,7 +29,7 @@ from cat_cluster.registry.manifest import WEIGHTS
 from cat_cluster.registry.stacks import stack_name
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Lease, Resolved
-from serve.calls import Event, Finished, ImageCall, Preview, Progress
+from serve.calls import Edit, Event, Finished, ImageCall, Preview, Progress
 from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
 from serve.denoise.image import EngineImage, ImageFacts, Size
@@ -54,7 +56,7 @@ class EngineParts:
 class ImagePlan:
     """A call with all that it names found: a manifest for each adapter, sampler table, latent size (H, W), deadline.
 
-    told: the call as its files tell of it.
+    told: the call as its files tell of it. source: what it edits, None: nothing.
     """
 
     call: ImageCall
@@ -66,6 +68,7 @@ class ImagePlan:
     deadline: float | None
     drift: str
     base_name: str
+    source: EditSource | None = None
 
     @classmethod
     def of(
@@ -86,6 +89,10 @@ class ImagePlan:
             offered = ", ".join(f"{w}x{h}" for w, h in parts.sizes)
             raise SpecError(f"size: {width}x{height} is not served; choose one of {offered}")
         unit = pixels_per_latent(parts.base)
+        table = sampler_table(call.sampler, parts.base.schedule, call.steps)
+        source = None if call.edit is None else _source(call.edit, width, height)
+        if source is not None:
+            table = edit_table(table, call.steps, source.strength)
         manifests = tuple(one.manifest for one in found)
         told, shortened = fitting_prompts(call, _names(manifests, parts.base.name), _digests(manifests))
         said = [*(one.note for one in found), *notes, shortened]
@@ -94,11 +101,12 @@ class ImagePlan:
             told=told,
             manifests=manifests,
             note="; ".join(note for note in said if note) or None,
-            table=sampler_table(call.sampler, parts.base.schedule, call.steps),
+            table=table,
             size=(height // unit, width // unit),
             deadline=deadline,
             drift=drift,
             base_name=parts.base.name,
+            source=source,
         )
 
     @property
@@ -116,6 +124,12 @@ class ImagePlan:
         return image_metadata(self.told, seed, _names(self.manifests, self.base_name), _digests(self.manifests))
 
 
+def _source(edit: Edit, width: int, height: int) -> EditSource:
+    pixels = np.frombuffer(edit.pixels, np.uint8).reshape(height, width, 3)
+    mask = None if edit.mask is None else np.frombuffer(edit.mask, np.bool_).reshape(height, width)
+    return EditSource.of(pixels, mask, edit.strength)
+
+
 def _names(manifests: Sequence[Manifest], base_name: str) -> list[str]:
     return [manifest.name for manifest in manifests] or [base_name]
 
@@ -131,6 +145,8 @@ class RunningCall:
         self._parts, self._plan = parts, plan
         self._queue = asyncio.Queue[Event | CatClusterError]()
         self._images: list[EngineImage] = []
+        # Encoded once for all of its images, while these wait for their adapters.
+        self._moments = None if plan.source is None else parts.codec.moments(plan.source.pixels)
         self._tasks = [asyncio.ensure_future(self._start(index)) for index in range(plan.call.count)]
         self.pixels: dict[int, Tensor] = {}
 
@@ -153,11 +169,14 @@ class RunningCall:
         # An image holds its listener, a cancelled task its frames, and both hold this call: cycles, with the latents.
         self._images.clear()
         self._tasks.clear()
+        if self._moments is not None:
+            self._moments.cancel()
 
     async def _start(self, index: int) -> None:
         """Bring one image to the engine's queue."""
         try:
-            image = await prepare_image(self._parts, self._plan, index, _Forwarder(self, index))
+            forwarder = _Forwarder(self, index)
+            image = await prepare_image(self._parts, self._plan, index, forwarder, moments=self._moments)
             self._images.append(image)
             self._parts.engine.submit(image)
         except Exception as error:
@@ -285,9 +304,18 @@ async def generate_in_spare_rows(parts: EngineParts, plan: ImagePlan) -> NDArray
 
 
 async def prepare_image(
-    parts: EngineParts, plan: ImagePlan, index: int, listener: Any, *, probe: bool = False
+    parts: EngineParts,
+    plan: ImagePlan,
+    index: int,
+    listener: Any,
+    *,
+    probe: bool = False,
+    moments: Future[Tensor] | None = None,
 ) -> EngineImage:
-    """Encode the texts and lease the adapters' slots at once, and return the image ready for the engine."""
+    """Encode the texts and lease the adapters' slots at once, and return the image ready for the engine.
+
+    moments: those of the plan's source, on their way.
+    """
     call, deadline = plan.call, plan.deadline
     prompts = [call.prompt, call.negative_prompt] if plan.guided else [call.prompt]
     texts = [
@@ -298,11 +326,18 @@ async def prepare_image(
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
             leases = await parts.cache.lease(plan.manifests)
             encoded = torch.stack(await asyncio.gather(*texts))
+            encoded_source = await _shared(moments)
+        seed, kept, source = call.seed + index, None, plan.source
+        if source is None or encoded_source is None:
+            latents = initial_latents(parts.base, seed, plan.table, plan.size)
+        else:
+            latents, kept = edit_latents(parts.base, encoded_source, source.mask, source.strength, seed, plan.table)
         rows = ImageRows(
             texts=encoded,
             table=plan.table,
             guidance=call.guidance if plan.guided else 1.0,
-            latents=initial_latents(parts.base, call.seed + index, plan.table, plan.size),
+            latents=latents,
+            kept=kept,
             adapters=tuple(
                 RowAdapter(lease.flat, manifest.rank, member.strength)
                 for lease, manifest, member in zip(leases, plan.manifests, call.adapters, strict=True)
@@ -327,6 +362,13 @@ async def prepare_image(
         notify_steps=preview_steps(call.previews, len(plan.table)),
         notify_all=call.progress,
     )
+
+
+async def _shared(moments: Future[Tensor] | None) -> Tensor | None:
+    """Wait for what other images of the call wait for too: one that is cancelled leaves it to them."""
+    if moments is None:
+        return None
+    return await asyncio.shield(asyncio.wrap_future(moments))
 
 
 def preview_steps(previews: int, steps: int) -> frozenset[int]:

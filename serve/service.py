@@ -269,9 +269,10 @@ class Service:
     def _probe_live(self, plan: ImagePlan, event: Finished, image: torch.Tensor) -> None:
         """Start a live probe with a user's image, for a share of them; the response does not wait for it.
 
-        An image of several adapters says nothing about one of them: no score of it compares with theirs.
+        An image of several adapters, or one that is made from another, says nothing about one of them: no score of it
+        compares with theirs.
         """
-        if self.prober is None or len(plan.manifests) != 1:
+        if self.prober is None or len(plan.manifests) != 1 or plan.call.edit is not None:
             return
         (manifest,) = plan.manifests
         if self.prober.wants_live(manifest, plan.call):

@@ -105,6 +105,15 @@ class ServeSettings(BaseModel):
         default=524288, ge=1024, description="Largest request body; the longest prompt fits, however it is escaped."
     )
     body_timeout_s: float = Field(default=10.0, gt=0, description="Seconds within which a request's body must arrive.")
+    max_upload_bytes: int = Field(
+        default=16 * 2**20, ge=1024, description="Largest body of an edit: its image, its mask and its fields."
+    )
+    upload_timeout_s: float = Field(
+        default=60.0, gt=0, description="Seconds within which the body of an edit must arrive."
+    )
+    max_uploads: int = Field(
+        default=16, ge=1, description="Edits whose files are read at once, per ingress process; one more is refused."
+    )
     show_photos: bool = Field(
         default=False, description="Show every caller the photos that adapters were taught with, not only admins."
     )

@@ -33,7 +33,7 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.serve import serve
-from cat_cluster.cli.values import above_zero, check_all_values, output_folder, png_file
+from cat_cluster.cli.values import above_zero, check_all_values, check_readable, output_folder, png_file
 from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.characters import shown_name
@@ -186,9 +186,28 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; up to 1 means none.")] = 4.0,
     sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = "ddim",
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<path>",
+            help="Image to begin with, scaled and cropped to the base's own size.",
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<path>",
+            help="What of the image to draw anew: the transparent areas of a file of the same width and height, or the "
+            "white ones of a black and white one.",
+        ),
+    ] = None,
     strength: Annotated[
-        float, typer.Option(help="How strongly the adapters act, times the strength of each; 1 as trained.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="How strongly the adapters act, times the strength of each; 1 as trained. With --image: how far the "
+            "image may change, above 0 to 1; default 0.8, with a mask 1; the adapters have theirs in --adapter ID:0.7."
+        ),
+    ] = None,
     gate: Annotated[
         bool, typer.Option("--gate", help="Leave out adapters none of whose tokens is a word of the prompt.")
     ] = False,
@@ -203,10 +222,13 @@ def generate(
     from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
     from cat_cluster.registry.stacks import parse_member
 
+    for file in (image, mask):
+        check_readable(file)
     text, tags = take_tags(prompt)
     members = [parse_member(name) for name in (*(adapter or ()), *tags)]
-    stack = [replace(member, strength=strength * member.strength) for member in members]
-    request = DrawRequest(text, stack, base, seed, steps, guidance, sampler, count, gate)
+    of_adapters, of_edit = (1.0 if strength is None else strength, None) if image is None else (1.0, strength)
+    stack = [replace(member, strength=of_adapters * member.strength) for member in members]
+    request = DrawRequest(text, stack, base, seed, steps, guidance, sampler, count, gate, image, mask, of_edit)
     with progress() as listener:
         paths = draw_images(request, out, open_registry(storage) if stack else None, device(), listener)
     for path in paths:

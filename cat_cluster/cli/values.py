@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from cat_cluster.errors import OutputError
+from cat_cluster.errors import OutputError, SpecError
 
 
 class CheckedCommand(TyperCommand):
@@ -70,6 +70,16 @@ def png_file(given: str | Path) -> Path:
             "ends in .png"
         )
     return path
+
+
+def check_readable(path: Path | None) -> None:
+    """Raise SpecError when a file that is to be read, if any, cannot be opened."""
+    if path is not None:
+        try:
+            path.open("rb").close()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SpecError(f"{path}: cannot be read: {reason}; check the path and its permissions") from error
 
 
 def above_zero(value: float | None) -> float | None:

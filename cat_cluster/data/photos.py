@@ -7,11 +7,12 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from cat_cluster.data.colour import ColourProfile, ProfileError
 from cat_cluster.errors import ConceptError
@@ -36,6 +37,28 @@ LARGEST_SHORT_SIDE = 2048
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "QOI")
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 _HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+@dataclass(frozen=True)
+class SizeLimits:
+    """How small and how large an image may be, in pixels."""
+
+    least_side: int = LEAST_SIDE
+    most_pixels: int = MOST_PIXELS
+
+
+_PHOTO_LIMITS = SizeLimits()
+
+
+@dataclass(frozen=True)
+class Still:
+    """One picture, upright. size: (width, height) as it was sent; pixels: RGB in sRGB, alpha laid over white, at this
+    size or reduced; alpha: L, 255 is opaque, None where all of it is.
+    """
+
+    size: tuple[int, int]
+    pixels: Image.Image
+    alpha: Image.Image | None
 
 
 def decoded_bytes(path: Path) -> int:
@@ -72,6 +95,26 @@ def read_image(path: Path) -> tuple[Image.Image, str]:
     return image, hashlib.sha256(content + (b"" if profile is None else b" in sRGB")).hexdigest()
 
 
+def read_still(name: str, content: bytes, limits: SizeLimits) -> Still:
+    """Read a picture that somebody sends, with the care of read_image; messages begin with `name`.
+
+    Raises ConceptError where read_image does, and for a file of several pictures, such as an animation.
+    """
+    path = Path(name)
+    with _opened(path, io.BytesIO(content), limits) as opened:
+        # A phone's JPEG may have smaller copies of itself behind it, and is then an MPO.
+        if opened.format != "MPO" and getattr(opened, "is_animated", False):
+            raise ConceptError(f"{path}: holds several pictures, and one is read; send a still image")
+        width, height = opened.size  # before a JPEG is reduced
+        if opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
+            width, height = height, width
+        pixels = _upright_rgb(path, opened, _profile(path, opened))
+        if not opened.has_transparency_data:
+            return Still((width, height), pixels, None)
+        alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
+        return Still((width, height), pixels, alpha if alpha.getextrema() != (255, 255) else None)
+
+
 def opens_as_image(path: Path) -> bool:
     """Say whether a file begins as a photo of a format that is read, whatever its name."""
     try:
@@ -88,7 +131,7 @@ def _unreadable(path: Path, error: OSError) -> ConceptError:
 
 
 @contextmanager
-def _opened(path: Path, file: IO[bytes]) -> Iterator[Image.Image]:
+def _opened(path: Path, file: IO[bytes], limits: SizeLimits = _PHOTO_LIMITS) -> Iterator[Image.Image]:
     """Open a photo of a size within the limits; what fails in the block is explained as a fault of the file."""
     start = file.read(32)
     file.seek(0)
@@ -96,13 +139,13 @@ def _opened(path: Path, file: IO[bytes]) -> Iterator[Image.Image]:
         raise ConceptError(f"{path}: is empty (0 bytes); replace or remove it")
     _refuse_unread_format(path, start)
     try:
-        with _pixel_limit(), Image.open(file, formats=_FORMATS) as image:
-            _refuse_size(path, image)
+        with _pixel_limit(limits.most_pixels), Image.open(file, formats=_FORMATS) as image:
+            _refuse_size(path, image, limits.least_side)
             yield image
     except ConceptError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        megapixels = MOST_PIXELS // 10**6
+        megapixels = limits.most_pixels // 10**6
         raise ConceptError(f"{path}: has more than {megapixels} megapixels; save a smaller copy of it") from None
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes make them stumble over.
         raise ConceptError(
@@ -112,10 +155,10 @@ def _opened(path: Path, file: IO[bytes]) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _pixel_limit() -> Iterator[None]:
+def _pixel_limit(most: int = MOST_PIXELS) -> Iterator[None]:
     """Hold Pillow to our limit of pixels: its own lets no photo of a 200-megapixel phone through."""
     before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = MOST_PIXELS
+    Image.MAX_IMAGE_PIXELS = most
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Odd but readable metadata is none of the user's business.
@@ -134,12 +177,12 @@ def _refuse_unread_format(path: Path, start: bytes) -> None:
         raise ConceptError(f"{path}: is a {kind} photo, which is not read; save it as JPEG or PNG in its place")
 
 
-def _refuse_size(path: Path, image: Image.Image) -> None:
+def _refuse_size(path: Path, image: Image.Image, least_side: int) -> None:
     width, height = image.size
     short, long = sorted((width, height))
-    if short < LEAST_SIDE:
+    if short < least_side:
         raise ConceptError(
-            f"{path}: is {width} x {height} pixels; at least {LEAST_SIDE} on each side are needed: "
+            f"{path}: is {width} x {height} pixels; at least {least_side} on each side are needed: "
             "replace it with a larger photo or remove it"
         )
     if long > LONGEST_SIDE or long > MOST_ASPECT * short:

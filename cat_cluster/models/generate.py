@@ -19,6 +19,7 @@ from torch import Tensor
 from cat_cluster.files import write_whole
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.edit import EditSource, KeptAreas, edit_latents, edit_table
 from cat_cluster.models.provenance import XMP, XMP_CHUNK
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
 from cat_cluster.spec.choices import SamplerName
@@ -26,7 +27,10 @@ from cat_cluster.spec.choices import SamplerName
 
 @dataclass(frozen=True)
 class ImageRow:
-    """One image to make: the same as a stock pipeline's with a CPU generator of this seed and this adapter."""
+    """One image to make: the same as a stock pipeline's with a CPU generator of this seed and this adapter.
+
+    source: the image that it is made from, of the base's own size; None: from noise alone.
+    """
 
     prompt: str
     seed: int
@@ -35,6 +39,7 @@ class ImageRow:
     guidance: float = 4.0
     sampler: SamplerName = "ddim"
     negative_prompt: str = ""
+    source: EditSource | None = None
 
     @property
     def guided(self) -> bool:
@@ -52,6 +57,7 @@ class _ActiveRow:
     text: Tensor
     negative_text: Tensor
     latents: Tensor
+    kept: KeptAreas | None
     previous: Tensor = field(init=False)
     step: int = 0
 
@@ -77,17 +83,18 @@ def generate(
         raise ValueError(f"rows_per_call is {rows_per_call}; it must be at least 1")
     if bank is None and any(row.slot != 0 for row in rows):
         raise ValueError("a row names an adapter's slot, and no bank is given")
-    tables = {key: sampler_table(key[0], base.schedule, key[1]) for key in {(r.sampler, r.steps) for r in rows}}
+    tables = {course: _table(base, *course) for course in {_course(row) for row in rows}}
+    sources = {row.source for row in rows if row.source is not None}
+    moments = {source: base.encode_moments(source.pixels.unsqueeze(0))[0] for source in sources}
     texts = _encode_prompts(base, rows, rows_per_call)
     images = torch.empty(len(rows), 3, base.resolution, base.resolution)
     waiting, active = deque(enumerate(rows)), list[_ActiveRow]()
-    done, total = 0, sum(len(tables[row.sampler, row.steps]) for row in rows)
+    done, total = 0, sum(len(tables[_course(row)]) for row in rows)
     with torch.no_grad():
         while waiting or active:
             while waiting and _fits(active, waiting[0][1], rows_per_call):
                 index, row = waiting.popleft()
-                table = tables[row.sampler, row.steps]
-                active.append(_start(base, index, row, table, texts))
+                active.append(_start(base, index, row, tables[_course(row)], texts, moments))
             _step(base, bank, active)
             done += len(active)
             finished = [entry for entry in active if entry.step == len(entry.table)]
@@ -158,9 +165,31 @@ def _fits(active: Sequence[_ActiveRow], row: ImageRow, rows_per_call: int) -> bo
     return not active or taken + (2 if row.guided else 1) <= rows_per_call
 
 
-def _start(base: BaseModel, index: int, row: ImageRow, table: SamplerTable, texts: Mapping[str, Tensor]) -> _ActiveRow:
+def _course(row: ImageRow) -> tuple[SamplerName, int, float | None]:
+    """Return what an image's table depends on: sampler, steps, and the strength of an edit."""
+    return row.sampler, row.steps, None if row.source is None else row.source.strength
+
+
+def _table(base: BaseModel, sampler: SamplerName, steps: int, strength: float | None) -> SamplerTable:
+    table = sampler_table(sampler, base.schedule, steps)
+    return table if strength is None else edit_table(table, steps, strength)
+
+
+def _start(
+    base: BaseModel,
+    index: int,
+    row: ImageRow,
+    table: SamplerTable,
+    texts: Mapping[str, Tensor],
+    moments: Mapping[EditSource, Tensor],
+) -> _ActiveRow:
     negative = texts[row.negative_prompt] if row.guided else texts[row.prompt]
-    return _ActiveRow(index, row, table, texts[row.prompt], negative, initial_latents(base, row.seed, table))
+    source = row.source
+    if source is None:
+        latents, kept = initial_latents(base, row.seed, table), None
+    else:
+        latents, kept = edit_latents(base, moments[source], source.mask, source.strength, row.seed, table)
+    return _ActiveRow(index, row, table, texts[row.prompt], negative, latents, kept)
 
 
 def _step(base: BaseModel, bank: LoraBank | None, active: Sequence[_ActiveRow]) -> None:
@@ -188,6 +217,8 @@ def _step(base: BaseModel, bank: LoraBank | None, active: Sequence[_ActiveRow]) 
     following, denoised = advance_rows(coefficients, latents, conditional, previous)
     for position, entry in enumerate(active):
         entry.latents, entry.previous = following[position], denoised[position]
+        if entry.kept is not None:
+            entry.latents = entry.kept.put_back(entry.latents, entry.table, entry.step)
         entry.step += 1
 
 

@@ -8,13 +8,14 @@ denoised latents. One step of any of them, for a row, is
     x        = on_latents * x + on_denoised * denoised + on_previous * previous
 
 with x = initial_scale * noise before the first step and previous = the last step's denoised (any finite value
-before the first). First and last steps, sigma space and multistep order are all in the coefficients.
+before the first). First and last steps, sigma space and multistep order are all in the coefficients. An image z0 is
+as noisy as the latents before a step as signal * z0 + noise * e, with e of unit variance.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, get_args
 
@@ -79,16 +80,31 @@ class SamplerTable:
     on_latents: Tensor
     on_denoised: Tensor
     on_previous: Tensor
+    signal: Tensor
+    noise: Tensor
     initial_scale: float
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    def after(self, skipped: int) -> SamplerTable:
+        """Return the steps behind the first `skipped`, for latents that begin as noisy as the latents there are.
+
+        Its first step has no step before it and is of first order, as a scheduler's of diffusers that begins there.
+        """
+        rest = {name: getattr(self, name)[skipped:].clone() for name in _COLUMNS}
+        rest["on_denoised"][:1] += rest["on_previous"][:1]
+        rest["on_previous"][:1] = 0.0
+        return replace(self, **rest)
 
     @cached_property
     def packed(self) -> Tensor:
         """The steps' coefficients [S, 7] in float32, in RowCoefficients' field order, for one copy per gather."""
         columns = [getattr(self, field.name) for field in fields(RowCoefficients)]
         return torch.stack(columns, dim=1).to(torch.float32)
+
+
+_COLUMNS = (*(field.name for field in fields(RowCoefficients)), "signal", "noise")
 
 
 def sampler_table(name: SamplerName, schedule: NoiseSchedule, steps: int) -> SamplerTable:
@@ -172,6 +188,8 @@ def _ddim(schedule: NoiseSchedule, steps: int) -> SamplerTable:
         on_latents=on_latents,
         on_denoised=np.sqrt(alpha_next) - on_latents * np.sqrt(alpha),
         on_previous=np.zeros_like(alpha),
+        signal=np.sqrt(alpha),
+        noise=np.sqrt(1 - alpha),
     )
 
 
@@ -205,6 +223,8 @@ def _euler(schedule: NoiseSchedule, steps: int) -> SamplerTable:
         on_latents=ratio,
         on_denoised=1 - ratio,
         on_previous=np.zeros_like(sigma),
+        signal=np.ones_like(sigma),
+        noise=sigma,
     )
 
 
@@ -239,6 +259,8 @@ def _dpmpp_2m(schedule: NoiseSchedule, steps: int) -> SamplerTable:
         on_latents=noise[1:] / noise[:-1],
         on_denoised=gain * (1 + half),
         on_previous=-gain * half,
+        signal=signal[:-1],
+        noise=noise[:-1],
     )
 
 

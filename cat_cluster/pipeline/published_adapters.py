@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from cat_cluster.data.concepts import Concept, load_concept
+from cat_cluster.data.edit_image import read_edit_image
 from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
 from cat_cluster.errors import AdapterMismatchError, EvaluationError, SpecError
@@ -18,6 +19,8 @@ from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import write_adapter
 from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.edit import EditSource
+from cat_cluster.models.edit_steps import edit_strength
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.gate import gate_note, opens_gate
@@ -48,7 +51,8 @@ class DrawListener(ImageListener, Protocol):
 class DrawRequest:
     """Images to draw: image i of `count` uses seed + i. adapters: whose changes add up; none: the base alone.
 
-    gate: leave out adapters none of whose tokens the prompt has.
+    gate: leave out adapters none of whose tokens the prompt has. image: a file to begin with; mask: one of its size,
+    which marks what is drawn anew; edit_strength: how far the image may change, None: the default one.
     """
 
     prompt: str
@@ -60,6 +64,9 @@ class DrawRequest:
     sampler: SamplerName = "ddim"
     count: int = 1
     gate: bool = False
+    image: Path | None = None
+    mask: Path | None = None
+    edit_strength: float | None = None
 
 
 def evaluate_published(
@@ -96,7 +103,7 @@ def draw_images(
     """Draw the images of a request and write them as PNGs that carry their parameters; return the paths.
 
     Raises SpecError for a prompt with control characters, which neither the tokenizer nor the PNG has a place for,
-    RegistryError for an adapter named twice.
+    or an image, a mask or a strength that cannot be used, RegistryError for an adapter named twice.
     """
     if (control := control_character(request.prompt)) is not None:
         raise SpecError(f"prompt: holds the control character {control!r}; remove it, or type the prompt anew")
@@ -120,8 +127,9 @@ def draw_images(
     for note in (*cut_notes(base.text_limit, tokens, prompt=request.prompt), *syntax_notes(request.prompt)):
         listener.message(f"warning: {note}")
     slot = 0 if bank is None else 1
+    source = _source(request, base, listener)
     rows = [
-        ImageRow(request.prompt, request.seed + i, slot, request.steps, request.guidance, request.sampler)
+        ImageRow(request.prompt, request.seed + i, slot, request.steps, request.guidance, request.sampler, "", source)
         for i in range(request.count)
     ]
     name = stack_name(manifest.name for manifest in manifests) or base.name
@@ -130,10 +138,35 @@ def draw_images(
     paths = []
     for i, (row, image) in enumerate(zip(rows, images, strict=True)):
         path = out if request.count == 1 else out.with_stem(f"{out.stem}-{i}")
-        parameters = {key: str(value) for key, value in asdict(row).items() if key != "slot"}
+        parameters = {key: str(value) for key, value in vars(row).items() if key not in ("slot", "source")}
+        if source is not None:
+            masked = str(source.mask is not None).lower()
+            parameters |= {"denoising_strength": str(source.strength), "masked": masked}
         save_png(image, path, {**parameters, "model": name, "strength": strength})
         paths.append(path)
     return paths
+
+
+def _source(request: DrawRequest, base: BaseModel, listener: DrawListener) -> EditSource | None:
+    """Read the image that a request begins with, at the base's own size."""
+    if request.image is None:
+        if request.mask is not None:
+            raise SpecError("mask: marks what of an image is drawn anew; give --image too")
+        return None
+    image, mask = (None if path is None else _file(path) for path in (request.image, request.mask))
+    assert image is not None  # its path is not
+    read = read_edit_image(image, mask, (base.resolution, base.resolution))
+    for note in read.notes:
+        listener.message(f"note: {note}")
+    strength = edit_strength(request.edit_strength, masked=read.mask is not None)
+    return EditSource.of(read.pixels, read.mask, strength)
+
+
+def _file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 def open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, strength: float = 1.0) -> LoraBank:

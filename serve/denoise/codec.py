@@ -1,7 +1,8 @@
-"""The codec: prompts to text embeddings, latents to images and files, and cheap previews, off the device thread.
+"""The codec: prompts to text embeddings, images to latents and back, files, and cheap previews, off the device thread.
 
-One thread processes what waits in batches: all prompts in one call of the text encoder, all finished latents of one
-size in one call of the VAE. Files are made by a few more, since compression holds no lock; one looks at prompts.
+One thread processes what waits in batches: all prompts in one call of the text encoder, all finished latents, or images
+to edit, of one size in one call of the VAE. Files are made by a few more, since compression holds no lock; one looks at
+prompts.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ class _Job(Generic[A]):
 
 
 class Codec:
-    """Text encoding, decoding and files off the device thread; close it after use, and it raises EngineStoppedError."""
+    """Encoding, decoding and files off the device thread; close it after use, and it raises EngineStoppedError."""
 
     def __init__(self, base: BaseModel, threads: int = 1, signer: ImageSigner | None = None) -> None:
         self._base, self._threads, self._signer = base, threads, signer
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
         self._prompts: list[_Job[str]] = []
         self._latents: list[_Job[Tensor]] = []
+        self._sources: list[_Job[Tensor]] = []
         self._lock = threading.Lock()
         self._closed = False
         self._stream: torch.cuda.Stream | None = None
@@ -62,8 +64,9 @@ class Codec:
         """Finish what has started; what waits fails with EngineStoppedError."""
         with self._lock:
             self._closed = True
-            jobs: list[_Job[Any]] = [*self._prompts, *self._latents]
-            self._prompts, self._latents = [], []
+            jobs: list[_Job[Any]] = [*self._prompts, *self._latents, *self._sources]
+            for waiting in (self._prompts, self._latents, self._sources):
+                waiting.clear()
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(_stopping())
@@ -90,6 +93,11 @@ class Codec:
         """
         with self._lock:
             return self._put(self._latents, latents, self._decode_waiting)
+
+    def moments(self, pixels: Tensor) -> Future[Tensor]:
+        """Return the VAE's moments [2C, h, w] of pixels [3, H, W] in [-1, 1], on the base's device."""
+        with self._lock:
+            return self._put(self._sources, pixels, self._encode_sources)
 
     def notes(self, call: ImageCall, tokens: Sequence[str]) -> Future[list[str]]:
         """Return what people should know of how a call's prompts are read; tokens: those of the adapter that draws."""
@@ -143,15 +151,27 @@ class Codec:
         return [texts[job.value] for job in jobs]
 
     def _decode_waiting(self) -> None:
-        with self._lock:
-            shape = self._latents[0].value.shape if self._latents else None
-            jobs = [job for job in self._latents if job.value.shape == shape][:AT_ONCE]
-            self._latents = [job for job in self._latents if job not in jobs]
-        _finish(jobs, self._decode)
+        _finish(self._take(self._latents), self._decode)
 
     def _decode(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
         with self._own_stream():
             return list(self._base.decode(torch.stack([job.value for job in jobs])).cpu())
+
+    def _encode_sources(self) -> None:
+        _finish(self._take(self._sources), self._encode_images)
+
+    def _encode_images(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
+        with self._own_stream():
+            # Copies, as of texts.
+            return [one.clone() for one in self._base.encode_moments(torch.stack([job.value for job in jobs]))]
+
+    def _take(self, waiting: list[_Job[Tensor]]) -> list[_Job[Tensor]]:
+        """Take the first jobs of one shape from those that wait."""
+        with self._lock:
+            shape = waiting[0].value.shape if waiting else None
+            jobs = [job for job in waiting if job.value.shape == shape][:AT_ONCE]
+            waiting[:] = [job for job in waiting if job not in jobs]
+        return jobs
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:

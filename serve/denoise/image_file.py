@@ -40,7 +40,8 @@ def image_file(image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> 
 def image_metadata(call: ImageCall, seed: int, served_by: Sequence[str], digests: Sequence[str]) -> dict[str, str]:
     """Return what an image's file says of it; served_by: the revisions, or the base's name; digests: of their weights.
 
-    `model`, `strength` and `adapter_sha256` of a stack have a part for each adapter, with a + between them.
+    `model`, `strength` and `adapter_sha256` of a stack have a part for each adapter, with a + between them. An edit has
+    the share of steps that were made as `denoising_strength`, for `strength` is that of the adapters.
     `parameters` follows AUTOMATIC1111's form, so that its readers show prompt, sampler, seed and model.
     """
     text = {
@@ -54,6 +55,9 @@ def image_metadata(call: ImageCall, seed: int, served_by: Sequence[str], digests
         "model": stack_name(served_by),
         "request_id": call.request_id,
     }
+    if call.edit is not None:
+        text["denoising_strength"] = str(call.edit.strength)
+        text["masked"] = str(call.edit.mask is not None).lower()
     if digests:
         text["adapter_sha256"] = stack_name(digests)
     return {**text, "parameters": _parameters(call, seed, served_by, digests)}
@@ -99,6 +103,8 @@ def _parameters(call: ImageCall, seed: int, served_by: Sequence[str], digests: S
         f"Seed: {seed}",
         f"Model: {stack_name(served_by)}",
     ]
+    if call.edit is not None:
+        facts.append(f"Denoising strength: {call.edit.strength:g}")
     if digests:
         hashes = [f"{name}: {digest[:12]}" for name, digest in zip(served_by, digests, strict=True)]
         facts.append(f'Lora hashes: "{", ".join(hashes)}"')

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cat_cluster.lora.row_bank import RowAdapter, RowBank
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.edit import KeptAreas
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients
 
 
@@ -22,7 +23,7 @@ class ImageRows:
     """An image on its way: texts [2 or 1, L, D] (prompt first), its sampler, and the step it is at.
 
     adapters are read when the image joins; latents [C, H, W] are its first ones, or, of an image that
-    was parked, those it had, with `previous` (the last denoised latents) beside them.
+    was parked, those it had, with `previous` (the last denoised latents) beside them. kept: what an edit puts back.
     """
 
     texts: Tensor
@@ -31,6 +32,7 @@ class ImageRows:
     latents: Tensor
     adapters: tuple[RowAdapter, ...] = ()
     previous: Tensor | None = None
+    kept: KeptAreas | None = None
     step: int = 0
 
     @property
@@ -128,6 +130,9 @@ class Rows:
         # An image without guidance has its one row on both sides: the difference is exactly zero.
         predicted = plain + index.guidance.view(-1, 1, 1, 1) * (output[index.prompt] - plain)
         following, denoised = advance_rows(coefficients, latents, predicted, self._previous[: len(images)])
+        for place, image in enumerate(images):
+            if image.kept is not None:
+                following[place] = image.kept.put_back(following[place], image.table, image.step)
         latents.copy_(following)
         self._previous[: len(images)].copy_(denoised)
         for image in images:

@@ -56,6 +56,7 @@ class Access:
         # body, such as health, and those whose images are drawn always have room.
         self._all_bodies = 2 * (settings.max_waiting + settings.max_rows // 2)
         self._open_bodies = 0
+        self._most_uploads, self._uploads = settings.max_uploads, 0
         self._per_minute = settings.requests_per_minute
         self._api = [_digest(key) for key in api_keys]
         self._admin = [_digest(key) for key in admin_keys]
@@ -138,6 +139,18 @@ class Access:
         finally:
             use.bodies -= 1
             self._open_bodies -= 1
+
+    @contextmanager
+    def upload(self, caller: Caller) -> Iterator[None]:
+        """Hold a request whose files are being sent and read, which take memory; 429 and 503 as for other bodies."""
+        if self._uploads >= self._most_uploads:
+            raise http_error_of(OverloadedError("the service reads too many images now; try again later", _RETRY_S))
+        with self.body(caller):
+            self._uploads += 1
+            try:
+                yield
+            finally:
+                self._uploads -= 1
 
     def _used_by(self, caller: Caller) -> _Use:
         return self._use.setdefault(caller.name, _Use())

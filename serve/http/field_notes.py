@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from cat_cluster.models.edit_steps import steps_made
 from serve.calls import ImageCall
-from serve.http.schema import ImageRequest
+from serve.http.schema import DrawingRequest, ImageRequest
 
-_WITHOUT_MEANING = ("quality", "complexity", "style", "moderation", "user", "safety_identifier")
+_WITHOUT_MEANING = (
+    *("quality", "complexity", "style", "moderation", "user", "safety_identifier"),
+    "input_fidelity",
+)
 
 
-def field_notes(body: ImageRequest, call: ImageCall) -> Iterator[str]:
+def field_notes(body: DrawingRequest, call: ImageCall) -> Iterator[str]:
     """Yield a note for each field, or kind of fields, that was given and does not change the response."""
     given = body.model_fields_set
     ignored = [name for name in _WITHOUT_MEANING if name in given and getattr(body, name) != "auto"]
@@ -23,9 +27,10 @@ def field_notes(body: ImageRequest, call: ImageCall) -> Iterator[str]:
     streamed = [name for name in ("partial_images", "progress") if getattr(body, name) and not body.stream]
     if streamed:
         yield f"{', '.join(streamed)}: only with stream"
-    if call.previews >= call.steps:
-        yield f"partial_images: {call.steps - 1} instead of {call.previews}; only steps before the last have one"
-    if not call.adapters and body.strength != 1.0:
+    steps = call.steps if call.edit is None else steps_made(call.steps, call.edit.strength)
+    if call.previews >= steps:
+        yield f"partial_images: {steps - 1} instead of {call.previews}; only steps before the last have one"
+    if not call.adapters and isinstance(body, ImageRequest) and body.strength != 1.0:
         yield "strength: the base model alone has no adapter"
     if not call.adapters and body.gate:
         yield "gate: the base model alone has no adapter"

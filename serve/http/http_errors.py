@@ -13,8 +13,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cat_cluster import errors
-from serve.http.schema import ErrorResponse, ImageRequest
+from serve.http.schema import EditRequest, ErrorResponse, ImageRequest
 
+_FIELDS = {*ImageRequest.model_fields, *EditRequest.model_fields, "image", "mask"}
 _SHOWN = 400  # characters of a message: it may quote what the client sent
 
 
@@ -72,7 +73,7 @@ _MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
         "model",
     ),
     413: ("The body is too large.", "the body is larger than 524288 bytes", "body_too_large", None),
-    415: ("The body is not JSON by its content type.", "send Content-Type: application/json", "not_json", None),
+    415: ("The body is not of the route's content type.", "send Content-Type: application/json", "not_json", None),
     422: (
         "The adapter does not fit this base, or is damaged.",
         "cup was trained on another",
@@ -152,7 +153,7 @@ def _invalid(found: Sequence[Any]) -> HttpError:
 def _field_of(message: str) -> str | None:
     """Return the field of the request that a message begins with, such as `size: ...` and `adapters.0.model: ...`."""
     name, colon, _ = message.partition(":")
-    return name if colon and name.partition(".")[0] in ImageRequest.model_fields else None
+    return name if colon and name.partition(".")[0] in _FIELDS else None
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

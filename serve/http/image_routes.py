@@ -1,4 +1,4 @@
-"""POST /v1/images/generations: a request becomes a call, and the engine's events a response or a stream."""
+"""POST /v1/images/generations and edits: a request becomes a call, and the engine's events a response or a stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import time
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -23,11 +24,12 @@ from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, Engi
 from cat_cluster.registry.stacks import stack_name
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
 from serve.http.access import Caller
+from serve.http.edits import edit_form, read_edit
 from serve.http.field_notes import field_notes
 from serve.http.http_errors import error_responses, http_error_of
 from serve.http.request_log import CLIENT_CLOSED, RequestEntry, log_unexpected
-from serve.http.routes import IngressDep, KeyedRoute, RouteParts, bearer, caller_of, request_entry
-from serve.http.schema import ANY_SEED, ImageRequest, ImagesResponse
+from serve.http.routes import IngressDep, KeyedRoute, RouteParts, StrictRequest, bearer, caller_of, request_entry
+from serve.http.schema import ANY_SEED, DrawingRequest, ImageRequest, ImagesResponse
 from serve.http.stacks import RequestedStack
 from serve.http.streams import EventStream, cancelled_on_disconnect
 
@@ -40,7 +42,20 @@ _NO_TOKENS = {
 }
 _EVENTS = """The images. With `stream`, server-sent events instead: `image_generation.partial_image`,
 `image_generation.completed` for each image, with `progress` also `image_generation.progress`, and `error` where the
-call fails after its start."""
+call fails after its start. Those of edits begin with `image_edit`."""
+
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": ImagesResponse,
+        "description": _EVENTS,
+        "content": {"text/event-stream": {}},
+        "headers": {
+            "x-cat-model": {"description": "The model that serves the call.", "schema": {"type": "string"}},
+            "x-cat-drift": {"description": "Drift state of the revision.", "schema": {"type": "string"}},
+        },
+    },
+    **error_responses(400, 401, 404, 408, 409, 413, 415, 422, 429, 499, 503, 504),
+}
 
 router = APIRouter(prefix="/v1/images", route_class=KeyedRoute, tags=["images"], dependencies=[Depends(bearer)])
 
@@ -49,18 +64,7 @@ router = APIRouter(prefix="/v1/images", route_class=KeyedRoute, tags=["images"],
     "/generations",
     response_model=None,
     summary="Generate images",
-    responses={
-        200: {
-            "model": ImagesResponse,
-            "description": _EVENTS,
-            "content": {"text/event-stream": {}},
-            "headers": {
-                "x-cat-model": {"description": "The model that serves the call.", "schema": {"type": "string"}},
-                "x-cat-drift": {"description": "Drift state of the revision.", "schema": {"type": "string"}},
-            },
-        },
-        **error_responses(400, 401, 404, 408, 409, 413, 415, 422, 429, 499, 503, 504),
-    },
+    responses=_RESPONSES,
 )
 async def create_image(body: ImageRequest, request: Request, ingress: IngressDep) -> Response:
     """Generate `n` images of a prompt, with an adapter, with several whose changes add up, or with the base alone.
@@ -69,9 +73,34 @@ async def create_image(body: ImageRequest, request: Request, ingress: IngressDep
     here (quality, complexity, style, moderation, user, safety_identifier) are accepted, and `note` says that they
     change nothing.
     """
-    entry = request_entry(request)
     stack = RequestedStack.of(body, ingress.settings)
-    call = to_call(body, stack, entry.request_id, ingress)
+    call = to_call(body, stack, request_entry(request).request_id, ingress)
+    return await _respond(_Answer("image_generation", body, call), stack, request, ingress)
+
+
+@router.post(
+    "/edits",
+    response_model=None,
+    summary="Edit an image",
+    responses=_RESPONSES,
+    openapi_extra={"requestBody": edit_form()},
+)
+async def edit_image(request: Request, ingress: IngressDep) -> Response:
+    """Draw `n` images that begin with an image, or draw a part of it anew: what a mask marks, or its transparent areas.
+
+    The form is that of OpenAI's image edits, with the fields of generations, but for `strength`, which is how far the
+    image may change.
+    """
+    edit = await read_edit(cast(StrictRequest, request))
+    stack = RequestedStack.of(edit.body, ingress.settings)
+    call = to_call(edit.body, stack, request_entry(request).request_id, ingress)
+    call = replace(call, size=edit.size, edit=edit.edit)
+    return await _respond(_Answer("image_edit", edit.body, call, edit.notes), stack, request, ingress)
+
+
+async def _respond(answer: _Answer, stack: RequestedStack, request: Request, ingress: RouteParts) -> Response:
+    """Have the engine draw what an answer is to have."""
+    entry, call = request_entry(request), answer.call
     named = stack_name(str(member.reference) for member in call.adapters)
     entry.facts.update(model=named or ingress.settings.base, images=call.count)
     if entry.may_quote:
@@ -82,11 +111,11 @@ async def create_image(body: ImageRequest, request: Request, ingress: IngressDep
         accepted = cast(Accepted, await anext(events))
         entry.facts["model"] = accepted.model
         headers = {"x-cat-model": quote(accepted.model, safe="@/:+"), "x-cat-drift": accepted.drift}
-        answer = _Answer.of(body, call, accepted)
-        if not body.stream:
+        answer = replace(answer, accepted=accepted)
+        if not answer.body.stream:
             finished = [event async for event in events if isinstance(event, Finished)]
             content = await asyncio.to_thread(answer.whole, finished)
-    if not body.stream:
+    if not answer.body.stream:
         return Response(content, headers=headers, media_type="application/json")
     return EventStream(
         events,
@@ -97,7 +126,7 @@ async def create_image(body: ImageRequest, request: Request, ingress: IngressDep
     )
 
 
-def to_call(body: ImageRequest, stack: RequestedStack, request_id: str, ingress: RouteParts) -> ImageCall:
+def to_call(body: DrawingRequest, stack: RequestedStack, request_id: str, ingress: RouteParts) -> ImageCall:
     """Return the engine's call for a request and the adapters that it names."""
     return ImageCall(
         request_id=request_id,
@@ -140,33 +169,40 @@ async def _events(
         raise EngineStoppedError("the engine stopped before the images were done; try again")
 
 
+_NOT_YET = Accepted("")
+
+
 @dataclass(frozen=True)
 class _Answer:
-    """What the response to a request has beside its images, and in which form it has these."""
+    """What the response to a request has beside its images, and in which form it has these.
 
+    kind: what its events' names begin with; notes: on what became of the request before the call.
+    """
+
+    kind: str
+    body: DrawingRequest
     call: ImageCall
-    model: str
-    cat: Mapping[str, Any]
-    as_url: bool
+    notes: tuple[str, ...] = ()
+    accepted: Accepted = _NOT_YET
 
-    @classmethod
-    def of(cls, body: ImageRequest, call: ImageCall, accepted: Accepted) -> _Answer:
-        notes = [accepted.note, *field_notes(body, call)]
+    @cached_property
+    def cat(self) -> Mapping[str, Any]:
+        """This service's own facts."""
+        notes = [self.accepted.note, *self.notes, *field_notes(self.body, self.call)]
         note = "; ".join(note for note in notes if note) or None
-        cat = {"request_id": call.request_id, "drift": accepted.drift, "note": note}
-        return cls(call, accepted.model, cat, as_url=body.response_format == "url")
+        return {"request_id": self.call.request_id, "drift": self.accepted.drift, "note": note}
 
     def whole(self, finished: list[Finished]) -> bytes:
         """Return the body of a response with all images."""
         finished = sorted(finished, key=lambda image: image.index)
-        prefix = f"data:{self.call.file.media_type};base64," if self.as_url else None
+        prefix = f"data:{self.call.file.media_type};base64," if self.body.response_format == "url" else None
         items = [
             _with_image(image.image, {"seed": image.seed, "revised_prompt": None, "facts": dict(image.facts)}, prefix)
             for image in finished
         ]
         rest = {
             "created": int(time.time()),
-            "model": self.model,
+            "model": self.accepted.model,
             "size": _size(finished[0].image),
             "output_format": self.call.file.kind,
             "cat": self.cat,
@@ -176,16 +212,16 @@ class _Answer:
     def event(self, event: Event) -> bytes:
         """Return an event as OpenAI's clients read it, with this service's fields beside theirs."""
         if isinstance(event, Preview):
-            kind = "image_generation.partial_image"
+            kind = f"{self.kind}.partial_image"
             own = {"partial_image_index": event.number, "index": event.index, "step": event.step, "steps": event.steps}
             data = _with_image(event.image, {"type": kind, **self._image_fields(event.image), **own})
         elif isinstance(event, Finished):
-            kind = "image_generation.completed"
-            done = {"index": event.index, "seed": event.seed, "model": self.model, "usage": _NO_TOKENS}
+            kind = f"{self.kind}.completed"
+            done = {"index": event.index, "seed": event.seed, "model": self.accepted.model, "usage": _NO_TOKENS}
             more = {"facts": dict(event.facts), "cat": self.cat}
             data = _with_image(event.image, {"type": kind, **self._image_fields(event.image), **done, **more})
         elif isinstance(event, Progress):
-            kind = "image_generation.progress"
+            kind = f"{self.kind}.progress"
             data = json.dumps({"type": kind, "index": event.index, "step": event.step, "steps": event.steps}).encode()
         else:
             return b""

@@ -28,13 +28,15 @@ from serve.http.registry_listing import RegistryListing
 from serve.http.request_log import RequestLog, log_unexpected
 from serve.http.routes import IngressDep, RouteParts, request_entry
 from serve.http.schema import HealthResponse
+from serve.http.served_sizes import ServedSizes
 from serve.http.sites import SiteGuard
 from serve.settings import ServeSettings
 
 PROMPTS_VARIABLE = "CAT_LOG_PROMPTS"
 _ENGINE_S = 5.0
 _ABOUT = """Generates images with CAT adapters of one Stable Diffusion base: each request names an adapter, and requests
-of different adapters are denoised in one batch. Any OpenAI client can use `/v1/images/generations` and `/v1/models`."""
+of different adapters are denoised in one batch. Any OpenAI client can use `/v1/images/generations`, `/v1/images/edits`
+and `/v1/models`."""
 
 router = APIRouter(tags=["operation"])
 
@@ -62,8 +64,10 @@ def build_app(
         redoc_url=None,
         redirect_slashes=False,
     )
+    engine = client if callable(client) else lambda: client
     app.state.ingress = RouteParts(
-        engine=client if callable(client) else lambda: client,
+        engine=engine,
+        served_sizes=ServedSizes(engine),
         registry_listing=RegistryListing(registry),
         settings=settings,
         access=access,

@@ -21,6 +21,7 @@ from serve.http.access import Access, Caller
 from serve.http.http_errors import HttpError, http_error_of
 from serve.http.registry_listing import RegistryListing
 from serve.http.request_log import RequestEntry
+from serve.http.served_sizes import ServedSizes
 from serve.settings import ServeSettings
 
 # It only describes the scheme; KeyedRoute checks the key, before a body is read.
@@ -33,6 +34,7 @@ class RouteParts:
 
     engine: Callable[[], EngineClient]
     registry_listing: RegistryListing
+    served_sizes: ServedSizes
     settings: ServeSettings
     access: Access
     exposition: Callable[[], bytes]
@@ -57,7 +59,7 @@ IngressDep = Annotated[RouteParts, Depends(ingress_of)]
 
 
 class StrictRequest(Request):
-    """A request whose body has a size limit and must be JSON, also by its content type."""
+    """A request whose body has a size limit and must be JSON, also by its content type; or is uploaded as it is."""
 
     _whole: bytes | None = None
 
@@ -69,22 +71,28 @@ class StrictRequest(Request):
         if self._whole is None:
             ingress = ingress_of(self)
             with ingress.access.body(caller_of(self)):
-                self._whole = await self._read(ingress.settings.max_body_bytes, ingress.settings.body_timeout_s)
+                limits = ingress.settings
+                self._whole = await self._read(limits.max_body_bytes, limits.body_timeout_s, "shorten the prompt")
             if self._whole and not _is_json(self.headers.get("content-type", "")):
                 raise HttpError(415, "send the body as JSON, with Content-Type: application/json", "not_json")
         return self._whole
 
-    async def _read(self, most: int, limit_s: float) -> bytes:
-        """Return the body as it is sent."""
+    async def upload(self) -> bytes:
+        """Return the body of an upload, of any content type; 408 and 413 beyond the limits of uploads."""
+        limits = ingress_of(self).settings
+        return await self._read(limits.max_upload_bytes, limits.upload_timeout_s, "send a smaller image")
+
+    async def _read(self, most: int, limit_s: float, remedy: str) -> bytes:
+        """Return the body as it is sent; remedy: for one that is too large."""
         chunks, size = [], 0
         if _announced(self.headers.get("content-length", "")) > most:
-            raise _too_large(most)
+            raise _too_large(most, remedy)
         try:
             async with asyncio.timeout(limit_s):
                 async for chunk in self.stream():
                     size += len(chunk)
                     if size > most:
-                        raise _too_large(most)
+                        raise _too_large(most, remedy)
                     chunks.append(chunk)
         except TimeoutError:
             raise HttpError(
@@ -137,8 +145,8 @@ def _is_json(content_type: str) -> bool:
     return content_type.partition(";")[0].strip().lower() == "application/json"
 
 
-def _too_large(most: int) -> HttpError:
-    return HttpError(413, f"the body is larger than {most} bytes; shorten the prompt", "body_too_large")
+def _too_large(most: int, remedy: str) -> HttpError:
+    return HttpError(413, f"the body is larger than {most} bytes; {remedy}", "body_too_large")
 
 
 def _refuse_constant(name: str) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from cat_cluster.models.edit_steps import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH
 from cat_cluster.spec.characters import CONTROLS, control_character
 from cat_cluster.spec.choices import SamplerName
 from serve.calls import AdminAction, FileFormat, FileKind
@@ -86,10 +87,8 @@ class AdapterChoice(_Body):
     )
 
 
-class ImageRequest(_Body):
-    """A prompt, and how to generate its images. Fields but the prompt may be absent or null; no others are accepted."""
-
-    model_config = ConfigDict(json_schema_extra=_describe)
+class DrawingRequest(_Body):
+    """A prompt, and how its images are drawn: what generations and edits share."""
 
     prompt: Annotated[Text, Field(min_length=1, max_length=MAX_PROMPT)] = Field(
         description="What the image shows. An adapter's concept appears only where its token is a word of the prompt. "
@@ -129,13 +128,6 @@ class ImageRequest(_Body):
     )
     negative_prompt: Text = Field(default="", max_length=4000, description="What the image must not show.")
     sampler: SamplerName = Field(default="ddim", description="The sampler.")
-    strength: float = Field(
-        default=1.0,
-        ge=0,
-        le=MAX_STRENGTH,
-        allow_inf_nan=False,
-        description="Strength of the adapter; 0: none. Of a stack, it multiplies the strength of each.",
-    )
     gate: bool = Field(
         default=False, description="Leave out adapters none of whose tokens is a word of the prompt; `note` names them."
     )
@@ -189,7 +181,7 @@ class ImageRequest(_Body):
         return size
 
     @model_validator(mode="after")
-    def _seeds_fit(self) -> ImageRequest:
+    def _seeds_fit(self) -> Self:
         if self.seed is not None and self.seed > MAX_SEED - (self.n - 1):
             raise PydanticCustomError("seed_range", "seed: the last image's seed, seed + n - 1, must be below 2**63")
         return self
@@ -204,6 +196,35 @@ class ImageRequest(_Body):
     def file(self) -> FileFormat:
         """How the images are written."""
         return FileFormat(self.output_format, 100 if self.output_compression is None else self.output_compression)
+
+
+class ImageRequest(DrawingRequest):
+    """A prompt, and how to generate its images. Fields but the prompt may be absent or null; no others are accepted."""
+
+    model_config = ConfigDict(json_schema_extra=_describe)
+
+    strength: float = Field(
+        default=1.0,
+        ge=0,
+        le=MAX_STRENGTH,
+        allow_inf_nan=False,
+        description="Strength of the adapter; 0: none. Of a stack, it multiplies the strength of each.",
+    )
+
+
+class EditRequest(DrawingRequest):
+    """The text fields of a form with an image to edit; an empty one counts as absent, and no others are accepted."""
+
+    strength: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="How far the image may change: the share of the denoising steps that are made of it. Absent: "
+        f"{DEFAULT_STRENGTH}, with a mask {DEFAULT_MASKED_STRENGTH:g}, where the marked areas begin as noise alone. "
+        "Adapters have theirs in `adapters`.",
+    )
+    input_fidelity: Ignored | None = None
 
 
 class CatFacts(BaseModel):

@@ -20,7 +20,7 @@ from cat_cluster.errors import (
 from cat_cluster.registry.references import Reference
 from cat_cluster.registry.stacks import StackMember, parse_member
 from serve.http.registry_listing import RegistryListing, parse_model
-from serve.http.schema import MAX_STRENGTH, ImageRequest
+from serve.http.schema import MAX_STRENGTH, DrawingRequest, ImageRequest
 from serve.settings import ServeSettings
 
 _OF_ADAPTERS = (AdapterFormatError, AdapterMismatchError, ConflictError, QuarantinedError)
@@ -39,12 +39,13 @@ class RequestedStack:
     fields: tuple[str, ...]
 
     @classmethod
-    def of(cls, body: ImageRequest, settings: ServeSettings) -> RequestedStack:
+    def of(cls, body: DrawingRequest, settings: ServeSettings) -> RequestedStack:
         """Read a request; SpecError, or AdapterNotFoundError for what can name no adapter, begin with the field."""
+        strength = body.strength if isinstance(body, ImageRequest) else 1.0
         prompt, tags = take_tags(body.prompt)
         named = [*_named(body, settings.base), *(("prompt", _tagged(tag)) for tag in tags)]
         fields = tuple(field for field, _ in named)
-        members = tuple(replace(member, strength=body.strength * member.strength) for _, member in named)
+        members = tuple(replace(member, strength=strength * member.strength) for _, member in named)
         _check_number(fields, settings)
         seen = set[str]()
         for field, member in named:
@@ -87,7 +88,7 @@ class RequestedStack:
         return _with_field(error, field)
 
 
-def _named(body: ImageRequest, base: str) -> Iterator[tuple[str, StackMember]]:
+def _named(body: DrawingRequest, base: str) -> Iterator[tuple[str, StackMember]]:
     """Yield the adapters that `model` or `adapters` names, each with its field."""
     if body.model is not None and body.model != base:
         if body.adapters:

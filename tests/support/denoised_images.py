@@ -13,6 +13,7 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.edit import edit_latents, edit_table
 from cat_cluster.models.generate import ImageRow, generate, initial_latents
 from cat_cluster.models.samplers import sampler_table
 from serve.denoise.rows import ImageRows
@@ -93,12 +94,20 @@ class ImageOracle:
         flats = [self.flats[key] for key, _ in wanted.stack] if flats is None else flats
         row = wanted.row
         prompts = [row.prompt, row.negative_prompt] if row.guided else [row.prompt]
-        table = sampler_table(row.sampler, self.base.schedule, row.steps)
+        table, kept = sampler_table(row.sampler, self.base.schedule, row.steps), None
+        if row.source is None:
+            latents = initial_latents(self.base, row.seed, table, size)
+        else:
+            source = row.source
+            table = edit_table(table, row.steps, source.strength)
+            moments = self.base.encode_moments(source.pixels.unsqueeze(0))[0]
+            latents, kept = edit_latents(self.base, moments, source.mask, source.strength, row.seed, table)
         return ImageRows(
             texts=torch.stack([self._text(prompt) for prompt in prompts]),
             table=table,
             guidance=row.guidance if row.guided else 1.0,
-            latents=initial_latents(self.base, row.seed, table, size),
+            latents=latents,
+            kept=kept,
             adapters=tuple(
                 RowAdapter(flat, self.adapters[key].rank, strength)
                 for flat, (key, strength) in zip(flats, wanted.stack, strict=True)

@@ -80,6 +80,25 @@ def test_what_waits_is_done_together(codec: Codec, base: BaseModel, monkeypatch:
     assert len(sizes) == 3, "a prompt is encoded once"
 
 
+def test_images_that_wait_are_encoded_together(codec: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    encode = type(base).encode_moments
+
+    def watched(self: BaseModel, pixels: Tensor) -> Tensor:
+        sizes.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(type(base), "encode_moments", watched)
+    pictures = [torch.rand(3, 16 if n % 3 else 24, 16) * 2 - 1 for n in range(15)]
+    held = Held(codec)
+    found = [codec.moments(picture) for picture in pictures]
+    assert found[0].cancel()
+    held.go()
+    for picture, moments in list(zip(pictures, found, strict=True))[1:]:
+        torch.testing.assert_close(moments.result(SOON), encode(base, picture[None])[0], rtol=1e-4, atol=1e-5)
+    assert sizes == [4, AT_ONCE, 2]
+
+
 def test_prompts_are_remembered_up_to_a_number(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec_module, "TEXTS_KEPT", 4)
     for n in range(20):
@@ -122,6 +141,7 @@ def test_closing_fails_what_waits_and_what_comes_later(base: BaseModel) -> None:
     codec = Codec(base)
     held = Held(codec)
     waiting: list[Future[Any]] = [codec.encode("a cup"), codec.decode(latents(1)), codec.decode(latents(2))]
+    waiting.append(codec.moments(torch.zeros(3, 16, 16)))
     cancelled = codec.encode("red")
     cancelled.cancel()
     closing = threading.Thread(target=codec.close)
@@ -134,6 +154,7 @@ def test_closing_fails_what_waits_and_what_comes_later(base: BaseModel) -> None:
     later: list[Callable[[], Future[Any]]] = [
         lambda: codec.encode("new"),
         lambda: codec.decode(latents(1)),
+        lambda: codec.moments(torch.zeros(3, 16, 16)),
         lambda: codec.file(torch.zeros(3, 4, 4), {}, FileFormat()),
         lambda: codec.preview(latents(1), FileFormat()),
     ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -14,11 +15,20 @@ from hypothesis import strategies as st
 
 from cat_cluster.lora.row_bank import RowAdapter, RowBank
 from cat_cluster.models.base_model import load_base_model
+from cat_cluster.models.edit import EditSource
 from cat_cluster.models.generate import ImageRow
 from serve.denoise.rows import ImageRows, Rows
 from tests.support.denoised_images import ImageOracle, OracleImage, assert_same_image, random_adapter
 
 CAPACITY = 6
+
+
+def photo(seed: int, strength: float, *, masked: bool = False) -> EditSource:
+    """A picture to edit, all of it or its right half."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    return EditSource.of(pixels, np.tile(np.arange(16) >= 8, (16, 1)) if masked else None, strength)
+
+
 WANTED = [
     OracleImage(ImageRow("a red cup", 1, steps=3, sampler="ddim"), 1),
     OracleImage(ImageRow("a photo of a cup", 2, steps=4, sampler="euler", guidance=1.0), 2),
@@ -29,6 +39,9 @@ WANTED = [
     OracleImage(ImageRow("cup", 6, steps=5, sampler="dpmpp_2m", guidance=1.0), 1, -0.5),
     OracleImage(ImageRow("a red cup", 7, steps=3, sampler="ddim"), 2, 0.75, ((3, 0.5),)),
     OracleImage(ImageRow("cup", 8, steps=4, sampler="euler", guidance=1.0), 3, 1.0, ((2, -0.5),)),
+    OracleImage(ImageRow("a red cup", 9, steps=6, sampler="dpmpp_2m", source=photo(1, 0.7)), 1),
+    OracleImage(ImageRow("a cup", 10, steps=3, sampler="euler", source=photo(2, 1.0, masked=True)), 2, 0.5),
+    OracleImage(ImageRow("cup", 11, steps=5, guidance=1.0, source=photo(3, 0.8, masked=True))),
 ]
 
 

@@ -264,6 +264,33 @@ def test_openais_client_draws_a_stack_however_it_is_named(client: openai.OpenAI,
     assert refused.value.param == "adapters.1.model"
 
 
+def test_openais_client_edits_an_image(client: openai.OpenAI, shop: Shop) -> None:
+    photo = picture(kind="jpeg", shade=200)
+    mask = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (8, 0, 16, 16))
+    marks = io.BytesIO()
+    mask.save(marks, "png")
+    body = {"seed": 3, "num_inference_steps": 4, "strength": 0.75}
+    answers = [
+        client.images.edit(model="cup", image=photo, prompt="a sks cup", n=2, extra_body=body),
+        client.images.edit(image=photo, prompt="a sks cup", extra_body={**body, "adapters": [{"model": "cup"}]}),
+        client.images.edit(model="cup", image=photo, mask=marks.getvalue(), prompt="a sks cup", extra_body=body),
+        client.images.generate(model="cup", prompt="a sks cup", extra_body={"seed": 3, "num_inference_steps": 4}),
+    ]
+    assert {answer.model for answer in answers} == {shop.cups[1].name}  # type: ignore[attr-defined]
+    images = [[pixels(image) for image in answer.data or ()] for answer in answers]
+    assert [len(one) for one in images] == [2, 1, 1, 1]
+    assert images[0][0] == images[1][0]
+    assert len({image for one in images for image in one}) == 4
+    with client.images.edit(model="cup", image=photo, prompt="a sks cup", stream=True, extra_body=body) as stream:
+        assert pixels(list(stream)[-1]) == images[0][0]
+    with pytest.raises(openai.NotFoundError, match="did you mean mug"):
+        client.images.edit(model="mugg", image=photo, prompt="a")
+    with pytest.raises(openai.BadRequestError, match="999x999 is not served; choose one of 16x16") as refused:
+        client.images.edit(image=photo, prompt="a", size="999x999")  # type: ignore[call-overload]
+    assert refused.value.param == "size"
+
+
 def test_openais_client_asks_for_a_small_file_as_an_address(client: openai.OpenAI) -> None:
     prompt = "a cup on a table, <hypernet:cup:0.8> in (snow:1.2) " * 680
     answer = client.images.generate(

@@ -1,0 +1,86 @@
+"""The image that an edit begins with, and its mask, from the files that somebody sends to the pixels of one size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageChops, ImageOps
+
+from cat_cluster.data.photos import SizeLimits, Still, read_still
+from cat_cluster.errors import ConceptError, SpecError
+
+# Of an image of 64 megapixels a PNG takes a quarter of a GiB to decode; phones make 12 to 50.
+LIMITS = SizeLimits(least_side=8, most_pixels=64_000_000)
+_MOST_COLOUR = 32  # levels between the channels of a black and white mask, which a JPEG may have
+_HALF = 128  # of 255: from here on an area is marked, or opaque
+
+
+@dataclass(frozen=True)
+class EditImage:
+    """pixels: uint8 [H, W, 3]; mask: bool [H, W], True where the image is edited, None: everywhere.
+
+    notes: what was done to either that its sender may not expect.
+    """
+
+    pixels: NDArray[np.uint8]
+    mask: NDArray[np.bool_] | None
+    notes: tuple[str, ...]
+
+
+def read_edit_image(image: bytes, mask: bytes | None, size: tuple[int, int]) -> EditImage:
+    """Read the files of an image and its mask, scaled to cover `size` (width, height) and cropped to its middle.
+
+    The mask marks what is edited: by transparent areas, as OpenAI has it, or, where none of it is transparent, by white
+    in black and white. Without a mask the image's own transparent areas are it. Raises SpecError that begins with
+    `image:` or `mask:`.
+    """
+    read = _read("image", image)
+    notes = []
+    if read.size != size:
+        change = "scaled" if read.size[0] * size[1] == read.size[1] * size[0] else "scaled and cropped to its middle"
+        notes.append(f"image: {read.size[0]}x{read.size[1]} pixels, {change} for {size[0]}x{size[1]}")
+    marks: Image.Image | None = None
+    if mask is not None:
+        marks = _marks(_read("mask", mask), read.size)
+        if read.alpha is not None:
+            notes.append("image: its transparent areas are laid over white, since there is a mask")
+    elif read.alpha is not None:
+        marks = ImageChops.invert(read.alpha)
+        notes.append("image: its transparent areas are what is edited, since there is no mask")
+    edited = None if marks is None else np.asarray(_fitted(marks, size)) >= _HALF
+    if edited is not None and not edited.any():
+        field = "image" if mask is None else "mask"
+        raise SpecError(f"{field}: marks nothing to edit; make areas transparent, or white in a black and white mask")
+    return EditImage(np.asarray(_fitted(read.pixels, size)), edited, tuple(notes))
+
+
+def _read(field: str, content: bytes) -> Still:
+    try:
+        return read_still(field, content, LIMITS)
+    except ConceptError as error:
+        raise SpecError(str(error)) from error
+
+
+def _marks(mask: Still, size: tuple[int, int]) -> Image.Image:
+    """Return a mask as L, white where the image is edited."""
+    if mask.size != size:
+        raise SpecError(
+            f"mask: is {mask.size[0]}x{mask.size[1]} pixels and the image {size[0]}x{size[1]}; send them of one size"
+        )
+    if mask.alpha is not None:
+        return ImageChops.invert(mask.alpha)
+    red, green, blue = mask.pixels.split()
+    pairs = ((red, green), (green, blue), (blue, red))
+    if max(cast(int, ImageChops.difference(*pair).getextrema()[1]) for pair in pairs) > _MOST_COLOUR:
+        raise SpecError(
+            "mask: has no transparent area and is not black and white; make what is to be edited transparent, or white "
+            "on black"
+        )
+    return mask.pixels.convert("L")
+
+
+def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)

@@ -1,0 +1,82 @@
+"""Editing an image: denoising begins at the image with noise on it, and keeps what a mask does not mark.
+
+As diffusers' StableDiffusionImg2ImgPipeline does it (SDEdit, arXiv 2108.01073), and StableDiffusionInpaintPipeline with
+a U-Net of four channels: the same seed gives the same image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.edit_steps import steps_made
+from cat_cluster.models.samplers import SamplerTable
+
+
+@dataclass(frozen=True, eq=False)
+class EditSource:
+    """An image to edit. pixels: [3, H, W] in [-1, 1]; mask: [H, W] bool, True where it is edited, None: everywhere.
+
+    strength: the share of the steps that are made, in (0, 1].
+    """
+
+    pixels: Tensor
+    mask: Tensor | None
+    strength: float
+
+    @classmethod
+    def of(cls, pixels: NDArray[np.uint8], mask: NDArray[np.bool_] | None, strength: float) -> EditSource:
+        """Return the source of an image, uint8 [H, W, 3], and its mask, bool [H, W]."""
+        levels = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0)
+        return cls(levels / 255.0 * 2.0 - 1.0, None if mask is None else torch.from_numpy(mask.copy()), strength)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptAreas:
+    """What an edit puts back after each step. edited: [1, H, W], 1 where it edits, else 0; image, noise: [C, H, W]."""
+
+    edited: Tensor
+    image: Tensor
+    noise: Tensor
+
+    def put_back(self, latents: Tensor, table: SamplerTable, step: int) -> Tensor:
+        """Return the latents [C, H, W] after `step` of a table, with the image around them as noisy as they are."""
+        is_last = step + 1 >= len(table)
+        signal = 1.0 if is_last else float(table.signal[step + 1])
+        noise = 0.0 if is_last else float(table.noise[step + 1])
+        return (1.0 - self.edited) * (signal * self.image + noise * self.noise) + self.edited * latents
+
+
+def edit_table(table: SamplerTable, steps: int, strength: float) -> SamplerTable:
+    """Return the part of a sampler's table that an edit makes; see steps_made."""
+    # A table with fewer steps than were asked for (trailing spacing) loses as many of its first ones as another.
+    return table.after(min(steps - steps_made(steps, strength), len(table) - 1))
+
+
+def edit_latents(
+    base: BaseModel, moments: Tensor, mask: Tensor | None, strength: float, seed: int, table: SamplerTable
+) -> tuple[Tensor, KeptAreas | None]:
+    """Return an edit's first latents [C, H, W], float32, and what a mask keeps.
+
+    moments: of the image by the VAE [2C, H, W]; mask: as in EditSource; table: of edit_table. A seed draws what a stock
+    pipeline draws of it: first the VAE's noise, then the noise on the image. With a mask and strength 1 the image is
+    no part of the first latents.
+    """
+    height, width = moments.shape[-2:]
+    shape = (1, base.latent_channels, height, width)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    of_vae, drawn = (torch.randn(shape, generator=generator, dtype=base.dtype).to(base.device) for _ in range(2))
+    image = base.sample_latents(moments.unsqueeze(0), of_vae)[0].float()
+    noise = drawn[0].float()
+    noisy = float(table.signal[0]) * image + float(table.noise[0]) * noise
+    if mask is None:
+        return noisy, None
+    # To the nearest pixel, as the stock pipeline reduces it.
+    edited = functional.interpolate(mask[None, None].to(base.device, torch.float32), size=(height, width))[0]
+    return noise * table.initial_scale if strength == 1.0 else noisy, KeptAreas(edited, image, noise)
