@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -289,7 +288,7 @@ async def prepare_image(
 ) -> EngineImage:
     """Encode the texts and lease the adapters' slots at once, and return the image ready for the engine."""
     call, deadline = plan.call, plan.deadline
-    prompts = [call.prompt, call.negative_prompt] if plan.guided else [call.prompt]
+    prompts = call.prompts if plan.guided else call.prompts[:1]
     texts = [
         asyncio.wrap_future(parts.codec.encode(prompt)) for prompt in prompts
     ]  # begun, while the leases are awaited
@@ -297,7 +296,7 @@ async def prepare_image(
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
             leases = await parts.cache.lease(plan.manifests)
-            encoded = torch.stack(await asyncio.gather(*texts))
+            encoded = await asyncio.gather(*texts)
         rows = ImageRows(
             texts=encoded,
             table=plan.table,

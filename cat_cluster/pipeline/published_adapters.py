@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +19,13 @@ from cat_cluster.lora.formats import write_adapter
 from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
+from cat_cluster.models.prompt_weights import PROMPT_CHUNKS, Prompt, plain_text
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.gate import gate_note, opens_gate
 from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.registry.stacks import StackMember, check_once_each, stack_name
 from cat_cluster.spec.characters import control_character
-from cat_cluster.spec.choices import AdapterFormat, SamplerName
+from cat_cluster.spec.choices import AdapterFormat, SamplerName, Weighting
 from cat_cluster.spec.imported import ImportedConcept
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
@@ -48,7 +49,8 @@ class DrawListener(ImageListener, Protocol):
 class DrawRequest:
     """Images to draw: image i of `count` uses seed + i. adapters: whose changes add up; none: the base alone.
 
-    gate: leave out adapters none of whose tokens the prompt has.
+    gate: leave out adapters none of whose tokens the prompt has. weighting: how words of the prompt are weighted.
+    prompt_chunks: how many chunks of it are read at most.
     """
 
     prompt: str
@@ -60,6 +62,8 @@ class DrawRequest:
     sampler: SamplerName = "ddim"
     count: int = 1
     gate: bool = False
+    weighting: Weighting = "none"
+    prompt_chunks: int = PROMPT_CHUNKS
 
 
 def evaluate_published(
@@ -95,11 +99,12 @@ def draw_images(
 ) -> list[Path]:
     """Draw the images of a request and write them as PNGs that carry their parameters; return the paths.
 
-    Raises SpecError for a prompt with control characters, which neither the tokenizer nor the PNG has a place for,
-    RegistryError for an adapter named twice.
+    Raises SpecError for a prompt with control characters, which neither the tokenizer nor the PNG has a place for, or
+    with a weight that cannot be, RegistryError for an adapter named twice.
     """
     if (control := control_character(request.prompt)) is not None:
         raise SpecError(f"prompt: holds the control character {control!r}; remove it, or type the prompt anew")
+    words = plain_text(request.prompt, request.weighting)
     members = request.adapters
     check_once_each(member.reference for member in members)
     opened: list[tuple[Manifest, float]] = []
@@ -109,7 +114,7 @@ def draw_images(
         opened = [(registry.resolve(member.reference), member.strength) for member in members]
     base_name = request.base or (opened[0][0].base_name if opened else "pocket")
     if request.gate:
-        shut = [manifest for manifest, _ in opened if not opens_gate(manifest, request.prompt)]
+        shut = [manifest for manifest, _ in opened if not opens_gate(manifest, words)]
         opened = [(manifest, strength) for manifest, strength in opened if manifest not in shut]
         for manifest in shut:
             listener.message(gate_note(manifest))
@@ -117,13 +122,22 @@ def draw_images(
     base = load_base_model(base_name, device=device)
     bank = None if registry is None or not opened else open_stack(registry, opened, base)
     tokens = [concept.token for manifest in manifests for concept in manifest.concepts]
-    for note in (*cut_notes(base.text_limit, tokens, prompt=request.prompt), *syntax_notes(request.prompt)):
+    prompt = Prompt(request.prompt, request.weighting, request.prompt_chunks)
+    cuts = cut_notes(base.text_limit, tokens, prompt=prompt)
+    for note in (*cuts, *syntax_notes(request.prompt, weighting=request.weighting)):
         listener.message(f"warning: {note}")
     slot = 0 if bank is None else 1
-    rows = [
-        ImageRow(request.prompt, request.seed + i, slot, request.steps, request.guidance, request.sampler)
-        for i in range(request.count)
-    ]
+    first = ImageRow(
+        request.prompt,
+        request.seed,
+        slot,
+        request.steps,
+        request.guidance,
+        request.sampler,
+        weighting=request.weighting,
+        prompt_chunks=request.prompt_chunks,
+    )
+    rows = [replace(first, seed=request.seed + i) for i in range(request.count)]
     name = stack_name(manifest.name for manifest in manifests) or base.name
     strength = stack_name(str(strength) for _, strength in opened) or "1.0"
     images = generate(base, bank, rows, on_progress=lambda done, total: listener.images(name, done, total))
