@@ -8,8 +8,9 @@ from typing import Any, Literal, Protocol
 
 from cat_cluster import errors
 from cat_cluster.errors import CatClusterError, RegistryError
+from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.registry.stacks import StackMember, parse_stack
-from cat_cluster.spec.choices import SamplerName
+from cat_cluster.spec.choices import SamplerName, Weighting
 
 AdminAction = Literal["load", "unload", "pin", "unpin", "prefetch", "probe", "release"]
 FileKind = Literal["png", "jpeg", "webp"]
@@ -47,8 +48,9 @@ class ImageCall:
 
     adapters: whose changes add up, each at its strength; none: the base alone. size: (width, height) in pixels,
     None for the base's own. previews: partial images per image. deadline_s: seconds from now. progress: send Progress.
-    gate: leave out adapters none of whose tokens the prompt has. file: the format of images and previews.
-    edit: the image to begin with, of `size`, which is not None then; None: noise alone.
+    gate: leave out adapters none of whose tokens the prompt has. file: the format of images and previews. weighting:
+    how words of both prompts are weighted. prompt_chunks: how many chunks of each are read at most. edit: the image to
+    begin with, of `size`, which is not None then; None: noise alone.
     """
 
     request_id: str
@@ -61,12 +63,21 @@ class ImageCall:
     steps: int = 25
     guidance: float = 4.0
     sampler: SamplerName = "ddim"
+    weighting: Weighting = "none"
+    prompt_chunks: int = 1
     gate: bool = False
     previews: int = 0
     progress: bool = False
     deadline_s: float | None = None
     file: FileFormat = FileFormat()
     edit: Edit | None = None
+
+    @property
+    def prompts(self) -> tuple[Prompt, Prompt]:
+        """The prompt and the negative one, with how they are read."""
+        texts = (self.prompt, self.negative_prompt)
+        positive, negative = (Prompt(text, self.weighting, self.prompt_chunks) for text in texts)
+        return positive, negative
 
     def pinned(self, model: str) -> ImageCall:
         """Return the call with the revisions in it that Accepted.model names, whatever its aliases name by then.

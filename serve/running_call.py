@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -317,7 +316,7 @@ async def prepare_image(
     moments: those of the plan's source, on their way.
     """
     call, deadline = plan.call, plan.deadline
-    prompts = [call.prompt, call.negative_prompt] if plan.guided else [call.prompt]
+    prompts = call.prompts if plan.guided else call.prompts[:1]
     texts = [
         asyncio.wrap_future(parts.codec.encode(prompt)) for prompt in prompts
     ]  # begun, while the leases are awaited
@@ -325,7 +324,7 @@ async def prepare_image(
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
             leases = await parts.cache.lease(plan.manifests)
-            encoded = torch.stack(await asyncio.gather(*texts))
+            encoded = await asyncio.gather(*texts)
             encoded_source = await _shared(moments)
         seed, kept, source = call.seed + index, None, plan.source
         if source is None or encoded_source is None:

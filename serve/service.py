@@ -30,6 +30,7 @@ from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
 from cat_cluster.models.device import choose_device
 from cat_cluster.models.generate import image_array, initial_latents
+from cat_cluster.models.prompt_weights import plain_text
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.gate import gate_note, opens_gate
 from cat_cluster.registry.stacks import StackMember
@@ -315,7 +316,8 @@ def _gated(call: ImageCall, found: list[Resolved]) -> tuple[ImageCall, list[Reso
     """Return the call with the adapters that it carries, what these resolved to, and a note on each other one."""
     if not call.gate:
         return call, found, []
-    opened = [opens_gate(one.manifest, call.prompt) for one in found]
+    words = plain_text(call.prompt, call.weighting)
+    opened = [opens_gate(one.manifest, words) for one in found]
     call = replace(call, adapters=tuple(compress(call.adapters, opened)))
     left_out = [gate_note(one.manifest) for one, carried in zip(found, opened, strict=True) if not carried]
     return call, list(compress(found, opened)), left_out

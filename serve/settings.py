@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cat_cluster.spec.choices import DriftPolicy, Precision, Targets
+from cat_cluster.models.prompt_weights import MOST_CHUNKS, PROMPT_CHUNKS
+from cat_cluster.spec.choices import DriftPolicy, Precision, Targets, Weighting
 
 
 class ProbeSettings(BaseModel):
@@ -88,6 +89,16 @@ class ServeSettings(BaseModel):
     load_timeout_s: float = Field(default=30.0, gt=0, description="Longest wait for an adapter to load.")
     pins: tuple[str, ...] = Field(default=(), description="Adapters loaded at start and never evicted.")
     max_steps: int = Field(default=100, ge=1, le=1000, description="Most denoising steps of an image.")
+    max_prompt_chunks: int = Field(
+        default=PROMPT_CHUNKS,
+        ge=1,
+        le=MOST_CHUNKS,
+        description="Most chunks of a prompt that are read; 1: its start alone.",
+    )
+    weighting: Weighting = Field(
+        default="none",
+        description="Of requests without it: `a1111` weights words as `(word:1.2)`, to `none` that is text.",
+    )
     max_waiting: int = Field(
         default=256, ge=1, description="Images that may wait, beside those being drawn; one more is refused."
     )

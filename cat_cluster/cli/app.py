@@ -35,9 +35,10 @@ from cat_cluster.cli.options import (
 from cat_cluster.cli.serve import serve
 from cat_cluster.cli.values import above_zero, check_all_values, check_readable, output_folder, png_file
 from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
+from cat_cluster.models.prompt_weights import MOST_CHUNKS, PROMPT_CHUNKS
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.characters import shown_name
-from cat_cluster.spec.choices import SamplerName
+from cat_cluster.spec.choices import SamplerName, Weighting
 from cat_cluster.spec.fields import LARGEST_COUNT
 
 if TYPE_CHECKING:
@@ -211,6 +212,12 @@ def generate(
     gate: Annotated[
         bool, typer.Option("--gate", help="Leave out adapters none of whose tokens is a word of the prompt.")
     ] = False,
+    weighting: Annotated[
+        Weighting, typer.Option(help="a1111: words have weights, as (word:1.2), (word) and [word]; none: that is text.")
+    ] = "none",
+    prompt_chunks: Annotated[
+        int, typer.Option(min=1, max=MOST_CHUNKS, help="Most chunks of the prompt that are read; 1: its start alone.")
+    ] = PROMPT_CHUNKS,
     count: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Number of images.")] = 1,
     storage: Storage = None,
 ) -> None:
@@ -228,7 +235,22 @@ def generate(
     members = [parse_member(name) for name in (*(adapter or ()), *tags)]
     of_adapters, of_edit = (1.0 if strength is None else strength, None) if image is None else (1.0, strength)
     stack = [replace(member, strength=of_adapters * member.strength) for member in members]
-    request = DrawRequest(text, stack, base, seed, steps, guidance, sampler, count, gate, image, mask, of_edit)
+    request = DrawRequest(
+        text,
+        stack,
+        base,
+        seed,
+        steps,
+        guidance,
+        sampler,
+        count,
+        gate,
+        weighting=weighting,
+        prompt_chunks=prompt_chunks,
+        image=image,
+        mask=mask,
+        edit_strength=of_edit,
+    )
     with progress() as listener:
         paths = draw_images(request, out, open_registry(storage) if stack else None, device(), listener)
     for path in paths:

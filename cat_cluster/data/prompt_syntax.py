@@ -1,15 +1,21 @@
-"""Prompt syntax of other tools: adapters named in a prompt, and what is drawn as text here, such as words' weights."""
+"""Prompt syntax of other tools: adapters named in a prompt, and what is drawn as text, such as words' weights."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
+from cat_cluster.spec.choices import Weighting
+
 # Each is possessive and begins at the first of its brackets, so that no prompt takes more than linear time.
 _TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*+>", re.IGNORECASE)
 _ADAPTER_TAG = re.compile(r"<(?:lora|lyco):([^<>]*+)>", re.IGNORECASE)
 _GROUP = re.compile(r"(?<!\()\(++[^()]*+\)++|(?<!\[)\[++[^\[\]]*+\]++")
 _WEIGHT = re.compile(r"\(\(.*\)\)|\[\[.*\]\]|.*:\s*+(?:\d++(?:\.\d*+)?|\.\d++)\s*+[)\]]++", re.DOTALL)
+# What changes between steps, or draws several prompts as one: nothing that a weight could mean.
+_EDIT = re.compile(r"(?<!\[)\[++[^\[\]]*+\]")
+_CHANGE = re.compile(r".*(?:\|.*|:\s*+(?:\d++(?:\.\d*+)?|\.\d++)\s*+)\]", re.DOTALL)
+_AND = re.compile(r"\bAND\b")
 _SHOWN, _QUOTED = 3, 60  # pieces that a note quotes, and characters of each
 
 
@@ -31,10 +37,11 @@ def take_tags(prompt: str) -> tuple[str, list[str]]:
     return text.rstrip(), tags
 
 
-def syntax_notes(prompt: str, negative_prompt: str = "") -> Iterator[str]:
+def syntax_notes(prompt: str, negative_prompt: str = "", weighting: Weighting = "none") -> Iterator[str]:
     """Yield a note for each kind of syntax in the prompts that AUTOMATIC1111 and others obey and the encoder reads.
 
-    These are `<lora:name:0.8>` and its like, and `(words:1.2)`, `((words))` and `[from:to:0.5]`.
+    These are `<lora:name:0.8>` and its like, and `(words:1.2)`, `((words))` and `[from:to:0.5]`; where words are
+    weighted, what would change between steps, `[from:to:0.5]` and `[a|b]`, and `AND`.
     """
     texts = (prompt, negative_prompt)
     tags = [match[0] for text in texts for match in _TAG.finditer(text)]
@@ -43,9 +50,18 @@ def syntax_notes(prompt: str, negative_prompt: str = "") -> Iterator[str]:
             f"{_shown(tags)} is drawn as text: the prompt, not the negative one, names adapters, as <lora:ID:0.8>, or "
             "`model` or --adapter does; there are no hypernetworks"
         )
+    if weighting == "a1111":
+        changes = [match[0] for text in texts for match in _EDIT.finditer(text) if _CHANGE.fullmatch(match[0])]
+        changes += [match[0] for text in texts for match in _AND.finditer(text)]
+        if changes:
+            yield f"{_shown(changes)} is drawn as words: a prompt is one, and the same at each step"
+        return
     weights = [match[0] for text in texts for match in _GROUP.finditer(text) if _WEIGHT.fullmatch(match[0])]
     if weights:
-        yield f"{_shown(weights)} is drawn as text, brackets and numbers too: words have no weights here"
+        yield (
+            f"{_shown(weights)} is drawn as text, brackets and numbers too: words have weights with `weighting` a1111, "
+            "or --weighting"
+        )
 
 
 def _shown(pieces: list[str]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from cat_cluster.data.concepts import Concept, has_token
 from cat_cluster.errors import ConceptError
+from cat_cluster.models.prompt_weights import Prompt, plain_text
 from cat_cluster.models.text_limit import TextLimit
 from cat_cluster.spec.characters import shown_name
 
@@ -23,7 +24,7 @@ def check_caption_lengths(adapter_id: str, concepts: Sequence[Concept], limit: T
     for concept in concepts:
         cut, lost = [], []
         for example in concept.examples:
-            read, rest = limit.split(example.prompt)
+            read, rest = limit.split(Prompt(example.prompt))
             if not has_token(read, concept.token):
                 lost.append(f"  {shown_name(example.path.name)}: {quoted(example.prompt)}")
             elif rest:
@@ -45,17 +46,25 @@ def check_caption_lengths(adapter_id: str, concepts: Sequence[Concept], limit: T
     return tuple(warnings)
 
 
-def cut_notes(limit: TextLimit, tokens: Sequence[str], *, prompt: str, negative_prompt: str = "") -> Iterator[str]:
+def cut_notes(
+    limit: TextLimit, tokens: Sequence[str], *, prompt: Prompt, negative_prompt: Prompt | None = None
+) -> Iterator[str]:
     """Yield what people should know of prompts that the text encoder does not read whole.
 
-    tokens: those of the adapter that draws; one that is only in what is cut off draws nothing.
+    tokens: those of the adapter that draws; one that is only in what is cut off draws nothing. Raises SpecError, which
+    begins with `prompt` or `negative_prompt`, for a weight that cannot be.
     """
     read, cut = limit.split(prompt)
-    for name, rest in (("prompt", cut), ("negative prompt", limit.split(negative_prompt)[1])):
+    rests = {"prompt": cut}
+    if negative_prompt is not None:
+        rests["negative prompt"] = limit.split(negative_prompt, field="negative_prompt")[1]
+    first = f"{limit.tokens} tokens" if prompt.chunks == 1 else f"{prompt.chunks} chunks of {limit.tokens} tokens"
+    for name, rest in rests.items():
         if rest:
-            yield f"the text encoder reads the first {limit.tokens} tokens of the {name}, and not {quoted(rest)}"
+            yield f"the text encoder reads the first {first} of the {name}, and not {quoted(rest)}"
+    words = plain_text(prompt.text, prompt.weighting)
     for token in tokens:
-        if has_token(prompt, token) and not has_token(read, token):
+        if has_token(words, token) and not has_token(read, token):
             yield f"the token {token!r} is not read, so its concept is not drawn: write it further to the front"
 
 

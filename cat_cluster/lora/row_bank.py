@@ -190,7 +190,7 @@ class RowBank:
             replace_module(self.unet, name, original)
 
     def block(self, rows: int, text_length: int) -> RowBlock:
-        """Return room for `rows` rows whose texts have `text_length` tokens."""
+        """Return room for `rows` rows whose texts have `text_length` tokens, until a longer one is bound."""
         return RowBlock(self, rows, text_length)
 
     @property
@@ -200,7 +200,10 @@ class RowBank:
 
 
 class RowBlock:
-    """The rows of one running batch; rows 0 .. count - 1 ride in a call."""
+    """The rows of one running batch; rows 0 .. count - 1 ride in a call.
+
+    What is kept of texts is as long as the longest one, with zeros behind shorter ones, which the call has to mask.
+    """
 
     def __init__(self, bank: RowBank, rows: int, text_length: int) -> None:
         self._bank = bank
@@ -208,17 +211,32 @@ class RowBlock:
         self._flat_BF = like.new_zeros((rows, bank.layout.size))
         self._adapted = [False] * rows
         self._with_convolutions = [False] * rows
+        self._text_length = text_length
         self._kept = {
             name: like.new_zeros((rows, text_length, bank._modules[name].base.out_features)) for name in bank.text_side
         }
         self._views: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
 
-    def bind(self, rows: Sequence[int], texts_NLD: Tensor, adapters: Sequence[RowAdapter] = ()) -> None:
-        """Give `rows` the texts [N, L, D] and the sum of the adapters' changes; without adapters, the base model.
+    def fit(self, text_length: int) -> None:
+        """Keep `text_length` places of each row's text: more than before are zeros, and what lies behind them goes."""
+        if text_length == self._text_length:
+            return
+        for name, kept_BLO in self._kept.items():
+            rows, _, outputs = kept_BLO.shape
+            # New memory, so that rows of the usual length lie in it as if there had never been a longer one.
+            self._kept[name] = kept_BLO.new_zeros((rows, text_length, outputs))
+            both = min(text_length, self._text_length)
+            self._kept[name][:, :both].copy_(kept_BLO[:, :both])
+        self._text_length = text_length
+
+    def bind(self, rows: Sequence[int], texts: Sequence[Tensor] | Tensor, adapters: Sequence[RowAdapter] = ()) -> None:
+        """Give `rows` the texts [L_n, D] and the sum of the adapters' changes; without adapters, the base model.
 
         Raises AdapterMismatchError when their ranks add up to more than a row holds.
         """
         layout, first = self._bank.layout, rows[0]
+        lengths = [len(text) for text in texts]
+        self.fit(max(self._text_length, *lengths))
         if adapters:
             layout.stack(self._flat_BF[first], adapters)
         else:
@@ -228,13 +246,17 @@ class RowBlock:
             self._adapted[row], self._with_convolutions[row] = bool(adapters), with_convolutions
             if row != first:
                 self._flat_BF[row].copy_(self._flat_BF[first])
-        for name, kept_BLO in self._kept.items():
-            output_NLO = self._bank._modules[name].base(texts_NLD)
-            if adapters and name in layout.shapes:
-                down_1RI, up_1OR = layout.factors(self._flat_BF[first : first + 1], name)
-                output_NLO = output_NLO + texts_NLD @ down_1RI[0].mT @ up_1OR[0].mT
-            for n, row in enumerate(rows):
-                kept_BLO[row].copy_(output_NLO[n])
+        for length in dict.fromkeys(lengths):
+            of_length = [n for n, own in enumerate(lengths) if own == length]
+            texts_NLD = torch.stack([texts[n] for n in of_length])
+            for name, kept_BLO in self._kept.items():
+                output_NLO = self._bank._modules[name].base(texts_NLD)
+                if adapters and name in layout.shapes:
+                    down_1RI, up_1OR = layout.factors(self._flat_BF[first : first + 1], name)
+                    output_NLO = output_NLO + texts_NLD @ down_1RI[0].mT @ up_1OR[0].mT
+                for row, output_LO in zip((rows[n] for n in of_length), output_NLO, strict=True):
+                    kept_BLO[row, :length].copy_(output_LO)
+                    kept_BLO[row, length:].zero_()  # a mask does not keep out what is not finite
 
     def move(self, source: int, target: int) -> None:
         """Let row `target` be what row `source` is; `source` is free then."""

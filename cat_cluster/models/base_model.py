@@ -81,10 +81,16 @@ class BaseModel:
             truncation=True,
             return_tensors="pt",
         )
+        return self.encode_tokens(tokens.input_ids, tokens.attention_mask)
+
+    @torch.no_grad()
+    def encode_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Encode token ids [B, L] with all their marks and padding to [B, L, D]; mask [B, L]: 1, of padding 0."""
         # A few checkpoints ask for the mask in their config, and the stock pipeline obeys.
         masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(self.device) if masked else None
-        return cast(Tensor, self.text_encoder(tokens.input_ids.to(self.device), attention_mask=mask)[0])
+        return cast(
+            Tensor, self.text_encoder(ids.to(self.device), attention_mask=mask.to(self.device) if masked else None)[0]
+        )
 
     @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:

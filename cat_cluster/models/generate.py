@@ -1,4 +1,4 @@
-"""Images from a base and its adapters, rows of any adapter, sampler and step count denoised together."""
+"""Images from a base and its adapters, rows of any adapter, prompt, sampler and step count denoised together."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ from cat_cluster.files import write_whole
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.edit import EditSource, KeptAreas, edit_latents, edit_table
+from cat_cluster.models.prompt_weights import Prompt
+from cat_cluster.models.prompts import encode_prompts, side_by_side
 from cat_cluster.models.provenance import XMP, XMP_CHUNK
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
-from cat_cluster.spec.choices import SamplerName
+from cat_cluster.spec.choices import SamplerName, Weighting
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class ImageRow:
     """One image to make: the same as a stock pipeline's with a CPU generator of this seed and this adapter.
 
     source: the image that it is made from, of the base's own size; None: from noise alone.
+    weighting: how words of both prompts are weighted; prompt_chunks: how many chunks of each are read at most.
     """
 
     prompt: str
@@ -40,6 +43,14 @@ class ImageRow:
     sampler: SamplerName = "ddim"
     negative_prompt: str = ""
     source: EditSource | None = None
+    weighting: Weighting = "none"
+    prompt_chunks: int = 1
+
+    @property
+    def prompts(self) -> tuple[Prompt, ...]:
+        """What is encoded: the prompt and, with guidance, the negative one."""
+        texts = (self.prompt, self.negative_prompt) if self.guided else (self.prompt,)
+        return tuple(Prompt(text, self.weighting, self.prompt_chunks) for text in texts)
 
     @property
     def guided(self) -> bool:
@@ -77,7 +88,8 @@ def generate(
 
     At most `rows_per_call` U-Net rows ride in a call (a guided image takes two, both with its slot); a finished
     image leaves and the next one joins at once. bank None means the bare U-Net. on_progress receives (steps done,
-    steps in all) summed over images. Raises SpecError for an unknown sampler or an impossible number of steps.
+    steps in all) summed over images. Raises SpecError for an unknown sampler, an impossible number of steps, or
+    a weight that cannot be.
     """
     if rows_per_call < 1:
         raise ValueError(f"rows_per_call is {rows_per_call}; it must be at least 1")
@@ -149,14 +161,14 @@ def save_png(image: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
     write_whole(path, png_bytes(image, metadata))
 
 
-def _encode_prompts(base: BaseModel, rows: Sequence[ImageRow], at_once: int) -> dict[str, Tensor]:
-    """Encode every prompt the rows name once; each [L, D]."""
-    named = [row.prompt for row in rows] + [row.negative_prompt for row in rows if row.guided]
+def _encode_prompts(base: BaseModel, rows: Sequence[ImageRow], at_once: int) -> dict[Prompt, Tensor]:
+    """Encode every prompt the rows name once; each [n L, D]."""
+    named = [row.prompts[0] for row in rows] + [row.prompts[1] for row in rows if row.guided]
     prompts = list(dict.fromkeys(named))
-    texts: dict[str, Tensor] = {}
+    texts: dict[Prompt, Tensor] = {}
     for start in range(0, len(prompts), at_once):
         part = prompts[start : start + at_once]
-        texts.update(zip(part, base.encode_text(part), strict=True))
+        texts.update(zip(part, encode_prompts(base, base.text_limit, part), strict=True))
     return texts
 
 
@@ -180,16 +192,15 @@ def _start(
     index: int,
     row: ImageRow,
     table: SamplerTable,
-    texts: Mapping[str, Tensor],
+    texts: Mapping[Prompt, Tensor],
     moments: Mapping[EditSource, Tensor],
 ) -> _ActiveRow:
-    negative = texts[row.negative_prompt] if row.guided else texts[row.prompt]
     source = row.source
     if source is None:
         latents, kept = initial_latents(base, row.seed, table), None
     else:
         latents, kept = edit_latents(base, moments[source], source.mask, source.strength, row.seed, table)
-    return _ActiveRow(index, row, table, texts[row.prompt], negative, latents, kept)
+    return _ActiveRow(index, row, table, texts[row.prompts[0]], texts[row.prompts[-1]], latents, kept)
 
 
 def _step(base: BaseModel, bank: LoraBank | None, active: Sequence[_ActiveRow]) -> None:
@@ -199,13 +210,14 @@ def _step(base: BaseModel, bank: LoraBank | None, active: Sequence[_ActiveRow]) 
     guided = [position for position, entry in enumerate(active) if entry.row.guided]
     scaled = coefficients.input_scale.to(base.device).view(-1, 1, 1, 1) * latents
     timesteps = coefficients.timesteps.to(base.device)
-    text = [entry.text for entry in active] + [active[position].negative_text for position in guided]
+    texts, own = side_by_side([*(entry.text for entry in active), *(active[i].negative_text for i in guided)])
     slots = [entry.row.slot for entry in active] + [active[position].row.slot for position in guided]
     with _bound(bank, slots):
         output = base.unet(
             torch.cat([scaled, scaled[guided]]).to(base.dtype),
             torch.cat([timesteps, timesteps[guided]]),
-            encoder_hidden_states=torch.stack(text),
+            encoder_hidden_states=texts,
+            encoder_attention_mask=own,
             return_dict=False,
         )[0].float()
     conditional, unconditional = output[: len(active)], output[len(active) :]

@@ -20,6 +20,7 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.device import choose_device
+from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.pipeline.publish import image_digests
 from cat_cluster.registry import revision_of
 from cat_cluster.settings import Settings
@@ -201,7 +202,8 @@ def _refuse_cut_subjects(adapter: PreparedAdapter, templates: Sequence[str]) -> 
     limit = adapter.base.text_limit
     for template in dict.fromkeys(templates):
         for concept in adapter.concepts:
-            if not has_token(limit.split(fill(template, concept.class_noun, concept.token))[0], concept.token):
+            read, _ = limit.split(Prompt(fill(template, concept.class_noun, concept.token)))
+            if not has_token(read, concept.token):
                 raise EvaluationError(
                     f"evaluation.prompts: the text encoder reads the first {limit.tokens} tokens of a prompt, and the "
                     f"subject comes later in {template!r}; write {{}} further to the front (adapter "

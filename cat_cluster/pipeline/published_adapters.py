@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,12 +22,13 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.edit import EditSource
 from cat_cluster.models.edit_steps import edit_strength
 from cat_cluster.models.generate import ImageRow, generate, save_png
+from cat_cluster.models.prompt_weights import PROMPT_CHUNKS, Prompt, plain_text
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.gate import gate_note, opens_gate
 from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.registry.stacks import StackMember, check_once_each, stack_name
 from cat_cluster.spec.characters import control_character
-from cat_cluster.spec.choices import AdapterFormat, SamplerName
+from cat_cluster.spec.choices import AdapterFormat, SamplerName, Weighting
 from cat_cluster.spec.imported import ImportedConcept
 from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
@@ -51,8 +52,9 @@ class DrawListener(ImageListener, Protocol):
 class DrawRequest:
     """Images to draw: image i of `count` uses seed + i. adapters: whose changes add up; none: the base alone.
 
-    gate: leave out adapters none of whose tokens the prompt has. image: a file to begin with; mask: one of its size,
-    which marks what is drawn anew; edit_strength: how far the image may change, None: the default one.
+    gate: leave out adapters none of whose tokens the prompt has. weighting: how words of the prompt are weighted.
+    prompt_chunks: how many chunks of it are read at most. image: a file to begin with; mask: one of its size, which
+    marks what is drawn anew; edit_strength: how far the image may change, None: the default one.
     """
 
     prompt: str
@@ -64,6 +66,8 @@ class DrawRequest:
     sampler: SamplerName = "ddim"
     count: int = 1
     gate: bool = False
+    weighting: Weighting = "none"
+    prompt_chunks: int = PROMPT_CHUNKS
     image: Path | None = None
     mask: Path | None = None
     edit_strength: float | None = None
@@ -102,11 +106,13 @@ def draw_images(
 ) -> list[Path]:
     """Draw the images of a request and write them as PNGs that carry their parameters; return the paths.
 
-    Raises SpecError for a prompt with control characters, which neither the tokenizer nor the PNG has a place for,
-    or an image, a mask or a strength that cannot be used, RegistryError for an adapter named twice.
+    Raises SpecError for a prompt with control characters, which neither the tokenizer nor the PNG has a place for, or
+    with a weight that cannot be, or an image, a mask or a strength that cannot be used, RegistryError for an adapter
+    named twice.
     """
     if (control := control_character(request.prompt)) is not None:
         raise SpecError(f"prompt: holds the control character {control!r}; remove it, or type the prompt anew")
+    words = plain_text(request.prompt, request.weighting)
     members = request.adapters
     check_once_each(member.reference for member in members)
     opened: list[tuple[Manifest, float]] = []
@@ -116,7 +122,7 @@ def draw_images(
         opened = [(registry.resolve(member.reference), member.strength) for member in members]
     base_name = request.base or (opened[0][0].base_name if opened else "pocket")
     if request.gate:
-        shut = [manifest for manifest, _ in opened if not opens_gate(manifest, request.prompt)]
+        shut = [manifest for manifest, _ in opened if not opens_gate(manifest, words)]
         opened = [(manifest, strength) for manifest, strength in opened if manifest not in shut]
         for manifest in shut:
             listener.message(gate_note(manifest))
@@ -124,14 +130,23 @@ def draw_images(
     base = load_base_model(base_name, device=device)
     bank = None if registry is None or not opened else open_stack(registry, opened, base)
     tokens = [concept.token for manifest in manifests for concept in manifest.concepts]
-    for note in (*cut_notes(base.text_limit, tokens, prompt=request.prompt), *syntax_notes(request.prompt)):
+    prompt = Prompt(request.prompt, request.weighting, request.prompt_chunks)
+    cuts = cut_notes(base.text_limit, tokens, prompt=prompt)
+    for note in (*cuts, *syntax_notes(request.prompt, weighting=request.weighting)):
         listener.message(f"warning: {note}")
     slot = 0 if bank is None else 1
-    source = _source(request, base, listener)
-    rows = [
-        ImageRow(request.prompt, request.seed + i, slot, request.steps, request.guidance, request.sampler, "", source)
-        for i in range(request.count)
-    ]
+    first = ImageRow(
+        request.prompt,
+        request.seed,
+        slot,
+        request.steps,
+        request.guidance,
+        request.sampler,
+        weighting=request.weighting,
+        prompt_chunks=request.prompt_chunks,
+        source=_source(request, base, listener),
+    )
+    rows = [replace(first, seed=request.seed + i) for i in range(request.count)]
     name = stack_name(manifest.name for manifest in manifests) or base.name
     strength = stack_name(str(strength) for _, strength in opened) or "1.0"
     images = generate(base, bank, rows, on_progress=lambda done, total: listener.images(name, done, total))
@@ -139,7 +154,7 @@ def draw_images(
     for i, (row, image) in enumerate(zip(rows, images, strict=True)):
         path = out if request.count == 1 else out.with_stem(f"{out.stem}-{i}")
         parameters = {key: str(value) for key, value in vars(row).items() if key not in ("slot", "source")}
-        if source is not None:
+        if (source := row.source) is not None:
             masked = str(source.mask is not None).lower()
             parameters |= {"denoising_strength": str(source.strength), "masked": masked}
         save_png(image, path, {**parameters, "model": name, "strength": strength})

@@ -6,6 +6,7 @@ from typing import Literal
 
 MethodName = Literal["cat", "lora"]
 SamplerName = Literal["ddim", "euler", "dpmpp_2m"]
+Weighting = Literal["none", "a1111"]
 Targets = Literal["attention", "cross_attention", "attention_ff"]
 Blocks = Literal["all", "mid_up", "up"]
 PriorPrompt = Literal["token_removed", "class_noun", "empty", "mixture"]

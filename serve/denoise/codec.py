@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,7 +23,9 @@ from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.text_limit import first_words
+from cat_cluster.models.prompt_weights import Prompt
+from cat_cluster.models.prompts import encode_prompts
+from cat_cluster.models.text_limit import TextLimit, first_words
 from serve.calls import FileFormat, ImageCall
 from serve.denoise.image_file import image_file
 from serve.denoise.signing import ImageSigner
@@ -48,8 +50,9 @@ class Codec:
 
     def __init__(self, base: BaseModel, threads: int = 1, signer: ImageSigner | None = None) -> None:
         self._base, self._threads, self._signer = base, threads, signer
-        self._texts: OrderedDict[str, Tensor] = OrderedDict()
-        self._prompts: list[_Job[str]] = []
+        self._texts: OrderedDict[Prompt, Tensor] = OrderedDict()
+        self._prompts: list[_Job[Prompt]] = []
+        self._limit = TextLimit(base.tokenizer)  # of the thread that encodes; that of the notes has the base's own
         self._latents: list[_Job[Tensor]] = []
         self._sources: list[_Job[Tensor]] = []
         self._lock = threading.Lock()
@@ -74,9 +77,10 @@ class Codec:
         self._files.shutdown()
         self._notes.shutdown()
 
-    def encode(self, prompt: str) -> Future[Tensor]:
-        """Return the embedding [L, D] of a prompt, on the base's device."""
-        prompt = first_words(prompt, self._base.tokenizer.model_max_length)  # the rest only costs time
+    def encode(self, prompt: Prompt) -> Future[Tensor]:
+        """Return the embedding [n L, D] of a prompt of n chunks, on the base's device."""
+        if prompt.weighting == "none":  # the rest only costs time; behind a weight its bracket may close
+            prompt = replace(prompt, text=first_words(prompt.text, prompt.chunks * self._limit.tokens))
         with self._lock:
             known = self._texts.get(prompt)
             if known is None:
@@ -100,7 +104,10 @@ class Codec:
             return self._put(self._sources, pixels, self._encode_sources)
 
     def notes(self, call: ImageCall, tokens: Sequence[str]) -> Future[list[str]]:
-        """Return what people should know of how a call's prompts are read; tokens: those of the adapter that draws."""
+        """Return what people should know of how a call's prompts are read; tokens: those of the adapter that draws.
+
+        Fails with SpecError, which names the field, for a weight that cannot be.
+        """
         with self._lock:
             self._check_open()
             return self._notes.submit(self._read, call, tokens)
@@ -139,13 +146,12 @@ class Codec:
             jobs, self._prompts[:AT_ONCE] = self._prompts[:AT_ONCE], []
         _finish(jobs, self._encode)
 
-    def _encode(self, jobs: list[_Job[str]]) -> list[Tensor]:
+    def _encode(self, jobs: list[_Job[Prompt]]) -> list[Tensor]:
         prompts = list(dict.fromkeys(job.value for job in jobs))
         with self._own_stream():
-            # Copies: a part of the batch would keep all of it in memory for as long as one prompt is remembered.
-            texts = {p: text.clone() for p, text in zip(prompts, self._base.encode_text(prompts), strict=True)}
+            texts = dict(zip(prompts, encode_prompts(self._base, self._limit, prompts), strict=True))
         with self._lock:
-            self._texts.update((p, text) for p, text in texts.items() if len(p) <= LONGEST_KEPT)
+            self._texts.update((p, text) for p, text in texts.items() if len(p.text) <= LONGEST_KEPT)
             while len(self._texts) > TEXTS_KEPT:
                 self._texts.popitem(last=False)
         return [texts[job.value] for job in jobs]
@@ -194,8 +200,9 @@ class Codec:
         return self._signer.sign(data, file.media_type, model)
 
     def _read(self, call: ImageCall, tokens: Sequence[str]) -> list[str]:
-        cuts = cut_notes(self._base.text_limit, tokens, prompt=call.prompt, negative_prompt=call.negative_prompt)
-        return [*cuts, *syntax_notes(call.prompt, call.negative_prompt)]
+        prompt, negative = call.prompts
+        cuts = cut_notes(self._base.text_limit, tokens, prompt=prompt, negative_prompt=negative)
+        return [*cuts, *syntax_notes(call.prompt, call.negative_prompt, call.weighting)]
 
     @torch.inference_mode()
     def _preview(self, denoised: Tensor, file: FileFormat) -> bytes:

@@ -51,6 +51,8 @@ def image_metadata(call: ImageCall, seed: int, served_by: Sequence[str], digests
         "steps": str(call.steps),
         "guidance": str(call.guidance),
         "sampler": call.sampler,
+        "weighting": call.weighting,
+        "prompt_chunks": str(call.prompt_chunks),
         "strength": stack_name(str(member.strength) for member in call.adapters) or "1.0",
         "model": stack_name(served_by),
         "request_id": call.request_id,

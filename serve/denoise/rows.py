@@ -15,18 +15,19 @@ from torch import Tensor
 from cat_cluster.lora.row_bank import RowAdapter, RowBank
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.edit import KeptAreas
+from cat_cluster.models.prompts import side_by_side
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients
 
 
 @dataclass(eq=False)
 class ImageRows:
-    """An image on its way: texts [2 or 1, L, D] (prompt first), its sampler, and the step it is at.
+    """An image on its way: two texts [n L, D], of the prompt and of the negative one, or one, sampler and step.
 
     adapters are read when the image joins; latents [C, H, W] are its first ones, or, of an image that
     was parked, those it had, with `previous` (the last denoised latents) beside them. kept: what an edit puts back.
     """
 
-    texts: Tensor
+    texts: Sequence[Tensor]
     table: SamplerTable
     guidance: float
     latents: Tensor
@@ -56,11 +57,9 @@ class Rows:
         self._base = base
         self._buckets = tuple(buckets)
         self._capacity = capacity
-        length, width = base.tokenizer.model_max_length, int(base.unet.config.cross_attention_dim)
-        self._block = bank.block(capacity, length)
+        self._block = bank.block(capacity, base.tokenizer.model_max_length)
         state = torch.zeros((capacity, base.latent_channels, *size), device=base.device)
         self._latents, self._previous = state, state.clone()  # [images, C, H, W], images dense
-        self._texts = torch.zeros((capacity, length, width), device=base.device, dtype=base.dtype)
         self.images: list[ImageRows] = []
         self._rows_of: dict[ImageRows, list[int]] = {}
         self._count = 0
@@ -83,7 +82,6 @@ class Rows:
         """Bind the image's rows; its adapters' vectors are copied, so that their slots are free for others then."""
         rows = list(range(self._count, self._count + image.rows))
         self._block.bind(rows, image.texts, image.adapters)
-        self._texts[rows[0] : rows[-1] + 1].copy_(image.texts)
         place = len(self.images)
         self._latents[place].copy_(image.latents)
         if image.previous is None:
@@ -118,12 +116,14 @@ class Rows:
         coefficients = gather_coefficients([image.table for image in images], [image.step for image in images], device)
         latents = self._latents[: len(images)]
         scaled = (coefficients.input_scale.view(-1, 1, 1, 1) * latents).to(self._base.dtype)
-        bucket = len(index.image)
-        with self._block.call(bucket):
+        # As long as the longest text of this call: rows of one chunk are computed as if there were no longer ones.
+        self._block.fit(index.texts.shape[1])
+        with self._block.call(len(index.image)):
             output = self._base.unet(
                 scaled[index.image],
                 coefficients.timesteps[index.image],
-                encoder_hidden_states=self._texts[:bucket],
+                encoder_hidden_states=index.texts,
+                encoder_attention_mask=index.own_text,
                 return_dict=False,
             )[0].float()
         plain = output[index.negative]
@@ -149,20 +149,26 @@ class Rows:
             self._block.clear(row)
         else:
             self._block.move(last, row)
-            self._texts[row].copy_(self._texts[last])
             owner = next(rows for rows in self._rows_of.values() if last in rows)
             owner[owner.index(last)] = row
         self._count = last
 
     def _reindex(self) -> None:
+        if not self._count:
+            self._index = _empty_index(self._base.device)
+            return
         owners = {row: place for place, image in enumerate(self.images) for row in self._rows_of[image]}
-        padding = [0] * (self.bucket(self._count) - self._count) if self._count else []
+        texts = {row: text for one in self.images for row, text in zip(self._rows_of[one], one.texts, strict=True)}
+        used = [*range(self._count), *[0] * (self.bucket(self._count) - self._count)]  # padded with the first row
         ends = [(self._rows_of[image][0], self._rows_of[image][-1]) for image in self.images]
+        all_texts, own_text = side_by_side([texts[row] for row in used])
         self._index = _Index(
-            image=self._on_device([owners[row] for row in range(self._count)] + padding),
+            image=self._on_device([owners[row] for row in used]),
             prompt=self._on_device([first for first, _ in ends]),
             negative=self._on_device([last for _, last in ends]),
             guidance=torch.tensor([image.guidance for image in self.images], device=self._base.device),
+            texts=all_texts,
+            own_text=own_text,
         )
 
     def _on_device(self, values: Sequence[int]) -> Tensor:
@@ -171,14 +177,19 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class _Index:
-    """Which image each row of a call belongs to [bucket]; each image's prompt and negative row, and its guidance."""
+    """Which image each row of a call belongs to [bucket]; each image's prompt and negative row, and its guidance.
+
+    texts: of the rows [bucket, n L, D]; own_text: which of their places are a row's own, None where all are.
+    """
 
     image: Tensor
     prompt: Tensor
     negative: Tensor
     guidance: Tensor
+    texts: Tensor
+    own_text: Tensor | None
 
 
 def _empty_index(device: torch.device) -> _Index:
-    none = torch.empty(0, dtype=torch.long, device=device)
-    return _Index(none, none, none, torch.empty(0, device=device))
+    none, nothing = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device)
+    return _Index(none, none, none, nothing, nothing, None)

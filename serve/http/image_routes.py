@@ -140,6 +140,8 @@ def to_call(body: DrawingRequest, stack: RequestedStack, request_id: str, ingres
         steps=body.num_inference_steps,
         guidance=body.guidance_scale,
         sampler=body.sampler,
+        weighting=body.weighting or ingress.settings.weighting,
+        prompt_chunks=ingress.settings.max_prompt_chunks,
         gate=body.gate,
         previews=body.partial_images if body.stream else 0,
         progress=body.progress and body.stream,

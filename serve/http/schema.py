@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from cat_cluster.models.edit_steps import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH
 from cat_cluster.spec.characters import CONTROLS, control_character
-from cat_cluster.spec.choices import SamplerName
+from cat_cluster.spec.choices import SamplerName, Weighting
 from serve.calls import AdminAction, FileFormat, FileKind
 from serve.settings import MAX_STACK
 
@@ -128,6 +128,11 @@ class DrawingRequest(_Body):
     )
     negative_prompt: Text = Field(default="", max_length=4000, description="What the image must not show.")
     sampler: SamplerName = Field(default="ddim", description="The sampler.")
+    weighting: Weighting | None = Field(
+        default=None,
+        description="`a1111`: words of both prompts have weights, as `(word:1.2)`, `(word)` and `[word]`, and BREAK "
+        "starts a new chunk; `none`: that is text. Absent: as the service is set.",
+    )
     gate: bool = Field(
         default=False, description="Leave out adapters none of whose tokens is a word of the prompt; `note` names them."
     )

@@ -247,7 +247,14 @@ class Prober:
             raise EvaluationError(f"{manifest.name}: too few evaluated pairs of {token!r} to judge live probes by")
         prompt = remove_token(call.prompt, token)
         without_token = ImageCall(
-            "probe", prompt, seed=seed, steps=call.steps, guidance=call.guidance, sampler=call.sampler
+            "probe",
+            prompt,
+            seed=seed,
+            steps=call.steps,
+            guidance=call.guidance,
+            sampler=call.sampler,
+            weighting=call.weighting,
+            prompt_chunks=call.prompt_chunks,
         )
         others = await self._generate([(without_token, manifest), (without_token, None)])
         scores, _ = await self._run_in_thread(score_images, monitor.judge, monitor.photos[token], [pixels, *others])

@@ -18,6 +18,7 @@ from cat_cluster.evaluation.judges import Judge, feature_rows
 from cat_cluster.evaluation.metrics import paired_similarity, similarity
 from cat_cluster.evaluation.prompts import fill
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.prompt_weights import is_weighted
 from cat_cluster.registry.manifest import Manifest
 from cat_cluster.spec.choices import DriftState, ProbeScore
 from cat_cluster.spec.fields import words
@@ -225,13 +226,14 @@ def _canonical_pairs(
 def live_token(manifest: Manifest, call: ImageCall) -> str | None:
     """Return the token that a user's call can be probed for; None where its scores do not compare with the reference.
 
-    Compares: one token of the adapter beside its class noun, full strength, guidance, no negative prompt.
+    Compares: one token of the adapter beside its class noun, full strength, guidance, no negative prompt, no weights.
     """
     named = [concept for concept in manifest.concepts if has_token(call.prompt, concept.token)]
     if len(named) != 1 or not set(words(named[0].class_noun)) <= set(words(call.prompt)):
         return None
     spec = manifest.settings.evaluation
     plain = all(member.strength == 1.0 for member in call.adapters) and not call.negative_prompt.strip()
+    plain = plain and not is_weighted(call.prompt, call.weighting)
     return named[0].token if plain and (call.guidance > 1.0) == (spec.guidance > 1.0) else None
 
 

@@ -15,6 +15,8 @@ from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.edit import edit_latents, edit_table
 from cat_cluster.models.generate import ImageRow, generate, initial_latents
+from cat_cluster.models.prompt_weights import Prompt
+from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.models.samplers import sampler_table
 from serve.denoise.rows import ImageRows
 
@@ -61,7 +63,7 @@ class ImageOracle:
     layout: AdapterLayout = field(init=False)
     flats: dict[int, Tensor] = field(init=False)
     _images: dict[OracleImage, Tensor] = field(default_factory=dict)
-    _texts: dict[str, Tensor] = field(default_factory=dict)
+    _texts: dict[Prompt, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.layout = AdapterLayout(self.base.unet, adapted_layers(self.base.unet, TARGETS), RANK)
@@ -93,7 +95,6 @@ class ImageOracle:
         """The same image as rows that can join; flats: where its adapters are read, else the oracle's own vectors."""
         flats = [self.flats[key] for key, _ in wanted.stack] if flats is None else flats
         row = wanted.row
-        prompts = [row.prompt, row.negative_prompt] if row.guided else [row.prompt]
         table, kept = sampler_table(row.sampler, self.base.schedule, row.steps), None
         if row.source is None:
             latents = initial_latents(self.base, row.seed, table, size)
@@ -103,7 +104,7 @@ class ImageOracle:
             moments = self.base.encode_moments(source.pixels.unsqueeze(0))[0]
             latents, kept = edit_latents(self.base, moments, source.mask, source.strength, row.seed, table)
         return ImageRows(
-            texts=torch.stack([self._text(prompt) for prompt in prompts]),
+            texts=tuple(self._text(prompt) for prompt in row.prompts),
             table=table,
             guidance=row.guidance if row.guided else 1.0,
             latents=latents,
@@ -118,9 +119,9 @@ class ImageOracle:
         """The image [3, H, W] of final latents."""
         return self.base.decode(latents.unsqueeze(0))[0].cpu()
 
-    def _text(self, prompt: str) -> Tensor:
+    def _text(self, prompt: Prompt) -> Tensor:
         if prompt not in self._texts:
-            self._texts[prompt] = self.base.encode_text([prompt])[0]
+            (self._texts[prompt],) = encode_prompts(self.base, self.base.text_limit, [prompt])
         return self._texts[prompt]
 
 

@@ -74,7 +74,7 @@ def whole_step(bench: Workbench, base: BaseModel, bank: RowBank, rows: int, adap
     for n, request in enumerate(bench.requests(rows // 2, adapters=adapters)):
         adapter = packed(base, bank, bench.adapters[request.adapter])
         texts, latents = base.encode_text([request.prompt, ""]), initial_latents(base, n, table)
-        lane.join(ImageRows(texts=texts, table=table, guidance=GUIDANCE, latents=latents, adapters=(adapter,)))
+        lane.join(ImageRows(texts=tuple(texts), table=table, guidance=GUIDANCE, latents=latents, adapters=(adapter,)))
 
     def step() -> None:
         lane.step()

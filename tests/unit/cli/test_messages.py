@@ -102,3 +102,8 @@ def test_an_interrupt_at_the_start_ends_in_silence(
     with pytest.raises(SystemExit) as ended:
         __main__.main()
     assert (ended.value.code, capsys.readouterr().err) == (130, "")
+
+
+def test_generate_refuses_a_weight_that_cannot_be(command: CommandLine, tmp_path: Path) -> None:
+    words = ("generate", "--prompt", "a (cup:12)", "--out", tmp_path / "a.png", "--weighting", "a1111")
+    assert_refused(command(*words), "prompt: 'cup' has the weight 12", "may have 0 to 10: write a number")

@@ -43,6 +43,19 @@ def test_a_weight_of_words_is_told_to_be_text(weight: str) -> None:
     for texts in ((f"a {weight} cup", ""), ("a cup", f"{weight}, red")):
         [note] = syntax_notes(*texts)
         assert note.startswith(f"{weight!r} is drawn as text")
+        assert "words have weights with `weighting` a1111, or --weighting" in note
+
+
+def test_where_words_have_weights_only_what_weighs_nothing_is_told() -> None:
+    for prompt in ("(word:1.2) ((a)) [[b]] \\(c\\)", "a cup AND", "[a], (b|c), android, And, [a: 5 b]"):
+        found = list(syntax_notes(prompt, "", "a1111"))
+        assert (found == []) is ("AND" not in prompt), found
+    for other in ("[cat:dog:0.5]", "[a|b]", "[[x:.5]", "[dog:10]", "AND"):
+        for texts in ((f"a {other} cup", ""), ("a cup", f"{other}, red")):
+            [note] = syntax_notes(*texts, "a1111")
+            assert note.startswith(f"{other!r} is drawn as words: a prompt is one, and the same at each step")
+    [tag] = syntax_notes("a <hypernet:x:1> (cup:1.2)", "", "a1111")
+    assert tag.startswith("'<hypernet:x:1>' is drawn as text")
 
 
 @pytest.mark.parametrize(
@@ -72,4 +85,5 @@ def test_no_prompt_takes_more_than_linear_time(piece: str) -> None:
     take_tags((f"{piece} <lora:cup> " * 32_000)[:32_000])
     for end in ("", ")", "]", "x)", "1x)"):
         list(syntax_notes((piece * 32_000)[:32_000] + end, f"(:{'1' * 32_000}{end}"))
+        list(syntax_notes((piece * 32_000)[:32_000] + end, f"[:{'1 ' * 16_000}{end}", "a1111"))
     assert time.process_time() - started < 2.0

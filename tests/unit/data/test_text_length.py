@@ -12,6 +12,7 @@ from cat_cluster.cli.app import app
 from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.data.text_length import check_caption_lengths, cut_notes
 from cat_cluster.errors import ConceptError, EvaluationError
+from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.text_limit import TextLimit, local_text_limit
 from cat_cluster.pipeline.prepare import prepare
 from cat_cluster.settings import load_settings
@@ -53,16 +54,16 @@ def test_other_text_that_is_cut_off_is_a_warning_that_quotes_it(tmp_path: Path, 
 
 
 def test_a_prompt_whose_token_is_cut_off_is_told_so(limit: TextLimit) -> None:
-    assert list(cut_notes(limit, ["sks"], prompt="a sks cup", negative_prompt="red")) == []
-    text, token = cut_notes(limit, ["sks", "ohwx"], prompt=f"ohwx, {LONG} a sks cup")
+    assert list(cut_notes(limit, ["sks"], prompt=Prompt("a sks cup"), negative_prompt=Prompt("red"))) == []
+    text, token = cut_notes(limit, ["sks", "ohwx"], prompt=Prompt(f"ohwx, {LONG} a sks cup"))
     assert "first 32 tokens of the prompt, and not '" in text
     assert token == "the token 'sks' is not read, so its concept is not drawn: write it further to the front"
-    [negative] = cut_notes(limit, ["sks"], prompt="a sks cup", negative_prompt=LONG)
+    [negative] = cut_notes(limit, ["sks"], prompt=Prompt("a sks cup"), negative_prompt=Prompt(LONG))
     assert "of the negative prompt" in negative
 
 
 def test_a_note_quotes_the_ends_of_what_is_long(limit: TextLimit) -> None:
-    [note] = cut_notes(limit, [], prompt=f"a cup {'on a table, ' * 3000}the end")
+    [note] = cut_notes(limit, [], prompt=Prompt(f"a cup {'on a table, ' * 3000}the end"))
     assert "and not '" in note
     assert "' ... '" in note
     assert note.endswith("the end'")

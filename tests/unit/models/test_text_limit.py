@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.text_limit import TextLimit, first_words, local_text_limit
 
 SOME = ["sks", "cup,", "photo", "unbelievable", "caf\u00e9", "a", "(blue)", "x-9"]
@@ -26,7 +27,7 @@ def base() -> BaseModel:
 @given(words=WORDS)
 def test_the_encoder_sees_what_is_read_and_nothing_of_what_is_cut(base: BaseModel, words: list[str]) -> None:
     limit, prompt = TextLimit(base.tokenizer), " ".join(words)
-    read, cut = limit.split(prompt)
+    read, cut = limit.split(Prompt(prompt))
     assert prompt.startswith(read)
     assert prompt.endswith(cut)
     assert prompt == read or set(prompt[len(read) : len(prompt) - len(cut)]) <= {" ", ","}
@@ -61,8 +62,8 @@ def test_a_whole_prompt_is_few_words() -> None:
 def test_one_word_that_is_too_long_is_not_read_whole(base: BaseModel) -> None:
     limit = TextLimit(base.tokenizer)
     word = "xq" * 200
-    assert limit.split(word) == ("", word)
-    assert limit.split("") == ("", "")
+    assert limit.split(Prompt(word)) == ("", word)
+    assert limit.split(Prompt("")) == ("", "")
 
 
 def test_the_limit_of_a_base_is_found_without_loading_or_downloading_it(base: BaseModel, tmp_path: Path) -> None:
@@ -71,7 +72,7 @@ def test_the_limit_of_a_base_is_found_without_loading_or_downloading_it(base: Ba
     assert found.tokens == base.tokenizer.model_max_length == 32
     by_folder = local_text_limit(str(base.folder))
     assert by_folder is not None
-    assert by_folder.split("a cup " * 40) == found.split("a cup " * 40)
+    assert by_folder.split(Prompt("a cup " * 40)) == found.split(Prompt("a cup " * 40))
     assert local_text_limit("nobody/never-downloaded") is None
     assert local_text_limit(str(tmp_path)) is None
 
@@ -97,7 +98,7 @@ def test_a_limit_and_the_encoder_may_be_used_by_two_threads(base: BaseModel) -> 
 
     thread = threading.Thread(target=encode)
     thread.start()
-    cuts = {limit.split(text) for _ in range(25)}
+    cuts = {limit.split(Prompt(text)) for _ in range(25)}
     done.set()
     thread.join()
     assert (len(cuts), faults) == (1, [])

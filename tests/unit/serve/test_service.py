@@ -81,6 +81,8 @@ def test_a_png_says_how_it_was_made(shop: Shop) -> None:
                 "steps": "4",
                 "guidance": "4.0",
                 "sampler": "euler",
+                "weighting": "none",
+                "prompt_chunks": "1",
                 "strength": "0.5",
                 "model": manifest.name,
                 "request_id": "request-1",

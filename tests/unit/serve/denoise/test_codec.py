@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.prompt_weights import Prompt
 from serve.calls import FileFormat
 from serve.denoise import codec as codec_module
 from serve.denoise.codec import AT_ONCE, Codec, colour_map
@@ -54,29 +55,30 @@ class Held:
 
 def test_what_waits_is_done_together(codec: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    encode, decode = type(base).encode_text, type(base).decode
+    (red,) = base.encode_text(["red"])
+    encode, decode = type(base).encode_tokens, type(base).decode
 
-    def watched(self: BaseModel, prompts: list[str]) -> Tensor:
-        sizes.append(len(prompts))
-        return encode(self, prompts)
+    def watched(self: BaseModel, ids: Tensor, mask: Tensor) -> Tensor:
+        sizes.append(len(ids))
+        return encode(self, ids, mask)
 
     def seen(self: BaseModel, values: Tensor) -> Tensor:
         sizes.append(-len(values))
         return decode(self, values)
 
-    monkeypatch.setattr(type(base), "encode_text", watched)
+    monkeypatch.setattr(type(base), "encode_tokens", watched)
     monkeypatch.setattr(type(base), "decode", seen)
     held = Held(codec)
-    texts = [codec.encode(prompt) for prompt in ("a cup", "red", "a cup", "")]
+    texts = [codec.encode(Prompt(prompt)) for prompt in ("a cup", "red", "a cup", "")]
     images = [codec.decode(latents(n, height=8 if n % 3 else 12)) for n in range(12)]
     held.go()
     assert torch.equal(texts[0].result(SOON), texts[2].result(SOON))
-    torch.testing.assert_close(texts[1].result(SOON), encode(base, ["red"])[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(texts[1].result(SOON), red, rtol=1e-5, atol=1e-5)
     for n, image in enumerate(images):
         alone = decode(base, latents(n, height=8 if n % 3 else 12)[None])[0]
         torch.testing.assert_close(image.result(SOON), alone, rtol=0, atol=3e-5)
     assert sizes == [3, -4, -AT_ONCE]
-    codec.encode("a cup").result(0)
+    codec.encode(Prompt("a cup")).result(0)
     assert len(sizes) == 3, "a prompt is encoded once"
 
 
@@ -102,15 +104,15 @@ def test_images_that_wait_are_encoded_together(codec: Codec, base: BaseModel, mo
 def test_prompts_are_remembered_up_to_a_number(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec_module, "TEXTS_KEPT", 4)
     for n in range(20):
-        codec.encode(f"cup {n}").result(SOON)
-    assert list(codec._texts) == [f"cup {n}" for n in range(16, 20)]
+        codec.encode(Prompt(f"cup {n}")).result(SOON)
+    assert list(codec._texts) == [Prompt(f"cup {n}") for n in range(16, 20)]
     assert not codec._prompts
-    codec.encode("x" * 32_000).result(SOON)
+    codec.encode(Prompt("x" * 32_000)).result(SOON)
     assert len(codec._texts) == 4
-    assert max(map(len, codec._texts)) < 32, "a prompt that is kept is short"
+    assert max(len(prompt.text) for prompt in codec._texts) < 32, "a prompt that is kept is short"
     text = "a cup on a table in snow, " * 1200
-    assert torch.equal(codec.encode(text).result(SOON), codec._base.encode_text([text])[0])
-    assert max(map(len, codec._texts)) < 500
+    assert torch.equal(codec.encode(Prompt(text)).result(SOON), codec._base.encode_text([text])[0])
+    assert max(len(prompt.text) for prompt in codec._texts) < 500
 
 
 def test_one_that_fails_or_is_not_finite_fails_alone(
@@ -140,9 +142,9 @@ def test_one_that_fails_or_is_not_finite_fails_alone(
 def test_closing_fails_what_waits_and_what_comes_later(base: BaseModel) -> None:
     codec = Codec(base)
     held = Held(codec)
-    waiting: list[Future[Any]] = [codec.encode("a cup"), codec.decode(latents(1)), codec.decode(latents(2))]
+    waiting: list[Future[Any]] = [codec.encode(Prompt("a cup")), codec.decode(latents(1)), codec.decode(latents(2))]
     waiting.append(codec.moments(torch.zeros(3, 16, 16)))
-    cancelled = codec.encode("red")
+    cancelled = codec.encode(Prompt("red"))
     cancelled.cancel()
     closing = threading.Thread(target=codec.close)
     closing.start()
@@ -152,7 +154,7 @@ def test_closing_fails_what_waits_and_what_comes_later(base: BaseModel) -> None:
     closing.join(SOON)
     assert not closing.is_alive()
     later: list[Callable[[], Future[Any]]] = [
-        lambda: codec.encode("new"),
+        lambda: codec.encode(Prompt("new")),
         lambda: codec.decode(latents(1)),
         lambda: codec.moments(torch.zeros(3, 16, 16)),
         lambda: codec.file(torch.zeros(3, 4, 4), {}, FileFormat()),

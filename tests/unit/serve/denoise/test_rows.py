@@ -21,6 +21,7 @@ from serve.denoise.rows import ImageRows, Rows
 from tests.support.denoised_images import ImageOracle, OracleImage, assert_same_image, random_adapter
 
 CAPACITY = 6
+LONG = "a photo of a red cup, " * 24  # 168 tokens of the tiny base: three chunks
 
 
 def photo(seed: int, strength: float, *, masked: bool = False) -> EditSource:
@@ -42,6 +43,10 @@ WANTED = [
     OracleImage(ImageRow("a red cup", 9, steps=6, sampler="dpmpp_2m", source=photo(1, 0.7)), 1),
     OracleImage(ImageRow("a cup", 10, steps=3, sampler="euler", source=photo(2, 1.0, masked=True)), 2, 0.5),
     OracleImage(ImageRow("cup", 11, steps=5, guidance=1.0, source=photo(3, 0.8, masked=True))),
+    OracleImage(ImageRow(f"{LONG} sks", 9, steps=3, negative_prompt="red", prompt_chunks=4), 1),
+    OracleImage(ImageRow("a (red:1.5) cup BREAK a photo", 10, steps=4, weighting="a1111", prompt_chunks=2), 2),
+    OracleImage(ImageRow("cup", 11, steps=2, negative_prompt=LONG, prompt_chunks=3)),
+    OracleImage(ImageRow(LONG, 12, steps=3, sampler="euler", guidance=1.0, prompt_chunks=3), 3),
 ]
 
 
@@ -198,6 +203,94 @@ def test_an_image_that_cannot_join_leaves_no_trace(oracle: ImageOracle) -> None:
         while rows.images:
             rows.step()
             leave_when_done(oracle, rows, {good: WANTED[0], later: WANTED[4]})
+
+
+def seen_texts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, tuple[int, ...], torch.Tensor | None]]:
+    """What each U-Net call gets as texts from now on: shape, strides, and the mask."""
+    seen: list[tuple[torch.Size, tuple[int, ...], torch.Tensor | None]] = []
+    forward = UNet2DConditionModel.forward
+
+    def watching(self: UNet2DConditionModel, *args: object, **kwargs: object) -> object:
+        texts = kwargs["encoder_hidden_states"]
+        assert isinstance(texts, torch.Tensor)
+        mask = kwargs["encoder_attention_mask"]
+        assert mask is None or isinstance(mask, torch.Tensor)
+        seen.append((texts.shape, texts.stride(), mask))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watching)
+    return seen
+
+
+def test_rows_of_one_chunk_are_computed_as_if_there_were_no_longer_ones(
+    oracle: ImageOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mask, the same shapes and strides, and to the bit the same latents, before and after a long prompt."""
+    seen, latents = seen_texts(monkeypatch), []
+    with open_rows(oracle) as rows:
+        strides = {kept.stride() for kept in rows._block._kept.values()}
+        for _ in range(2):
+            rows.join(image := oracle.rows(WANTED[0]))
+            while not image.done:
+                rows.step()
+            rows.leave(image)
+            latents.append(image.latents)
+            assert {kept.stride() for kept in rows._block._kept.values()} == strides
+            assert [(shape, stride, mask) for shape, stride, mask in seen] == [
+                ((CAPACITY, 77, 16), (77 * 16, 16, 1), None)
+            ] * 3
+            seen.clear()
+            rows.join(long := oracle.rows(WANTED[9]))
+            rows.step()
+            rows.leave(long)
+            (((_, length, _), _, mask),) = seen
+            assert length == 3 * 77
+            assert mask is not None
+            assert mask.sum(dim=1).tolist() == [3 * 77, 77, *[3 * 77] * 4], "the negative prompt is shorter"
+            seen.clear()
+    assert torch.equal(*latents)
+
+
+def test_texts_of_one_length_need_no_mask_however_long_they_are(
+    oracle: ImageOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = seen_texts(monkeypatch)
+    with open_rows(oracle) as rows:
+        names = {oracle.rows(WANTED[12]): WANTED[12] for _ in range(2)}
+        for image in names:
+            rows.join(image)
+        while rows.images:
+            rows.step()
+            leave_when_done(oracle, rows, names)
+    assert [(shape[1], mask) for shape, _, mask in seen] == [(3 * 77, None)] * 3
+
+
+def test_what_a_long_prompt_leaves_behind_a_shorter_one_is_not_read(oracle: ImageOracle) -> None:
+    """A mask alone would not keep out what is not finite: 0 times NaN is NaN."""
+    with open_rows(oracle) as rows:
+        spoilt = oracle.rows(WANTED[9])
+        spoilt.texts = tuple(text * float("nan") for text in spoilt.texts)
+        rows.join(longest := oracle.rows(WANTED[11]))
+        rows.join(spoilt)
+        rows.step()
+        rows.leave(spoilt)
+        names = {longest: WANTED[11], oracle.rows(WANTED[0]): WANTED[0]}
+        rows.join(list(names)[1])
+        while rows.images:
+            rows.step()
+            leave_when_done(oracle, rows, names)
+
+
+def test_a_long_prompt_that_cannot_join_changes_nothing(oracle: ImageOracle) -> None:
+    with open_rows(oracle) as rows:
+        good, bad = oracle.rows(WANTED[0]), oracle.rows(WANTED[9])
+        rows.join(good)
+        bad.latents = torch.zeros(4, 9, 9)
+        with pytest.raises(RuntimeError):
+            rows.join(bad)
+        while rows.images:
+            rows.step()
+            leave_when_done(oracle, rows, {good: WANTED[0]})
 
 
 def test_what_the_image_would_be_is_seen_on_the_way(oracle: ImageOracle) -> None:

@@ -33,6 +33,9 @@ pytestmark = pytest.mark.slow
         ("a photo of a sks cup", {"negative_prompt": "blurry"}, None),
         ("a photo of a sks cup", {"guidance": 1.0}, None),
         ("a photo of a sks cup", {"guidance": 6.0, "sampler": "euler"}, "sks"),
+        ("a photo of a sks cup in (snow:1.2)", {"weighting": "a1111"}, None),
+        ("a photo of a sks cup in (snow:1.2)", {}, "sks"),
+        ("a photo of a sks cup in snow", {"weighting": "a1111", "prompt_chunks": 4}, "sks"),
     ],
 )
 def test_which_calls_compare_with_the_reference(
@@ -44,12 +47,16 @@ def test_which_calls_compare_with_the_reference(
 def test_a_live_probe_generates_the_prompt_without_the_token_and_the_base(
     replica: ProbedReplica, reference: dict[str, Any]
 ) -> None:
-    prober, image_call = replica.prober(), call("a photo of a sks cup at night", seed=7, steps=4, guidance=5.0)
+    prober, image_call = (
+        replica.prober(),
+        call("a photo of a sks cup at night", seed=7, steps=4, guidance=5.0, weighting="a1111", prompt_chunks=3),
+    )
     picture = user_image(replica, image_call)
 
     record = asyncio.run(prober.live(replica.manifest, image_call, 9, picture))
 
-    y = ImageCall("probe", "a photo of a cup at night", seed=9, steps=4, guidance=5.0)
+    read: dict[str, Any] = {"weighting": "a1111", "prompt_chunks": 3}
+    y = ImageCall("probe", "a photo of a cup at night", seed=9, steps=4, guidance=5.0, **read)
     assert replica.asked == [(y, replica.manifest), (y, None)]
     concept = reference["concepts"]["sks"]
     scores, _ = score_images(
