@@ -105,13 +105,26 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the safety checker says of an image. flagged: None where it failed; label, score: the worst that it saw."""
+
+    flagged: bool | None
+    label: str | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
 class Finished:
-    """Image `index` is done: a file's bytes that carry its parameters. `facts`: waiting and denoising, batch sizes."""
+    """Image `index` is done: a file's bytes that carry its parameters. `facts`: waiting and denoising, batch sizes.
+
+    safety: None where nothing checks images.
+    """
 
     index: int
     seed: int
     image: bytes
     facts: Mapping[str, Any] = field(default_factory=dict)
+    safety: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -137,14 +150,23 @@ class Failed:
         return kind(self.message)
 
 
-Event = Accepted | Progress | Preview | Finished | Failed
+@dataclass(frozen=True)
+class Refused:
+    """Image `index` is done and kept back, for the reason of `failure`; the call goes on."""
+
+    index: int
+    seed: int
+    failure: Failed
+
+
+Event = Accepted | Progress | Preview | Finished | Refused | Failed
 
 
 class EngineClient(Protocol):
     """An engine as an ingress sees it: in this process, or a Ray Serve deployment behind a handle."""
 
     def generate(self, call: ImageCall) -> AsyncIterator[Event]:
-        """Yield Accepted, then events of the images, until each is Finished or one Failed ends the call.
+        """Yield Accepted, then events of the images, until each is Finished or Refused, or one Failed ends the call.
 
         Closing the iterator cancels what is left at the next step.
         """

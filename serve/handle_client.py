@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cat_cluster.errors import CancelledRequestError, EngineStoppedError, OverloadedError
 from cat_cluster.spec.choices import DriftState
-from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress
+from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress, Refused
 
 logger = logging.getLogger("cat_cluster.serve")
 
@@ -166,7 +166,7 @@ class _EventsSent:
         if isinstance(event, Accepted):
             first, self._accepted = not self._accepted, True
             return first
-        if isinstance(event, Finished):
+        if isinstance(event, Finished | Refused):
             return self._later(Finished, event.index, 1.0)
         if isinstance(event, Progress | Preview) and (Finished, event.index) not in self._steps:
             return self._later(type(event), event.index, event.step)

@@ -26,6 +26,7 @@ from cat_cluster.models.base_files import POCKET, base_folder, check_family
 from cat_cluster.models.device import choose_device
 from cat_cluster.store import open_store
 from serve.app import build
+from serve.denoise.safety import open_checker
 from serve.denoise.signing import open_signer
 from serve.http.access import Access, check_bind
 from serve.http.sites import is_loopback
@@ -63,6 +64,7 @@ def serve_here(
     check_family(base_folder(settings.base))
     choose_device(settings.device)
     open_signer(settings.signing)
+    open_checker(settings.safety, "cpu")
     deployment = local_deployment(settings, engines)
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
@@ -117,6 +119,8 @@ def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
         signing = settings.signing
         files = {"certificates": signing.certificates.resolve(), "key": signing.key.resolve()}
         whole["signing"] = signing.model_copy(update=files).model_dump()
+    if settings.safety is not None:
+        whole["safety"] = settings.safety.model_copy(update={"model": settings.safety.model.resolve()}).model_dump()
     threads, gpus = settings.threads, 0.0
     if engines > 1 and settings.device in ("auto", "cuda") and (devices := torch.cuda.device_count()):
         # Ray counts in ten-thousandths of a GPU, and an engine's share must lie on one of them.

@@ -17,7 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cat_cluster import telemetry
-from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineError, ServingError, SpecError
+from cat_cluster.errors import (
+    CancelledRequestError,
+    CatClusterError,
+    DeadlineError,
+    EngineStoppedError,
+    ServingError,
+    SpecError,
+)
 from cat_cluster.lora.row_bank import RowAdapter
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import image_array, initial_latents
@@ -27,12 +34,13 @@ from cat_cluster.registry.manifest import WEIGHTS
 from cat_cluster.registry.stacks import stack_name
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Lease, Resolved
-from serve.calls import Event, Finished, ImageCall, Preview, Progress
+from serve.calls import Event, Failed, Finished, ImageCall, Preview, Progress, Refused, Verdict
 from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
 from serve.denoise.image import EngineImage, ImageFacts, Size
 from serve.denoise.image_file import fitting_prompts, image_metadata
 from serve.denoise.rows import ImageRows
+from serve.denoise.safety import SafetyChecker, refusal, safety_metadata
 from serve.denoise.sizes import Pixels, pixels_per_latent
 
 logger = logging.getLogger("cat_cluster.serve")
@@ -40,7 +48,7 @@ logger = logging.getLogger("cat_cluster.serve")
 
 @dataclass(frozen=True, eq=False)
 class EngineParts:
-    """What generating images takes: base model, engine, adapter cache, codec, the sizes served, metrics."""
+    """What generating images takes: base model, engine, adapter cache, codec, the sizes served, metrics, checker."""
 
     base: BaseModel
     engine: DenoisingEngine
@@ -48,6 +56,7 @@ class EngineParts:
     codec: Codec
     sizes: tuple[Pixels, ...]
     metrics: Metrics
+    checker: SafetyChecker | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,14 +144,14 @@ class RunningCall:
         self.pixels: dict[int, Tensor] = {}
 
     async def events(self) -> AsyncIterator[Event | CatClusterError]:
-        """Yield events until every image is Finished; an error is the last one."""
+        """Yield events until every image is Finished or Refused; an error is the last one."""
         left = self._plan.call.count
         while left:
             event = await self._queue.get()
             yield event
             if isinstance(event, CatClusterError):
                 return
-            left -= isinstance(event, Finished)
+            left -= isinstance(event, Finished | Refused)
 
     def cancel(self) -> None:
         """Let whatever is not done leave at the engine's next turn. The call ends here."""
@@ -193,7 +202,11 @@ class RunningCall:
         started = time.monotonic()
         try:
             image = await asyncio.wrap_future(codec.decode(latents))
-            file = await asyncio.wrap_future(codec.file(image, self._plan.metadata(seed), self._plan.call.file))
+            verdict = await self._checked(image)
+            if verdict is not None and self._refuses(index, seed, verdict):
+                return
+            metadata = self._plan.metadata(seed) | safety_metadata(verdict)
+            file = await asyncio.wrap_future(codec.file(image, metadata, self._plan.call.file))
         except Exception as error:
             self.fail(_expected(error, "decoded"))
             return
@@ -204,7 +217,35 @@ class RunningCall:
         metrics.observe(telemetry.IMAGE_SECONDS, facts.wait_s + facts.denoise_s + after)
         self.pixels[index] = image
         rounded = {key: round(value, 4) for key, value in asdict(facts).items()}
-        self._queue.put_nowait(Finished(index, seed, file, {**rounded, "decode_s": round(after, 4)}))
+        self._queue.put_nowait(Finished(index, seed, file, {**rounded, "decode_s": round(after, 4)}, verdict))
+
+    async def _checked(self, image: Tensor) -> Verdict | None:
+        """Return what the safety checker says of an image; None where there is none."""
+        checker, metrics = self._parts.checker, self._parts.metrics
+        if checker is None:
+            return None
+        started = time.monotonic()
+        try:
+            verdict = checker.verdict(await asyncio.wrap_future(self._parts.codec.check(image)))
+        except EngineStoppedError:
+            raise
+        except Exception:
+            logger.exception("the safety checker failed")
+            verdict = Verdict(None)
+        found = {True: "flagged", False: "passed", None: "unchecked"}[verdict.flagged]
+        metrics.inc(telemetry.SAFETY_IMAGES, flag=found, action="refuse" if checker.refuses else "mark")
+        metrics.observe(telemetry.SAFETY_SECONDS, time.monotonic() - started)
+        return verdict
+
+    def _refuses(self, index: int, seed: int, verdict: Verdict) -> bool:
+        """Say whether an image is kept back for its verdict; if so, that is its last event."""
+        checker = self._parts.checker
+        error = refusal(verdict) if checker is not None and checker.refuses else None
+        if error is None:
+            return False
+        self._parts.metrics.inc(telemetry.IMAGES, outcome="refused")
+        self._queue.put_nowait(Refused(index, seed, Failed.of(error)))
+        return True
 
     def _count(self, error: CatClusterError) -> None:
         outcomes: dict[type[CatClusterError], str] = {CancelledRequestError: "cancelled", DeadlineError: "expired"}

@@ -39,6 +39,7 @@ from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
 from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
+from serve.denoise.safety import open_checker
 from serve.denoise.signing import ImageSigner, open_signer
 from serve.denoise.sizes import parse_sizes, pixels_per_latent
 from serve.probes.prober import Prober
@@ -76,6 +77,7 @@ class Service:
         """Load the base model, attach the bank and start the engine. Raises CatClusterError."""
         signer = open_signer(settings.signing)
         device = choose_device(settings.device)
+        checker = open_checker(settings.safety, device)
         half = settings.precision == "bf16" or (settings.precision == "auto" and device.startswith("cuda"))
         base = load_base_model(settings.base, device=device, dtype=torch.bfloat16 if half else torch.float32)
         sizes, unit = parse_sizes(settings.sizes, base), pixels_per_latent(base)
@@ -111,9 +113,10 @@ class Service:
                 unet=base.unet,
                 metrics=metrics,
             )
-            codec = Codec(base, signer=signer)
+            codec = Codec(base, signer=signer, checker=checker)
             cleanup.callback(codec.close)
-            service = cls(EngineParts(base, engine, cache, codec, sizes, metrics), registry, settings, metrics, signer)
+            parts = EngineParts(base, engine, cache, codec, sizes, metrics, checker)
+            service = cls(parts, registry, settings, metrics, signer)
             service._cleanup = cleanup.pop_all()
         return service
 
@@ -215,6 +218,7 @@ class Service:
             "signing": None
             if self._signer is None
             else {"subject": self._signer.subject, "expires": self._signer.expires.isoformat()},
+            "safety": None if self._parts.checker is None else self._parts.checker.status(),
             "stuck_for_s": round(engine.stuck_for(), 3),
             "uptime_s": round(time.time() - self._started, 1),
             "pid": os.getpid(),
@@ -261,6 +265,10 @@ class Service:
                 notes = await asyncio.wrap_future(self._parts.codec.notes(call, tokens))
         except TimeoutError:
             raise DeadlineError("the deadline passed while the adapter was looked up: try again") from None
+        if call.previews and self._parts.checker is not None and self._parts.checker.refuses:
+            # A preview is a blur of colours, of which no classifier can say what the image will be.
+            call = replace(call, previews=0)
+            notes = [*notes, "partial_images: no previews are sent, since this service may refuse the image"]
         drift = "unknown"
         if self.prober is not None:
             drift = worst_state([self.prober.state(manifest).state for manifest in manifests])

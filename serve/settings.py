@@ -52,6 +52,25 @@ class SigningSettings(BaseModel):
     )
 
 
+class SafetySettings(BaseModel):
+    """Which images are flagged, and what happens to them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path = Field(
+        description="Local folder of a transformers image classification model: config.json, preprocessor_config.json "
+        "and safetensors; no code of it is executed."
+    )
+    labels: tuple[str, ...] = Field(min_length=1, description="The model's labels that flag an image.")
+    threshold: float = Field(
+        default=0.5, gt=0, le=1, description="Score from which on one of these labels flags an image."
+    )
+    action: Literal["refuse", "mark"] = Field(
+        default="refuse",
+        description="refuse: what is flagged, or cannot be checked, is not returned; mark: it is, and is said to be.",
+    )
+
+
 class ServeSettings(BaseModel):
     """How one service serves; every field has a default. API keys are secrets and come from CAT_API_KEYS alone."""
 
@@ -113,6 +132,9 @@ class ServeSettings(BaseModel):
     )
     signing: SigningSettings | None = Field(
         default=None, description="Certificates and key that sign images with C2PA; none: images are not signed."
+    )
+    safety: SafetySettings | None = Field(
+        default=None, description="Classifier that drawn images are checked with; none: images are not checked."
     )
     probes: ProbeSettings = Field(default=ProbeSettings(), description="Drift probes.")
 

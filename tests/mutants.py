@@ -327,6 +327,20 @@ MUTANTS = (
     ),
     Mutant("serving", "serve/proxy.py", 'message["status"] >= 400 and', "False and", "serve/test_proxy.py"),
     Mutant("serving", "serve/denoise/image_file.py", "xmp=XMP.encode(), ", "", "serve/denoise/test_image_file.py"),
+    Mutant(
+        "serving",
+        "serve/denoise/safety.py",
+        "score >= self._settings",
+        "score > self._settings",
+        "serve/denoise/test_safety.py",
+    ),
+    Mutant(
+        "serving",
+        "serve/running_call.py",
+        "verdict is not None and self._refuses",
+        "verdict is not None and verdict.flagged and self._refuses",
+        "serve/test_checked_service.py",
+    ),
     Mutant("serving", "serve/denoise/signing.py", "_now() >= self.expires", "False", "serve/denoise/test_signing.py"),
     Mutant(
         "serving",

@@ -1,7 +1,8 @@
 """The codec: prompts to text embeddings, latents to images and files, and cheap previews, off the device thread.
 
 One thread processes what waits in batches: all prompts in one call of the text encoder, all finished latents of one
-size in one call of the VAE. Files are made by a few more, since compression holds no lock; one looks at prompts.
+size in one call of the VAE, all images in one call of the safety checker. Files are made by a few more threads, since
+compression holds no lock; one looks at prompts.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.text_limit import first_words
 from serve.calls import FileFormat, ImageCall
 from serve.denoise.image_file import image_file
+from serve.denoise.safety import SafetyChecker
 from serve.denoise.signing import ImageSigner
 
 TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
 LONGEST_KEPT = 4096  # characters of one that is
-AT_ONCE = 8  # prompts or latents in one call
+AT_ONCE = 8  # prompts, latents or images in one call
 TOLD_OF_MODEL = ("model", "adapter_sha256")  # of the metadata, in a signed manifest: no prompt, which may be private
 PREVIEW_SIDE = 192  # pixels; a preview is scaled up for eyes, not for detail
 
@@ -45,11 +47,18 @@ class _Job(Generic[A]):
 class Codec:
     """Text encoding, decoding and files off the device thread; close it after use, and it raises EngineStoppedError."""
 
-    def __init__(self, base: BaseModel, threads: int = 1, signer: ImageSigner | None = None) -> None:
-        self._base, self._threads, self._signer = base, threads, signer
+    def __init__(
+        self,
+        base: BaseModel,
+        threads: int = 1,
+        signer: ImageSigner | None = None,
+        checker: SafetyChecker | None = None,
+    ) -> None:
+        self._base, self._threads, self._signer, self._checker = base, threads, signer, checker
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
         self._prompts: list[_Job[str]] = []
         self._latents: list[_Job[Tensor]] = []
+        self._unchecked: list[_Job[Tensor]] = []
         self._lock = threading.Lock()
         self._closed = False
         self._stream: torch.cuda.Stream | None = None
@@ -62,8 +71,8 @@ class Codec:
         """Finish what has started; what waits fails with EngineStoppedError."""
         with self._lock:
             self._closed = True
-            jobs: list[_Job[Any]] = [*self._prompts, *self._latents]
-            self._prompts, self._latents = [], []
+            jobs: list[_Job[Any]] = [*self._prompts, *self._latents, *self._unchecked]
+            self._prompts, self._latents, self._unchecked = [], [], []
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(_stopping())
@@ -90,6 +99,11 @@ class Codec:
         """
         with self._lock:
             return self._put(self._latents, latents, self._decode_waiting)
+
+    def check(self, image: Tensor) -> Future[Tensor]:
+        """Return the safety checker's scores [labels] of an image [3, H, W] in [0, 1]; there must be a checker."""
+        with self._lock:
+            return self._put(self._unchecked, image, self._check_waiting)
 
     def notes(self, call: ImageCall, tokens: Sequence[str]) -> Future[list[str]]:
         """Return what people should know of how a call's prompts are read; tokens: those of the adapter that draws."""
@@ -152,6 +166,19 @@ class Codec:
     def _decode(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
         with self._own_stream():
             return list(self._base.decode(torch.stack([job.value for job in jobs])).cpu())
+
+    def _check_waiting(self) -> None:
+        with self._lock:
+            jobs, self._unchecked = self._unchecked[:AT_ONCE], self._unchecked[AT_ONCE:]
+        _finish(jobs, self._scores)
+
+    def _scores(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
+        assert self._checker is not None  # whoever asks has seen it
+        with self._own_stream():
+            scores = self._checker.scores([job.value for job in jobs])
+        if not bool(scores.isfinite().all()):
+            raise ServingError("the safety checker's scores are not finite")
+        return list(scores)
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:

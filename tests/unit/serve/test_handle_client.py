@@ -17,7 +17,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError, OverloadedError
-from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
+from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress, Refused
 from serve.handle_client import TRIES, HandleClient
 from serve.http.log_format import JsonLines
 from tests.support.services import stack
@@ -133,6 +133,12 @@ def test_another_engine_draws_what_is_left_of_the_same_revision(end: Step) -> No
     assert handle.sessions == ["cup"]
     assert [stream.cancelled for stream in handle.streams] == [True, True]
     assert 29.0 < (handle.calls[1].deadline_s or 0) < 30.0
+
+
+def test_an_image_that_was_refused_is_refused_once() -> None:
+    refused = Refused(0, 0, Failed("FlaggedImageError", "kept back"))
+    handle = Handle([Accepted(REVISION), refused, DIED], [Accepted(REVISION), refused, Progress(0, 4, 4), done(1)])
+    assert events(handle) == [Accepted(REVISION), refused, done(1)]
 
 
 def test_every_member_of_a_stack_keeps_its_revision_and_its_strength() -> None:
