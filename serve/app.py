@@ -29,6 +29,7 @@ from serve.http.access import Access, check_bind
 from serve.http.ingress import build_app
 from serve.http.log_format import write_logs
 from serve.settings import Deployment, ServeSettings, bad_settings
+from serve.tracing import Tracer, open_tracer
 
 if TYPE_CHECKING:
     from serve.service import Service
@@ -50,7 +51,8 @@ class EngineReplica:
         write_logs()
         parsed = ServeSettings.model_validate(settings)
         metrics = RayAndPrometheusBackend()
-        service = await asyncio.to_thread(_open_service, parsed, Metrics(metrics, ENGINE_METRICS))
+        self._tracer = await asyncio.to_thread(open_tracer, "engine")
+        service = await asyncio.to_thread(_open_service, parsed, Metrics(metrics, ENGINE_METRICS), self._tracer)
         if has_doors:
             await doors_open(ray_serve.get_replica_context().app_name, INGRESS)
         service.exposition = metrics.exposition
@@ -92,6 +94,7 @@ class EngineReplica:
         """Called by Ray Serve after the requests in flight are done."""
         if hasattr(self, "_service"):
             await self._service.__aexit__(None, None, None)
+            await asyncio.to_thread(self._tracer.close)
 
 
 @ray_serve.ingress()
@@ -103,6 +106,7 @@ class IngressReplica:
         self._settings = ServeSettings.model_validate(settings)
         self._engine = engine
         self._access = Access.from_environment(self._settings)
+        self._tracer = await asyncio.to_thread(open_tracer, "ingress")
         check_bind(await asyncio.to_thread(_listens_at), self._access)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -115,6 +119,7 @@ class IngressReplica:
             Metrics(metrics, HTTP_METRICS),
             metrics.exposition,
             proxy_adds_id=True,
+            tracer=self._tracer,
         )
 
 
@@ -177,11 +182,11 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     return application
 
 
-def _open_service(settings: ServeSettings, metrics: Metrics) -> Service:
+def _open_service(settings: ServeSettings, metrics: Metrics, tracer: Tracer) -> Service:
     """Open the engine; all that draws images is loaded here, since the other processes of the service do without."""
     from serve.service import Service
 
-    return Service.open(settings, metrics)
+    return Service.open(settings, metrics, tracer)
 
 
 def _listens_at() -> str:

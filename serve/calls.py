@@ -34,7 +34,8 @@ class ImageCall:
 
     adapters: whose changes add up, each at its strength; none: the base alone. size: (width, height) in pixels,
     None for the base's own. previews: partial images per image. deadline_s: seconds from now. progress: send Progress.
-    gate: leave out adapters none of whose tokens the prompt has. file: the format of images and previews.
+    gate: leave out adapters none of whose tokens the prompt has. file: the format of images and previews. trace: of
+    what the call is a part, as W3C's headers say it.
     """
 
     request_id: str
@@ -52,6 +53,7 @@ class ImageCall:
     progress: bool = False
     deadline_s: float | None = None
     file: FileFormat = FileFormat()
+    trace: Mapping[str, str] | None = field(default=None, compare=False)
 
     def pinned(self, model: str) -> ImageCall:
         """Return the call with the revisions in it that Accepted.model names, whatever its aliases name by then.

@@ -32,6 +32,7 @@ from serve.http.access import Access, check_bind
 from serve.http.sites import is_loopback
 from serve.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve.settings import Deployment, ServeSettings
+from serve.tracing import open_tracer
 
 APPLICATION = "cat-cluster"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -65,6 +66,7 @@ def serve_here(
     choose_device(settings.device)
     open_signer(settings.signing)
     open_checker(settings.safety, "cpu")
+    open_tracer("command").close()  # which raises where spans cannot be sent
     deployment = local_deployment(settings, engines)
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)

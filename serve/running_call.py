@@ -7,8 +7,8 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,121 +23,26 @@ from cat_cluster.errors import (
     DeadlineError,
     EngineStoppedError,
     ServingError,
-    SpecError,
 )
 from cat_cluster.lora.row_bank import RowAdapter
-from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import image_array, initial_latents
-from cat_cluster.models.samplers import SamplerTable, sampler_table
-from cat_cluster.registry import Manifest
-from cat_cluster.registry.manifest import WEIGHTS
-from cat_cluster.registry.stacks import stack_name
-from cat_cluster.telemetry import Metrics
-from serve.adapters.cache import AdapterCache, Lease, Resolved
-from serve.calls import Event, Failed, Finished, ImageCall, Preview, Progress, Refused, Verdict
-from serve.denoise.codec import Codec
-from serve.denoise.engine import DenoisingEngine
-from serve.denoise.image import EngineImage, ImageFacts, Size
-from serve.denoise.image_file import fitting_prompts, image_metadata
+from serve.adapters.cache import AdapterCache, Lease
+from serve.calls import Event, Failed, Finished, Preview, Progress, Refused, Verdict
+from serve.denoise.image import EngineImage, ImageFacts
 from serve.denoise.rows import ImageRows
-from serve.denoise.safety import SafetyChecker, refusal, safety_metadata
-from serve.denoise.sizes import Pixels, pixels_per_latent
+from serve.denoise.safety import refusal, safety_metadata
+from serve.image_plan import EngineParts, ImagePlan
+from serve.tracing import NO_SPAN, Span
 
 logger = logging.getLogger("cat_cluster.serve")
-
-
-@dataclass(frozen=True, eq=False)
-class EngineParts:
-    """What generating images takes: base model, engine, adapter cache, codec, the sizes served, metrics, checker."""
-
-    base: BaseModel
-    engine: DenoisingEngine
-    cache: AdapterCache
-    codec: Codec
-    sizes: tuple[Pixels, ...]
-    metrics: Metrics
-    checker: SafetyChecker | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class ImagePlan:
-    """A call with all that it names found: a manifest for each adapter, sampler table, latent size (H, W), deadline.
-
-    told: the call as its files tell of it.
-    """
-
-    call: ImageCall
-    told: ImageCall
-    manifests: tuple[Manifest, ...]
-    note: str | None
-    table: SamplerTable
-    size: Size
-    deadline: float | None
-    drift: str
-    base_name: str
-
-    @classmethod
-    def of(
-        cls,
-        call: ImageCall,
-        parts: EngineParts,
-        found: Sequence[Resolved] = (),
-        deadline: float | None = None,
-        drift: str = "unknown",
-        notes: Sequence[str] = (),
-    ) -> ImagePlan:
-        """Check a call against what is served; SpecError names the field.
-
-        found: what its adapters' references name, in their order. notes: of how its prompts are read.
-        """
-        width, height = call.size or parts.sizes[0]
-        if (width, height) not in parts.sizes:
-            offered = ", ".join(f"{w}x{h}" for w, h in parts.sizes)
-            raise SpecError(f"size: {width}x{height} is not served; choose one of {offered}")
-        unit = pixels_per_latent(parts.base)
-        manifests = tuple(one.manifest for one in found)
-        told, shortened = fitting_prompts(call, _names(manifests, parts.base.name), _digests(manifests))
-        said = [*(one.note for one in found), *notes, shortened]
-        return cls(
-            call=call,
-            told=told,
-            manifests=manifests,
-            note="; ".join(note for note in said if note) or None,
-            table=sampler_table(call.sampler, parts.base.schedule, call.steps),
-            size=(height // unit, width // unit),
-            deadline=deadline,
-            drift=drift,
-            base_name=parts.base.name,
-        )
-
-    @property
-    def guided(self) -> bool:
-        """Whether each image takes a second row for classifier-free guidance."""
-        return self.call.guidance > 1.0
-
-    @property
-    def model(self) -> str:
-        """What serves the call: the base's name, a revision, or the revisions of a stack."""
-        return stack_name(_names(self.manifests, self.base_name))
-
-    def metadata(self, seed: int) -> dict[str, str]:
-        """What an image's file says of it."""
-        return image_metadata(self.told, seed, _names(self.manifests, self.base_name), _digests(self.manifests))
-
-
-def _names(manifests: Sequence[Manifest], base_name: str) -> list[str]:
-    return [manifest.name for manifest in manifests] or [base_name]
-
-
-def _digests(manifests: Sequence[Manifest]) -> list[str]:
-    return [manifest.objects[WEIGHTS].sha256 for manifest in manifests]
 
 
 class RunningCall:
     """The images of one call; `pixels[i]` is image i [3, H, W] once it is Finished."""
 
-    def __init__(self, parts: EngineParts, plan: ImagePlan) -> None:
-        self._parts, self._plan = parts, plan
+    def __init__(self, parts: EngineParts, plan: ImagePlan, span: Span = NO_SPAN) -> None:
+        self._parts, self._plan, self._span = parts, plan, span
+        self._spans: dict[int, Span] = {}
         self._queue = asyncio.Queue[Event | CatClusterError]()
         self._images: list[EngineImage] = []
         self._tasks = [asyncio.ensure_future(self._start(index)) for index in range(plan.call.count)]
@@ -162,11 +67,15 @@ class RunningCall:
         # An image holds its listener, a cancelled task its frames, and both hold this call: cycles, with the latents.
         self._images.clear()
         self._tasks.clear()
+        for span in self._spans.values():
+            span.end()
 
     async def _start(self, index: int) -> None:
         """Bring one image to the engine's queue."""
+        seed = str(self._plan.call.seed + index)  # as text: the last ones have more than the 63 bits of an attribute
+        span = self._spans[index] = self._span.child("image", {"cat.index": index, "cat.seed": seed})
         try:
-            image = await prepare_image(self._parts, self._plan, index, _Forwarder(self, index))
+            image = await prepare_image(self._parts, self._plan, index, _Forwarder(self, index), span=span)
             self._images.append(image)
             self._parts.engine.submit(image)
         except Exception as error:
@@ -179,8 +88,9 @@ class RunningCall:
         if denoised is not None:
             self._tasks.append(asyncio.ensure_future(self._preview(index, step, steps, denoised)))
 
-    def finish(self, index: int, latents: Tensor, facts: ImageFacts) -> None:
-        """On the event loop: the image is denoised."""
+    def finish(self, index: int, latents: Tensor, facts: ImageFacts, at: float) -> None:
+        """On the event loop: the image was denoised `at` a time of `time.monotonic`."""
+        self._trace(self._spans[index], facts, at)
         self._tasks.append(asyncio.ensure_future(self._finish(index, latents, facts)))
 
     def fail(self, error: CatClusterError) -> None:
@@ -199,14 +109,18 @@ class RunningCall:
 
     async def _finish(self, index: int, latents: Tensor, facts: ImageFacts) -> None:
         codec, metrics, seed = self._parts.codec, self._parts.metrics, self._plan.call.seed + index
-        started = time.monotonic()
+        started, span = time.monotonic(), self._spans[index]
         try:
-            image = await asyncio.wrap_future(codec.decode(latents))
-            verdict = await self._checked(image)
+            image = await span.until("decode", asyncio.wrap_future(codec.decode(latents)))
+            verdict = await self._checked(image, span)
             if verdict is not None and self._refuses(index, seed, verdict):
                 return
             metadata = self._plan.metadata(seed) | safety_metadata(verdict)
-            file = await asyncio.wrap_future(codec.file(image, metadata, self._plan.call.file))
+            file = await span.until(
+                "write_file",
+                asyncio.wrap_future(codec.file(image, metadata, self._plan.call.file)),
+                {"cat.format": self._plan.call.file.kind, "cat.signed": codec.signs},
+            )
         except Exception as error:
             self.fail(_expected(error, "decoded"))
             return
@@ -218,15 +132,33 @@ class RunningCall:
         self.pixels[index] = image
         rounded = {key: round(value, 4) for key, value in asdict(facts).items()}
         self._queue.put_nowait(Finished(index, seed, file, {**rounded, "decode_s": round(after, 4)}, verdict))
+        span.end()
 
-    async def _checked(self, image: Tensor) -> Verdict | None:
+    def _trace(self, span: Span, facts: ImageFacts, at: float) -> None:
+        """Record how long the image waited for rows and was denoised.
+
+        It has no span of each step: a step is a U-Net call that the images of others share.
+        """
+        began, plan = at - facts.denoise_s, self._plan
+        span.past("queue", began - facts.wait_s, began)
+        attributes: dict[str, str | int] = {
+            "cat.model": plan.model,
+            "cat.steps": plan.call.steps,
+            "cat.sampler": plan.call.sampler,
+            "cat.latent_size": f"{plan.size[1]}x{plan.size[0]}",
+            "cat.rows.most": facts.most_rows,
+            "cat.adapters.most": facts.most_adapters,
+        }
+        span.past("denoise", began, at, attributes)
+
+    async def _checked(self, image: Tensor, span: Span) -> Verdict | None:
         """Return what the safety checker says of an image; None where there is none."""
         checker, metrics = self._parts.checker, self._parts.metrics
         if checker is None:
             return None
         started = time.monotonic()
         try:
-            verdict = checker.verdict(await asyncio.wrap_future(self._parts.codec.check(image)))
+            verdict = checker.verdict(await span.until("check", asyncio.wrap_future(self._parts.codec.check(image))))
         except EngineStoppedError:
             raise
         except Exception:
@@ -245,6 +177,7 @@ class RunningCall:
             return False
         self._parts.metrics.inc(telemetry.IMAGES, outcome="refused")
         self._queue.put_nowait(Refused(index, seed, Failed.of(error)))
+        self._spans[index].fail(type(error).__name__)
         return True
 
     def _count(self, error: CatClusterError) -> None:
@@ -263,7 +196,7 @@ class _Forwarder:
         self._call_soon(self._call.stepped, self._index, step, steps, denoised)
 
     def denoised(self, latents: Tensor, facts: ImageFacts) -> None:
-        self._call_soon(self._call.finish, self._index, latents, facts)
+        self._call_soon(self._call.finish, self._index, latents, facts, time.monotonic())
 
     def failed(self, error: CatClusterError) -> None:
         self._call_soon(self._call.fail, error)
@@ -326,18 +259,18 @@ async def generate_in_spare_rows(parts: EngineParts, plan: ImagePlan) -> NDArray
 
 
 async def prepare_image(
-    parts: EngineParts, plan: ImagePlan, index: int, listener: Any, *, probe: bool = False
+    parts: EngineParts, plan: ImagePlan, index: int, listener: Any, *, probe: bool = False, span: Span = NO_SPAN
 ) -> EngineImage:
     """Encode the texts and lease the adapters' slots at once, and return the image ready for the engine."""
     call, deadline = plan.call, plan.deadline
     prompts = [call.prompt, call.negative_prompt] if plan.guided else [call.prompt]
-    texts = [
-        asyncio.wrap_future(parts.codec.encode(prompt)) for prompt in prompts
-    ]  # begun, while the leases are awaited
+    texts = [  # begun, while the leases are awaited
+        span.until("encode_text", asyncio.wrap_future(parts.codec.encode(prompt))) for prompt in prompts
+    ]
     leases: tuple[Lease, ...] = ()
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-            leases = await parts.cache.lease(plan.manifests)
+            leases = await _leased(parts.cache, plan, span)
             encoded = torch.stack(await asyncio.gather(*texts))
         rows = ImageRows(
             texts=encoded,
@@ -368,6 +301,15 @@ async def prepare_image(
         notify_steps=preview_steps(call.previews, len(plan.table)),
         notify_all=call.progress,
     )
+
+
+async def _leased(cache: AdapterCache, plan: ImagePlan, span: Span) -> tuple[Lease, ...]:
+    if not plan.manifests:
+        return ()
+    with span.child("load_adapter", {"cat.model": plan.model}) as loading:
+        leases = await cache.lease(plan.manifests)
+        loading.set({"cat.tiers": [lease.tier for lease in leases]})
+        return leases
 
 
 def preview_steps(previews: int, steps: int) -> frozenset[int]:

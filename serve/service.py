@@ -7,8 +7,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from itertools import compress
 from typing import Any
@@ -32,7 +32,7 @@ from cat_cluster.models.device import choose_device
 from cat_cluster.models.generate import image_array, initial_latents
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.gate import gate_note, opens_gate
-from cat_cluster.registry.stacks import StackMember
+from cat_cluster.registry.stacks import StackMember, stack_name
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Resolved
@@ -42,12 +42,15 @@ from serve.denoise.engine import DenoisingEngine
 from serve.denoise.safety import open_checker
 from serve.denoise.signing import ImageSigner, open_signer
 from serve.denoise.sizes import parse_sizes, pixels_per_latent
+from serve.image_plan import EngineParts, ImagePlan
 from serve.probes.prober import Prober
 from serve.probes.revision_monitor import ProbeCall, worst_state
-from serve.running_call import EngineParts, ImagePlan, RunningCall, generate_in_spare_rows
+from serve.running_call import RunningCall, generate_in_spare_rows
 from serve.settings import ServeSettings
+from serve.tracing import NO_TRACER, Span, Tracer
 
 logger = logging.getLogger("cat_cluster.serve")
+_OPERATION = "generate_content"
 FAST_BUCKETS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # on a GPU few shapes are compiled or captured
 
 
@@ -61,9 +64,10 @@ class Service:
         settings: ServeSettings,
         metrics: Metrics,
         signer: ImageSigner | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._parts, self._registry, self._settings, self._metrics = parts, registry, settings, metrics
-        self._signer = signer
+        self._signer, self._tracer = signer, tracer
         self._cleanup = ExitStack()
         self._in_flight = 0
         self._background = set[asyncio.Task[Any]]()
@@ -73,7 +77,7 @@ class Service:
         self.prober: Prober | None = None
 
     @classmethod
-    def open(cls, settings: ServeSettings, metrics: Metrics) -> Service:
+    def open(cls, settings: ServeSettings, metrics: Metrics, tracer: Tracer = NO_TRACER) -> Service:
         """Load the base model, attach the bank and start the engine. Raises CatClusterError."""
         signer = open_signer(settings.signing)
         device = choose_device(settings.device)
@@ -116,7 +120,7 @@ class Service:
             codec = Codec(base, signer=signer, checker=checker)
             cleanup.callback(codec.close)
             parts = EngineParts(base, engine, cache, codec, sizes, metrics, checker)
-            service = cls(parts, registry, settings, metrics, signer)
+            service = cls(parts, registry, settings, metrics, signer, tracer)
             service._cleanup = cleanup.pop_all()
         return service
 
@@ -156,6 +160,17 @@ class Service:
 
     async def generate(self, call: ImageCall) -> AsyncIterator[Event]:
         """Yield Accepted, then the images' events; see EngineClient."""
+        model = stack_name(str(member.reference) for member in call.adapters) or self._parts.base.name
+        with self._tracer.call(f"{_OPERATION} {model}", call.trace, _asked(call, model)) as span:
+            async with aclosing(self._generate(call, span)) as events:
+                async for event in events:
+                    if isinstance(event, Accepted):
+                        span.set({"gen_ai.response.model": event.model})
+                    if isinstance(event, Failed):
+                        span.fail(event.kind)
+                    yield event
+
+    async def _generate(self, call: ImageCall, span: Span) -> AsyncGenerator[Event, None]:
         try:
             self._check_room(call)
         except OverloadedError as error:
@@ -165,11 +180,12 @@ class Service:
         running: RunningCall | None = None
         try:
             try:
-                plan = await self._plan(call)
+                with span.child("plan"):
+                    plan = await self._plan(call)
             except CatClusterError as error:
                 yield Failed.of(error)
                 return
-            running = RunningCall(self._parts, plan)
+            running = RunningCall(self._parts, plan, span)
             yield Accepted(plan.model, plan.drift, plan.note)
             async for event in running.events():
                 if isinstance(event, CatClusterError):
@@ -316,6 +332,18 @@ class Service:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("a probe failed", exc_info=task.exception())
+
+
+def _asked(call: ImageCall, model: str) -> dict[str, str | int]:
+    """Return what a call asks for, by OpenTelemetry's conventions for generative models."""
+    return {
+        "gen_ai.operation.name": _OPERATION,
+        "gen_ai.provider.name": "cat_cluster",
+        "gen_ai.output.type": "image",
+        "gen_ai.request.model": model,
+        "gen_ai.request.choice.count": call.count,
+        "cat.request_id": call.request_id,
+    }
 
 
 def _gated(call: ImageCall, found: list[Resolved]) -> tuple[ImageCall, list[Resolved], list[str]]:

@@ -67,6 +67,11 @@ class Codec:
         self._notes = ThreadPoolExecutor(1, "cat-notes")  # one: a TextLimit is for one thread at a time
         self._to_rgb: Tensor | None = None
 
+    @property
+    def signs(self) -> bool:
+        """Whether files are signed."""
+        return self._signer is not None
+
     def close(self) -> None:
         """Finish what has started; what waits fails with EngineStoppedError."""
         with self._lock:

@@ -75,7 +75,7 @@ async def create_image(body: ImageRequest, request: Request, ingress: IngressDep
     """
     entry = request_entry(request)
     stack = RequestedStack.of(body, ingress.settings)
-    call = to_call(body, stack, entry.request_id, ingress)
+    call = replace(to_call(body, stack, entry.request_id, ingress), trace=entry.span.carrier)
     named = stack_name(str(member.reference) for member in call.adapters)
     entry.facts.update(model=named or ingress.settings.base, images=call.count)
     if entry.may_quote:
