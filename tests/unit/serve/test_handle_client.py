@@ -289,6 +289,22 @@ def test_the_worst_drift_is_told(seen: list[Any], told: Any) -> None:
         assert asked([{"drift": one} for one in order], lambda one: one.status())["drift"] == told
 
 
+def test_an_engine_that_sleeps_is_no_fault_and_is_not_woken_by_questions() -> None:
+    """A handle that has no method `metrics`: a plain call of it would wait in Ray Serve's queue, and so start one."""
+
+    async def main() -> None:
+        asleep = HandleClient(Handle(answers=[NOBODY]), may_sleep=True)  # type: ignore[arg-type]
+        assert await asleep.status() == {"engines": 0, "drift": {}}
+        with pytest.raises(EngineStoppedError, match="no engine responds"):
+            await asleep.metrics()
+        with pytest.raises(EngineStoppedError, match="no engine responds"):
+            await asleep.admin("load", "cup")
+        awake = HandleClient(Handle(answers=[b"# metrics"]), may_sleep=True)  # type: ignore[arg-type]
+        assert await awake.metrics() == b"# metrics"
+
+    asyncio.run(main())
+
+
 def test_one_engine_that_is_late_hides_no_other() -> None:
     handle = Handle(answers=[TimeoutError()])
     handle.here = {"pid": 2, "drift": drift("ok")}
