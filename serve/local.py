@@ -26,7 +26,6 @@ from cat_cluster.models.base_files import POCKET, base_folder, check_family
 from cat_cluster.models.device import choose_device
 from cat_cluster.store import open_store
 from serve.app import build
-from serve.denoise.safety import open_checker
 from serve.denoise.signing import open_signer
 from serve.http.access import Access, check_bind
 from serve.http.sites import is_loopback
@@ -65,7 +64,7 @@ def serve_here(
     check_family(base_folder(settings.base))
     choose_device(settings.device)
     open_signer(settings.signing)
-    open_checker(settings.safety, "cpu")
+    _check_safety(settings)
     open_tracer("command").close()  # which raises where spans cannot be sent
     deployment = local_deployment(settings, engines)
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
@@ -136,6 +135,14 @@ def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
         engine_cpus=0.0,
         engine_gpus=gpus,
     )
+
+
+def _check_safety(settings: ServeSettings) -> None:
+    """Load the safety checker, if there is one; what it takes is imported here, for it takes seconds."""
+    if settings.safety is not None:
+        from serve.denoise.safety import open_checker
+
+        open_checker(settings.safety, "cpu")
 
 
 def _reached_at(host: str) -> str:
