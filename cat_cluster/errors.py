@@ -201,5 +201,13 @@ class QuarantinedError(ServingError):
     """The revision is quarantined: its drift alarm took it out of service."""
 
 
+class FlaggedImageError(ServingError):
+    """The safety checker has flagged the image, which is kept back."""
+
+
+class UncheckedImageError(ServingError):
+    """The safety checker failed, and an image that it has not checked is kept back."""
+
+
 class EngineStoppedError(ServingError):
     """The engine is stopping or has failed; another replica, or a restart, will answer."""

@@ -23,7 +23,7 @@ from jobs.architecture_diagram import layers, way_of_the_data
 from jobs.benchmark.figures import digest_in, digest_of
 from jobs.benchmark.pages import PAGES, draw_picture, markdown_templates, page_texts, pictures
 from jobs.benchmark.record import RESULTS, ROOT, measured_on, read_result
-from serve.settings import Deployment, ProbeSettings, ServeSettings, SigningSettings
+from serve.settings import Deployment, ProbeSettings, SafetySettings, ServeSettings, SigningSettings
 
 # page -> the models whose fields it documents, each as a table named after the model
 FIELD_TABLES: Mapping[str, tuple[type[BaseModel], ...]] = {
@@ -36,7 +36,7 @@ FIELD_TABLES: Mapping[str, tuple[type[BaseModel], ...]] = {
         ClusterSpec,
         MonitoringSpec,
     ),
-    "docs/serving.md": (ServeSettings, SigningSettings, ProbeSettings, Deployment),
+    "docs/serving.md": (ServeSettings, SigningSettings, SafetySettings, ProbeSettings, Deployment),
 }
 _RULES = "k8s/monitoring/rules.yaml"
 _OPERATOR_RULES = "k8s/monitoring/prometheusrule.yaml"

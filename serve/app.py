@@ -27,7 +27,8 @@ from serve.handle_client import HandleClient
 from serve.http.access import Access, check_bind
 from serve.http.ingress import build_app
 from serve.http.log_format import write_logs
-from serve.settings import Deployment, ServeSettings, bad_settings
+from serve.settings import SLEEP_AFTER_S, Deployment, ServeSettings, bad_settings
+from serve.tracing import Tracer, open_tracer
 
 if TYPE_CHECKING:
     from serve.service import Service
@@ -49,7 +50,8 @@ class EngineReplica:
         write_logs()
         parsed = ServeSettings.model_validate(settings)
         metrics = RayAndPrometheusBackend()
-        service = await asyncio.to_thread(_open_service, parsed, Metrics(metrics, ENGINE_METRICS))
+        self._tracer = await asyncio.to_thread(open_tracer, "engine")
+        service = await asyncio.to_thread(_open_service, parsed, Metrics(metrics, ENGINE_METRICS), self._tracer)
         service.exposition = metrics.exposition
         self._service = await service.__aenter__()
 
@@ -89,29 +91,34 @@ class EngineReplica:
         """Called by Ray Serve after the requests in flight are done."""
         if hasattr(self, "_service"):
             await self._service.__aexit__(None, None, None)
+            await asyncio.to_thread(self._tracer.close)
 
 
 @ray_serve.ingress()
 class IngressReplica:
     """HTTP in front of the engines; it owns no device and reads the registry only for listings."""
 
-    async def __init__(self, settings: dict[str, Any], engine: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, settings: dict[str, Any], engine: DeploymentHandle, may_sleep: bool
+    ) -> None:
         write_logs()
         self._settings = ServeSettings.model_validate(settings)
-        self._engine = engine
+        self._engine, self._may_sleep = engine, may_sleep
         self._access = Access.from_environment(self._settings)
+        self._tracer = await asyncio.to_thread(open_tracer, "ingress")
         check_bind(await asyncio.to_thread(_listens_at), self._access)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         metrics = RayAndPrometheusBackend()
         return build_app(
-            HandleClient(self._engine),
+            HandleClient(self._engine, may_sleep=self._may_sleep),
             Registry(open_store(self._settings.storage)),
             self._settings,
             self._access,
             Metrics(metrics, HTTP_METRICS),
             metrics.exposition,
             proxy_adds_id=True,
+            tracer=self._tracer,
         )
 
 
@@ -131,18 +138,6 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
     if most > 1:
         ongoing = min(room, ROUNDS * images)
         queued = max(images, room - ongoing) * most
-    scaling: dict[str, Any] = {"num_replicas": deployment.min_engines}
-    if most > deployment.min_engines:
-        scaling = {
-            "autoscaling_config": {
-                "min_replicas": deployment.min_engines,
-                "max_replicas": most,
-                # An engine's images at once, and half as many again waiting, before one more engine starts.
-                "target_ongoing_requests": images * 1.5,
-                "upscale_delay_s": 10.0,
-                "downscale_delay_s": 300.0,
-            }
-        }
     engine = ray_serve.deployment(
         EngineReplica,
         name=ENGINE,
@@ -156,7 +151,7 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
         graceful_shutdown_timeout_s=settings.deadline_s + 10.0,
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,
-        **scaling,
+        **_scaling(deployment, images),
     )
     ingress = ray_serve.deployment(
         IngressReplica,
@@ -168,15 +163,35 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,
     )
-    application: ray_serve.Application = ingress.bind(document, engine.bind(document))
+    application: ray_serve.Application = ingress.bind(document, engine.bind(document), deployment.may_sleep)
     return application
 
 
-def _open_service(settings: ServeSettings, metrics: Metrics) -> Service:
+def _scaling(deployment: Deployment, images: int) -> dict[str, Any]:
+    """Return how many engines Ray Serve may run, as options of a deployment; images: that one draws at once."""
+    least, most = deployment.min_engines, deployment.most_engines
+    if most == least:
+        return {"num_replicas": least}
+    scaling: dict[str, Any] = {
+        "min_replicas": least,
+        "max_replicas": most,
+        # An engine's images at once, and half as many again waiting, before one more engine starts.
+        "target_ongoing_requests": images * 1.5,
+        "upscale_delay_s": 10.0,
+        "downscale_delay_s": 300.0,
+    }
+    if deployment.may_sleep:
+        # One at first: a deployment whose engine cannot start is told at once, and its doors see one respond.
+        scaling["initial_replicas"] = 1
+        scaling["downscale_to_zero_delay_s"] = deployment.sleep_after_s or SLEEP_AFTER_S
+    return {"autoscaling_config": scaling}
+
+
+def _open_service(settings: ServeSettings, metrics: Metrics, tracer: Tracer) -> Service:
     """Open the engine; all that draws images is loaded here, since the other processes of the service do without."""
     from serve.service import Service
 
-    return Service.open(settings, metrics)
+    return Service.open(settings, metrics, tracer)
 
 
 def _listens_at() -> str:

@@ -50,7 +50,8 @@ class ImageCall:
     None for the base's own. previews: partial images per image. deadline_s: seconds from now. progress: send Progress.
     gate: leave out adapters none of whose tokens the prompt has. file: the format of images and previews. weighting:
     how words of both prompts are weighted. prompt_chunks: how many chunks of each are read at most. edit: the image to
-    begin with, of `size`, which is not None then; None: noise alone.
+    begin with, of `size`, which is not None then; None: noise alone. trace: of what the call is a part, as W3C's
+    headers say it.
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class ImageCall:
     deadline_s: float | None = None
     file: FileFormat = FileFormat()
     edit: Edit | None = None
+    trace: Mapping[str, str] | None = field(default=None, compare=False)
 
     @property
     def prompts(self) -> tuple[Prompt, Prompt]:
@@ -131,13 +133,26 @@ class Preview:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the safety checker says of an image. flagged: None where it failed; label, score: the worst that it saw."""
+
+    flagged: bool | None
+    label: str | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
 class Finished:
-    """Image `index` is done: a file's bytes that carry its parameters. `facts`: waiting and denoising, batch sizes."""
+    """Image `index` is done: a file's bytes that carry its parameters. `facts`: waiting and denoising, batch sizes.
+
+    safety: None where nothing checks images.
+    """
 
     index: int
     seed: int
     image: bytes
     facts: Mapping[str, Any] = field(default_factory=dict)
+    safety: Verdict | None = None
 
 
 @dataclass(frozen=True)
@@ -163,14 +178,23 @@ class Failed:
         return kind(self.message)
 
 
-Event = Accepted | Progress | Preview | Finished | Failed
+@dataclass(frozen=True)
+class Refused:
+    """Image `index` is done and kept back, for the reason of `failure`; the call goes on."""
+
+    index: int
+    seed: int
+    failure: Failed
+
+
+Event = Accepted | Progress | Preview | Finished | Refused | Failed
 
 
 class EngineClient(Protocol):
     """An engine as an ingress sees it: in this process, or a Ray Serve deployment behind a handle."""
 
     def generate(self, call: ImageCall) -> AsyncIterator[Event]:
-        """Yield Accepted, then events of the images, until each is Finished or one Failed ends the call.
+        """Yield Accepted, then events of the images, until each is Finished or Refused, or one Failed ends the call.
 
         Closing the iterator cancels what is left at the next step.
         """

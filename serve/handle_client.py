@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cat_cluster.errors import CancelledRequestError, EngineStoppedError, OverloadedError
 from cat_cluster.spec.choices import DriftState
-from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress
+from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall, Preview, Progress, Refused
 
 logger = logging.getLogger("cat_cluster.serve")
 
@@ -34,11 +34,19 @@ class HandleClient:
     those of a stack to that of its first adapter.
 
     A call that finds no engine, or loses its own, waits for another until its deadline: the last engine of a small
-    service may be gone for as long as its replacement takes to start.
+    service may be gone for as long as its replacement takes to start, or there is none until one is asked for.
+    may_sleep: that there is none is no fault, and nothing but a call for images is to start one.
     """
 
-    def __init__(self, handle: DeploymentHandle, *, patience_s: float = PATIENCE_S, retry_s: float = RETRY_S) -> None:
-        self._handle, self._patience_s, self._retry_s = handle, patience_s, retry_s
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        *,
+        patience_s: float = PATIENCE_S,
+        retry_s: float = RETRY_S,
+        may_sleep: bool = False,
+    ) -> None:
+        self._handle, self._patience_s, self._retry_s, self._may_sleep = handle, patience_s, retry_s, may_sleep
 
     async def generate(self, call: ImageCall) -> AsyncIterator[Event]:
         """Yield the call's events; when its engine is lost, another one generates the images that are not finished."""
@@ -96,11 +104,18 @@ class HandleClient:
         return dict(results[0])
 
     async def status(self) -> dict[str, Any]:
-        """Return one engine's status, with the worst drift that any engine has seen, and how many have responded."""
+        """Return one engine's status, with the worst drift that any engine has seen, and how many have responded.
+
+        Where engines may sleep and all do: that there is none.
+        """
         try:
             results = await self._all("status", timeout_s=ALL_S)
         except TimeoutError:  # Ray returns no result where one is late
             results = [await self._one_status()]
+        except EngineStoppedError:
+            if not self._may_sleep:
+                raise
+            return {"engines": 0, "drift": {}}
         drift: dict[str, Any] = {}
         for result in results:
             for name, status in result["drift"].items():
@@ -109,6 +124,8 @@ class HandleClient:
 
     async def metrics(self) -> bytes:
         """Return one engine's metrics; with several, scrape Ray's metrics port instead."""
+        if self._may_sleep:  # a plain call would wait in the queue, and so start an engine
+            return bytes((await self._all("metrics", timeout_s=STATUS_S))[0])
         return bytes(await self._handle.metrics.remote())
 
     async def _first(self, stream: AsyncGenerator[Event, None], until: float | None) -> Event | None:
@@ -166,7 +183,7 @@ class _EventsSent:
         if isinstance(event, Accepted):
             first, self._accepted = not self._accepted, True
             return first
-        if isinstance(event, Finished):
+        if isinstance(event, Finished | Refused):
             return self._later(Finished, event.index, 1.0)
         if isinstance(event, Progress | Preview) and (Finished, event.index) not in self._steps:
             return self._later(type(event), event.index, event.step)

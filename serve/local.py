@@ -31,6 +31,7 @@ from serve.http.access import Access, check_bind
 from serve.http.sites import is_loopback
 from serve.proxy import CALLBACK, CALLBACK_VARIABLE
 from serve.settings import Deployment, ServeSettings
+from serve.tracing import open_tracer
 
 APPLICATION = "cat-cluster"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -63,6 +64,8 @@ def serve_here(
     check_family(base_folder(settings.base))
     choose_device(settings.device)
     open_signer(settings.signing)
+    _check_safety(settings)
+    open_tracer("command").close()  # which raises where spans cannot be sent
     deployment = local_deployment(settings, engines)
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
     os.environ.setdefault(CALLBACK_VARIABLE, CALLBACK)
@@ -117,6 +120,8 @@ def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
         signing = settings.signing
         files = {"certificates": signing.certificates.resolve(), "key": signing.key.resolve()}
         whole["signing"] = signing.model_copy(update=files).model_dump()
+    if settings.safety is not None:
+        whole["safety"] = settings.safety.model_copy(update={"model": settings.safety.model.resolve()}).model_dump()
     threads, gpus = settings.threads, 0.0
     if engines > 1 and settings.device in ("auto", "cuda") and (devices := torch.cuda.device_count()):
         # Ray counts in ten-thousandths of a GPU, and an engine's share must lie on one of them.
@@ -130,6 +135,14 @@ def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
         engine_cpus=0.0,
         engine_gpus=gpus,
     )
+
+
+def _check_safety(settings: ServeSettings) -> None:
+    """Load the safety checker, if there is one; what it takes is imported here, for it takes seconds."""
+    if settings.safety is not None:
+        from serve.denoise.safety import open_checker
+
+        open_checker(settings.safety, "cpu")
 
 
 def _reached_at(host: str) -> str:

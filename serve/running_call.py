@@ -7,9 +7,9 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,131 +17,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cat_cluster import telemetry
-from cat_cluster.errors import CancelledRequestError, CatClusterError, DeadlineError, ServingError, SpecError
+from cat_cluster.errors import (
+    CancelledRequestError,
+    CatClusterError,
+    DeadlineError,
+    EngineStoppedError,
+    ServingError,
+)
 from cat_cluster.lora.row_bank import RowAdapter
-from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.edit import EditSource, edit_latents, edit_table
+from cat_cluster.models.edit import edit_latents
 from cat_cluster.models.generate import image_array, initial_latents
-from cat_cluster.models.samplers import SamplerTable, sampler_table
-from cat_cluster.registry import Manifest
-from cat_cluster.registry.manifest import WEIGHTS
-from cat_cluster.registry.stacks import stack_name
-from cat_cluster.telemetry import Metrics
-from serve.adapters.cache import AdapterCache, Lease, Resolved
-from serve.calls import Edit, Event, Finished, ImageCall, Preview, Progress
-from serve.denoise.codec import Codec
-from serve.denoise.engine import DenoisingEngine
-from serve.denoise.image import EngineImage, ImageFacts, Size
-from serve.denoise.image_file import fitting_prompts, image_metadata
+from serve.adapters.cache import AdapterCache, Lease
+from serve.calls import Event, Failed, Finished, Preview, Progress, Refused, Verdict
+from serve.denoise.image import EngineImage, ImageFacts
 from serve.denoise.rows import ImageRows
-from serve.denoise.sizes import Pixels, pixels_per_latent
+from serve.denoise.safety import refusal, safety_metadata
+from serve.image_plan import EngineParts, ImagePlan
+from serve.tracing import NO_SPAN, Span
 
 logger = logging.getLogger("cat_cluster.serve")
-
-
-@dataclass(frozen=True, eq=False)
-class EngineParts:
-    """What generating images takes: base model, engine, adapter cache, codec, the sizes served, metrics."""
-
-    base: BaseModel
-    engine: DenoisingEngine
-    cache: AdapterCache
-    codec: Codec
-    sizes: tuple[Pixels, ...]
-    metrics: Metrics
-
-
-@dataclass(frozen=True, eq=False)
-class ImagePlan:
-    """A call with all that it names found: a manifest for each adapter, sampler table, latent size (H, W), deadline.
-
-    told: the call as its files tell of it. source: what it edits, None: nothing.
-    """
-
-    call: ImageCall
-    told: ImageCall
-    manifests: tuple[Manifest, ...]
-    note: str | None
-    table: SamplerTable
-    size: Size
-    deadline: float | None
-    drift: str
-    base_name: str
-    source: EditSource | None = None
-
-    @classmethod
-    def of(
-        cls,
-        call: ImageCall,
-        parts: EngineParts,
-        found: Sequence[Resolved] = (),
-        deadline: float | None = None,
-        drift: str = "unknown",
-        notes: Sequence[str] = (),
-    ) -> ImagePlan:
-        """Check a call against what is served; SpecError names the field.
-
-        found: what its adapters' references name, in their order. notes: of how its prompts are read.
-        """
-        width, height = call.size or parts.sizes[0]
-        if (width, height) not in parts.sizes:
-            offered = ", ".join(f"{w}x{h}" for w, h in parts.sizes)
-            raise SpecError(f"size: {width}x{height} is not served; choose one of {offered}")
-        unit = pixels_per_latent(parts.base)
-        table = sampler_table(call.sampler, parts.base.schedule, call.steps)
-        source = None if call.edit is None else _source(call.edit, width, height)
-        if source is not None:
-            table = edit_table(table, call.steps, source.strength)
-        manifests = tuple(one.manifest for one in found)
-        told, shortened = fitting_prompts(call, _names(manifests, parts.base.name), _digests(manifests))
-        said = [*(one.note for one in found), *notes, shortened]
-        return cls(
-            call=call,
-            told=told,
-            manifests=manifests,
-            note="; ".join(note for note in said if note) or None,
-            table=table,
-            size=(height // unit, width // unit),
-            deadline=deadline,
-            drift=drift,
-            base_name=parts.base.name,
-            source=source,
-        )
-
-    @property
-    def guided(self) -> bool:
-        """Whether each image takes a second row for classifier-free guidance."""
-        return self.call.guidance > 1.0
-
-    @property
-    def model(self) -> str:
-        """What serves the call: the base's name, a revision, or the revisions of a stack."""
-        return stack_name(_names(self.manifests, self.base_name))
-
-    def metadata(self, seed: int) -> dict[str, str]:
-        """What an image's file says of it."""
-        return image_metadata(self.told, seed, _names(self.manifests, self.base_name), _digests(self.manifests))
-
-
-def _source(edit: Edit, width: int, height: int) -> EditSource:
-    pixels = np.frombuffer(edit.pixels, np.uint8).reshape(height, width, 3)
-    mask = None if edit.mask is None else np.frombuffer(edit.mask, np.bool_).reshape(height, width)
-    return EditSource.of(pixels, mask, edit.strength)
-
-
-def _names(manifests: Sequence[Manifest], base_name: str) -> list[str]:
-    return [manifest.name for manifest in manifests] or [base_name]
-
-
-def _digests(manifests: Sequence[Manifest]) -> list[str]:
-    return [manifest.objects[WEIGHTS].sha256 for manifest in manifests]
 
 
 class RunningCall:
     """The images of one call; `pixels[i]` is image i [3, H, W] once it is Finished."""
 
-    def __init__(self, parts: EngineParts, plan: ImagePlan) -> None:
-        self._parts, self._plan = parts, plan
+    def __init__(self, parts: EngineParts, plan: ImagePlan, span: Span = NO_SPAN) -> None:
+        self._parts, self._plan, self._span = parts, plan, span
+        self._spans: dict[int, Span] = {}
         self._queue = asyncio.Queue[Event | CatClusterError]()
         self._images: list[EngineImage] = []
         # Encoded once for all of its images, while these wait for their adapters.
@@ -150,14 +52,14 @@ class RunningCall:
         self.pixels: dict[int, Tensor] = {}
 
     async def events(self) -> AsyncIterator[Event | CatClusterError]:
-        """Yield events until every image is Finished; an error is the last one."""
+        """Yield events until every image is Finished or Refused; an error is the last one."""
         left = self._plan.call.count
         while left:
             event = await self._queue.get()
             yield event
             if isinstance(event, CatClusterError):
                 return
-            left -= isinstance(event, Finished)
+            left -= isinstance(event, Finished | Refused)
 
     def cancel(self) -> None:
         """Let whatever is not done leave at the engine's next turn. The call ends here."""
@@ -170,12 +72,16 @@ class RunningCall:
         self._tasks.clear()
         if self._moments is not None:
             self._moments.cancel()
+        for span in self._spans.values():
+            span.end()
 
     async def _start(self, index: int) -> None:
         """Bring one image to the engine's queue."""
+        seed = str(self._plan.call.seed + index)  # as text: the last ones have more than the 63 bits of an attribute
+        span = self._spans[index] = self._span.child("image", {"cat.index": index, "cat.seed": seed})
         try:
             forwarder = _Forwarder(self, index)
-            image = await prepare_image(self._parts, self._plan, index, forwarder, moments=self._moments)
+            image = await prepare_image(self._parts, self._plan, index, forwarder, moments=self._moments, span=span)
             self._images.append(image)
             self._parts.engine.submit(image)
         except Exception as error:
@@ -188,8 +94,9 @@ class RunningCall:
         if denoised is not None:
             self._tasks.append(asyncio.ensure_future(self._preview(index, step, steps, denoised)))
 
-    def finish(self, index: int, latents: Tensor, facts: ImageFacts) -> None:
-        """On the event loop: the image is denoised."""
+    def finish(self, index: int, latents: Tensor, facts: ImageFacts, at: float) -> None:
+        """On the event loop: the image was denoised `at` a time of `time.monotonic`."""
+        self._trace(self._spans[index], facts, at)
         self._tasks.append(asyncio.ensure_future(self._finish(index, latents, facts)))
 
     def fail(self, error: CatClusterError) -> None:
@@ -208,10 +115,18 @@ class RunningCall:
 
     async def _finish(self, index: int, latents: Tensor, facts: ImageFacts) -> None:
         codec, metrics, seed = self._parts.codec, self._parts.metrics, self._plan.call.seed + index
-        started = time.monotonic()
+        started, span = time.monotonic(), self._spans[index]
         try:
-            image = await asyncio.wrap_future(codec.decode(latents))
-            file = await asyncio.wrap_future(codec.file(image, self._plan.metadata(seed), self._plan.call.file))
+            image = await span.until("decode", asyncio.wrap_future(codec.decode(latents)))
+            verdict = await self._checked(image, span)
+            if verdict is not None and self._refuses(index, seed, verdict):
+                return
+            metadata = self._plan.metadata(seed) | safety_metadata(verdict)
+            file = await span.until(
+                "write_file",
+                asyncio.wrap_future(codec.file(image, metadata, self._plan.call.file)),
+                {"cat.format": self._plan.call.file.kind, "cat.signed": codec.signs},
+            )
         except Exception as error:
             self.fail(_expected(error, "decoded"))
             return
@@ -222,7 +137,54 @@ class RunningCall:
         metrics.observe(telemetry.IMAGE_SECONDS, facts.wait_s + facts.denoise_s + after)
         self.pixels[index] = image
         rounded = {key: round(value, 4) for key, value in asdict(facts).items()}
-        self._queue.put_nowait(Finished(index, seed, file, {**rounded, "decode_s": round(after, 4)}))
+        self._queue.put_nowait(Finished(index, seed, file, {**rounded, "decode_s": round(after, 4)}, verdict))
+        span.end()
+
+    def _trace(self, span: Span, facts: ImageFacts, at: float) -> None:
+        """Record how long the image waited for rows and was denoised.
+
+        It has no span of each step: a step is a U-Net call that the images of others share.
+        """
+        began, plan = at - facts.denoise_s, self._plan
+        span.past("queue", began - facts.wait_s, began)
+        attributes: dict[str, str | int] = {
+            "cat.model": plan.model,
+            "cat.steps": plan.call.steps,
+            "cat.sampler": plan.call.sampler,
+            "cat.latent_size": f"{plan.size[1]}x{plan.size[0]}",
+            "cat.rows.most": facts.most_rows,
+            "cat.adapters.most": facts.most_adapters,
+        }
+        span.past("denoise", began, at, attributes)
+
+    async def _checked(self, image: Tensor, span: Span) -> Verdict | None:
+        """Return what the safety checker says of an image; None where there is none."""
+        checker, metrics = self._parts.checker, self._parts.metrics
+        if checker is None:
+            return None
+        started = time.monotonic()
+        try:
+            verdict = checker.verdict(await span.until("check", asyncio.wrap_future(self._parts.codec.check(image))))
+        except EngineStoppedError:
+            raise
+        except Exception:
+            logger.exception("the safety checker failed")
+            verdict = Verdict(None)
+        found = {True: "flagged", False: "passed", None: "unchecked"}[verdict.flagged]
+        metrics.inc(telemetry.SAFETY_IMAGES, flag=found, action="refuse" if checker.refuses else "mark")
+        metrics.observe(telemetry.SAFETY_SECONDS, time.monotonic() - started)
+        return verdict
+
+    def _refuses(self, index: int, seed: int, verdict: Verdict) -> bool:
+        """Say whether an image is kept back for its verdict; if so, that is its last event."""
+        checker = self._parts.checker
+        error = refusal(verdict) if checker is not None and checker.refuses else None
+        if error is None:
+            return False
+        self._parts.metrics.inc(telemetry.IMAGES, outcome="refused")
+        self._queue.put_nowait(Refused(index, seed, Failed.of(error)))
+        self._spans[index].fail(type(error).__name__)
+        return True
 
     def _count(self, error: CatClusterError) -> None:
         outcomes: dict[type[CatClusterError], str] = {CancelledRequestError: "cancelled", DeadlineError: "expired"}
@@ -240,7 +202,7 @@ class _Forwarder:
         self._call_soon(self._call.stepped, self._index, step, steps, denoised)
 
     def denoised(self, latents: Tensor, facts: ImageFacts) -> None:
-        self._call_soon(self._call.finish, self._index, latents, facts)
+        self._call_soon(self._call.finish, self._index, latents, facts, time.monotonic())
 
     def failed(self, error: CatClusterError) -> None:
         self._call_soon(self._call.fail, error)
@@ -310,6 +272,7 @@ async def prepare_image(
     *,
     probe: bool = False,
     moments: Future[Tensor] | None = None,
+    span: Span = NO_SPAN,
 ) -> EngineImage:
     """Encode the texts and lease the adapters' slots at once, and return the image ready for the engine.
 
@@ -317,13 +280,13 @@ async def prepare_image(
     """
     call, deadline = plan.call, plan.deadline
     prompts = call.prompts if plan.guided else call.prompts[:1]
-    texts = [
-        asyncio.wrap_future(parts.codec.encode(prompt)) for prompt in prompts
-    ]  # begun, while the leases are awaited
+    texts = [  # begun, while the leases are awaited
+        span.until("encode_text", asyncio.wrap_future(parts.codec.encode(prompt))) for prompt in prompts
+    ]
     leases: tuple[Lease, ...] = ()
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-            leases = await parts.cache.lease(plan.manifests)
+            leases = await _leased(parts.cache, plan, span)
             encoded = await asyncio.gather(*texts)
             encoded_source = await _shared(moments)
         seed, kept, source = call.seed + index, None, plan.source
@@ -368,6 +331,15 @@ async def _shared(moments: Future[Tensor] | None) -> Tensor | None:
     if moments is None:
         return None
     return await asyncio.shield(asyncio.wrap_future(moments))
+
+
+async def _leased(cache: AdapterCache, plan: ImagePlan, span: Span) -> tuple[Lease, ...]:
+    if not plan.manifests:
+        return ()
+    with span.child("load_adapter", {"cat.model": plan.model}) as loading:
+        leases = await cache.lease(plan.manifests)
+        loading.set({"cat.tiers": [lease.tier for lease in leases]})
+        return leases
 
 
 def preview_steps(previews: int, steps: int) -> frozenset[int]:

@@ -7,8 +7,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import ExitStack, aclosing
 from dataclasses import replace
 from itertools import compress
 from typing import Any
@@ -33,21 +33,25 @@ from cat_cluster.models.generate import image_array, initial_latents
 from cat_cluster.models.prompt_weights import plain_text
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.gate import gate_note, opens_gate
-from cat_cluster.registry.stacks import StackMember
+from cat_cluster.registry.stacks import StackMember, stack_name
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import Metrics
 from serve.adapters.cache import AdapterCache, Resolved
 from serve.calls import Accepted, AdminAction, Event, Failed, Finished, ImageCall
 from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
+from serve.denoise.safety import open_checker
 from serve.denoise.signing import ImageSigner, open_signer
 from serve.denoise.sizes import parse_sizes, pixels_per_latent
+from serve.image_plan import EngineParts, ImagePlan
 from serve.probes.prober import Prober
 from serve.probes.revision_monitor import ProbeCall, worst_state
-from serve.running_call import EngineParts, ImagePlan, RunningCall, generate_in_spare_rows
+from serve.running_call import RunningCall, generate_in_spare_rows
 from serve.settings import ServeSettings
+from serve.tracing import NO_TRACER, Span, Tracer
 
 logger = logging.getLogger("cat_cluster.serve")
+_OPERATION = "generate_content"
 FAST_BUCKETS = (2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # on a GPU few shapes are compiled or captured
 
 
@@ -61,9 +65,10 @@ class Service:
         settings: ServeSettings,
         metrics: Metrics,
         signer: ImageSigner | None = None,
+        tracer: Tracer = NO_TRACER,
     ) -> None:
         self._parts, self._registry, self._settings, self._metrics = parts, registry, settings, metrics
-        self._signer = signer
+        self._signer, self._tracer = signer, tracer
         self._cleanup = ExitStack()
         self._in_flight = 0
         self._background = set[asyncio.Task[Any]]()
@@ -73,10 +78,11 @@ class Service:
         self.prober: Prober | None = None
 
     @classmethod
-    def open(cls, settings: ServeSettings, metrics: Metrics) -> Service:
+    def open(cls, settings: ServeSettings, metrics: Metrics, tracer: Tracer = NO_TRACER) -> Service:
         """Load the base model, attach the bank and start the engine. Raises CatClusterError."""
         signer = open_signer(settings.signing)
         device = choose_device(settings.device)
+        checker = open_checker(settings.safety, device)
         half = settings.precision == "bf16" or (settings.precision == "auto" and device.startswith("cuda"))
         base = load_base_model(settings.base, device=device, dtype=torch.bfloat16 if half else torch.float32)
         sizes, unit = parse_sizes(settings.sizes, base), pixels_per_latent(base)
@@ -112,9 +118,10 @@ class Service:
                 unet=base.unet,
                 metrics=metrics,
             )
-            codec = Codec(base, signer=signer)
+            codec = Codec(base, signer=signer, checker=checker)
             cleanup.callback(codec.close)
-            service = cls(EngineParts(base, engine, cache, codec, sizes, metrics), registry, settings, metrics, signer)
+            parts = EngineParts(base, engine, cache, codec, sizes, metrics, checker)
+            service = cls(parts, registry, settings, metrics, signer, tracer)
             service._cleanup = cleanup.pop_all()
         return service
 
@@ -154,6 +161,17 @@ class Service:
 
     async def generate(self, call: ImageCall) -> AsyncIterator[Event]:
         """Yield Accepted, then the images' events; see EngineClient."""
+        model = stack_name(str(member.reference) for member in call.adapters) or self._parts.base.name
+        with self._tracer.call(f"{_OPERATION} {model}", call.trace, _asked(call, model)) as span:
+            async with aclosing(self._generate(call, span)) as events:
+                async for event in events:
+                    if isinstance(event, Accepted):
+                        span.set({"gen_ai.response.model": event.model})
+                    if isinstance(event, Failed):
+                        span.fail(event.kind)
+                    yield event
+
+    async def _generate(self, call: ImageCall, span: Span) -> AsyncGenerator[Event, None]:
         try:
             self._check_room(call)
         except OverloadedError as error:
@@ -163,11 +181,12 @@ class Service:
         running: RunningCall | None = None
         try:
             try:
-                plan = await self._plan(call)
+                with span.child("plan"):
+                    plan = await self._plan(call)
             except CatClusterError as error:
                 yield Failed.of(error)
                 return
-            running = RunningCall(self._parts, plan)
+            running = RunningCall(self._parts, plan, span)
             yield Accepted(plan.model, plan.drift, plan.note)
             async for event in running.events():
                 if isinstance(event, CatClusterError):
@@ -216,6 +235,7 @@ class Service:
             "signing": None
             if self._signer is None
             else {"subject": self._signer.subject, "expires": self._signer.expires.isoformat()},
+            "safety": None if self._parts.checker is None else self._parts.checker.status(),
             "stuck_for_s": round(engine.stuck_for(), 3),
             "uptime_s": round(time.time() - self._started, 1),
             "pid": os.getpid(),
@@ -262,6 +282,10 @@ class Service:
                 notes = await asyncio.wrap_future(self._parts.codec.notes(call, tokens))
         except TimeoutError:
             raise DeadlineError("the deadline passed while the adapter was looked up: try again") from None
+        if call.previews and self._parts.checker is not None and self._parts.checker.refuses:
+            # A preview is a blur of colours, of which no classifier can say what the image will be.
+            call = replace(call, previews=0)
+            notes = [*notes, "partial_images: no previews are sent, since this service may refuse the image"]
         drift = "unknown"
         if self.prober is not None:
             drift = worst_state([self.prober.state(manifest).state for manifest in manifests])
@@ -310,6 +334,18 @@ class Service:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
             logger.error("a probe failed", exc_info=task.exception())
+
+
+def _asked(call: ImageCall, model: str) -> dict[str, str | int]:
+    """Return what a call asks for, by OpenTelemetry's conventions for generative models."""
+    return {
+        "gen_ai.operation.name": _OPERATION,
+        "gen_ai.provider.name": "cat_cluster",
+        "gen_ai.output.type": "image",
+        "gen_ai.request.model": model,
+        "gen_ai.request.choice.count": call.count,
+        "cat.request_id": call.request_id,
+    }
 
 
 def _gated(call: ImageCall, found: list[Resolved]) -> tuple[ImageCall, list[Resolved], list[str]]:

@@ -35,6 +35,7 @@ class ProbeSettings(BaseModel):
 
 
 MAX_STACK = 32
+SLEEP_AFTER_S = 1800.0  # two starts an hour at most: more look like engines that fail and are replaced
 
 
 class SigningSettings(BaseModel):
@@ -50,6 +51,25 @@ class SigningSettings(BaseModel):
         default=None,
         pattern=r"^https?://[^\s/]+\S*$",
         description="Address of a time-stamping authority (RFC 3161), asked for each image; none: no time stamps.",
+    )
+
+
+class SafetySettings(BaseModel):
+    """Which images are flagged, and what happens to them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path = Field(
+        description="Local folder of a transformers image classification model: config.json, preprocessor_config.json "
+        "and safetensors; no code of it is executed."
+    )
+    labels: tuple[str, ...] = Field(min_length=1, description="The model's labels that flag an image.")
+    threshold: float = Field(
+        default=0.5, gt=0, le=1, description="Score from which on one of these labels flags an image."
+    )
+    action: Literal["refuse", "mark"] = Field(
+        default="refuse",
+        description="refuse: what is flagged, or cannot be checked, is not returned; mark: it is, and is said to be.",
     )
 
 
@@ -134,6 +154,9 @@ class ServeSettings(BaseModel):
     signing: SigningSettings | None = Field(
         default=None, description="Certificates and key that sign images with C2PA; none: images are not signed."
     )
+    safety: SafetySettings | None = Field(
+        default=None, description="Classifier that drawn images are checked with; none: images are not checked."
+    )
     probes: ProbeSettings = Field(default=ProbeSettings(), description="Drift probes.")
 
     @field_validator("cors_origins")
@@ -164,9 +187,18 @@ class Deployment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     settings: ServeSettings = Field(default=ServeSettings(), description="How each engine serves.")
-    min_engines: int = Field(default=1, ge=1, description="Fewest engines.")
+    min_engines: int = Field(
+        default=1, ge=0, description="Fewest engines; 0: the last one ends when nobody asks, and a request starts one."
+    )
     max_engines: int | None = Field(
-        default=None, ge=1, description="Most engines; more than the fewest means autoscaling. None: the fewest."
+        default=None,
+        ge=1,
+        description="Most engines; more than the fewest means autoscaling. None: the fewest, and at least one.",
+    )
+    sleep_after_s: float | None = Field(
+        default=None,
+        ge=60,
+        description="Seconds without a request after which the last engine ends, where min_engines is 0. None: 1800.",
     )
     ingresses: int = Field(default=1, ge=1, description="HTTP processes.")
     ingress_resources: dict[str, Annotated[float, Field(gt=0)]] = Field(
@@ -179,12 +211,19 @@ class Deployment(BaseModel):
     def _rises(self) -> Deployment:
         if self.most_engines < self.min_engines:
             raise ValueError(f"max_engines must be at least min_engines ({self.min_engines})")
+        if self.sleep_after_s is not None and not self.may_sleep:
+            raise ValueError("sleep_after_s: no engine sleeps unless min_engines is 0; leave it out, or set that")
         return self
+
+    @property
+    def may_sleep(self) -> bool:
+        """Whether there may be no engine."""
+        return self.min_engines == 0
 
     @property
     def most_engines(self) -> int:
         """The most engines there may be."""
-        return self.min_engines if self.max_engines is None else self.max_engines
+        return max(1, self.min_engines) if self.max_engines is None else self.max_engines
 
 
 def split_origin(origin: str) -> tuple[str, str, int] | None:

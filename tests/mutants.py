@@ -362,6 +362,20 @@ MUTANTS = (
         "words = call.prompt",
         "serve/test_prompts.py",
     ),
+    Mutant(
+        "serving",
+        "serve/denoise/safety.py",
+        "score >= self._settings",
+        "score > self._settings",
+        "serve/denoise/test_safety.py",
+    ),
+    Mutant(
+        "serving",
+        "serve/running_call.py",
+        "verdict is not None and self._refuses",
+        "verdict is not None and verdict.flagged and self._refuses",
+        "serve/test_checked_service.py",
+    ),
     Mutant("serving", "serve/denoise/signing.py", "_now() >= self.expires", "False", "serve/denoise/test_signing.py"),
     Mutant(
         "serving",

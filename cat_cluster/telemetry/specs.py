@@ -37,10 +37,12 @@ LABELS: Mapping[str, LabelSpec] = {
     "state": LabelSpec("Where an adapter of the job stands.", get_args(AdapterPhase)),
     "code": LabelSpec("HTTP status of the response.", pattern=r"[1-5][0-9]{2}"),
     "route": LabelSpec("Path template of the request.", pattern=r"/[a-z0-9_/{}.-]*"),
-    "outcome": LabelSpec("How an image ended.", ("done", "cancelled", "expired", "failed")),
+    "outcome": LabelSpec("How an image ended.", ("done", "cancelled", "expired", "refused", "failed")),
     "tier": LabelSpec("Where an adapter was found: store means it was fetched.", ("slot", "host", "disk", "store")),
     "kind": LabelSpec("canonical: fixed prompts and seeds; live: a user's own.", ("canonical", "live")),
     "verdict": LabelSpec("What a probe said.", get_args(ProbeVerdict)),
+    "flag": LabelSpec("What the safety checker said; unchecked: it failed.", ("passed", "flagged", "unchecked")),
+    "action": LabelSpec("What happens to flagged images.", ("refuse", "mark")),
     "detector": LabelSpec("Sequential detector.", get_args(DriftDetector)),
     "score": LabelSpec("Score of a probe.", get_args(ProbeScore)),
 }
@@ -158,6 +160,16 @@ ADAPTER_IMAGES = MetricSpec(
 IMAGE_SECONDS = MetricSpec(
     "cat_serve_image_seconds", "histogram", "seconds", "Time from request to finished image.", buckets=_SECONDS
 )
+SAFETY_IMAGES = MetricSpec(
+    "cat_serve_safety_images_total",
+    "counter",
+    "images",
+    "Images that went through the safety checker.",
+    ("flag", "action"),
+)
+SAFETY_SECONDS = MetricSpec(
+    "cat_serve_safety_seconds", "histogram", "seconds", "Time from image to the checker's word.", buckets=_FAST
+)
 WAIT_SECONDS = MetricSpec(
     "cat_serve_wait_seconds", "histogram", "seconds", "Time from request to first denoising step.", buckets=_FAST
 )
@@ -248,6 +260,8 @@ SERVING_METRICS: tuple[MetricSpec, ...] = (
     IMAGES,
     ADAPTER_IMAGES,
     IMAGE_SECONDS,
+    SAFETY_IMAGES,
+    SAFETY_SECONDS,
     WAIT_SECONDS,
     UNET_SECONDS,
     CALL_ROWS,

@@ -311,6 +311,7 @@ class AdapterCache:
 
     def _granted(self, slot: Slot, tier: Tier) -> Lease:
         lease = self._slots.lease(slot, self._give_back)
+        lease.tier = tier
         self._metrics.inc(ADAPTER_REQUESTS, tier=tier)
         self._metrics.set(SLOTS_LEASED, self._slots.leased)
         return lease

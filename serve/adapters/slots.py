@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cat_cluster.registry import Manifest
-from serve.adapters.loader import Key, key_of
+from serve.adapters.loader import Key, Tier, key_of
 
 
 @dataclass(eq=False)
@@ -40,6 +40,7 @@ class Lease:
     def __init__(self, slot: Slot, manifest: Manifest, give_back: Callable[[Lease], None]) -> None:
         """`give_back` is called on the event loop that runs now, once per release."""
         self.slot, self.manifest, self.flat = slot, manifest, slot.flat
+        self.tier: Tier = "slot"  # where the adapter was found
         self.released = False
         self._give_back = give_back
         self._loop = asyncio.get_running_loop()

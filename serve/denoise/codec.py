@@ -1,8 +1,8 @@
 """The codec: prompts to text embeddings, images to latents and back, files, and cheap previews, off the device thread.
 
 One thread processes what waits in batches: all prompts in one call of the text encoder, all finished latents, or images
-to edit, of one size in one call of the VAE. Files are made by a few more, since compression holds no lock; one looks at
-prompts.
+to edit, of one size in one call of the VAE, all images in one call of the safety checker. Files are made by a few more
+threads, since compression holds no lock; one looks at prompts.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.models.text_limit import TextLimit, first_words
 from serve.calls import FileFormat, ImageCall
 from serve.denoise.image_file import image_file
+from serve.denoise.safety import SafetyChecker
 from serve.denoise.signing import ImageSigner
 
 TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
 LONGEST_KEPT = 4096  # characters of one that is
-AT_ONCE = 8  # prompts or latents in one call
+AT_ONCE = 8  # prompts, latents or images in one call
 TOLD_OF_MODEL = ("model", "adapter_sha256")  # of the metadata, in a signed manifest: no prompt, which may be private
 PREVIEW_SIDE = 192  # pixels; a preview is scaled up for eyes, not for detail
 
@@ -48,13 +49,20 @@ class _Job(Generic[A]):
 class Codec:
     """Encoding, decoding and files off the device thread; close it after use, and it raises EngineStoppedError."""
 
-    def __init__(self, base: BaseModel, threads: int = 1, signer: ImageSigner | None = None) -> None:
-        self._base, self._threads, self._signer = base, threads, signer
+    def __init__(
+        self,
+        base: BaseModel,
+        threads: int = 1,
+        signer: ImageSigner | None = None,
+        checker: SafetyChecker | None = None,
+    ) -> None:
+        self._base, self._threads, self._signer, self._checker = base, threads, signer, checker
         self._texts: OrderedDict[Prompt, Tensor] = OrderedDict()
         self._prompts: list[_Job[Prompt]] = []
         self._limit = TextLimit(base.tokenizer)  # of the thread that encodes; that of the notes has the base's own
         self._latents: list[_Job[Tensor]] = []
         self._sources: list[_Job[Tensor]] = []
+        self._unchecked: list[_Job[Tensor]] = []
         self._lock = threading.Lock()
         self._closed = False
         self._stream: torch.cuda.Stream | None = None
@@ -63,12 +71,18 @@ class Codec:
         self._notes = ThreadPoolExecutor(1, "cat-notes")  # one: a TextLimit is for one thread at a time
         self._to_rgb: Tensor | None = None
 
+    @property
+    def signs(self) -> bool:
+        """Whether files are signed."""
+        return self._signer is not None
+
     def close(self) -> None:
         """Finish what has started; what waits fails with EngineStoppedError."""
         with self._lock:
             self._closed = True
-            jobs: list[_Job[Any]] = [*self._prompts, *self._latents, *self._sources]
-            for waiting in (self._prompts, self._latents, self._sources):
+            waits: tuple[list[_Job[Any]], ...] = (self._prompts, self._latents, self._sources, self._unchecked)
+            jobs = [job for waiting in waits for job in waiting]
+            for waiting in waits:
                 waiting.clear()
         for job in jobs:
             if job.future.set_running_or_notify_cancel():
@@ -102,6 +116,11 @@ class Codec:
         """Return the VAE's moments [2C, h, w] of pixels [3, H, W] in [-1, 1], on the base's device."""
         with self._lock:
             return self._put(self._sources, pixels, self._encode_sources)
+
+    def check(self, image: Tensor) -> Future[Tensor]:
+        """Return the safety checker's scores [labels] of an image [3, H, W] in [0, 1]; there must be a checker."""
+        with self._lock:
+            return self._put(self._unchecked, image, self._check_waiting)
 
     def notes(self, call: ImageCall, tokens: Sequence[str]) -> Future[list[str]]:
         """Return what people should know of how a call's prompts are read; tokens: those of the adapter that draws.
@@ -178,6 +197,19 @@ class Codec:
             jobs = [job for job in waiting if job.value.shape == shape][:AT_ONCE]
             waiting[:] = [job for job in waiting if job not in jobs]
         return jobs
+
+    def _check_waiting(self) -> None:
+        with self._lock:
+            jobs, self._unchecked = self._unchecked[:AT_ONCE], self._unchecked[AT_ONCE:]
+        _finish(jobs, self._scores)
+
+    def _scores(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
+        assert self._checker is not None  # whoever asks has seen it
+        with self._own_stream():
+            scores = self._checker.scores([job.value for job in jobs])
+        if not bool(scores.isfinite().all()):
+            raise ServingError("the safety checker's scores are not finite")
+        return list(scores)
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:

@@ -48,6 +48,9 @@ KINDS: Mapping[type[BaseException], ErrorKind] = {
     errors.AdapterMismatchError: ErrorKind(422, INVALID, "model_mismatch"),
     errors.AdapterFormatError: ErrorKind(422, INVALID, "model_damaged"),
     errors.EvaluationError: ErrorKind(422, INVALID, "model_not_measurable"),
+    # As OpenAI's own moderation does: no client tries a 400 again, and the same request draws the same image.
+    errors.FlaggedImageError: ErrorKind(400, INVALID, "content_flagged"),
+    errors.UncheckedImageError: ErrorKind(500, SERVER, "content_not_checked"),
     errors.ConflictError: ErrorKind(409, INVALID, "conflict"),
     errors.CancelledRequestError: ErrorKind(499, INVALID, "request_cancelled"),
     errors.OverloadedError: ErrorKind(503, SERVER, "overloaded"),

@@ -8,9 +8,9 @@ import json
 import secrets
 import time
 from base64 import b64encode
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 from urllib.parse import quote
@@ -20,9 +20,9 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError
+from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError, FlaggedImageError
 from cat_cluster.registry.stacks import stack_name
-from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
+from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress, Refused
 from serve.http.access import Caller
 from serve.http.edits import edit_form, read_edit
 from serve.http.field_notes import field_notes
@@ -52,6 +52,10 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
         "headers": {
             "x-cat-model": {"description": "The model that serves the call.", "schema": {"type": "string"}},
             "x-cat-drift": {"description": "Drift state of the revision.", "schema": {"type": "string"}},
+            "x-cat-safety": {
+                "description": "The worst that the safety checker, where there is one, found in the images.",
+                "schema": {"type": "string", "enum": ["passed", "unchecked", "flagged"]},
+            },
         },
     },
     **error_responses(400, 401, 404, 408, 409, 413, 415, 422, 429, 499, 503, 504),
@@ -100,22 +104,29 @@ async def edit_image(request: Request, ingress: IngressDep) -> Response:
 
 async def _respond(answer: _Answer, stack: RequestedStack, request: Request, ingress: RouteParts) -> Response:
     """Have the engine draw what an answer is to have."""
-    entry, call = request_entry(request), answer.call
+    entry = request_entry(request)
+    call = replace(answer.call, trace=entry.span.carrier)
+    answer = replace(answer, call=call)
     named = stack_name(str(member.reference) for member in call.adapters)
     entry.facts.update(model=named or ingress.settings.base, images=call.count)
     if entry.may_quote:
         entry.facts["prompt"] = call.prompt
     limit_s = ingress.settings.deadline_s + GRACE_S
-    events = _events(ingress, caller_of(request), call, stack)
+    events = _events(ingress, caller_of(request), call, stack, stream=bool(answer.body.stream))
     async with cancelled_on_disconnect(request.receive, limit_s):
         accepted = cast(Accepted, await anext(events))
         entry.facts["model"] = accepted.model
         headers = {"x-cat-model": quote(accepted.model, safe="@/:+"), "x-cat-drift": accepted.drift}
         answer = replace(answer, accepted=accepted)
         if not answer.body.stream:
-            finished = [event async for event in events if isinstance(event, Finished)]
-            content = await asyncio.to_thread(answer.whole, finished)
+            ended = [event async for event in events if isinstance(event, Finished | Refused)]
+            finished = sorted((event for event in ended if isinstance(event, Finished)), key=lambda image: image.index)
+            refused = sorted((event for event in ended if isinstance(event, Refused)), key=lambda image: image.index)
+            content = await asyncio.to_thread(answer.whole, finished, refused)
     if not answer.body.stream:
+        headers |= _safety_header(finished)
+        if refused:
+            entry.facts["refused"] = len(refused)
         return Response(content, headers=headers, media_type="application/json")
     return EventStream(
         events,
@@ -151,10 +162,14 @@ def to_call(body: DrawingRequest, stack: RequestedStack, request_id: str, ingres
 
 
 async def _events(
-    ingress: RouteParts, caller: Caller, call: ImageCall, stack: RequestedStack
+    ingress: RouteParts, caller: Caller, call: ImageCall, stack: RequestedStack, *, stream: bool
 ) -> AsyncGenerator[Event, None]:
-    """Yield the engine's events within the caller's limit; a call that fails, or ends early, raises."""
-    left = call.count
+    """Yield the engine's events within the caller's limit; a call that fails, or ends early, raises.
+
+    So does one of which no image is left, and a stream, for which that is the only event that all clients read, behind
+    the images that are not refused.
+    """
+    left, refused = call.count, list[Refused]()
     with ingress.access.images(caller, call.count):
         # Closing the iterator cancels the call, so those of EngineClient are generators.
         generated = cast(AsyncGenerator[Event, None], ingress.engine().generate(call))
@@ -165,8 +180,12 @@ async def _events(
                     if isinstance(error, AdapterNotFoundError):
                         raise await stack.not_found(error, ingress.registry_listing)
                     raise stack.blamed(error)
-                left -= isinstance(event, Finished)
+                left -= isinstance(event, Finished | Refused)
+                if isinstance(event, Refused):
+                    refused.append(event)
                 yield event
+    if refused and (stream or len(refused) == call.count):
+        raise _refusal_of(refused, call.count)
     if left:
         raise EngineStoppedError("the engine stopped before the images were done; try again")
 
@@ -194,12 +213,11 @@ class _Answer:
         note = "; ".join(note for note in notes if note) or None
         return {"request_id": self.call.request_id, "drift": self.accepted.drift, "note": note}
 
-    def whole(self, finished: list[Finished]) -> bytes:
-        """Return the body of a response with all images."""
-        finished = sorted(finished, key=lambda image: image.index)
+    def whole(self, finished: list[Finished], refused: list[Refused]) -> bytes:
+        """Return the body of a response with all images, and what is told of those that were refused."""
         prefix = f"data:{self.call.file.media_type};base64," if self.body.response_format == "url" else None
         items = [
-            _with_image(image.image, {"seed": image.seed, "revised_prompt": None, "facts": dict(image.facts)}, prefix)
+            _with_image(image.image, {"seed": image.seed, "revised_prompt": None, **_told(image)}, prefix)
             for image in finished
         ]
         rest = {
@@ -207,7 +225,7 @@ class _Answer:
             "model": self.accepted.model,
             "size": _size(finished[0].image),
             "output_format": self.call.file.kind,
-            "cat": self.cat,
+            "cat": {**self.cat, "refused": [_refused_item(image) for image in refused]} if refused else self.cat,
         }
         return b'{"data":[' + b",".join(items) + b"]," + json.dumps(rest).encode()[1:]
 
@@ -220,7 +238,7 @@ class _Answer:
         elif isinstance(event, Finished):
             kind = f"{self.kind}.completed"
             done = {"index": event.index, "seed": event.seed, "model": self.accepted.model, "usage": _NO_TOKENS}
-            more = {"facts": dict(event.facts), "cat": self.cat}
+            more = {**_told(event), "cat": self.cat}
             data = _with_image(event.image, {"type": kind, **self._image_fields(event.image), **done, **more})
         elif isinstance(event, Progress):
             kind = f"{self.kind}.progress"
@@ -232,6 +250,31 @@ class _Answer:
     def _image_fields(self, image: bytes) -> dict[str, Any]:
         look = {"quality": "auto", "background": "opaque", "output_format": self.call.file.kind}
         return {"created_at": int(time.time()), "size": _size(image), **look}
+
+
+def _told(image: Finished) -> dict[str, Any]:
+    return {"facts": dict(image.facts), "safety": None if image.safety is None else asdict(image.safety)}
+
+
+def _safety_header(finished: Sequence[Finished]) -> dict[str, str]:
+    """Return the worst verdict on the images as a header; none where nothing checks them."""
+    found = {image.safety.flagged for image in finished if image.safety is not None}
+    worst = "flagged" if True in found else "unchecked" if None in found else "passed"
+    return {"x-cat-safety": worst} if found else {}
+
+
+def _refused_item(image: Refused) -> dict[str, Any]:
+    return {"index": image.index, "seed": image.seed, **http_error_of(image.failure.to_error()).body()}
+
+
+def _refusal_of(refused: Sequence[Refused], count: int) -> Exception:
+    """Return the error of a call with refused images; that of a flagged one first, since no second try ends it."""
+    kind = FlaggedImageError.__name__
+    failure = min(refused, key=lambda image: (image.failure.kind != kind, image.index)).failure
+    if count == 1:
+        return failure.to_error()
+    seeds = ", ".join(str(image.seed) for image in sorted(refused, key=lambda image: image.index))
+    return replace(failure, message=f"{len(refused)} of {count} images (seed {seeds}): {failure.message}").to_error()
 
 
 def _error_event(error: Exception, entry: RequestEntry) -> bytes:

@@ -31,6 +31,7 @@ from serve.http.schema import HealthResponse
 from serve.http.served_sizes import ServedSizes
 from serve.http.sites import SiteGuard
 from serve.settings import ServeSettings
+from serve.tracing import NO_TRACER, Tracer
 
 PROMPTS_VARIABLE = "CAT_LOG_PROMPTS"
 _ENGINE_S = 5.0
@@ -50,6 +51,7 @@ def build_app(
     exposition: Callable[[], bytes],
     *,
     proxy_adds_id: bool = False,
+    tracer: Tracer = NO_TRACER,
 ) -> FastAPI:
     """Return the service as an ASGI app.
 
@@ -84,12 +86,12 @@ def build_app(
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
-            expose_headers=["x-request-id", "x-cat-model", "x-cat-drift", "retry-after"],
+            expose_headers=["x-request-id", "x-cat-model", "x-cat-drift", "x-cat-safety", "retry-after"],
         )
     app.add_middleware(HeadAsGet)
     app.add_middleware(SiteGuard, loopback_only=access.is_open, origins=settings.cors_origins)
     may_quote = os.environ.get(PROMPTS_VARIABLE) == "1"
-    app.add_middleware(RequestLog, metrics=metrics, may_quote=may_quote, proxy_adds_id=proxy_adds_id)
+    app.add_middleware(RequestLog, metrics=metrics, may_quote=may_quote, proxy_adds_id=proxy_adds_id, tracer=tracer)
     app.openapi = _without_default_422(app.openapi)  # type: ignore[method-assign]
     return app
 

@@ -19,11 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from cat_cluster.errors import CancelledRequestError
 from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, Metrics
 from serve.http.http_errors import KINDS, http_error_of
+from serve.tracing import NO_SPAN, NO_TRACER, Span, Tracer
 
 logger = logging.getLogger("cat_cluster.serve")
 
 CLIENT_CLOSED = 499  # the client disconnected before its response
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_TRACED = "/v1/"  # the start of paths that are traced: not probes of health, and not the page's files
 _UNKNOWN_ROUTE = "/unknown"  # paths that a client makes up never become label values
 ADDED_HEADERS = {  # to every response of the application
     "x-content-type-options": "nosniff",
@@ -46,17 +48,26 @@ class RequestEntry:
     status: int = CLIENT_CLOSED
     code: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    span: Span = NO_SPAN
 
 
 class RequestLog:
-    """ASGI middleware: request ids, security headers, the log and HTTP's metrics.
+    """ASGI middleware: request ids, security headers, the log, HTTP's metrics and the request's span.
 
     Errors that no handler knows end here, as 500 where the response has not started. proxy_adds_id: the server in front
     adds the request's own x-request-id to every response, as Ray Serve's proxy does, so it must not come twice.
     """
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, may_quote: bool, proxy_adds_id: bool = False) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics: Metrics,
+        may_quote: bool,
+        proxy_adds_id: bool = False,
+        tracer: Tracer = NO_TRACER,
+    ) -> None:
+        self._app, self._tracer = app, tracer
         self._proxy_adds_id = proxy_adds_id
         self._metrics = metrics
         self._may_quote = may_quote
@@ -68,6 +79,8 @@ class RequestLog:
             return
         began = time.perf_counter()
         entry = RequestEntry(_request_id(scope), self._may_quote)
+        if scope["path"].startswith(_TRACED):
+            entry.span = self._tracer.request(scope["method"], Headers(scope=scope))
         scope.setdefault("state", {})["entry"] = entry
         has_begun = False
 
@@ -117,6 +130,21 @@ class RequestLog:
             **entry.facts,
         }
         logger.info(json.dumps(line))
+        _end_span(entry, scope["method"], route)
+
+
+def _end_span(entry: RequestEntry, method: str, route: str) -> None:
+    """End a request's span, which has what the log has of it, by OpenTelemetry's conventions for HTTP servers."""
+    if entry.span is NO_SPAN:
+        return
+    entry.span.rename(f"{method} {route}")
+    entry.span.set({"http.request.method": method, "http.route": route, "http.response.status_code": entry.status})
+    entry.span.set({"cat.request_id": entry.request_id, **{f"cat.{name}": fact for name, fact in entry.facts.items()}})
+    if entry.code is not None:
+        entry.span.set({"error.type": entry.code})
+        if not 400 <= entry.status < 500:  # those are the client's, and no failure of a server; a stream began as 200
+            entry.span.fail(entry.code)
+    entry.span.end()
 
 
 def is_request_id(given: str) -> bool:

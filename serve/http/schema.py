@@ -241,6 +241,9 @@ class CatFacts(BaseModel):
         description="Why another revision than the requested one was used, what of the prompts is not read or not as "
         "it may be meant, and which fields of the request change nothing, if so."
     )
+    refused: list[dict[str, Any]] | None = Field(
+        default=None, description="Images that the safety checker kept back: index, seed and error of each."
+    )
 
 
 class ImageItem(BaseModel):
@@ -251,6 +254,9 @@ class ImageItem(BaseModel):
     seed: int
     revised_prompt: None = Field(default=None, description="Prompts are never rewritten.")
     facts: dict[str, Any] = Field(description="Waiting and denoising times, batch sizes.")
+    safety: dict[str, Any] | None = Field(
+        default=None, description="What the safety checker found: flagged (null: it failed), label, score; null: none."
+    )
 
 
 class ImagesResponse(BaseModel):

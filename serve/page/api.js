@@ -131,6 +131,7 @@ export async function loadStatus() {
     held: new Map((status.adapters?.held ?? []).map((slot) => [slot.model, slot])),
     sizes: status.sizes ?? [],
     mostAdapters: status.stack?.most ?? null,
+    asleep: status.engines === 0,
   };
 }
 

@@ -67,7 +67,12 @@ async function loadModels() {
 async function showStatus() {
   const box = byId("engine");
   try {
-    const { used, rows, waiting, sizes, mostAdapters } = await loadStatus();
+    const { used, rows, waiting, sizes, mostAdapters, asleep } = await loadStatus();
+    if (asleep) {
+      box.dataset.state = "ready";
+      byId("engine-text").textContent = "No engine runs: the next image starts one";
+      return;
+    }
     showLimits(sizes, mostAdapters);
     box.dataset.state = waiting > 0 ? "busy" : "ready";
     byId("engine-text").textContent = [

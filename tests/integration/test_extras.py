@@ -1,4 +1,4 @@
-"""Without the extras c2pa, cluster, s3, serve and k8s: the core works, and what needs one of them says which."""
+"""Without the extras c2pa, cluster, otel, s3, serve and k8s: the core works, and what needs one of them says which."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.tiny_jobs import Finished, adapter, assert_refused, write_spe
 # What only the extras bring; requests is there with diffusers too.
 PACKAGES = (
     *("ray", "deepspeed", "boto3", "botocore", "fastapi", "starlette", "fastapi_swagger"),
-    "c2pa",
+    *("c2pa", "opentelemetry"),
     *("jsonschema", "jsonschema_rs", "kubernetes_validate"),
 )
 SECONDS = 240

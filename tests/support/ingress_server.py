@@ -31,6 +31,7 @@ from serve.http.access import Access
 from serve.http.ingress import build_app
 from serve.service import Service
 from serve.settings import ProbeSettings, ServeSettings
+from serve.tracing import NO_TRACER, Tracer
 
 PATH = "/v1/images/generations"
 # Scores of ten pairs.
@@ -131,7 +132,11 @@ async def only(engine: ScriptedEngine) -> AsyncIterator[EngineClient]:
 
 @contextmanager
 def listening(
-    opened: AbstractAsyncContextManager[EngineClient], registry: Registry, settings: ServeSettings, access: Access
+    opened: AbstractAsyncContextManager[EngineClient],
+    registry: Registry,
+    settings: ServeSettings,
+    access: Access,
+    tracer: Tracer = NO_TRACER,
 ) -> Iterator[Live]:
     """Open the engine in a loop of its own, serve it on a free port of loopback, and stop both at the end."""
     ready: list[Live] = []
@@ -142,7 +147,7 @@ def listening(
         async with opened as engine:
             backend = PrometheusBackend()
             metrics = Metrics(backend, [HTTP_REQUESTS, HTTP_SECONDS])
-            app = build_app(engine, registry, settings, access, metrics, backend.exposition)
+            app = build_app(engine, registry, settings, access, metrics, backend.exposition, tracer=tracer)
             config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
             config.load()
             server = uvicorn.Server(config)

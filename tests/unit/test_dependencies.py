@@ -15,8 +15,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OURS = {"cat_cluster", "serve", "jobs", "tests"}
 # Of jobs/benchmark: peft is what it measures us against, and developers have it.
 DEVELOPERS = {"peft"}
-# Parts of a listed package that are imported under a name of their own.
+# Parts of a listed package that are imported under a name of their own, and what shares a namespace with one.
 PARTS = {"botocore", "pydantic-core"}
+PARTS |= {f"opentelemetry-{name}" for name in ("proto", "semantic-conventions")}
+PARTS |= {f"opentelemetry-exporter-{name}" for name in ("prometheus", "http-transport", "otlp-common")}
+PARTS |= {"opentelemetry-exporter-otlp-proto-common"}
 # Not imported by us: torch.utils.tensorboard needs it.
 THROUGH_OTHERS = {"tensorboard"}
 
@@ -47,15 +50,17 @@ def test_every_package_that_is_imported_is_listed_and_the_other_way_round() -> N
     modules = set(imported()) - OURS - set(sys.stdlib_module_names)
     needed = {normal(name) for module in modules for name in distributions[module]}
     extras = PROJECT["optional-dependencies"]
-    users = listed(PROJECT["dependencies"], *(extras[name] for name in ("c2pa", "cluster", "k8s", "s3", "serve")))
+    users = listed(
+        PROJECT["dependencies"], *(extras[name] for name in ("c2pa", "cluster", "k8s", "otel", "s3", "serve"))
+    )
     named = {normal(name) for name in re.findall(r'files\("(\w+)"\)', (ROOT / "serve/http/pages.py").read_text())}
     assert needed - DEVELOPERS - PARTS | named | THROUGH_OTHERS == users
 
 
 def test_all_is_every_extra_of_users_and_developers_have_them() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert set(extras) == {"all", "c2pa", "cluster", "dev", "k8s", "s3", "serve"}
-    assert extras["all"] == ["cat-cluster[c2pa,cluster,k8s,s3,serve]"]
+    assert set(extras) == {"all", "c2pa", "cluster", "dev", "k8s", "otel", "s3", "serve"}
+    assert extras["all"] == ["cat-cluster[c2pa,cluster,k8s,otel,s3,serve]"]
     assert "cat-cluster[all]" in extras["dev"]
 
 

@@ -17,7 +17,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
 from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError, OverloadedError
-from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress
+from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress, Refused
 from serve.handle_client import TRIES, HandleClient
 from serve.http.log_format import JsonLines
 from tests.support.services import stack
@@ -133,6 +133,12 @@ def test_another_engine_draws_what_is_left_of_the_same_revision(end: Step) -> No
     assert handle.sessions == ["cup"]
     assert [stream.cancelled for stream in handle.streams] == [True, True]
     assert 29.0 < (handle.calls[1].deadline_s or 0) < 30.0
+
+
+def test_an_image_that_was_refused_is_refused_once() -> None:
+    refused = Refused(0, 0, Failed("FlaggedImageError", "kept back"))
+    handle = Handle([Accepted(REVISION), refused, DIED], [Accepted(REVISION), refused, Progress(0, 4, 4), done(1)])
+    assert events(handle) == [Accepted(REVISION), refused, done(1)]
 
 
 def test_every_member_of_a_stack_keeps_its_revision_and_its_strength() -> None:
@@ -281,6 +287,22 @@ def drift(state: str, **probes: int) -> dict[str, Any]:
 def test_the_worst_drift_is_told(seen: list[Any], told: Any) -> None:
     for order in (seen, seen[::-1]):
         assert asked([{"drift": one} for one in order], lambda one: one.status())["drift"] == told
+
+
+def test_an_engine_that_sleeps_is_no_fault_and_is_not_woken_by_questions() -> None:
+    """A handle that has no method `metrics`: a plain call of it would wait in Ray Serve's queue, and so start one."""
+
+    async def main() -> None:
+        asleep = HandleClient(Handle(answers=[NOBODY]), may_sleep=True)  # type: ignore[arg-type]
+        assert await asleep.status() == {"engines": 0, "drift": {}}
+        with pytest.raises(EngineStoppedError, match="no engine responds"):
+            await asleep.metrics()
+        with pytest.raises(EngineStoppedError, match="no engine responds"):
+            await asleep.admin("load", "cup")
+        awake = HandleClient(Handle(answers=[b"# metrics"]), may_sleep=True)  # type: ignore[arg-type]
+        assert await awake.metrics() == b"# metrics"
+
+    asyncio.run(main())
 
 
 def test_one_engine_that_is_late_hides_no_other() -> None:

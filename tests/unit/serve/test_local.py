@@ -18,7 +18,7 @@ from cat_cluster.errors import ClusterError, SpecError
 from serve import local
 from serve.local import local_deployment, serve_here
 from serve.proxy import CALLBACK, CALLBACK_VARIABLE
-from serve.settings import ServeSettings, SigningSettings
+from serve.settings import SafetySettings, ServeSettings, SigningSettings
 
 
 def serve(tmp_path: Path, host: str = "127.0.0.1", **options: object) -> None:
@@ -46,6 +46,15 @@ def test_files_that_cannot_sign_are_refused_before_ray_starts(tmp_path: Path, mo
         serve(tmp_path, signing=signing)
 
 
+def test_a_safety_checker_that_cannot_be_loaded_is_refused_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was started"))
+    with pytest.raises(SpecError, match=r"^safety\.model: .*nothing is no image classifier"):
+        serve(tmp_path, safety=SafetySettings(model=tmp_path / "nothing", labels=("odd",)))
+
+
 def test_engines_find_the_files_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     signing = SigningSettings(certificates="keys/chain.pem", key="keys/signer.key", time_stamps="http://tsa.example")
@@ -53,6 +62,9 @@ def test_engines_find_the_files_from_any_folder(tmp_path: Path, monkeypatch: pyt
     keys = {"certificates": f"{tmp_path}/keys/chain.pem", "key": f"{tmp_path}/keys/signer.key"}
     keys["time_stamps"] = "http://tsa.example"
     assert document["settings"]["signing"] == keys
+    safety = SafetySettings(model="models/nsfw", labels=("nsfw",))
+    document = local_deployment(ServeSettings(safety=safety), 1).model_dump(mode="json")
+    assert document["settings"]["safety"]["model"] == f"{tmp_path}/models/nsfw"
 
 
 def test_a_ray_that_does_not_start_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
