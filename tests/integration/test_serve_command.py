@@ -246,7 +246,7 @@ def test_what_listens_beyond_this_machine_wants_keys(monkeypatch: pytest.MonkeyP
             """Ray's is for Ray alone."""
 
     def start() -> None:
-        asyncio.run(Replica.__init__(object.__new__(Replica), ServeSettings().model_dump(mode="json"), None, may_sleep=False))
+        asyncio.run(Replica.__init__(object.__new__(Replica), ServeSettings().model_dump(mode="json"), None, False))
 
     with pytest.raises(SpecError, match=r"listens on this machine alone, not on 0\.0\.0\.0"):
         start()
