@@ -109,7 +109,7 @@ def test_another_version(variant: Variant, figures: Figures) -> None:
         variant(two, *doors, annotated("another version"), components=("gcs-embedded",))
         wait_until("a second cluster that has the traffic", lambda: active_cluster() not in ("", before), 420)
         wait_until("a service that is ready", lambda: is_ready(service()))
-        wait_until("the end of the first cluster", lambda: not pods(f"ray.io/cluster={before}"), 420)
+        wait_until("the end of the first cluster", lambda: not objects("pods", "-l", f"ray.io/cluster={before}"), 420)
     figures[""] = answered(load.tally)
 
 
