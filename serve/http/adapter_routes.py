@@ -21,10 +21,7 @@ from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.registry.references import LATEST, parse_reference
 from cat_cluster.spec.choices import ProbeScore
 from serve.calls import AdminAction
-from serve.http.http_errors import HttpError, error_responses
-from serve.http.registry_listing import parse_model
-from serve.http.routes import IngressDep, KeyedRoute, RouteParts, bearer, caller_of, ingress_of, request_entry
-from serve.http.schema import (
+from serve.http.answers import (
     ActionResponse,
     AdapterCard,
     AdapterDetail,
@@ -37,6 +34,9 @@ from serve.http.schema import (
     RevisionCard,
     StatusResponse,
 )
+from serve.http.http_errors import HttpError, error_responses
+from serve.http.registry_listing import parse_model
+from serve.http.routes import IngressDep, KeyedRoute, RouteParts, bearer, caller_of, ingress_of, request_entry
 from serve.http.sites import is_own_page
 from serve.http.streams import cancelled_on_disconnect
 from serve.probes.records import read_history

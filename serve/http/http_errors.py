@@ -13,7 +13,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cat_cluster import errors
-from serve.http.schema import EditRequest, ErrorResponse, ImageRequest
+from serve.http.answers import ErrorResponse
+from serve.http.schema import EditRequest, ImageRequest
 
 _FIELDS = {*ImageRequest.model_fields, *EditRequest.model_fields, "image", "mask"}
 _SHOWN = 400  # characters of a message: it may quote what the client sent

@@ -24,12 +24,13 @@ from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, Engi
 from cat_cluster.registry.stacks import stack_name
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress, Refused
 from serve.http.access import Caller
+from serve.http.answers import ImagesResponse
 from serve.http.edits import edit_form, read_edit
 from serve.http.field_notes import field_notes
 from serve.http.http_errors import error_responses, http_error_of
 from serve.http.request_log import CLIENT_CLOSED, RequestEntry, log_unexpected
 from serve.http.routes import IngressDep, KeyedRoute, RouteParts, StrictRequest, bearer, caller_of, request_entry
-from serve.http.schema import ANY_SEED, DrawingRequest, ImageRequest, ImagesResponse
+from serve.http.schema import ANY_SEED, DrawingRequest, ImageRequest
 from serve.http.stacks import RequestedStack
 from serve.http.streams import EventStream, cancelled_on_disconnect
 

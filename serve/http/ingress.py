@@ -22,12 +22,12 @@ from cat_cluster.telemetry import Metrics
 from serve.calls import EngineClient
 from serve.http import adapter_routes, image_routes, pages
 from serve.http.access import Access
+from serve.http.answers import HealthResponse
 from serve.http.head import HeadAsGet
 from serve.http.http_errors import error_responses, http_error_of
 from serve.http.registry_listing import RegistryListing
 from serve.http.request_log import RequestLog, log_unexpected
 from serve.http.routes import IngressDep, RouteParts, request_entry
-from serve.http.schema import HealthResponse
 from serve.http.served_sizes import ServedSizes
 from serve.http.sites import SiteGuard
 from serve.settings import ServeSettings

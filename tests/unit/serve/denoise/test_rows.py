@@ -240,7 +240,7 @@ def test_rows_of_one_chunk_are_computed_as_if_there_were_no_longer_ones(
                 ((CAPACITY, 77, 16), (77 * 16, 16, 1), None)
             ] * 3
             seen.clear()
-            rows.join(long := oracle.rows(WANTED[9]))
+            rows.join(long := oracle.rows(WANTED[12]))
             rows.step()
             rows.leave(long)
             (((_, length, _), _, mask),) = seen
@@ -256,7 +256,7 @@ def test_texts_of_one_length_need_no_mask_however_long_they_are(
 ) -> None:
     seen = seen_texts(monkeypatch)
     with open_rows(oracle) as rows:
-        names = {oracle.rows(WANTED[12]): WANTED[12] for _ in range(2)}
+        names = {oracle.rows(WANTED[15]): WANTED[15] for _ in range(2)}
         for image in names:
             rows.join(image)
         while rows.images:
@@ -268,13 +268,13 @@ def test_texts_of_one_length_need_no_mask_however_long_they_are(
 def test_what_a_long_prompt_leaves_behind_a_shorter_one_is_not_read(oracle: ImageOracle) -> None:
     """A mask alone would not keep out what is not finite: 0 times NaN is NaN."""
     with open_rows(oracle) as rows:
-        spoilt = oracle.rows(WANTED[9])
+        spoilt = oracle.rows(WANTED[12])
         spoilt.texts = tuple(text * float("nan") for text in spoilt.texts)
-        rows.join(longest := oracle.rows(WANTED[11]))
+        rows.join(longest := oracle.rows(WANTED[14]))
         rows.join(spoilt)
         rows.step()
         rows.leave(spoilt)
-        names = {longest: WANTED[11], oracle.rows(WANTED[0]): WANTED[0]}
+        names = {longest: WANTED[14], oracle.rows(WANTED[0]): WANTED[0]}
         rows.join(list(names)[1])
         while rows.images:
             rows.step()
@@ -283,7 +283,7 @@ def test_what_a_long_prompt_leaves_behind_a_shorter_one_is_not_read(oracle: Imag
 
 def test_a_long_prompt_that_cannot_join_changes_nothing(oracle: ImageOracle) -> None:
     with open_rows(oracle) as rows:
-        good, bad = oracle.rows(WANTED[0]), oracle.rows(WANTED[9])
+        good, bad = oracle.rows(WANTED[0]), oracle.rows(WANTED[12])
         rows.join(good)
         bad.latents = torch.zeros(4, 9, 9)
         with pytest.raises(RuntimeError):

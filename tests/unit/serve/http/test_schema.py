@@ -16,8 +16,9 @@ from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
 from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, Metrics, PrometheusBackend
 from serve.http.access import Access
+from serve.http.answers import ErrorResponse
 from serve.http.ingress import build_app
-from serve.http.schema import ErrorResponse, ImageRequest
+from serve.http.schema import ImageRequest
 from serve.settings import ServeSettings
 from tests.support.ingress_server import Live, ScriptedEngine, furnish, serving
 

@@ -1,0 +1,120 @@
+"""cat-cluster generate: images of adapters, of stacks and of the base."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cat_cluster.cli.options import (
+    LARGEST_FIRST_SEED,
+    MOST_IMAGES,
+    Storage,
+    device,
+    open_registry,
+    people,
+    progress,
+)
+from cat_cluster.cli.values import check_readable, png_file
+from cat_cluster.models.prompt_weights import MOST_CHUNKS, PROMPT_CHUNKS
+from cat_cluster.spec.choices import SamplerName, Weighting
+
+
+def generate(
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="Prompt; an adapter's concept appears where its token is a word of it. <lora:ID:0.7> names an adapter."
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="<path>",
+            parser=png_file,
+            help="PNG file to write; -0, -1, ... are added to its name when count > 1.",
+        ),
+    ],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Adapter id, id@alias or id@revision; with :0.7, at strength 0.7. Once per adapter. None: the base."
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model. Default: the adapter's own, else pocket.")] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="Seed; image i of several uses seed + i.")
+    ] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
+    guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; up to 1 means none.")] = 4.0,
+    sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = "ddim",
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<path>",
+            help="Image to begin with, scaled and cropped to the base's own size.",
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="<path>",
+            help="What of the image to draw anew: the transparent areas of a file of the same width and height, or the "
+            "white ones of a black and white one.",
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How strongly the adapters act, times the strength of each; 1 as trained. With --image: how far the "
+            "image may change, above 0 to 1; default 0.8, with a mask 1; the adapters have theirs in --adapter ID:0.7."
+        ),
+    ] = None,
+    gate: Annotated[
+        bool, typer.Option("--gate", help="Leave out adapters none of whose tokens is a word of the prompt.")
+    ] = False,
+    weighting: Annotated[
+        Weighting, typer.Option(help="a1111: words have weights, as (word:1.2), (word) and [word]; none: that is text.")
+    ] = "none",
+    prompt_chunks: Annotated[
+        int, typer.Option(min=1, max=MOST_CHUNKS, help="Most chunks of the prompt that are read; 1: its start alone.")
+    ] = PROMPT_CHUNKS,
+    count: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Number of images.")] = 1,
+    storage: Storage = None,
+) -> None:
+    """Generate images with an adapter, with several whose changes add up, or with the base model alone.
+
+    Example: cat-cluster generate --adapter striped-cup --prompt "a photo of a sks cup in snow" --out cup.png
+    """
+    from cat_cluster.data.prompt_syntax import take_tags
+    from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
+    from cat_cluster.registry.stacks import parse_member
+
+    for file in (image, mask):
+        check_readable(file)
+    text, tags = take_tags(prompt)
+    members = [parse_member(name) for name in (*(adapter or ()), *tags)]
+    of_adapters, of_edit = (1.0 if strength is None else strength, None) if image is None else (1.0, strength)
+    stack = [replace(member, strength=of_adapters * member.strength) for member in members]
+    request = DrawRequest(
+        text,
+        stack,
+        base,
+        seed,
+        steps,
+        guidance,
+        sampler,
+        count,
+        gate,
+        weighting=weighting,
+        prompt_chunks=prompt_chunks,
+        image=image,
+        mask=mask,
+        edit_strength=of_edit,
+    )
+    with progress() as listener:
+        paths = draw_images(request, out, open_registry(storage) if stack else None, device(), listener)
+    for path in paths:
+        people.print(f"wrote {path}")
