@@ -21,28 +21,61 @@ from cat_cluster.cli.values import check_readable, png_file
 from cat_cluster.models.prompt_weights import MOST_CHUNKS, PROMPT_CHUNKS
 from cat_cluster.spec.choices import SamplerName, Weighting
 
+PromptText = Annotated[
+    str,
+    typer.Option(
+        help="Prompt; an adapter's concept appears where its token is a word of it. <lora:NAME:0.7> names an adapter."
+    ),
+]
+OutFile = Annotated[
+    Path,
+    typer.Option(
+        metavar="<path>",
+        parser=png_file,
+        help="PNG file to write; -0, -1, ... are added to its name when count > 1.",
+    ),
+]
+Adapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Adapter id, id@alias or id@revision; with :0.7, at strength 0.7. Once per adapter. None: the base."
+    ),
+]
+ImageFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="<path>",
+        help="Image to begin with, scaled and cropped to the base's own size.",
+    ),
+]
+MaskFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="<path>",
+        help="What of the image to draw anew: the transparent areas of a file of the same width and height, or the "
+        "white ones of a black and white one.",
+    ),
+]
+Strength = Annotated[
+    float | None,
+    typer.Option(
+        help="How strongly the adapters act, times the strength of each; 1 as trained. With --image: how far the "
+        "image may change, above 0 to 1; default 0.8, with a mask 1; the adapters have theirs in --adapter ID:0.7."
+    ),
+]
+Gate = Annotated[bool, typer.Option("--gate", help="Leave out adapters none of whose tokens is a word of the prompt.")]
+WeightingName = Annotated[
+    Weighting, typer.Option(help="a1111: words have weights, as (word:1.2), (word) and [word]; none: that is text.")
+]
+Chunks = Annotated[
+    int, typer.Option(min=1, max=MOST_CHUNKS, help="Most chunks of the prompt that are read; 1: its start alone.")
+]
+
 
 def generate(
-    prompt: Annotated[
-        str,
-        typer.Option(
-            help="Prompt; an adapter's concept appears where its token is a word of it. <lora:ID:0.7> names an adapter."
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            metavar="<path>",
-            parser=png_file,
-            help="PNG file to write; -0, -1, ... are added to its name when count > 1.",
-        ),
-    ],
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Adapter id, id@alias or id@revision; with :0.7, at strength 0.7. Once per adapter. None: the base."
-        ),
-    ] = None,
+    prompt: PromptText,
+    out: OutFile,
+    adapter: Adapters = None,
     base: Annotated[str | None, typer.Option(help="Base model. Default: the adapter's own, else pocket.")] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="Seed; image i of several uses seed + i.")
@@ -50,37 +83,12 @@ def generate(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
     guidance: Annotated[float, typer.Option(min=0, help="Classifier-free guidance; up to 1 means none.")] = 4.0,
     sampler: Annotated[SamplerName, typer.Option(help="Sampler.")] = "ddim",
-    image: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="<path>",
-            help="Image to begin with, scaled and cropped to the base's own size.",
-        ),
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="<path>",
-            help="What of the image to draw anew: the transparent areas of a file of the same width and height, or the "
-            "white ones of a black and white one.",
-        ),
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            help="How strongly the adapters act, times the strength of each; 1 as trained. With --image: how far the "
-            "image may change, above 0 to 1; default 0.8, with a mask 1; the adapters have theirs in --adapter ID:0.7."
-        ),
-    ] = None,
-    gate: Annotated[
-        bool, typer.Option("--gate", help="Leave out adapters none of whose tokens is a word of the prompt.")
-    ] = False,
-    weighting: Annotated[
-        Weighting, typer.Option(help="a1111: words have weights, as (word:1.2), (word) and [word]; none: that is text.")
-    ] = "none",
-    prompt_chunks: Annotated[
-        int, typer.Option(min=1, max=MOST_CHUNKS, help="Most chunks of the prompt that are read; 1: its start alone.")
-    ] = PROMPT_CHUNKS,
+    image: ImageFile = None,
+    mask: MaskFile = None,
+    strength: Strength = None,
+    gate: Gate = False,
+    weighting: WeightingName = "none",
+    prompt_chunks: Chunks = PROMPT_CHUNKS,
     count: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="Number of images.")] = 1,
     storage: Storage = None,
 ) -> None:

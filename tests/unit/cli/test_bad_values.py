@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
+from rich.emoji import Emoji
 
 from cat_cluster.cli.app import app
 from tests.support.tiny_jobs import CommandLine, Finished, adapter, assert_refused, write_photos, write_spec
@@ -174,6 +175,20 @@ def test_every_bad_value_of_every_command_is_refused(name: str, command: Command
             assert "CAT_DEVICE" not in finished.err, f"{words!a} is accepted"
         for given in odd_values(value.kind, place):
             assert run(command, line(one, value, given, place)).code in (0, 1, 2)
+
+
+def test_no_help_turns_into_a_picture() -> None:
+    """Rich draws `:ID:` as an emoji, in a text that shows what to type."""
+
+    def texts(command: Any) -> Iterator[str]:
+        yield command.help or ""
+        yield from (option.help or "" for option in command.params if hasattr(option, "help"))
+        for below in getattr(command, "commands", {}).values():
+            yield from texts(below)
+
+    found = list(texts(TREE))
+    assert len(found) > 200
+    assert [text for text in found if Emoji.replace(text) != text] == []
 
 
 def test_every_command_is_found() -> None:
