@@ -272,7 +272,7 @@ def test_aws_reads_no_stored_key() -> None:
 
 def test_local_needs_no_gpu_and_reaches_its_own_bucket() -> None:
     assert "nvidia.com/gpu" not in json.dumps([one for one, _ in clusters("overlays/local")])
-    (service,) = of_kind("overlays/local", "Service")
+    service = next(one for one in of_kind("overlays/local", "Service") if one["metadata"]["name"] == "s3")
     settings = next(one for one in of_kind("overlays/local", "ConfigMap") if "AWS_ENDPOINT_URL" in one["data"])
     port = service["spec"]["ports"][0]["port"]
     assert settings["data"]["AWS_ENDPOINT_URL"] == f"http://{service['metadata']['name']}:{port}"

@@ -54,8 +54,13 @@ from tests.support.tiny_jobs import adapter, write_spec
 
 pytestmark = pytest.mark.timeout(300)
 
-# What a service that is well never records.
-NEVER = {"cat_base_row_mismatches_total", "cat_adapters_quarantined_total"}
+# What a service that is well, and has no safety checker, never records.
+NEVER = {
+    "cat_base_row_mismatches_total",
+    "cat_adapters_quarantined_total",
+    "cat_serve_safety_images_total",
+    "cat_serve_safety_seconds",
+}
 # In neither rules nor dashboards, on purpose: none so far.
 NOT_SHOWN: frozenset[str] = frozenset()
 # None of these may fire while the service is well.
