@@ -111,7 +111,7 @@ class IngressReplica:
     def __serve_build_asgi_app__(self) -> FastAPI:
         metrics = RayAndPrometheusBackend()
         return build_app(
-            HandleClient(self._engine, may_sleep=self._may_sleep),
+            HandleClient(self._engine, is_asleep=_runs if self._may_sleep else None),
             Registry(open_store(self._settings.storage)),
             self._settings,
             self._access,
@@ -192,6 +192,12 @@ def _open_service(settings: ServeSettings, metrics: Metrics, tracer: Tracer) -> 
     from serve.service import Service
 
     return Service.open(settings, metrics, tracer)
+
+
+def _runs() -> bool:
+    """Return whether this replica's application runs: one without an engine sleeps then, and else is still starting."""
+    found = ray_serve.status().applications.get(ray_serve.get_replica_context().app_name)
+    return found is not None and found.status == "RUNNING"
 
 
 def _listens_at() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, get_args
@@ -35,7 +35,8 @@ class HandleClient:
 
     A call that finds no engine, or loses its own, waits for another until its deadline: the last engine of a small
     service may be gone for as long as its replacement takes to start, or there is none until one is asked for.
-    may_sleep: that there is none is no fault, and nothing but a call for images is to start one.
+    is_asleep: whether that there is none is no fault, and nothing but a call for images is to start one; None: engines
+    never sleep. It may take a moment.
     """
 
     def __init__(
@@ -44,9 +45,9 @@ class HandleClient:
         *,
         patience_s: float = PATIENCE_S,
         retry_s: float = RETRY_S,
-        may_sleep: bool = False,
+        is_asleep: Callable[[], bool] | None = None,
     ) -> None:
-        self._handle, self._patience_s, self._retry_s, self._may_sleep = handle, patience_s, retry_s, may_sleep
+        self._handle, self._patience_s, self._retry_s, self._is_asleep = handle, patience_s, retry_s, is_asleep
 
     async def generate(self, call: ImageCall) -> AsyncIterator[Event]:
         """Yield the call's events; when its engine is lost, another one generates the images that are not finished."""
@@ -106,14 +107,14 @@ class HandleClient:
     async def status(self) -> dict[str, Any]:
         """Return one engine's status, with the worst drift that any engine has seen, and how many have responded.
 
-        Where engines may sleep and all do: that there is none.
+        Where engines sleep: that there is none. EngineStoppedError where none responds that should.
         """
         try:
             results = await self._all("status", timeout_s=ALL_S)
         except TimeoutError:  # Ray returns no result where one is late
             results = [await self._one_status()]
         except EngineStoppedError:
-            if not self._may_sleep:
+            if self._is_asleep is None or not await asyncio.to_thread(self._is_asleep):
                 raise
             return {"engines": 0, "drift": {}}
         drift: dict[str, Any] = {}
@@ -124,7 +125,7 @@ class HandleClient:
 
     async def metrics(self) -> bytes:
         """Return one engine's metrics; with several, scrape Ray's metrics port instead."""
-        if self._may_sleep:  # a plain call would wait in the queue, and so start an engine
+        if self._is_asleep is not None:  # a plain call would wait in the queue, and so start an engine
             return bytes((await self._all("metrics", timeout_s=STATUS_S))[0])
         return bytes(await self._handle.metrics.remote())
 

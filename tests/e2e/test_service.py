@@ -125,7 +125,7 @@ def test_a_door_goes(figures: Figures) -> None:
     with Load(ADAPTER) as load:
         time.sleep(5)
         kubectl("delete", "pod", first, "--wait=false")
-        # KubeRay makes another once this one has gone, which its grace of 150 s may take.
+        # KubeRay makes another once this one has gone, which its grace of 210 s may take.
         wait_until("another door", lambda: first not in (doors_of(active_cluster()) or (first,)), 420)
         time.sleep(10)
     figures[""] = answered(load.tally)

@@ -105,7 +105,11 @@ def test_traffic_goes_to_doors_alone_and_nothing_else_runs_there(place: str) -> 
         if labels["app.kubernetes.io/component"] != "serving":
             continue
         waits = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
-        assert args.settings.deadline_s + GRACE_S < waits < pod["terminationGracePeriodSeconds"]
+        assert (
+            args.settings.upload_timeout_s + args.settings.deadline_s + GRACE_S
+            < waits
+            < pod["terminationGracePeriodSeconds"]
+        )
     callers = next(one for one in of_kind(place, "NetworkPolicy") if one["metadata"]["name"] == "serving-clients")
     assert callers["spec"]["podSelector"]["matchLabels"]["ray.io/group"] == "doors"
     budgets = [one["spec"]["selector"]["matchLabels"] for one in of_kind(place, "PodDisruptionBudget")]

@@ -57,7 +57,8 @@ def run(start: Start, folder: Path, console: Console, *, images: int, seeds: Seq
     runner = TrialRunner(start, folder, {}, {"enabled": False}, max_pack=len(subjects))
     base = load_base_model("pocket")
     bench = Bench(base, taught, images)
-    setting = [[asdict(one) for one in taught], images, TRIGGERS, DECOYS, STEPS, GUIDANCE, FIRST_SEED, SIZES]
+    trials = [[trial.name, trial.method, dict(trial.training)] for trial in TRIALS]
+    setting = [[asdict(one) for one in taught], trials, images, TRIGGERS, DECOYS, STEPS, GUIDANCE, FIRST_SEED, SIZES]
     place = folder / training_digest([*setting, JOINT_SIZES, JOINT_TRAINING]) / "scores"
     measured: dict[str, dict[str, Any]] = {}
     for seed in seeds:

@@ -293,13 +293,16 @@ def test_an_engine_that_sleeps_is_no_fault_and_is_not_woken_by_questions() -> No
     """A handle that has no method `metrics`: a plain call of it would wait in Ray Serve's queue, and so start one."""
 
     async def main() -> None:
-        asleep = HandleClient(Handle(answers=[NOBODY]), may_sleep=True)  # type: ignore[arg-type]
+        asleep = HandleClient(Handle(answers=[NOBODY]), is_asleep=lambda: True)  # type: ignore[arg-type]
         assert await asleep.status() == {"engines": 0, "drift": {}}
+        starting = HandleClient(Handle(answers=[NOBODY]), is_asleep=lambda: False)  # type: ignore[arg-type]
+        with pytest.raises(EngineStoppedError, match="no engine responds"):
+            await starting.status()
         with pytest.raises(EngineStoppedError, match="no engine responds"):
             await asleep.metrics()
         with pytest.raises(EngineStoppedError, match="no engine responds"):
             await asleep.admin("load", "cup")
-        awake = HandleClient(Handle(answers=[b"# metrics"]), may_sleep=True)  # type: ignore[arg-type]
+        awake = HandleClient(Handle(answers=[b"# metrics"]), is_asleep=lambda: True)  # type: ignore[arg-type]
         assert await awake.metrics() == b"# metrics"
 
     asyncio.run(main())
