@@ -138,6 +138,7 @@ function readDrift(raw) {
     token: record.token ?? "",
     kps: record.scores?.kps ?? NaN,
     baseDrift: record.scores?.base_drift ?? NaN,
+    decoyDrift: record.scores?.decoy_drift ?? NaN,
     share: record.detectors?.share ?? NaN,
     verdict: record.verdict,
   }));
@@ -180,6 +181,7 @@ function driftCard(adapter, drift, hours) {
         {},
         scoreChart("KPS", drift.probes, "kps", drift.reference.kps, { ...span, height: 176 }),
         scoreChart("Base drift", drift.probes, "baseDrift", drift.reference.base_drift, { ...span, height: 116 }),
+        ...decoyChart(drift, span),
       ),
       el("div", {}, shareChart(drift.probes, span), facts(drift)),
     ),
@@ -247,6 +249,13 @@ function scoreChart(title, probes, field, reference, span) {
       high: reference.mean + 2 * reference.std,
     },
   });
+}
+
+/** How far images of a word that nobody taught are from the base's; not of adapters that were measured without one. */
+function decoyChart({ probes, reference }, span) {
+  if (!probes.some(({ decoyDrift }) => Number.isFinite(decoyDrift))) return [];
+  const title = "Drift with a word never taught";
+  return [scoreChart(title, probes, "decoyDrift", reference.decoy_drift, { ...span, height: 116 })];
 }
 
 function shareChart(probes, span) {

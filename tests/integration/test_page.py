@@ -66,6 +66,8 @@ def write_history(shop: Shop) -> None:
         scores = {"kps": 0.2 + 0.01 * (i % 3), "identity": 0.6, "base_drift": 0.06}
         if i % 2:
             monitor.update(scores)
+        else:  # only canonical probes have one
+            scores["decoy_drift"] = 0.03
         record = ProbeRecord(
             time=now - 60.0 * (PROBES - i),
             replica="test",
@@ -228,6 +230,7 @@ def test_drift_chart(open_page: OpenPage) -> None:
     for name in (
         "KPS of 20 probes; the last is .*; the reference is",
         "Base drift of 20 probes",
+        "Drift with a word never taught of 10 probes; the last is 0.03",
         "The detector's statistic",
     ):
         expect(card.get_by_role("img", name=re.compile(f"^{name}"))).to_be_visible()
