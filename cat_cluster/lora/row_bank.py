@@ -221,12 +221,14 @@ class RowBlock:
         """Keep `text_length` places of each row's text: more than before are zeros, and what lies behind them goes."""
         if text_length == self._text_length:
             return
+        both, fitted = min(text_length, self._text_length), dict[str, Tensor]()
         for name, kept_BLO in self._kept.items():
             rows, _, outputs = kept_BLO.shape
             # New memory, so that rows of the usual length lie in it as if there had never been a longer one.
-            self._kept[name] = kept_BLO.new_zeros((rows, text_length, outputs))
-            both = min(text_length, self._text_length)
-            self._kept[name][:, :both].copy_(kept_BLO[:, :both])
+            fitted[name] = kept_BLO.new_zeros((rows, text_length, outputs))
+            fitted[name][:, :both].copy_(kept_BLO[:, :both])
+        # All layers at once: where memory runs out, rows that are there go on with what they had.
+        self._kept = fitted
         self._text_length = text_length
 
     def bind(self, rows: Sequence[int], texts: Sequence[Tensor] | Tensor, adapters: Sequence[RowAdapter] = ()) -> None:

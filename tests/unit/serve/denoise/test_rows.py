@@ -293,6 +293,35 @@ def test_a_long_prompt_that_cannot_join_changes_nothing(oracle: ImageOracle) -> 
             leave_when_done(oracle, rows, {good: WANTED[0]})
 
 
+def test_memory_that_ends_while_a_long_prompt_joins_changes_nothing(
+    oracle: ImageOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers have their longer keys and values by then, which the neighbours must not see."""
+    new_zeros, taken = torch.Tensor.new_zeros, 0
+
+    def few(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken > 2:
+            raise torch.OutOfMemoryError("no memory is left")
+        return new_zeros(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    with open_rows(oracle) as rows:
+        good, long = oracle.rows(WANTED[0]), oracle.rows(WANTED[12])
+        rows.join(good)
+        rows.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_zeros", few)
+            with pytest.raises(torch.OutOfMemoryError):
+                rows.join(long)
+        assert (rows.images, rows.count, taken) == ([good], 2, 3)
+        rows.step()
+        rows.join(long)  # with memory again it joins
+        while rows.images:
+            rows.step()
+            leave_when_done(oracle, rows, {good: WANTED[0], long: WANTED[12]})
+
+
 def test_what_the_image_would_be_is_seen_on_the_way(oracle: ImageOracle) -> None:
     with open_rows(oracle) as rows:
         image = oracle.rows(WANTED[0])
