@@ -31,7 +31,7 @@ from serve.denoise.image_file import image_file
 from serve.denoise.safety import SafetyChecker
 from serve.denoise.signing import ImageSigner
 
-TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
+CHUNKS_KEPT = 1024  # of prompts, in all, whose embeddings are remembered
 LONGEST_KEPT = 4096  # characters of one that is
 AT_ONCE = 8  # prompts, latents or images in one call
 # Of the metadata, in a signed manifest: no prompt, which may be private.
@@ -58,7 +58,8 @@ class Codec:
         checker: SafetyChecker | None = None,
     ) -> None:
         self._base, self._threads, self._signer, self._checker = base, threads, signer, checker
-        self._texts: OrderedDict[Prompt, Tensor] = OrderedDict()
+        self._texts: OrderedDict[Prompt, Tensor] = OrderedDict()  # those used last at its end
+        self._tokens_kept = 0
         self._prompts: list[_Job[Prompt]] = []
         self._limit = TextLimit(base.tokenizer)  # of the thread that encodes; that of the notes has the base's own
         self._latents: list[_Job[Tensor]] = []
@@ -176,9 +177,12 @@ class Codec:
         with self._own_stream():
             texts = dict(zip(prompts, encode_prompts(self._base, self._limit, prompts), strict=True))
         with self._lock:
-            self._texts.update((p, text) for p, text in texts.items() if len(p.text) <= LONGEST_KEPT)
-            while len(self._texts) > TEXTS_KEPT:
-                self._texts.popitem(last=False)
+            for prompt, text in texts.items():
+                if len(prompt.text) <= LONGEST_KEPT and prompt not in self._texts:
+                    self._texts[prompt] = text
+                    self._tokens_kept += len(text)
+            while self._tokens_kept > CHUNKS_KEPT * self._limit.tokens:
+                self._tokens_kept -= len(self._texts.popitem(last=False)[1])
         return [texts[job.value] for job in jobs]
 
     def _decode_waiting(self) -> None:
