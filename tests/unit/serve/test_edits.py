@@ -153,12 +153,14 @@ def test_no_neighbour_notices_an_edit(shop: Shop) -> None:
 
 
 def test_an_edit_makes_its_share_of_the_steps_and_says_so(shop: Shop) -> None:
-    call = replace(PHOTO, steps=10, progress=True, edit=edit(photo(), None, 0.35))
+    call = replace(PHOTO, steps=10, progress=True, previews=3, edit=edit(photo(), None, 0.35))
 
     async def main() -> None:
         async with open_service(shop) as service:
             found = await events(service, call)
             assert [(e.step, e.steps) for e in found if isinstance(e, Progress)] == [(1, 3), (2, 3), (3, 3)]
+            assert isinstance(found[0], Accepted)
+            assert found[0].note == "partial_images: 2 instead of 3; only steps before the last have one"
             assert isinstance(found[-1], Finished)
             text = Image.open(io.BytesIO(found[-1].image)).text  # type: ignore[attr-defined]
             assert (text["denoising_strength"], text["masked"], text["steps"]) == ("0.35", "false", "10")
