@@ -31,8 +31,8 @@ from cat_cluster.spec.choices import SamplerName, Weighting
 class ImageRow:
     """One image to make: the same as a stock pipeline's with a CPU generator of this seed and this adapter.
 
-    source: the image that it is made from, of the base's own size; None: from noise alone.
     weighting: how words of both prompts are weighted; prompt_chunks: how many chunks of each are read at most.
+    source: the image that it is made from, of the base's own size; None: from noise alone.
     """
 
     prompt: str
@@ -42,9 +42,9 @@ class ImageRow:
     guidance: float = 4.0
     sampler: SamplerName = "ddim"
     negative_prompt: str = ""
-    source: EditSource | None = None
     weighting: Weighting = "none"
     prompt_chunks: int = 1
+    source: EditSource | None = None
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
