@@ -104,7 +104,8 @@ class Accepted:
     """The call is queued; `model` is what serves it (`id@r-...`, of a stack `id@r-...+id@r-...`, or the base's name).
 
     drift: the drift state of the revision ("ok", "warning", "alarm", "unknown"), of a stack the worst one. note: why a
-    revision is another than requested, and what of the prompts is not read, or not as it may be meant, if so.
+    revision is another than requested, what of the prompts is not read, or not as it may be meant, and which previews
+    are not sent, if so.
     """
 
     model: str

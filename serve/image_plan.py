@@ -68,7 +68,7 @@ class ImagePlan:
     ) -> ImagePlan:
         """Check a call against what is served; SpecError names the field.
 
-        found: what its adapters' references name, in their order. notes: of how its prompts are read.
+        found: what its adapters' references name, in their order. notes: of what the service makes of the call.
         """
         width, height = call.size or parts.sizes[0]
         if (width, height) not in parts.sizes:
@@ -82,6 +82,9 @@ class ImagePlan:
         manifests = tuple(one.manifest for one in found)
         told, shortened = fitting_prompts(call, _names(manifests, parts.base.name), _digests(manifests))
         said = [*(one.note for one in found), *notes, shortened]
+        if call.previews >= len(table):
+            fewer = f"{len(table) - 1} instead of {call.previews}"
+            said.append(f"partial_images: {fewer}; only steps before the last have one")
         return cls(
             call=call,
             told=told,

@@ -106,7 +106,9 @@ class RunningCall:
 
     async def _preview(self, index: int, step: int, steps: int, denoised: Tensor) -> None:
         try:
-            image = await asyncio.wrap_future(self._parts.codec.preview(denoised, self._plan.call.file))
+            call = self._plan.call
+            preview = self._parts.codec.preview(denoised, call.file, edited=call.edit is not None)
+            image = await asyncio.wrap_future(preview)
         except Exception:  # the image itself may yet be done
             logger.exception("a preview could not be made")
             return
@@ -114,7 +116,8 @@ class RunningCall:
         self._queue.put_nowait(Preview(index, number, step, steps, image))
 
     async def _finish(self, index: int, latents: Tensor, facts: ImageFacts) -> None:
-        codec, metrics, seed = self._parts.codec, self._parts.metrics, self._plan.call.seed + index
+        codec, metrics, call = self._parts.codec, self._parts.metrics, self._plan.call
+        seed = call.seed + index
         started, span = time.monotonic(), self._spans[index]
         try:
             image = await span.until("decode", asyncio.wrap_future(codec.decode(latents)))
@@ -124,8 +127,8 @@ class RunningCall:
             metadata = self._plan.metadata(seed) | safety_metadata(verdict)
             file = await span.until(
                 "write_file",
-                asyncio.wrap_future(codec.file(image, metadata, self._plan.call.file)),
-                {"cat.format": self._plan.call.file.kind, "cat.signed": codec.signs},
+                asyncio.wrap_future(codec.file(image, metadata, call.file, edited=call.edit is not None)),
+                {"cat.format": call.file.kind, "cat.signed": codec.signs},
             )
         except Exception as error:
             self.fail(_expected(error, "decoded"))

@@ -2,7 +2,8 @@
 
 The variables are OpenTelemetry's own: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/.
 Without an endpoint nothing of OpenTelemetry is imported here, and a span is an object that does nothing. Names and
-attributes are those of its conventions where these have one, else they begin with `cat.`; prompts are not among them.
+attributes are those of its conventions where these have one, else they begin with `cat.`. A request's span has what the
+log has of it, so a prompt only where that may have it (CAT_LOG_PROMPTS); no other span has one.
 """
 
 from __future__ import annotations

@@ -326,7 +326,7 @@ MUTANTS = (
         "serve/test_handle_client.py",
     ),
     Mutant("serving", "serve/proxy.py", 'message["status"] >= 400 and', "False and", "serve/test_proxy.py"),
-    Mutant("serving", "serve/denoise/image_file.py", "xmp=XMP.encode(), ", "", "serve/denoise/test_image_file.py"),
+    Mutant("serving", "serve/denoise/image_file.py", "xmp=xmp, ", "", "serve/denoise/test_image_file.py"),
     Mutant(
         "serving",
         "serve/denoise/rows.py",

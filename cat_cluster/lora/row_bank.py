@@ -218,15 +218,19 @@ class RowBlock:
         self._views: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
 
     def fit(self, text_length: int) -> None:
-        """Keep `text_length` places of each row's text: more than before are zeros, and what lies behind them goes."""
-        if text_length == self._text_length:
-            return
+        """Keep `text_length` places of each row's text: more than before are zeros, and what lies behind them goes.
+
+        Where memory ends some layers have their new length and others have not; the next fit makes them one again.
+        """
         for name, kept_BLO in self._kept.items():
-            rows, _, outputs = kept_BLO.shape
+            rows, length, outputs = kept_BLO.shape
+            if length == text_length:
+                continue
             # New memory, so that rows of the usual length lie in it as if there had never been a longer one.
-            self._kept[name] = kept_BLO.new_zeros((rows, text_length, outputs))
-            both = min(text_length, self._text_length)
-            self._kept[name][:, :both].copy_(kept_BLO[:, :both])
+            fitted_BLO = kept_BLO.new_zeros((rows, text_length, outputs))
+            both = min(text_length, length)
+            fitted_BLO[:, :both].copy_(kept_BLO[:, :both])
+            self._kept[name] = fitted_BLO  # one layer after the other, so that old and new are never all there at once
         self._text_length = text_length
 
     def bind(self, rows: Sequence[int], texts: Sequence[Tensor] | Tensor, adapters: Sequence[RowAdapter] = ()) -> None:

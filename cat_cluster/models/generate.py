@@ -22,7 +22,7 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.edit import EditSource, KeptAreas, edit_latents, edit_table
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.prompts import encode_prompts, side_by_side
-from cat_cluster.models.provenance import XMP, XMP_CHUNK
+from cat_cluster.models.provenance import XMP_CHUNK, xmp_packet
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
 from cat_cluster.spec.choices import SamplerName, Weighting
 
@@ -31,8 +31,8 @@ from cat_cluster.spec.choices import SamplerName, Weighting
 class ImageRow:
     """One image to make: the same as a stock pipeline's with a CPU generator of this seed and this adapter.
 
-    source: the image that it is made from, of the base's own size; None: from noise alone.
     weighting: how words of both prompts are weighted; prompt_chunks: how many chunks of each are read at most.
+    source: the image that it is made from, of the base's own size; None: from noise alone.
     """
 
     prompt: str
@@ -42,9 +42,9 @@ class ImageRow:
     guidance: float = 4.0
     sampler: SamplerName = "ddim"
     negative_prompt: str = ""
-    source: EditSource | None = None
     weighting: Weighting = "none"
     prompt_chunks: int = 1
+    source: EditSource | None = None
 
     @property
     def prompts(self) -> tuple[Prompt, ...]:
@@ -137,15 +137,18 @@ def image_array(images: Tensor) -> NDArray[np.uint8]:
     return pixels
 
 
-def png_bytes(image: Tensor, metadata: Mapping[str, str]) -> bytes:
-    """Return an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`, and XMP that a model drew it."""
-    return png_of(image_array(image), metadata)
+def png_bytes(image: Tensor, metadata: Mapping[str, str], *, edited: bool = False) -> bytes:
+    """Return an image [3, H, W] in [0, 1] as a PNG whose text chunks are `metadata`, and XMP that a model drew it.
+
+    edited: it was made from another image, and the XMP says that a model edited it.
+    """
+    return png_of(image_array(image), metadata, edited=edited)
 
 
-def png_of(pixels: NDArray[np.uint8], metadata: Mapping[str, str]) -> bytes:
+def png_of(pixels: NDArray[np.uint8], metadata: Mapping[str, str], *, edited: bool = False) -> bytes:
     """Return a drawn image, uint8 [H, W, 3], as png_bytes does."""
     chunks = PngInfo()
-    chunks.add_itxt(XMP_CHUNK, XMP)
+    chunks.add_itxt(XMP_CHUNK, xmp_packet(edited=edited))
     for key, value in metadata.items():
         chunks.add_itxt(key, value)
     buffer = io.BytesIO()
@@ -153,12 +156,12 @@ def png_of(pixels: NDArray[np.uint8], metadata: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(image: Tensor, path: Path, metadata: Mapping[str, str]) -> None:
+def save_png(image: Tensor, path: Path, metadata: Mapping[str, str], *, edited: bool = False) -> None:
     """Write an image [3, H, W] in [0, 1] as png_bytes makes it; whole or not at all.
 
     Raises OutputError naming the file when the place cannot be written or its disk is full.
     """
-    write_whole(path, png_bytes(image, metadata))
+    write_whole(path, png_bytes(image, metadata, edited=edited))
 
 
 def _encode_prompts(base: BaseModel, rows: Sequence[ImageRow], at_once: int) -> dict[Prompt, Tensor]:

@@ -157,7 +157,7 @@ def draw_images(
         if (source := row.source) is not None:
             masked = str(source.mask is not None).lower()
             parameters |= {"denoising_strength": str(source.strength), "masked": masked}
-        save_png(image, path, {**parameters, "model": name, "strength": strength})
+        save_png(image, path, {**parameters, "model": name, "strength": strength}, edited=source is not None)
         paths.append(path)
     return paths
 

@@ -31,10 +31,11 @@ from serve.denoise.image_file import image_file
 from serve.denoise.safety import SafetyChecker
 from serve.denoise.signing import ImageSigner
 
-TEXTS_KEPT = 1024  # prompts whose embeddings are remembered
+CHUNKS_KEPT = 1024  # of prompts, in all, whose embeddings are remembered
 LONGEST_KEPT = 4096  # characters of one that is
 AT_ONCE = 8  # prompts, latents or images in one call
-TOLD_OF_MODEL = ("model", "adapter_sha256")  # of the metadata, in a signed manifest: no prompt, which may be private
+# Of the metadata, in a signed manifest: no prompt, which may be private.
+TOLD_OF_MODEL = ("model", "adapter_sha256", "denoising_strength", "masked")
 PREVIEW_SIDE = 192  # pixels; a preview is scaled up for eyes, not for detail
 
 A = TypeVar("A")
@@ -57,7 +58,8 @@ class Codec:
         checker: SafetyChecker | None = None,
     ) -> None:
         self._base, self._threads, self._signer, self._checker = base, threads, signer, checker
-        self._texts: OrderedDict[Prompt, Tensor] = OrderedDict()
+        self._texts: OrderedDict[Prompt, Tensor] = OrderedDict()  # those used last at its end
+        self._tokens_kept = 0
         self._prompts: list[_Job[Prompt]] = []
         self._limit = TextLimit(base.tokenizer)  # of the thread that encodes; that of the notes has the base's own
         self._latents: list[_Job[Tensor]] = []
@@ -131,20 +133,25 @@ class Codec:
             self._check_open()
             return self._notes.submit(self._read, call, tokens)
 
-    def file(self, image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> Future[bytes]:
-        """Return an image [3, H, W] in [0, 1] as a file that carries its metadata, signed where there is a signer."""
+    def file(
+        self, image: Tensor, metadata: Mapping[str, str], file: FileFormat, *, edited: bool = False
+    ) -> Future[bytes]:
+        """Return an image [3, H, W] in [0, 1] as a file that carries its metadata, signed where there is a signer.
+
+        edited: it was made from another image, and says so.
+        """
         with self._lock:
             self._check_open()
-            return self._files.submit(self._file, image, metadata, file)
+            return self._files.submit(self._file, image, metadata, file, edited)
 
-    def preview(self, denoised: Tensor, file: FileFormat) -> Future[bytes]:
+    def preview(self, denoised: Tensor, file: FileFormat, *, edited: bool = False) -> Future[bytes]:
         """Return a small picture, a file, of latents [C, h, w] by a linear map of their channels to colours.
 
         It is not signed: it is no image of the model yet, and one call may have many.
         """
         with self._lock:
             self._check_open()
-            return self._torch.submit(self._preview, denoised, file)
+            return self._torch.submit(self._preview, denoised, file, edited)
 
     def _put(self, jobs: list[_Job[A]], value: A, compute: Callable[[], None]) -> Future[Tensor]:
         self._check_open()
@@ -170,9 +177,12 @@ class Codec:
         with self._own_stream():
             texts = dict(zip(prompts, encode_prompts(self._base, self._limit, prompts), strict=True))
         with self._lock:
-            self._texts.update((p, text) for p, text in texts.items() if len(p.text) <= LONGEST_KEPT)
-            while len(self._texts) > TEXTS_KEPT:
-                self._texts.popitem(last=False)
+            for prompt, text in texts.items():
+                if len(prompt.text) <= LONGEST_KEPT and prompt not in self._texts:
+                    self._texts[prompt] = text
+                    self._tokens_kept += len(text)
+            while self._tokens_kept > CHUNKS_KEPT * self._limit.tokens:
+                self._tokens_kept -= len(self._texts.popitem(last=False)[1])
         return [texts[job.value] for job in jobs]
 
     def _decode_waiting(self) -> None:
@@ -223,13 +233,13 @@ class Codec:
             yield
         self._stream.synchronize()
 
-    def _file(self, image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> bytes:
-        data = image_file(image, metadata, file)
+    def _file(self, image: Tensor, metadata: Mapping[str, str], file: FileFormat, edited: bool) -> bytes:
+        data = image_file(image, metadata, file, edited=edited)
         if self._signer is None:
             return data
         model = {key: metadata[key] for key in TOLD_OF_MODEL if key in metadata}
         model |= {"base": self._base.name, "base_fingerprint": self._base.fingerprint}
-        return self._signer.sign(data, file.media_type, model)
+        return self._signer.sign(data, file.media_type, model, edited=edited)
 
     def _read(self, call: ImageCall, tokens: Sequence[str]) -> list[str]:
         prompt, negative = call.prompts
@@ -237,14 +247,14 @@ class Codec:
         return [*cuts, *syntax_notes(call.prompt, call.negative_prompt, call.weighting)]
 
     @torch.inference_mode()
-    def _preview(self, denoised: Tensor, file: FileFormat) -> bytes:
+    def _preview(self, denoised: Tensor, file: FileFormat, edited: bool) -> bytes:
         if self._to_rgb is None:
             self._to_rgb = colour_map(self._base)
         channels = torch.cat([denoised.float(), torch.ones_like(denoised[:1], dtype=torch.float32)])
         picture = torch.einsum("chw,cr->rhw", channels.cpu(), self._to_rgb).clamp(0.0, 1.0)
         scale = max(1, PREVIEW_SIDE // max(picture.shape[1:]))
         larger = functional.interpolate(picture[None], scale_factor=float(scale), mode="bicubic").clamp(0.0, 1.0)
-        return image_file(larger[0], {}, file)
+        return image_file(larger[0], {}, file, edited=edited)
 
 
 def _finish(jobs: list[_Job[A]], compute: Callable[[list[_Job[A]]], list[Tensor]]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cat_cluster.models.generate import image_array, png_bytes
-from cat_cluster.models.provenance import XMP
+from cat_cluster.models.provenance import xmp_packet
 from cat_cluster.registry.stacks import stack_name
 from serve.calls import FileFormat, ImageCall
 
@@ -20,19 +20,20 @@ _DESCRIPTION, _EXIF, _COMMENT = 0x010E, 0x8769, 0x9286  # tags of EXIF: ImageDes
 _JPEG_EXIF = 65400  # bytes that a JPEG has for it, less the digits of a longer seed; PNG and WebP have no limit
 
 
-def image_file(image: Tensor, metadata: Mapping[str, str], file: FileFormat) -> bytes:
-    """Return an image [3, H, W] in [0, 1] as a file that carries `metadata`, and in XMP that a model drew it.
+def image_file(image: Tensor, metadata: Mapping[str, str], file: FileFormat, *, edited: bool = False) -> bytes:
+    """Return an image [3, H, W] in [0, 1] as a file that carries `metadata`, and in XMP that a model drew or edited it.
 
     PNG has it in text chunks. JPEG and WebP have `parameters` in EXIF's UserComment, where AUTOMATIC1111 writes it, and
     the other keys in ImageDescription as JSON.
     """
     if file.kind == "png":
-        return png_bytes(image, metadata)
+        return png_bytes(image, metadata, edited=edited)
     # Without subsampling a JPEG keeps its colours as sharp as its shapes.
     options = {"subsampling": 0} if file.kind == "jpeg" else {}
     buffer = io.BytesIO()
+    xmp = xmp_packet(edited=edited).encode()
     Image.fromarray(image_array(image)).save(
-        buffer, file.kind, quality=file.quality, exif=_exif(metadata), xmp=XMP.encode(), **options
+        buffer, file.kind, quality=file.quality, exif=_exif(metadata), xmp=xmp, **options
     )
     return buffer.getvalue()
 

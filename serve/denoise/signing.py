@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from cat_cluster.errors import ServingError, SpecError, needs_extra
-from cat_cluster.models.provenance import DIGITAL_SOURCE_TYPE, SOFTWARE
+from cat_cluster.models.provenance import SOFTWARE, digital_source_type
 from cat_cluster.registry.manifest import package_version
 from serve.denoise.credentials import CERTIFICATES, KEY, Credentials, read_credentials
 from serve.settings import SigningSettings
@@ -50,16 +50,18 @@ class ImageSigner:
                 f"operator of this service has to renew the files of {CERTIFICATES} and {KEY} and start it again"
             )
 
-    def sign(self, file: bytes, media_type: str, model: Mapping[str, str]) -> bytes:
+    def sign(self, file: bytes, media_type: str, model: Mapping[str, str], *, edited: bool = False) -> bytes:
         """Return an image file with a signed manifest: created by a trained model, of which `model` tells.
 
+        edited: the model edited another image, of which the manifest says no more than that.
         Raises ServingError when it cannot be signed, as without the time stamp that is asked for: nothing unsigned is
         served in silence. The library waits at most 30 s for one.
         """
         from c2pa import Builder, C2paError
 
         software = {"name": SOFTWARE, "version": package_version()}
-        created = {"action": "c2pa.created", "digitalSourceType": DIGITAL_SOURCE_TYPE, "softwareAgent": software}
+        source_type = digital_source_type(edited=edited)
+        created = {"action": "c2pa.created", "digitalSourceType": source_type, "softwareAgent": software}
         manifest = {
             "claim_generator_info": [software],
             "assertions": [

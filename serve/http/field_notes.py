@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cat_cluster.models.edit_steps import steps_made
 from serve.calls import ImageCall
 from serve.http.schema import DrawingRequest, ImageRequest
 
@@ -27,9 +26,6 @@ def field_notes(body: DrawingRequest, call: ImageCall) -> Iterator[str]:
     streamed = [name for name in ("partial_images", "progress") if getattr(body, name) and not body.stream]
     if streamed:
         yield f"{', '.join(streamed)}: only with stream"
-    steps = call.steps if call.edit is None else steps_made(call.steps, call.edit.strength)
-    if call.previews >= steps:
-        yield f"partial_images: {steps - 1} instead of {call.previews}; only steps before the last have one"
     if not call.adapters and isinstance(body, ImageRequest) and body.strength != 1.0:
         yield "strength: the base model alone has no adapter"
     if not call.adapters and body.gate:

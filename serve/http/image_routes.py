@@ -54,7 +54,7 @@ _RESPONSES: dict[int | str, dict[str, Any]] = {
             "x-cat-model": {"description": "The model that serves the call.", "schema": {"type": "string"}},
             "x-cat-drift": {"description": "Drift state of the revision.", "schema": {"type": "string"}},
             "x-cat-safety": {
-                "description": "The worst that the safety checker, where there is one, found in the images.",
+                "description": "The worst that a safety checker found in the images of the call, refused ones too.",
                 "schema": {"type": "string", "enum": ["passed", "unchecked", "flagged"]},
             },
         },
@@ -125,7 +125,7 @@ async def _respond(answer: _Answer, stack: RequestedStack, request: Request, ing
             refused = sorted((event for event in ended if isinstance(event, Refused)), key=lambda image: image.index)
             content = await asyncio.to_thread(answer.whole, finished, refused)
     if not answer.body.stream:
-        headers |= _safety_header(finished)
+        headers |= _safety_header(finished, refused)
         if refused:
             entry.facts["refused"] = len(refused)
         return Response(content, headers=headers, media_type="application/json")
@@ -257,9 +257,11 @@ def _told(image: Finished) -> dict[str, Any]:
     return {"facts": dict(image.facts), "safety": None if image.safety is None else asdict(image.safety)}
 
 
-def _safety_header(finished: Sequence[Finished]) -> dict[str, str]:
-    """Return the worst verdict on the images as a header; none where nothing checks them."""
+def _safety_header(finished: Sequence[Finished], refused: Sequence[Refused]) -> dict[str, str]:
+    """Return the worst verdict on the images, refused ones too, as a header; none where nothing checks them."""
     found = {image.safety.flagged for image in finished if image.safety is not None}
+    # What is refused was flagged or, of those that no verdict was found on, may have been.
+    found |= {True if image.failure.kind == FlaggedImageError.__name__ else None for image in refused}
     worst = "flagged" if True in found else "unchecked" if None in found else "passed"
     return {"x-cat-safety": worst} if found else {}
 

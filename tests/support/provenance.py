@@ -14,7 +14,9 @@ _DESCRIPTION = (
 SOURCE_TYPE = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
 CREATOR_TOOL = "{http://ns.adobe.com/xap/1.0/}CreatorTool"
 TRAINED_MEDIA = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+EDITED_MEDIA = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 DRAWN = {SOURCE_TYPE: TRAINED_MEDIA, CREATOR_TOOL: "cat-cluster"}
+EDITED = {**DRAWN, SOURCE_TYPE: EDITED_MEDIA}
 
 
 def said_in_xmp(packet: bytes) -> dict[str, str]:

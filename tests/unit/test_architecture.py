@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
 import subprocess
 import sys
@@ -36,10 +38,35 @@ def test_every_room_is_in_the_contract_and_on_the_page() -> None:
     assert len(LAYERS) <= 9
 
 
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+SIGNATURES = re.findall(r"^\| `(\w+)(\(.*?\))` \|", API, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "signature"), SIGNATURES, ids=[name for name, _ in SIGNATURES])
+def test_signatures_of_the_api_page_are_those_of_the_code(name: str, signature: str) -> None:
+    """The page may leave out the last ones of what has a default."""
+    (shown,) = ast.parse(f"def {name}{signature}: ...").body
+    assert isinstance(shown, ast.FunctionDef)
+    found = inspect.signature(getattr(cat_cluster, name)).parameters
+    by_place = [parameter for parameter in found.values() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    told = [argument.arg for argument in shown.args.args]
+    assert told == [parameter.name for parameter in by_place[: len(told)]]
+    assert all(parameter.default is not parameter.empty for parameter in by_place[len(told) :])
+    needed = len(told) - len(shown.args.defaults)
+    assert all(parameter.default is parameter.empty for parameter in by_place[:needed])
+    pairs = list(zip(by_place[needed : len(told)], shown.args.defaults, strict=True))
+    for argument, default in zip(shown.args.kwonlyargs, shown.args.kw_defaults, strict=True):
+        assert default is not None
+        assert found[argument.arg].kind is inspect.Parameter.KEYWORD_ONLY
+        pairs.append((found[argument.arg], default))
+    for parameter, default in pairs:
+        assert parameter.default == ast.literal_eval(default), parameter
+
+
 @pytest.mark.parametrize("name", cat_cluster.__all__)
 def test_every_name_of_the_api_is_there_and_documented(name: str) -> None:
     assert getattr(cat_cluster, name) is not None
-    assert re.search(rf"^\| `{name}[`(]", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert re.search(rf"^\| `{name}[`(]", API, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

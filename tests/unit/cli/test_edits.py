@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 
+from tests.support.provenance import EDITED, said_in_xmp, xmp_of
 from tests.support.services import LEVELS
 from tests.support.tiny_jobs import CommandLine, assert_refused
 
@@ -79,6 +80,7 @@ def test_a_photo_is_drawn_as_stock_diffusers_draws_it(
     text = image.text  # type: ignore[attr-defined]
     assert (text["denoising_strength"], text["masked"], text["strength"]) == (str(strength), "false", "1.0")
     assert "source" not in text
+    assert said_in_xmp(text["XML:com.adobe.xmp"].encode()) == EDITED
 
 
 @pytest.mark.parametrize(("given", "strength"), [((), 1.0), (("--strength", "0.5"), 0.5)])
@@ -98,6 +100,7 @@ def test_a_mask_is_drawn_as_stock_diffusers_draws_it(
     marks.paste(255, (SIDE // 2, 0, SIDE, SIDE))
     theirs = stock(tiny_base_folder, photo, strength, marks)
     assert np.abs(np.asarray(Image.open(out), dtype=np.int16) - theirs).max() <= LEVELS
+    assert said_in_xmp(xmp_of(out.read_bytes())) == EDITED
 
 
 def test_what_is_done_to_a_photo_is_said(

@@ -219,7 +219,7 @@ def test_over_http_a_call_keeps_the_images_that_are_not_refused(tiny_base_folder
         response = http.post(PATH, json={**REQUEST, "n": 3})
         body = response.json()
         assert response.status_code == 200
-        assert response.headers["x-cat-safety"] == "passed"
+        assert response.headers["x-cat-safety"] == "flagged"  # the worst of all, of those in cat.refused too
         assert [item["seed"] for item in body["data"]] == [5 + index for index in good]
         assert [(one["index"], one["seed"], one["error"]["code"]) for one in body["cat"]["refused"]] == [
             (index, 5 + index, "content_flagged") for index in bad
@@ -228,7 +228,11 @@ def test_over_http_a_call_keeps_the_images_that_are_not_refused(tiny_base_folder
         images = client.images.generate(prompt="a cup", n=3, extra_body={"num_inference_steps": 2, "seed": 5}).data
         assert images is not None
         assert len([base64.b64decode(image.b64_json or "") for image in images]) == len(good)
-        streamed = events_of(http.post(PATH, json={**REQUEST, "n": 3, "stream": True}))
+        # More previews are asked for than there are steps: none are sent, and the note says that alone.
+        streamed = events_of(http.post(PATH, json={**REQUEST, "n": 3, "stream": True, "partial_images": 8}))
+        assert {data["cat"]["note"] for name, data in streamed if name == "image_generation.completed"} == {
+            "partial_images: no previews are sent, since this service may refuse the image"
+        }
         assert {name: data for name, data in streamed if name == "error"}["error"]["error"]["code"] == "content_flagged"
         completed = [data["index"] for name, data in streamed if name == "image_generation.completed"]
         assert sorted(completed) == good

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from c2pa import Reader
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
 from PIL import Image
 from torch import Tensor
@@ -20,9 +21,11 @@ from torch import Tensor
 from cat_cluster.lora.formats import write_adapter
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
-from serve.calls import Accepted, Edit, Event, Finished, ImageCall, Progress
+from serve.calls import Accepted, Edit, Event, FileFormat, FileKind, Finished, ImageCall, Preview, Progress
 from serve.probes.prober import Prober
 from serve.settings import ProbeSettings
+from tests.support.authority import Authority, signing_settings
+from tests.support.provenance import EDITED, EDITED_MEDIA, said_in_xmp, xmp_of
 from tests.support.services import CUP, LEVELS, Pixels, Shop, events, failure_of, open_service, pictures, run, stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
@@ -150,12 +153,14 @@ def test_no_neighbour_notices_an_edit(shop: Shop) -> None:
 
 
 def test_an_edit_makes_its_share_of_the_steps_and_says_so(shop: Shop) -> None:
-    call = replace(PHOTO, steps=10, progress=True, edit=edit(photo(), None, 0.35))
+    call = replace(PHOTO, steps=10, progress=True, previews=3, edit=edit(photo(), None, 0.35))
 
     async def main() -> None:
         async with open_service(shop) as service:
             found = await events(service, call)
             assert [(e.step, e.steps) for e in found if isinstance(e, Progress)] == [(1, 3), (2, 3), (3, 3)]
+            assert isinstance(found[0], Accepted)
+            assert found[0].note == "partial_images: 2 instead of 3; only steps before the last have one"
             assert isinstance(found[-1], Finished)
             text = Image.open(io.BytesIO(found[-1].image)).text  # type: ignore[attr-defined]
             assert (text["denoising_strength"], text["masked"], text["steps"]) == ("0.35", "false", "10")
@@ -163,11 +168,39 @@ def test_an_edit_makes_its_share_of_the_steps_and_says_so(shop: Shop) -> None:
             assert (
                 text["parameters"].endswith("Denoising strength: 0.35") or "strength: 0.35, Lora" in text["parameters"]
             )
-            assert "trainedAlgorithmicMedia" in text["XML:com.adobe.xmp"]
+            assert said_in_xmp(xmp_of(found[-1].image)) == EDITED
             for wrong, said in ((0.05, "leaves none to make"), (0.0, "out of range"), (1.5, "out of range")):
                 failed = failure_of(await events(service, replace(call, edit=edit(photo(), None, wrong))))
                 assert (failed.kind, failed.message.startswith("strength: ")) == ("SpecError", True)
                 assert said in failed.message
+
+    run(main)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_an_edit_is_not_signed_as_an_image_that_a_model_created_alone(
+    shop: Shop, tmp_path: Path, kind: FileKind
+) -> None:
+    files = signing_settings(tmp_path, Authority.make())
+
+    async def main() -> None:
+        async with open_service(shop, signing=files) as service:
+            for call, masked in ((PHOTO, "false"), (PART, "true")):
+                assert call.edit is not None
+                found = await events(service, replace(call, previews=1, file=FileFormat(kind)))
+                assert isinstance(found[-1], Finished)
+                with Reader(f"image/{kind}", io.BytesIO(found[-1].image)) as reader:
+                    manifest = reader.get_active_manifest()
+                    assert reader.get_validation_state() == "Valid"
+                assert manifest is not None
+                said = {assertion["label"]: assertion["data"] for assertion in manifest["assertions"]}
+                (action,) = said["c2pa.actions.v2"]["actions"]
+                assert (action["action"], action["digitalSourceType"]) == ("c2pa.created", EDITED_MEDIA)
+                model = said["cat-cluster.model"]
+                assert (model["denoising_strength"], model["masked"]) == (str(call.edit.strength), masked)
+                for event in found:
+                    if isinstance(event, Preview | Finished):
+                        assert said_in_xmp(xmp_of(event.image)) == EDITED
 
     run(main)
 

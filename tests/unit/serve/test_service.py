@@ -48,6 +48,21 @@ def test_the_events_of_a_call_are_in_order(shop: Shop) -> None:
     run(main)
 
 
+def test_an_answer_says_that_there_are_fewer_previews_than_were_asked_for(shop: Shop) -> None:
+    async def main() -> None:
+        async with open_service(shop) as service:
+            for steps, previews, note in (
+                (4, 8, "partial_images: 3 instead of 8; only steps before the last have one"),
+                (1, 1, "partial_images: 0 instead of 1; only steps before the last have one"),
+                (4, 3, None),
+            ):
+                found = await events(service, replace(CUP, steps=steps, previews=previews))
+                assert isinstance(found[0], Accepted)
+                assert found[0].note == note
+
+    run(main)
+
+
 def test_an_answer_names_the_text_that_was_not_read(shop: Shop) -> None:
     async def main() -> None:
         async with open_service(shop) as service:

@@ -102,7 +102,7 @@ def test_images_that_wait_are_encoded_together(codec: Codec, base: BaseModel, mo
 
 
 def test_prompts_are_remembered_up_to_a_number(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(codec_module, "TEXTS_KEPT", 4)
+    monkeypatch.setattr(codec_module, "CHUNKS_KEPT", 4)
     for n in range(20):
         codec.encode(Prompt(f"cup {n}")).result(SOON)
     assert list(codec._texts) == [Prompt(f"cup {n}") for n in range(16, 20)]
@@ -113,6 +113,32 @@ def test_prompts_are_remembered_up_to_a_number(codec: Codec, monkeypatch: pytest
     text = "a cup on a table in snow, " * 1200
     assert torch.equal(codec.encode(Prompt(text)).result(SOON), codec._base.encode_text([text])[0])
     assert max(len(prompt.text) for prompt in codec._texts) < 500
+
+
+def test_what_is_remembered_of_prompts_is_bounded_by_their_length(
+    codec: Codec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(codec_module, "CHUNKS_KEPT", 6)
+    long = [Prompt(f"{word} in snow " + "a photo of a red cup, " * 24, chunks=8) for word in ("cup", "jar", "mug")]
+    short = [Prompt(f"cup {n}") for n in range(4)]
+    seen: list[set[Prompt]] = []
+    for prompt in (*short, long[0], short[2], long[1], short[1], long[2]):
+        length = len(codec.encode(prompt).result(SOON))
+        assert length == (3 * 77 if prompt in long else 77)
+        kept = codec._texts
+        assert sum(len(text) for text in kept.values()) == codec._tokens_kept <= 6 * 77
+        seen.append(set(kept))
+    assert seen[4:] == [
+        {*short[1:], long[0]},
+        {*short[1:], long[0]},
+        {short[2], long[1]},  # the one that was asked for last of the four
+        {short[2], long[1], short[1]},
+        {short[1], long[2]},
+    ]
+    monkeypatch.setattr(codec_module, "CHUNKS_KEPT", 2)
+    assert len(codec.encode(Prompt(long[0].text, chunks=4)).result(SOON)) == 3 * 77
+    assert not codec._texts, "one that is longer than the bound is not kept"
+    assert codec._tokens_kept == 0
 
 
 def test_one_that_fails_or_is_not_finite_fails_alone(

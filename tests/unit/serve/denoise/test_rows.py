@@ -293,6 +293,51 @@ def test_a_long_prompt_that_cannot_join_changes_nothing(oracle: ImageOracle) -> 
             leave_when_done(oracle, rows, {good: WANTED[0]})
 
 
+@contextmanager
+def memory_for_two_layers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keys and values of the third layer find no memory, and the block raises."""
+    new_zeros, taken = torch.Tensor.new_zeros, 0
+
+    def few(self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        nonlocal taken
+        taken += 1
+        if taken > 2:
+            raise torch.OutOfMemoryError("no memory is left")
+        return new_zeros(self, *args, **kwargs)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_zeros", few)
+        with pytest.raises(torch.OutOfMemoryError):
+            yield
+    assert taken == 3
+
+
+def test_memory_that_ends_while_a_long_prompt_joins_or_leaves_changes_nothing(
+    oracle: ImageOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers have keys and values of another length by then, which the neighbours must not see."""
+    with open_rows(oracle) as rows:
+        good, long = oracle.rows(WANTED[4]), oracle.rows(WANTED[12])
+        names = {good: WANTED[4], long: WANTED[12]}
+        rows.join(good)
+        rows.step()
+        with memory_for_two_layers(monkeypatch):
+            rows.join(long)
+        assert (rows.images, rows.count) == ([good], 1)
+        rows.step()
+        rows.join(long)
+        rows.step()
+        rows.leave(long, park=True)
+        with memory_for_two_layers(monkeypatch):
+            rows.step()
+        assert (good.step, long.step) == (3, 1)
+        rows.step()
+        rows.join(long)
+        while rows.images:
+            rows.step()
+            leave_when_done(oracle, rows, names)
+
+
 def test_what_the_image_would_be_is_seen_on_the_way(oracle: ImageOracle) -> None:
     with open_rows(oracle) as rows:
         image = oracle.rows(WANTED[0])

@@ -134,11 +134,6 @@ def test_every_field_of_a_form_counts(http: httpx2.Client, engine: ScriptedEngin
     assert response.json()["data"][0]["url"].startswith("data:image/webp;base64,")
 
 
-def test_previews_are_counted_by_the_steps_that_are_made(http: httpx2.Client) -> None:
-    response = post(http, stream="true", partial_images="3", num_inference_steps="10", strength="0.3")
-    assert "partial_images: 2 instead of 3" in response.text
-
-
 def test_openais_client_edits(client: openai.OpenAI, engine: ScriptedEngine) -> None:
     answer = client.images.edit(
         model="cup",

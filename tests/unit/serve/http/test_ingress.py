@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from cat_cluster import errors
-from serve.calls import Accepted, Event, Failed, Finished, ImageCall
+from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Refused, Verdict
 from tests.support.ingress_server import PATH, ScriptedEngine, ask, assert_refused, events_of, picture
 from tests.support.services import stack
 
@@ -154,3 +154,34 @@ def test_an_engine_that_stops_short_is_an_error(http: httpx2.Client, engine: Scr
 
     engine.script = stop
     assert_refused(ask(http, n=2), 503, "engine_stopped")
+
+
+@pytest.mark.parametrize(
+    ("drawn", "kept_back", "worst"),
+    [
+        ([False], [], "passed"),
+        ([None, False], [], "unchecked"),
+        ([None, True], [], "flagged"),
+        ([False], [errors.UncheckedImageError], "unchecked"),
+        ([None], [errors.FlaggedImageError], "flagged"),
+        ([False], [errors.UncheckedImageError, errors.FlaggedImageError], "flagged"),
+    ],
+)
+def test_the_safety_header_is_the_worst_of_all_images(
+    http: httpx2.Client,
+    engine: ScriptedEngine,
+    drawn: list[bool | None],
+    kept_back: list[type[errors.CatClusterError]],
+    worst: str,
+) -> None:
+    async def checked(call: ImageCall) -> AsyncIterator[Event]:
+        yield Accepted("base")
+        for index, error in enumerate(kept_back):
+            yield Refused(index, index, Failed.of(error("kept back")))
+        for index, flagged in enumerate(drawn, len(kept_back)):
+            yield Finished(index, index, picture(), safety=Verdict(flagged))
+
+    engine.script = checked
+    response = ask(http, n=len(drawn) + len(kept_back))
+    assert response.status_code == 200, response.text
+    assert response.headers["x-cat-safety"] == worst

@@ -81,13 +81,6 @@ def test_a_field_that_changes_nothing_is_in_the_note(http: httpx2.Client, fields
         assert note_of(ask(http, **fields, stream=True)).startswith(f"{named}: ")
 
 
-def test_more_previews_than_steps_are_in_the_note(http: httpx2.Client) -> None:
-    told = note_of(ask(http, stream=True, partial_images=8, num_inference_steps=4))
-    assert told == "partial_images: 3 instead of 8; only steps before the last have one"
-    assert note_of(ask(http, stream=True, partial_images=1, num_inference_steps=1)).startswith("partial_images: ")
-    assert note_of(ask(http, stream=True, partial_images=3, num_inference_steps=4)) == ""
-
-
 def test_what_is_done_anyway_needs_no_note(http: httpx2.Client) -> None:
     done = {"quality": "auto", "moderation": "auto", "background": "opaque", "output_format": "png", "size": "auto"}
     assert note_of(ask(http, **done, response_format="url", seed=-1)) == ""
