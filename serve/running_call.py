@@ -46,8 +46,7 @@ class RunningCall:
         self._spans: dict[int, Span] = {}
         self._queue = asyncio.Queue[Event | CatClusterError]()
         self._images: list[EngineImage] = []
-        # Encoded once for all of its images, while these wait for their adapters.
-        self._moments = None if plan.source is None else parts.codec.moments(plan.source.pixels)
+        self._encoded: Future[Tensor] | None = None
         self._tasks = [asyncio.ensure_future(self._start(index)) for index in range(plan.call.count)]
         self.pixels: dict[int, Tensor] = {}
 
@@ -70,8 +69,8 @@ class RunningCall:
         # An image holds its listener, a cancelled task its frames, and both hold this call: cycles, with the latents.
         self._images.clear()
         self._tasks.clear()
-        if self._moments is not None:
-            self._moments.cancel()
+        if self._encoded is not None:
+            self._encoded.cancel()
         for span in self._spans.values():
             span.end()
 
@@ -81,11 +80,17 @@ class RunningCall:
         span = self._spans[index] = self._span.child("image", {"cat.index": index, "cat.seed": seed})
         try:
             forwarder = _Forwarder(self, index)
-            image = await prepare_image(self._parts, self._plan, index, forwarder, moments=self._moments, span=span)
+            image = await prepare_image(self._parts, self._plan, index, forwarder, moments=self._moments(), span=span)
             self._images.append(image)
             self._parts.engine.submit(image)
         except Exception as error:
             self.fail(_expected(error, "started"))
+
+    def _moments(self) -> Future[Tensor] | None:
+        """Return those of the image that the call edits, on their way: encoded once for all of its own images."""
+        if self._encoded is None and self._plan.source is not None:
+            self._encoded = self._parts.codec.moments(self._plan.source.pixels)
+        return self._encoded
 
     def stepped(self, index: int, step: int, steps: int, denoised: Tensor | None) -> None:
         """On the event loop: the engine has made a step."""
