@@ -51,13 +51,13 @@ async def read_edit(request: StrictRequest) -> RequestedEdit:
         fields, files = await loop.run_in_executor(_READING, _read_form, content, boundary)
         del content
         body = _validated(fields, files)
-        strength = edit_strength(body.strength, masked="mask" in files)
-        steps_made(body.num_inference_steps, strength)
+        if body.strength is not None or "mask" in files:  # else its own transparency may be its mask
+            steps_made(body.num_inference_steps, edit_strength(body.strength, masked=True))
         async with cancelled_on_disconnect(request.receive, limit_s + GRACE_S):
             size = await ingress.served_sizes.choose(body.pixels, limit_s)
         read = await loop.run_in_executor(_READING, read_edit_image, files["image"], files.get("mask"), size)
-    if body.strength is None and "mask" not in files and read.mask is not None:  # its own transparency is its mask
-        strength = edit_strength(None, masked=True)
+    strength = edit_strength(body.strength, masked=read.mask is not None)
+    steps_made(body.num_inference_steps, strength)
     edit = Edit(read.pixels.tobytes(), None if read.mask is None else read.mask.tobytes(), strength)
     return RequestedEdit(body, size, edit, read.notes, began + limit_s - time.monotonic())
 

@@ -250,6 +250,19 @@ def test_every_bad_field_is_named(http: httpx2.Client) -> None:
     assert all(f"{name}: " in message for name in ("image", "prompt", "n", "strength"))
 
 
+def test_one_step_is_enough_where_transparency_is_the_mask(http: httpx2.Client, engine: ScriptedEngine) -> None:
+    kept = io.BytesIO()
+    image = Image.open(io.BytesIO(photo()))
+    image.putalpha(Image.open(io.BytesIO(marks())))
+    image.save(kept, "png")
+    response = post(http, form(kept.getvalue()), num_inference_steps="1")
+    assert response.status_code == 200, response.text
+    assert sent(engine).strength == 1.0
+    refused = assert_refused(post(http, num_inference_steps="1"), 400, "invalid_value", "strength")
+    assert refused["message"].startswith("strength: 0.8 of 1 steps leaves none to make")
+    assert len(engine.calls) == 1
+
+
 def test_an_input_of_a_page_that_was_left_empty_is_absent(http: httpx2.Client, engine: ScriptedEngine) -> None:
     assert post(http, {**form(), "mask": ("", b"")}).status_code == 200
     assert sent(engine).mask is None
