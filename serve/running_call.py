@@ -316,7 +316,7 @@ async def prepare_image(
         for lease in leases:
             lease.release()
         if isinstance(error, TimeoutError):
-            raise DeadlineError("the deadline passed before the adapter was loaded: try again in a moment") from None
+            raise DeadlineError("the deadline passed before the image could begin: try again in a moment") from None
         raise
     return EngineImage(
         rows=rows,

@@ -228,6 +228,7 @@ def test_a_call_that_goes_while_its_image_is_encoded_leaves_nothing(
                     await asyncio.to_thread(begun.wait, 20)
                 late = failure_of(await events(service, replace(PHOTO, deadline_s=0.2)))
                 assert late.kind == "DeadlineError"
+                assert late.message.startswith("the deadline passed before the image could begin: ")
             finally:
                 held.set()
             monkeypatch.undo()
