@@ -8,7 +8,6 @@ import copy
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
@@ -46,7 +45,7 @@ class RunningCall:
         self._spans: dict[int, Span] = {}
         self._queue = asyncio.Queue[Event | CatClusterError]()
         self._images: list[EngineImage] = []
-        self._encoded: Future[Tensor] | None = None
+        self._encoded: asyncio.Future[Tensor] | None = None
         self._tasks = [asyncio.ensure_future(self._start(index)) for index in range(plan.call.count)]
         self.pixels: dict[int, Tensor] = {}
 
@@ -86,10 +85,11 @@ class RunningCall:
         except Exception as error:
             self.fail(_expected(error, "started"))
 
-    def _moments(self) -> Future[Tensor] | None:
+    def _moments(self) -> asyncio.Future[Tensor] | None:
         """Return those of the image that the call edits, on their way: encoded once for all of its own images."""
         if self._encoded is None and self._plan.source is not None:
-            self._encoded = self._parts.codec.moments(self._plan.source.pixels)
+            moments = asyncio.wrap_future(self._parts.codec.moments(self._plan.source.pixels))
+            self._encoded = self._span.until("encode_image", moments)
         return self._encoded
 
     def stepped(self, index: int, step: int, steps: int, denoised: Tensor | None) -> None:
@@ -154,7 +154,7 @@ class RunningCall:
         span.past("queue", began - facts.wait_s, began)
         attributes: dict[str, str | int] = {
             "cat.model": plan.model,
-            "cat.steps": plan.call.steps,
+            "cat.steps": len(plan.table),  # of an edit those that are made
             "cat.sampler": plan.call.sampler,
             "cat.latent_size": f"{plan.size[1]}x{plan.size[0]}",
             "cat.rows.most": facts.most_rows,
@@ -276,7 +276,7 @@ async def prepare_image(
     listener: Any,
     *,
     probe: bool = False,
-    moments: Future[Tensor] | None = None,
+    moments: asyncio.Future[Tensor] | None = None,
     span: Span = NO_SPAN,
 ) -> EngineImage:
     """Encode the texts and lease the adapters' slots at once, and return the image ready for the engine.
@@ -293,7 +293,8 @@ async def prepare_image(
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
             leases = await _leased(parts.cache, plan, span)
             encoded = await asyncio.gather(*texts)
-            encoded_source = await _shared(moments)
+            # Shielded: other images of the call wait for them too, and one that is cancelled leaves them to these.
+            encoded_source = None if moments is None else await asyncio.shield(moments)
         seed, kept, source = call.seed + index, None, plan.source
         if source is None or encoded_source is None:
             latents = initial_latents(parts.base, seed, plan.table, plan.size)
@@ -329,13 +330,6 @@ async def prepare_image(
         notify_steps=preview_steps(call.previews, len(plan.table)),
         notify_all=call.progress,
     )
-
-
-async def _shared(moments: Future[Tensor] | None) -> Tensor | None:
-    """Wait for what other images of the call wait for too: one that is cancelled leaves it to them."""
-    if moments is None:
-        return None
-    return await asyncio.shield(asyncio.wrap_future(moments))
 
 
 async def _leased(cache: AdapterCache, plan: ImagePlan, span: Span) -> tuple[Lease, ...]:
