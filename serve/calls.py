@@ -206,5 +206,11 @@ class EngineClient(Protocol):
     async def status(self) -> dict[str, Any]:
         """Return the engine's state as JSON; see Service.status."""
 
+    async def sizes(self, wait_s: float) -> list[str]:
+        """Return the sizes of images, as WxH, the base's own first; EngineStoppedError when no engine is there in time.
+
+        As a call for images does, and unlike `status`, it waits for an engine, and starts one that sleeps.
+        """
+
     async def metrics(self) -> bytes:
         """Return the engine's metrics in Prometheus' text format."""

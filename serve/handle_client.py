@@ -35,8 +35,8 @@ class HandleClient:
 
     A call that finds no engine, or loses its own, waits for another until its deadline: the last engine of a small
     service may be gone for as long as its replacement takes to start, or there is none until one is asked for.
-    is_asleep: whether that there is none is no fault, and nothing but a call for images is to start one; None: engines
-    never sleep. It may take a moment.
+    is_asleep: whether that there is none is no fault, and nothing but a call for images, or what it needs, is to start
+    one; None: engines never sleep. It may take a moment.
     """
 
     def __init__(
@@ -122,6 +122,25 @@ class HandleClient:
             for name, status in result["drift"].items():
                 drift[name] = max(drift.get(name, status), status, key=_weight)
         return {**results[0], "drift": drift, "engines": len(results)}
+
+    async def sizes(self, wait_s: float) -> list[str]:
+        """See EngineClient; OverloadedError when every engine is full."""
+        try:
+            async with asyncio.timeout(wait_s):
+                while True:
+                    status = self._handle.status.remote()  # it waits in the queue, and so starts an engine
+                    try:
+                        return list((await status)["sizes"])
+                    except _GONE:
+                        await asyncio.sleep(self._retry_s)
+                    finally:
+                        status.cancel()
+        except (DeploymentUnavailableError, TimeoutError):
+            raise EngineStoppedError("no engine is running: try again") from None
+        except TaskCancelledError:
+            raise CancelledRequestError("the client has disconnected") from None
+        except BackPressureError:
+            raise OverloadedError("every engine has as many requests as it takes: try again", self._retry_s) from None
 
     async def metrics(self) -> bytes:
         """Return one engine's metrics; with several, scrape Ray's metrics port instead."""

@@ -8,7 +8,6 @@ import copy
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Future
 from dataclasses import asdict
 from typing import Any
 
@@ -46,8 +45,7 @@ class RunningCall:
         self._spans: dict[int, Span] = {}
         self._queue = asyncio.Queue[Event | CatClusterError]()
         self._images: list[EngineImage] = []
-        # Encoded once for all of its images, while these wait for their adapters.
-        self._moments = None if plan.source is None else parts.codec.moments(plan.source.pixels)
+        self._encoded: asyncio.Future[Tensor] | None = None
         self._tasks = [asyncio.ensure_future(self._start(index)) for index in range(plan.call.count)]
         self.pixels: dict[int, Tensor] = {}
 
@@ -70,8 +68,8 @@ class RunningCall:
         # An image holds its listener, a cancelled task its frames, and both hold this call: cycles, with the latents.
         self._images.clear()
         self._tasks.clear()
-        if self._moments is not None:
-            self._moments.cancel()
+        if self._encoded is not None:
+            self._encoded.cancel()
         for span in self._spans.values():
             span.end()
 
@@ -81,11 +79,18 @@ class RunningCall:
         span = self._spans[index] = self._span.child("image", {"cat.index": index, "cat.seed": seed})
         try:
             forwarder = _Forwarder(self, index)
-            image = await prepare_image(self._parts, self._plan, index, forwarder, moments=self._moments, span=span)
+            image = await prepare_image(self._parts, self._plan, index, forwarder, moments=self._moments(), span=span)
             self._images.append(image)
             self._parts.engine.submit(image)
         except Exception as error:
             self.fail(_expected(error, "started"))
+
+    def _moments(self) -> asyncio.Future[Tensor] | None:
+        """Return those of the image that the call edits, on their way: encoded once for all of its own images."""
+        if self._encoded is None and self._plan.source is not None:
+            moments = asyncio.wrap_future(self._parts.codec.moments(self._plan.source.pixels))
+            self._encoded = self._span.until("encode_image", moments)
+        return self._encoded
 
     def stepped(self, index: int, step: int, steps: int, denoised: Tensor | None) -> None:
         """On the event loop: the engine has made a step."""
@@ -152,7 +157,7 @@ class RunningCall:
         span.past("queue", began - facts.wait_s, began)
         attributes: dict[str, str | int] = {
             "cat.model": plan.model,
-            "cat.steps": plan.call.steps,
+            "cat.steps": len(plan.table),  # of an edit those that are made
             "cat.sampler": plan.call.sampler,
             "cat.latent_size": f"{plan.size[1]}x{plan.size[0]}",
             "cat.rows.most": facts.most_rows,
@@ -274,7 +279,7 @@ async def prepare_image(
     listener: Any,
     *,
     probe: bool = False,
-    moments: Future[Tensor] | None = None,
+    moments: asyncio.Future[Tensor] | None = None,
     span: Span = NO_SPAN,
 ) -> EngineImage:
     """Encode the texts and lease the adapters' slots at once, and return the image ready for the engine.
@@ -291,7 +296,8 @@ async def prepare_image(
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
             leases = await _leased(parts.cache, plan, span)
             encoded = await asyncio.gather(*texts)
-            encoded_source = await _shared(moments)
+            # Shielded: other images of the call wait for them too, and one that is cancelled leaves them to these.
+            encoded_source = None if moments is None else await asyncio.shield(moments)
         seed, kept, source = call.seed + index, None, plan.source
         if source is None or encoded_source is None:
             latents = initial_latents(parts.base, seed, plan.table, plan.size)
@@ -314,7 +320,7 @@ async def prepare_image(
         for lease in leases:
             lease.release()
         if isinstance(error, TimeoutError):
-            raise DeadlineError("the deadline passed before the adapter was loaded: try again in a moment") from None
+            raise DeadlineError("the deadline passed before the image could begin: try again in a moment") from None
         raise
     return EngineImage(
         rows=rows,
@@ -327,13 +333,6 @@ async def prepare_image(
         notify_steps=preview_steps(call.previews, len(plan.table)),
         notify_all=call.progress,
     )
-
-
-async def _shared(moments: Future[Tensor] | None) -> Tensor | None:
-    """Wait for what other images of the call wait for too: one that is cancelled leaves it to them."""
-    if moments is None:
-        return None
-    return await asyncio.shield(asyncio.wrap_future(moments))
 
 
 async def _leased(cache: AdapterCache, plan: ImagePlan, span: Span) -> tuple[Lease, ...]:

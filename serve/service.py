@@ -225,7 +225,7 @@ class Service:
         return {
             "base": {"name": base.name, "fingerprint": base.fingerprint, "resolution": base.resolution},
             "device": str(base.device),
-            "sizes": [f"{width}x{height}" for width, height in self._parts.sizes],
+            "sizes": await self.sizes(),
             "rows": {"in_use": engine.rows_in_use, "most": self._settings.max_rows},
             "stack": {"most": min(self._settings.max_stack, self._settings.slots)},
             "images": {"waiting": engine.waiting, "active": engine.active, "in_flight": self._in_flight},
@@ -240,6 +240,10 @@ class Service:
             "uptime_s": round(time.time() - self._started, 1),
             "pid": os.getpid(),
         }
+
+    async def sizes(self, wait_s: float = 0.0) -> list[str]:
+        """Return the sizes of images, as WxH, the base's own first; this is an engine, so there is no waiting."""
+        return [f"{width}x{height}" for width, height in self._parts.sizes]
 
     async def metrics(self) -> bytes:
         """Return this engine's metrics in Prometheus' text format."""

@@ -143,7 +143,9 @@ class ServeSettings(BaseModel):
         default=60.0, gt=0, description="Seconds within which the body of an edit must arrive."
     )
     max_uploads: int = Field(
-        default=16, ge=1, description="Edits whose files are read at once, per ingress process; one more is refused."
+        default=16,
+        ge=1,
+        description="Edits whose files are read at once, per ingress process; at most half of one API key.",
     )
     show_photos: bool = Field(
         default=False, description="Show every caller the photos that adapters were taught with, not only admins."

@@ -7,13 +7,13 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image, ImageChops
 
 from cat_cluster.data.photos import SizeLimits, Still, read_still
 from cat_cluster.errors import ConceptError, SpecError
 
-# Of an image of 64 megapixels a PNG takes a quarter of a GiB to decode; phones make 12 to 50.
-LIMITS = SizeLimits(least_side=8, most_pixels=64_000_000)
+# An ingress has room for two or three copies of such an image, at 4 bytes a pixel; phones make 12 megapixels as a rule.
+LIMITS = SizeLimits(least_side=8, most_pixels=4096 * 4096)
 _MOST_COLOUR = 32  # levels between the channels of a black and white mask, which a JPEG may have
 _HALF = 128  # of 255: from here on an area is marked, or opaque
 
@@ -37,38 +37,38 @@ def read_edit_image(image: bytes, mask: bytes | None, size: tuple[int, int]) -> 
     in black and white. Without a mask the image's own transparent areas are it. Raises SpecError that begins with
     `image:` or `mask:`.
     """
-    read = _read("image", image)
+    read = _read("image", image, size)
     notes = []
-    if read.size != size:
-        change = "scaled" if read.size[0] * size[1] == read.size[1] * size[0] else "scaled and cropped to its middle"
-        notes.append(f"image: {read.size[0]}x{read.size[1]} pixels, {change} for {size[0]}x{size[1]}")
+    if read.sent != size:
+        change = "scaled" if read.sent[0] * size[1] == read.sent[1] * size[0] else "scaled and cropped to its middle"
+        notes.append(f"image: {read.sent[0]}x{read.sent[1]} pixels, {change} for {size[0]}x{size[1]}")
     marks: Image.Image | None = None
     if mask is not None:
-        marks = _marks(_read("mask", mask), read.size)
+        marks = _marks(_read("mask", mask, size), read.sent)
         if read.alpha is not None:
             notes.append("image: its transparent areas are laid over white, since there is a mask")
     elif read.alpha is not None:
         marks = ImageChops.invert(read.alpha)
         notes.append("image: its transparent areas are what is edited, since there is no mask")
-    edited = None if marks is None else np.asarray(_fitted(marks, size)) >= _HALF
+    edited = None if marks is None else np.asarray(marks) >= _HALF
     if edited is not None and not edited.any():
         field = "image" if mask is None else "mask"
         raise SpecError(f"{field}: marks nothing to edit; make areas transparent, or white in a black and white mask")
-    return EditImage(np.asarray(_fitted(read.pixels, size)), edited, tuple(notes))
+    return EditImage(np.asarray(read.pixels), edited, tuple(notes))
 
 
-def _read(field: str, content: bytes) -> Still:
+def _read(field: str, content: bytes, size: tuple[int, int]) -> Still:
     try:
-        return read_still(field, content, LIMITS)
+        return read_still(field, content, LIMITS, size)
     except ConceptError as error:
         raise SpecError(str(error)) from error
 
 
-def _marks(mask: Still, size: tuple[int, int]) -> Image.Image:
-    """Return a mask as L, white where the image is edited."""
-    if mask.size != size:
+def _marks(mask: Still, sent: tuple[int, int]) -> Image.Image:
+    """Return a mask as L, white where the image is edited; sent: the size of its image's file."""
+    if mask.sent != sent:
         raise SpecError(
-            f"mask: is {mask.size[0]}x{mask.size[1]} pixels and the image {size[0]}x{size[1]}; send them of one size"
+            f"mask: is {mask.sent[0]}x{mask.sent[1]} pixels and the image {sent[0]}x{sent[1]}; send them of one size"
         )
     if mask.alpha is not None:
         return ImageChops.invert(mask.alpha)
@@ -80,7 +80,3 @@ def _marks(mask: Still, size: tuple[int, int]) -> Image.Image:
             "on black"
         )
     return mask.pixels.convert("L")
-
-
-def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)

@@ -52,11 +52,11 @@ _PHOTO_LIMITS = SizeLimits()
 
 @dataclass(frozen=True)
 class Still:
-    """One picture, upright. size: (width, height) as it was sent; pixels: RGB in sRGB, alpha laid over white, at this
-    size or reduced; alpha: L, 255 is opaque, None where all of it is.
+    """One picture, upright. sent: (width, height) of its file; pixels: RGB in sRGB, alpha laid over white, scaled to
+    cover the size that was asked for and cropped to its middle; alpha: L, 255 is opaque, None where all of it is.
     """
 
-    size: tuple[int, int]
+    sent: tuple[int, int]
     pixels: Image.Image
     alpha: Image.Image | None
 
@@ -95,24 +95,30 @@ def read_image(path: Path) -> tuple[Image.Image, str]:
     return image, hashlib.sha256(content + (b"" if profile is None else b" in sRGB")).hexdigest()
 
 
-def read_still(name: str, content: bytes, limits: SizeLimits) -> Still:
+def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, int]) -> Still:
     """Read a picture that somebody sends, with the care of read_image; messages begin with `name`.
 
-    Raises ConceptError where read_image does, and for a file of several pictures, such as an animation.
+    It is scaled before anything else is done to it, since each copy of it takes 4 bytes a pixel. Raises ConceptError
+    where read_image does, and for a file of several pictures, such as an animation.
     """
     path = Path(name)
     with _opened(path, io.BytesIO(content), limits) as opened:
         # A phone's JPEG may have smaller copies of itself behind it, and is then an MPO.
         if opened.format != "MPO" and getattr(opened, "is_animated", False):
             raise ConceptError(f"{path}: holds several pictures, and one is read; send a still image")
-        width, height = opened.size  # before a JPEG is reduced
-        if opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5:
-            width, height = height, width
-        pixels = _upright_rgb(path, opened, _profile(path, opened))
-        if not opened.has_transparency_data:
-            return Still((width, height), pixels, None)
-        alpha = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
-        return Still((width, height), pixels, alpha if alpha.getextrema() != (255, 255) else None)
+        sent, profile = opened.size, _profile(path, opened)
+        if opened.format == "JPEG2000" and 2 * sent[0] * sent[1] > limits.most_pixels:  # decoded to 32 bits a channel
+            megapixels = limits.most_pixels // (2 * 10**6)
+            raise ConceptError(f"{path}: has more than {megapixels} megapixels in JPEG 2000; save it as PNG or JPEG")
+        # A JPEG is decoded at a half, a quarter or an eighth; twice the size is left to scale, whichever way it lies.
+        opened.draft(None, (2 * max(size), 2 * max(size)))
+        opened.load()
+        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        image = _resizable(path, opened)
+        is_opaque = not image.has_transparency_data or image.getchannel("A").getextrema() == (255, 255)
+        image = ImageOps.exif_transpose(_fitted(image, size[::-1] if is_turned else size))
+        alpha = None if is_opaque else image.getchannel("A")
+        return Still(sent[::-1] if is_turned else sent, _rgb(path, image, profile), alpha)
 
 
 def opens_as_image(path: Path) -> bool:
@@ -230,6 +236,27 @@ def _upright_rgb(path: Path, image: Image.Image, profile: ColourProfile | None) 
     return upright.reduce(factor) if factor > 1 else upright
 
 
+def _resizable(path: Path, image: Image.Image) -> Image.Image:
+    """Return an image in a mode that can be interpolated, its transparency, if it has any, as a channel A."""
+    if image.mode in _SIXTEEN_BIT_MODES:
+        if image.has_transparency_data:
+            raise ConceptError(f"{path}: is transparent and has 16 bits; save it as an 8-bit PNG")
+        eight_bits = _from_sixteen_bits(path, image)
+        eight_bits.info = image.info  # how it is turned
+        return eight_bits
+    if image.mode in ("L", "LA", "RGB", "RGBA", "CMYK", "F") and "transparency" not in image.info:
+        return image
+    is_grey = image.mode in ("1", "L", "La")
+    if image.has_transparency_data:
+        return image.convert("LA" if is_grey else "RGBA")
+    return image.convert("L" if is_grey else "RGB")
+
+
+def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return an image scaled to cover `size` and cropped to its middle; itself where it has that size."""
+    return image if image.size == size else ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+
+
 def _rgb(path: Path, image: Image.Image, profile: ColourProfile | None) -> Image.Image:
     if image.mode in _SIXTEEN_BIT_MODES:
         return _opaque_rgb(path, _from_sixteen_bits(path, image), profile)
@@ -256,7 +283,10 @@ def _opaque_rgb(path: Path, image: Image.Image, profile: ColourProfile | None) -
 
 def _from_sixteen_bits(path: Path, image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip everything above 255 to white."""
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ConceptError(f"{path}: holds values of more than 16 bits; save it as an 8-bit PNG or JPEG")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    values = values.astype(np.int32)
+    values += 128
+    values //= 257
+    return Image.fromarray(values.astype(np.uint8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from serve.http.forms import Part, boundary_of, read_parts, refused_part
 from serve.http.http_errors import HttpError
 from serve.http.routes import StrictRequest, caller_of, ingress_of
 from serve.http.schema import EditRequest
+from serve.http.streams import GRACE_S, cancelled_on_disconnect
 
 _IMAGE_NAMES = {"image": "image", "image[]": "image", "mask": "mask"}  # OpenAI's client sends a list as image[]
 # One at a time: a picture takes far more memory while it is read than its file.
@@ -27,12 +29,16 @@ _READING = ThreadPoolExecutor(1, "uploads")
 
 @dataclass(frozen=True)
 class RequestedEdit:
-    """An edit's fields, the (width, height) that is drawn, its image at that size, and notes on what was done to it."""
+    """An edit's fields, the (width, height) that is drawn, its image at that size, and notes on what was done to it.
+
+    deadline_s: what is left of it, since an engine may have been waited for.
+    """
 
     body: EditRequest
     size: tuple[int, int]
     edit: Edit
     notes: tuple[str, ...]
+    deadline_s: float
 
 
 async def read_edit(request: StrictRequest) -> RequestedEdit:
@@ -41,17 +47,19 @@ async def read_edit(request: StrictRequest) -> RequestedEdit:
     boundary = boundary_of(request.headers.get("content-type", ""))
     with ingress.access.upload(caller_of(request)):
         content = await request.upload()
+        began, limit_s = time.monotonic(), ingress.settings.deadline_s
         fields, files = await loop.run_in_executor(_READING, _read_form, content, boundary)
         del content
         body = _validated(fields, files)
-        strength = edit_strength(body.strength, masked="mask" in files)
-        steps_made(body.num_inference_steps, strength)
-        size = await ingress.served_sizes.choose(body.pixels)
+        if body.strength is not None or "mask" in files:  # else its own transparency may be its mask
+            steps_made(body.num_inference_steps, edit_strength(body.strength, masked=True))
+        async with cancelled_on_disconnect(request.receive, limit_s + GRACE_S):
+            size = await ingress.served_sizes.choose(body.pixels, limit_s)
         read = await loop.run_in_executor(_READING, read_edit_image, files["image"], files.get("mask"), size)
-    if body.strength is None and "mask" not in files and read.mask is not None:  # its own transparency is its mask
-        strength = edit_strength(None, masked=True)
+    strength = edit_strength(body.strength, masked=read.mask is not None)
+    steps_made(body.num_inference_steps, strength)
     edit = Edit(read.pixels.tobytes(), None if read.mask is None else read.mask.tobytes(), strength)
-    return RequestedEdit(body, size, edit, read.notes)
+    return RequestedEdit(body, size, edit, read.notes, began + limit_s - time.monotonic())
 
 
 def edit_form() -> dict[str, Any]:

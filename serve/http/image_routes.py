@@ -32,9 +32,8 @@ from serve.http.request_log import CLIENT_CLOSED, RequestEntry, log_unexpected
 from serve.http.routes import IngressDep, KeyedRoute, RouteParts, StrictRequest, bearer, caller_of, request_entry
 from serve.http.schema import ANY_SEED, DrawingRequest, ImageRequest
 from serve.http.stacks import RequestedStack
-from serve.http.streams import EventStream, cancelled_on_disconnect
+from serve.http.streams import GRACE_S, EventStream, cancelled_on_disconnect
 
-GRACE_S = 10.0  # the engine keeps deadlines itself; this much later it is assumed to be dead
 _NO_TOKENS = {
     "input_tokens": 0,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
@@ -99,7 +98,7 @@ async def edit_image(request: Request, ingress: IngressDep) -> Response:
     edit = await read_edit(cast(StrictRequest, request))
     stack = RequestedStack.of(edit.body, ingress.settings)
     call = to_call(edit.body, stack, request_entry(request).request_id, ingress)
-    call = replace(call, size=edit.size, edit=edit.edit)
+    call = replace(call, size=edit.size, edit=edit.edit, deadline_s=edit.deadline_s)
     return await _respond(_Answer("image_edit", edit.body, call, edit.notes), stack, request, ingress)
 
 

@@ -12,6 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from cat_cluster.errors import CancelledRequestError, DeadlineError
 
+GRACE_S = 10.0  # the engine keeps deadlines itself; this much later it is assumed to be dead
+
 Item = TypeVar("Item")
 
 

@@ -21,7 +21,7 @@ from cat_cluster.cluster.kuberay.checks.schemas import Schemas
 from cat_cluster.cluster.kuberay.rendering import pods as kuberay_pods
 from jobs import probe
 from serve.http.access import ADMIN_KEYS
-from serve.http.image_routes import GRACE_S
+from serve.http.streams import GRACE_S
 from tests.support.manifests import (
     K8S,
     PLACES,

@@ -11,6 +11,7 @@ from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
 from serve.settings import ProbeSettings, ServeSettings
+from tests.support.ingress_server import picture
 from tests.support.serving import ask, deployment_of, pixels_of, publish_random, served, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -54,4 +55,11 @@ def test_a_request_that_finds_no_engine_waits_for_one(tiny_base_folder: Path, tm
         assert woken.status_code == 200, woken.text
         assert woken.json()["model"] == awake.json()["model"] == manifest.name
         assert (pixels_of(woken.json()["data"][0]) == pixels_of(awake.json()["data"][0])).all()
+        assert engines() == 1
+
+        # An edit whose ingress knows no size yet wakes it as well.
+        until(lambda: engines() == 0, SLEEP_S + 120, pause=1.0)
+        form = {"model": "cup", "prompt": "a photo of a cup", "num_inference_steps": "4"}
+        edited = http.post("/v1/images/edits", data=form, files={"image": ("photo.png", picture())})
+        assert edited.status_code == 200, edited.text
         assert engines() == 1

@@ -91,6 +91,11 @@ class ScriptedEngine:
             raise self.refusal
         return self.state
 
+    async def sizes(self, wait_s: float) -> list[str]:
+        if self.refusal is not None:
+            raise self.refusal
+        return list(self.state["sizes"])
+
     async def metrics(self) -> bytes:
         if self.refusal is not None:
             raise self.refusal

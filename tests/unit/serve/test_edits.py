@@ -261,12 +261,31 @@ def test_a_call_that_goes_while_its_image_is_encoded_leaves_nothing(
                     await asyncio.to_thread(begun.wait, 20)
                 late = failure_of(await events(service, replace(PHOTO, deadline_s=0.2)))
                 assert late.kind == "DeadlineError"
+                assert late.message.startswith("the deadline passed before the image could begin: ")
             finally:
                 held.set()
             monkeypatch.undo()
             assert len(pictures(await events(service, PHOTO))) == 1
 
     run(main)  # open_service sees that no lease and no image is left
+
+
+def test_a_service_that_stops_before_the_image_is_encoded_is_an_event(shop: Shop) -> None:
+    """So that over a handle the call goes to another engine."""
+
+    async def main() -> None:
+        async with open_service(shop) as service:
+            plan = service._plan
+
+            async def last(call: ImageCall) -> Any:
+                planned = await plan(call)
+                await asyncio.to_thread(service._parts.codec.close)
+                return planned
+
+            service._plan = last  # type: ignore[method-assign]
+            assert failure_of(await events(service, replace(PHOTO, count=2))).kind == "EngineStoppedError"
+
+    run(main)
 
 
 def test_an_edit_says_nothing_about_its_adapter_alone(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import replace
 from typing import Any
 
@@ -56,6 +56,23 @@ class Stream:
         self.cancelled = True
 
 
+class Reply:
+    """What a handle returns for a question to one engine: after `wait_s` an answer, or an error."""
+
+    def __init__(self, answer: Any, wait_s: float = 0.0) -> None:
+        self._answer, self._wait_s = answer, wait_s
+        self.cancelled = False
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from asyncio.sleep(self._wait_s).__await__()
+        if isinstance(self._answer, Exception):
+            raise self._answer
+        return self._answer
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
 class Answers:
     """What a broadcast returns."""
 
@@ -79,7 +96,8 @@ class Handle:
         self.calls: list[ImageCall] = []
         self.sessions: list[str] = []
         self.streams: list[Stream] = []
-        self.here: Any = TimeoutError()  # the status of the engine that Ray Serve would choose
+        self.here = [Reply(TimeoutError())]  # the status of the engine that Ray Serve would choose
+        self.asked: list[Reply] = []
 
     def options(self, *, stream: bool, session_id: str) -> Handle:
         assert stream
@@ -92,10 +110,9 @@ class Handle:
 
     @property
     def status(self) -> Any:
-        async def remote() -> Any:
-            if isinstance(self.here, Exception):
-                raise self.here
-            return self.here
+        def remote() -> Reply:
+            self.asked.append(self.here.pop(0))
+            return self.asked[-1]
 
         return type("Method", (), {"remote": staticmethod(remote)})
 
@@ -308,9 +325,37 @@ def test_an_engine_that_sleeps_is_no_fault_and_is_not_woken_by_questions() -> No
     asyncio.run(main())
 
 
+def sizes(wait_s: float, *replies: Reply) -> tuple[Handle, list[str]]:
+    handle = Handle(answers=[NOBODY])  # whoever broadcasts finds nobody
+    handle.here = list(replies)
+    asleep = HandleClient(handle, retry_s=0.0, is_asleep=lambda: True)  # type: ignore[arg-type]
+    return handle, asyncio.run(asleep.sizes(wait_s))
+
+
+def test_sizes_are_waited_for_in_the_queue_which_starts_an_engine() -> None:
+    """Also from another engine than the first one, which is lost."""
+    handle, found = sizes(5.0, Reply(DIED, 0.05), Reply({"sizes": ["16x16", "24x16"]}, 0.05))
+    assert (found, len(handle.asked)) == (["16x16", "24x16"], 2)
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (Reply({}, 3600), EngineStoppedError("no engine is running: try again")),
+        (Reply(NOBODY), EngineStoppedError("no engine is running: try again")),
+        (Reply(BackPressureError(9, 9)), OverloadedError("every engine has as many requests as it takes", 0.0)),
+        (Reply(RequestCancelledError("r")), CancelledRequestError("the client has disconnected")),
+    ],
+)
+def test_sizes_that_nobody_tells_are_an_error(reply: Reply, error: Exception) -> None:
+    with pytest.raises(type(error), match=str(error)):
+        sizes(0.05, reply)
+    assert reply.cancelled, "nobody waits in the queue any more"
+
+
 def test_one_engine_that_is_late_hides_no_other() -> None:
     handle = Handle(answers=[TimeoutError()])
-    handle.here = {"pid": 2, "drift": drift("ok")}
+    handle.here = [Reply({"pid": 2, "drift": drift("ok")})]
     assert asyncio.run(client(handle).status()) == {"pid": 2, "engines": 1, "drift": drift("ok")}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from cat_cluster.errors import EvaluationError, SpecError
-from serve.calls import Accepted, Event, Failed, Preview, Progress
+from serve.calls import Accepted, Edit, Event, Failed, Preview, Progress
 from serve.denoise.image import EngineImage
 from serve.denoise.rows import ImageRows, Rows
 from serve.running_call import RunningCall
@@ -191,6 +191,7 @@ def test_closing_ends_calls_with_an_error(shop: Shop) -> None:
 
 def test_calls_that_end_leave_nothing_to_the_collector(shop: Shop) -> None:
     """Ray Serve freezes what a replica has: a cycle would hold texts and latents until a full collection, for hours."""
+    edit = Edit(bytes(3 * 16 * 16), None, 0.5)
     calls = [
         CUP,
         replace(CUP, count=2, steps=8, previews=2, progress=True),
@@ -201,6 +202,8 @@ def test_calls_that_end_leave_nothing_to_the_collector(shop: Shop) -> None:
         replace(CUP, adapters=stack("cup", "mug:0.5"), count=2),
         replace(CUP, adapters=stack("jar", "foreign"), count=2),
         replace(CUP, adapters=stack("cup", "nobody")),
+        replace(CUP, size=(16, 16), count=2, edit=edit),
+        replace(CUP, size=(16, 16), steps=100, deadline_s=0.01, edit=edit),
     ]
     kinds = (EngineImage, ImageRows, RunningCall)
 

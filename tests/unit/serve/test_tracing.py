@@ -25,11 +25,12 @@ from serve.settings import SafetySettings
 from serve.tracing import ENDPOINTS, NO_SPAN, NO_TRACER, open_tracer
 from tests.support.classifiers import write_classifier
 from tests.support.collector import Collector, Received, collecting
-from tests.support.ingress_server import PATH, Live, Shop, furnish, listening
+from tests.support.ingress_server import PATH, Live, Shop, furnish, listening, picture
 
 ENDPOINT = ENDPOINTS[1]
 CLIENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"  # a trace and a span, of W3C's own example
 ROOT = Path(__file__).parents[3]
+EDITS = "/v1/images/edits"
 PROMPT = "a very particular sks cup"
 
 
@@ -146,6 +147,25 @@ def test_a_call_is_one_tree_from_the_clients_span_to_the_parts_of_each_image(
     assert [span.name for span in roots] == [f"POST {PATH}"] * 2
     assert len({span.trace for span in others}) == 2
     assert not [body for body in collector.bodies if b"particular" in body]
+
+
+@pytest.mark.slow
+def test_an_edit_says_when_its_image_was_encoded_and_which_steps_were_made(
+    collector: Collector, tiny_base_folder: Path, tmp_path: Path
+) -> None:
+    shop = furnish(tiny_base_folder, tmp_path / "storage")
+    form = {"prompt": PROMPT, "n": "2", "num_inference_steps": "10", "strength": "0.3"}
+    with traced(shop) as live, live.http() as http:
+        response = http.post(EDITS, data=form, files={"image": ("photo.png", picture())})
+        assert response.status_code == 200, response.text
+        live.await_idle()
+    (call,) = (span for span in collector.spans if span.name.startswith("generate_content"))
+    (encoded,) = named(collector.spans, "encode_image")
+    assert (encoded.parent, encoded.failed) == (call.id, False)
+    denoised = named(collector.spans, "denoise")
+    assert [span.attributes["cat.steps"] for span in denoised] == [3, 3]
+    for span in denoised:
+        assert call.began <= encoded.began <= encoded.ended <= span.began + 1_000_000
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,35 @@ def test_a_bucket_fills_again() -> None:
         access.admit(caller)
     with pytest.raises(HttpError):
         access.admit(caller)
+
+
+@pytest.mark.parametrize(("most", "of_one"), [(4, 2), (5, 2), (1, 1)])
+def test_one_key_uploads_at_most_half_of_what_is_read_at_once(most: int, of_one: int) -> None:
+    access = Access(ServeSettings(max_uploads=most), api_keys=["one", "two"], admin_keys=["master"])
+    one, two, admin = (access.authenticate(f"Bearer {key}") for key in ("one", "two", "master"))
+    with ExitStack() as held:
+        for _ in range(of_one):
+            held.enter_context(access.upload(one))
+        if most > 1:
+            with pytest.raises(HttpError, match=f"this key has {of_one} of at most {of_one} edits") as refused:
+                access.upload(one).__enter__()
+            assert (refused.value.status_code, refused.value.headers) == (429, {"Retry-After": "1"})
+            for caller in [two] * of_one + [admin] * (most - 2 * of_one):
+                held.enter_context(access.upload(caller))
+        with pytest.raises(HttpError) as refused:
+            access.upload(admin).__enter__()
+        assert refused.value.status_code == 503, "all have too many"
+    with access.upload(one):
+        pass
+
+
+def test_without_keys_everybody_shares_all_uploads() -> None:
+    for admin_keys in ([], ["master"]):
+        access = Access(ServeSettings(max_uploads=2), admin_keys=admin_keys)
+        with access.upload(Caller("anonymous", False)), access.upload(Caller("anonymous", False)):
+            with pytest.raises(HttpError) as refused:
+                access.upload(Caller("anonymous", False)).__enter__()
+            assert refused.value.status_code == 503
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "10.1.2.3", "example.com"])

@@ -24,7 +24,7 @@ from cat_cluster.store import LocalStore
 from serve.calls import Edit
 from serve.http.access import Access
 from serve.settings import ServeSettings
-from tests.support.ingress_server import Live, ScriptedEngine, assert_refused, listening, only
+from tests.support.ingress_server import Live, ScriptedEngine, assert_refused, listening, only, until
 
 PATH = "/v1/images/edits"
 Files = dict[str, Any]
@@ -245,6 +245,19 @@ def test_every_bad_field_is_named(http: httpx2.Client) -> None:
     assert all(f"{name}: " in message for name in ("image", "prompt", "n", "strength"))
 
 
+def test_one_step_is_enough_where_transparency_is_the_mask(http: httpx2.Client, engine: ScriptedEngine) -> None:
+    kept = io.BytesIO()
+    image = Image.open(io.BytesIO(photo()))
+    image.putalpha(Image.open(io.BytesIO(marks())))
+    image.save(kept, "png")
+    response = post(http, form(kept.getvalue()), num_inference_steps="1")
+    assert response.status_code == 200, response.text
+    assert sent(engine).strength == 1.0
+    refused = assert_refused(post(http, num_inference_steps="1"), 400, "invalid_value", "strength")
+    assert refused["message"].startswith("strength: 0.8 of 1 steps leaves none to make")
+    assert len(engine.calls) == 1
+
+
 def test_an_input_of_a_page_that_was_left_empty_is_absent(http: httpx2.Client, engine: ScriptedEngine) -> None:
     assert post(http, {**form(), "mask": ("", b"")}).status_code == 200
     assert sent(engine).mask is None
@@ -294,6 +307,47 @@ def test_sizes_are_asked_for_once(http: httpx2.Client, engine: ScriptedEngine) -
     assert post(http).status_code == 200
     engine.refusal = EngineStoppedError("no engine responds: try again")
     assert post(http, size="24x16").status_code == 200
+
+
+class Sleeping(ScriptedEngine):
+    """There is no engine, until a call that starts one has waited for it."""
+
+    waits: list[float]
+    begins_s = 0.3
+
+    async def status(self) -> dict[str, Any]:
+        return {"engines": 0, "drift": {}}
+
+    async def sizes(self, wait_s: float) -> list[str]:
+        self.waits = [*getattr(self, "waits", ()), wait_s]
+        await asyncio.sleep(self.begins_s)
+        return ["16x16", "24x16"]
+
+
+def test_an_edit_wakes_a_service_that_sleeps_and_has_its_deadline_once(tmp_path: Path) -> None:
+    engine, settings = Sleeping(), ServeSettings(base="base", deadline_s=30.0)
+    with (
+        listening(only(engine), Registry(LocalStore(tmp_path)), settings, Access(settings)) as live,
+        live.http() as http,
+    ):
+        for size in ("auto", "24x16"):
+            assert post(http, size=size).status_code == 200
+    assert [call.size for call in engine.calls] == [(16, 16), (24, 16)]
+    assert engine.waits == [30.0], "known sizes are not asked for again"
+    assert 20.0 < (engine.calls[0].deadline_s or 0) < 30.0 - Sleeping.begins_s
+
+
+def test_a_client_that_goes_while_an_engine_starts_leaves_room(tmp_path: Path) -> None:
+    engine, settings = Sleeping(), ServeSettings(base="base", max_uploads=1)
+    engine.begins_s = 60.0
+    with (
+        listening(only(engine), Registry(LocalStore(tmp_path)), settings, Access(settings)) as live,
+        live.http() as http,
+    ):
+        with pytest.raises(httpx2.ReadTimeout):
+            http.post(PATH, data={"prompt": "a cup"}, files=form(), timeout=0.5)
+        engine.begins_s = 0.0
+        until(lambda: post(http).status_code == 200)
 
 
 def test_slow_uploads_are_few_and_have_a_limit(live: Live, http: httpx2.Client) -> None:
