@@ -17,7 +17,7 @@ from cat_cluster.cli.options import (
     people,
     progress,
 )
-from cat_cluster.cli.values import check_readable, png_file
+from cat_cluster.cli.values import png_file, read_file
 from cat_cluster.models.prompt_weights import MOST_CHUNKS, PROMPT_CHUNKS
 from cat_cluster.spec.choices import SamplerName, Weighting
 
@@ -100,8 +100,7 @@ def generate(
     from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
     from cat_cluster.registry.stacks import parse_member
 
-    for file in (image, mask):
-        check_readable(file)
+    files = read_file(image), read_file(mask)
     text, tags = take_tags(prompt)
     members = [parse_member(name) for name in (*(adapter or ()), *tags)]
     of_adapters, of_edit = (1.0 if strength is None else strength, None) if image is None else (1.0, strength)
@@ -118,8 +117,8 @@ def generate(
         gate,
         weighting=weighting,
         prompt_chunks=prompt_chunks,
-        image=image,
-        mask=mask,
+        image=files[0],
+        mask=files[1],
         edit_strength=of_edit,
     )
     with progress() as listener:

@@ -72,14 +72,12 @@ def png_file(given: str | Path) -> Path:
     return path
 
 
-def check_readable(path: Path | None) -> None:
-    """Raise SpecError when a file that is to be read, if any, cannot be opened."""
-    if path is not None:
-        try:
-            path.open("rb").close()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise SpecError(f"{path}: cannot be read: {reason}; check the path and its permissions") from error
+def read_file(path: Path | None) -> bytes | None:
+    """Return what a file holds, None of no file; raises SpecError when it cannot be read."""
+    try:
+        return None if path is None else path.read_bytes()
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 def above_zero(value: float | None) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from cat_cluster.lora.formats import write_adapter
 from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.edit import EditSource
-from cat_cluster.models.edit_steps import edit_strength
+from cat_cluster.models.edit_steps import edit_strength, steps_made
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.prompt_weights import PROMPT_CHUNKS, Prompt, plain_text
 from cat_cluster.registry import Manifest, Reference, Registry
@@ -53,8 +53,8 @@ class DrawRequest:
     """Images to draw: image i of `count` uses seed + i. adapters: whose changes add up; none: the base alone.
 
     gate: leave out adapters none of whose tokens the prompt has. weighting: how words of the prompt are weighted.
-    prompt_chunks: how many chunks of it are read at most. image: a file to begin with; mask: one of its size, which
-    marks what is drawn anew; edit_strength: how far the image may change, None: the default one.
+    prompt_chunks: how many chunks of it are read at most. image: a file's bytes, to begin with; mask: those of one of
+    its size, which marks what is drawn anew; edit_strength: how far the image may change, None: the default one.
     """
 
     prompt: str
@@ -68,8 +68,8 @@ class DrawRequest:
     gate: bool = False
     weighting: Weighting = "none"
     prompt_chunks: int = PROMPT_CHUNKS
-    image: Path | None = None
-    mask: Path | None = None
+    image: bytes | None = field(default=None, repr=False)
+    mask: bytes | None = field(default=None, repr=False)
     edit_strength: float | None = None
 
 
@@ -113,6 +113,7 @@ def draw_images(
     if (control := control_character(request.prompt)) is not None:
         raise SpecError(f"prompt: holds the control character {control!r}; remove it, or type the prompt anew")
     words = plain_text(request.prompt, request.weighting)
+    _check_edit(request)
     members = request.adapters
     check_once_each(member.reference for member in members)
     opened: list[tuple[Manifest, float]] = []
@@ -144,7 +145,7 @@ def draw_images(
         request.sampler,
         weighting=request.weighting,
         prompt_chunks=request.prompt_chunks,
-        source=_source(request, base, listener),
+        source=None if request.image is None else _source(request.image, request, base, listener),
     )
     rows = [replace(first, seed=request.seed + i) for i in range(request.count)]
     name = stack_name(manifest.name for manifest in manifests) or base.name
@@ -162,26 +163,21 @@ def draw_images(
     return paths
 
 
-def _source(request: DrawRequest, base: BaseModel, listener: DrawListener) -> EditSource | None:
+def _check_edit(request: DrawRequest) -> None:
+    """Refuse what cannot be meant before a base is loaded."""
+    if request.image is None and request.mask is not None:
+        raise SpecError("mask: marks what of an image is drawn anew; give --image too")
+    if request.image is not None and request.edit_strength is not None:
+        steps_made(request.steps, request.edit_strength)
+
+
+def _source(image: bytes, request: DrawRequest, base: BaseModel, listener: DrawListener) -> EditSource:
     """Read the image that a request begins with, at the base's own size."""
-    if request.image is None:
-        if request.mask is not None:
-            raise SpecError("mask: marks what of an image is drawn anew; give --image too")
-        return None
-    image, mask = (None if path is None else _file(path) for path in (request.image, request.mask))
-    assert image is not None  # its path is not
-    read = read_edit_image(image, mask, (base.resolution, base.resolution))
+    read = read_edit_image(image, request.mask, (base.resolution, base.resolution))
     for note in read.notes:
         listener.message(f"note: {note}")
     strength = edit_strength(request.edit_strength, masked=read.mask is not None)
     return EditSource.of(read.pixels, read.mask, strength)
-
-
-def _file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 def open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, strength: float = 1.0) -> LoraBank:

@@ -120,13 +120,19 @@ def test_what_is_done_to_a_photo_is_said(
         (("--image", "{photo}", "--strength", "0"), "strength: 0 is out of range"),
         (("--image", "{photo}", "--strength", "0.05"), "strength: 0.05 of 10 steps leaves none to make"),
         (("--image", "{photo}x"), "photo.pngx: cannot be read: No such file"),
-        (("--image", "{photo}", "--mask", "{photo}"), "mask: has no transparent area"),
+        (("--image", "{photo}", "--mask", "{mask}x"), "mask.pngx: cannot be read: No such file"),
     ],
 )
-def test_what_cannot_be_edited_is_refused(
-    command: CommandLine, tiny_base_folder: Path, photo: Path, mask: Path, more: tuple[str, ...], said: str
+def test_what_cannot_be_edited_is_refused_before_a_base_is_loaded(
+    command: CommandLine, photo: Path, mask: Path, more: tuple[str, ...], said: str
 ) -> None:
     given = [word.format(photo=photo, mask=mask) for word in more]
-    finished = command(*words(tiny_base_folder, photo.with_name("out.png"), *given))
+    finished = command(*words(photo.with_name("no-base"), photo.with_name("out.png"), *given))
     assert_refused(finished, said)
     assert not photo.with_name("out.png").exists()
+
+
+def test_a_mask_that_marks_nothing_is_refused(command: CommandLine, tiny_base_folder: Path, photo: Path) -> None:
+    out = photo.with_name("out.png")
+    assert_refused(command(*words(tiny_base_folder, out, "--image", photo, "--mask", photo)), "has no transparent area")
+    assert not out.exists()

@@ -63,8 +63,8 @@ def on_the_command_line(shop: Shop, folder: Path, call: ImageCall, image: Path, 
     request = DrawRequest(
         *(call.prompt, call.adapters, str(shop.folder), call.seed, call.steps, call.guidance, call.sampler),
         count=call.count,
-        image=image,
-        mask=mask,
+        image=image.read_bytes(),
+        mask=None if mask is None else mask.read_bytes(),
         edit_strength=call.edit.strength,
     )
     paths = draw_images(request, folder / "image.png", shop.registry, "cpu", Nobody())
