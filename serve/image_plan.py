@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cat_cluster.errors import SpecError
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.edit import EditSource, edit_table
 from cat_cluster.models.samplers import SamplerTable, sampler_table
@@ -22,7 +21,7 @@ from serve.denoise.engine import DenoisingEngine
 from serve.denoise.image import Size
 from serve.denoise.image_file import fitting_prompts, image_metadata
 from serve.denoise.safety import SafetyChecker
-from serve.denoise.sizes import Pixels, pixels_per_latent
+from serve.denoise.sizes import Pixels, chosen_size, pixels_per_latent
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +69,7 @@ class ImagePlan:
 
         found: what its adapters' references name, in their order. notes: of what the service makes of the call.
         """
-        width, height = call.size or parts.sizes[0]
-        if (width, height) not in parts.sizes:
-            offered = ", ".join(f"{w}x{h}" for w, h in parts.sizes)
-            raise SpecError(f"size: {width}x{height} is not served; choose one of {offered}")
+        width, height = chosen_size(call.size, parts.sizes)
         unit = pixels_per_latent(parts.base)
         table = sampler_table(call.sampler, parts.base.schedule, call.steps)
         source = None if call.edit is None else _source(call.edit, width, height)

@@ -1,12 +1,18 @@
-"""Image sizes that a service offers; each is a bucket of its own, since rows of one call share a shape."""
+"""Image sizes that a service offers; each is a bucket of its own, since rows of one call share a shape.
+
+Without torch, for an ingress.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from cat_cluster.errors import SpecError
-from cat_cluster.models.base_model import BaseModel
+
+if TYPE_CHECKING:
+    from cat_cluster.models.base_model import BaseModel
 
 Pixels = tuple[int, int]
 
@@ -35,6 +41,16 @@ def parse_size(text: str) -> Pixels:
             f"size: {text[:40]!r} is not a size; write it as WIDTHxHEIGHT in pixels, as in 512x512, or auto"
         )
     return int(match[1]), int(match[2])
+
+
+def chosen_size(wanted: Pixels | None, served: Sequence[Pixels]) -> Pixels:
+    """Return the size of an image, one of those served; None: the first, the base's own. SpecError for any other."""
+    if wanted is None:
+        return served[0]
+    if wanted not in served:
+        offered = ", ".join(f"{width}x{height}" for width, height in served)
+        raise SpecError(f"size: {wanted[0]}x{wanted[1]} is not served; choose one of {offered}")
+    return wanted
 
 
 def pixels_per_latent(base: BaseModel) -> int:

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from cat_cluster.errors import EngineStoppedError, SpecError
+from cat_cluster.errors import EngineStoppedError
 from serve.calls import EngineClient
+from serve.denoise.sizes import Pixels, chosen_size, parse_size
 
 _KEPT_S = 60.0  # an ingress that is replaced later than its engines learns the new ones
 
@@ -17,10 +18,10 @@ class ServedSizes:
 
     def __init__(self, engine: Callable[[], EngineClient], clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock
-        self._sizes: tuple[tuple[int, int], ...] = ()
+        self._sizes: tuple[Pixels, ...] = ()
         self._until = float("-inf")
 
-    async def choose(self, wanted: tuple[int, int] | None, wait_s: float) -> tuple[int, int]:
+    async def choose(self, wanted: Pixels | None, wait_s: float) -> Pixels:
         """Return (width, height) of a size that is served; None: the base model's own. SpecError for any other.
 
         Where no size is known yet it waits for an engine, and starts one that sleeps; EngineStoppedError when there is
@@ -32,19 +33,9 @@ class ServedSizes:
             # The last ones known are better than none: the call itself waits for an engine, which checks its size.
             with suppress(EngineStoppedError):
                 self._remember((await self._engine().status()).get("sizes", ()))
-        if wanted is None:
-            return self._sizes[0]
-        if wanted not in self._sizes:
-            offered = ", ".join(f"{width}x{height}" for width, height in self._sizes)
-            raise SpecError(f"size: {wanted[0]}x{wanted[1]} is not served; choose one of {offered}")
-        return wanted
+        return chosen_size(wanted, self._sizes)
 
     def _remember(self, sizes: Sequence[str]) -> None:
         if sizes:
-            self._sizes = tuple(_sides(size) for size in sizes)
+            self._sizes = tuple(parse_size(size) for size in sizes)
             self._until = self._clock() + _KEPT_S
-
-
-def _sides(size: str) -> tuple[int, int]:
-    width, _, height = size.partition("x")
-    return int(width), int(height)
