@@ -159,7 +159,8 @@ def build(args: Mapping[str, Any]) -> ray_serve.Application:
         num_replicas=deployment.ingresses,
         ray_actor_options={"num_cpus": 0, "resources": deployment.ingress_resources},
         max_ongoing_requests=4 * room * most,
-        graceful_shutdown_timeout_s=settings.deadline_s + 20.0,
+        # The deadline of an edit begins once it has been sent.
+        graceful_shutdown_timeout_s=settings.upload_timeout_s + settings.deadline_s + 20.0,
         graceful_shutdown_wait_loop_s=0.5,
         max_surge_percent=100,
     )

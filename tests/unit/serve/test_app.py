@@ -8,6 +8,7 @@ import pytest
 
 from cat_cluster.errors import SpecError
 from serve.app import ENGINE, INGRESS, build
+from serve.http.streams import GRACE_S
 from serve.settings import SLEEP_AFTER_S, Deployment
 
 
@@ -43,6 +44,14 @@ def test_the_last_engine_sleeps_after_its_time_and_the_first_one_starts_with_the
     assert found.initial_replicas == 1, "one that cannot start is told at once, and the doors are waited for"
     assert found.downscale_to_zero_delay_s == (sleep or SLEEP_AFTER_S)
     assert deployments(**args)[INGRESS].init_args[2] is True
+
+
+def test_a_replica_that_goes_finishes_the_longest_request() -> None:
+    """Of an ingress that is an edit, sent in the last moment and drawn in the last one."""
+    found = deployments(settings={"deadline_s": 300.0, "upload_timeout_s": 90.0})
+    engine, ingress = (found[name]._deployment_config.graceful_shutdown_timeout_s for name in (ENGINE, INGRESS))
+    assert engine >= 300.0
+    assert ingress >= 90.0 + 300.0 + GRACE_S
 
 
 @pytest.mark.parametrize(
