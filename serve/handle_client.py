@@ -133,8 +133,9 @@ class HandleClient:
                         return list((await status)["sizes"])
                     except _GONE:
                         await asyncio.sleep(self._retry_s)
-                    finally:
-                        status.cancel()
+                    except asyncio.CancelledError:
+                        status.cancel()  # nobody waits in the queue any more
+                        raise
         except (DeploymentUnavailableError, TimeoutError):
             raise EngineStoppedError("no engine is running: try again") from None
         except TaskCancelledError:

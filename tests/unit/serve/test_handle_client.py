@@ -338,11 +338,15 @@ def test_sizes_are_waited_for_in_the_queue_which_starts_an_engine() -> None:
     assert (found, len(handle.asked)) == (["16x16", "24x16"], 2)
 
 
+def test_sizes_of_a_deployment_that_failed_are_not_waited_for() -> None:
+    with pytest.raises(EngineStoppedError, match="no engine is running: try again"):
+        sizes(3600.0, Reply(NOBODY))
+
+
 @pytest.mark.parametrize(
     ("reply", "error"),
     [
         (Reply({}, 3600), EngineStoppedError("no engine is running: try again")),
-        (Reply(NOBODY), EngineStoppedError("no engine is running: try again")),
         (Reply(BackPressureError(9, 9)), OverloadedError("every engine has as many requests as it takes", 0.0)),
         (Reply(RequestCancelledError("r")), CancelledRequestError("the client has disconnected")),
     ],
@@ -350,7 +354,7 @@ def test_sizes_are_waited_for_in_the_queue_which_starts_an_engine() -> None:
 def test_sizes_that_nobody_tells_are_an_error(reply: Reply, error: Exception) -> None:
     with pytest.raises(type(error), match=str(error)):
         sizes(0.05, reply)
-    assert reply.cancelled, "nobody waits in the queue any more"
+    assert reply.cancelled == isinstance(error, EngineStoppedError), "what still waits leaves the queue"
 
 
 def test_one_engine_that_is_late_hides_no_other() -> None:
