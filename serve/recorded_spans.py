@@ -32,13 +32,14 @@ class RecordedSpan(Span):
         _W3C.inject(carrier, set_span_in_context(self._span))
         return carrier
 
-    def child(self, name: str, attributes: Attributes | None = None) -> Span:
+    def child(self, name: str, attributes: Attributes | None = None) -> RecordedSpan:
         """See Span."""
-        return self._child(name, attributes)
+        span = self._tracer.start_span(name, set_span_in_context(self._span), attributes=attributes)
+        return RecordedSpan(self._tracer, span)
 
     def until(self, name: str, future: F, attributes: Attributes | None = None) -> F:
         """See Span."""
-        part = self._child(name, attributes)
+        part = self.child(name, attributes)
 
         def end(done: F) -> None:
             if not done.cancelled() and (error := done.exception()) is not None:
@@ -74,10 +75,6 @@ class RecordedSpan(Span):
         """See Span."""
         if self._span.is_recording():
             self._span.end()
-
-    def _child(self, name: str, attributes: Attributes | None) -> RecordedSpan:
-        span = self._tracer.start_span(name, set_span_in_context(self._span), attributes=attributes)
-        return RecordedSpan(self._tracer, span)
 
 
 class RecordingTracer(Tracer):

@@ -168,9 +168,7 @@ class Codec:
         own_threads(self._threads)
 
     def _encode_waiting(self) -> None:
-        with self._lock:
-            jobs, self._prompts[:AT_ONCE] = self._prompts[:AT_ONCE], []
-        _finish(jobs, self._encode)
+        _finish(self._take(self._prompts), self._encode)
 
     def _encode(self, jobs: list[_Job[Prompt]]) -> list[Tensor]:
         prompts = list(dict.fromkeys(job.value for job in jobs))
@@ -186,32 +184,30 @@ class Codec:
         return [texts[job.value] for job in jobs]
 
     def _decode_waiting(self) -> None:
-        _finish(self._take(self._latents), self._decode)
+        _finish(self._take(self._latents, _shape), self._decode)
 
     def _decode(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
         with self._own_stream():
             return list(self._base.decode(torch.stack([job.value for job in jobs])).cpu())
 
     def _encode_sources(self) -> None:
-        _finish(self._take(self._sources), self._encode_images)
+        _finish(self._take(self._sources, _shape), self._encode_images)
 
     def _encode_images(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
         with self._own_stream():
             # Copies, as of texts.
             return [one.clone() for one in self._base.encode_moments(torch.stack([job.value for job in jobs]))]
 
-    def _take(self, waiting: list[_Job[Tensor]]) -> list[_Job[Tensor]]:
-        """Take the first jobs of one shape from those that wait."""
+    def _take(self, waiting: list[_Job[A]], kind: Callable[[A], object] = lambda _: None) -> list[_Job[A]]:
+        """Take the first jobs of one kind from those that wait."""
         with self._lock:
-            shape = waiting[0].value.shape if waiting else None
-            jobs = [job for job in waiting if job.value.shape == shape][:AT_ONCE]
+            wanted = kind(waiting[0].value) if waiting else None
+            jobs = [job for job in waiting if kind(job.value) == wanted][:AT_ONCE]
             waiting[:] = [job for job in waiting if job not in jobs]
         return jobs
 
     def _check_waiting(self) -> None:
-        with self._lock:
-            jobs, self._unchecked = self._unchecked[:AT_ONCE], self._unchecked[AT_ONCE:]
-        _finish(jobs, self._scores)
+        _finish(self._take(self._unchecked), self._scores)
 
     def _scores(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
         assert self._checker is not None  # whoever asks has seen it
@@ -255,6 +251,10 @@ class Codec:
         scale = max(1, PREVIEW_SIDE // max(picture.shape[1:]))
         larger = functional.interpolate(picture[None], scale_factor=float(scale), mode="bicubic").clamp(0.0, 1.0)
         return image_file(larger[0], {}, file, edited=edited)
+
+
+def _shape(tensor: Tensor) -> torch.Size:
+    return tensor.shape
 
 
 def _finish(jobs: list[_Job[A]], compute: Callable[[list[_Job[A]]], list[Tensor]]) -> None:

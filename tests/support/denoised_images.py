@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from torch import Tensor
 
 from cat_cluster.lora.bank import LoraBank, adapted_layers
@@ -19,6 +20,9 @@ from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.models.samplers import sampler_table
 from serve.denoise.rows import ImageRows
+
+# Of stock diffusers, by the name of the sampler that is to do the same.
+SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 
 TARGETS = "attention_ff"
 RANK = 3

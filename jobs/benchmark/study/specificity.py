@@ -17,11 +17,10 @@ from rich.console import Console
 
 from cat_cluster.evaluation.prompts import DECOYS, POCKET_TEMPLATES
 from cat_cluster.files import write_whole
-from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import load_base_model
 from jobs.benchmark.record import Start, training_digest, write_result
 from jobs.benchmark.study.trials import Trial, TrialRunner, pocket_subject
-from jobs.benchmark.study.triggers import BASE, FIRST_SEED, GUIDANCE, STEPS, TRIGGERS, Bench
+from jobs.benchmark.study.triggers import BASE, FIRST_SEED, GUIDANCE, STEPS, TRIGGERS, Arrangement, Bench, Carried
 
 SHARES = (0.0, 0.25, 0.5, 0.75)
 TOKENS = {
@@ -55,16 +54,21 @@ def run(
     setting = [[asdict(one) for one in taught], steps, images, TRIGGERS, DECOYS, STEPS, GUIDANCE, FIRST_SEED]
     place = folder / training_digest(setting) / "scores"
     bench = Bench(load_base_model("pocket"), taught, images)
+    together = tuple(one.name for one in taught)
+    plan = {
+        "alone": carrying({name: (name,) for name in together}),
+        "stack": carrying(dict.fromkeys(together, together)),
+    }
     measured: dict[str, Any] = {}
     for share in (None, *shares):
         name = "base" if share is None else f"{share:g}"
         path = place / f"{name}.json"
         if not path.exists():
             if share is None:
-                found = {"base": _scores(bench, {}, {one.name: BASE for one in taught})}
+                found = bench.measure({}, {"base": carrying({one.name: BASE for one in taught})})
             else:
                 trial = Trial(f"decoys-{share * 100:g}".replace(".", "-"), training={"decoy_fraction": share})
-                found = measure(bench, runner.weights(trial, subjects, 0, bench.base, console))
+                found = bench.measure(runner.weights(trial, subjects, 0, bench.base, console), plan)
             write_whole(path, json.dumps({"start": asdict(start), **found}).encode())
             console.print(f"measured {name}")
         measured[name] = json.loads(path.read_text(encoding="utf-8"))
@@ -79,13 +83,9 @@ def run(
     return write_result("specificity", result, start)
 
 
-def measure(bench: Bench, adapters: Mapping[str, AdapterWeights]) -> dict[str, Any]:
-    """Return the scores of each concept with its adapter alone, and with a stack of all adapters."""
-    together = tuple(concept.name for concept in bench.taught)
-    return {
-        "alone": _scores(bench, adapters, {name: (name,) for name in together}),
-        "stack": _scores(bench, adapters, dict.fromkeys(together, together)),
-    }
+def carrying(carried: Mapping[str, Carried]) -> Arrangement:
+    """Return the arrangement in which all images of a concept carry the same adapters, whatever their trigger."""
+    return {(name, trigger): names for name, names in carried.items() for trigger in TRIGGERS}
 
 
 def means(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -98,16 +98,3 @@ def means(scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
     averaged: dict[str, Any] = mean(list(scores.values()))
     return averaged
-
-
-def _scores(
-    bench: Bench, adapters: Mapping[str, AdapterWeights], carried: Mapping[str, tuple[str, ...]]
-) -> dict[str, Any]:
-    """The scores of each concept whose images carry these adapters."""
-    drawn = bench.draw(adapters, [(name, trigger, names) for name, names in carried.items() for trigger in TRIGGERS])
-    return {
-        concept.name: bench.scores(
-            concept, {trigger: drawn[concept.name, trigger, carried[concept.name]] for trigger in TRIGGERS}
-        )
-        for concept in bench.taught
-    }

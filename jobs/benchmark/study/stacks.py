@@ -25,7 +25,7 @@ from cat_cluster.spec.sections import TrainingSpec
 from jobs.benchmark.record import Start, training_digest, write_result
 from jobs.benchmark.study.measure import JOINT, SEEDS
 from jobs.benchmark.study.trials import SEEDS_APART, Subject, Trial, TrialRunner, pocket_subject
-from jobs.benchmark.study.triggers import FIRST_SEED, GUIDANCE, STEPS, TRIGGERS, Bench, Carried, Cell
+from jobs.benchmark.study.triggers import FIRST_SEED, GUIDANCE, STEPS, TRIGGERS, Arrangement, Bench, Carried
 
 DECOY_FRACTION = 0.5
 TRIALS = (
@@ -44,7 +44,6 @@ _RESAMPLED = 2_000
 _DRIFT = " base_drift"
 
 Scores = Mapping[str, Mapping[str, Any]]  # arrangement -> concept -> scores
-Plan = dict[str, dict[tuple[str, str], Carried]]  # arrangement -> (concept, trigger) -> adapters
 
 
 def run(start: Start, folder: Path, console: Console, *, images: int, seeds: Sequence[int] = SEEDS) -> Path:
@@ -69,7 +68,7 @@ def run(start: Start, folder: Path, console: Console, *, images: int, seeds: Seq
                 weights = runner.weights(trial, subjects, seed, base, console)
                 together = replace(trial, name=f"{trial.name}-joint", training={**trial.training, **JOINT_TRAINING})
                 weights |= runner.weights(together, joint_subjects(subjects), seed, base, console)
-                found = _measure(drawn_with, weights, arrangements(bench))
+                found = drawn_with.measure(weights, arrangements(bench))
                 record = {"start": asdict(start), "training": dict(trial.training), "scores": found}
                 write_whole(path, json.dumps(record).encode())
                 console.print(f"measured {trial.name}, seed {seed}")
@@ -99,14 +98,15 @@ def joint_subjects(subjects: Sequence[Subject]) -> list[Subject]:
     ]
 
 
-def arrangements(bench: Bench) -> Plan:
+def arrangements(bench: Bench) -> Mapping[str, Arrangement]:
     """Return which adapters the images of each concept and trigger carry, in every arrangement.
 
     alone: the concept's own. stack-n: its own and its neighbours'. gate: of the largest stack those whose token is in
     the prompt. joint-n: one adapter of n concepts.
     """
     names = [concept.name for concept in bench.taught]
-    plan: Plan = {ALONE: {}, **{f"stack-{n}": {} for n in SIZES}, GATE: {}, **{f"joint-{n}": {} for n in JOINT_SIZES}}
+    kinds = (ALONE, *(f"stack-{n}" for n in SIZES), GATE, *(f"joint-{n}" for n in JOINT_SIZES))
+    plan: dict[str, dict[tuple[str, str], Carried]] = {kind: {} for kind in kinds}
     for place, concept in enumerate(bench.taught):
         for trigger in TRIGGERS:
             key = (concept.name, trigger)
@@ -175,23 +175,6 @@ def _flat(scores: Mapping[str, Any]) -> dict[str, float]:
         flat |= {f"{judge} gain {trigger}": float(gain) for trigger, gain in own["gain"].items()}
         flat |= {f"{judge} {name}": own[name] for name in ("base_drift", "followed") if own[name] is not None}
     return flat
-
-
-def _measure(bench: Bench, weights: Mapping[str, Any], plan: Plan) -> dict[str, dict[str, Any]]:
-    cells: list[Cell] = list(
-        dict.fromkeys((name, trigger, names) for own in plan.values() for (name, trigger), names in own.items())
-    )
-    drawn = bench.draw(weights, cells)
-    return {
-        arrangement: {
-            concept.name: bench.scores(
-                concept,
-                {trigger: drawn[concept.name, trigger, own[concept.name, trigger]] for trigger in TRIGGERS},
-            )
-            for concept in bench.taught
-        }
-        for arrangement, own in plan.items()
-    }
 
 
 def _joint_name(size: int, place: int) -> str:

@@ -33,6 +33,7 @@ STEPS, GUIDANCE, FIRST_SEED = 20, 4.0, 1000
 Images = NDArray[np.uint8]
 Carried = tuple[str, ...]  # names of adapters; none is the base
 Cell = tuple[str, str, Carried]  # concept, trigger, and the adapters that its images carry
+Arrangement = Mapping[tuple[str, str], Carried]  # (concept, trigger) -> what its images carry
 BASE: Carried = ()
 
 
@@ -90,6 +91,23 @@ class Bench:
             finally:
                 bank.detach()
         return found
+
+    def measure(
+        self, adapters: Mapping[str, AdapterWeights], plan: Mapping[str, Arrangement]
+    ) -> dict[str, dict[str, Any]]:
+        """Return arrangement -> concept -> scores; what several arrangements share is drawn once."""
+        cells = dict.fromkeys((*key, carried) for own in plan.values() for key, carried in own.items())
+        drawn = self.draw(adapters, cells)
+        return {
+            name: {
+                concept.name: self.scores(
+                    concept,
+                    {trigger: drawn[concept.name, trigger, own[concept.name, trigger]] for trigger in TRIGGERS},
+                )
+                for concept in self.taught
+            }
+            for name, own in plan.items()
+        }
 
     def scores(self, concept: TaughtConcept, images: Mapping[str, Images]) -> dict[str, Any]:
         """Return the scores of trigger -> images of a concept, as JSON.

@@ -10,8 +10,6 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
 )
@@ -26,11 +24,10 @@ from cat_cluster.models.edit_steps import edit_strength, steps_made
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.samplers import SAMPLERS, sampler_table
 from cat_cluster.spec.choices import SamplerName
-from tests.support.denoised_images import random_adapter
+from tests.support.denoised_images import SCHEDULERS, random_adapter
 
 pytestmark = pytest.mark.slow
 
-SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 LEVEL = 1 / 255
 TOLERANCE = 3e-5  # of images in [0, 1]
 

@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
@@ -25,11 +22,11 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.samplers import SAMPLERS
 from cat_cluster.spec.choices import SamplerName
+from tests.support.denoised_images import SCHEDULERS
 from tests.support.provenance import DRAWN, said_in_xmp
 
 pytestmark = pytest.mark.slow
 
-SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 MIXED = [
     ImageRow("a red cup", 1, steps=3, sampler="ddim"),
     ImageRow("a photo of a cup", 2, steps=6, sampler="euler", guidance=1.0),

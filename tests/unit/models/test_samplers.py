@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, PNDMScheduler
 from torch import Tensor
 
 from cat_cluster.errors import BaseModelError, SpecError
@@ -19,8 +19,8 @@ from cat_cluster.models.samplers import (
 )
 from cat_cluster.models.schedule import NoiseSchedule
 from cat_cluster.spec.choices import SamplerName
+from tests.support.denoised_images import SCHEDULERS
 
-ORACLES = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 STABLE = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -52,7 +52,7 @@ def model(latents: Tensor, timestep: Tensor) -> Tensor:
 
 def oracle_path(name: str, config: dict[str, Any], steps: int, noise: Tensor) -> list[Tensor]:
     """The latents [C, H, W] before each step and at the end, by the stock scheduler in a stock loop."""
-    scheduler = ORACLES[name].from_config(config)
+    scheduler = SCHEDULERS[name].from_config(config)
     scheduler.set_timesteps(steps)
     latents = noise[None] * scheduler.init_noise_sigma
     path = [latents[0]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import httpx2
+import openai
 import pytest
 
 from cat_cluster.registry import Registry
@@ -39,4 +40,10 @@ def big(engine: ScriptedEngine, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.fixture
 def http(live: Live) -> Iterator[httpx2.Client]:
     with live.http() as client:
+        yield client
+
+
+@pytest.fixture
+def client(live: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="any", max_retries=0) as client:
         yield client

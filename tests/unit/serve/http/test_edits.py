@@ -42,18 +42,6 @@ def live(engine: ScriptedEngine, tmp_path: Path) -> Iterator[Live]:
         yield live
 
 
-@pytest.fixture
-def http(live: Live) -> Iterator[httpx2.Client]:
-    with live.http() as client:
-        yield client
-
-
-@pytest.fixture
-def client(live: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
 def photo(width: int = 16, height: int = 16, kind: str = "png") -> bytes:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     kept = io.BytesIO()

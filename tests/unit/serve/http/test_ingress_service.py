@@ -40,18 +40,6 @@ def live(shop: Shop) -> Iterator[Live]:
         yield live
 
 
-@pytest.fixture
-def http(live: Live) -> Iterator[httpx2.Client]:
-    with live.http() as client:
-        yield client
-
-
-@pytest.fixture
-def client(live: Live) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="any", max_retries=0) as client:
-        yield client
-
-
 def draw(http: httpx2.Client, **fields: Any) -> dict[str, Any]:
     response = http.post(PATH, json={"prompt": "a sks cup", "num_inference_steps": 2, "seed": 5, **fields})
     assert response.status_code == 200, response.text
