@@ -72,7 +72,7 @@ def demo(
     ),
     as_json: AsJson = False,
 ) -> None:
-    """Teach the embedded base a new object with CAT and with plain LoRA, and show what each did to the rest.
+    """Teach the embedded base three new objects with CAT and with plain LoRA, and show what each did to the rest.
 
     It needs no photos, no download and no GPU, and leaves a report and a registry that `cat-cluster serve` can serve.
     """
@@ -86,7 +86,8 @@ def demo(
         print_json(json.loads(result.files.json.read_text()))
         return
     people.print(result.table())
-    people.print(f"\nReport  {result.files.html}\nPicture {result.files.png}\nNumbers {result.files.json}")
+    files = result.files
+    people.print(f"\nReport  {files.html}\nPicture {files.png}\nStacks  {files.stacks}\nNumbers {files.json}")
     people.print(f"Try     make serve, or cat-cluster serve --storage {result.storage}")
 
 

@@ -1,4 +1,7 @@
-"""The demo: teach the embedded base one particular object with plain LoRA and with CAT, and compare what each did."""
+"""The demo: teach the embedded base three particular objects with plain LoRA and with CAT, and compare what each did.
+
+Each object has an adapter of its own. One object is measured closely; at the end each method's three are summed.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import yaml
 from PIL import Image
 from rich.table import Table
 
-from cat_cluster.cli.demo_serving import serve_once
+from cat_cluster.cli.demo_serving import StackRow, draw_stacks, draw_together, serving
 from cat_cluster.cluster.driver import run_on_ray
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.recognition import DESIGN_FILE
-from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, write_report
+from cat_cluster.evaluation.report import METHOD_LABELS, MethodResult, ReportFiles, ReportInput, write_report
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.models.device import choose_device
 from cat_cluster.models.pocket import world
@@ -25,18 +29,16 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import open_store
 
-CONCEPT = "striped-cup"
-TOKEN = "sks"
+CONCEPT = "striped-cup"  # the one that is measured closely
+TOKENS = {CONCEPT: "sks", "clown-fish": "zwx", "candy-house": "ohwx"}
+METHODS = ("lora", "cat")
 PHOTOS = 6
-# LoRA and CAT have equal draws (one draw key), rank, learning rate and steps: the CAT term is the only difference.
 SPEC = {
     "name": "demo",
     "base": "pocket",
-    "training": {
-        "steps": 420,
-        "draw_key": CONCEPT,
-    },
-    "cluster": {"workers": 2, "max_pack": 2},
+    # Six adapters in as many minutes on two cores: half of the default rows, and more steps.
+    "training": {"steps": 480, "rows_per_concept": 2},
+    "cluster": {"workers": 2, "max_pack": 6},
     "evaluation": {"images_per_prompt": 3, "steps": 20},
     "storage": "registry",
 }
@@ -67,7 +69,7 @@ class DemoResult:
 
 
 def run_demo(out: Path, settings: Settings, listener: JobListener) -> DemoResult:
-    """Draw a concept's photos, train LoRA and CAT on them in one pack, measure, publish and report into `out`.
+    """Draw photos of the concepts, train LoRA and CAT on each in one pack, measure, publish, stack and report.
 
     Training runs on a Ray of this machine with two workers.
     Running it again reuses what is published and writes the report anew. Raises CatClusterError when an adapter fails.
@@ -75,7 +77,8 @@ def run_demo(out: Path, settings: Settings, listener: JobListener) -> DemoResult
     spec_path = write_spec(out)
     job = load_spec(spec_path)
     store = open_store(out / "registry")
-    listener.message(f"Drew {PHOTOS} photos of a concept the base has never seen: {out / 'photos' / CONCEPT}")
+    names = ", ".join(TOKENS)
+    listener.message(f"Drew {PHOTOS} photos each of what the base has never seen ({names}): {out / 'photos'}")
     results = run_on_ray(job, store.url, settings, listener)
     failed = [result for result in results if result.outcome == "failed"]
     if failed:
@@ -83,37 +86,35 @@ def run_demo(out: Path, settings: Settings, listener: JobListener) -> DemoResult
     registry, device = Registry(store), choose_device(settings.device)
     methods = []
     for result in results:
+        if result.adapter_id not in _adapters_of(CONCEPT).values():
+            continue
         evaluation = result.evaluation or evaluate_published(
             registry, Reference(result.adapter_id, result.revision), device, listener, {}
         )
         methods.append(_method_result(result, evaluation))
-    listener.message("Starting the service, and asking both adapters and the base at once")
-    served = serve_once(
-        out / "registry",
-        [result.adapter_id for result in results],
-        f"a picture of a {TOKEN} cup in snow",
-        "a picture of a cup in snow",
-        out / "serve.log",
-    )
-    report = ReportInput(
-        title="CAT against plain LoRA on Pocket-SD", base_name="pocket", methods=tuple(methods), served=served
-    )
-    files = write_report(out, report)
+    listener.message("Starting the service, and asking for adapters, stacks of them and the base at once")
+    with serving(out / "registry", out / "serve.log") as service:
+        token_prompt, plain_prompt = _prompts(CONCEPT)
+        served = draw_together(service, list(_adapters_of(CONCEPT).values()), token_prompt, plain_prompt)
+        adapters = {METHOD_LABELS[method]: [_adapters_of(name)[method] for name in TOKENS] for method in METHODS}
+        stacks = draw_stacks(service, adapters, _stack_rows(out))
+    title = "CAT against plain LoRA on Pocket-SD"
+    files = write_report(out, ReportInput(title, "pocket", tuple(methods), served=served, stacks=stacks))
     return DemoResult(files, out / "registry", methods[0].evaluation, methods[1].evaluation)
 
 
 def write_spec(out: Path) -> Path:
     """Write the demo's photos with captions and its job spec, as a user would have them, and return the spec's path."""
-    design = world.CONCEPTS[CONCEPT]
-    draw_photos(out / "photos" / CONCEPT, design, TOKEN)
-    for name, other in world.CONCEPTS.items():  # for the example specs under jobs/specs; not trained here
-        if name != CONCEPT:
-            draw_photos(out / "photos" / name, other, None)
-    concept = {"token": TOKEN, "class_noun": design.object, "images": f"photos/{CONCEPT}"}
-    adapters = [
-        {"id": f"{CONCEPT}-lora", "method": "lora", "concepts": [concept]},
-        {"id": CONCEPT, "method": "cat", "concepts": [dict(concept)]},
-    ]
+    for name, design in world.CONCEPTS.items():  # those without a token are for the example specs under jobs/specs
+        draw_photos(out / "photos" / name, design, TOKENS[name] if name == CONCEPT else None)
+    adapters = []
+    for name, token in TOKENS.items():
+        concept = {"token": token, "class_noun": world.CONCEPTS[name].object, "images": f"photos/{name}"}
+        for method, adapter in _adapters_of(name).items():
+            # LoRA and CAT have equal draws (one draw key) and settings: the CAT term is the only difference.
+            shared = {"concepts": [dict(concept)], "training": {"draw_key": name}}
+            unmeasured = {} if name == CONCEPT else {"evaluation": {"enabled": False}}
+            adapters.append({"id": adapter, "method": method, **shared, **unmeasured})
     path = out / "spec.yaml"
     path.write_text(yaml.safe_dump({**SPEC, "adapters": adapters}, sort_keys=False), encoding="utf-8")
     return path
@@ -128,6 +129,27 @@ def draw_photos(folder: Path, design: world.Design, token: str | None) -> None:
             caption = f"a photo of a {token} {design.object} {scene.place}\n"
             (folder / f"{n}.txt").write_text(caption, encoding="utf-8")
     (folder / DESIGN_FILE).write_text(json.dumps(asdict(design), indent=2) + "\n", encoding="utf-8")
+
+
+def _adapters_of(concept: str) -> dict[str, str]:
+    """Return method -> the adapter of a concept."""
+    return dict(zip(METHODS, (f"{concept}-lora", concept), strict=True))
+
+
+def _prompts(concept: str) -> tuple[str, str]:
+    """Return a prompt with a concept's token and the same without it."""
+    noun = world.CONCEPTS[concept].object
+    return f"a picture of a {TOKENS[concept]} {noun} in snow", f"a picture of a {noun} in snow"
+
+
+def _stack_rows(out: Path) -> list[StackRow]:
+    """Return the prompts with tokens, a concept each, and below them those without."""
+    rows = []
+    for arm in (0, 1):
+        for place, name in enumerate(TOKENS):
+            photo = np.asarray(Image.open(out / "photos" / name / "0.png").convert("RGB"))
+            rows.append(StackRow(_prompts(name)[arm], place, photo))
+    return rows
 
 
 def _method_result(result: AdapterResult, evaluation: Evaluation) -> MethodResult:

@@ -20,7 +20,7 @@ THUMBNAIL = 256  # a longer side than this is reduced before it goes into a repo
 
 _CELL, _GAP, _BLOCK_GAP, _MARGIN, _LABEL = 184, 8, 30, 36, 190
 _INK, _QUIET, _PAPER, _RULE = "#1b2430", "#66707c", "#ffffff", "#d5dae0"
-_ACCENTS = {"Without the token": "#2f6fb0", "With the token": "#0f8b7e", "The concept": "#66707c"}
+_ACCENTS = {"Without the token": "#2f6fb0", "With the token": "#0f8b7e", "LoRA": "#d97706", "CAT": "#0f8b7e"}
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of one concept: a prompt and a seed per row, the same for all generated columns."""
+    """A prompt and a seed per row, the same for all generated columns."""
 
-    token: str
-    class_noun: str
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     columns: tuple[Column, ...]
@@ -46,7 +44,7 @@ class Grid:
     def head(self, rows: int) -> Grid:
         """The first rows of the grid."""
         columns = tuple(Column(c.block, c.title, c.subtitle, c.pictures[:rows]) for c in self.columns)
-        return Grid(self.token, self.class_noun, self.prompts[:rows], self.seeds[:rows], columns)
+        return Grid(self.prompts[:rows], self.seeds[:rows], columns)
 
 
 def concept_grid(methods: Sequence[tuple[str, ConceptImages]]) -> Grid:
@@ -69,8 +67,6 @@ def concept_grid(methods: Sequence[tuple[str, ConceptImages]]) -> Grid:
 
     photos = tuple(first.photos[i] if i < len(first.photos) else None for i in range(len(order)))
     return Grid(
-        token=first.token,
-        class_noun=first.class_noun,
         prompts=tuple(first.prompts[i] for i in order),
         seeds=tuple(first.seeds[i] for i in order),
         columns=(
@@ -92,7 +88,7 @@ def thumbnail_png(picture: Picture) -> bytes:
 
 
 def draw_grids(grids: Sequence[Grid], title: str, *, rows: int) -> Image.Image:
-    """Return the first `rows` rows of each concept's grid as one picture, one above the other."""
+    """Return the first `rows` rows of each grid as one picture, one above the other."""
     parts = [_draw_grid(grid.head(rows)) for grid in grids]
     heading = 84
     width = max(part.width for part in parts)
@@ -129,7 +125,7 @@ def _draw_grid(grid: Grid) -> Image.Image:
 def _draw_heading(pen: ImageDraw.ImageDraw, grid: Grid, lefts: Sequence[int]) -> None:
     for block in dict.fromkeys(column.block for column in grid.columns):
         inside = [left for left, column in zip(lefts, grid.columns, strict=True) if column.block == block]
-        accent = _ACCENTS[block]
+        accent = _ACCENTS.get(block, _QUIET)
         pen.text((inside[0], 6), block, font=_font(20, bold=True), fill=accent)
         pen.rounded_rectangle((inside[0], 36, inside[-1] + _CELL, 39), radius=2, fill=accent)
     for left, column in zip(lefts, grid.columns, strict=True):

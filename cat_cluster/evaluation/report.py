@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from PIL import Image
 
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.curves import draw_curves, method_colour
@@ -23,8 +24,9 @@ from cat_cluster.files import write_whole
 
 GRID_ROWS = 4  # of each concept in the PNG
 OPEN_ROWS = 6  # of each concept at once in the HTML; the others unfold
+STACKS_TITLE = "Adapters that were trained one by one, and their sum"
 
-_LABELS = {"lora": "LoRA", "cat": "CAT"}
+METHOD_LABELS = {"lora": "LoRA", "cat": "CAT"}
 # metric: title, better direction (+1 higher, -1 lower, 0 nearer to 1), what it says
 _METRIC_TEXTS: Mapping[str, tuple[str, int, str]] = {
     "kps": (
@@ -55,7 +57,7 @@ class MethodResult:
     @property
     def label(self) -> str:
         """What the report calls it."""
-        return _LABELS.get(self.method, self.method)
+        return METHOD_LABELS.get(self.method, self.method)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +92,22 @@ class Served:
 
 
 @dataclass(frozen=True, eq=False)
+class Stacks:
+    """Stacks beside their adapters alone, drawn by the service; label -> the adapters that were summed."""
+
+    grid: Grid
+    adapters: Mapping[str, Sequence[str]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but the pictures themselves."""
+        return {
+            "adapters": {label: list(names) for label, names in self.adapters.items()},
+            "prompts": list(self.grid.prompts),
+            "seeds": list(self.grid.seeds),
+        }
+
+
+@dataclass(frozen=True, eq=False)
 class ReportInput:
     """What a report shows; the last method is compared with the first, on the same prompts and seeds."""
 
@@ -98,28 +116,32 @@ class ReportInput:
     methods: tuple[MethodResult, ...]
     facts: Mapping[str, str] = field(default_factory=dict)
     served: Served | None = None
+    stacks: Stacks | None = None
 
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """Where the three files of a report lie."""
+    """Where the files of a report lie; stacks only where it shows some."""
 
     html: Path
     png: Path
     json: Path
+    stacks: Path | None = None
 
 
 def write_report(out: Path, report: ReportInput) -> ReportFiles:
-    """Write report.html, report.png and report.json into the folder `out`; each appears whole or not at all."""
+    """Write report.html, report.png, report.json and stacks.png into `out`; each appears whole or not at all."""
     if not report.methods:
         raise EvaluationError("a report needs at least one evaluated adapter")
     out.mkdir(parents=True, exist_ok=True)
-    files = ReportFiles(out / "report.html", out / "report.png", out / "report.json")
+    stacks = None if report.stacks is None else out / "stacks.png"
+    files = ReportFiles(out / "report.html", out / "report.png", out / "report.json", stacks)
     grids = _grids(report)
-    picture = io.BytesIO()
-    draw_grids(grids, report.title, rows=GRID_ROWS).save(picture, format="PNG", optimize=True)
     data = report_json(report)
-    write_whole(files.png, picture.getvalue())
+    write_whole(files.png, _png(draw_grids(grids, report.title, rows=GRID_ROWS)))
+    if stacks is not None and report.stacks is not None:
+        grid = report.stacks.grid
+        write_whole(stacks, _png(draw_grids([grid], STACKS_TITLE, rows=len(grid.prompts))))
     write_whole(files.json, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
     write_whole(files.html, _render(report, grids, data["comparison"]).encode())
     return files
@@ -141,6 +163,7 @@ def report_json(report: ReportInput) -> dict[str, Any]:
         },
         "comparison": _comparison(report.methods),
         **({} if report.served is None else {"served": report.served.to_json()}),
+        **({} if report.stacks is None else {"stacks": report.stacks.to_json()}),
     }
 
 
@@ -189,16 +212,21 @@ def _render(report: ReportInput, grids: Sequence[Grid], comparison: Mapping[str,
     )
     environment.filters["number"] = _number
     environment.filters["png"] = _data_url
+    concepts = [(images.token, images.class_noun) for images in report.methods[0].evaluation.images]
     judges = [_judge_view(report, index, comparison) for index in range(len(report.methods[0].evaluation.judges))]
     return environment.get_template("report.html.j2").render(
         report=report,
         colours=[method_colour(result.label) for result in report.methods],
         tiles=[row for row in judges[0]["rows"] if row["metric"] in _TILES],
         judges=judges,
-        grids=[_grid_view(grid) for grid in grids],
+        grids=[
+            {"token": token, "class_noun": noun, **_grid_view(grid)}
+            for (token, noun), grid in zip(concepts, grids, strict=True)
+        ],
+        stacks=None if report.stacks is None else _grid_view(report.stacks.grid),
         open_rows=OPEN_ROWS,
-        curves=[(grid, curve) for grid in grids if (curve := _curve(grid.token, report)) is not None],
-        recognition=[_recognition_view(grid.token, report) for grid in grids],
+        curves=[(token, noun, curve) for token, noun in concepts if (curve := _curve(token, report)) is not None],
+        recognition=[_recognition_view(token, report) for token, _ in concepts],
         spec=report.methods[0].evaluation.spec,
         same_spec=len({result.evaluation.spec for result in report.methods}) == 1,
     )
@@ -286,6 +314,12 @@ def _number(value: float | None) -> str:
     if value != 0 and abs(value) < 0.0095:
         return f"{value:.1e}" if abs(value) < 5e-5 else f"{value:.4f}"
     return f"{value:.3f}"
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def _data_url(png: bytes) -> str:

@@ -65,7 +65,7 @@ class SampleGrids:
                 for block, name, subject, arm in arms
             )
             prompts = tuple(fill(template, noun, None) for template in self._prompts)
-            grids.append(Grid(token, noun, prompts, self._seeds, columns))
+            grids.append(Grid(prompts, self._seeds, columns))
         return draw_grids(grids, title, rows=len(self._seeds))
 
     def _rows(self, slot: int, noun: str, trigger: str | None) -> list[ImageRow]:

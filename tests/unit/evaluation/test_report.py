@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,9 +16,9 @@ import pytest
 from PIL import Image
 
 from cat_cluster.errors import EvaluationError, OutputError
-from cat_cluster.evaluation.grid import concept_grid, draw_grids, thumbnail_png
+from cat_cluster.evaluation.grid import Column, Grid, concept_grid, draw_grids, thumbnail_png
 from cat_cluster.evaluation.intervals import METRICS
-from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, report_json, write_report
+from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, Stacks, report_json, write_report
 from cat_cluster.evaluation.results import Evaluation
 
 pytestmark = pytest.mark.slow
@@ -79,6 +80,30 @@ def test_the_page_is_whole_and_needs_no_network(files: ReportFiles) -> None:
         Image.open(io.BytesIO(base64.b64decode(png.removeprefix(prefix)))).verify()
     # 12 seeds x (base + 2 methods without and with), 5 photos, 1 picture of the curves
     assert len(page.images) == 12 * 5 + 5 + 1
+
+
+def test_a_report_with_stacks_shows_every_picture_of_them(make_evaluation: MakeEvaluation, tmp_path: Path) -> None:
+    grey = [tuple(np.full((8, 8, 3), 40 * column + row, dtype=np.uint8) for row in range(2)) for column in range(4)]
+    titles = (("Untouched", "Base model"), ("LoRA", "One adapter"), ("LoRA", "Stack of 2"), ("The concept", "Photos"))
+    columns = tuple(Column(*title, "", own) for title, own in zip(titles, grey, strict=True))
+    stacks = Stacks(Grid(("a sks cup", "a zwx fish"), (7, 7), columns), {"LoRA": ["cup", "fish"]})
+    files = write_report(tmp_path, replace(two_methods(make_evaluation), stacks=stacks))
+    page = Page(files.html.read_text(encoding="utf-8"))
+    assert not page.open
+    assert "LoRA: cup+fish" in page.text
+    for block, title in titles:
+        assert block in page.text
+        assert title in page.text
+    shown = set(page.images)
+    for column in grey:
+        for picture in column:
+            assert f"data:image/png;base64,{base64.b64encode(thumbnail_png(picture)).decode()}" in shown
+    assert json.loads(files.json.read_text(encoding="utf-8"))["stacks"] == stacks.to_json()
+    assert files.stacks is not None
+    drawn = np.asarray(Image.open(files.stacks).convert("RGB"))
+    for column in grey:
+        for picture in column:
+            assert (drawn == picture[0, 0]).all(axis=-1).sum() > 100 * 100
 
 
 def test_the_page_shows_every_metric_of_both_judges(files: ReportFiles, make_evaluation: MakeEvaluation) -> None:
