@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
@@ -19,14 +20,27 @@ from cat_cluster.models.generate import ImageRow, generate, initial_latents
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.models.samplers import sampler_table
+from cat_cluster.spec.choices import SamplerName
 from serve.denoise.rows import ImageRows
 
-# Of stock diffusers, by the name of the sampler that is to do the same.
-SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+# Of stock diffusers, by the name of the sampler that is to do the same, and what its user sets.
+_STOCK: Mapping[SamplerName, tuple[Any, Mapping[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+}
 
 TARGETS = "attention_ff"
 RANK = 3
 TOLERANCE = 3e-5  # of images in [0, 1]: the number of rows in a call changes the last bits
+
+
+def stock_scheduler(name: SamplerName, config: Mapping[str, Any]) -> Any:
+    """The scheduler of stock diffusers that a user swaps in for a base's own, made of that one's config."""
+    kind, options = _STOCK[name]
+    return kind.from_config(config, **options)
 
 
 def random_adapter(base: BaseModel, seed: int, rank: int = RANK) -> AdapterWeights:

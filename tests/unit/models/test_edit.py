@@ -24,7 +24,7 @@ from cat_cluster.models.edit_steps import edit_strength, steps_made
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.samplers import SAMPLERS, sampler_table
 from cat_cluster.spec.choices import SamplerName
-from tests.support.denoised_images import SCHEDULERS, random_adapter
+from tests.support.denoised_images import random_adapter, stock_scheduler
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ class Stock:
         pipeline: Any = self._plain if mask is None else self._masked
         pipeline.set_progress_bar_config(disable=True)
         loaded = pipeline.scheduler
-        pipeline.scheduler = SCHEDULERS[row.sampler].from_config(loaded.config)
+        pipeline.scheduler = stock_scheduler(row.sampler, loaded.config)
         of_mask = {} if mask is None else {"mask_image": mask, "width": photo.width, "height": photo.height}
         try:
             images: Tensor = pipeline(

@@ -22,7 +22,7 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.samplers import SAMPLERS
 from cat_cluster.spec.choices import SamplerName
-from tests.support.denoised_images import SCHEDULERS
+from tests.support.denoised_images import stock_scheduler
 from tests.support.provenance import DRAWN, said_in_xmp
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def quiet(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
 def stock_image(pipeline: StableDiffusionPipeline, row: ImageRow) -> Tensor:
     """The image a stock user gets after swapping the scheduler [3, H, W]."""
     loaded = pipeline.scheduler
-    pipeline.scheduler = SCHEDULERS[row.sampler].from_config(loaded.config)
+    pipeline.scheduler = stock_scheduler(row.sampler, loaded.config)
     try:
         images: Tensor = pipeline(
             row.prompt,
