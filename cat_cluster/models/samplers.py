@@ -1,11 +1,11 @@
 """Samplers as tables of coefficients, so that rows at different steps of different samplers share one call.
 
-DDIM (eta 0), Euler and DPM-Solver++ 2M are linear in the latents x, the U-Net's output, and the previous step's
-denoised latents. One step of any of them, for a row, is
+DDIM (eta 0), Euler, DPM-Solver++ 2M and their kin are linear in the latents x, the U-Net's output, the previous step's
+denoised latents, and, where a sampler adds it, fresh noise. One step of any of them, for a row, is
 
     output   = U-Net(input_scale * x, timestep, text)
     denoised = from_latents * x + from_output * output
-    x        = on_latents * x + on_denoised * denoised + on_previous * previous
+    x        = on_latents * x + on_denoised * denoised + on_previous * previous + on_noise * noise
 
 with x = initial_scale * noise before the first step and previous = the last step's denoised (any finite value
 before the first). First and last steps, sigma space and multistep order are all in the coefficients. An image z0 is
@@ -26,6 +26,7 @@ from torch import Tensor
 from cat_cluster.errors import BaseModelError, SpecError
 from cat_cluster.models.noise_levels import Array, ddim_timesteps, dpmpp_levels, euler_levels, final_sigma
 from cat_cluster.models.schedule import SCHEDULER_FILE, NoiseSchedule
+from cat_cluster.models.step_noise import CallNoise
 from cat_cluster.spec.choices import SamplerName
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
@@ -38,7 +39,6 @@ _EULER_OPTIONS: Mapping[str, Any] = {
     "timestep_type": "discrete",
 }
 _DPMPP_OPTIONS: Mapping[str, Any] = {
-    "algorithm_type": "dpmsolver++",
     "solver_order": 2,
     "solver_type": "midpoint",
     "thresholding": False,
@@ -47,13 +47,16 @@ _DPMPP_OPTIONS: Mapping[str, Any] = {
     "use_lu_lambdas": False,
     "use_flow_sigmas": False,
 }
-# A name that chooses an option itself, as the one with karras, does not read it from the config.
+# An option that a name says, as that of Karras' levels, is not read from the config where the name sets it.
 _FIXED_OPTIONS: Mapping[SamplerName, Mapping[str, Any]] = {
     "ddim": {"thresholding": False},
     "euler": {**_EULER_OPTIONS, "use_karras_sigmas": False},
     "euler_karras": _EULER_OPTIONS,
-    "dpmpp_2m": {**_DPMPP_OPTIONS, "use_karras_sigmas": False},
-    "dpmpp_2m_karras": _DPMPP_OPTIONS,
+    "euler_ancestral": {},  # diffusers' scheduler has none of these options
+    "dpmpp_2m": {**_DPMPP_OPTIONS, "algorithm_type": "dpmsolver++", "use_karras_sigmas": False},
+    "dpmpp_2m_karras": {**_DPMPP_OPTIONS, "algorithm_type": "dpmsolver++"},
+    "dpmpp_2m_sde": {**_DPMPP_OPTIONS, "use_karras_sigmas": False},
+    "dpmpp_2m_sde_karras": _DPMPP_OPTIONS,
 }
 
 
@@ -68,11 +71,15 @@ class RowCoefficients:
     on_latents: Tensor
     on_denoised: Tensor
     on_previous: Tensor
+    on_noise: Tensor
 
 
 @dataclass(frozen=True)
 class SamplerTable:
-    """A sampler of S steps for one schedule: every field but name and initial_scale is [S] float64 on the CPU."""
+    """A sampler of S steps for one schedule: every field from timesteps to noise is [S] float64 on the CPU.
+
+    noise_dtype: in which diffusers draws the noise of a step; None: in the base's own.
+    """
 
     name: SamplerName
     timesteps: Tensor
@@ -82,12 +89,19 @@ class SamplerTable:
     on_latents: Tensor
     on_denoised: Tensor
     on_previous: Tensor
+    on_noise: Tensor
     signal: Tensor
     noise: Tensor
     initial_scale: float
+    noise_dtype: torch.dtype | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @cached_property
+    def adds_noise(self) -> bool:
+        """Whether any of its steps adds noise."""
+        return bool(self.on_noise.any())
 
     def after(self, skipped: int) -> SamplerTable:
         """Return the steps behind the first `skipped`, for latents that begin as noisy as the latents there are.
@@ -101,7 +115,7 @@ class SamplerTable:
 
     @cached_property
     def packed(self) -> Tensor:
-        """The steps' coefficients [S, 7] in float32, in RowCoefficients' field order, for one copy per gather."""
+        """The steps' coefficients [S, 8] in float32, in RowCoefficients' field order, for one copy per gather."""
         columns = [getattr(self, field.name) for field in fields(RowCoefficients)]
         return torch.stack(columns, dim=1).to(torch.float32)
 
@@ -163,9 +177,12 @@ def gather_coefficients(
 
 
 def advance_rows(
-    coefficients: RowCoefficients, latents: Tensor, output: Tensor, previous: Tensor
+    coefficients: RowCoefficients, latents: Tensor, output: Tensor, previous: Tensor, noise: CallNoise | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (next latents, denoised), both [B, C, H, W] in float32; previous: the last step's denoised."""
+    """Return (next latents, denoised), both [B, C, H, W] in float32; previous: the last step's denoised.
+
+    noise: of the rows whose samplers add some; the others are computed without.
+    """
 
     def per_row(values: Tensor) -> Tensor:
         return values.to(latents.device).view(-1, 1, 1, 1)
@@ -177,6 +194,8 @@ def advance_rows(
         + per_row(coefficients.on_denoised) * denoised
         + per_row(coefficients.on_previous) * previous
     )
+    if noise is not None:
+        following[noise.places] += per_row(coefficients.on_noise)[noise.places] * noise.values
     return following, denoised
 
 
@@ -201,16 +220,27 @@ def _ddim(name: SamplerName, schedule: NoiseSchedule, steps: int) -> SamplerTabl
         on_latents=on_latents,
         on_denoised=np.sqrt(alpha_next) - on_latents * np.sqrt(alpha),
         on_previous=np.zeros_like(alpha),
+        on_noise=np.zeros_like(alpha),
         signal=np.sqrt(alpha),
         noise=np.sqrt(1 - alpha),
     )
 
 
-def _euler(name: SamplerName, schedule: NoiseSchedule, steps: int, *, karras: bool = False) -> SamplerTable:
-    """Euler's method in sigma space, x = z / sqrt(a) (arXiv 2206.00364, algorithm 2 without churn)."""
+def _euler(
+    name: SamplerName, schedule: NoiseSchedule, steps: int, *, karras: bool = False, ancestral: bool = False
+) -> SamplerTable:
+    """Euler's method in sigma space, x = z / sqrt(a) (arXiv 2206.00364, algorithm 2 without churn).
+
+    ancestral: each step goes below the next level, to sigma_next^2 / sigma, and noise brings the latents up to it, as
+    in ancestral sampling of DDPM (k-diffusion's sample_euler_ancestral).
+    """
     timesteps, sigmas = euler_levels(schedule, steps, karras=karras)
-    sigmas = np.append(sigmas, final_sigma(schedule))
+    # diffusers' ancestral scheduler has no final_sigmas_type.
+    sigmas = np.append(sigmas, 0.0 if ancestral else final_sigma(schedule))
     sigma, ratio = sigmas[:-1], sigmas[1:] / sigmas[:-1]
+    on_latents, on_noise = ratio, np.zeros_like(ratio)
+    if ancestral:
+        on_latents, on_noise = ratio**2, sigmas[1:] * np.sqrt(1 - ratio**2)
     scale = 1 / np.sqrt(sigma**2 + 1)
     if schedule.prediction_type == "epsilon":
         from_latents, from_output = np.ones_like(sigma), -sigma
@@ -224,22 +254,34 @@ def _euler(name: SamplerName, schedule: NoiseSchedule, steps: int, *, karras: bo
         input_scale=scale,
         from_latents=from_latents,
         from_output=from_output,
-        on_latents=ratio,
-        on_denoised=1 - ratio,
+        on_latents=on_latents,
+        on_denoised=1 - on_latents,
         on_previous=np.zeros_like(sigma),
+        on_noise=on_noise,
         signal=np.ones_like(sigma),
         noise=sigma,
     )
 
 
-def _dpmpp_2m(name: SamplerName, schedule: NoiseSchedule, steps: int, *, karras: bool = False) -> SamplerTable:
-    """DPM-Solver++ 2M, midpoint (arXiv 2211.01095, algorithm 2), of first order at the first and a final step."""
+def _dpmpp_2m(
+    name: SamplerName, schedule: NoiseSchedule, steps: int, *, karras: bool = False, sde: bool = False
+) -> SamplerTable:
+    """DPM-Solver++ 2M, midpoint (arXiv 2211.01095, algorithm 2), of first order at the first and a final step.
+
+    sde: of the stochastic equation, as SDE-DPM-Solver++ 2M there (appendix D.4).
+    """
     timesteps, sigmas = dpmpp_levels(schedule, steps, karras=karras)
     sigmas = np.append(sigmas, final_sigma(schedule))
     signal = 1 / np.sqrt(sigmas**2 + 1)
     noise = sigmas * signal
     # exp(-h) of a step is the quotient of its sigmas, since lambda = -log(sigma) in this space.
-    gain = signal[1:] * (1 - sigmas[1:] / sigmas[:-1])
+    shrink = sigmas[1:] / sigmas[:-1]
+    on_latents, on_noise = noise[1:] / noise[:-1], np.zeros_like(shrink)
+    gain = signal[1:] * (1 - shrink)
+    if sde:
+        # Karras' last level can be the final one, but for rounding.
+        on_latents, on_noise = on_latents * shrink, noise[1:] * np.sqrt((1 - shrink**2).clip(min=0))
+        gain = signal[1:] * (1 - shrink**2)
     half = _second_order_share(schedule.scheduler_config, sigmas)
     from_latents, from_output = _denoise(schedule, signal[:-1], noise[:-1])
     return _table(
@@ -249,11 +291,13 @@ def _dpmpp_2m(name: SamplerName, schedule: NoiseSchedule, steps: int, *, karras:
         input_scale=np.ones_like(gain),
         from_latents=from_latents,
         from_output=from_output,
-        on_latents=noise[1:] / noise[:-1],
+        on_latents=on_latents,
         on_denoised=gain * (1 + half),
         on_previous=-gain * half,
+        on_noise=on_noise,
         signal=signal[:-1],
         noise=noise[:-1],
+        noise_dtype=torch.float32 if sde else None,
     )
 
 
@@ -279,14 +323,19 @@ _BUILDERS: Mapping[SamplerName, _Builder] = {
     "ddim": _ddim,
     "euler": _euler,
     "euler_karras": partial(_euler, karras=True),
+    "euler_ancestral": partial(_euler, ancestral=True),
     "dpmpp_2m": _dpmpp_2m,
     "dpmpp_2m_karras": partial(_dpmpp_2m, karras=True),
+    "dpmpp_2m_sde": partial(_dpmpp_2m, sde=True),
+    "dpmpp_2m_sde_karras": partial(_dpmpp_2m, karras=True, sde=True),
 }
 
 
-def _table(name: SamplerName, initial_scale: float, **columns: Array) -> SamplerTable:
+def _table(
+    name: SamplerName, initial_scale: float, *, noise_dtype: torch.dtype | None = None, **columns: Array
+) -> SamplerTable:
     tensors = {key: torch.from_numpy(np.ascontiguousarray(column)) for key, column in columns.items()}
-    return SamplerTable(name=name, initial_scale=initial_scale, **tensors)
+    return SamplerTable(name=name, initial_scale=initial_scale, noise_dtype=noise_dtype, **tensors)
 
 
 def _denoise(schedule: NoiseSchedule, signal: Array, noise: Array) -> tuple[Array, Array]:

@@ -34,6 +34,9 @@ MIXED = [
     ImageRow("a red cup", 4, steps=1, sampler="dpmpp_2m"),
     ImageRow("a photo", 1, steps=5, sampler="ddim", guidance=0.0),
     ImageRow("cup of red", 5, steps=2, sampler="euler", guidance=2.0),
+    ImageRow("a cup", 6, steps=5, sampler="euler_ancestral", guidance=1.0),
+    ImageRow("a photo of a cup", 7, steps=4, sampler="dpmpp_2m_sde"),
+    ImageRow("red", 6, steps=3, sampler="dpmpp_2m_sde_karras"),
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ from cat_cluster.models.samplers import (
     sampler_table,
 )
 from cat_cluster.models.schedule import NoiseSchedule
+from cat_cluster.models.step_noise import StepNoise, gather_noise
 from cat_cluster.spec.choices import SamplerName
 from tests.support.denoised_images import stock_scheduler
 
+SEED = 8  # of the noise that samplers add at their steps
 STABLE = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -53,6 +56,7 @@ def model(latents: Tensor, timestep: Tensor) -> Tensor:
 
 def oracle_path(name: SamplerName, config: dict[str, Any], steps: int, noise: Tensor) -> list[Tensor]:
     """The latents [C, H, W] before each step and at the end, by the stock scheduler in a stock loop."""
+    generator = torch.Generator().manual_seed(SEED)
     scheduler = stock_scheduler(name, config)
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):  # without it a first timestep that stands there twice is passed over
@@ -61,25 +65,37 @@ def oracle_path(name: SamplerName, config: dict[str, Any], steps: int, noise: Te
     path = [latents[0]]
     for timestep in scheduler.timesteps:
         output = model(scheduler.scale_model_input(latents, timestep), timestep.float()[None])
-        latents = scheduler.step(output, timestep, latents).prev_sample
+        latents = scheduler.step(output, timestep, latents, generator=generator).prev_sample
         path.append(latents[0])
     return path
+
+
+def step_noise(table: SamplerTable) -> StepNoise | None:
+    """The noise of the steps that `oracle_path` draws."""
+    generator = torch.Generator().manual_seed(SEED)
+    return StepNoise(generator, (4, 6, 6), torch.float32) if table.adds_noise else None
 
 
 def our_path(table: SamplerTable, noise: Tensor) -> list[Tensor]:
-    latents = noise[None] * table.initial_scale
+    latents, of_steps = noise[None] * table.initial_scale, step_noise(table)
     previous = torch.zeros_like(latents)
     path = [latents[0]]
     for step in range(len(table)):
-        latents, previous = one_call([table], [step], latents, previous)
+        latents, previous = one_call([table], [step], latents, previous, [of_steps])
         path.append(latents[0])
     return path
 
 
-def one_call(tables: list[SamplerTable], steps: list[int], latents: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+def one_call(
+    tables: list[SamplerTable],
+    steps: list[int],
+    latents: Tensor,
+    previous: Tensor,
+    noises: Sequence[StepNoise | None] = (),
+) -> tuple[Tensor, Tensor]:
     rows = gather_coefficients(tables, steps)
     output = model(rows.input_scale.view(-1, 1, 1, 1) * latents, rows.timesteps)
-    return advance_rows(rows, latents, output, previous)
+    return advance_rows(rows, latents, output, previous, gather_noise(noises, steps, latents.device))
 
 
 def assert_paths_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -132,11 +148,15 @@ def test_rows_of_different_samplers_at_different_steps_share_calls() -> None:
     """Rows join one call after another; each follows its own scheduler to its own end."""
     config = {**STABLE, "prediction_type": "epsilon"}
     schedule = NoiseSchedule.from_config(config)
-    plan: list[tuple[SamplerName, int]] = [("ddim", 4), ("euler", 7), ("dpmpp_2m", 5), ("dpmpp_2m", 16), ("ddim", 1)]
+    plan: list[tuple[SamplerName, int]] = [
+        *[("ddim", 4), ("euler", 7), ("dpmpp_2m", 5), ("dpmpp_2m", 16), ("ddim", 1)],
+        *[("euler_ancestral", 6), ("dpmpp_2m_sde", 9), ("dpmpp_2m_sde_karras", 16), ("euler_ancestral", 1)],
+    ]
     tables = [sampler_table(name, schedule, steps) for name, steps in plan]
     noises = [torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(len(plan))]
     paths = [[noise * table.initial_scale] for noise, table in zip(noises, tables, strict=True)]
     previous = [torch.zeros_like(noise) for noise in noises]
+    of_steps = [step_noise(table) for table in tables]
     for call in range(30):
         active = [row for row, table in enumerate(tables) if row <= call and len(paths[row]) - 1 < len(table)]
         if not active:
@@ -146,6 +166,7 @@ def test_rows_of_different_samplers_at_different_steps_share_calls() -> None:
             [len(paths[row]) - 1 for row in active],
             torch.stack([paths[row][-1] for row in active]),
             torch.stack([previous[row] for row in active]),
+            [of_steps[row] for row in active],
         )
         for position, row in enumerate(active):
             paths[row].append(latents[position])
@@ -207,6 +228,8 @@ def test_an_unknown_sampler_is_refused() -> None:
         ("dpmpp_2m_karras", {"algorithm_type": "sde-dpmsolver++"}),
         ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}),
         ("dpmpp_2m", {"solver_order": 3}),
+        ("dpmpp_2m_sde", {"solver_type": "heun"}),
+        ("dpmpp_2m_sde", {"use_karras_sigmas": True}),
     ],
 )
 def test_options_a_table_does_not_implement_are_refused(name: SamplerName, option: dict[str, Any]) -> None:

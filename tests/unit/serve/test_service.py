@@ -146,7 +146,7 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop,
         replace(CUP, count=2),
         replace(CUP, adapters=stack("mug:0.5"), sampler="dpmpp_2m"),
         replace(CUP, adapters=stack("jar"), guidance=1.0, steps=6),
-        replace(CUP, adapters=(), sampler="euler"),
+        replace(CUP, adapters=(), sampler="euler_ancestral", count=2),
         replace(CUP, adapters=stack("mug"), size=(24, 16), negative_prompt="red"),
     ]
 
