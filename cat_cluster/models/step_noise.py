@@ -24,8 +24,10 @@ class StepNoise:
     def of(self, step: int) -> Tensor:
         """Return the noise of a step [C, H, W], float32 on the CPU: of the next one, or of the last one again.
 
-        So a step whose call failed has the same noise when it is made again.
+        So a step whose call failed has the same noise when it is made again. Raises ValueError for an earlier one.
         """
+        if step < self._drawn - 1:
+            raise ValueError(f"step {step} comes again after step {self._drawn - 1}, and its noise is not kept")
         while self._drawn <= step:
             drawn = torch.randn(self._shape, generator=self._generator, dtype=self._dtype)
             self._latest = drawn[0].float()
@@ -42,12 +44,15 @@ class CallNoise:
 
 
 def gather_noise(noises: Sequence[StepNoise | None], steps: Sequence[int], device: torch.device) -> CallNoise | None:
-    """Return the noise of a call at each image's step, in one copy to `device`; None when no image gets any."""
+    """Return the noise of a call at each image's step, on `device`; None when no image gets any."""
     drawn = {place: noise.of(steps[place]) for place, noise in enumerate(noises) if noise is not None}
     if not drawn:
         return None
-    values = torch.stack(list(drawn.values()))
-    if device.type == "cuda":
-        values = values.pin_memory()  # else the copy would wait for the U-Net call that is under way
-    places = torch.tensor(list(drawn), device=device)
-    return CallNoise(places, values.to(device, non_blocking=True))
+    return CallNoise(_moved(torch.tensor(list(drawn)), device), _moved(torch.stack(list(drawn.values())), device))
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return tensor.to(device)
+    # From pinned memory, or the copy would wait for the U-Net call that is under way.
+    return tensor.pin_memory().to(device, non_blocking=True)

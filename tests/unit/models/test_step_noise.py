@@ -37,6 +37,8 @@ def test_a_step_that_is_made_again_has_the_same_noise() -> None:
     expected = draws(3, 4)
     for own, step in zip(asked, (0, 0, 1, 2, 2, 2, 3), strict=True):
         assert torch.equal(own, expected[step])
+    with pytest.raises(ValueError, match="step 2 comes again after step 3"):
+        noise.of(2)
 
 
 def test_a_call_gets_the_noise_of_those_that_add_some() -> None:
