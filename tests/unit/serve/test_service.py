@@ -104,7 +104,7 @@ def test_a_png_says_how_it_was_made(shop: Shop) -> None:
                 "adapter_sha256": digest,
             }
             assert parameters[:2] == ["a caf\u00e9 cup", "Negative prompt: red"]
-            assert parameters[2].startswith("Steps: 4, Sampler: euler, CFG scale: 4, Seed: 11, Model: cup@")
+            assert parameters[2].startswith("Steps: 4, Sampler: Euler, CFG scale: 4, Seed: 11, Model: cup@")
             assert f"{manifest.name}: {digest[:12]}" in parameters[2]
 
     run(main)
