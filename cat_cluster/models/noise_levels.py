@@ -74,6 +74,19 @@ def dpmpp_levels(schedule: NoiseSchedule, steps: int, *, karras: bool) -> tuple[
     return timesteps, _interpolated(timesteps, training)
 
 
+def lcm_timesteps(schedule: NoiseSchedule, steps: int) -> Array:
+    """Return LCM's timesteps [S], of the original_inference_steps that it was distilled with, whatever the spacing."""
+    total = schedule.num_timesteps
+    distilled = int(schedule.scheduler_config.get("original_inference_steps", 50))
+    if not steps <= distilled <= total:
+        raise SpecError(
+            f"steps: sampler 'lcm' makes at most the {distilled} steps that a base is distilled with "
+            f"({SCHEDULER_FILE}: original_inference_steps, at most {total}); use fewer steps."
+        )
+    timesteps = np.arange(distilled, 0, -1, dtype=np.float64) * (total // distilled) - 1
+    return timesteps[np.floor(np.linspace(0, distilled, num=steps, endpoint=False)).astype(np.int64)]
+
+
 def final_sigma(schedule: NoiseSchedule) -> float:
     """Return the level behind the last step: none, or the schedule's smallest where final_sigmas_type is sigma_min."""
     kind = schedule.scheduler_config.get("final_sigmas_type", "zero")

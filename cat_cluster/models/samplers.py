@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from cat_cluster.errors import BaseModelError, SpecError
-from cat_cluster.models.noise_levels import Array, ddim_timesteps, dpmpp_levels, euler_levels, final_sigma
+from cat_cluster.models.noise_levels import (
+    Array,
+    ddim_timesteps,
+    dpmpp_levels,
+    euler_levels,
+    final_sigma,
+    lcm_timesteps,
+)
 from cat_cluster.models.schedule import SCHEDULER_FILE, NoiseSchedule
 from cat_cluster.models.step_noise import CallNoise
 from cat_cluster.spec.choices import SamplerName
@@ -57,6 +64,7 @@ _FIXED_OPTIONS: Mapping[SamplerName, Mapping[str, Any]] = {
     "dpmpp_2m_karras": {**_DPMPP_OPTIONS, "algorithm_type": "dpmsolver++"},
     "dpmpp_2m_sde": {**_DPMPP_OPTIONS, "use_karras_sigmas": False},
     "dpmpp_2m_sde_karras": _DPMPP_OPTIONS,
+    "lcm": {"thresholding": False},
 }
 
 
@@ -318,6 +326,31 @@ def _second_order_share(config: Mapping[str, Any], sigmas: Array) -> Array:
     return half
 
 
+def _lcm(name: SamplerName, schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """Multistep consistency sampling (arXiv 2310.04378, algorithm 3): denoise, then noise again to the next level."""
+    timesteps = lcm_timesteps(schedule, steps)
+    alpha = schedule.alphas_cumprod.numpy()[timesteps.astype(np.int64)]
+    alpha_next = np.append(alpha[1:], 1.0)
+    from_latents, from_output = _denoise(schedule, np.sqrt(alpha), np.sqrt(1 - alpha))
+    # The boundary conditions of consistency models, with 0.5 as the data's deviation: at timestep 0, x itself.
+    scaled = timesteps * float(schedule.scheduler_config.get("timestep_scaling", 10.0))
+    of_latents, of_denoised = 0.25 / (scaled**2 + 0.25), scaled / np.sqrt(scaled**2 + 0.25)
+    return _table(
+        name,
+        1.0,
+        timesteps=timesteps,
+        input_scale=np.ones_like(alpha),
+        from_latents=of_latents + of_denoised * from_latents,
+        from_output=of_denoised * from_output,
+        on_latents=np.zeros_like(alpha),
+        on_denoised=np.sqrt(alpha_next),
+        on_previous=np.zeros_like(alpha),
+        on_noise=np.sqrt(1 - alpha_next),
+        signal=np.sqrt(alpha),
+        noise=np.sqrt(1 - alpha),
+    )
+
+
 _Builder = Callable[[SamplerName, NoiseSchedule, int], SamplerTable]
 _BUILDERS: Mapping[SamplerName, _Builder] = {
     "ddim": _ddim,
@@ -328,6 +361,7 @@ _BUILDERS: Mapping[SamplerName, _Builder] = {
     "dpmpp_2m_karras": partial(_dpmpp_2m, karras=True),
     "dpmpp_2m_sde": partial(_dpmpp_2m, sde=True),
     "dpmpp_2m_sde_karras": partial(_dpmpp_2m, karras=True, sde=True),
+    "lcm": _lcm,
 }
 
 

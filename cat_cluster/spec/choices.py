@@ -14,6 +14,7 @@ SamplerName = Literal[
     "dpmpp_2m_karras",
     "dpmpp_2m_sde",
     "dpmpp_2m_sde_karras",
+    "lcm",
 ]
 Weighting = Literal["none", "a1111"]
 Targets = Literal["attention", "cross_attention", "attention_ff"]

@@ -28,6 +28,7 @@ _SAMPLERS: Mapping[SamplerName, str] = {
     "dpmpp_2m_karras": "DPM++ 2M Karras",
     "dpmpp_2m_sde": "DPM++ 2M SDE",
     "dpmpp_2m_sde_karras": "DPM++ 2M SDE Karras",
+    "lcm": "LCM",
 }
 _JPEG_EXIF = 65400  # bytes that a JPEG has for it, less the digits of a longer seed; PNG and WebP have no limit
 

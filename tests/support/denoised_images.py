@@ -13,6 +13,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
 )
 from torch import Tensor
 
@@ -42,6 +43,7 @@ _STOCK: Mapping[SamplerName, tuple[Any, Mapping[str, Any]]] = {
         DPMSolverMultistepScheduler,
         {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
     ),
+    "lcm": (LCMScheduler, {}),
 }
 
 TARGETS = "attention_ff"

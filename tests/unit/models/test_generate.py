@@ -37,6 +37,7 @@ MIXED = [
     ImageRow("a cup", 6, steps=5, sampler="euler_ancestral", guidance=1.0),
     ImageRow("a photo of a cup", 7, steps=4, sampler="dpmpp_2m_sde"),
     ImageRow("red", 6, steps=3, sampler="dpmpp_2m_sde_karras"),
+    ImageRow("red cup", 8, steps=4, sampler="lcm", guidance=1.5),
 ]
 
 

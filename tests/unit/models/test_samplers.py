@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "euler-at-final": {"final_sigmas_type": "sigma_min", "euler_at_final": True},
     "linear": {"beta_schedule": "linear"},
     "cosine": {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1},
+    "distilled": {"original_inference_steps": 30, "timestep_scaling": 4.0},
     "given-ends": {"sigma_min": 0.05, "sigma_max": 11.5, "timestep_spacing": "trailing"},
     "short": {"trained_betas": [0.002 + 0.0002 * step for step in range(200)], "num_train_timesteps": 200},
 }
@@ -150,7 +151,7 @@ def test_rows_of_different_samplers_at_different_steps_share_calls() -> None:
     schedule = NoiseSchedule.from_config(config)
     plan: list[tuple[SamplerName, int]] = [
         *[("ddim", 4), ("euler", 7), ("dpmpp_2m", 5), ("dpmpp_2m", 16), ("ddim", 1)],
-        *[("euler_ancestral", 6), ("dpmpp_2m_sde", 9), ("dpmpp_2m_sde_karras", 16), ("euler_ancestral", 1)],
+        *[("euler_ancestral", 6), ("dpmpp_2m_sde", 9), ("dpmpp_2m_sde_karras", 16), ("lcm", 3)],
     ]
     tables = [sampler_table(name, schedule, steps) for name, steps in plan]
     noises = [torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(len(plan))]
@@ -213,6 +214,13 @@ def test_steps_without_finite_coefficients_are_refused() -> None:
         sampler_table("ddim", NoiseSchedule.from_config(config), 4)
 
 
+def test_lcm_makes_no_more_steps_than_it_was_distilled_with() -> None:
+    schedule = NoiseSchedule.from_config({**STABLE, "original_inference_steps": 8})
+    assert len(sampler_table("lcm", schedule, 8)) == 8
+    with pytest.raises(SpecError, match=r"^steps: sampler 'lcm' makes at most the 8 steps .* use fewer steps"):
+        sampler_table("lcm", schedule, 9)
+
+
 def test_an_unknown_sampler_is_refused() -> None:
     with pytest.raises(SpecError, match=f"'heun' is not available; choose one of {', '.join(SAMPLERS)}"):
         sampler_table("heun", NoiseSchedule.from_config(STABLE), 4)  # type: ignore[arg-type]
@@ -229,6 +237,7 @@ def test_an_unknown_sampler_is_refused() -> None:
         ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}),
         ("dpmpp_2m", {"solver_order": 3}),
         ("dpmpp_2m_sde", {"solver_type": "heun"}),
+        ("lcm", {"thresholding": True}),
         ("dpmpp_2m_sde", {"use_karras_sigmas": True}),
     ],
 )

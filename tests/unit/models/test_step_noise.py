@@ -17,7 +17,7 @@ from cat_cluster.spec.choices import SamplerName
 from tests.support.denoised_images import stock_scheduler
 
 SHAPE = (4, 8, 8)
-NOISY = tuple(name for name in get_args(SamplerName) if "ancestral" in name or "sde" in name)
+NOISY = tuple(name for name in get_args(SamplerName) if "ancestral" in name or "sde" in name or name == "lcm")
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,7 @@ def test_samplers_have_automatic1111s_names_in_files_and_on_the_page() -> None:
         "dpmpp_2m_karras": "DPM++ 2M Karras",
         "dpmpp_2m_sde": "DPM++ 2M SDE",
         "dpmpp_2m_sde_karras": "DPM++ 2M SDE Karras",
+        "lcm": "LCM",
     }
     assert tuple(names) == get_args(SamplerName)
     for sampler, name in names.items():

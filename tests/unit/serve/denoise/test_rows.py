@@ -50,6 +50,7 @@ WANTED = [
     OracleImage(ImageRow("a red cup", 13, steps=4, sampler="euler_ancestral"), 1),
     OracleImage(ImageRow("a photo", 14, steps=5, sampler="dpmpp_2m_sde", guidance=1.0), 2, 0.5),
     OracleImage(ImageRow("cup", 15, steps=5, sampler="dpmpp_2m_sde_karras", source=photo(4, 0.8, masked=True))),
+    OracleImage(ImageRow("a cup", 16, steps=4, sampler="lcm", guidance=1.5), 3),
 ]
 
 
