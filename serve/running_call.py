@@ -24,8 +24,8 @@ from cat_cluster.errors import (
     ServingError,
 )
 from cat_cluster.lora.row_bank import RowAdapter
-from cat_cluster.models.edit import edit_latents
-from cat_cluster.models.generate import image_array, initial_latents
+from cat_cluster.models.generate import image_array
+from cat_cluster.models.image_start import start_from_image, start_from_noise
 from serve.adapters.cache import AdapterCache, Lease
 from serve.calls import Event, Failed, Finished, Preview, Progress, Refused, Verdict
 from serve.denoise.image import EngineImage, ImageFacts
@@ -298,17 +298,18 @@ async def prepare_image(
             encoded = await asyncio.gather(*texts)
             # Shielded: other images of the call wait for them too, and one that is cancelled leaves them to these.
             encoded_source = None if moments is None else await asyncio.shield(moments)
-        seed, kept, source = call.seed + index, None, plan.source
+        seed, source = call.seed + index, plan.source
         if source is None or encoded_source is None:
-            latents = initial_latents(parts.base, seed, plan.table, plan.size)
+            start = start_from_noise(parts.base, seed, plan.table, plan.size)
         else:
-            latents, kept = edit_latents(parts.base, encoded_source, source.mask, source.strength, seed, plan.table)
+            start = start_from_image(parts.base, encoded_source, source.mask, source.strength, seed, plan.table)
         rows = ImageRows(
             texts=encoded,
             table=plan.table,
             guidance=call.guidance if plan.guided else 1.0,
-            latents=latents,
-            kept=kept,
+            latents=start.latents,
+            noise=start.noise,
+            kept=start.kept,
             adapters=tuple(
                 RowAdapter(lease.flat, manifest.rank, member.strength)
                 for lease, manifest, member in zip(leases, plan.manifests, call.adapters, strict=True)

@@ -29,7 +29,8 @@ from cat_cluster.lora.bank import served_layers
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
 from cat_cluster.models.device import choose_device
-from cat_cluster.models.generate import image_array, initial_latents
+from cat_cluster.models.generate import image_array
+from cat_cluster.models.image_start import start_from_noise
 from cat_cluster.models.prompt_weights import plain_text
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.gate import gate_note, opens_gate
@@ -326,8 +327,8 @@ class Service:
         call = ImageCall("warm-up", "", steps=2)
         plan = ImagePlan.of(call, self._parts)
         await generate_in_spare_rows(self._parts, plan)
-        latents = initial_latents(self._parts.base, call.seed, plan.table, plan.size)
-        await asyncio.wrap_future(self._parts.codec.preview(latents, call.file))
+        start = start_from_noise(self._parts.base, call.seed, plan.table, plan.size)
+        await asyncio.wrap_future(self._parts.codec.preview(start.latents, call.file))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(coroutine)

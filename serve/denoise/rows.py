@@ -17,6 +17,7 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.edit import KeptAreas
 from cat_cluster.models.prompts import side_by_side
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients
+from cat_cluster.models.step_noise import StepNoise, gather_noise
 
 
 @dataclass(eq=False)
@@ -24,7 +25,8 @@ class ImageRows:
     """An image on its way: two texts [n L, D], of the prompt and of the negative one, or one, sampler and step.
 
     adapters are read when the image joins; latents [C, H, W] are its first ones, or, of an image that
-    was parked, those it had, with `previous` (the last denoised latents) beside them. kept: what an edit puts back.
+    was parked, those it had, with `previous` (the last denoised latents) beside them. noise: of the steps, None where
+    the sampler adds none. kept: what an edit puts back.
     """
 
     texts: Sequence[Tensor]
@@ -33,6 +35,7 @@ class ImageRows:
     latents: Tensor
     adapters: tuple[RowAdapter, ...] = ()
     previous: Tensor | None = None
+    noise: StepNoise | None = None
     kept: KeptAreas | None = None
     step: int = 0
 
@@ -113,7 +116,8 @@ class Rows:
         """Advance every image by one step of its own sampler. An exception leaves every image where it was."""
         images, index = self.images, self._index
         device = self._base.device
-        coefficients = gather_coefficients([image.table for image in images], [image.step for image in images], device)
+        steps = [image.step for image in images]
+        coefficients = gather_coefficients([image.table for image in images], steps, device)
         latents = self._latents[: len(images)]
         scaled = (coefficients.input_scale.view(-1, 1, 1, 1) * latents).to(self._base.dtype)
         # As long as the longest text of this call: rows of one chunk are computed as if there were no longer ones.
@@ -129,7 +133,8 @@ class Rows:
         plain = output[index.negative]
         # An image without guidance has its one row on both sides: the difference is exactly zero.
         predicted = plain + index.guidance.view(-1, 1, 1, 1) * (output[index.prompt] - plain)
-        following, denoised = advance_rows(coefficients, latents, predicted, self._previous[: len(images)])
+        noise = gather_noise([image.noise for image in images], steps, device)  # drawn while a GPU computes the call
+        following, denoised = advance_rows(coefficients, latents, predicted, self._previous[: len(images)], noise)
         for place, image in enumerate(images):
             if image.kept is not None:
                 following[place] = image.kept.put_back(following[place], image.table, image.step)
