@@ -63,7 +63,7 @@ class Rows:
         self.images: list[ImageRows] = []
         self._rows_of: dict[ImageRows, list[int]] = {}
         self._count = 0
-        self._index = _empty_index(base.device)
+        self._index: _Index | None = None  # of these images; made by the step that needs it, which may find no memory
 
     @property
     def count(self) -> int:
@@ -92,7 +92,7 @@ class Rows:
         self.images.append(image)
         self._rows_of[image] = rows
         image.adapters = ()
-        self._reindex()
+        self._index = None
 
     def leave(self, image: ImageRows, *, park: bool = False) -> None:
         """Free the image's rows; its latents and, to join again later (`park`), its adapters are left with it."""
@@ -107,11 +107,11 @@ class Rows:
             state[place].copy_(state[last])
         for row in sorted(rows, reverse=True):
             self._fill(row)
-        self._reindex()
+        self._index = None
 
     def step(self) -> None:
         """Advance every image by one step of its own sampler. An exception leaves every image where it was."""
-        images, index = self.images, self._index
+        images, index = self.images, self._indexed()
         device = self._base.device
         coefficients = gather_coefficients([image.table for image in images], [image.step for image in images], device)
         latents = self._latents[: len(images)]
@@ -153,10 +153,9 @@ class Rows:
             owner[owner.index(last)] = row
         self._count = last
 
-    def _reindex(self) -> None:
-        if not self._count:
-            self._index = _empty_index(self._base.device)
-            return
+    def _indexed(self) -> _Index:
+        if self._index is not None:
+            return self._index
         owners = {row: place for place, image in enumerate(self.images) for row in self._rows_of[image]}
         texts = {row: text for one in self.images for row, text in zip(self._rows_of[one], one.texts, strict=True)}
         used = [*range(self._count), *[0] * (self.bucket(self._count) - self._count)]  # padded with the first row
@@ -170,6 +169,7 @@ class Rows:
             texts=all_texts,
             own_text=own_text,
         )
+        return self._index
 
     def _on_device(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._base.device)
@@ -188,8 +188,3 @@ class _Index:
     guidance: Tensor
     texts: Tensor
     own_text: Tensor | None
-
-
-def _empty_index(device: torch.device) -> _Index:
-    none, nothing = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device)
-    return _Index(none, none, none, nothing, nothing, None)

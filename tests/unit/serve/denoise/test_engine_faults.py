@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch._dynamo
 
 from cat_cluster.errors import CancelledRequestError, DeadlineError, EngineStoppedError, OverloadedError, ServingError
 from cat_cluster.lora.row_bank import RowAdapter
+from cat_cluster.models.prompts import side_by_side
+from serve.denoise import rows as rows_of_images
 from serve.denoise.image import EngineImage
 from serve.denoise.running_images import RunningImages
 from tests.support.denoised_images import ImageOracle, OracleImage, assert_same_image
@@ -151,6 +154,29 @@ def test_a_call_that_fails_for_its_size_goes_on_in_parts(oracle: ImageOracle, ca
         received = [harness.submit(wanted)[1] for wanted in MIXED[:6]]
         for one, wanted in zip(received, MIXED, strict=False):
             assert_same_image(harness.decoded(one), oracle.image(wanted))
+
+
+def test_memory_that_ends_when_an_image_joins_others_harms_none(
+    oracle: ImageOracle, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts of two guided images, side by side, are more than there is memory for; those of one are not."""
+
+    def few(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if len({id(text) for text in texts}) > 2:
+            raise torch.OutOfMemoryError("no memory is left")
+        return side_by_side(texts)
+
+    monkeypatch.setattr(rows_of_images, "side_by_side", few)
+    calls.held = True
+    with open_engine(oracle) as harness:
+        _, first = harness.submit(MIXED[0])
+        calls.wait()
+        _, second = harness.submit(MIXED[2])
+        calls.go()
+        for wanted, received in ((MIXED[0], first), (MIXED[2], second)):
+            assert_same_image(harness.decoded(received), oracle.image(wanted))
+        assert harness.engine.alive
+        assert harness.engine.rows_in_use == 0
 
 
 def test_a_listener_that_fails_harms_nobody(oracle: ImageOracle) -> None:
