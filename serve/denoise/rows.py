@@ -95,11 +95,19 @@ class Rows:
         self._index = None
 
     def leave(self, image: ImageRows, *, park: bool = False) -> None:
-        """Free the image's rows; its latents and, to join again later (`park`), its adapters are left with it."""
+        """Free the image's rows; its latents and, to join again later (`park`), its adapters are left with it.
+
+        These are copies: where there is no memory for them, the image is still in its rows.
+        """
+        place = self.images.index(image)
+        latents, previous = self._latents[place].clone(), self._previous[place].clone()
+        adapters = self._block.adapters(self._rows_of[image][0]) if park else ()
+        image.latents, image.previous, image.adapters = latents, previous, adapters
+        self.drop(image)
+
+    def drop(self, image: ImageRows) -> None:
+        """Free the rows of an image that is given up; it takes no memory."""
         place, rows = self.images.index(image), self._rows_of.pop(image)
-        image.latents, image.previous = self._latents[place].clone(), self._previous[place].clone()
-        if park:
-            image.adapters = self._block.adapters(rows[0])
         last = len(self.images) - 1
         self.images[place] = self.images[last]
         self.images.pop()
