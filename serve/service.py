@@ -250,7 +250,13 @@ class Service:
         return self.exposition()
 
     def check_health(self) -> None:
-        """Raise EngineStoppedError when the engine's thread has ended or makes no step while there are images."""
+        """Raise EngineStoppedError when the engine's thread has ended or makes no step while there are images.
+
+        Called every few seconds, it also tells when the certificate that signs images expires.
+        """
+        if self._signer is not None:
+            self._metrics.set(telemetry.SIGNING_EXPIRY, self._signer.expires.timestamp())
+            self._signer.tell_expiry()
         engine = self._parts.engine
         if not engine.alive:
             raise EngineStoppedError("the engine's thread has ended: the replica must be replaced")
