@@ -16,7 +16,13 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
-from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError, OverloadedError
+from cat_cluster.errors import (
+    AdapterNotFoundError,
+    CancelledRequestError,
+    DeadlineError,
+    EngineStoppedError,
+    OverloadedError,
+)
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress, Refused
 from serve.handle_client import TRIES, HandleClient
 from serve.http.log_format import JsonLines
@@ -412,6 +418,7 @@ def test_status_is_of_the_engines_that_live() -> None:
     [
         (Failed("AdapterNotFoundError", "no adapter 'cupp'"), AdapterNotFoundError("no adapter 'cupp'")),
         (Failed("OverloadedError", "full", 7.0), OverloadedError("full", 7.0)),
+        (Failed("DeadlineError", "late", 9.0), DeadlineError("late", 9.0)),
         (Failed("StoreMovedError", "new to us"), RuntimeError("StoreMovedError: new to us")),
     ],
 )
