@@ -83,7 +83,7 @@ class RunningCall:
             self._images.append(image)
             self._parts.engine.submit(image)
         except Exception as error:
-            self.fail(_expected(error, "started"))
+            self.fail(index, _expected(error, "started"))
 
     def _moments(self) -> asyncio.Future[Tensor] | None:
         """Return those of the image that the call edits, on their way: encoded once for all of its own images."""
@@ -104,8 +104,9 @@ class RunningCall:
         self._trace(self._spans[index], facts, at)
         self._tasks.append(asyncio.ensure_future(self._finish(index, latents, facts)))
 
-    def fail(self, error: CatClusterError) -> None:
-        """On the event loop: the call ends."""
+    def fail(self, index: int, error: CatClusterError) -> None:
+        """On the event loop: the call ends with the error of one image."""
+        self._spans[index].fail(type(error).__name__)
         self._count(error)
         self._queue.put_nowait(error)
 
@@ -136,7 +137,7 @@ class RunningCall:
                 {"cat.format": call.file.kind, "cat.signed": codec.signs},
             )
         except Exception as error:
-            self.fail(_expected(error, "decoded"))
+            self.fail(index, _expected(error, "decoded"))
             return
         after = time.monotonic() - started
         metrics.inc(telemetry.IMAGES, outcome="done")
@@ -213,7 +214,7 @@ class _Forwarder:
         self._call_soon(self._call.finish, self._index, latents, facts, time.monotonic())
 
     def failed(self, error: CatClusterError) -> None:
-        self._call_soon(self._call.fail, error)
+        self._call_soon(self._call.fail, self._index, error)
 
     def _call_soon(self, what: Callable[..., None], *values: Any) -> None:
         _call_soon(self._loop, what, *values)

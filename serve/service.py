@@ -185,13 +185,13 @@ class Service:
                 with span.child("plan"):
                     plan = await self._plan(call)
             except CatClusterError as error:
-                yield Failed.of(error)
+                yield self._failed(error)
                 return
             running = RunningCall(self._parts, plan, span)
             yield Accepted(plan.model, plan.drift, plan.note)
             async for event in running.events():
                 if isinstance(event, CatClusterError):
-                    yield Failed.of(event)
+                    yield self._failed(event)
                     return
                 if isinstance(event, Finished):
                     self._probe_live(plan, event, running.pixels.pop(event.index))
@@ -251,7 +251,13 @@ class Service:
         return self.exposition()
 
     def check_health(self) -> None:
-        """Raise EngineStoppedError when the engine's thread has ended or makes no step while there are images."""
+        """Raise EngineStoppedError when the engine's thread has ended or makes no step while there are images.
+
+        Called every few seconds, it also tells when the certificate that signs images expires.
+        """
+        if self._signer is not None:
+            self._metrics.set(telemetry.SIGNING_EXPIRY, self._signer.expires.timestamp())
+            self._signer.tell_expiry()
         engine = self._parts.engine
         if not engine.alive:
             raise EngineStoppedError("the engine's thread has ended: the replica must be replaced")
@@ -265,6 +271,13 @@ class Service:
                 f"{self._in_flight} images are in flight and the service takes {room}: try again in a moment",
                 self._parts.engine.expected_wait(),
             )
+
+    def _failed(self, error: CatClusterError) -> Failed:
+        """Return an error as an event; that of a deadline says how long the queue takes, as of a full service."""
+        failed = Failed.of(error)
+        if isinstance(error, DeadlineError):
+            failed = replace(failed, retry_after=self._parts.engine.expected_wait())
+        return failed
 
     async def _plan(self, call: ImageCall) -> ImagePlan:
         """Look the adapters up and check the call; raises CatClusterError before anything is started."""
