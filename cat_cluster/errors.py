@@ -177,19 +177,23 @@ class ServingError(CatClusterError):
     """A serving request cannot be carried out."""
 
 
-class OverloadedError(ServingError):
-    """The service has no room for the request now; `retry_after` says in how many seconds to ask again."""
+class BusyError(ServingError):
+    """What was asked may work later; `retry_after` says in how many seconds to ask again."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after = retry_after
 
 
+class OverloadedError(BusyError):
+    """The service has no room for the request now."""
+
+
 class ConflictError(ServingError):
     """An adapter is pinned, in use or being loaded, and what was asked of it does not go with that."""
 
 
-class DeadlineError(ServingError):
+class DeadlineError(BusyError):
     """The request's deadline passed before its images were done."""
 
 

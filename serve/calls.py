@@ -174,7 +174,7 @@ class Failed:
         kind = getattr(errors, self.kind, None)
         if not (isinstance(kind, type) and issubclass(kind, CatClusterError)):
             return RuntimeError(f"{self.kind}: {self.message}")
-        if issubclass(kind, errors.OverloadedError) and self.retry_after is not None:
+        if issubclass(kind, errors.BusyError) and self.retry_after is not None:
             return kind(self.message, self.retry_after)
         return kind(self.message)
 

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from ray.exceptions import ObjectLostError, RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse, DeploymentResponseGenerator
 
 from cat_cluster.errors import CancelledRequestError, EngineStoppedError, OverloadedError
 from cat_cluster.spec.choices import DriftState
@@ -82,7 +82,7 @@ class HandleClient:
                 yield Failed.of(error)
                 return
             finally:
-                stream.cancel()
+                _cancel(stream)
             left = None if until is None else until - time.monotonic()
             if attempt == TRIES - 1 or (left is not None and left <= 0):
                 yield lost
@@ -134,7 +134,7 @@ class HandleClient:
                     except _GONE:
                         await asyncio.sleep(self._retry_s)
                     except asyncio.CancelledError:
-                        status.cancel()  # nobody waits in the queue any more
+                        _cancel(status)  # nobody waits in the queue any more
                         raise
         except (DeploymentUnavailableError, TimeoutError):
             raise EngineStoppedError("no engine is running: try again") from None
@@ -215,6 +215,14 @@ class _EventsSent:
         if later:
             self._steps[kind, index] = step
         return later
+
+
+def _cancel(call: DeploymentResponse | DeploymentResponseGenerator) -> None:
+    """Cancel what may run still; Ray raises here again what a call failed with that found no engine."""
+    try:
+        call.cancel()
+    except Exception as error:  # what the call itself ended with is what counts
+        logger.info("a call could not be cancelled (%s)", type(error).__name__)
 
 
 def _weight(drift: dict[str, Any]) -> tuple[int, int]:

@@ -24,8 +24,8 @@ from cat_cluster.errors import (
     ServingError,
 )
 from cat_cluster.lora.row_bank import RowAdapter
-from cat_cluster.models.edit import edit_latents
-from cat_cluster.models.generate import image_array, initial_latents
+from cat_cluster.models.generate import image_array
+from cat_cluster.models.image_start import start_from_image, start_from_noise
 from serve.adapters.cache import AdapterCache, Lease
 from serve.calls import Event, Failed, Finished, Preview, Progress, Refused, Verdict
 from serve.denoise.image import EngineImage, ImageFacts
@@ -83,7 +83,7 @@ class RunningCall:
             self._images.append(image)
             self._parts.engine.submit(image)
         except Exception as error:
-            self.fail(_expected(error, "started"))
+            self.fail(index, _expected(error, "started"))
 
     def _moments(self) -> asyncio.Future[Tensor] | None:
         """Return those of the image that the call edits, on their way: encoded once for all of its own images."""
@@ -104,8 +104,9 @@ class RunningCall:
         self._trace(self._spans[index], facts, at)
         self._tasks.append(asyncio.ensure_future(self._finish(index, latents, facts)))
 
-    def fail(self, error: CatClusterError) -> None:
-        """On the event loop: the call ends."""
+    def fail(self, index: int, error: CatClusterError) -> None:
+        """On the event loop: the call ends with the error of one image."""
+        self._spans[index].fail(type(error).__name__)
         self._count(error)
         self._queue.put_nowait(error)
 
@@ -136,7 +137,7 @@ class RunningCall:
                 {"cat.format": call.file.kind, "cat.signed": codec.signs},
             )
         except Exception as error:
-            self.fail(_expected(error, "decoded"))
+            self.fail(index, _expected(error, "decoded"))
             return
         after = time.monotonic() - started
         metrics.inc(telemetry.IMAGES, outcome="done")
@@ -213,7 +214,7 @@ class _Forwarder:
         self._call_soon(self._call.finish, self._index, latents, facts, time.monotonic())
 
     def failed(self, error: CatClusterError) -> None:
-        self._call_soon(self._call.fail, error)
+        self._call_soon(self._call.fail, self._index, error)
 
     def _call_soon(self, what: Callable[..., None], *values: Any) -> None:
         _call_soon(self._loop, what, *values)
@@ -298,17 +299,18 @@ async def prepare_image(
             encoded = await asyncio.gather(*texts)
             # Shielded: other images of the call wait for them too, and one that is cancelled leaves them to these.
             encoded_source = None if moments is None else await asyncio.shield(moments)
-        seed, kept, source = call.seed + index, None, plan.source
+        seed, source = call.seed + index, plan.source
         if source is None or encoded_source is None:
-            latents = initial_latents(parts.base, seed, plan.table, plan.size)
+            start = start_from_noise(parts.base, seed, plan.table, plan.size)
         else:
-            latents, kept = edit_latents(parts.base, encoded_source, source.mask, source.strength, seed, plan.table)
+            start = start_from_image(parts.base, encoded_source, source.mask, source.strength, seed, plan.table)
         rows = ImageRows(
             texts=encoded,
             table=plan.table,
             guidance=call.guidance if plan.guided else 1.0,
-            latents=latents,
-            kept=kept,
+            latents=start.latents,
+            noise=start.noise,
+            kept=start.kept,
             adapters=tuple(
                 RowAdapter(lease.flat, manifest.rank, member.strength)
                 for lease, manifest, member in zip(leases, plan.manifests, call.adapters, strict=True)

@@ -29,7 +29,8 @@ from cat_cluster.lora.bank import served_layers
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
 from cat_cluster.models.device import choose_device
-from cat_cluster.models.generate import image_array, initial_latents
+from cat_cluster.models.generate import image_array
+from cat_cluster.models.image_start import start_from_noise
 from cat_cluster.models.prompt_weights import plain_text
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.gate import gate_note, opens_gate
@@ -184,13 +185,13 @@ class Service:
                 with span.child("plan"):
                     plan = await self._plan(call)
             except CatClusterError as error:
-                yield Failed.of(error)
+                yield self._failed(error)
                 return
             running = RunningCall(self._parts, plan, span)
             yield Accepted(plan.model, plan.drift, plan.note)
             async for event in running.events():
                 if isinstance(event, CatClusterError):
-                    yield Failed.of(event)
+                    yield self._failed(event)
                     return
                 if isinstance(event, Finished):
                     self._probe_live(plan, event, running.pixels.pop(event.index))
@@ -250,7 +251,13 @@ class Service:
         return self.exposition()
 
     def check_health(self) -> None:
-        """Raise EngineStoppedError when the engine's thread has ended or makes no step while there are images."""
+        """Raise EngineStoppedError when the engine's thread has ended or makes no step while there are images.
+
+        Called every few seconds, it also tells when the certificate that signs images expires.
+        """
+        if self._signer is not None:
+            self._metrics.set(telemetry.SIGNING_EXPIRY, self._signer.expires.timestamp())
+            self._signer.tell_expiry()
         engine = self._parts.engine
         if not engine.alive:
             raise EngineStoppedError("the engine's thread has ended: the replica must be replaced")
@@ -264,6 +271,13 @@ class Service:
                 f"{self._in_flight} images are in flight and the service takes {room}: try again in a moment",
                 self._parts.engine.expected_wait(),
             )
+
+    def _failed(self, error: CatClusterError) -> Failed:
+        """Return an error as an event; that of a deadline says how long the queue takes, as of a full service."""
+        failed = Failed.of(error)
+        if isinstance(error, DeadlineError):
+            failed = replace(failed, retry_after=self._parts.engine.expected_wait())
+        return failed
 
     async def _plan(self, call: ImageCall) -> ImagePlan:
         """Look the adapters up and check the call; raises CatClusterError before anything is started."""
@@ -326,8 +340,8 @@ class Service:
         call = ImageCall("warm-up", "", steps=2)
         plan = ImagePlan.of(call, self._parts)
         await generate_in_spare_rows(self._parts, plan)
-        latents = initial_latents(self._parts.base, call.seed, plan.table, plan.size)
-        await asyncio.wrap_future(self._parts.codec.preview(latents, call.file))
+        start = start_from_noise(self._parts.base, call.seed, plan.table, plan.size)
+        await asyncio.wrap_future(self._parts.codec.preview(start.latents, call.file))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(coroutine)

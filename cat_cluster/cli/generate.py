@@ -27,6 +27,9 @@ PromptText = Annotated[
         help="Prompt; an adapter's concept appears where its token is a word of it. <lora:NAME:0.7> names an adapter."
     ),
 ]
+NegativePrompt = Annotated[
+    str, typer.Option(help="What to keep out of the picture; it needs guidance. It names no adapter and opens no gate.")
+]
 OutFile = Annotated[
     Path,
     typer.Option(
@@ -75,6 +78,7 @@ Chunks = Annotated[
 def generate(
     prompt: PromptText,
     out: OutFile,
+    negative_prompt: NegativePrompt = "",
     adapter: Adapters = None,
     base: Annotated[str | None, typer.Option(help="Base model. Default: the adapter's own, else pocket.")] = None,
     seed: Annotated[
@@ -115,6 +119,7 @@ def generate(
         sampler,
         count,
         gate,
+        negative_prompt=negative_prompt,
         weighting=weighting,
         prompt_chunks=prompt_chunks,
         image=files[0],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from cat_cluster.data.colour import ColourProfile, ProfileError
 from cat_cluster.errors import ConceptError
@@ -124,9 +125,9 @@ def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, i
 def opens_as_image(path: Path) -> bool:
     """Say whether a file begins as a photo of a format that is read, whatever its name."""
     try:
-        with _pixel_limit(), Image.open(path, formats=_FORMATS):
+        with path.open("rb") as file, _without_warnings(), _identified(file):
             return True
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombError:
         return True
     except Exception:  # as in _opened
         return False
@@ -145,14 +146,13 @@ def _opened(path: Path, file: IO[bytes], limits: SizeLimits = _PHOTO_LIMITS) -> 
         raise ConceptError(f"{path}: is empty (0 bytes); replace or remove it")
     _refuse_unread_format(path, start)
     try:
-        with _pixel_limit(limits.most_pixels), Image.open(file, formats=_FORMATS) as image:
-            _refuse_size(path, image, limits.least_side)
+        with _without_warnings(), _identified(file) as image:
+            _refuse_size(path, image, limits)
             yield image
     except ConceptError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        megapixels = limits.most_pixels // 10**6
-        raise ConceptError(f"{path}: has more than {megapixels} megapixels; save a smaller copy of it") from None
+    except Image.DecompressionBombError:  # in some formats Pillow's decoders have a limit, that of the process
+        raise _too_large(path, min(limits.most_pixels, 2 * (Image.MAX_IMAGE_PIXELS or MOST_PIXELS))) from None
     except Exception as error:  # Pillow's decoders raise whatever damaged bytes make them stumble over.
         raise ConceptError(
             f"{path}: is not a readable image, or is cut off ({' '.join(str(error).split()) or type(error).__name__}); "
@@ -161,17 +161,31 @@ def _opened(path: Path, file: IO[bytes], limits: SizeLimits = _PHOTO_LIMITS) -> 
 
 
 @contextmanager
-def _pixel_limit(most: int = MOST_PIXELS) -> Iterator[None]:
-    """Hold Pillow to our limit of pixels: its own lets no photo of a 200-megapixel phone through."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = most
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Odd but readable metadata is none of the user's business.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+def _without_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Odd but readable metadata is none of the user's business.
+        yield
+
+
+def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
+    """Open a photo as Image.open does, but for its limit of pixels: that refuses photos of a 200-megapixel phone.
+
+    It could be moved for the whole process only, and so for what other threads open meanwhile.
+    """
+    Image.init()
+    file.seek(0)
+    start = file.read(16)
+    for name in _FORMATS:
+        opens, accepts = Image.OPEN[name]
+        try:
+            accepted = accepts is None or accepts(start)
+            if not accepted or isinstance(accepted, str):  # a text says why it cannot be read here
+                continue
+            file.seek(0)
+            return opens(file, "")
+        except (SyntaxError, IndexError, TypeError, struct.error):  # it is of another format
+            continue
+    raise UnidentifiedImageError("no format of photos begins like this")
 
 
 def _refuse_unread_format(path: Path, start: bytes) -> None:
@@ -183,12 +197,18 @@ def _refuse_unread_format(path: Path, start: bytes) -> None:
         raise ConceptError(f"{path}: is a {kind} photo, which is not read; save it as JPEG or PNG in its place")
 
 
-def _refuse_size(path: Path, image: Image.Image, least_side: int) -> None:
+def _too_large(path: Path, most_pixels: int) -> ConceptError:
+    return ConceptError(f"{path}: has more than {most_pixels // 10**6} megapixels; save a smaller copy of it")
+
+
+def _refuse_size(path: Path, image: Image.Image, limits: SizeLimits) -> None:
     width, height = image.size
     short, long = sorted((width, height))
-    if short < least_side:
+    if width * height > limits.most_pixels:
+        raise _too_large(path, limits.most_pixels)
+    if short < limits.least_side:
         raise ConceptError(
-            f"{path}: is {width} x {height} pixels; at least {least_side} on each side are needed: "
+            f"{path}: is {width} x {height} pixels; at least {limits.least_side} on each side are needed: "
             "replace it with a larger photo or remove it"
         )
     if long > LONGEST_SIDE or long > MOST_ASPECT * short:

@@ -12,9 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
-from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.edit_steps import steps_made
 from cat_cluster.models.samplers import SamplerTable
 
@@ -57,26 +55,3 @@ def edit_table(table: SamplerTable, steps: int, strength: float) -> SamplerTable
     """Return the part of a sampler's table that an edit makes; see steps_made."""
     # A table with fewer steps than were asked for (trailing spacing) loses as many of its first ones as another.
     return table.after(min(steps - steps_made(steps, strength), len(table) - 1))
-
-
-def edit_latents(
-    base: BaseModel, moments: Tensor, mask: Tensor | None, strength: float, seed: int, table: SamplerTable
-) -> tuple[Tensor, KeptAreas | None]:
-    """Return an edit's first latents [C, H, W], float32, and what a mask keeps.
-
-    moments: of the image by the VAE [2C, H, W]; mask: as in EditSource; table: of edit_table. A seed draws what a stock
-    pipeline draws of it: first the VAE's noise, then the noise on the image. With a mask and strength 1 the image is
-    no part of the first latents.
-    """
-    height, width = moments.shape[-2:]
-    shape = (1, base.latent_channels, height, width)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    of_vae, drawn = (torch.randn(shape, generator=generator, dtype=base.dtype).to(base.device) for _ in range(2))
-    image = base.sample_latents(moments.unsqueeze(0), of_vae)[0].float()
-    noise = drawn[0].float()
-    noisy = float(table.signal[0]) * image + float(table.noise[0]) * noise
-    if mask is None:
-        return noisy, None
-    # To the nearest pixel, as the stock pipeline reduces it.
-    edited = functional.interpolate(mask[None, None].to(base.device, torch.float32), size=(height, width))[0]
-    return noise * table.initial_scale if strength == 1.0 else noisy, KeptAreas(edited, image, noise)

@@ -19,11 +19,13 @@ from torch import Tensor
 from cat_cluster.files import write_whole
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.edit import EditSource, KeptAreas, edit_latents, edit_table
+from cat_cluster.models.edit import EditSource, edit_table
+from cat_cluster.models.image_start import ImageStart, start_from_image, start_from_noise
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.prompts import encode_prompts, side_by_side
 from cat_cluster.models.provenance import XMP_CHUNK, xmp_packet
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
+from cat_cluster.models.step_noise import gather_noise
 from cat_cluster.spec.choices import SamplerName, Weighting
 
 
@@ -67,12 +69,13 @@ class _ActiveRow:
     table: SamplerTable
     text: Tensor
     negative_text: Tensor
-    latents: Tensor
-    kept: KeptAreas | None
+    start: ImageStart
+    latents: Tensor = field(init=False)
     previous: Tensor = field(init=False)
     step: int = 0
 
     def __post_init__(self) -> None:
+        self.latents = self.start.latents
         self.previous = torch.zeros_like(self.latents)
 
 
@@ -117,17 +120,6 @@ def generate(
             if on_progress is not None:
                 on_progress(done, total)
     return images
-
-
-def initial_latents(base: BaseModel, seed: int, table: SamplerTable, size: tuple[int, int] | None = None) -> Tensor:
-    """Return a stock pipeline's first latents [C, H, W] of a seed, float32; size: latent (H, W), None: the base's own.
-
-    Drawn on the CPU in the base's dtype, as the stock pipeline draws, then carried in float32.
-    """
-    height, width = size or (base.latent_size, base.latent_size)
-    generator = torch.Generator("cpu").manual_seed(seed)
-    noise = torch.randn((1, base.latent_channels, height, width), generator=generator, dtype=base.dtype)
-    return noise[0].to(base.device, torch.float32) * table.initial_scale
 
 
 def image_array(images: Tensor) -> NDArray[np.uint8]:
@@ -200,15 +192,16 @@ def _start(
 ) -> _ActiveRow:
     source = row.source
     if source is None:
-        latents, kept = initial_latents(base, row.seed, table), None
+        start = start_from_noise(base, row.seed, table)
     else:
-        latents, kept = edit_latents(base, moments[source], source.mask, source.strength, row.seed, table)
-    return _ActiveRow(index, row, table, texts[row.prompts[0]], texts[row.prompts[-1]], latents, kept)
+        start = start_from_image(base, moments[source], source.mask, source.strength, row.seed, table)
+    return _ActiveRow(index, row, table, texts[row.prompts[0]], texts[row.prompts[-1]], start)
 
 
 def _step(base: BaseModel, bank: LoraBank | None, active: Sequence[_ActiveRow]) -> None:
     """Advance every active row by one step of its own sampler, with one U-Net call."""
-    coefficients = gather_coefficients([entry.table for entry in active], [entry.step for entry in active])
+    steps = [entry.step for entry in active]
+    coefficients = gather_coefficients([entry.table for entry in active], steps)
     latents = torch.stack([entry.latents for entry in active])
     guided = [position for position, entry in enumerate(active) if entry.row.guided]
     scaled = coefficients.input_scale.to(base.device).view(-1, 1, 1, 1) * latents
@@ -229,11 +222,12 @@ def _step(base: BaseModel, bank: LoraBank | None, active: Sequence[_ActiveRow]) 
         difference = conditional[guided] - unconditional
         conditional[guided] = unconditional + scale.view(-1, 1, 1, 1) * difference
     previous = torch.stack([entry.previous for entry in active])
-    following, denoised = advance_rows(coefficients, latents, conditional, previous)
+    noise = gather_noise([entry.start.noise for entry in active], steps, base.device)
+    following, denoised = advance_rows(coefficients, latents, conditional, previous, noise)
     for position, entry in enumerate(active):
         entry.latents, entry.previous = following[position], denoised[position]
-        if entry.kept is not None:
-            entry.latents = entry.kept.put_back(entry.latents, entry.table, entry.step)
+        if entry.start.kept is not None:
+            entry.latents = entry.start.kept.put_back(entry.latents, entry.table, entry.step)
         entry.step += 1
 
 

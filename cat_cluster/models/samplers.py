@@ -1,11 +1,11 @@
 """Samplers as tables of coefficients, so that rows at different steps of different samplers share one call.
 
-DDIM (eta 0), Euler and DPM-Solver++ 2M are linear in the latents x, the U-Net's output, and the previous step's
-denoised latents. One step of any of them, for a row, is
+DDIM (eta 0), Euler, DPM-Solver++ 2M and their kin are linear in the latents x, the U-Net's output, the previous step's
+denoised latents, and, where a sampler adds it, fresh noise. One step of any of them, for a row, is
 
     output   = U-Net(input_scale * x, timestep, text)
     denoised = from_latents * x + from_output * output
-    x        = on_latents * x + on_denoised * denoised + on_previous * previous
+    x        = on_latents * x + on_denoised * denoised + on_previous * previous + on_noise * noise
 
 with x = initial_scale * noise before the first step and previous = the last step's denoised (any finite value
 before the first). First and last steps, sigma space and multistep order are all in the coefficients. An image z0 is
@@ -16,42 +16,55 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cat_cluster.errors import BaseModelError, SpecError
+from cat_cluster.models.noise_levels import (
+    Array,
+    ddim_timesteps,
+    dpmpp_levels,
+    euler_levels,
+    final_sigma,
+    lcm_timesteps,
+)
 from cat_cluster.models.schedule import SCHEDULER_FILE, NoiseSchedule
+from cat_cluster.models.step_noise import CallNoise
 from cat_cluster.spec.choices import SamplerName
 
 SAMPLERS: tuple[SamplerName, ...] = get_args(SamplerName)
-Array = npt.NDArray[np.float64]
 
 # Options of a scheduler config that change a sampler's equations, with the only value each table implements.
+_EULER_OPTIONS: Mapping[str, Any] = {
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "interpolation_type": "linear",
+    "timestep_type": "discrete",
+}
+_DPMPP_OPTIONS: Mapping[str, Any] = {
+    "solver_order": 2,
+    "solver_type": "midpoint",
+    "thresholding": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+    "use_flow_sigmas": False,
+}
+# An option that a name says, as that of Karras' levels, is not read from the config where the name sets it.
 _FIXED_OPTIONS: Mapping[SamplerName, Mapping[str, Any]] = {
     "ddim": {"thresholding": False},
-    "euler": {
-        "use_karras_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "interpolation_type": "linear",
-        "timestep_type": "discrete",
-    },
-    "dpmpp_2m": {
-        "algorithm_type": "dpmsolver++",
-        "solver_order": 2,
-        "solver_type": "midpoint",
-        "thresholding": False,
-        "use_karras_sigmas": False,
-        "use_exponential_sigmas": False,
-        "use_beta_sigmas": False,
-        "use_lu_lambdas": False,
-        "use_flow_sigmas": False,
-    },
+    "euler": {**_EULER_OPTIONS, "use_karras_sigmas": False},
+    "euler_karras": _EULER_OPTIONS,
+    "euler_ancestral": {},  # diffusers' scheduler has none of these options
+    "dpmpp_2m": {**_DPMPP_OPTIONS, "algorithm_type": "dpmsolver++", "use_karras_sigmas": False},
+    "dpmpp_2m_karras": {**_DPMPP_OPTIONS, "algorithm_type": "dpmsolver++"},
+    "dpmpp_2m_sde": {**_DPMPP_OPTIONS, "use_karras_sigmas": False},
+    "dpmpp_2m_sde_karras": _DPMPP_OPTIONS,
+    "lcm": {"thresholding": False},
 }
 
 
@@ -66,11 +79,15 @@ class RowCoefficients:
     on_latents: Tensor
     on_denoised: Tensor
     on_previous: Tensor
+    on_noise: Tensor
 
 
 @dataclass(frozen=True)
 class SamplerTable:
-    """A sampler of S steps for one schedule: every field but name and initial_scale is [S] float64 on the CPU."""
+    """A sampler of S steps for one schedule: every field from timesteps to noise is [S] float64 on the CPU.
+
+    noise_dtype: in which diffusers draws the noise of a step; None: in the base's own.
+    """
 
     name: SamplerName
     timesteps: Tensor
@@ -80,12 +97,19 @@ class SamplerTable:
     on_latents: Tensor
     on_denoised: Tensor
     on_previous: Tensor
+    on_noise: Tensor
     signal: Tensor
     noise: Tensor
     initial_scale: float
+    noise_dtype: torch.dtype | None = None
 
     def __len__(self) -> int:
         return len(self.timesteps)
+
+    @cached_property
+    def adds_noise(self) -> bool:
+        """Whether any of its steps adds noise."""
+        return bool(self.on_noise.any())
 
     def after(self, skipped: int) -> SamplerTable:
         """Return the steps behind the first `skipped`, for latents that begin as noisy as the latents there are.
@@ -99,7 +123,7 @@ class SamplerTable:
 
     @cached_property
     def packed(self) -> Tensor:
-        """The steps' coefficients [S, 7] in float32, in RowCoefficients' field order, for one copy per gather."""
+        """The steps' coefficients [S, 8] in float32, in RowCoefficients' field order, for one copy per gather."""
         columns = [getattr(self, field.name) for field in fields(RowCoefficients)]
         return torch.stack(columns, dim=1).to(torch.float32)
 
@@ -118,20 +142,38 @@ def sampler_table(name: SamplerName, schedule: NoiseSchedule, steps: int) -> Sam
         raise SpecError(f"sampler: {name!r} is not available; choose one of {', '.join(SAMPLERS)}.")
     if not 1 <= steps <= schedule.num_timesteps:
         raise SpecError(f"steps: {steps} is out of range; choose 1 to {schedule.num_timesteps}.")
-    for option, implemented in _FIXED_OPTIONS[name].items():
-        value = schedule.scheduler_config.get(option)
-        if value is not None and value != implemented:
-            raise BaseModelError(
-                f"{option} is {value!r} in {SCHEDULER_FILE}, and sampler {name!r} implements {implemented!r} "
-                "only: change it there, or choose another sampler."
-            )
-    table = _BUILDERS[name](schedule, steps)
+    _check_options(name, schedule.scheduler_config)
+    table = _BUILDERS[name](name, schedule, steps)
     if not bool(torch.isfinite(table.packed).all()):
         raise SpecError(
             f"steps: sampler {name!r} has no finite coefficients at {steps} steps of this base's schedule "
             f"({SCHEDULER_FILE}); use fewer steps, another sampler, or another timestep_spacing."
         )
     return table
+
+
+def _check_options(name: SamplerName, config: Mapping[str, Any]) -> None:
+    spacing = config.get("timestep_spacing", "leading")
+    if spacing not in ("leading", "trailing", "linspace"):
+        raise BaseModelError(
+            f"timestep_spacing {spacing!r} in {SCHEDULER_FILE} is not supported: "
+            "use 'leading', 'trailing' or 'linspace'."
+        )
+    refused = _refused_options(name, config)
+    if refused:
+        option, implemented = refused[0]
+        others = [other for other in SAMPLERS if not _refused_options(other, config)]
+        remedy = f", or choose {' or '.join(others)}" if others else ""
+        raise BaseModelError(
+            f"{option} is {config[option]!r} in {SCHEDULER_FILE}, and sampler {name!r} implements {implemented!r} "
+            f"only: change it there{remedy}."
+        )
+
+
+def _refused_options(name: SamplerName, config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return each option that a config sets to what a sampler does not implement, with what it does."""
+    fixed = _FIXED_OPTIONS[name].items()
+    return [(option, value) for option, value in fixed if config.get(option) not in (None, value)]
 
 
 def gather_coefficients(
@@ -143,9 +185,12 @@ def gather_coefficients(
 
 
 def advance_rows(
-    coefficients: RowCoefficients, latents: Tensor, output: Tensor, previous: Tensor
+    coefficients: RowCoefficients, latents: Tensor, output: Tensor, previous: Tensor, noise: CallNoise | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return (next latents, denoised), both [B, C, H, W] in float32; previous: the last step's denoised."""
+    """Return (next latents, denoised), both [B, C, H, W] in float32; previous: the last step's denoised.
+
+    noise: of the rows whose samplers add some; the others are computed without.
+    """
 
     def per_row(values: Tensor) -> Tensor:
         return values.to(latents.device).view(-1, 1, 1, 1)
@@ -157,20 +202,15 @@ def advance_rows(
         + per_row(coefficients.on_denoised) * denoised
         + per_row(coefficients.on_previous) * previous
     )
+    if noise is not None:
+        following[noise.places] += per_row(coefficients.on_noise)[noise.places] * noise.values
     return following, denoised
 
 
-def _ddim(schedule: NoiseSchedule, steps: int) -> SamplerTable:
+def _ddim(name: SamplerName, schedule: NoiseSchedule, steps: int) -> SamplerTable:
     """DDIM with eta 0 (arXiv 2010.02502, equation 12)."""
     config, total = schedule.scheduler_config, schedule.num_timesteps
-    spacing = config.get("timestep_spacing", "leading")
-    if spacing == "linspace":
-        timesteps = np.linspace(0, total - 1, steps).round()[::-1].copy()
-    elif spacing == "leading":
-        timesteps = _leading(steps, total // steps, config)
-    else:
-        timesteps = _trailing(spacing, steps, total, total)
-    _check_range(timesteps, total, steps)
+    timesteps = ddim_timesteps(schedule, steps)
     alphas = schedule.alphas_cumprod.numpy()
     final = 1.0 if config.get("set_alpha_to_one", True) else float(alphas[0])
     index = timesteps.astype(np.int64)
@@ -179,7 +219,7 @@ def _ddim(schedule: NoiseSchedule, steps: int) -> SamplerTable:
     on_latents = np.sqrt((1 - alpha_next) / (1 - alpha))
     from_latents, from_output = _denoise(schedule, np.sqrt(alpha), np.sqrt(1 - alpha))
     return _table(
-        "ddim",
+        name,
         1.0,
         timesteps=timesteps,
         input_scale=np.ones_like(alpha),
@@ -188,25 +228,27 @@ def _ddim(schedule: NoiseSchedule, steps: int) -> SamplerTable:
         on_latents=on_latents,
         on_denoised=np.sqrt(alpha_next) - on_latents * np.sqrt(alpha),
         on_previous=np.zeros_like(alpha),
+        on_noise=np.zeros_like(alpha),
         signal=np.sqrt(alpha),
         noise=np.sqrt(1 - alpha),
     )
 
 
-def _euler(schedule: NoiseSchedule, steps: int) -> SamplerTable:
-    """Euler's method in sigma space, x = z / sqrt(a) (arXiv 2206.00364, algorithm 2 without churn)."""
-    config, total = schedule.scheduler_config, schedule.num_timesteps
-    spacing = config.get("timestep_spacing", "linspace")
-    if spacing == "linspace":
-        # Not rounded: diffusers gives the U-Net fractional timesteps here.
-        timesteps = np.linspace(0, total - 1, steps)[::-1].astype(np.float32).astype(np.float64)
-    elif spacing == "leading":
-        timesteps = _leading(steps, total // steps, config)
-    else:
-        timesteps = _trailing(spacing, steps, total, total)
-    _check_range(timesteps, total, steps)
-    sigmas = _sigmas(schedule, timesteps)
+def _euler(
+    name: SamplerName, schedule: NoiseSchedule, steps: int, *, karras: bool = False, ancestral: bool = False
+) -> SamplerTable:
+    """Euler's method in sigma space, x = z / sqrt(a) (arXiv 2206.00364, algorithm 2 without churn).
+
+    ancestral: each step goes below the next level, to sigma_next^2 / sigma, and noise brings the latents up to it, as
+    in ancestral sampling of DDPM (k-diffusion's sample_euler_ancestral).
+    """
+    timesteps, sigmas = euler_levels(schedule, steps, karras=karras)
+    # diffusers' ancestral scheduler has no final_sigmas_type.
+    sigmas = np.append(sigmas, 0.0 if ancestral else final_sigma(schedule))
     sigma, ratio = sigmas[:-1], sigmas[1:] / sigmas[:-1]
+    on_latents, on_noise = ratio, np.zeros_like(ratio)
+    if ancestral:
+        on_latents, on_noise = ratio**2, sigmas[1:] * np.sqrt(1 - ratio**2)
     scale = 1 / np.sqrt(sigma**2 + 1)
     if schedule.prediction_type == "epsilon":
         from_latents, from_output = np.ones_like(sigma), -sigma
@@ -214,53 +256,56 @@ def _euler(schedule: NoiseSchedule, steps: int) -> SamplerTable:
         from_latents, from_output = scale**2, -sigma * scale
     largest = float(sigma.max())
     return _table(
-        "euler",
-        largest if spacing != "leading" else (largest**2 + 1) ** 0.5,
+        name,
+        (largest**2 + 1) ** 0.5 if schedule.scheduler_config.get("timestep_spacing") == "leading" else largest,
         timesteps=timesteps,
         input_scale=scale,
         from_latents=from_latents,
         from_output=from_output,
-        on_latents=ratio,
-        on_denoised=1 - ratio,
+        on_latents=on_latents,
+        on_denoised=1 - on_latents,
         on_previous=np.zeros_like(sigma),
+        on_noise=on_noise,
         signal=np.ones_like(sigma),
         noise=sigma,
     )
 
 
-def _dpmpp_2m(schedule: NoiseSchedule, steps: int) -> SamplerTable:
-    """DPM-Solver++ 2M, midpoint (arXiv 2211.01095, algorithm 2), of first order at the first and a final step."""
-    config, total = schedule.scheduler_config, schedule.num_timesteps
-    spacing = config.get("timestep_spacing", "linspace")
-    alphas = _finite_alphas(schedule)
-    lambdas = 0.5 * np.log(alphas / (1 - alphas))
-    last = total - int(np.searchsorted(lambdas[::-1], float(config.get("lambda_min_clipped", -np.inf))))
-    if spacing == "linspace":
-        timesteps = np.linspace(0, last - 1, steps + 1).round()[::-1][:-1].copy()
-    elif spacing == "leading":
-        timesteps = _leading(steps + 1, last // (steps + 1), config)[:-1]
-    else:
-        timesteps = _trailing(spacing, steps, last, total)
-    _check_range(timesteps, total, steps)
-    sigmas = _sigmas(schedule, timesteps)
+def _dpmpp_2m(
+    name: SamplerName, schedule: NoiseSchedule, steps: int, *, karras: bool = False, sde: bool = False
+) -> SamplerTable:
+    """DPM-Solver++ 2M, midpoint (arXiv 2211.01095, algorithm 2), of first order at the first and a final step.
+
+    sde: of the stochastic equation, as SDE-DPM-Solver++ 2M there (appendix D.4).
+    """
+    timesteps, sigmas = dpmpp_levels(schedule, steps, karras=karras)
+    sigmas = np.append(sigmas, final_sigma(schedule))
     signal = 1 / np.sqrt(sigmas**2 + 1)
     noise = sigmas * signal
     # exp(-h) of a step is the quotient of its sigmas, since lambda = -log(sigma) in this space.
-    gain = signal[1:] * (1 - sigmas[1:] / sigmas[:-1])
-    half = _second_order_share(config, sigmas)
+    shrink = sigmas[1:] / sigmas[:-1]
+    on_latents, on_noise = noise[1:] / noise[:-1], np.zeros_like(shrink)
+    gain = signal[1:] * (1 - shrink)
+    if sde:
+        # Karras' last level can be the final one, but for rounding.
+        on_latents, on_noise = on_latents * shrink, noise[1:] * np.sqrt((1 - shrink**2).clip(min=0))
+        gain = signal[1:] * (1 - shrink**2)
+    half = _second_order_share(schedule.scheduler_config, sigmas)
     from_latents, from_output = _denoise(schedule, signal[:-1], noise[:-1])
     return _table(
-        "dpmpp_2m",
+        name,
         1.0,
         timesteps=timesteps,
         input_scale=np.ones_like(gain),
         from_latents=from_latents,
         from_output=from_output,
-        on_latents=noise[1:] / noise[:-1],
+        on_latents=on_latents,
         on_denoised=gain * (1 + half),
         on_previous=-gain * half,
+        on_noise=on_noise,
         signal=signal[:-1],
         noise=noise[:-1],
+        noise_dtype=torch.float32 if sde else None,
     )
 
 
@@ -281,16 +326,50 @@ def _second_order_share(config: Mapping[str, Any], sigmas: Array) -> Array:
     return half
 
 
-_BUILDERS: Mapping[SamplerName, Callable[[NoiseSchedule, int], SamplerTable]] = {
+def _lcm(name: SamplerName, schedule: NoiseSchedule, steps: int) -> SamplerTable:
+    """Multistep consistency sampling (arXiv 2310.04378, algorithm 3): denoise, then noise again to the next level."""
+    timesteps = lcm_timesteps(schedule, steps)
+    alpha = schedule.alphas_cumprod.numpy()[timesteps.astype(np.int64)]
+    alpha_next = np.append(alpha[1:], 1.0)
+    from_latents, from_output = _denoise(schedule, np.sqrt(alpha), np.sqrt(1 - alpha))
+    # The boundary conditions of consistency models, with 0.5 as the data's deviation: at timestep 0, x itself.
+    scaled = timesteps * float(schedule.scheduler_config.get("timestep_scaling", 10.0))
+    of_latents, of_denoised = 0.25 / (scaled**2 + 0.25), scaled / np.sqrt(scaled**2 + 0.25)
+    return _table(
+        name,
+        1.0,
+        timesteps=timesteps,
+        input_scale=np.ones_like(alpha),
+        from_latents=of_latents + of_denoised * from_latents,
+        from_output=of_denoised * from_output,
+        on_latents=np.zeros_like(alpha),
+        on_denoised=np.sqrt(alpha_next),
+        on_previous=np.zeros_like(alpha),
+        on_noise=np.sqrt(1 - alpha_next),
+        signal=np.sqrt(alpha),
+        noise=np.sqrt(1 - alpha),
+    )
+
+
+_Builder = Callable[[SamplerName, NoiseSchedule, int], SamplerTable]
+_BUILDERS: Mapping[SamplerName, _Builder] = {
     "ddim": _ddim,
     "euler": _euler,
+    "euler_karras": partial(_euler, karras=True),
+    "euler_ancestral": partial(_euler, ancestral=True),
     "dpmpp_2m": _dpmpp_2m,
+    "dpmpp_2m_karras": partial(_dpmpp_2m, karras=True),
+    "dpmpp_2m_sde": partial(_dpmpp_2m, sde=True),
+    "dpmpp_2m_sde_karras": partial(_dpmpp_2m, karras=True, sde=True),
+    "lcm": _lcm,
 }
 
 
-def _table(name: SamplerName, initial_scale: float, **columns: Array) -> SamplerTable:
+def _table(
+    name: SamplerName, initial_scale: float, *, noise_dtype: torch.dtype | None = None, **columns: Array
+) -> SamplerTable:
     tensors = {key: torch.from_numpy(np.ascontiguousarray(column)) for key, column in columns.items()}
-    return SamplerTable(name=name, initial_scale=initial_scale, **tensors)
+    return SamplerTable(name=name, initial_scale=initial_scale, noise_dtype=noise_dtype, **tensors)
 
 
 def _denoise(schedule: NoiseSchedule, signal: Array, noise: Array) -> tuple[Array, Array]:
@@ -299,42 +378,3 @@ def _denoise(schedule: NoiseSchedule, signal: Array, noise: Array) -> tuple[Arra
         with np.errstate(divide="ignore", invalid="ignore"):
             return 1 / signal, -noise / signal
     return signal, -noise
-
-
-def _finite_alphas(schedule: NoiseSchedule) -> Array:
-    """Return alphas_cumprod [T] with a zero terminal value lifted to 2^-24, as diffusers does in sigma space."""
-    alphas: Array = schedule.alphas_cumprod.numpy().copy()
-    if schedule.scheduler_config.get("rescale_betas_zero_snr", False):
-        alphas[-1] = 2.0**-24
-    return alphas
-
-
-def _sigmas(schedule: NoiseSchedule, timesteps: Array) -> Array:
-    """Return sqrt((1 - a) / a) at the timesteps, and the final sigma [S + 1]."""
-    alphas = _finite_alphas(schedule)
-    sigmas = np.sqrt((1 - alphas) / alphas)
-    kind = schedule.scheduler_config.get("final_sigmas_type", "zero")
-    final = float(sigmas[0]) if kind == "sigma_min" else 0.0
-    return np.append(np.interp(timesteps, np.arange(len(sigmas)), sigmas), final)
-
-
-def _leading(steps: int, ratio: int, config: Mapping[str, Any]) -> Array:
-    offset = float(config.get("steps_offset", 0))
-    return np.arange(steps, dtype=np.float64)[::-1] * ratio + offset
-
-
-def _trailing(spacing: str, steps: int, last: int, total: int) -> Array:
-    if spacing != "trailing":
-        raise BaseModelError(
-            f"timestep_spacing {spacing!r} in {SCHEDULER_FILE} is not supported: "
-            "use 'leading', 'trailing' or 'linspace'."
-        )
-    return np.arange(last, 0, -total / steps).round() - 1
-
-
-def _check_range(timesteps: Array, total: int, steps: int) -> None:
-    if timesteps.min() < 0 or timesteps.max() > total - 1:
-        raise SpecError(
-            f"steps: {steps} steps of this base's schedule ({SCHEDULER_FILE}: timestep_spacing, steps_offset) "
-            f"leave its {total} timesteps; use fewer steps."
-        )

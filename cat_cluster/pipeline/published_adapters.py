@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,9 +52,10 @@ class DrawListener(ImageListener, Protocol):
 class DrawRequest:
     """Images to draw: image i of `count` uses seed + i. adapters: whose changes add up; none: the base alone.
 
-    gate: leave out adapters none of whose tokens the prompt has. weighting: how words of the prompt are weighted.
-    prompt_chunks: how many chunks of it are read at most. image: a file's bytes, to begin with; mask: those of one of
-    its size, which marks what is drawn anew; edit_strength: how far the image may change, None: the default one.
+    gate: leave out adapters none of whose tokens the prompt has. negative_prompt: what guidance leads away from.
+    weighting: how words of both prompts are weighted. prompt_chunks: how many chunks of each are read at most. image: a
+    file's bytes, to begin with; mask: those of one of its size, which marks what is drawn anew; edit_strength: how far
+    the image may change, None: the default one.
     """
 
     prompt: str
@@ -66,6 +67,7 @@ class DrawRequest:
     sampler: SamplerName = "ddim"
     count: int = 1
     gate: bool = False
+    negative_prompt: str = ""
     weighting: Weighting = "none"
     prompt_chunks: int = PROMPT_CHUNKS
     image: bytes | None = field(default=None, repr=False)
@@ -106,12 +108,13 @@ def draw_images(
 ) -> list[Path]:
     """Draw the images of a request and write them as PNGs that carry their parameters; return the paths.
 
-    Raises SpecError for a prompt with control characters, which neither the tokenizer nor the PNG has a place for, or
+    Raises SpecError for a text with control characters, which neither the tokenizer nor the PNG has a place for, or
     with a weight that cannot be, or an image, a mask or a strength that cannot be used, RegistryError for an adapter
     named twice.
     """
-    if (control := control_character(request.prompt)) is not None:
-        raise SpecError(f"prompt: holds the control character {control!r}; remove it, or type the prompt anew")
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        if (control := control_character(text)) is not None:
+            raise SpecError(f"{name}: holds the control character {control!r}; remove it, or type the prompt anew")
     words = plain_text(request.prompt, request.weighting)
     _check_edit(request)
     members = request.adapters
@@ -131,10 +134,6 @@ def draw_images(
     base = load_base_model(base_name, device=device)
     bank = None if registry is None or not opened else open_stack(registry, opened, base)
     tokens = [concept.token for manifest in manifests for concept in manifest.concepts]
-    prompt = Prompt(request.prompt, request.weighting, request.prompt_chunks)
-    cuts = cut_notes(base.text_limit, tokens, prompt=prompt)
-    for note in (*cuts, *syntax_notes(request.prompt, weighting=request.weighting)):
-        listener.message(f"warning: {note}")
     slot = 0 if bank is None else 1
     first = ImageRow(
         request.prompt,
@@ -143,10 +142,13 @@ def draw_images(
         request.steps,
         request.guidance,
         request.sampler,
-        weighting=request.weighting,
-        prompt_chunks=request.prompt_chunks,
+        request.negative_prompt,
+        request.weighting,
+        request.prompt_chunks,
         source=None if request.image is None else _source(request.image, request, base, listener),
     )
+    for note in _notes(first, base, tokens):
+        listener.message(f"warning: {note}")
     rows = [replace(first, seed=request.seed + i) for i in range(request.count)]
     name = stack_name(manifest.name for manifest in manifests) or base.name
     strength = stack_name(str(strength) for _, strength in opened) or "1.0"
@@ -161,6 +163,15 @@ def draw_images(
         save_png(image, path, {**parameters, "model": name, "strength": strength}, edited=source is not None)
         paths.append(path)
     return paths
+
+
+def _notes(row: ImageRow, base: BaseModel, tokens: Sequence[str]) -> Iterator[str]:
+    """Yield what people should know of how the prompts of an image are read."""
+    prompt, negative = (Prompt(text, row.weighting, row.prompt_chunks) for text in (row.prompt, row.negative_prompt))
+    yield from cut_notes(base.text_limit, tokens, prompt=prompt, negative_prompt=negative)
+    yield from syntax_notes(row.prompt, row.negative_prompt, row.weighting)
+    if row.negative_prompt and not row.guided:
+        yield "negative_prompt: changes nothing without guidance; it needs one above 1"
 
 
 def _check_edit(request: DrawRequest) -> None:

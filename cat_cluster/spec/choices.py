@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 MethodName = Literal["cat", "lora"]
-SamplerName = Literal["ddim", "euler", "dpmpp_2m"]
+SamplerName = Literal[
+    "ddim",
+    "euler",
+    "euler_karras",
+    "euler_ancestral",
+    "dpmpp_2m",
+    "dpmpp_2m_karras",
+    "dpmpp_2m_sde",
+    "dpmpp_2m_sde_karras",
+    "lcm",
+]
 Weighting = Literal["none", "a1111"]
 Targets = Literal["attention", "cross_attention", "attention_ff"]
 Blocks = Literal["all", "mid_up", "up"]

@@ -190,6 +190,12 @@ IMAGES_ACTIVE = MetricSpec("cat_serve_images_active", "gauge", "images", "Images
 ENGINE_STEP_TIME = MetricSpec(
     "cat_serve_last_step_timestamp_seconds", "gauge", "seconds", "Unix time of the engine's last turn."
 )
+SIGNING_EXPIRY = MetricSpec(
+    "cat_serve_signing_expiry_timestamp_seconds",
+    "gauge",
+    "seconds",
+    "Unix time at which the certificate that signs images expires.",
+)
 ADAPTER_REQUESTS = MetricSpec(
     "cat_adapter_requests_total", "counter", "requests", "Adapters asked of the cache, by where found.", ("tier",)
 )
@@ -272,6 +278,7 @@ SERVING_METRICS: tuple[MetricSpec, ...] = (
     IMAGES_WAITING,
     IMAGES_ACTIVE,
     ENGINE_STEP_TIME,
+    SIGNING_EXPIRY,
     ADAPTER_REQUESTS,
     ADAPTER_LOADS,
     ADAPTER_SWAPS,

@@ -245,9 +245,9 @@ class DenoisingEngine:
         return bool(self._users) or self._running_images.has_users
 
     def _park(self, probe: EngineImage) -> None:
-        self._running_images.park(probe)
-        with self._wake:
-            self._probes.appendleft(probe)
+        if self._running_images.park(probe):
+            with self._wake:
+                self._probes.appendleft(probe)
 
     def _take(self, queue: deque[EngineImage], image: EngineImage) -> None:
         with self._wake:

@@ -14,9 +14,22 @@ from torch import Tensor
 from cat_cluster.models.generate import image_array, png_bytes
 from cat_cluster.models.provenance import xmp_packet
 from cat_cluster.registry.stacks import stack_name
+from cat_cluster.spec.choices import SamplerName
 from serve.calls import FileFormat, ImageCall
 
 _DESCRIPTION, _EXIF, _COMMENT = 0x010E, 0x8769, 0x9286  # tags of EXIF: ImageDescription, the folder of UserComment
+# As AUTOMATIC1111 names them, so that it finds them again when an image's parameters are pasted.
+_SAMPLERS: Mapping[SamplerName, str] = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_karras": "Euler Karras",
+    "euler_ancestral": "Euler a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_2m_sde_karras": "DPM++ 2M SDE Karras",
+    "lcm": "LCM",
+}
 _JPEG_EXIF = 65400  # bytes that a JPEG has for it, less the digits of a longer seed; PNG and WebP have no limit
 
 
@@ -43,7 +56,7 @@ def image_metadata(call: ImageCall, seed: int, served_by: Sequence[str], digests
 
     `model`, `strength` and `adapter_sha256` of a stack have a part for each adapter, with a + between them. An edit has
     the share of steps that were made as `denoising_strength`, for `strength` is that of the adapters.
-    `parameters` follows AUTOMATIC1111's form, so that its readers show prompt, sampler, seed and model.
+    `parameters` follows AUTOMATIC1111's form and names, so that its readers show prompt, sampler, seed and model.
     """
     text = {
         "prompt": call.prompt,
@@ -101,7 +114,7 @@ def _parameters(call: ImageCall, seed: int, served_by: Sequence[str], digests: S
         lines.append(f"Negative prompt: {call.negative_prompt}")
     facts = [
         f"Steps: {call.steps}",
-        f"Sampler: {call.sampler}",
+        f"Sampler: {_SAMPLERS[call.sampler]}",
         f"CFG scale: {call.guidance:g}",
         f"Seed: {seed}",
         f"Model: {stack_name(served_by)}",

@@ -17,6 +17,7 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.edit import KeptAreas
 from cat_cluster.models.prompts import side_by_side
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients
+from cat_cluster.models.step_noise import StepNoise, gather_noise
 
 
 @dataclass(eq=False)
@@ -24,7 +25,8 @@ class ImageRows:
     """An image on its way: two texts [n L, D], of the prompt and of the negative one, or one, sampler and step.
 
     adapters are read when the image joins; latents [C, H, W] are its first ones, or, of an image that
-    was parked, those it had, with `previous` (the last denoised latents) beside them. kept: what an edit puts back.
+    was parked, those it had, with `previous` (the last denoised latents) beside them. noise: of the steps, None where
+    the sampler adds none. kept: what an edit puts back.
     """
 
     texts: Sequence[Tensor]
@@ -33,6 +35,7 @@ class ImageRows:
     latents: Tensor
     adapters: tuple[RowAdapter, ...] = ()
     previous: Tensor | None = None
+    noise: StepNoise | None = None
     kept: KeptAreas | None = None
     step: int = 0
 
@@ -63,7 +66,7 @@ class Rows:
         self.images: list[ImageRows] = []
         self._rows_of: dict[ImageRows, list[int]] = {}
         self._count = 0
-        self._index = _empty_index(base.device)
+        self._index: _Index | None = None  # of these images; made by the step that needs it, which may find no memory
 
     @property
     def count(self) -> int:
@@ -92,14 +95,22 @@ class Rows:
         self.images.append(image)
         self._rows_of[image] = rows
         image.adapters = ()
-        self._reindex()
+        self._index = None
 
     def leave(self, image: ImageRows, *, park: bool = False) -> None:
-        """Free the image's rows; its latents and, to join again later (`park`), its adapters are left with it."""
+        """Free the image's rows; its latents and, to join again later (`park`), its adapters are left with it.
+
+        These are copies: where there is no memory for them, the image is still in its rows.
+        """
+        place = self.images.index(image)
+        latents, previous = self._latents[place].clone(), self._previous[place].clone()
+        adapters = self._block.adapters(self._rows_of[image][0]) if park else ()
+        image.latents, image.previous, image.adapters = latents, previous, adapters
+        self.drop(image)
+
+    def drop(self, image: ImageRows) -> None:
+        """Free the rows of an image that is given up; it takes no memory."""
         place, rows = self.images.index(image), self._rows_of.pop(image)
-        image.latents, image.previous = self._latents[place].clone(), self._previous[place].clone()
-        if park:
-            image.adapters = self._block.adapters(rows[0])
         last = len(self.images) - 1
         self.images[place] = self.images[last]
         self.images.pop()
@@ -107,13 +118,14 @@ class Rows:
             state[place].copy_(state[last])
         for row in sorted(rows, reverse=True):
             self._fill(row)
-        self._reindex()
+        self._index = None
 
     def step(self) -> None:
         """Advance every image by one step of its own sampler. An exception leaves every image where it was."""
-        images, index = self.images, self._index
+        images, index = self.images, self._indexed()
         device = self._base.device
-        coefficients = gather_coefficients([image.table for image in images], [image.step for image in images], device)
+        steps = [image.step for image in images]
+        coefficients = gather_coefficients([image.table for image in images], steps, device)
         latents = self._latents[: len(images)]
         scaled = (coefficients.input_scale.view(-1, 1, 1, 1) * latents).to(self._base.dtype)
         # As long as the longest text of this call: rows of one chunk are computed as if there were no longer ones.
@@ -129,7 +141,8 @@ class Rows:
         plain = output[index.negative]
         # An image without guidance has its one row on both sides: the difference is exactly zero.
         predicted = plain + index.guidance.view(-1, 1, 1, 1) * (output[index.prompt] - plain)
-        following, denoised = advance_rows(coefficients, latents, predicted, self._previous[: len(images)])
+        noise = gather_noise([image.noise for image in images], steps, device)  # drawn while a GPU computes the call
+        following, denoised = advance_rows(coefficients, latents, predicted, self._previous[: len(images)], noise)
         for place, image in enumerate(images):
             if image.kept is not None:
                 following[place] = image.kept.put_back(following[place], image.table, image.step)
@@ -153,10 +166,9 @@ class Rows:
             owner[owner.index(last)] = row
         self._count = last
 
-    def _reindex(self) -> None:
-        if not self._count:
-            self._index = _empty_index(self._base.device)
-            return
+    def _indexed(self) -> _Index:
+        if self._index is not None:
+            return self._index
         owners = {row: place for place, image in enumerate(self.images) for row in self._rows_of[image]}
         texts = {row: text for one in self.images for row, text in zip(self._rows_of[one], one.texts, strict=True)}
         used = [*range(self._count), *[0] * (self.bucket(self._count) - self._count)]  # padded with the first row
@@ -170,6 +182,7 @@ class Rows:
             texts=all_texts,
             own_text=own_text,
         )
+        return self._index
 
     def _on_device(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._base.device)
@@ -188,8 +201,3 @@ class _Index:
     guidance: Tensor
     texts: Tensor
     own_text: Tensor | None
-
-
-def _empty_index(device: torch.device) -> _Index:
-    none, nothing = torch.empty(0, dtype=torch.long, device=device), torch.empty(0, device=device)
-    return _Index(none, none, none, nothing, nothing, None)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from cat_cluster import telemetry
 from cat_cluster.errors import ServingError
@@ -105,14 +106,15 @@ class RunningImages:
             self._turns.append(image.size)
         return True
 
-    def park(self, image: EngineImage) -> None:
-        """Free an image's rows; it can join again where it was."""
-        self._lane(image.size, image.separate).leave(image.rows, park=True)
-        del self.active[image.rows]
+    def park(self, image: EngineImage) -> bool:
+        """Free an image's rows; it can join again where it was. False when it cannot, and then it ends here."""
+        parked = self._leave(image, park=True)
+        self.active.pop(image.rows, None)
+        return parked
 
     def remove(self, image: EngineImage) -> None:
-        """Free the rows of an image that is done or given up."""
-        self._lane(image.size, image.separate).leave(image.rows)
+        """Free the rows of an image that is given up."""
+        self._lane(image.size, image.separate).drop(image.rows)
         del self.active[image.rows]
 
     def next_size(self) -> Size | None:
@@ -133,22 +135,23 @@ class RunningImages:
         rows, started = self._rows[size, separate], self._clock()
         images = [self.active[one] for one in rows.images]
         users = sum(image.rows.rows for image in images if not image.probe)
+        failed = False
         try:
             rows.step()
         except Exception:
-            self._fence()
             logger.exception("a U-Net call failed: its images are tried one by one")
+            failed = True
+        self._fence()
+        if failed:  # behind the handler, whose exception holds what the call had computed: memory that they may need
             self._one_by_one(rows, images)
             return users
-        self._fence()
         self._measure(rows, images, users, self._clock() - started)
         self._after_step(rows, images)
         return users
 
     def _one_by_one(self, rows: Rows, images: Sequence[EngineImage]) -> None:
-        for image in images:
-            rows.leave(image.rows, park=True)
-        for image in images:
+        parked = [image for image in images if self._leave(image, park=True)]
+        for image in parked:
             if not self.join(image):
                 continue
             try:
@@ -159,26 +162,43 @@ class RunningImages:
                 image.end(ServingError(f"the image cannot be computed ({type(error).__name__}): {error}"))
                 continue
             self._after_step(rows, [image])
-            if not image.rows.done:
-                rows.leave(image.rows, park=True)
-        for image in images:
+            if image.rows in self.active:
+                self._leave(image, park=True)
+        for image in parked:
             if image.rows in self.active:
                 self.join(image)
 
+    def _leave(self, image: EngineImage, *, park: bool) -> bool:
+        """Free an image's rows for now; False when what it takes along finds no memory, and then it ends here."""
+        try:
+            self._lane(image.size, image.separate).leave(image.rows, park=park)
+        except Exception as error:
+            logger.exception("an image could not leave its rows")
+            self.remove(image)
+            image.end(ServingError(f"the image could not leave its rows ({type(error).__name__}): {error}"))
+            return False
+        return True
+
     def _after_step(self, rows: Rows, images: Sequence[EngineImage]) -> None:
-        previews = {i: rows.denoised(i.rows) for i in images if i.rows.step in i.notify_steps}
-        for image in images:
-            if image.rows.done:
-                self.remove(image)
+        previews = {i: self._preview(rows, i) for i in images if i.rows.step in i.notify_steps}
+        there = [image for image in images if not image.rows.done or self._leave(image, park=False)]
         self._fence()  # other threads read the copies that are handed on, on streams of their own
-        for image in images:
-            if image.notify_all or image in previews:
+        for image in there:
+            if image.notify_all or previews.get(image) is not None:
                 image.stepped(previews.get(image))
             if image.rows.done:
+                del self.active[image.rows]
                 image.facts.denoise_s = self._clock() - (image.joined or 0.0)
                 if not image.probe:
                     self.image_seconds += 0.1 * (image.facts.denoise_s - self.image_seconds)
                 image.done()
+
+    def _preview(self, rows: Rows, image: EngineImage) -> Tensor | None:
+        try:
+            return rows.denoised(image.rows)
+        except Exception:  # the image itself may yet be done
+            logger.exception("a preview could not be copied")
+            return None
 
     def _measure(self, rows: Rows, images: Sequence[EngineImage], users: int, seconds: float) -> None:
         adapters = len({name for image in images for name in image.adapters})

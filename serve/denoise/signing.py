@@ -41,6 +41,25 @@ class ImageSigner:
 
     def __init__(self, context: Any, subject: str, expires: datetime.datetime) -> None:
         self._context, self.subject, self.expires = context, subject, expires
+        self._told = self._stage  # which the start tells
+
+    @property
+    def _stage(self) -> int:
+        """0; within the last days 1, and from the day of expiry on 2."""
+        left = self.expires - _now()
+        return (left < _SOON) + (left <= datetime.timedelta())
+
+    def tell_expiry(self) -> None:
+        """Log once that the certificate expires soon, and once that it has."""
+        if self._stage <= self._told:
+            return
+        self._told = self._stage
+        try:
+            self.check_valid()
+        except ServingError as error:
+            logger.error("%s", error)
+        else:
+            logger.warning("the certificate of %s expires on %s: renew it", self.subject, f"{self.expires:%Y-%m-%d}")
 
     def check_valid(self) -> None:
         """Raise ServingError when the certificate has expired since the start: what it signs now, readers refuse."""
@@ -54,11 +73,12 @@ class ImageSigner:
         """Return an image file with a signed manifest: created by a trained model, of which `model` tells.
 
         edited: the model edited another image, of which the manifest says no more than that.
-        Raises ServingError when it cannot be signed, as without the time stamp that is asked for: nothing unsigned is
-        served in silence. The library waits at most 30 s for one.
+        Raises ServingError when it cannot be signed, as with a certificate that has expired, or without the time stamp
+        that is asked for: nothing unsigned is served in silence. The library waits at most 30 s for one.
         """
         from c2pa import Builder, C2paError
 
+        self.check_valid()
         software = {"name": SOFTWARE, "version": package_version()}
         source_type = digital_source_type(edited=edited)
         created = {"action": "c2pa.created", "digitalSourceType": source_type, "softwareAgent": software}

@@ -30,6 +30,7 @@ class ErrorKind:
     message: str | None = None
 
 
+_WAITING = (503, 504)  # that what was asked may work later, and when
 INVALID, SERVER = "invalid_request_error", "server_error"
 INTERNAL = ErrorKind(500, SERVER, "internal_error", "internal error; the log has its details under this request's id")
 
@@ -88,7 +89,7 @@ _MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
     499: ("The client has gone, or the call was cancelled.", "the client has gone", "request_cancelled", None),
     500: ("Internal error.", str(INTERNAL.message), INTERNAL.code, None),
     503: ("No room or no store now; see Retry-After.", "the service is full", "overloaded", None),
-    504: ("The deadline passed.", "not done within 120 s", "deadline_exceeded", None),
+    504: ("The deadline passed; see Retry-After.", "not done within 120 s", "deadline_exceeded", None),
 }
 
 
@@ -130,7 +131,7 @@ def http_error_of(error: BaseException) -> HttpError:
         code = _PLAIN_CODES.get(error.status_code, "http_error")
         return HttpError(error.status_code, str(error.detail), code, headers=error.headers)
     kind = next((KINDS[parent] for parent in type(error).__mro__ if parent in KINDS), INTERNAL)
-    retry_after = getattr(error, "retry_after", 1.0 if kind.status == 503 else None)
+    retry_after = getattr(error, "retry_after", 1.0 if kind.status in _WAITING else None)
     message = kind.message or str(error)
     param = _field_of(message) or ("model" if kind.code.startswith("model_") else None)
     return HttpError(kind.status, message, kind.code, type=kind.type, param=param, retry_after=retry_after)
@@ -172,7 +173,7 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
             "description": meaning,
             "content": {"application/json": {"example": example}},
         }
-        if status in (429, 503):
+        if status == 429 or status in _WAITING:
             described[status]["headers"] = {
                 "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}
             }

@@ -236,6 +236,7 @@ function readForm() {
     seed: readNumber(byId("seed"), "Seed", Number.isInteger),
     steps: readNumber(byId("steps"), "Steps", Number.isInteger),
     guidance: readNumber(byId("guidance"), "Guidance"),
+    negative: byId("negative").value.trim(),
     sampler: byId("sampler").value,
     size: byId("size").value,
   };
@@ -376,7 +377,7 @@ function restore(run) {
     setPrompt(form.prompt);
     showAddress();
   }
-  for (const name of ["seed", "steps", "guidance"]) byId(name).value = form[name];
+  for (const name of ["seed", "steps", "guidance", "negative"]) byId(name).value = form[name];
   for (const name of ["sampler", "size"]) setChoice(name, form[name]);
   lay(run.pictures, form.size);
   for (const [index, card] of cards.entries()) card.finish(run.results[index]);

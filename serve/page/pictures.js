@@ -77,6 +77,7 @@ export async function drawPicture(picture, form, signal, told) {
     progress: true,
   };
   if (form.size) request.size = form.size;
+  if (form.negative) request.negative_prompt = form.negative;
   const started = performance.now();
   signal.throwIfAborted();
   for await (const [event, data] of imageEvents(request, signal)) {

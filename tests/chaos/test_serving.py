@@ -1,5 +1,5 @@
-"""The service under load of adapters and stacks: aliases move, adapters go and come and are quarantined, clients
-leave, engines die and hang; and a soak.
+"""The service under load of adapters and stacks, generations and edits, weighted and long prompts: aliases move,
+adapters go and come and are quarantined, clients leave, engines die and hang; and a soak.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from cat_cluster.registry import Manifest, Registry
 from cat_cluster.store import LocalStore
 from serve.handle_client import PATIENCE_S
 from serve.settings import ProbeSettings, ServeSettings
+from tests.support.motifs import Motif, motifs_of_each_kind
 from tests.support.serving import Gallery, Served, deployment_of, publish_random, served, until
 from tests.support.serving_load import Load, Memory, Mover, Order, alone, id_of, ways_to_name
 
@@ -33,7 +34,8 @@ STACKS = (
     (("adapter-6@live", 0.5), ("adapter-11@live", 0.5), ("adapter-1@live", 0.5)),
     (("adapter-2@live", 1.0), ("adapter-7@live", 1.0)),
 )
-PROMPTS, SEEDS, STEPS = ("a photo of a sks cup", "a red cup"), range(1, 4), 6
+PLAIN, SEEDS, STEPS = (Motif("a photo of a sks cup"), Motif("a red cup")), range(1, 4), 6
+MOTIFS = (*PLAIN, *motifs_of_each_kind(16))
 CHAOS_SECONDS, SOAK_SECONDS, WARM_SECONDS = 60, 120, 60
 FAULTS = ("kill", "stick")
 DOOR_CLIENTS = 8
@@ -73,7 +75,7 @@ class World:
         stacks = [wish for stack in STACKS for wish in ways_to_name(stack)]
         return Order(
             [*map(alone, [*names * 3, *pinned, *unsure * 3]), *stacks * 4],
-            PROMPTS,
+            MOTIFS,
             SEEDS,
             STEPS,
             may_be_missing=frozenset(going),
@@ -101,13 +103,13 @@ def world(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
             manifests = [one() for one in publish]
             moving.append((manifests[0], manifests[1]))
         for manifest in manifests:
-            gallery.add(manifest, PROMPTS, SEEDS)
+            gallery.add(manifest, MOTIFS, SEEDS)
         registry.set_alias(adapter_id, "live", manifests[0].revision)
         revisions[adapter_id] = manifests
     for stack in STACKS:
         strengths = [strength for _, strength in stack]
         for members in product(*(revisions[id_of(reference)] for reference, _ in stack)):
-            gallery.add_stack(list(zip(members, strengths, strict=True)), PROMPTS, SEEDS)
+            gallery.add_stack(list(zip(members, strengths, strict=True)), MOTIFS, SEEDS)
     gallery.check_it_tells_apart()
     settings = ServeSettings(
         base=str(tiny_base_folder),
@@ -118,6 +120,7 @@ def world(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         alias_ttl_s=0.5,
         missing_ttl_s=0.5,
         images_per_key=1000,
+        max_uploads=2 * CLIENTS,
         stuck_s=6.0,
         probes=ProbeSettings(enabled=False),
     )
@@ -130,7 +133,7 @@ def test_the_door_outlives_the_only_engine(tiny_base_folder: Path, tmp_path: Pat
     """The engine's node is lost for longer than a request may take: all are answered, and drawn once one is back."""
     base, registry = load_base_model(str(tiny_base_folder)), Registry(LocalStore(tmp_path))
     gallery, manifest = Gallery(registry, base, STEPS), publish_random(registry, base, "cup", 1)
-    gallery.add(manifest, PROMPTS, SEEDS)
+    gallery.add(manifest, PLAIN, SEEDS)
     settings = ServeSettings(
         base=str(tiny_base_folder),
         storage=str(tmp_path),
@@ -141,7 +144,7 @@ def test_the_door_outlives_the_only_engine(tiny_base_folder: Path, tmp_path: Pat
         probes=ProbeSettings(enabled=False),
     )
     deployment = deployment_of(settings, engine_cpus=1.0, ingress_resources={"door": 1.0})
-    order = Order([alone(manifest.name)], PROMPTS, SEEDS, STEPS, stream=0.0, may_be_refused=True)
+    order = Order([alone(manifest.name)], PLAIN, SEEDS, STEPS, stream=0.0, may_be_refused=True)
     with served(deployment, nodes=True) as service, Load(service, gallery, order, DOOR_CLIENTS, seed=10) as load:
         time.sleep(5)
         before = load.tally.ends["200"]
@@ -189,9 +192,10 @@ def test_no_wrong_picture_and_no_lost_request(world: World) -> None:
     tally = load.tally
     done = {"moves": mover.moves, "deletions": mover.deletions, "quarantines": mover.quarantines}
     print(f"ends {dict(tally.ends)}; refusals blamed {dict(tally.blamed)}; slowest {tally.slowest:.1f} s")
-    print(f"{tally.images} pictures checked, {tally.of_stacks} of stacks; failed (pid, images) {failed}; {done}")
+    print(f"pictures checked {dict(tally.images)}, {tally.of_stacks} of stacks; failed (pid, images) {failed}; {done}")
     assert tally.problems == [], tally.problems[:5]
-    assert min(tally.ends["200"], tally.ends["left"], tally.of_stacks, *done.values()) > 10
+    assert min(tally.ends["left"], tally.of_stacks, *done.values()) > 10
+    assert min(tally.images[motif.kind] for motif in MOTIFS) > 10
     assert min(tally.ends["404"], tally.ends["409"], tally.blamed["prompt"]) > 0
     assert not {pid for pid, _ in failed} & {one["pid"] for one in world.await_engines()}
     check_nothing_is_left(world)

@@ -114,12 +114,14 @@ def test_draws_three_pictures_live(open_page: OpenPage) -> None:
     first = page.locator('.picture[data-kind="with"] img').get_attribute("src")
     page.get_by_role("button", name="Another seed").click()
     assert page.get_by_label("Seed", exact=True).input_value() != "7"
+    page.get_by_label("Negative prompt").fill("red")
     draw(page, seed=8, steps=5)
     expect(page.locator(".past")).to_have_count(2, timeout=DRAWN_MS)
     page.get_by_role("button", name=re.compile("seed 7$")).click()
     expect(page.locator('.picture[data-kind="with"] img')).to_have_attribute("src", str(first))
     expect(page.get_by_label("Seed", exact=True)).to_have_value("7")
     expect(page.get_by_label("Steps")).to_have_value("60")
+    expect(page.get_by_label("Negative prompt")).to_have_value("")
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,8 @@ def test_draws_the_base_the_stack_and_each_alone(open_page: OpenPage, live: Live
     # Small ones: random adapters at full strength enlarge the rounding that depends on what else is in a U-Net call.
     page.get_by_label("Strength of cup").fill("0.3")
     page.get_by_label("Strength of tea-fish").fill("0.2")
+    page.get_by_role("button", name="More").click()
+    page.get_by_label("Negative prompt").fill(" red, blurred ")
     draw(page, seed=7, steps=5)
     titles = ["Base", "Stack", "cup alone", "tea-fish alone"]
     for title in titles:
@@ -94,7 +96,8 @@ def test_draws_the_base_the_stack_and_each_alone(open_page: OpenPage, live: Live
 
     cup, fish = {"model": "cup", "strength": 0.3}, {"model": "tea-fish", "strength": 0.2}
     named: list[dict[str, Any]] = [{"model": sent[0]["model"]}, {"adapters": [cup, fish]}, cup, fish]
-    common = {"prompt": TOGETHER, "seed": 7, "num_inference_steps": 5, "guidance_scale": 4, "sampler": "ddim"}
+    settings = {"seed": 7, "num_inference_steps": 5, "guidance_scale": 4, "sampler": "ddim"}
+    common = {"prompt": TOGETHER, "negative_prompt": "red, blurred", **settings}
     assert len(sent) == len(named), "a picture that nobody asked for"
     seen = []
     with live.http() as http:

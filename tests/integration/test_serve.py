@@ -35,6 +35,7 @@ from cat_cluster.registry.stacks import parse_member
 from cat_cluster.store import open_store
 from serve.settings import ProbeSettings, ServeSettings
 from tests.integration.conftest import Published
+from tests.support.motifs import Motif
 from tests.support.s3_server import S3Server
 from tests.support.serving import (
     LEVELS,
@@ -57,6 +58,7 @@ KEY, ADMIN = "a-key", "an-admins-key"
 STEPS, LONG = 4, 900  # LONG takes seconds
 TTL_S = 1.0
 PROMPT = "a photo of a sks cup"
+MOTIF = Motif(PROMPT)
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Site:
     def gallery(self, *manifests: Manifest) -> Gallery:
         gallery = Gallery(self.registry, self.base, STEPS)
         for manifest in manifests:
-            gallery.add(manifest, (PROMPT,), range(1, 3))
+            gallery.add(manifest, (MOTIF,), range(1, 3))
         gallery.check_it_tells_apart()
         return gallery
 
@@ -195,7 +197,7 @@ class Traffic:
         """Every answer was a success, and its pictures are of the revision it names."""
         assert len(self.answers) > 10
         assert [answer.text for _, answer in self.answers if answer.status_code != 200] == []
-        assert [seed for _, answer in self.answers for seed in gallery.wrong(answer.json(), PROMPT)] == []
+        assert [seed for _, answer in self.answers for seed in gallery.wrong(answer.json(), MOTIF)] == []
 
 
 def test_a_picture_in_a_mixed_batch_is_the_one_drawn_alone(site: Site, tmp_path: Path) -> None:

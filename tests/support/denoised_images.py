@@ -5,28 +5,56 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+)
 from torch import Tensor
 
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.edit import edit_latents, edit_table
-from cat_cluster.models.generate import ImageRow, generate, initial_latents
+from cat_cluster.models.edit import edit_table
+from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.image_start import start_from_image, start_from_noise
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.models.samplers import sampler_table
+from cat_cluster.spec.choices import SamplerName
 from serve.denoise.rows import ImageRows
 
-# Of stock diffusers, by the name of the sampler that is to do the same.
-SCHEDULERS = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
+# Of stock diffusers, by the name of the sampler that is to do the same, and what its user sets.
+_STOCK: Mapping[SamplerName, tuple[Any, Mapping[str, Any]]] = {
+    "ddim": (DDIMScheduler, {}),
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_ancestral": (EulerAncestralDiscreteScheduler, {}),
+    "euler_karras": (EulerDiscreteScheduler, {"use_karras_sigmas": True}),
+    "dpmpp_2m": (DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpmpp_2m_sde": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_2m_sde_karras": (
+        DPMSolverMultistepScheduler,
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "lcm": (LCMScheduler, {}),
+}
 
 TARGETS = "attention_ff"
 RANK = 3
 TOLERANCE = 3e-5  # of images in [0, 1]: the number of rows in a call changes the last bits
+
+
+def stock_scheduler(name: SamplerName, config: Mapping[str, Any]) -> Any:
+    """The scheduler of stock diffusers that a user swaps in for a base's own, made of that one's config."""
+    kind, options = _STOCK[name]
+    return kind.from_config(config, **options)
 
 
 def random_adapter(base: BaseModel, seed: int, rank: int = RANK) -> AdapterWeights:
@@ -99,20 +127,21 @@ class ImageOracle:
         """The same image as rows that can join; flats: where its adapters are read, else the oracle's own vectors."""
         flats = [self.flats[key] for key, _ in wanted.stack] if flats is None else flats
         row = wanted.row
-        table, kept = sampler_table(row.sampler, self.base.schedule, row.steps), None
+        table = sampler_table(row.sampler, self.base.schedule, row.steps)
         if row.source is None:
-            latents = initial_latents(self.base, row.seed, table, size)
+            start = start_from_noise(self.base, row.seed, table, size)
         else:
             source = row.source
             table = edit_table(table, row.steps, source.strength)
             moments = self.base.encode_moments(source.pixels.unsqueeze(0))[0]
-            latents, kept = edit_latents(self.base, moments, source.mask, source.strength, row.seed, table)
+            start = start_from_image(self.base, moments, source.mask, source.strength, row.seed, table)
         return ImageRows(
             texts=tuple(self._text(prompt) for prompt in row.prompts),
             table=table,
             guidance=row.guidance if row.guided else 1.0,
-            latents=latents,
-            kept=kept,
+            latents=start.latents,
+            noise=start.noise,
+            kept=start.kept,
             adapters=tuple(
                 RowAdapter(flat, self.adapters[key].rank, strength)
                 for flat, (key, strength) in zip(flats, wanted.stack, strict=True)

@@ -27,16 +27,17 @@ from PIL import Image
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.generate import ImageRow, generate
+from cat_cluster.models.generate import generate
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from serve.settings import ServeSettings
 from tests.support.denoised_images import random_adapter
+from tests.support.motifs import GENERATIONS, Motif
 from tests.support.ray_head import free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
-PATH = "/v1/images/generations"
+PATH = GENERATIONS
 LEVELS = 1  # of 255: a picture of 8 bits may round to the neighbouring level
 
 Pixels = NDArray[np.int16]
@@ -109,13 +110,13 @@ class Gallery:
 
     def __init__(self, registry: Registry, base: BaseModel, steps: int) -> None:
         self._registry, self._base, self._steps = registry, base, steps
-        self._known: dict[tuple[str, str, int], Pixels] = {}
+        self._known: dict[tuple[str, Motif, int], Pixels] = {}
 
-    def add(self, manifest: Manifest, prompts: tuple[str, ...], seeds: range) -> None:
-        """Draw a revision's pictures of the prompts, each with every seed."""
-        self.add_stack([(manifest, 1.0)], prompts, seeds)
+    def add(self, manifest: Manifest, motifs: Sequence[Motif], seeds: range) -> None:
+        """Draw a revision's pictures of the motifs, each with every seed."""
+        self.add_stack([(manifest, 1.0)], motifs, seeds)
 
-    def add_stack(self, stack: Sequence[tuple[Manifest, float]], prompts: tuple[str, ...], seeds: range) -> None:
+    def add_stack(self, stack: Sequence[tuple[Manifest, float]], motifs: Sequence[Motif], seeds: range) -> None:
         """Draw the pictures of revisions together, each with its strength; one stack of the same revisions alone."""
         name = "+".join(manifest.name for manifest, _ in stack)
         assert not any(known == name for known, _, _ in self._known), f"{name} has pictures"
@@ -123,27 +124,27 @@ class Gallery:
         bank = LoraBank.attach(self._base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
         bank.load(1, weights)
         try:
-            wanted = [(prompt, seed) for prompt in prompts for seed in seeds]
-            images = generate(self._base, bank, [ImageRow(*one, 1, self._steps) for one in wanted])
+            wanted = [(motif, seed) for motif in motifs for seed in seeds]
+            images = generate(self._base, bank, [motif.row(seed, self._steps) for motif, seed in wanted])
         finally:
             bank.detach()
-        for (prompt, seed), image in zip(wanted, images, strict=True):
+        for (motif, seed), image in zip(wanted, images, strict=True):
             pixels = (image * 255).round().permute(1, 2, 0).cpu().numpy().astype(np.int16)
-            self._known[name, prompt, seed] = pixels
+            self._known[name, motif, seed] = pixels
 
     def check_it_tells_apart(self) -> None:
         """No revision's picture could be taken for another's."""
-        for prompt, seed in {(prompt, seed) for _, prompt, seed in self._known}:
-            pictures = np.stack([known for key, known in self._known.items() if key[1:] == (prompt, seed)])
+        for motif, seed in {(motif, seed) for _, motif, seed in self._known}:
+            pictures = np.stack([known for key, known in self._known.items() if key[1:] == (motif, seed)])
             apart = np.abs(pictures[:, None] - pictures[None]).reshape(len(pictures), len(pictures), -1).max(-1)
             assert apart[~np.eye(len(pictures), dtype=bool)].min(initial=255) > 4 * LEVELS
 
-    def wrong(self, answer: Mapping[str, Any], prompt: str) -> list[int]:
+    def wrong(self, answer: Mapping[str, Any], motif: Motif) -> list[int]:
         """The seeds of an answer whose pictures are not those of the revision that it names."""
         return [
             one["seed"]
             for one in answer["data"]
-            if np.abs(pixels_of(one) - self._known[answer["model"], prompt, one["seed"]]).max() > LEVELS
+            if np.abs(pixels_of(one) - self._known[answer["model"], motif, one["seed"]]).max() > LEVELS
         ]
 
 

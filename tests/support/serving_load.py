@@ -18,7 +18,8 @@ import numpy as np
 import psutil
 
 from cat_cluster.registry import Manifest, Registry
-from tests.support.serving import PATH, Gallery, Served
+from tests.support.motifs import Motif
+from tests.support.serving import Gallery, Served
 
 SECONDS = 90  # no request takes longer
 MIB = 2**20
@@ -26,19 +27,23 @@ MIB = 2**20
 
 @dataclass
 class Tally:
-    """How requests ended; `problems`: those that must not be; blamed: the fields that refusals named."""
+    """How requests ended; `problems`: those that must not be; blamed: the fields that refusals named.
+
+    images: pictures that were checked, by the kind of motif; of_stacks: of several adapters.
+    """
 
     ends: Counter[str] = field(default_factory=Counter)
     blamed: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     slowest: float = 0.0
-    images: int = 0
+    images: Counter[str] = field(default_factory=Counter)
     of_stacks: int = 0
 
     def count(self, end: End, seconds: float) -> None:
         """Count a request that took so long."""
         self.ends[end.how] += 1
-        self.images += end.images
+        if end.images:
+            self.images[end.kind] += end.images
         self.of_stacks += end.images * end.stack
         self.slowest = max(self.slowest, seconds)
         if end.blamed is not None:
@@ -49,11 +54,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class End:
-    """How a request ended: what is wrong with that, the pictures that were checked, the field a refusal blamed."""
+    """How a request ended: what is wrong with that, the pictures of a kind of motif that were checked, the field a
+    refusal blamed.
+    """
 
     how: str
     problem: str | None = None
     images: int = 0
+    kind: str = ""
     stack: bool = False
     blamed: str | None = None
 
@@ -111,10 +119,10 @@ class Answering(Protocol):
 
 @dataclass(frozen=True)
 class Order:
-    """What the clients ask for: prompts and seeds whose pictures the gallery knows; ids that may be refused."""
+    """What the clients ask for: motifs and seeds whose pictures the gallery knows; ids that may be refused."""
 
     wishes: Sequence[Wish]
-    prompts: tuple[str, ...]
+    motifs: Sequence[Motif]
     seeds: range
     steps: int
     may_be_missing: frozenset[str] = frozenset()
@@ -123,9 +131,9 @@ class Order:
     stream: float = 0.25  # share of calls that stream
     may_be_refused: bool = False  # with 503 and Retry-After
 
-    def judge(self, wish: Wish, prompt: str, count: int, answer: Answer, gallery: Gallery) -> End:
+    def judge(self, wish: Wish, motif: Motif, count: int, answer: Answer, gallery: Gallery) -> End:
         """How a request for `count` images ended, and what is wrong with that."""
-        told = f"{wish} {prompt!r}"
+        told = f"{wish} {motif}"
         error = answer.content.get("error")
         if answer.status == 503 and self.may_be_refused and answer.retries:
             return End("503")
@@ -141,10 +149,10 @@ class Order:
             return End("short", f"{told}: {len(images)} images, not {count}")
         if not wish.names(model) or answer.model != model:
             return End("other revision", f"{told}: {model}, x-cat-model {answer.model}")
-        wrong = gallery.wrong(answer.content, prompt)
+        wrong = gallery.wrong(answer.content, motif)
         if wrong:
             return End("wrong", f"{told}: seeds {wrong} of {model}")
-        return End("200", images=count, stack=len(wish.members) > 1)
+        return End("200", images=count, kind=motif.kind, stack=len(wish.members) > 1)
 
     def _allowed(self, wish: Wish, error: Mapping[str, Any]) -> str | None:
         """The status of a refusal that may be: the field that it blames must name an adapter of which it can be so."""
@@ -207,27 +215,29 @@ class Load:
     def _ask(self, http: httpx2.Client, rng: random.Random) -> End:
         """Ask once; how it ended."""
         order = self._order
-        wish, prompt = rng.choice(order.wishes), rng.choice(order.prompts)
+        motif = rng.choice(order.motifs)
+        wish = rng.choice([wish for wish in order.wishes if motif.allows(wish.fields)])
         count, streams, leaves = rng.choice((1, 1, 2)), rng.random() < order.stream, rng.random() < order.leave
         body = {
             **wish.fields,
-            "prompt": prompt + wish.tags,
+            "prompt": motif.prompt + wish.tags,
             "seed": rng.choice(order.seeds[: len(order.seeds) - count + 1]),
             "n": count,
             "num_inference_steps": order.steps,
             "stream": streams,
         }
+        path, sent = motif.request(body)
         patience = httpx2.Timeout(SECONDS, read=rng.uniform(0.01, 0.4) if leaves else SECONDS)
         try:
-            with http.stream("POST", PATH, json=body, timeout=patience) as response:
+            with http.stream("POST", path, **sent, timeout=patience) as response:
                 if leaves and streams:
                     return End("left")
                 response.read()
         except httpx2.TimeoutException as error:
-            return End("left") if leaves else End("no end", f"{body}: {error!r}")
+            return End("left") if leaves else End("no end", f"{path} {body}: {error!r}")
         except httpx2.TransportError as error:
-            return End("broken", f"{body}: {error!r}")
-        return order.judge(wish, prompt, count, Answer.of(response), self._gallery)
+            return End("broken", f"{path} {body}: {error!r}")
+        return order.judge(wish, motif, count, Answer.of(response), self._gallery)
 
 
 def _of_events(text: str) -> dict[str, Any]:
@@ -237,7 +247,7 @@ def _of_events(text: str) -> dict[str, Any]:
     for name, data in events:
         if name == "error":
             return dict(data)
-    done = [data for name, data in events if name == "image_generation.completed"]
+    done = [data for name, data in events if name in ("image_generation.completed", "image_edit.completed")]
     return {"data": done, "model": done[0]["model"] if done else None}
 
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cat_cluster.lora.formats import AdapterWeights, write_adapter
 from cat_cluster.models.base_model import base_folder, compiled_blocks
-from cat_cluster.models.generate import image_array, initial_latents
+from cat_cluster.models.generate import image_array
+from cat_cluster.models.image_start import start_from_noise
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
 from jobs.benchmark.serving.workbench import GUIDANCE, Pixels, Request, Workbench
 from jobs.benchmark.timing import RANK, synchronise
@@ -193,7 +194,8 @@ class PeftLoop:
         base, device = self._base, self._base.device
         texts = base.encode_text([*(request.prompt for request in requests), ""])
         tables = [sampler_table("ddim", base.schedule, request.steps) for request in requests]
-        latents = torch.stack([initial_latents(base, a.seed, t) for a, t in zip(requests, tables, strict=True)])
+        starts = [start_from_noise(base, a.seed, table) for a, table in zip(requests, tables, strict=True)]
+        latents = torch.stack([start.latents for start in starts])
         previous, rows = torch.zeros_like(latents), _Rows.of(requests, texts, range(len(requests)))
         for step in range(max(len(table) for table in tables)):
             going = [n for n, table in enumerate(tables) if step < len(table)]

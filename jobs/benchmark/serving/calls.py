@@ -14,7 +14,7 @@ from cat_cluster.lora.bank import served_layers
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter, RowBank, RowBlock
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
-from cat_cluster.models.generate import initial_latents
+from cat_cluster.models.image_start import start_from_noise
 from cat_cluster.models.samplers import sampler_table
 from jobs.benchmark.serving.baselines import PeftLoop
 from jobs.benchmark.serving.random_models import TARGETS
@@ -73,7 +73,7 @@ def whole_step(bench: Workbench, base: BaseModel, bank: RowBank, rows: int, adap
     table = sampler_table("ddim", base.schedule, bench.scale.steps)
     for n, request in enumerate(bench.requests(rows // 2, adapters=adapters)):
         adapter = packed(base, bank, bench.adapters[request.adapter])
-        texts, latents = base.encode_text([request.prompt, ""]), initial_latents(base, n, table)
+        texts, latents = base.encode_text([request.prompt, ""]), start_from_noise(base, n, table).latents
         lane.join(ImageRows(texts=tuple(texts), table=table, guidance=GUIDANCE, latents=latents, adapters=(adapter,)))
 
     def step() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,6 +153,40 @@ def test_more_pixels_than_the_limit_are_refused_before_decoding(tmp_path: Path) 
     assert "bomb.png: has more than 200 megapixels" in message
     assert "worse.png: has more than 200 megapixels" in message
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_the_limit_of_pixels_is_that_of_the_file_and_others_keep_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A photo that the process's own limit refuses is read, and while it is, another thread has that limit."""
+    photo(size=(640, 400)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    seen: list[int | None] = []
+    upright_rgb = images._upright_rgb
+
+    def watching(*arguments: Any) -> Image.Image:
+        seen.append(Image.MAX_IMAGE_PIXELS)
+        return upright_rgb(*arguments)
+
+    monkeypatch.setattr(images, "_upright_rgb", watching)
+    assert read_image(tmp_path / "a.jpg")[0].size == (640, 400)
+    assert images.opens_as_image(tmp_path / "a.jpg")
+    assert (seen, Image.MAX_IMAGE_PIXELS) == ([1000], 1000)
+    limits = images.SizeLimits(most_pixels=255_999)
+    with pytest.raises(ConceptError, match=r"^sent: has more than 0 megapixels"):
+        images.read_still("sent", (tmp_path / "a.jpg").read_bytes(), limits, (64, 64))
+
+
+def test_what_pillow_itself_refuses_in_some_formats_is_told_with_its_limit(tmp_path: Path) -> None:
+    photo().save(tmp_path / "huge.webp", xmp=b"<x/>")
+    content = bytearray((tmp_path / "huge.webp").read_bytes())
+    assert content[12:16] == b"VP8X"
+    content[24:30] = b"\xfe\x3f\0" * 2  # 16383 x 16383, of which 1 is taken off
+    (tmp_path / "huge.webp").write_bytes(content)
+    assert "huge.webp: has more than 178 megapixels" in refusal(tmp_path)
+    limits = images.SizeLimits(most_pixels=16_000_000)
+    with pytest.raises(ConceptError, match=r"^sent: has more than 16 megapixels"):
+        images.read_still("sent", bytes(content), limits, (64, 64))
 
 
 @pytest.mark.parametrize("size", [(6_200_000, 32), (32, 6_200_000), (32_769, 4000), (661, 33)])

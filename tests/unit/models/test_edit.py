@@ -24,7 +24,7 @@ from cat_cluster.models.edit_steps import edit_strength, steps_made
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.samplers import SAMPLERS, sampler_table
 from cat_cluster.spec.choices import SamplerName
-from tests.support.denoised_images import SCHEDULERS, random_adapter
+from tests.support.denoised_images import random_adapter, stock_scheduler
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ class Stock:
         pipeline: Any = self._plain if mask is None else self._masked
         pipeline.set_progress_bar_config(disable=True)
         loaded = pipeline.scheduler
-        pipeline.scheduler = SCHEDULERS[row.sampler].from_config(loaded.config)
+        pipeline.scheduler = stock_scheduler(row.sampler, loaded.config)
         of_mask = {} if mask is None else {"mask_image": mask, "width": photo.width, "height": photo.height}
         try:
             images: Tensor = pipeline(
@@ -168,6 +168,8 @@ def test_a_mixed_batch_equals_each_image_alone(base: BaseModel, stock: Stock) ->
         ImageRow("a red cup", 4, steps=3, sampler="euler", source=source(photo(16, 9), mask, 1.0)),
         ImageRow("cup of red", 5, slot=1, steps=5),
         ImageRow("a cup", 6, slot=1, steps=5, guidance=1.0, source=source(picture, mask, 1.0)),
+        ImageRow("a cup", 7, steps=7, sampler="euler_ancestral", source=source(picture, mask, 0.8)),
+        ImageRow("red", 8, slot=1, steps=6, sampler="dpmpp_2m_sde_karras", source=source(picture, None, 0.6)),
     ]
     bank = LoraBank.attach(base.unet, slots=1, rank=3, layers=adapted_layers(base.unet, "attention_ff"))
     bank.load(1, random_adapter(base, 1))
@@ -180,6 +182,7 @@ def test_a_mixed_batch_equals_each_image_alone(base: BaseModel, stock: Stock) ->
         assert_same(image, own)
     assert_same(together[0], stock.image(rows[0], picture, None))
     assert_same(together[2], stock.image(rows[2], picture, mask))
+    assert_same(together[6], stock.image(rows[6], picture, mask))
     plain = generate(base, None, [rows[1]])[0]
     assert_same(together[1], plain)
 

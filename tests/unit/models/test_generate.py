@@ -22,7 +22,7 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.samplers import SAMPLERS
 from cat_cluster.spec.choices import SamplerName
-from tests.support.denoised_images import SCHEDULERS
+from tests.support.denoised_images import stock_scheduler
 from tests.support.provenance import DRAWN, said_in_xmp
 
 pytestmark = pytest.mark.slow
@@ -34,6 +34,10 @@ MIXED = [
     ImageRow("a red cup", 4, steps=1, sampler="dpmpp_2m"),
     ImageRow("a photo", 1, steps=5, sampler="ddim", guidance=0.0),
     ImageRow("cup of red", 5, steps=2, sampler="euler", guidance=2.0),
+    ImageRow("a cup", 6, steps=5, sampler="euler_ancestral", guidance=1.0),
+    ImageRow("a photo of a cup", 7, steps=4, sampler="dpmpp_2m_sde"),
+    ImageRow("red", 6, steps=3, sampler="dpmpp_2m_sde_karras"),
+    ImageRow("red cup", 8, steps=4, sampler="lcm", guidance=1.5),
 ]
 
 
@@ -55,7 +59,7 @@ def quiet(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
 def stock_image(pipeline: StableDiffusionPipeline, row: ImageRow) -> Tensor:
     """The image a stock user gets after swapping the scheduler [3, H, W]."""
     loaded = pipeline.scheduler
-    pipeline.scheduler = SCHEDULERS[row.sampler].from_config(loaded.config)
+    pipeline.scheduler = stock_scheduler(row.sampler, loaded.config)
     try:
         images: Tensor = pipeline(
             row.prompt,

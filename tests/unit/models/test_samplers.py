@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -18,9 +19,11 @@ from cat_cluster.models.samplers import (
     sampler_table,
 )
 from cat_cluster.models.schedule import NoiseSchedule
+from cat_cluster.models.step_noise import StepNoise, gather_noise
 from cat_cluster.spec.choices import SamplerName
-from tests.support.denoised_images import SCHEDULERS
+from tests.support.denoised_images import stock_scheduler
 
+SEED = 8  # of the noise that samplers add at their steps
 STABLE = {
     "beta_schedule": "scaled_linear",
     "beta_start": 0.00085,
@@ -41,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "euler-at-final": {"final_sigmas_type": "sigma_min", "euler_at_final": True},
     "linear": {"beta_schedule": "linear"},
     "cosine": {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1},
+    "distilled": {"original_inference_steps": 30, "timestep_scaling": 4.0},
+    "given-ends": {"sigma_min": 0.05, "sigma_max": 11.5, "timestep_spacing": "trailing"},
     "short": {"trained_betas": [0.002 + 0.0002 * step for step in range(200)], "num_train_timesteps": 200},
 }
 
@@ -50,33 +55,48 @@ def model(latents: Tensor, timestep: Tensor) -> Tensor:
     return torch.tanh(latents * 0.7 + latents.roll(1, dims=-1) * 0.3) + torch.sin(timestep / 300).view(-1, 1, 1, 1)
 
 
-def oracle_path(name: str, config: dict[str, Any], steps: int, noise: Tensor) -> list[Tensor]:
+def oracle_path(name: SamplerName, config: dict[str, Any], steps: int, noise: Tensor) -> list[Tensor]:
     """The latents [C, H, W] before each step and at the end, by the stock scheduler in a stock loop."""
-    scheduler = SCHEDULERS[name].from_config(config)
+    generator = torch.Generator().manual_seed(SEED)
+    scheduler = stock_scheduler(name, config)
     scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):  # without it a first timestep that stands there twice is passed over
+        scheduler.set_begin_index(0)
     latents = noise[None] * scheduler.init_noise_sigma
     path = [latents[0]]
     for timestep in scheduler.timesteps:
         output = model(scheduler.scale_model_input(latents, timestep), timestep.float()[None])
-        latents = scheduler.step(output, timestep, latents).prev_sample
+        latents = scheduler.step(output, timestep, latents, generator=generator).prev_sample
         path.append(latents[0])
     return path
+
+
+def step_noise(table: SamplerTable) -> StepNoise | None:
+    """The noise of the steps that `oracle_path` draws."""
+    generator = torch.Generator().manual_seed(SEED)
+    return StepNoise(generator, (4, 6, 6), torch.float32) if table.adds_noise else None
 
 
 def our_path(table: SamplerTable, noise: Tensor) -> list[Tensor]:
-    latents = noise[None] * table.initial_scale
+    latents, of_steps = noise[None] * table.initial_scale, step_noise(table)
     previous = torch.zeros_like(latents)
     path = [latents[0]]
     for step in range(len(table)):
-        latents, previous = one_call([table], [step], latents, previous)
+        latents, previous = one_call([table], [step], latents, previous, [of_steps])
         path.append(latents[0])
     return path
 
 
-def one_call(tables: list[SamplerTable], steps: list[int], latents: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+def one_call(
+    tables: list[SamplerTable],
+    steps: list[int],
+    latents: Tensor,
+    previous: Tensor,
+    noises: Sequence[StepNoise | None] = (),
+) -> tuple[Tensor, Tensor]:
     rows = gather_coefficients(tables, steps)
     output = model(rows.input_scale.view(-1, 1, 1, 1) * latents, rows.timesteps)
-    return advance_rows(rows, latents, output, previous)
+    return advance_rows(rows, latents, output, previous, gather_noise(noises, steps, latents.device))
 
 
 def assert_paths_close(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -129,11 +149,15 @@ def test_rows_of_different_samplers_at_different_steps_share_calls() -> None:
     """Rows join one call after another; each follows its own scheduler to its own end."""
     config = {**STABLE, "prediction_type": "epsilon"}
     schedule = NoiseSchedule.from_config(config)
-    plan: list[tuple[SamplerName, int]] = [("ddim", 4), ("euler", 7), ("dpmpp_2m", 5), ("dpmpp_2m", 16), ("ddim", 1)]
+    plan: list[tuple[SamplerName, int]] = [
+        *[("ddim", 4), ("euler", 7), ("dpmpp_2m", 5), ("dpmpp_2m", 16), ("ddim", 1)],
+        *[("euler_ancestral", 6), ("dpmpp_2m_sde", 9), ("dpmpp_2m_sde_karras", 16), ("lcm", 3)],
+    ]
     tables = [sampler_table(name, schedule, steps) for name, steps in plan]
     noises = [torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(len(plan))]
     paths = [[noise * table.initial_scale] for noise, table in zip(noises, tables, strict=True)]
     previous = [torch.zeros_like(noise) for noise in noises]
+    of_steps = [step_noise(table) for table in tables]
     for call in range(30):
         active = [row for row, table in enumerate(tables) if row <= call and len(paths[row]) - 1 < len(table)]
         if not active:
@@ -143,6 +167,7 @@ def test_rows_of_different_samplers_at_different_steps_share_calls() -> None:
             [len(paths[row]) - 1 for row in active],
             torch.stack([paths[row][-1] for row in active]),
             torch.stack([previous[row] for row in active]),
+            [of_steps[row] for row in active],
         )
         for position, row in enumerate(active):
             paths[row].append(latents[position])
@@ -189,8 +214,15 @@ def test_steps_without_finite_coefficients_are_refused() -> None:
         sampler_table("ddim", NoiseSchedule.from_config(config), 4)
 
 
+def test_lcm_makes_no_more_steps_than_it_was_distilled_with() -> None:
+    schedule = NoiseSchedule.from_config({**STABLE, "original_inference_steps": 8})
+    assert len(sampler_table("lcm", schedule, 8)) == 8
+    with pytest.raises(SpecError, match=r"^steps: sampler 'lcm' makes at most the 8 steps .* use fewer steps"):
+        sampler_table("lcm", schedule, 9)
+
+
 def test_an_unknown_sampler_is_refused() -> None:
-    with pytest.raises(SpecError, match="'heun' is not available; choose one of ddim, euler, dpmpp_2m"):
+    with pytest.raises(SpecError, match=f"'heun' is not available; choose one of {', '.join(SAMPLERS)}"):
         sampler_table("heun", NoiseSchedule.from_config(STABLE), 4)  # type: ignore[arg-type]
 
 
@@ -199,13 +231,29 @@ def test_an_unknown_sampler_is_refused() -> None:
     [
         ("ddim", {"thresholding": True}),
         ("euler", {"use_karras_sigmas": True}),
+        ("euler_karras", {"use_beta_sigmas": True}),
+        ("dpmpp_2m", {"use_karras_sigmas": True}),
+        ("dpmpp_2m_karras", {"algorithm_type": "sde-dpmsolver++"}),
         ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}),
         ("dpmpp_2m", {"solver_order": 3}),
+        ("dpmpp_2m_sde", {"solver_type": "heun"}),
+        ("lcm", {"thresholding": True}),
+        ("dpmpp_2m_sde", {"use_karras_sigmas": True}),
     ],
 )
 def test_options_a_table_does_not_implement_are_refused(name: SamplerName, option: dict[str, Any]) -> None:
     with pytest.raises(BaseModelError, match=next(iter(option))):
         sampler_table(name, NoiseSchedule.from_config({**STABLE, **option}), 4)
+
+
+def test_a_config_with_karras_sigmas_is_read_by_the_samplers_of_that_name(noise: Tensor) -> None:
+    config = {**STABLE, "use_karras_sigmas": True}
+    schedule = NoiseSchedule.from_config(config)
+    for name in ("euler", "dpmpp_2m"):
+        with pytest.raises(BaseModelError, match=r"use_karras_sigmas is True .* or choose ddim or euler_karras or"):
+            sampler_table(name, schedule, 4)
+        path = our_path(sampler_table(f"{name}_karras", schedule, 9), noise)
+        assert_paths_close(path, oracle_path(name, config, 9, noise))
 
 
 def test_an_unknown_spacing_is_refused() -> None:

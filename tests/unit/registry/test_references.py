@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
 
 from cat_cluster.errors import RegistryError
 from cat_cluster.registry import Registry
@@ -18,6 +19,7 @@ from cat_cluster.registry.references import (
     parse_reference,
     split_manifest_key,
 )
+from cat_cluster.spec.fields import AdapterId
 from cat_cluster.store.protocol import check_key
 
 IDS = st.from_regex(r"[a-z0-9][a-z0-9-]{0,62}", fullmatch=True)
@@ -78,6 +80,22 @@ def test_path_tricks_never_reach_the_store(registry: Registry, trick: str) -> No
     for call in calls:
         with pytest.raises(RegistryError, match=r"is not an? (adapter id|alias|revision)"):
             call()
+
+
+@pytest.mark.parametrize("name", ["a+b", "+", "a+", "cup+mug"])
+def test_no_name_has_the_sign_between_the_adapters_of_a_stack(registry: Registry, name: str) -> None:
+    """So `a+b` is always two adapters: no job, import or alias can make one that is called so."""
+    with pytest.raises(ValidationError, match="should match pattern"):
+        TypeAdapter(AdapterId).validate_python(name)
+    for make in (
+        lambda: manifest_key(name, "r-0123456789ab"),
+        lambda: registry.set_alias("cup", name, "r-0123456789ab"),
+        lambda: Reference(name),
+        lambda: Reference("cup", alias=name),
+        lambda: parse_reference(f"cup@r-0123456789ab{name}"),
+    ):
+        with pytest.raises(RegistryError, match="is not a"):
+            make()
 
 
 @pytest.mark.parametrize("revision", ["r-", "r-0123456789a", "r-0123456789abc", "r-0123456789AB", "r-latest"])

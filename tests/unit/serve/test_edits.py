@@ -77,7 +77,7 @@ def test_images_are_those_of_the_command_line(shop: Shop, tmp_path: Path) -> Non
     calls = [
         replace(PHOTO, count=2),
         replace(PHOTO, adapters=stack("mug:0.5"), sampler="dpmpp_2m"),
-        replace(PART, adapters=(), sampler="euler"),
+        replace(PART, adapters=(), sampler="euler_ancestral"),
         replace(PART, adapters=stack("cup:0.5"), guidance=1.0, edit=edit(photo(), half(), 0.6)),
     ]
 
@@ -134,8 +134,8 @@ def test_images_are_those_of_stock_diffusers_with_the_adapter(shop: Shop, tmp_pa
 def test_no_neighbour_notices_an_edit(shop: Shop) -> None:
     calls = [
         CUP,
-        replace(CUP, adapters=(), sampler="euler", steps=6),
-        replace(PHOTO, seed=3),
+        replace(CUP, adapters=(), sampler="dpmpp_2m_sde", steps=6),
+        replace(PHOTO, seed=3, sampler="euler_ancestral"),
         replace(PART, adapters=stack("jar"), seed=4),
         replace(PART, guidance=1.0, sampler="dpmpp_2m", edit=edit(photo(seed=5), half(), 0.5)),
     ]

@@ -16,7 +16,13 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 
-from cat_cluster.errors import AdapterNotFoundError, CancelledRequestError, EngineStoppedError, OverloadedError
+from cat_cluster.errors import (
+    AdapterNotFoundError,
+    CancelledRequestError,
+    DeadlineError,
+    EngineStoppedError,
+    OverloadedError,
+)
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall, Preview, Progress, Refused
 from serve.handle_client import TRIES, HandleClient
 from serve.http.log_format import JsonLines
@@ -195,6 +201,41 @@ def test_without_an_engine_it_is_said(steps: list[Step]) -> None:
     (failed,) = events(handle, replace(CALL, deadline_s=None))
     assert failed == Failed("EngineStoppedError", "no engine is running: try again")
     assert handle.streams[0].cancelled
+
+
+@pytest.mark.parametrize(
+    ("steps", "kinds"),
+    [
+        ([NOBODY], ["EngineStoppedError"]),
+        ([BackPressureError(9, 9)], ["OverloadedError"]),
+        ([Failed("AdapterNotFoundError", "no adapter 'cup'")], ["AdapterNotFoundError"]),
+        ([DIED], ["EngineStoppedError"]),
+        ([RequestCancelledError("r")], [CancelledRequestError]),
+        ([Accepted(REVISION), done(0)], []),
+    ],
+)
+def test_a_call_that_cannot_be_cancelled_ends_as_it_ended(steps: list[Step], kinds: list[Any]) -> None:
+    """As in Ray, where cancelling raises again what a call failed with before it had an engine."""
+
+    class Stubborn(Stream):
+        def cancel(self) -> None:
+            super().cancel()
+            raise steps[0] if isinstance(steps[0], Exception) else DIED
+
+    streams: list[Stream] = []
+
+    def remote(_: ImageCall) -> Stream:
+        streams.append(Stubborn(list(steps)))
+        return streams[-1]
+
+    handle = Handle()
+    handle._remote = remote  # type: ignore[method-assign]
+    if kinds == [CancelledRequestError]:
+        with pytest.raises(CancelledRequestError):
+            events(handle)
+    else:
+        assert [event.kind for event in events(handle) if isinstance(event, Failed)] == kinds
+    assert all(stream.cancelled for stream in streams)
 
 
 def test_a_call_that_finds_no_engine_is_held_until_there_is_one() -> None:
@@ -377,6 +418,7 @@ def test_status_is_of_the_engines_that_live() -> None:
     [
         (Failed("AdapterNotFoundError", "no adapter 'cupp'"), AdapterNotFoundError("no adapter 'cupp'")),
         (Failed("OverloadedError", "full", 7.0), OverloadedError("full", 7.0)),
+        (Failed("DeadlineError", "late", 9.0), DeadlineError("late", 9.0)),
         (Failed("StoreMovedError", "new to us"), RuntimeError("StoreMovedError: new to us")),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_png_says_how_it_was_made(shop: Shop) -> None:
                 "adapter_sha256": digest,
             }
             assert parameters[:2] == ["a caf\u00e9 cup", "Negative prompt: red"]
-            assert parameters[2].startswith("Steps: 4, Sampler: euler, CFG scale: 4, Seed: 11, Model: cup@")
+            assert parameters[2].startswith("Steps: 4, Sampler: Euler, CFG scale: 4, Seed: 11, Model: cup@")
             assert f"{manifest.name}: {digest[:12]}" in parameters[2]
 
     run(main)
@@ -146,7 +146,7 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop,
         replace(CUP, count=2),
         replace(CUP, adapters=stack("mug:0.5"), sampler="dpmpp_2m"),
         replace(CUP, adapters=stack("jar"), guidance=1.0, steps=6),
-        replace(CUP, adapters=(), sampler="euler"),
+        replace(CUP, adapters=(), sampler="euler_ancestral", count=2),
         replace(CUP, adapters=stack("mug"), size=(24, 16), negative_prompt="red"),
     ]
 

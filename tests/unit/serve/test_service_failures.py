@@ -22,7 +22,7 @@ from tests.support.services import CUP, Shop, events, failure_of, leased, open_s
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
 
 
-def test_errors_end_a_call_and_only_that(shop: Shop) -> None:
+def test_errors_end_a_call_and_only_that(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = {
         "AdapterNotFoundError": replace(CUP, adapters=stack("nobody")),
         "AdapterMismatchError": replace(CUP, adapters=stack("foreign")),
@@ -41,6 +41,8 @@ def test_errors_end_a_call_and_only_that(shop: Shop) -> None:
             assert [failure_of(answer).kind for answer in answers] == list(bad)
             assert "not finite" in failure_of(answers[2]).message
             assert failure_of(answers[4]).retry_after == 1.0
+            monkeypatch.setattr(service._parts.engine, "expected_wait", lambda: 17.0)
+            assert failure_of(await events(service, bad["DeadlineError"])).retry_after == 17.0
             for steps in (0, 101):
                 assert "num_inference_steps" in failure_of(await events(service, replace(CUP, steps=steps))).message
             assert failure_of(await events(service, replace(CUP, sampler="heun"))).kind == "SpecError"  # type: ignore[arg-type]

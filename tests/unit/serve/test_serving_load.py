@@ -16,10 +16,12 @@ from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
 from serve.settings import ProbeSettings, ServeSettings
 from tests.support.ingress_server import Live, Shop, serving
-from tests.support.serving import PATH, Gallery, publish_random, until
+from tests.support.motifs import Motif, motifs_of_each_kind
+from tests.support.serving import Gallery, publish_random, until
 from tests.support.serving_load import Answer, Load, Mover, Order, Wish, alone, ways_to_name
 
-PROMPTS, SEEDS, STEPS = ("a photo of a sks cup",), range(1, 4), 3
+PLAIN, SEEDS, STEPS = Motif("a photo of a sks cup"), range(1, 4), 3
+MOTIFS = (PLAIN, *motifs_of_each_kind(16))
 R = "r-0123456789ab"
 EQUAL = (("cup@live", 0.5), ("mug@live", 0.5))
 UNEQUAL = (("jar@live", 0.7), ("cup@live", 1.3))
@@ -44,11 +46,11 @@ def world(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
     cups, mug, jar = (publish("cup", 1), publish("cup", 2)), publish("mug", 3), publish("jar", 4)
     gallery = Gallery(registry, base, STEPS)
     for manifest in (*cups, mug, jar):
-        gallery.add(manifest, PROMPTS, SEEDS)
+        gallery.add(manifest, MOTIFS, SEEDS)
         registry.set_alias(manifest.adapter_id, "live", manifest.revision)
     for cup in cups:
-        gallery.add_stack([(cup, 0.5), (mug, 0.5)], PROMPTS, SEEDS)
-        gallery.add_stack([(jar, 0.7), (cup, 1.3)], PROMPTS, SEEDS)
+        gallery.add_stack([(cup, 0.5), (mug, 0.5)], MOTIFS, SEEDS)
+        gallery.add_stack([(jar, 0.7), (cup, 1.3)], MOTIFS, SEEDS)
     gallery.check_it_tells_apart()
     settings = ServeSettings(
         base=str(tiny_base_folder),
@@ -59,25 +61,30 @@ def world(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> I
         alias_ttl_s=0.2,
         missing_ttl_s=0.2,
         images_per_key=1000,
+        max_uploads=100,
         probes=ProbeSettings(enabled=False),
     )
     stacks = [wish for stack in (EQUAL, UNEQUAL) for wish in ways_to_name(stack)]
     names = ["cup@live", *(cup.name for cup in cups), "mug@live", "jar@live"]
     missing, quarantined = frozenset({"mug"}), frozenset({"jar"})
-    order = Order([*map(alone, names), *stacks], PROMPTS, SEEDS, STEPS, missing, quarantined, leave=0.1)
+    order = Order([*map(alone, names), *stacks], MOTIFS, SEEDS, STEPS, missing, quarantined, leave=0.1)
     with serving(Shop(settings, registry, cups, mug)) as live:
         yield World(live, gallery, order, Mover(registry, [cups], [partial(publish, "mug", 3)], [jar], seed=1))
 
 
 @pytest.mark.slow
 def test_every_way_to_name_a_stack_gives_its_picture_and_what_is_wrong_is_found(world: World) -> None:
-    judge, prompt = partial(world.order.judge, gallery=world.gallery), PROMPTS[0]
+    judge, named = partial(world.order.judge, gallery=world.gallery), zip(FOUR, ways_to_name(EQUAL), strict=True)
     with world.live.http() as http:
-        for stream, (way, wish) in product((False, True), zip(FOUR, ways_to_name(EQUAL), strict=True)):
-            body = {**wish.fields, "prompt": prompt + wish.tags, "seed": 1, "n": 2, "num_inference_steps": STEPS}
-            answer = Answer.of(http.post(PATH, json={**body, "stream": stream}))
-            end = judge(wish, prompt, 2, answer)
-            assert (end.how, end.problem, end.images, end.stack) == ("200", None, 2, True), way
+        for stream, motif, (way, wish) in product((False, True), MOTIFS, named):
+            if not motif.allows(wish.fields):
+                continue
+            settings = {"seed": 1, "n": 2, "num_inference_steps": STEPS, "stream": stream}
+            path, sent = motif.request({**wish.fields, "prompt": motif.prompt + wish.tags, **settings})
+            answer = Answer.of(http.post(path, **sent))
+            end = judge(wish, motif, 2, answer)
+            assert (end.how, end.problem, end.images, end.kind) == ("200", None, 2, motif.kind), (way, answer)
+            assert end.stack
             first, second = answer.content["data"]
             for how, other in {
                 "short": {"data": [first]},
@@ -85,10 +92,10 @@ def test_every_way_to_name_a_stack_gives_its_picture_and_what_is_wrong_is_found(
                 "other revision": {"model": "+".join(reversed(answer.content["model"].split("+")))},
             }.items():
                 content = {**answer.content, **other}
-                found = judge(wish, prompt, 2, replace(answer, content=content, model=content["model"]))
+                found = judge(wish, motif, 2, replace(answer, content=content, model=content["model"]))
                 assert found.how == how
                 assert found.problem is not None
-            assert judge(wish, prompt, 2, replace(answer, model=None)).how == "other revision"
+            assert judge(wish, motif, 2, replace(answer, model=None)).how == "other revision"
 
 
 @pytest.mark.slow
@@ -98,6 +105,7 @@ def test_nothing_is_wrong_with_a_sound_service(world: World) -> None:
 
     def enough() -> bool:
         seen = (tally.ends["200"], tally.of_stacks, tally.ends["left"], tally.ends["404"], tally.ends["409"])
+        seen = (*seen, *(tally.images[motif.kind] for motif in MOTIFS))
         return min(*seen, mover.moves, *(tally.blamed[one] for one in fields)) > 1
 
     with world.live.http() as http:
@@ -140,13 +148,13 @@ ADAPTERS, TAGS, MODEL, BOTH = ways_to_name((("cup@live", 1.0), ("mug@live", 1.0)
 def test_a_refusal_must_blame_the_field_of_one_that_may_be_refused(
     wish: Wish, status: int, code: str, param: str | None, how: str | None
 ) -> None:
-    order = Order([wish], PROMPTS, SEEDS, STEPS, frozenset({"mug"}), frozenset({"jar"}))
+    order = Order([wish], MOTIFS, SEEDS, STEPS, frozenset({"mug"}), frozenset({"jar"}))
     gallery: Any = None  # no picture is looked at
-    end = order.judge(wish, PROMPTS[0], 1, Answer(status, refusal(code, param), retries=True), gallery)
+    end = order.judge(wish, PLAIN, 1, Answer(status, refusal(code, param), retries=True), gallery)
     assert (end.how, end.problem is None) == ((how, True) if how else (f"refused {status}", False))
     assert end.blamed == (param if how else None)
     patient = replace(order, may_be_refused=True).judge(
-        wish, PROMPTS[0], 1, Answer(status, refusal(code, param), retries=True), gallery
+        wish, PLAIN, 1, Answer(status, refusal(code, param), retries=True), gallery
     )
     assert (patient.how == "503") == (status == 503)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -48,6 +49,10 @@ def test_every_image_is_signed_until_the_certificate_expires(
                 with pytest.raises(C2paError):
                     Reader("image/jpeg", io.BytesIO(preview.image))
 
+            service.check_health()
+            told = (await service.metrics()).decode()
+            (expiry,) = re.findall(r"^cat_serve_signing_expiry_timestamp_seconds (\S+)", told, re.MULTILINE)
+            assert float(expiry) == service._signer.expires.timestamp()
             status = await service.status()
             assert status["signing"]["subject"].startswith("CN=Studio")
             monkeypatch.setattr(signing, "_now", lambda: service._signer.expires + timedelta(seconds=1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import subprocess
@@ -15,9 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cat_cluster.errors import MissingExtraError, SpecError
+from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import initial_latents
+from cat_cluster.models.samplers import SamplerTable
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
+from serve import running_call
 from serve.calls import ImageCall
 from serve.http.access import Access
 from serve.service import Service
@@ -166,6 +172,30 @@ def test_an_edit_says_when_its_image_was_encoded_and_which_steps_were_made(
     assert [span.attributes["cat.steps"] for span in denoised] == [3, 3]
     for span in denoised:
         assert call.began <= encoded.began <= encoded.ended <= span.began + 1_000_000
+
+
+@pytest.mark.slow
+def test_the_image_that_fails_is_marked_and_its_neighbours_are_not(
+    collector: Collector, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it cannot join the engine's rows, and where it cannot be decoded."""
+
+    def latents(base: BaseModel, seed: int, table: SamplerTable, size: tuple[int, int]) -> torch.Tensor:
+        return initial_latents(base, seed, table, (9, 9) if seed == 16 else size) * (math.nan if seed == 6 else 1.0)
+
+    shop = furnish(tiny_base_folder, tmp_path / "storage")
+    with traced(shop) as live, live.http() as http:
+        monkeypatch.setattr(running_call, "initial_latents", latents)
+        for seed in (5, 15):
+            request = {"model": "cup", "prompt": PROMPT, "n": 2, "num_inference_steps": 3, "seed": seed}
+            assert http.post(PATH, json=request).status_code == 500
+        live.await_idle()
+    for seed in (6, 16):
+        (span,) = (span for span in named(collector.spans, "image") if span.attributes["cat.seed"] == str(seed))
+        assert (span.failed, span.attributes["error.type"]) == (True, "ServingError")
+        (span,) = (span for span in named(collector.spans, "image") if span.attributes["cat.seed"] == str(seed - 1))
+        assert not span.failed
+    assert all(span.failed for span in collector.spans if span.name.startswith("generate_content"))
 
 
 @pytest.mark.slow

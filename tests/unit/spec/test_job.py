@@ -191,7 +191,7 @@ training: {steps: true}
         (("evaluation", "prompts"), [], "default or a list of prompts"),
         (("evaluation", "prompts"), ["a cup"], "must hold {} once"),
         (("evaluation", "prompts"), ["a {}", "a sks {}"], "evaluation.prompts[1]"),
-        (("evaluation", "sampler"), "ddpm", "'ddim', 'euler' or 'dpmpp_2m'"),
+        (("evaluation", "sampler"), "ddpm", "'dpmpp_2m_sde_karras' or 'lcm'"),
     ],
 )
 def test_a_bad_value_is_refused_at_its_place(

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import random
 import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch._dynamo
+from diffusers import UNet2DConditionModel
 
 from cat_cluster.errors import CancelledRequestError, DeadlineError, EngineStoppedError, OverloadedError, ServingError
-from cat_cluster.lora.row_bank import RowAdapter
+from cat_cluster.lora.row_bank import RowAdapter, RowBlock
+from cat_cluster.models.prompts import side_by_side
+from serve.denoise import rows as rows_of_images
+from serve.denoise import running_images
 from serve.denoise.image import EngineImage
 from serve.denoise.running_images import RunningImages
 from tests.support.denoised_images import ImageOracle, OracleImage, assert_same_image
-from tests.support.engines import MIXED, PLAIN, PLUG, SIZE, Calls, RecordingListener, open_engine, wait_until
+from tests.support.engines import MIXED, PLAIN, PLUG, SIZE, Call, Calls, RecordingListener, open_engine, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -151,6 +158,111 @@ def test_a_call_that_fails_for_its_size_goes_on_in_parts(oracle: ImageOracle, ca
         received = [harness.submit(wanted)[1] for wanted in MIXED[:6]]
         for one, wanted in zip(received, MIXED, strict=False):
             assert_same_image(harness.decoded(one), oracle.image(wanted))
+
+
+def test_memory_that_ends_when_an_image_joins_others_harms_none(
+    oracle: ImageOracle, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts of two guided images, side by side, are more than there is memory for; those of one are not."""
+
+    def few(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if len({id(text) for text in texts}) > 2:
+            raise torch.OutOfMemoryError("no memory is left")
+        return side_by_side(texts)
+
+    monkeypatch.setattr(rows_of_images, "side_by_side", few)
+    calls.held = True
+    with open_engine(oracle) as harness:
+        _, first = harness.submit(MIXED[0])
+        calls.wait()
+        _, second = harness.submit(MIXED[2])
+        calls.go()
+        for wanted, received in ((MIXED[0], first), (MIXED[2], second)):
+            assert_same_image(harness.decoded(received), oracle.image(wanted))
+        assert harness.engine.alive
+        assert harness.engine.rows_in_use == 0
+
+
+@pytest.mark.parametrize("after", range(0, 24, 3))
+def test_memory_that_ends_again_while_images_are_tried_one_by_one_costs_one_of_them(
+    oracle: ImageOracle, calls: Calls, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    """Copies are what an image leaves its rows with, for now or for good, and previews; one of them fails."""
+    jobs, previews = [MIXED[0], MIXED[1], MIXED[6], MIXED[3]], frozenset({1, 2})
+    clone, left = torch.Tensor.clone, -1
+
+    def counting(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal left
+        if threading.current_thread().name == "cat-engine" and left >= 0:
+            left -= 1
+            if left < 0:
+                raise torch.OutOfMemoryError("no memory is left")
+        return clone(self, *args, **kwargs)
+
+    def fails(call: Call) -> bool:
+        nonlocal left
+        if len(call.images) < len(jobs):
+            return False
+        calls.fails = lambda _: False
+        left = after
+        return True
+
+    calls.held = True
+    with open_engine(oracle, max_rows=8) as harness:
+        harness.submit(PLUG)
+        calls.wait()
+        received = [harness.submit(wanted, notify_steps=previews)[1] for wanted in jobs]
+        calls.fails = fails
+        monkeypatch.setattr(torch.Tensor, "clone", counting)
+        calls.go()
+        errors = [error for one in received if (error := one.error()) is not None]
+        assert left < 0
+        assert len(errors) <= 1
+        assert all(isinstance(error, ServingError) and "could not leave" in str(error) for error in errors)
+        for one, wanted in zip(received, jobs, strict=True):
+            if one.error() is None:
+                assert_same_image(harness.decoded(one), oracle.image(wanted))
+        assert harness.engine.alive
+        assert harness.engine.active == harness.engine.rows_in_use == 0
+
+
+def test_a_probe_that_cannot_be_parked_ends_alone(
+    oracle: ImageOracle, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory is left")
+
+    calls.held = True
+    with open_engine(oracle, max_rows=2) as harness:
+        _, probe = harness.submit(MIXED[0], probe=True)
+        calls.wait()
+        monkeypatch.setattr(RowBlock, "adapters", no_memory)
+        _, user = harness.submit(MIXED[2])
+        calls.go()
+        assert_same_image(harness.decoded(user), oracle.image(MIXED[2]))
+        assert "could not leave its rows" in str(probe.error())
+        assert harness.engine.alive
+
+
+def test_what_a_failed_call_had_computed_is_freed_before_its_images_are_tried_alone(
+    oracle: ImageOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, held, still_there = UNet2DConditionModel.forward, list[weakref.ref[torch.Tensor]](), list[bool]()
+
+    def failing_at_first(self: UNet2DConditionModel, *args: Any, **kwargs: Any) -> Any:
+        if not held:
+            activations = torch.zeros(8)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("no memory is left")
+        still_there.append(held[0]() is not None)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(running_images.logger, "disabled", True)  # pytest would keep the record, and so the frames
+    monkeypatch.setattr(UNet2DConditionModel, "forward", failing_at_first)
+    with open_engine(oracle) as harness:
+        _, received = harness.submit(MIXED[0])
+        assert_same_image(harness.decoded(received), oracle.image(MIXED[0]))
+    assert still_there == [False] * 3
 
 
 def test_a_listener_that_fails_harms_nobody(oracle: ImageOracle) -> None:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
 
+import serve
 from cat_cluster.models.generate import image_array
+from cat_cluster.spec.choices import SamplerName
 from serve.calls import FileFormat, FileKind, ImageCall
 from serve.denoise.image_file import fitting_prompts, image_file, image_metadata
 from tests.support.provenance import DRAWN, said_in_xmp, xmp_of
@@ -64,6 +69,29 @@ def test_a_stack_has_a_part_for_each_adapter(kind: FileKind) -> None:
     assert found["adapter_sha256"] == f"{'d' * 64}+{'e' * 64}"
     hashes = f"{names[0]}: {'d' * 12}, {names[1]}: {'e' * 12}"
     assert found["parameters"].endswith(f'Model: {found["model"]}, Lora hashes: "{hashes}"')
+
+
+def test_samplers_have_automatic1111s_names_in_files_and_on_the_page() -> None:
+    """As its modules/sd_samplers_kdiffusion.py and modules/sd_samplers_timesteps.py have them."""
+    names = {
+        "ddim": "DDIM",
+        "euler": "Euler",
+        "euler_karras": "Euler Karras",
+        "euler_ancestral": "Euler a",
+        "dpmpp_2m": "DPM++ 2M",
+        "dpmpp_2m_karras": "DPM++ 2M Karras",
+        "dpmpp_2m_sde": "DPM++ 2M SDE",
+        "dpmpp_2m_sde_karras": "DPM++ 2M SDE Karras",
+        "lcm": "LCM",
+    }
+    assert tuple(names) == get_args(SamplerName)
+    for sampler, name in names.items():
+        metadata = image_metadata(replace(CALL, sampler=sampler), 12, ["cup@r-0123456789ab"], ["d" * 64])
+        assert metadata["sampler"] == sampler
+        assert f"Steps: 25, Sampler: {name}, CFG scale: 4, " in metadata["parameters"]
+    page = (Path(serve.__file__).parent / "page" / "index.html").read_text()
+    choice = page.partition('<select id="sampler">')[2].partition("</select>")[0]
+    assert re.findall(r'<option value="(.+?)">(.+?)</option>', choice) == list(names.items())
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "webp"])

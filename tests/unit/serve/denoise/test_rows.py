@@ -47,6 +47,10 @@ WANTED = [
     OracleImage(ImageRow("a (red:1.5) cup BREAK a photo", 10, steps=4, weighting="a1111", prompt_chunks=2), 2),
     OracleImage(ImageRow("cup", 11, steps=2, negative_prompt=LONG, prompt_chunks=3)),
     OracleImage(ImageRow(LONG, 12, steps=3, sampler="euler", guidance=1.0, prompt_chunks=3), 3),
+    OracleImage(ImageRow("a red cup", 13, steps=4, sampler="euler_ancestral"), 1),
+    OracleImage(ImageRow("a photo", 14, steps=5, sampler="dpmpp_2m_sde", guidance=1.0), 2, 0.5),
+    OracleImage(ImageRow("cup", 15, steps=5, sampler="dpmpp_2m_sde_karras", source=photo(4, 0.8, masked=True))),
+    OracleImage(ImageRow("a cup", 16, steps=4, sampler="lcm", guidance=1.5), 3),
 ]
 
 
@@ -137,11 +141,12 @@ def test_calls_are_padded_to_buckets(
     assert sizes == [next(size for size in buckets if size >= count) for count in counts]
 
 
-def test_parking_changes_no_bit_at_the_same_batch_size(oracle: ImageOracle) -> None:
+@pytest.mark.parametrize("wanted", [WANTED[2], WANTED[16]])
+def test_parking_changes_no_bit_at_the_same_batch_size(oracle: ImageOracle, wanted: OracleImage) -> None:
     latents = []
     for parks in (0, 1, 3):
         with open_rows(oracle) as rows:
-            image, other = oracle.rows(WANTED[2]), oracle.rows(WANTED[4])
+            image, other = oracle.rows(wanted), oracle.rows(WANTED[4])
             rows.join(image)
             rows.join(other)
             for step in range(4):
@@ -170,6 +175,23 @@ def test_a_failing_call_leaves_every_image_where_it_was(oracle: ImageOracle, mon
         assert [image.step for image in rows.images] == [1, 1]
         assert torch.equal(rows._latents, before[0])
         assert torch.equal(rows._previous, before[1])
+        while rows.images:
+            rows.step()
+            leave_when_done(oracle, rows, names)
+
+
+def test_a_step_that_fails_once_its_noise_is_drawn_is_made_again_with_it(
+    oracle: ImageOracle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_rows(oracle) as rows:
+        names = {oracle.rows(wanted): wanted for wanted in (WANTED[16], WANTED[17], WANTED[18])}
+        for image in names:
+            rows.join(image)
+        rows.step()
+        with monkeypatch.context() as patch:
+            patch.setattr("serve.denoise.rows.advance_rows", lambda *_, **__: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                rows.step()
         while rows.images:
             rows.step()
             leave_when_done(oracle, rows, names)

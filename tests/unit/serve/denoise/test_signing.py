@@ -290,6 +290,28 @@ def test_a_certificate_that_expires_later_signs_no_more(
     monkeypatch.setattr(signing, "_now", lambda: signer.expires)
     with pytest.raises(ServingError, match=r"the certificate of CN=Studio.* expired on .* renew the files"):
         signer.check_valid()
+    plain = image_file(picture(), METADATA, FileFormat("png"))
+    with pytest.raises(ServingError, match=r"the certificate of CN=Studio.* expired on"):  # a call that had begun
+        signer.sign(plain, "image/png", MODEL)
+
+
+def test_a_running_service_logs_once_that_its_certificate_expires_soon_and_once_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    signer = open_or_fail(signing_settings(tmp_path, AUTHORITY, days=(-1, 100)))
+    with caplog.at_level(logging.INFO):
+        for days in (60, 31, 30, 29, 5, 1, 0, -1, -50):
+            left = timedelta(days=days)
+            monkeypatch.setattr(signing, "_now", lambda left=left: signer.expires - left)
+            signer.tell_expiry()
+            if days == 30:
+                assert not caplog.records
+    day = f"{signer.expires:%Y-%m-%d}"
+    soon, ended = caplog.records
+    assert soon.levelname == "WARNING"
+    assert f" expires on {day}: renew it" in soon.getMessage()
+    assert ended.levelname == "ERROR"
+    assert f"expired on {day}; the operator of this service has to renew the files" in ended.getMessage()
 
 
 def test_the_root_that_ends_first_counts(tmp_path: Path) -> None:

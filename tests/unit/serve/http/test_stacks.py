@@ -16,6 +16,8 @@ from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
 from serve.calls import Accepted, Event, Failed, Finished, ImageCall
 from serve.http.access import Access
+from serve.http.schema import ImageRequest
+from serve.http.stacks import RequestedStack
 from serve.settings import ServeSettings
 from tests.support.ingress_server import (
     ScriptedEngine,
@@ -84,6 +86,12 @@ def test_what_names_an_adapter_is_not_drawn(
 def test_a_tag_in_the_negative_prompt_names_nothing(http: httpx2.Client, engine: ScriptedEngine) -> None:
     ask(http, negative_prompt="red <lora:cup:1>")
     assert (engine.calls[0].adapters, engine.calls[0].negative_prompt) == ((), "red <lora:cup:1>")
+
+
+def test_a_base_may_have_the_sign_between_adapters_in_its_name() -> None:
+    settings = ServeSettings(base="/models/sd+vae")
+    for model, members in ((settings.base, ()), ("cup+mug", stack("cup", "mug"))):
+        assert RequestedStack.of(ImageRequest(model=model, prompt="a cup"), settings).members == members
 
 
 NINE = [f"a{number}" for number in range(9)]
