@@ -109,8 +109,8 @@ def write_spec(out: Path) -> Path:
     adapters = []
     for name, token in TOKENS.items():
         concept = {"token": token, "class_noun": world.CONCEPTS[name].object, "images": f"photos/{name}"}
-        # LoRA and CAT have equal draws (one draw key) and settings: the CAT term is the only difference. The others have a
-        # row in a step and are not measured, so that two cores need less than six minutes.
+        # LoRA and CAT have equal draws (one draw key) and settings: the CAT term is the only difference. The other
+        # concepts have one row in a step and are not measured, so that two cores need less than six minutes.
         training = {"draw_key": name} if name == CONCEPT else {"draw_key": name, "rows_per_concept": 1}
         for method, adapter in _adapters_of(name).items():
             settings = {"training": dict(training), "evaluation": {"enabled": name == CONCEPT}}
