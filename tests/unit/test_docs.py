@@ -37,7 +37,8 @@ OF_OTHERS = {
         "report.html",
         "report.json",
     ),
-    *("out/demo/report.html", "out/demo/report.json", "draw_photos.py", "program.py", "photos/spotted-cup"),
+    *("out/demo/report.html", "out/demo/report.json", "out/demo/stacks.png"),
+    *("draw_photos.py", "program.py", "photos/spotted-cup"),
     *("openai/clip-vit-base-patch32", "stable-diffusion-v1-5/stable-diffusion-v1-5", "utils/eval_utils.py"),
     *("aliases/", "inputs/", "objects/", "quarantine/", "runs/", "checkpoints/", "probes/"),  # keys of the store
     *("serve.batch", "serve.multiplexed"),  # Ray's

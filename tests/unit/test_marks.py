@@ -103,6 +103,7 @@ def imported_helpers(text: str) -> set[Path]:
 # They look at what is refused before Ray starts, or take from a helper what needs none.
 START_NO_RAY = {
     "test_connection.py",
+    "test_demo_serving.py",
     "test_local.py",
     "test_local_ray.py",
     "test_serving_load.py",

@@ -11,16 +11,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from cat_cluster.errors import MissingExtraError, SpecError
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.generate import initial_latents
+from cat_cluster.models.image_start import ImageStart, start_from_noise
 from cat_cluster.models.samplers import SamplerTable
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve import running_call
@@ -180,12 +180,13 @@ def test_the_image_that_fails_is_marked_and_its_neighbours_are_not(
 ) -> None:
     """Where it cannot join the engine's rows, and where it cannot be decoded."""
 
-    def latents(base: BaseModel, seed: int, table: SamplerTable, size: tuple[int, int]) -> torch.Tensor:
-        return initial_latents(base, seed, table, (9, 9) if seed == 16 else size) * (math.nan if seed == 6 else 1.0)
+    def start(base: BaseModel, seed: int, table: SamplerTable, size: tuple[int, int]) -> ImageStart:
+        begun = start_from_noise(base, seed, table, (9, 9) if seed == 16 else size)
+        return replace(begun, latents=begun.latents * math.nan) if seed == 6 else begun
 
     shop = furnish(tiny_base_folder, tmp_path / "storage")
     with traced(shop) as live, live.http() as http:
-        monkeypatch.setattr(running_call, "initial_latents", latents)
+        monkeypatch.setattr(running_call, "start_from_noise", start)
         for seed in (5, 15):
             request = {"model": "cup", "prompt": PROMPT, "n": 2, "num_inference_steps": 3, "seed": seed}
             assert http.post(PATH, json=request).status_code == 500

@@ -299,6 +299,7 @@ def test_a_running_service_logs_once_that_its_certificate_expires_soon_and_once_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     signer = open_or_fail(signing_settings(tmp_path, AUTHORITY, days=(-1, 100)))
+    caplog.clear()  # what it logs as it opens
     with caplog.at_level(logging.INFO):
         for days in (60, 31, 30, 29, 5, 1, 0, -1, -50):
             left = timedelta(days=days)
