@@ -205,7 +205,7 @@ def test_a_driver_that_was_held_up_writes_nothing_after_another_took_over(make_s
 @pytest.mark.timeout(600)
 def test_a_run_that_is_asked_to_stop_does_and_can_go_on(make_site: Any) -> None:
     # The driver looks every CHECK_SECONDS whether it is asked: far fewer steps than are left then.
-    site = make_site(adapters=2, steps=400, stage=None)
+    site = make_site(adapters=2, steps=200, stage=None)
     whole = train_whole(site.spec, site.folder / "whole")
     cluster, address = site.cluster(2)
     driver = site.drive(address)
@@ -216,7 +216,7 @@ def test_a_run_that_is_asked_to_stop_does_and_can_go_on(make_site: Any) -> None:
     await_no_workers(cluster)
     assert site.run().progress().state == "stopped"
     stopped_at = site.journal.reached()
-    assert 20 <= stopped_at < 400
+    assert 20 <= stopped_at < 200
     again = site.drive(address)
     assert again.end() == 0, again.said()
     (redone,) = site.journal.redone()
