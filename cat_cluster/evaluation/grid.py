@@ -82,6 +82,11 @@ def thumbnail_png(picture: Picture) -> bytes:
     """Return a picture [H, W, 3] as PNG, reduced to 256 pixels where it is larger."""
     image = Image.fromarray(picture)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    return png_of(image)
+
+
+def png_of(image: Image.Image) -> bytes:
+    """Return an image as PNG, as small as it gets."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

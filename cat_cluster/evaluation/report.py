@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from PIL import Image
 
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.curves import draw_curves, method_colour
-from cat_cluster.evaluation.grid import Grid, concept_grid, draw_grids, thumbnail_png
+from cat_cluster.evaluation.grid import Grid, concept_grid, draw_grids, png_of, thumbnail_png
 from cat_cluster.evaluation.intervals import METRICS, paired_difference_interval, paired_ratio_interval
 from cat_cluster.evaluation.recognition import Recognition
 from cat_cluster.evaluation.results import Evaluation, JudgeScores
@@ -138,10 +136,10 @@ def write_report(out: Path, report: ReportInput) -> ReportFiles:
     files = ReportFiles(out / "report.html", out / "report.png", out / "report.json", stacks)
     grids = _grids(report)
     data = report_json(report)
-    write_whole(files.png, _png(draw_grids(grids, report.title, rows=GRID_ROWS)))
+    write_whole(files.png, png_of(draw_grids(grids, report.title, rows=GRID_ROWS)))
     if stacks is not None and report.stacks is not None:
         grid = report.stacks.grid
-        write_whole(stacks, _png(draw_grids([grid], STACKS_TITLE, rows=len(grid.prompts))))
+        write_whole(stacks, png_of(draw_grids([grid], STACKS_TITLE, rows=len(grid.prompts))))
     write_whole(files.json, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
     write_whole(files.html, _render(report, grids, data["comparison"]).encode())
     return files
@@ -314,12 +312,6 @@ def _number(value: float | None) -> str:
     if value != 0 and abs(value) < 0.0095:
         return f"{value:.1e}" if abs(value) < 5e-5 else f"{value:.4f}"
     return f"{value:.3f}"
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _data_url(png: bytes) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
+    StableDiffusionPipeline,
 )
 from torch import Tensor
 
@@ -55,6 +57,14 @@ def stock_scheduler(name: SamplerName, config: Mapping[str, Any]) -> Any:
     """The scheduler of stock diffusers that a user swaps in for a base's own, made of that one's config."""
     kind, options = _STOCK[name]
     return kind.from_config(config, **options)
+
+
+def stock_pipeline(folder: Path) -> StableDiffusionPipeline:
+    """A stock pipeline of a base's folder that draws with DDIM, as this package does when nothing else is asked."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = stock_scheduler("ddim", pipeline.scheduler.config)
+    return pipeline
 
 
 def random_adapter(base: BaseModel, seed: int, rank: int = RANK) -> AdapterWeights:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from cat_cluster.models.base_model import load_base_model
@@ -15,6 +15,7 @@ from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
+from tests.support.denoised_images import stock_pipeline
 from tests.support.services import LEVELS, Pixels, Shop
 from tests.support.tiny_jobs import CommandLine, Finished, assert_refused
 
@@ -46,10 +47,7 @@ def levels(image: Image.Image) -> Pixels:
 
 @pytest.fixture(scope="module")
 def stock(tiny_base_folder: Path) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base_folder)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    return pipeline
+    return stock_pipeline(tiny_base_folder)
 
 
 def stock_picture(pipeline: StableDiffusionPipeline, **prompts: object) -> Pixels:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate
+from tests.support.denoised_images import stock_pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -30,10 +31,7 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def stock(tiny_base_folder: Path) -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_base_folder)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    return pipeline
+    return stock_pipeline(tiny_base_folder)
 
 
 @pytest.fixture(scope="module")
