@@ -66,7 +66,7 @@ export async function openCompare(wanted, models) {
     state.adapters = (await loadAdapters({ fresh: true })).filter((adapter) => adapter.revision);
   } catch (error) {
     if (!state.adapters.length) picker.empty(error.status === 401 ? "Needs an API key" : "Could not be loaded");
-    showError(error);
+    showError(error, () => openCompare(wanted, models));
     return;
   }
   hideError();
@@ -334,20 +334,20 @@ function announce(text) {
 
 let countdown = 0;
 
-function showError(error) {
+function showError(error, again = draw) {
   clearInterval(countdown);
   const box = byId("draw-error");
   const lines = [el("p", {}, error.message)];
   const wait = error.retryAfter ?? (error.status === 429 || error.status === 503 ? 5 : null);
-  if (wait !== null) lines.push(retryLine(Math.max(1, Math.ceil(wait))));
+  if (wait !== null) lines.push(retryLine(Math.max(1, Math.ceil(wait)), again));
   box.replaceChildren(...lines);
   box.hidden = false;
 }
 
 /** When to try again; the alert is read out once, the seconds that pass are not. */
-function retryLine(seconds) {
+function retryLine(seconds, onclick) {
   const until = Date.now() + seconds * 1000;
-  const again = el("button.small", { type: "button", disabled: true, onclick: draw }, "Draw again");
+  const again = el("button.small", { type: "button", disabled: true, onclick }, "Try again");
   const text = el("span", {}, `Try again in ${seconds} s.`);
   countdown = setInterval(() => {
     const left = Math.ceil((until - Date.now()) / 1000);

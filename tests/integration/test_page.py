@@ -153,6 +153,7 @@ def test_a_prompt_that_is_typed_before_the_adapters_are_there_stays(open_page: O
     watched.page.route("**/v1/**", lambda route: None)
     page = watched.open("#/compare/cup")
     page.locator("#prompt").fill("my own words, sks, of a cup")
+    expect(page.locator("#draw")).to_be_disabled()  # a click would be lost
     watched.page.unroute("**/v1/**")  # lets those go that wait
     expect(page.locator("#prompt-hint")).to_have_text("Without it: my own words, of a cup")
     expect(page.locator("#prompt")).to_have_value("my own words, sks, of a cup")
@@ -178,9 +179,26 @@ def test_says_what_is_wrong_and_when_to_try_again(open_page: OpenPage) -> None:
     expect(alert).to_contain_text("the service is full: <i>ask again</i>")
     expect(alert).to_contain_text("You can try again now.")
     page.unroute("**/v1/images/generations")
-    alert.get_by_role("button", name="Draw again").click()
+    alert.get_by_role("button", name="Try again").click()
     expect_done(page)
     expect(alert).to_be_hidden()
+
+
+def test_adapters_that_cannot_be_loaded_now_are_asked_for_again(open_page: OpenPage) -> None:
+    watched = open_page()
+    watched.allowed.add(503)
+    body = {"error": {"message": "the store does not answer", "type": "server_error", "code": "unavailable"}}
+    watched.page.route(
+        re.compile(r"/v1/adapters\?"), lambda route: route.fulfill(status=503, headers={"Retry-After": "1"}, json=body)
+    )
+    page = watched.open("#/compare/cup")
+    alert = page.locator("#draw-error")
+    expect(alert).to_contain_text("the store does not answer")
+    expect(alert).to_contain_text("You can try again now.")
+    page.unroute(re.compile(r"/v1/adapters\?"))
+    alert.get_by_role("button", name="Try again").click()
+    draw(page, seed=3, steps=2)
+    expect_done(page)
 
 
 def test_catalogue_and_detail(open_page: OpenPage, shop: Shop) -> None:
