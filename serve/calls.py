@@ -77,9 +77,8 @@ class ImageCall:
     @property
     def prompts(self) -> tuple[Prompt, Prompt]:
         """The prompt and the negative one, with how they are read."""
-        texts = (self.prompt, self.negative_prompt)
-        positive, negative = (Prompt(text, self.weighting, self.prompt_chunks) for text in texts)
-        return positive, negative
+        positive = Prompt(self.prompt, self.weighting, self.prompt_chunks)
+        return positive, replace(positive, text=self.negative_prompt, negative=True)
 
     def pinned(self, model: str) -> ImageCall:
         """Return the call with the revisions in it that Accepted.model names, whatever its aliases name by then.

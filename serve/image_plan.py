@@ -21,7 +21,7 @@ from serve.denoise.engine import DenoisingEngine
 from serve.denoise.image import Size
 from serve.denoise.image_file import fitting_prompts, image_metadata
 from serve.denoise.safety import SafetyChecker
-from serve.denoise.sizes import Pixels, chosen_size, pixels_per_latent
+from serve.denoise.sizes import Pixels, chosen_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class ImagePlan:
         found: what its adapters' references name, in their order. notes: of what the service makes of the call.
         """
         width, height = chosen_size(call.size, parts.sizes)
-        unit = pixels_per_latent(parts.base)
+        unit = parts.base.pixels_per_latent
         table = sampler_table(call.sampler, parts.base.schedule, call.steps)
         source = None if call.edit is None else _source(call.edit, width, height)
         if source is not None:

@@ -43,7 +43,7 @@ from serve.denoise.codec import Codec
 from serve.denoise.engine import DenoisingEngine
 from serve.denoise.safety import open_checker
 from serve.denoise.signing import ImageSigner, open_signer
-from serve.denoise.sizes import parse_sizes, pixels_per_latent
+from serve.denoise.sizes import parse_sizes
 from serve.image_plan import EngineParts, ImagePlan
 from serve.probes.prober import Prober
 from serve.probes.revision_monitor import ProbeCall, worst_state
@@ -86,7 +86,7 @@ class Service:
         checker = open_checker(settings.safety, device)
         half = settings.precision == "bf16" or (settings.precision == "auto" and device.startswith("cuda"))
         base = load_base_model(settings.base, device=device, dtype=torch.bfloat16 if half else torch.float32)
-        sizes, unit = parse_sizes(settings.sizes, base), pixels_per_latent(base)
+        sizes, unit = parse_sizes(settings.sizes, base), base.pixels_per_latent
         registry = Registry(
             open_store(
                 settings.storage, on_retry=lambda operation: metrics.inc(telemetry.STORE_RETRIES, operation=operation)

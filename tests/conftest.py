@@ -114,6 +114,22 @@ def tiny_base_v_folder(tiny_base_factory: TinyBaseFactory) -> Path:
     return tiny_base_factory(prediction_type="v_prediction", use_linear_projection=True, text_layers=2, seed=7)
 
 
+@pytest.fixture(scope="session")
+def tiny_xl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Stable Diffusion XL of the same sizes."""
+    from tests.support.tiny_xl import write_tiny_xl_base
+
+    return write_tiny_xl_base(tmp_path_factory.mktemp("base-xl"))
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with v-prediction on a schedule of zero terminal SNR."""
+    from tests.support.tiny_xl import ZERO_SNR, write_tiny_xl_base
+
+    return write_tiny_xl_base(tmp_path_factory.mktemp("base-xl-v"), scheduler_config=ZERO_SNR, seed=3)
+
+
 def write_tiny_base(
     folder: Path,
     *,

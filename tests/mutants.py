@@ -344,7 +344,7 @@ MUTANTS = (
     Mutant(
         "serving",
         "serve/denoise/rows.py",
-        "self._block.fit(index.texts.shape[1])",
+        "self._block.fit(index.conditioning.states.shape[1])",
         "pass",
         "serve/denoise/test_rows.py",
     ),

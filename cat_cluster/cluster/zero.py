@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 
 from cat_cluster.errors import CatClusterError
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.conditioning import Conditioning
 from cat_cluster.training.engine import EngineFactory, Moments, Slots, SlotState, autocast
 from cat_cluster.training.optimizer import SlotAdamW
 
@@ -60,9 +61,9 @@ class ZeroEngine:
         if moments is not None:
             self._set_moments(moments)
 
-    def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
+    def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the student's prediction [B, C, H, W]; the rows are bound to their slots by the caller."""
-        prediction: Tensor = self._engine(noisy_BCHW, timestep_B, text_BLD)
+        prediction: Tensor = self._engine(noisy_BCHW, timestep_B, **conditioning.arguments())
         return prediction
 
     def backward(self, loss: Tensor) -> None:
@@ -171,10 +172,10 @@ class _Student(nn.Module):
         self.adapters = nn.ParameterList(parameters)
         self._arithmetic = functools.partial(autocast, base, bf16=bf16)
 
-    def forward(self, noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """Return the prediction [B, C, H, W]."""
+    def forward(self, noisy: Tensor, timestep: Tensor, **conditioning: Any) -> Tensor:
+        """Return the prediction [B, C, H, W]; conditioning: by the names of the U-Net's arguments."""
         with self._arithmetic():
-            prediction: Tensor = self._call[0](noisy, timestep, text, return_dict=False)[0]
+            prediction: Tensor = self._call[0](noisy, timestep, **conditioning, return_dict=False)[0]
         return prediction
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cat_cluster.models.conditioning import Sizes
 from cat_cluster.spec.choices import AlphaSchedule
 from cat_cluster.spec.sections import TrainingSpec
 
@@ -49,6 +50,7 @@ class ConceptMaterial:
 
     moments_NCHW: VAE mean and log variance of each view, [N, 2C, H, W].
     prompts, removed_prompts: the caption of each view with and without the concept's token, N each.
+    sizes: what an SDXL base is told of each view's size and crop, N.
     decoys: those of each view, N, or none where training has no decoy rows.
     """
 
@@ -59,6 +61,7 @@ class ConceptMaterial:
     moments_NCHW: Tensor
     prompts: tuple[str, ...]
     removed_prompts: tuple[str, ...]
+    sizes: tuple[Sizes, ...]
     decoys: tuple[Decoys, ...] = ()
 
     @cached_property
@@ -97,7 +100,10 @@ class AdapterTask:
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """A draw (z0, e, t, y). key: for a fixed draw of a pool, all that the base's prediction depends on; else None."""
+    """A draw (z0, e, t, y), and the sizes of its view.
+
+    key: for a fixed draw of a pool, all that the base's prediction depends on; else None.
+    """
 
     key: str | None
     moments: Tensor
@@ -105,6 +111,7 @@ class Draw:
     noise: Tensor
     timestep: int
     prior_prompt: str
+    sizes: Sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +120,7 @@ class Batch:
 
     adapter_B, concept_B: index of the adapter within the pack and of the concept within the adapter.
     moments, posterior_noise, noise, timestep: VAE moments [B, 2C, H, W], the draws for z0 and e, and t.
+    prompts, sizes: the caption and the size and crop of each row's view, B.
     identity_weight_B: weight_k / sum weight / rows_k: the identity rows' place in the adapter's loss.
     cat_row_M: rows that also carry the CAT term, with prior_prompts (M) and cat_weight_M
     (alpha_k * a(t) * identity weight * rows / CAT rows). pool_keys (M): the row's pool entry, None without a pool.
@@ -125,6 +133,7 @@ class Batch:
     noise: Tensor
     timestep_B: Tensor
     prompts: tuple[str, ...]
+    sizes: tuple[Sizes, ...]
     identity_weight_B: Tensor
     cat_row_M: Tensor
     prior_prompts: tuple[str, ...]
@@ -165,6 +174,7 @@ def draw_batch(tasks: Sequence[AdapterTask], step: int, num_timesteps: int, acti
         noise=torch.stack([row.draw.noise for row in rows]),
         timestep_B=torch.tensor([row.draw.timestep for row in rows]),
         prompts=tuple(row.prompt for row in rows),
+        sizes=tuple(row.draw.sizes for row in rows),
         identity_weight_B=torch.tensor([row.identity_weight for row in rows]),
         cat_row_M=torch.tensor(cat, dtype=torch.long),
         prior_prompts=tuple(rows[i].draw.prior_prompt for i in cat),
@@ -216,6 +226,7 @@ def _take(batch: Batch, rows: Sequence[int], cat: Sequence[int]) -> Batch:
         noise=batch.noise[rows_B],
         timestep_B=batch.timestep_B[rows_B],
         prompts=tuple(batch.prompts[row] for row in rows),
+        sizes=tuple(batch.sizes[row] for row in rows),
         identity_weight_B=batch.identity_weight_B[rows_B],
         cat_row_M=torch.tensor([place[int(row)] for row in batch.cat_row_M[cat_M]], dtype=torch.long),
         prior_prompts=tuple(batch.prior_prompts[m] for m in cat),
@@ -293,6 +304,7 @@ def _draw(
         noise=_normal(generator, shape),
         timestep=timestep,
         prior_prompt=prior if decoy is None else decoy,
+        sizes=concept.sizes[view],
     )
 
 
@@ -303,7 +315,7 @@ def _pool_draw(task: AdapterTask, concept: ConceptMaterial, view: int, entry: in
     timestep = int(num_timesteps * (entry + generator.random()) / (task.pool_size or 1))
     drawn = _draw(task, concept, view, timestep, name, generator)
     # All that the base's prediction depends on beside the base itself; adapters on equal draws share their entries.
-    content = (concept.digests[view], *name, timestep, drawn.prior_prompt)
+    content = (concept.digests[view], *concept.sizes[view], *name, timestep, drawn.prior_prompt)
     return replace(drawn, key="\x1f".join(str(part) for part in content))
 
 

@@ -24,6 +24,7 @@ from cat_cluster.data.draws import ConceptMaterial, keyed_generator
 from cat_cluster.errors import OutputError
 from cat_cluster.files import write_whole
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.conditioning import Sizes, Text
 
 ENCODE_IMAGES_AT_ONCE = 8
 
@@ -53,6 +54,7 @@ class LatentCache:
             moments_NCHW=torch.stack(moments),
             prompts=tuple(example.prompt for example, _ in views),
             removed_prompts=tuple(example.prior_prompt for example, _ in views),
+            sizes=tuple(crop_sizes(example, crop, resolution) for example, crop in views),
         )
 
     def _encode(self, views: Sequence[tuple[Example, int]], resolution: int) -> list[Tensor]:
@@ -76,30 +78,49 @@ class LatentCache:
 
 def crop_pixels(example: Example, crop: int, resolution: int) -> Tensor:
     """Return one square crop as pixels in [-1, 1], [3, resolution, resolution]. Crop 0 is the centre square."""
-    width, height = example.image.size
-    side, x, y = min(width, height), 0.5, 0.5
-    if crop > 0:
-        scale, x, y = keyed_generator(example.digest, "crop", crop).random(3).tolist()
-        side = max(1, round(side * (0.75 + 0.25 * scale)))
-    left, top = round((width - side) * x), round((height - side) * y)
+    left, top, side = _square(example, crop)
     square = example.image.crop((left, top, left + side, top + side))
     square = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.asarray(square, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
 
 
+def crop_sizes(example: Example, crop: int, resolution: int) -> Sizes:
+    """Return what an SDXL base is told of a crop: the photo's own size, and where in the scaled photo the crop is."""
+    left, top, side = _square(example, crop)
+    width, height = example.image.size
+    scale = resolution / side
+    return Sizes(height, width, round(top * scale), round(left * scale), resolution, resolution)
+
+
+def _square(example: Example, crop: int) -> tuple[int, int, int]:
+    """Return left, top and side of a crop, in the photo's pixels."""
+    width, height = example.image.size
+    side, x, y = min(width, height), 0.5, 0.5
+    if crop > 0:
+        scale, x, y = keyed_generator(example.digest, "crop", crop).random(3).tolist()
+        side = max(1, round(side * (0.75 + 0.25 * scale)))
+    return round((width - side) * x), round((height - side) * y), side
+
+
 @dataclass(frozen=True)
 class TextCache:
-    """Text embeddings of the base model's own encoder, each prompt encoded once."""
+    """What the base model's own encoders make of texts, each prompt encoded once.
+
+    The empty prompt is what guidance starts from where there is no negative prompt.
+    """
 
     base: BaseModel
-    embeddings: dict[str, Tensor] = field(default_factory=dict)
+    texts: dict[str, Text] = field(default_factory=dict)
 
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """Return the embeddings of `prompts`, [B, L, D], as the stock pipeline encodes them."""
-        new = sorted({prompt for prompt in prompts if prompt not in self.embeddings})
-        if new:
-            self.embeddings.update(zip(new, self.base.encode_text(new), strict=True))
-        return torch.stack([self.embeddings[prompt] for prompt in prompts])
+    def __call__(self, prompts: Sequence[str]) -> list[Text]:
+        """Return the texts of `prompts`, as the stock pipeline encodes them."""
+        encoders = self.base.text_encoders
+        for prompt in prompts:
+            if prompt not in self.texts:
+                # Each alone: the rounding of a batch depends on its size, and a resumed run meets others together.
+                no_text = prompt == "" and encoders.zeros_without_text
+                self.texts[prompt] = encoders.zeros() if no_text else encoders.encode([prompt])[0]
+        return [self.texts[prompt] for prompt in prompts]
 
 
 def _read(path: Path | None) -> Tensor | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cat_cluster.evaluation.metrics import Array
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.conditioning import Conditioning, Sizes
 
 TIMESTEPS = 10
 ROWS_PER_CALL = 32
@@ -37,7 +38,8 @@ def fisher_drift(
     )
     noise = torch.stack([_noise(seed, latents.shape[1:]) for seed in seeds]).to(latents)
     timesteps = stratified_timesteps(base.schedule.num_timesteps, seeds)
-    text = dict(zip(sorted(set(prompts)), base.encode_text(sorted(set(prompts))), strict=True))
+    texts = dict(zip(sorted(set(prompts)), base.text_encoders.encode(sorted(set(prompts))), strict=True))
+    sizes = Sizes.drawn(*images_NCHW.shape[-2:])
     cells = [(n, k) for n in range(len(latents)) for k in range(TIMESTEPS)]
     losses: list[Tensor] = []
     for start in range(0, len(cells), ROWS_PER_CALL):
@@ -45,9 +47,9 @@ def fisher_drift(
         rows = [n for n, _ in chosen]
         t = torch.tensor([timesteps[n][k] for n, k in chosen], device=base.device)
         noisy = base.schedule.add_noise(latents[rows], noise[rows], t)
-        text_BLD = torch.stack([text[prompts[n]] for n in rows])
+        conditioning = Conditioning.of([texts[prompts[n]] for n in rows], [sizes] * len(rows))
         # Two calls of one shape: an adapter that changes nothing then gives exactly 0.
-        adapted, plain = (_predict(base, bank, s, noisy, t, text_BLD) for s in (slot, 0))
+        adapted, plain = (_predict(base, bank, s, noisy, t, conditioning) for s in (slot, 0))
         losses.append((adapted.float() - plain.float()).square().flatten(1).mean(1).cpu())
     per_image: Array = torch.cat(losses).double().view(len(latents), TIMESTEPS).mean(1).numpy()
     return per_image
@@ -72,8 +74,8 @@ def _noise(seed: int, shape: torch.Size) -> Tensor:
 
 
 def _predict(
-    base: BaseModel, bank: LoraBank, slot: int, noisy_BCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor
+    base: BaseModel, bank: LoraBank, slot: int, noisy_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning
 ) -> Tensor:
     with bank.rows([slot] * len(noisy_BCHW)):
-        prediction: Tensor = base.unet(noisy_BCHW, timestep_B, text_BLD, return_dict=False)[0]
+        prediction: Tensor = base.unet(noisy_BCHW, timestep_B, **conditioning.arguments(), return_dict=False)[0]
     return prediction

@@ -1,4 +1,4 @@
-"""The files of a base model: where its diffusers folder is, and whether it is a Stable Diffusion 1.x or 2.x."""
+"""The files of a base model: where its diffusers folder is, and which family of Stable Diffusion it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -18,29 +18,34 @@ from cat_cluster.errors import BaseModelError, HubError
 from cat_cluster.spec.job import ResolvedAdapter
 
 POCKET = "pocket"
-WEIGHT_STEMS: Mapping[str, str] = {
+Family = Literal["sd", "sdxl"]  # Stable Diffusion 1.x and 2.x, or XL
+MODEL_INDEX = "model_index.json"
+_STEMS: Mapping[str, str] = {
     "text_encoder": "model",
+    "text_encoder_2": "model",
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
-CONFIG_FILES: Mapping[str, str] = {
+_CONFIGS: Mapping[str, str] = {
     "scheduler": "scheduler_config.json",
     "text_encoder": "config.json",
+    "text_encoder_2": "config.json",
     "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
     "unet": "config.json",
     "vae": "config.json",
 }
 _WEIGHT_ENDS = (".safetensors", "-?????-of-?????.safetensors")
 _INFIXES = ("", ".fp16")
-_CONFIG_PATTERNS = ("model_index.json", "*/*.json", "tokenizer/*.txt", "general_prompts.txt")
-# U-Net options that need inputs a Stable Diffusion 1.x or 2.x pipeline does not have, and what uses them.
+_CONFIG_PATTERNS = (MODEL_INDEX, "*/*.json", "tokenizer*/*.txt", "general_prompts.txt")
+# U-Net options that need inputs the pipelines here do not have, and what uses them.
 _OTHER_FAMILIES: Mapping[str, str] = {
-    "addition_embed_type": "Stable Diffusion XL",
     "class_embed_type": "Stable unCLIP",
     "encoder_hid_dim_type": "a U-Net with another text or image conditioning",
     "time_cond_proj_dim": "a latent consistency model",
 }
-_SUPPORTED = "use a Stable Diffusion 1.x or 2.x text-to-image base"
+_SUPPORTED = "use a Stable Diffusion 1.x, 2.x or XL text-to-image base"
+_SIZES = 6  # numbers of SDXL's micro-conditioning; a refiner has five
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,30 @@ def local_base(name: str) -> Path | None:
     return base_folder(POCKET) if name == POCKET else _own_folder(name) or _cached(name)
 
 
+def family_of(folder: Path) -> Family:
+    """Return the family of a diffusers folder, whether it is complete or not."""
+    return "sdxl" if (folder / "text_encoder_2").is_dir() else "sd"
+
+
+def text_components(folder: Path) -> tuple[str, ...]:
+    """Return the names of a base's text encoders, in their order."""
+    return ("text_encoder", "text_encoder_2") if family_of(folder) == "sdxl" else ("text_encoder",)
+
+
+def tokenizer_components(folder: Path) -> tuple[str, ...]:
+    """Return the names of a base's tokenizers, in the order of its text encoders."""
+    return tuple(name.replace("text_encoder", "tokenizer") for name in text_components(folder))
+
+
+def weight_components(folder: Path) -> tuple[str, ...]:
+    """Return the names of the parts of a base that have weights, in alphabetical order."""
+    return (*text_components(folder), "unet", "vae")
+
+
 def parameter_count(folder: Path) -> int:
     """Return how many numbers the weights of a base are, as the heads of its files say; raises BaseModelError."""
     count = 0
-    for component in WEIGHT_STEMS:
+    for component in weight_components(folder):
         for path in weight_files(folder, component).paths:
             try:
                 with safe_open(path, framework="numpy") as file:
@@ -143,13 +168,13 @@ def _own_folder(name: str) -> Path | None:
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
     """Return the JSON config of a component of a diffusers folder; BaseModelError when missing or unreadable."""
-    path = folder / component / CONFIG_FILES[component]
+    path = folder / component / _CONFIGS[component]
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BaseModelError(
             f"{folder}: {component}/{path.name} is missing; a base is a complete diffusers folder with "
-            f"{', '.join(CONFIG_FILES)}: download it again, or save it with pipeline.save_pretrained()."
+            f"{', '.join(_config_components(folder))}: download it again, or save it with pipeline.save_pretrained()."
         ) from None
     except (OSError, ValueError) as error:
         raise BaseModelError(f"{path} cannot be read ({error}); download the base again.") from error
@@ -158,21 +183,33 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
     return config
 
 
+def read_model_index(folder: Path) -> dict[str, Any]:
+    """Return what a diffusers folder says of its pipeline; nothing where it does not say, or cannot be read."""
+    with contextlib.suppress(OSError, ValueError):
+        index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
+        if isinstance(index, dict):
+            return index
+    return {}
+
+
 def check_family(folder: Path) -> None:
-    """Refuse, by name, a folder that is not a complete Stable Diffusion 1.x or 2.x text-to-image base."""
+    """Refuse, by name, a folder that is not a complete Stable Diffusion 1.x, 2.x or XL text-to-image base."""
     if (folder / "transformer").is_dir():
         raise BaseModelError(f"{folder} has transformer/: Stable Diffusion 3 or Flux is not supported; {_SUPPORTED}.")
-    if (folder / "text_encoder_2").is_dir():
-        raise BaseModelError(f"{folder} has text_encoder_2/: Stable Diffusion XL is not supported; {_SUPPORTED}.")
-    configs = {component: read_config(folder, component) for component in CONFIG_FILES}
-    unet = configs["unet"]
+    if (folder / "text_encoder_2").is_dir() and not (folder / "text_encoder").is_dir():
+        raise BaseModelError(
+            f"{folder} has text_encoder_2/ and no text_encoder/: a refiner of Stable Diffusion XL is not supported; "
+            f"{_SUPPORTED}."
+        )
+    configs = {component: read_config(folder, component) for component in _config_components(folder)}
+    unet, vae = configs["unet"], configs["vae"]
     where = folder / "unet" / "config.json"
     for option, family in _OTHER_FAMILIES.items():
         if unet.get(option) is not None:
             raise BaseModelError(
                 f"{where}: {option} is {unet[option]!r}, which is {family} and not supported; {_SUPPORTED}."
             )
-    channels = int(configs["vae"].get("latent_channels", 4))
+    channels = int(vae.get("latent_channels", 4))
     taken = int(unet.get("in_channels", 4))
     if taken != channels:
         kind = "an inpainting" if taken == 2 * channels + 1 else "an image-conditioned"
@@ -180,17 +217,53 @@ def check_family(folder: Path) -> None:
             f"{where}: in_channels is {taken} and the VAE has {channels} latent channels, which is {kind} "
             f"base and not supported; {_SUPPORTED}."
         )
-    width, needed = configs["text_encoder"].get("hidden_size", 512), unet.get("cross_attention_dim", 1280)
+    if vae.get("latents_mean") is not None or vae.get("latents_std") is not None:
+        raise BaseModelError(
+            f"{folder}/vae/config.json: latents_mean and latents_std, as of Playground 2.5, are not supported; "
+            f"{_SUPPORTED}."
+        )
+    widths = [configs[name].get("hidden_size", 512) for name in text_components(folder)]
+    width, needed = sum(widths), unet.get("cross_attention_dim", 1280)
     if width != needed:
         raise BaseModelError(
-            f"{where}: cross_attention_dim is {needed!r} and the text encoder's hidden_size is {width!r}; "
-            "these parts do not belong together: download the base again."
+            f"{where}: cross_attention_dim is {needed!r} and the text encoder's hidden_size is "
+            f"{' + '.join(map(str, widths))}; these parts do not belong together: download the base again."
         )
+    _check_added(folder, configs)
+
+
+def _check_added(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse a U-Net whose inputs beside text and timestep are not those of the folder's family."""
+    unet, where = configs["unet"], folder / "unet" / "config.json"
+    kind = unet.get("addition_embed_type")
+    if family_of(folder) == "sd":
+        if kind is not None:
+            raise BaseModelError(
+                f"{where}: addition_embed_type is {kind!r}, as in Stable Diffusion XL, and text_encoder_2/ is missing: "
+                "download the base again."
+            )
+        return
+    if kind != "text_time":
+        raise BaseModelError(
+            f"{where}: addition_embed_type is {kind!r}, and Stable Diffusion XL's is 'text_time'; {_SUPPORTED}."
+        )
+    pooled = int(configs["text_encoder_2"].get("projection_dim", 512))
+    needed, each = unet.get("projection_class_embeddings_input_dim"), int(unet.get("addition_time_embed_dim") or 0)
+    if needed != pooled + _SIZES * each:
+        raise BaseModelError(
+            f"{where}: projection_class_embeddings_input_dim is {needed!r}, and pooled text of {pooled} with {_SIZES} "
+            f"sizes of {each} are {pooled + _SIZES * each}: this is a refiner, or its parts do not belong together; "
+            f"{_SUPPORTED}."
+        )
+
+
+def _config_components(folder: Path) -> tuple[str, ...]:
+    return tuple(name for name in _CONFIGS if not name.endswith("_2") or family_of(folder) == "sdxl")
 
 
 def weight_files(folder: Path, component: str) -> WeightFiles:
     """Find a component's safetensors files, the plain names before the fp16 variant's; one file or shards."""
-    stem, place = WEIGHT_STEMS[component], folder / component
+    stem, place = _STEMS[component], folder / component
     for variant in (None, "fp16"):
         infix = f".{variant}" if variant else ""
         single = place / f"{stem}{infix}.safetensors"
@@ -245,12 +318,12 @@ def _cached(name: str) -> Path | None:
 
 
 def _weight_patterns(infix: str) -> list[str]:
-    return [f"{part}/{stem}{infix}{end}" for part, stem in WEIGHT_STEMS.items() for end in _WEIGHT_ENDS]
+    return [f"{part}/{stem}{infix}{end}" for part, stem in _STEMS.items() for end in _WEIGHT_ENDS]
 
 
 def _complete(folder: Path) -> Path:
     check_family(folder)
-    for component in WEIGHT_STEMS:
+    for component in weight_components(folder):
         weight_files(folder, component)
     return folder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,15 +17,24 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.utils import is_accelerate_available
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import base_folder as base_folder
-from cat_cluster.models.base_files import check_family, read_config, weight_files
+from cat_cluster.models.base_files import (
+    check_family,
+    family_of,
+    read_config,
+    read_model_index,
+    text_components,
+    tokenizer_components,
+    weight_files,
+)
 from cat_cluster.models.fingerprint import fingerprint
 from cat_cluster.models.out_of_memory import memory_explained
 from cat_cluster.models.schedule import NoiseSchedule
+from cat_cluster.models.text_encoders import TextEncoders, TextModel
 from cat_cluster.models.text_limit import TextLimit
 
 GENERAL_PROMPTS_FILE = "general_prompts.txt"
@@ -33,14 +42,13 @@ GENERAL_PROMPTS_FILE = "general_prompts.txt"
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """The frozen parts of a Stable Diffusion 1.x or 2.x, in eval mode, without gradients, on one device."""
+    """The frozen parts of a Stable Diffusion 1.x, 2.x or XL, in eval mode, without gradients, on one device."""
 
     name: str
     folder: Path
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    text_encoders: TextEncoders
     schedule: NoiseSchedule
     fingerprint: str
     device: torch.device
@@ -58,9 +66,19 @@ class BaseModel:
         return int(size if isinstance(size, int) else size[0])
 
     @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels in each direction a place of a latent stands for."""
+        return 1 << (len(self.vae.config.block_out_channels) - 1)
+
+    @property
     def resolution(self) -> int:
         """The side of the base's own images, in pixels."""
-        return self.latent_size << (len(self.vae.config.block_out_channels) - 1)
+        return self.latent_size * self.pixels_per_latent
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        """What spells for all text encoders, but for the padding of the second."""
+        return self.text_encoders.tokenizers[0]
 
     @cached_property
     def text_limit(self) -> TextLimit:
@@ -72,30 +90,9 @@ class BaseModel:
         return cast(list[int], self.tokenizer(text, add_special_tokens=False).input_ids)
 
     @torch.no_grad()
-    def encode_text(self, prompts: Sequence[str]) -> Tensor:
-        """Encode prompts to [B, L, D] as the stock pipeline does: padded and truncated to L, no attention mask."""
-        tokens = self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return self.encode_tokens(tokens.input_ids, tokens.attention_mask)
-
-    @torch.no_grad()
-    def encode_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Encode token ids [B, L] with all their marks and padding to [B, L, D]; mask [B, L]: 1, of padding 0."""
-        # A few checkpoints ask for the mask in their config, and the stock pipeline obeys.
-        masked = getattr(self.text_encoder.config, "use_attention_mask", False)
-        return cast(
-            Tensor, self.text_encoder(ids.to(self.device), attention_mask=mask.to(self.device) if masked else None)[0]
-        )
-
-    @torch.no_grad()
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Return the VAE posterior's mean and log-variance [N, 2C, H, W] of pixels [N, 3, 8H, 8W] in [-1, 1]."""
-        posterior = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         return cast(Tensor, posterior.parameters)
 
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -107,7 +104,7 @@ class BaseModel:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Decode scaled latents [N, C, H, W] to images [N, 3, 8H, 8W] in [0, 1], float32."""
-        scaled = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        scaled = latents.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor
         images = self.vae.decode(scaled, return_dict=False)[0]
         return cast(Tensor, (images.float() * 0.5 + 0.5).clamp(0.0, 1.0))
 
@@ -122,15 +119,15 @@ class BaseModel:
 def load_base_model(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> BaseModel:
     """Load a base by name: "pocket", a diffusers folder, or a hub id; weights of any dtype are cast to `dtype`.
 
-    Raises BaseModelError, naming the file and the remedy, for other families (SDXL, SD3, Flux, inpainting), a
-    missing part, pickled weights, and truncated or not finite weights.
+    A VAE whose config says that float16 is too small for it (SDXL's) is kept in float32 there. Raises BaseModelError,
+    naming the file and the remedy, for other families (SD3, Flux, refiners, inpainting), a missing part, pickled
+    weights, and truncated or not finite weights.
     """
     folder = base_folder(name)
     check_family(folder)
     digest = fingerprint(folder)
     place = torch.device(device)
-    config = as_stock_pipeline_reads(read_config(folder, "scheduler"))
-    tokenizer, text_encoder = _load_text(folder)
+    vae_dtype = torch.float32 if dtype == torch.float16 and read_config(folder, "vae").get("force_upcast") else dtype
     base = BaseModel(
         name=name,
         folder=folder,
@@ -138,10 +135,9 @@ def load_base_model(name: str, *, device: str | torch.device = "cpu", dtype: tor
         unet=_freeze(_load_diffusers(UNet2DConditionModel, folder, "unet", dtype), place, dtype).to(
             memory_format=torch.channels_last
         ),
-        vae=_freeze(_load_diffusers(AutoencoderKL, folder, "vae", dtype), place, dtype),
-        text_encoder=_freeze(text_encoder, place, dtype),
-        tokenizer=tokenizer,
-        schedule=NoiseSchedule.from_config(config),
+        vae=_freeze(_load_diffusers(AutoencoderKL, folder, "vae", vae_dtype), place, vae_dtype),
+        text_encoders=_load_text_encoders(folder, place, dtype),
+        schedule=NoiseSchedule.from_config(_scheduler_config(folder)),
         fingerprint=digest,
         device=place,
         dtype=dtype,
@@ -171,6 +167,11 @@ def compiled_blocks(unet: UNet2DConditionModel) -> Iterator[None]:
             block._compiled_call_impl = None
 
 
+def _scheduler_config(folder: Path) -> Mapping[str, Any]:
+    config = read_config(folder, "scheduler")
+    return as_stock_pipeline_reads(config) if family_of(folder) == "sd" else config
+
+
 def as_stock_pipeline_reads(scheduler_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the config with the two corrections a stock StableDiffusionPipeline makes when it loads a folder.
 
@@ -197,32 +198,50 @@ def _load_diffusers(kind: Any, folder: Path, component: str, dtype: torch.dtype)
     return module
 
 
-def _load_text(folder: Path) -> tuple[Any, Any]:
-    part = folder / "text_encoder"
-    with _naming_damage(folder / "tokenizer"):
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+def _load_text_encoders(folder: Path, place: torch.device, dtype: torch.dtype) -> TextEncoders:
+    parts = [_load_text_encoder(folder, number) for number in range(len(text_components(folder)))]
+    tokenizers, models = zip(*parts, strict=True)
+    first, *others = tokenizers
+    if any(other.get_vocab() != first.get_vocab() for other in others):
+        raise BaseModelError(f"{folder}: tokenizer/ and tokenizer_2/ spell differently; download the base again.")
+    if any(other.model_max_length != first.model_max_length for other in others):
+        raise BaseModelError(
+            f"{folder}: model_max_length in tokenizer/ and tokenizer_2/ differ; set both to the smaller one."
+        )
+    return TextEncoders(
+        tokenizers,
+        tuple(_freeze(model, place, dtype) for model in models),
+        zeros_without_text=bool(read_model_index(folder).get("force_zeros_for_empty_prompt", False)),
+    )
+
+
+def _load_text_encoder(folder: Path, number: int) -> tuple[CLIPTokenizer, TextModel]:
+    component, spelling = text_components(folder)[number], tokenizer_components(folder)[number]
+    kind = CLIPTextModel if number == 0 else CLIPTextModelWithProjection
+    with _naming_damage(folder / spelling):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / spelling, local_files_only=True)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with _naming_damage(part):
-            text_encoder, info = CLIPTextModel.from_pretrained(
-                part,
+        with _naming_damage(folder / component):
+            model, info = kind.from_pretrained(
+                folder / component,
                 use_safetensors=True,
-                variant=weight_files(folder, "text_encoder").variant,
+                variant=weight_files(folder, component).variant,
                 local_files_only=True,
                 output_loading_info=True,
             )
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    _check_complete(part, info)
-    longest = text_encoder.config.max_position_embeddings
+    _check_complete(folder / component, info)
+    longest = model.config.max_position_embeddings
     if tokenizer.model_max_length > longest:
         raise BaseModelError(
-            f"{folder}/tokenizer/tokenizer_config.json: model_max_length must be set, and at most {longest}, the "
+            f"{folder}/{spelling}/tokenizer_config.json: model_max_length must be set, and at most {longest}, the "
             "text encoder's max_position_embeddings."
         )
-    return tokenizer, text_encoder
+    return tokenizer, model
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cat_cluster.errors import BaseModelError, OutputError
 from cat_cluster.files import write_whole
-from cat_cluster.models.base_files import CONFIG_FILES, WEIGHT_STEMS, read_config, weight_files
+from cat_cluster.models.base_files import read_config, tokenizer_components, weight_components, weight_files
 from cat_cluster.settings import load_settings
 
 _TOKENIZER_FILES = (
@@ -44,10 +44,11 @@ def fingerprint(folder: Path) -> str:
     sharding do not count but its values do. Cached by path, size and time of every file. Raises BaseModelError
     for a truncated file or weights that are not finite; a cached digest was checked when it was made.
     """
-    files = {component: weight_files(folder, component) for component in WEIGHT_STEMS}
-    tokenizer = [path for name in _TOKENIZER_FILES if (path := folder / "tokenizer" / name).is_file()]
-    scheduler = folder / "scheduler" / CONFIG_FILES["scheduler"]
-    cache = _cache_path([*(path for found in files.values() for path in found.paths), *tokenizer, scheduler])
+    files = {component: weight_files(folder, component) for component in weight_components(folder)}
+    places = [folder / component / name for component in tokenizer_components(folder) for name in _TOKENIZER_FILES]
+    tokenizers = [path for path in places if path.is_file()]
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    cache = _cache_path([*(path for found in files.values() for path in found.paths), *tokenizers, scheduler])
     cached = _read_digest(cache)
     if cached is not None:
         return cached
@@ -56,8 +57,8 @@ def fingerprint(folder: Path) -> str:
         for name, tensor in _tensors(found.paths):
             digest.update(f"{component}\0{name}\0{list(tensor.shape)}\0".encode())
             digest.update(tensor.to(torch.float32).contiguous().numpy().tobytes())
-    for path in tokenizer:
-        digest.update(f"tokenizer\0{path.name}\0{path.stat().st_size}\0".encode())
+    for path in tokenizers:
+        digest.update(f"{path.parent.name}\0{path.name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     config = read_config(folder, "scheduler")
     betas = {key: config.get(key, default) for key, default in _BETA_DEFAULTS.items()}

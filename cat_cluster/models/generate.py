@@ -19,10 +19,11 @@ from torch import Tensor
 from cat_cluster.files import write_whole
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.conditioning import Conditioning, Sizes, Text
 from cat_cluster.models.edit import EditSource, edit_table
 from cat_cluster.models.image_start import ImageStart, start_from_image, start_from_noise
 from cat_cluster.models.prompt_weights import Prompt
-from cat_cluster.models.prompts import encode_prompts, side_by_side
+from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.models.provenance import XMP_CHUNK, xmp_packet
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
 from cat_cluster.models.step_noise import gather_noise
@@ -51,8 +52,10 @@ class ImageRow:
     @property
     def prompts(self) -> tuple[Prompt, ...]:
         """What is encoded: the prompt and, with guidance, the negative one."""
-        texts = (self.prompt, self.negative_prompt) if self.guided else (self.prompt,)
-        return tuple(Prompt(text, self.weighting, self.prompt_chunks) for text in texts)
+        prompt = Prompt(self.prompt, self.weighting, self.prompt_chunks)
+        if not self.guided:
+            return (prompt,)
+        return prompt, Prompt(self.negative_prompt, self.weighting, self.prompt_chunks, negative=True)
 
     @property
     def guided(self) -> bool:
@@ -67,8 +70,8 @@ class _ActiveRow:
     index: int
     row: ImageRow
     table: SamplerTable
-    text: Tensor
-    negative_text: Tensor
+    text: Text
+    negative_text: Text
     start: ImageStart
     latents: Tensor = field(init=False)
     previous: Tensor = field(init=False)
@@ -156,11 +159,11 @@ def save_png(image: Tensor, path: Path, metadata: Mapping[str, str], *, edited: 
     write_whole(path, png_bytes(image, metadata, edited=edited))
 
 
-def _encode_prompts(base: BaseModel, rows: Sequence[ImageRow], at_once: int) -> dict[Prompt, Tensor]:
-    """Encode every prompt the rows name once; each [n L, D]."""
+def _encode_prompts(base: BaseModel, rows: Sequence[ImageRow], at_once: int) -> dict[Prompt, Text]:
+    """Encode every prompt the rows name once."""
     named = [row.prompts[0] for row in rows] + [row.prompts[1] for row in rows if row.guided]
     prompts = list(dict.fromkeys(named))
-    texts: dict[Prompt, Tensor] = {}
+    texts: dict[Prompt, Text] = {}
     for start in range(0, len(prompts), at_once):
         part = prompts[start : start + at_once]
         texts.update(zip(part, encode_prompts(base, base.text_limit, part), strict=True))
@@ -187,7 +190,7 @@ def _start(
     index: int,
     row: ImageRow,
     table: SamplerTable,
-    texts: Mapping[Prompt, Tensor],
+    texts: Mapping[Prompt, Text],
     moments: Mapping[EditSource, Tensor],
 ) -> _ActiveRow:
     source = row.source
@@ -206,14 +209,14 @@ def _step(base: BaseModel, bank: LoraBank | None, active: Sequence[_ActiveRow]) 
     guided = [position for position, entry in enumerate(active) if entry.row.guided]
     scaled = coefficients.input_scale.to(base.device).view(-1, 1, 1, 1) * latents
     timesteps = coefficients.timesteps.to(base.device)
-    texts, own = side_by_side([*(entry.text for entry in active), *(active[i].negative_text for i in guided)])
+    texts = [*(entry.text for entry in active), *(active[i].negative_text for i in guided)]
+    conditioning = Conditioning.of(texts, [Sizes.drawn(base.resolution, base.resolution)] * len(texts))
     slots = [entry.row.slot for entry in active] + [active[position].row.slot for position in guided]
     with _bound(bank, slots):
         output = base.unet(
             torch.cat([scaled, scaled[guided]]).to(base.dtype),
             torch.cat([timesteps, timesteps[guided]]),
-            encoder_hidden_states=texts,
-            encoder_attention_mask=own,
+            **conditioning.arguments(),
             return_dict=False,
         )[0].float()
     conditional, unconditional = output[: len(active)], output[len(active) :]

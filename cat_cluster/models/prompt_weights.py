@@ -29,12 +29,14 @@ _REMEDY = r"write a number, as in (word:1.2), or \( and \) for brackets that are
 class Prompt:
     """A text for the text encoder: how its words are weighted, and how many chunks of it are read at most.
 
-    A chunk is what the encoder reads at once: L tokens, the marks of start and end with them.
+    A chunk is what the encoder reads at once: L tokens, the marks of start and end with them. negative: guidance starts
+    from it; where it is empty, that is from what the base was trained with.
     """
 
     text: str
     weighting: Weighting = "none"
     chunks: int = 1
+    negative: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.conditioning import Conditioning
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.optimizer import SlotAdamW
 
@@ -32,7 +33,7 @@ class TrainingEngine(Protocol):
     joined_teacher: bool
     optimizer: SlotAdamW
 
-    def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
+    def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the student's prediction [B, C, H, W]; the rows are bound to their slots by the caller."""
 
     def backward(self, loss: Tensor) -> None:
@@ -70,10 +71,11 @@ class TorchEngine:
                 for kept, value in zip(self.optimizer.moments(parameter), (mean, square), strict=True):
                     kept.copy_(value)
 
-    def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
+    def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the student's prediction [B, C, H, W]."""
         with autocast(self._base, bf16=self._bf16):
-            prediction: Tensor = self._base.unet(noisy_BCHW, timestep_B, text_BLD, return_dict=False)[0]
+            arguments = conditioning.arguments()
+            prediction: Tensor = self._base.unet(noisy_BCHW, timestep_B, **arguments, return_dict=False)[0]
         return prediction
 
     def backward(self, loss: Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from cat_cluster.data.draws import Batch
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.conditioning import Conditioning
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import TrainingEngine, autocast
 from cat_cluster.training.losses import pack_loss, prediction_loss
@@ -29,13 +30,13 @@ class RowLosses:
 class _Rows:
     """The input of the U-Net: B identity rows on y_T, then M CAT rows on y with the same z0, e and t.
 
-    noisy and target are [B+M, C, H, W], text [B+M, L, D]; loss_weight is w(t), row_weight the weight in the loss.
+    noisy and target are [B+M, C, H, W]; loss_weight is w(t), row_weight the weight in the loss.
     asked: CAT rows whose target the base model has yet to predict, in the student's own call.
     """
 
     noisy: Tensor
     timestep: Tensor
-    text: Tensor
+    conditioning: Conditioning
     target: Tensor
     slot: Tensor
     loss_weight: Tensor
@@ -73,13 +74,14 @@ def train_step(
 
 def _backward(bank: LoraBank, engine: TrainingEngine, rows: _Rows, part: slice) -> Tensor:
     """Go forward and backward on some of the rows, predicting the targets of rows.asked on the way; return losses."""
-    noisy, timestep, text, target = (x[part] for x in (rows.noisy, rows.timestep, rows.text, rows.target))
-    slot, asked, count = rows.slot[part], rows.asked, len(target)
+    noisy, timestep, target = (x[part] for x in (rows.noisy, rows.timestep, rows.target))
+    conditioning, slot, asked, count = rows.conditioning[part], rows.slot[part], rows.asked, len(target)
     if len(asked):
-        noisy, timestep, text = (torch.cat([x, x[asked]]) for x in (noisy, timestep, text))
+        noisy, timestep = (torch.cat([x, x[asked]]) for x in (noisy, timestep))
+        conditioning = conditioning.followed_by(conditioning[asked])
         slot = torch.cat([slot, torch.zeros(len(asked), dtype=slot.dtype)])
     with bank.rows(slot):
-        prediction = engine.predict(noisy, timestep, text)
+        prediction = engine.predict(noisy, timestep, conditioning)
         if len(asked):
             target = target.index_copy(0, asked, prediction[count:].detach().to(target.dtype))
         loss = prediction_loss(prediction[:count], target, rows.loss_weight[part])
@@ -102,7 +104,7 @@ def _rows(
     latents = base.sample_latents(_move(batch.moments, device), _move(batch.posterior_noise, device))
     noisy = base.schedule.add_noise(latents, noise, timestep)
     target = base.schedule.target(latents, noise, timestep)
-    text = encode_text(batch.prompts)
+    conditioning = Conditioning.of(encode_text(batch.prompts), batch.sizes)
     slot = batch.adapter_B + 1
     loss_weight = _loss_weight(base, batch, trainings)
     row_weight = batch.identity_weight_B
@@ -111,21 +113,22 @@ def _rows(
         cat = batch.cat_row_M
         on_device = _move(cat, device)
         prior_noisy, prior_timestep = noisy[on_device], timestep[on_device]
-        prior_text = encode_text(batch.prior_prompts)
+        prior_sizes = [batch.sizes[row] for row in cat.tolist()]
+        prior = Conditioning.of(encode_text(batch.prior_prompts), prior_sizes)
         if joined:
             teacher = pool.known(prior_noisy, batch.pool_keys)
             asked = torch.tensor([len(slot) + m for m, key in enumerate(batch.pool_keys) if key is None])
         else:
             with autocast(base, bf16=trainings[0].bf16):
-                teacher = pool.predict(base.unet, bank, prior_noisy, prior_timestep, prior_text, batch.pool_keys)
+                teacher = pool.predict(base.unet, bank, prior_noisy, prior_timestep, prior, batch.pool_keys)
         noisy, timestep = torch.cat([noisy, prior_noisy]), torch.cat([timestep, prior_timestep])
-        target, text = torch.cat([target, teacher.to(target.dtype)]), torch.cat([text, prior_text])
+        target, conditioning = torch.cat([target, teacher.to(target.dtype)]), conditioning.followed_by(prior)
         slot, loss_weight = torch.cat([slot, slot[cat]]), torch.cat([loss_weight, loss_weight[cat]])
         row_weight = torch.cat([row_weight, batch.cat_weight_M])
     return _Rows(
         noisy=noisy,
         timestep=timestep,
-        text=text,
+        conditioning=conditioning,
         target=target,
         slot=slot,
         loss_weight=_move(loss_weight, device),

@@ -12,14 +12,15 @@ from torch import Tensor
 from cat_cluster.data.draws import AdapterTask, Draw, pool_entries
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.conditioning import Conditioning, Text
 
-TextEncoder = Callable[[Sequence[str]], Tensor]
+TextEncoder = Callable[[Sequence[str]], list[Text]]
 ENTRIES_PER_CALL = 32
 
 
 @torch.no_grad()
 def predict_base(
-    unet: UNet2DConditionModel, bank: LoraBank, noisy_BCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor
+    unet: UNet2DConditionModel, bank: LoraBank, noisy_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning
 ) -> Tensor:
     """Return the frozen base model's prediction, [B, C, H, W].
 
@@ -27,7 +28,7 @@ def predict_base(
     (gradient checkpointing recomputes with the binding of that moment).
     """
     with bank.rows([0] * len(noisy_BCHW)):
-        prediction: Tensor = unet(noisy_BCHW, timestep_B, text_BLD, return_dict=False)[0]
+        prediction: Tensor = unet(noisy_BCHW, timestep_B, **conditioning.arguments(), return_dict=False)[0]
     return prediction
 
 
@@ -64,7 +65,7 @@ class TeacherPool:
         bank: LoraBank,
         noisy_BCHW: Tensor,
         timestep_B: Tensor,
-        text_BLD: Tensor,
+        conditioning: Conditioning,
         keys: Sequence[str | None],
     ) -> Tensor:
         """Return the base's prediction of each row, [B, C, H, W]: the kept one for a key, a fresh one for None.
@@ -73,10 +74,10 @@ class TeacherPool:
         """
         fresh = [i for i, key in enumerate(keys) if key is None]
         if len(fresh) == len(keys):
-            return predict_base(unet, bank, noisy_BCHW, timestep_B, text_BLD)
+            return predict_base(unet, bank, noisy_BCHW, timestep_B, conditioning)
         predictions = self.known(noisy_BCHW, keys)
         if fresh:
-            asked = predict_base(unet, bank, noisy_BCHW[fresh], timestep_B[fresh], text_BLD[fresh])
+            asked = predict_base(unet, bank, noisy_BCHW[fresh], timestep_B[fresh], conditioning[fresh])
             predictions[fresh] = asked.to(predictions.dtype)
         return predictions
 
@@ -103,6 +104,7 @@ def _predict_entries(
     )
     timestep = torch.tensor([entry.timestep for entry in entries], device=base.device)
     noisy = base.schedule.add_noise(base.sample_latents(moments, posterior_noise), noise, timestep)
-    text = encode_text([entry.prior_prompt for entry in entries])
+    texts = encode_text([entry.prior_prompt for entry in entries])
+    conditioning = Conditioning.of(texts, [entry.sizes for entry in entries])
     with autocast():  # the U-Net alone, as in a step: text that is encoded in bf16 is another text
-        return predict_base(base.unet, bank, noisy, timestep, text)
+        return predict_base(base.unet, bank, noisy, timestep, conditioning)

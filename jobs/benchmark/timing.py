@@ -20,6 +20,8 @@ from cat_cluster.data.latents import TextCache
 from cat_cluster.errors import SpecError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
+from cat_cluster.models.conditioning import Sizes
+from cat_cluster.models.text_encoders import TextEncoders
 from cat_cluster.spec.choices import Blocks
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import TorchEngine, autocast
@@ -62,6 +64,7 @@ def concept_task(base: BaseModel, name: str, rows: int, options: StepOptions) ->
         moments_NCHW=torch.randn(shape, generator=generator),
         prompts=tuple(f"a photo of a sks cup {place}" for place in places),
         removed_prompts=tuple(f"a photo of a cup {place}" for place in places),
+        sizes=(Sizes.drawn(base.resolution, base.resolution),) * len(places),
     )
     pool = {} if options.pool_size is None else {"teacher": "pool", "pool_size": options.pool_size}
     changes = {
@@ -97,9 +100,8 @@ def sd15_sized_base(*, on: str = "cuda", latent_size: int = 64) -> BaseModel:
     tokenizer.model_max_length = 77
     parts = (part.to(device).eval().requires_grad_(False) for part in (unet, vae, CLIPTextModel(text)))
     unet, vae, text_encoder = parts
-    return replace(
-        pocket, name="sd15-sized", unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, device=device
-    )
+    encoders = TextEncoders((tokenizer,), (text_encoder,))
+    return replace(pocket, name="sd15-sized", unet=unet, vae=vae, text_encoders=encoders, device=device)
 
 
 @contextmanager

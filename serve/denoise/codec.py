@@ -23,6 +23,7 @@ from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.conditioning import Text
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.models.text_limit import TextLimit, first_words
@@ -39,12 +40,13 @@ TOLD_OF_MODEL = ("model", "adapter_sha256", "denoising_strength", "masked")
 PREVIEW_SIDE = 192  # pixels; a preview is scaled up for eyes, not for detail
 
 A = TypeVar("A")
+R = TypeVar("R", Tensor, Text)  # both say whether their numbers are finite
 
 
 @dataclass(frozen=True, eq=False)
-class _Job(Generic[A]):
+class _Job(Generic[A, R]):
     value: A
-    future: Future[Tensor]
+    future: Future[R]
 
 
 class Codec:
@@ -58,13 +60,13 @@ class Codec:
         checker: SafetyChecker | None = None,
     ) -> None:
         self._base, self._threads, self._signer, self._checker = base, threads, signer, checker
-        self._texts: OrderedDict[Prompt, Tensor] = OrderedDict()  # those used last at its end
+        self._texts: OrderedDict[Prompt, Text] = OrderedDict()  # those used last at its end
         self._tokens_kept = 0
-        self._prompts: list[_Job[Prompt]] = []
+        self._prompts: list[_Job[Prompt, Text]] = []
         self._limit = TextLimit(base.tokenizer)  # of the thread that encodes; that of the notes has the base's own
-        self._latents: list[_Job[Tensor]] = []
-        self._sources: list[_Job[Tensor]] = []
-        self._unchecked: list[_Job[Tensor]] = []
+        self._latents: list[_Job[Tensor, Tensor]] = []
+        self._sources: list[_Job[Tensor, Tensor]] = []
+        self._unchecked: list[_Job[Tensor, Tensor]] = []
         self._lock = threading.Lock()
         self._closed = False
         self._stream: torch.cuda.Stream | None = None
@@ -82,7 +84,7 @@ class Codec:
         """Finish what has started; what waits fails with EngineStoppedError."""
         with self._lock:
             self._closed = True
-            waits: tuple[list[_Job[Any]], ...] = (self._prompts, self._latents, self._sources, self._unchecked)
+            waits: tuple[list[_Job[Any, Any]], ...] = (self._prompts, self._latents, self._sources, self._unchecked)
             jobs = [job for waiting in waits for job in waiting]
             for waiting in waits:
                 waiting.clear()
@@ -93,8 +95,8 @@ class Codec:
         self._files.shutdown()
         self._notes.shutdown()
 
-    def encode(self, prompt: Prompt) -> Future[Tensor]:
-        """Return the embedding [n L, D] of a prompt of n chunks, on the base's device."""
+    def encode(self, prompt: Prompt) -> Future[Text]:
+        """Return the text of a prompt, on the base's device."""
         if prompt.weighting == "none":  # the rest only costs time; behind a weight its bracket may close
             prompt = replace(prompt, text=first_words(prompt.text, prompt.chunks * self._limit.tokens))
         with self._lock:
@@ -102,7 +104,7 @@ class Codec:
             if known is None:
                 return self._put(self._prompts, prompt, self._encode_waiting)
             self._texts.move_to_end(prompt)
-        future = Future[Tensor]()
+        future = Future[Text]()
         future.set_result(known)
         return future
 
@@ -153,9 +155,9 @@ class Codec:
             self._check_open()
             return self._torch.submit(self._preview, denoised, file, edited)
 
-    def _put(self, jobs: list[_Job[A]], value: A, compute: Callable[[], None]) -> Future[Tensor]:
+    def _put(self, jobs: list[_Job[A, R]], value: A, compute: Callable[[], None]) -> Future[R]:
         self._check_open()
-        future = Future[Tensor]()
+        future = Future[R]()
         jobs.append(_Job(value, future))
         self._torch.submit(compute)
         return future
@@ -170,7 +172,7 @@ class Codec:
     def _encode_waiting(self) -> None:
         _finish(self._take(self._prompts), self._encode)
 
-    def _encode(self, jobs: list[_Job[Prompt]]) -> list[Tensor]:
+    def _encode(self, jobs: list[_Job[Prompt, Text]]) -> list[Text]:
         prompts = list(dict.fromkeys(job.value for job in jobs))
         with self._own_stream():
             texts = dict(zip(prompts, encode_prompts(self._base, self._limit, prompts), strict=True))
@@ -186,19 +188,19 @@ class Codec:
     def _decode_waiting(self) -> None:
         _finish(self._take(self._latents, _shape), self._decode)
 
-    def _decode(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
+    def _decode(self, jobs: list[_Job[Tensor, Tensor]]) -> list[Tensor]:
         with self._own_stream():
             return list(self._base.decode(torch.stack([job.value for job in jobs])).cpu())
 
     def _encode_sources(self) -> None:
         _finish(self._take(self._sources, _shape), self._encode_images)
 
-    def _encode_images(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
+    def _encode_images(self, jobs: list[_Job[Tensor, Tensor]]) -> list[Tensor]:
         with self._own_stream():
             # Copies, as of texts.
             return [one.clone() for one in self._base.encode_moments(torch.stack([job.value for job in jobs]))]
 
-    def _take(self, waiting: list[_Job[A]], kind: Callable[[A], object] = lambda _: None) -> list[_Job[A]]:
+    def _take(self, waiting: list[_Job[A, R]], kind: Callable[[A], object] = lambda _: None) -> list[_Job[A, R]]:
         """Take the first jobs of one kind from those that wait."""
         with self._lock:
             wanted = kind(waiting[0].value) if waiting else None
@@ -209,7 +211,7 @@ class Codec:
     def _check_waiting(self) -> None:
         _finish(self._take(self._unchecked), self._scores)
 
-    def _scores(self, jobs: list[_Job[Tensor]]) -> list[Tensor]:
+    def _scores(self, jobs: list[_Job[Tensor, Tensor]]) -> list[Tensor]:
         assert self._checker is not None  # whoever asks has seen it
         with self._own_stream():
             scores = self._checker.scores([job.value for job in jobs])
@@ -257,12 +259,12 @@ def _shape(tensor: Tensor) -> torch.Size:
     return tensor.shape
 
 
-def _finish(jobs: list[_Job[A]], compute: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
+def _finish(jobs: list[_Job[A, R]], compute: Callable[[list[_Job[A, R]]], list[R]]) -> None:
     """Give each job that is still wanted its result or its error."""
     _settle([job for job in jobs if job.future.set_running_or_notify_cancel()], compute)
 
 
-def _settle(jobs: list[_Job[A]], compute: Callable[[list[_Job[A]]], list[Tensor]]) -> None:
+def _settle(jobs: list[_Job[A, R]], compute: Callable[[list[_Job[A, R]]], list[R]]) -> None:
     if not jobs:
         return
     try:

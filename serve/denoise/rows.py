@@ -14,22 +14,22 @@ from torch import Tensor
 
 from cat_cluster.lora.row_bank import RowAdapter, RowBank
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.conditioning import Conditioning, Sizes, Text
 from cat_cluster.models.edit import KeptAreas
-from cat_cluster.models.prompts import side_by_side
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients
 from cat_cluster.models.step_noise import StepNoise, gather_noise
 
 
 @dataclass(eq=False)
 class ImageRows:
-    """An image on its way: two texts [n L, D], of the prompt and of the negative one, or one, sampler and step.
+    """An image on its way: two texts, of the prompt and of the negative one, or one, sampler and step.
 
     adapters are read when the image joins; latents [C, H, W] are its first ones, or, of an image that
     was parked, those it had, with `previous` (the last denoised latents) beside them. noise: of the steps, None where
     the sampler adds none. kept: what an edit puts back.
     """
 
-    texts: Sequence[Tensor]
+    texts: Sequence[Text]
     table: SamplerTable
     guidance: float
     latents: Tensor
@@ -62,6 +62,7 @@ class Rows:
         self._capacity = capacity
         self._block = bank.block(capacity, base.tokenizer.model_max_length)
         state = torch.zeros((capacity, base.latent_channels, *size), device=base.device)
+        self._sizes = Sizes.drawn(*(base.pixels_per_latent * side for side in size))
         self._latents, self._previous = state, state.clone()  # [images, C, H, W], images dense
         self.images: list[ImageRows] = []
         self._rows_of: dict[ImageRows, list[int]] = {}
@@ -84,7 +85,7 @@ class Rows:
     def join(self, image: ImageRows) -> None:
         """Bind the image's rows; its adapters' vectors are copied, so that their slots are free for others then."""
         rows = list(range(self._count, self._count + image.rows))
-        self._block.bind(rows, image.texts, image.adapters)
+        self._block.bind(rows, [text.states for text in image.texts], image.adapters)
         place = len(self.images)
         self._latents[place].copy_(image.latents)
         if image.previous is None:
@@ -129,13 +130,12 @@ class Rows:
         latents = self._latents[: len(images)]
         scaled = (coefficients.input_scale.view(-1, 1, 1, 1) * latents).to(self._base.dtype)
         # As long as the longest text of this call: rows of one chunk are computed as if there were no longer ones.
-        self._block.fit(index.texts.shape[1])
+        self._block.fit(index.conditioning.states.shape[1])
         with self._block.call(len(index.image)):
             output = self._base.unet(
                 scaled[index.image],
                 coefficients.timesteps[index.image],
-                encoder_hidden_states=index.texts,
-                encoder_attention_mask=index.own_text,
+                **index.conditioning.arguments(),
                 return_dict=False,
             )[0].float()
         plain = output[index.negative]
@@ -173,14 +173,12 @@ class Rows:
         texts = {row: text for one in self.images for row, text in zip(self._rows_of[one], one.texts, strict=True)}
         used = [*range(self._count), *[0] * (self.bucket(self._count) - self._count)]  # padded with the first row
         ends = [(self._rows_of[image][0], self._rows_of[image][-1]) for image in self.images]
-        all_texts, own_text = side_by_side([texts[row] for row in used])
         self._index = _Index(
             image=self._on_device([owners[row] for row in used]),
             prompt=self._on_device([first for first, _ in ends]),
             negative=self._on_device([last for _, last in ends]),
             guidance=torch.tensor([image.guidance for image in self.images], device=self._base.device),
-            texts=all_texts,
-            own_text=own_text,
+            conditioning=Conditioning.of([texts[row] for row in used], [self._sizes] * len(used)),
         )
         return self._index
 
@@ -192,12 +190,11 @@ class Rows:
 class _Index:
     """Which image each row of a call belongs to [bucket]; each image's prompt and negative row, and its guidance.
 
-    texts: of the rows [bucket, n L, D]; own_text: which of their places are a row's own, None where all are.
+    conditioning: of the rows [bucket].
     """
 
     image: Tensor
     prompt: Tensor
     negative: Tensor
     guidance: Tensor
-    texts: Tensor
-    own_text: Tensor | None
+    conditioning: Conditioning

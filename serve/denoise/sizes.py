@@ -53,11 +53,6 @@ def chosen_size(wanted: Pixels | None, served: Sequence[Pixels]) -> Pixels:
     return wanted
 
 
-def pixels_per_latent(base: BaseModel) -> int:
-    """Return the side in pixels of one latent."""
-    return base.resolution // base.latent_size
-
-
 def size_unit(base: BaseModel) -> int:
     """Return what both sides of an image must be a multiple of, in pixels."""
-    return pixels_per_latent(base) << (len(base.unet.config.block_out_channels) - 1)
+    return base.pixels_per_latent << (len(base.unet.config.block_out_channels) - 1)

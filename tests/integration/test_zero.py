@@ -25,8 +25,9 @@ LAW = 1e-3  # ||W - W_ref|| / ||W_ref|| after 20 steps (design, section 4)
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny_base_folder: Path, tiny_xl_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pair")
+    shutil.copytree(tiny_xl_folder, folder / "xl")
     shutil.copytree(tiny_base_folder, folder / "base")
     return folder
 
@@ -88,6 +89,20 @@ def test_two_workers_give_the_adapters_of_the_local_loop(
 ) -> None:
     for found in pair:
         assert worst(found["trained", stage], local) <= LAW
+
+
+@pytest.fixture(scope="module")
+def local_xl(folder: Path) -> dict[str, Any]:
+    base = load_base_model(str(folder / "xl"))
+    return gloo_pair.weights(train(base, members(base)))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_workers_give_the_adapters_of_the_local_loop_for_sdxl_too(
+    pair: list[dict[Any, Any]], local_xl: dict[str, Any], stage: int | None
+) -> None:
+    for found in pair:
+        assert worst(found["xl", stage], local_xl) <= LAW
 
 
 @pytest.mark.parametrize("stage", STAGES)

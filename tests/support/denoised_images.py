@@ -23,6 +23,7 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.conditioning import Text
 from cat_cluster.models.edit import edit_table
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.image_start import start_from_image, start_from_noise
@@ -162,7 +163,7 @@ class ImageOracle:
         """The image [3, H, W] of final latents."""
         return self.base.decode(latents.unsqueeze(0))[0].cpu()
 
-    def _text(self, prompt: Prompt) -> Tensor:
+    def _text(self, prompt: Prompt) -> Text:
         if prompt not in self._texts:
             (self._texts[prompt],) = encode_prompts(self.base, self.base.text_limit, [prompt])
         return self._texts[prompt]

@@ -94,10 +94,10 @@ def counted_invalidations() -> Iterator[list[str]]:
     lines += [line for line in printed.getvalue().splitlines() if "Invalidate trace" in line]
 
 
-def fresh_base(folder: Path) -> BaseModel:
+def fresh_base(folder: Path, name: str = "base") -> BaseModel:
     """Load the base; what ZeRO-3 has sharded stays sharded, so each turn has one of its own."""
     gc.collect()
-    return load_base_model(str(folder / "base"))
+    return load_base_model(str(folder / name))
 
 
 def try_laws(folder: Path) -> dict[str, Any]:
@@ -115,6 +115,9 @@ def try_laws(folder: Path) -> dict[str, Any]:
         results["poisoned", stage] = weights(train(base, poisoned(base), steps=FEW, make_engine=make))
         base = fresh()
         results["one row", stage] = weights(train(base, one_row(base), steps=FEW, make_engine=make))
+    for stage in STAGES:
+        base = fresh("xl")
+        results["xl", stage] = weights(train(base, members(base), make_engine=engine(stage)))
     with counted_invalidations() as lines:
         base = fresh()
         pack = members(base)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from cat_cluster.lora.formats import AdapterWeights, write_adapter
 from cat_cluster.models.base_model import base_folder, compiled_blocks
+from cat_cluster.models.conditioning import Conditioning, Sizes
 from cat_cluster.models.generate import image_array
 from cat_cluster.models.image_start import start_from_noise
 from cat_cluster.models.samplers import SamplerTable, advance_rows, gather_coefficients, sampler_table
@@ -172,10 +173,10 @@ class PeftLoop:
     def __exit__(self, *_: object) -> None:
         """Nothing is held open."""
 
-    def call(self, latents: Tensor, timesteps: Tensor, texts: Tensor, names: Sequence[str]) -> Tensor:
+    def call(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning, names: Sequence[str]) -> Tensor:
         """One U-Net call [B, C, H, W], row b with adapter names[b]."""
         output: Tensor = self._unet(
-            latents, timesteps, encoder_hidden_states=texts, return_dict=False, adapter_names=list(names)
+            latents, timesteps, **conditioning.arguments(), return_dict=False, adapter_names=list(names)
         )[0]
         return output
 
@@ -192,22 +193,24 @@ class PeftLoop:
     def draw(self, requests: Sequence[Request], *, shrink: bool = False) -> list[Pixels]:
         """Draw images together until the longest is done; shrink: those that are done leave the calls before."""
         base, device = self._base, self._base.device
-        texts = base.encode_text([*(request.prompt for request in requests), ""])
+        texts = base.text_encoders.encode([*(request.prompt for request in requests), ""])
+        sizes = [Sizes.drawn(base.resolution, base.resolution)] * len(texts)
+        conditioning = Conditioning.of(texts, sizes)
         tables = [sampler_table("ddim", base.schedule, request.steps) for request in requests]
         starts = [start_from_noise(base, a.seed, table) for a, table in zip(requests, tables, strict=True)]
         latents = torch.stack([start.latents for start in starts])
-        previous, rows = torch.zeros_like(latents), _Rows.of(requests, texts, range(len(requests)))
+        previous, rows = torch.zeros_like(latents), _Rows.of(requests, conditioning, range(len(requests)))
         for step in range(max(len(table) for table in tables)):
             going = [n for n, table in enumerate(tables) if step < len(table)]
             if shrink and len(going) < len(rows.chosen):
-                rows = _Rows.of(requests, texts, going)
+                rows = _Rows.of(requests, conditioning, going)
             chosen = rows.chosen
             coefficients = gather_coefficients(
                 [tables[n] for n in chosen], [_at(tables[n], step) for n in chosen], device
             )
             scaled = (coefficients.input_scale.view(-1, 1, 1, 1) * latents[chosen]).to(base.dtype)
             times = torch.cat([coefficients.timesteps] * 2)
-            output = self.call(torch.cat([scaled, scaled]), times, rows.texts, rows.names).float()
+            output = self.call(torch.cat([scaled, scaled]), times, rows.conditioning, rows.names).float()
             conditional, plain = output.chunk(2)
             predicted = plain + GUIDANCE * (conditional - plain)
             following, denoised = advance_rows(coefficients, latents[chosen], predicted, previous[chosen])
@@ -221,14 +224,13 @@ class PeftLoop:
 class _Rows:
     """The rows of a call: each chosen image's prompt, then each one's empty prompt."""
 
-    def __init__(self, chosen: list[int], texts: Tensor, names: list[str]) -> None:
-        self.chosen, self.texts, self.names = chosen, texts, names
+    def __init__(self, chosen: list[int], conditioning: Conditioning, names: list[str]) -> None:
+        self.chosen, self.conditioning, self.names = chosen, conditioning, names
 
     @classmethod
-    def of(cls, requests: Sequence[Request], texts: Tensor, chosen: Sequence[int]) -> _Rows:
-        picked = list(chosen)
-        empty = texts[-1:].expand(len(picked), -1, -1)
-        return cls(picked, torch.cat([texts[picked], empty]), [requests[n].adapter for n in picked] * 2)
+    def of(cls, requests: Sequence[Request], conditioning: Conditioning, chosen: Sequence[int]) -> _Rows:
+        picked, empty = list(chosen), len(conditioning) - 1
+        return cls(picked, conditioning[picked + [empty] * len(picked)], [requests[n].adapter for n in picked] * 2)
 
 
 def _at(table: SamplerTable, step: int) -> int:

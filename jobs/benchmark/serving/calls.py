@@ -14,6 +14,7 @@ from cat_cluster.lora.bank import served_layers
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.lora.row_bank import AdapterLayout, RowAdapter, RowBank, RowBlock
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
+from cat_cluster.models.conditioning import Conditioning, Sizes
 from cat_cluster.models.image_start import start_from_noise
 from cat_cluster.models.samplers import sampler_table
 from jobs.benchmark.serving.baselines import PeftLoop
@@ -36,11 +37,14 @@ class Inputs:
         self.latents = torch.randn(shape, generator=generator).to(base.device, base.dtype)
         self.timesteps = torch.randint(0, 1000, (rows,), generator=generator).to(base.device)
         # An image's rows are prompt and empty prompt.
-        self.texts = base.encode_text([f"a photo of a sks cup {n}" if n % 2 == 0 else "" for n in range(rows)])
+        texts = base.text_encoders.encode([f"a photo of a sks cup {n}" if n % 2 == 0 else "" for n in range(rows)])
+        self.conditioning = Conditioning.of(texts, [Sizes.drawn(base.resolution, base.resolution)] * rows)
+        self.texts = self.conditioning.states
 
     def through(self, base: BaseModel) -> Tensor:
         """Return the U-Net's output of all rows."""
-        output: Tensor = base.unet(self.latents, self.timesteps, encoder_hidden_states=self.texts, return_dict=False)[0]
+        arguments = self.conditioning.arguments()
+        output: Tensor = base.unet(self.latents, self.timesteps, **arguments, return_dict=False)[0]
         synchronise(base)
         return output
 
@@ -73,7 +77,7 @@ def whole_step(bench: Workbench, base: BaseModel, bank: RowBank, rows: int, adap
     table = sampler_table("ddim", base.schedule, bench.scale.steps)
     for n, request in enumerate(bench.requests(rows // 2, adapters=adapters)):
         adapter = packed(base, bank, bench.adapters[request.adapter])
-        texts, latents = base.encode_text([request.prompt, ""]), start_from_noise(base, n, table).latents
+        texts, latents = base.text_encoders.encode([request.prompt, ""]), start_from_noise(base, n, table).latents
         lane.join(ImageRows(texts=tuple(texts), table=table, guidance=GUIDANCE, latents=latents, adapters=(adapter,)))
 
     def step() -> None:
@@ -132,7 +136,7 @@ def _mixes(
     names = [request.adapter for request in bench.requests(rows // 2, adapters=PEFT_ADAPTERS) for _ in range(2)]
 
     def by_peft() -> None:
-        peft.call(inputs.latents, inputs.timesteps, inputs.texts, names)
+        peft.call(inputs.latents, inputs.timesteps, inputs.conditioning, names)
         synchronise(bare)
 
     base, bank = banks[RANK]
@@ -219,7 +223,7 @@ def _difference(
     with block.call(len(requests)):
         ours = inputs.through(base).float()
     theirs = peft.call(
-        inputs.latents, inputs.timesteps, inputs.texts, [request.adapter for request in requests]
+        inputs.latents, inputs.timesteps, inputs.conditioning, [request.adapter for request in requests]
     ).float()
     plain = inputs.through(bare).float()
     return {"to_peft": float((ours - theirs).abs().max()), "to_bare": float((ours - plain).abs().max())}

@@ -12,6 +12,7 @@ from rich.console import Console
 from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.conditioning import Conditioning, Sizes
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.teacher import TeacherPool
@@ -125,10 +126,11 @@ def _forward(base: BaseModel, adapters: int, rows: int = 16) -> float:
     size = base.latent_size
     noisy = torch.randn(rows, base.latent_channels, size, size, generator=generator).to(base.device)
     timestep = torch.randint(0, 1000, (rows,), generator=generator).to(base.device)
-    text = TextCache(base)(["a photo of a cup"] * rows)
+    sizes = [Sizes.drawn(base.resolution, base.resolution)] * rows
+    conditioning = Conditioning.of(TextCache(base)(["a photo of a cup"] * rows), sizes).arguments()
 
     def call() -> None:
-        base.unet(noisy, timestep, text, return_dict=False)
+        base.unet(noisy, timestep, **conditioning, return_dict=False)
         synchronise(base)
 
     if not adapters:

@@ -13,6 +13,7 @@ from cat_cluster.data.decoys import WORDS, odd_words, with_decoys
 from cat_cluster.data.draws import ConceptMaterial
 from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import base_folder
+from tests.support.texts import square_sizes
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def spell(tokenizer: CLIPTokenizer):  # type: ignore[no-untyped-def]
 def concept(token: str, noun: str, prompts: Sequence[str], *, crops: int = 1) -> ConceptMaterial:
     views = [prompt for prompt in prompts for _ in range(crops)]
     moments = torch.zeros(len(views), 8, 4, 4)
-    return ConceptMaterial(token, noun, 1.0, 1.0, moments, tuple(views), tuple(views))
+    return ConceptMaterial(token, noun, 1.0, 1.0, moments, tuple(views), tuple(views), square_sizes(len(views)))
 
 
 def plain_replacement(prompt: str, token: str, word: str) -> str:

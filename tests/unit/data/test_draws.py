@@ -22,6 +22,7 @@ from cat_cluster.data.draws import (
 )
 from cat_cluster.spec.choices import AlphaSchedule
 from cat_cluster.spec.sections import TrainingSpec
+from tests.support.texts import square_sizes
 
 
 def concept(token: str, *, alpha: float = 1.0, weight: float = 1.0, views: int = 3) -> ConceptMaterial:
@@ -29,7 +30,7 @@ def concept(token: str, *, alpha: float = 1.0, weight: float = 1.0, views: int =
     prompts = tuple(f"a {token} cup {i}" for i in range(views))
     removed = tuple(f"a cup {i}" for i in range(views))
     decoys = tuple(Decoys((f"a bzg cup {i}", f"a qhp cup {i}"), (f"a {token}-else cup {i}",)) for i in range(views))
-    return ConceptMaterial(token, "cup", alpha, weight, moments, prompts, removed, decoys)
+    return ConceptMaterial(token, "cup", alpha, weight, moments, prompts, removed, square_sizes(len(prompts)), decoys)
 
 
 def task(

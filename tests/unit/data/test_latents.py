@@ -14,6 +14,7 @@ from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.data.latents import LatentCache, TextCache, crop_pixels
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.spec.job import ConceptSpec
+from tests.support.texts import states_of
 
 
 @pytest.fixture
@@ -102,5 +103,5 @@ def test_text_is_encoded_once_per_prompt_and_as_the_base_does(base: BaseModel) -
     prompts = ["a photo of a cup", "", "a photo of a cup"]
     found = cache(prompts)
     for prompt, row in zip(prompts, found, strict=True):
-        torch.testing.assert_close(row, base.encode_text([prompt])[0], rtol=1e-5, atol=1e-6)
-    assert set(cache.embeddings) == {"", "a photo of a cup"}
+        torch.testing.assert_close(row.states, states_of(base, [prompt])[0], rtol=1e-5, atol=1e-6)
+    assert set(cache.texts) == {"", "a photo of a cup"}

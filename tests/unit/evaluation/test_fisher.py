@@ -14,6 +14,7 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.methods import initial_weights
+from tests.support.texts import states_of
 
 PROMPTS, SEEDS = ("a photo of a cup", "a red cup"), (3, 4)
 
@@ -45,7 +46,7 @@ def test_fisher_drift_equals_the_difference_of_two_whole_models(tiny_base: BaseM
     for n, (prompt, seed) in enumerate(zip(PROMPTS, SEEDS, strict=True)):
         z0 = tiny_base.vae.encode(images[n : n + 1] * 2 - 1).latent_dist.mode() * tiny_base.vae.config.scaling_factor
         noise = torch.randn(z0.shape[1:], generator=torch.Generator().manual_seed(seed ^ 0x5EED))[None]
-        text = tiny_base.encode_text([prompt])
+        text = states_of(tiny_base, [prompt])
         terms = []
         for timestep in stratified_timesteps(1000, [seed])[0]:
             noisy = scheduler.add_noise(z0, noise, torch.tensor([timestep]))

@@ -159,7 +159,7 @@ def test_features_that_are_not_finite_are_refused(tiny_judge: ClipJudge) -> None
 def pocket_like(tiny_base_folder: Path, tmp_path: Path) -> BaseModel:
     """A base folder that brings the judges of its own world, as Pocket-SD does."""
     folder = shutil.copytree(tiny_base_folder, tmp_path / "base")
-    text_encoder = load_base_model(str(tiny_base_folder)).text_encoder
+    text_encoder = load_base_model(str(tiny_base_folder)).text_encoders.models[0]
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     vision |= {"image_size": 64, "patch_size": 16}
     config = CLIPConfig(text_config=text_encoder.config.to_dict(), vision_config=vision, projection_dim=12)

@@ -128,10 +128,10 @@ def test_a_repository_with_the_fp16_variant_only(
 
 
 def test_another_family_is_refused_before_its_weights_are_fetched(hub: Hub) -> None:
-    (hub.folder / "text_encoder_2").mkdir()
-    (hub.folder / "text_encoder_2" / "config.json").write_text("{}")
+    path = hub.folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "in_channels": 9}))
     for ask in (check_base, base_folder):
-        with pytest.raises(BaseModelError, match="Stable Diffusion XL"):
+        with pytest.raises(BaseModelError, match="an inpainting base"):
             ask(NAME)
     assert not [name for name in hub.sent if name.endswith(".safetensors")]
 

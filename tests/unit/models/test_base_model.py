@@ -18,6 +18,7 @@ from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import check_base
 from cat_cluster.models.base_model import BaseModel, as_stock_pipeline_reads, base_folder, load_base_model
 from cat_cluster.models.fingerprint import fingerprint
+from tests.support.texts import states_of
 
 pytestmark = pytest.mark.slow
 
@@ -48,7 +49,7 @@ def edit_tensor(folder: Path, edit: Callable[[torch.Tensor], torch.Tensor]) -> N
 
 def test_shapes_and_frozenness(base: BaseModel) -> None:
     assert (base.resolution, base.latent_channels, base.latent_size) == (16, 4, 8)
-    for module in (base.unet, base.vae, base.text_encoder):
+    for module in (base.unet, base.vae, *base.text_encoders.models):
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
@@ -60,15 +61,15 @@ def test_text_is_encoded_as_the_stock_pipeline_does(fixture: str, request: pytes
     stock = StableDiffusionPipeline.from_pretrained(folder)
     expected, negative = stock.encode_prompt(PROMPTS, "cpu", 1, True, negative_prompt=["red"] * len(PROMPTS))
     base = load_base_model(str(folder))
-    assert torch.equal(base.encode_text(PROMPTS), expected)
-    assert torch.equal(base.encode_text(["red"] * len(PROMPTS)), negative)
+    assert torch.equal(states_of(base, PROMPTS), expected)
+    assert torch.equal(states_of(base, ["red"] * len(PROMPTS)), negative)
 
 
 def test_a_config_that_asks_for_the_attention_mask_gets_it(copy: Path) -> None:
     edit_config(copy, "text_encoder", use_attention_mask=True)
     stock = StableDiffusionPipeline.from_pretrained(copy)
     expected, _ = stock.encode_prompt(PROMPTS, "cpu", 1, False)
-    assert torch.equal(load_base_model(str(copy)).encode_text(PROMPTS), expected)
+    assert torch.equal(states_of(load_base_model(str(copy)), PROMPTS), expected)
 
 
 def test_moments_latents_and_images_equal_the_stock_vae(base: BaseModel, tiny_base_folder: Path) -> None:
@@ -108,10 +109,10 @@ def test_sharded_weights_load_and_have_the_same_fingerprint(base: BaseModel, cop
 
 def test_a_base_can_be_loaded_in_another_dtype(tiny_base_folder: Path, base: BaseModel) -> None:
     half = load_base_model(str(tiny_base_folder), dtype=torch.bfloat16)
-    for module in (half.unet, half.vae, half.text_encoder):
+    for module in (half.unet, half.vae, *half.text_encoders.models):
         assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
     assert half.fingerprint == base.fingerprint
-    assert half.encode_text(["a cup"]).dtype == torch.bfloat16
+    assert states_of(half, ["a cup"]).dtype == torch.bfloat16
     assert half.decode(torch.zeros(1, 4, 8, 8)).dtype == torch.float32
 
 
@@ -217,13 +218,10 @@ def drop_a_tensor(folder: Path) -> None:
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "sdxl by its second text encoder": (
-        lambda folder: (folder / "text_encoder_2").mkdir(),
-        "text_encoder_2/: Stable Diffusion XL",
-    ),
-    "sdxl by its U-Net": (
+    "half of an sdxl": (lambda folder: (folder / "text_encoder_2").mkdir(), "text_encoder_2/config.json is missing"),
+    "sdxl without its second text encoder": (
         lambda folder: edit_config(folder, "unet", addition_embed_type="text_time"),
-        "addition_embed_type is 'text_time', which is Stable Diffusion XL",
+        "addition_embed_type is 'text_time', as in Stable Diffusion XL, and text_encoder_2/ is missing",
     ),
     "sd3": (lambda folder: (folder / "transformer").mkdir(), "Stable Diffusion 3 or Flux"),
     "inpainting": (lambda folder: edit_config(folder, "unet", in_channels=9), "in_channels is 9 .* an inpainting"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from cat_cluster.errors import SpecError
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.conditioning import Conditioning, Sizes, Text
 from cat_cluster.models.prompt_weights import Prompt
-from cat_cluster.models.prompts import encode_prompts, side_by_side
+from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.models.text_limit import Chunk
+from tests.support.texts import states_of
 
 WORD = "cup "  # one token of Pocket's tokenizer, of whose chunks 30 are between the marks
 
@@ -52,9 +55,13 @@ def looped(folder: Path, parts: list[list[tuple[str, float]]], most: int = 99) -
     return torch.cat(states)
 
 
+def states(texts: Sequence[Text]) -> Tensor:
+    return torch.stack([text.states for text in texts])
+
+
 def encoded(base: BaseModel, text: str, weighting: str = "none", chunks: int = 4) -> Tensor:
     (found,) = encode_prompts(base, base.text_limit, [Prompt(text, weighting, chunks)])  # type: ignore[arg-type]
-    return found
+    return found.states
 
 
 @pytest.mark.parametrize("words", [0, 1, 29, 30, 31, 60, 61, 120, 121, 400])
@@ -67,14 +74,14 @@ def test_chunks_are_those_of_a_loop(base: BaseModel, words: int) -> None:
 @pytest.mark.parametrize("chunks", [1, 2, 4])
 def test_a_prompt_of_one_chunk_without_syntax_is_as_ever_to_the_bit(base: BaseModel, chunks: int) -> None:
     texts = ["", "a sks cup", WORD * 30, "a cup, red; on a table: 5 o'clock", "caf\u00e9 xq9 \U0001f600"]
-    expected = base.encode_text(texts)
+    expected = states_of(base, texts)
     for weighting in ("none", "a1111"):
         prompts = [Prompt(text, weighting, chunks) for text in texts]  # type: ignore[arg-type]
-        assert torch.equal(torch.stack(encode_prompts(base, base.text_limit, prompts)), expected)
+        assert torch.equal(states(encode_prompts(base, base.text_limit, prompts)), expected)
     brackets = ["a (cup:1.2)", "((a)) [b] \\(c\\) BREAK d"]
     found = encode_prompts(base, base.text_limit, [Prompt(text, "none", chunks) for text in brackets])
-    assert torch.equal(torch.stack(found), base.encode_text(brackets)), "without weighting brackets are text"
-    assert torch.equal(encoded(base, WORD * 90, chunks=1), base.encode_text([WORD * 90])[0]), "cut, as it was"
+    assert torch.equal(states(found), states_of(base, brackets)), "without weighting brackets are text"
+    assert torch.equal(encoded(base, WORD * 90, chunks=1), states_of(base, [WORD * 90])[0]), "cut, as it was"
 
 
 @pytest.mark.parametrize("mask", [False, True])
@@ -90,7 +97,7 @@ def test_padding_and_mask_are_the_tokenizers_own(tiny_base_folder: Path, tmp_pat
     assert other.tokenizer.pad_token_id != other.tokenizer.eos_token_id
     texts = ["a cup", "", "a photo"]
     found = encode_prompts(other, other.text_limit, [Prompt(text, chunks=3) for text in texts])
-    assert torch.equal(torch.stack(found), other.encode_text(texts))
+    assert torch.equal(states(found), states_of(other, texts))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +132,7 @@ def test_a_chunk_does_not_depend_on_what_is_encoded_with_it(base: BaseModel) -> 
     prompts = [Prompt("a (sks:1.5) cup", "a1111", 4), Prompt(WORD * 70, "none", 4), Prompt("[red]", "a1111", 4)]
     for together, prompt in zip(encode_prompts(base, base.text_limit, prompts), prompts, strict=True):
         (alone,) = encode_prompts(base, base.text_limit, [prompt])
-        torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.states, alone.states, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mean_that_is_rounding_alone_is_not_restored(tiny_base_folder: Path) -> None:
@@ -156,10 +163,12 @@ def test_what_is_read_is_told_in_words(base: BaseModel) -> None:
 
 def test_texts_of_one_length_need_no_mask() -> None:
     short, long = torch.ones(2, 3), torch.full((4, 3), 2.0)
-    texts, own = side_by_side([short, short])
-    assert own is None
-    assert texts.shape == (2, 2, 3)
-    texts, own = side_by_side([short, long])
+    told = [Sizes.drawn(16, 16)] * 2
+    alike = Conditioning.of([Text(short), Text(short)], told)
+    assert alike.own_text is None
+    assert alike.states.shape == (2, 2, 3)
+    unlike = Conditioning.of([Text(short), Text(long)], told)
+    texts, own = unlike.states, unlike.own_text
     assert own is not None
     assert own.tolist() == [[True, True, False, False], [True] * 4]
     assert texts[0].tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 2

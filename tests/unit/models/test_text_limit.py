@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.text_limit import TextLimit, first_words, local_text_limit
+from tests.support.texts import states_of
 
 SOME = ["sks", "cup,", "photo", "unbelievable", "caf\u00e9", "a", "(blue)", "x-9"]
 WORDS = st.lists(st.sampled_from(SOME), max_size=60)
@@ -40,7 +41,7 @@ def test_the_encoder_sees_what_is_read_and_nothing_of_what_is_cut(base: BaseMode
         first = prompt[: len(prompt) - len(cut)] + cut.split()[0].rstrip(",")
         assert len(base.tokenizer(first, verbose=False).input_ids) > limit.tokens
         other = prompt + " zebra"
-        assert torch.equal(base.encode_text([other]), base.encode_text([prompt]))
+        assert torch.equal(states_of(base, [other]), states_of(base, [prompt]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -50,7 +51,7 @@ def test_words_that_an_encoder_cannot_reach_need_not_be_looked_at(base: BaseMode
     start = first_words(prompt, base.tokenizer.model_max_length)
     assert prompt.startswith(start)
     assert len(start.split()) == min(len(prompt.split()), 32)
-    assert torch.equal(base.encode_text([start]), base.encode_text([prompt]))
+    assert torch.equal(states_of(base, [start]), states_of(base, [prompt]))
 
 
 def test_a_whole_prompt_is_few_words() -> None:

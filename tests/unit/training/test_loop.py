@@ -40,6 +40,11 @@ def base(tiny_base_folder: Path) -> BaseModel:
     return load_base_model(str(tiny_base_folder))
 
 
+@pytest.fixture(params=["tiny_base_folder", "tiny_xl_folder"])
+def of_each_family(request: pytest.FixtureRequest) -> BaseModel:
+    return load_base_model(str(request.getfixturevalue(request.param)))
+
+
 def member(
     base: BaseModel, one: AdapterTask, *, rank: int = 4, rate: float = 5e-3, clip: float | None = 1.0
 ) -> PackMember:
@@ -98,7 +103,8 @@ def bit_equal(one: AdapterWeights | None, other: AdapterWeights | None) -> bool:
     )
 
 
-def test_a_pack_gives_what_separate_runs_give(base: BaseModel) -> None:
+def test_a_pack_gives_what_separate_runs_give(of_each_family: BaseModel) -> None:
+    base = of_each_family
     packed = train(base, members(base))
     for alone in members(base):
         separate = train(base, [alone])[alone.task.adapter_id]
@@ -106,7 +112,10 @@ def test_a_pack_gives_what_separate_runs_give(base: BaseModel) -> None:
     assert not bit_equal(packed["mug"].weights, packed["plain"].weights)
 
 
-def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(base: BaseModel, tmp_path: Path) -> None:
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
+    of_each_family: BaseModel, tmp_path: Path
+) -> None:
+    base = of_each_family
     whole = train(base, members(base))
     checkpoints = series(tmp_path, members(base))
     seen: list[int] = []

@@ -29,9 +29,9 @@ from tests.unit.training.test_step import (
 )
 
 
-@pytest.fixture
-def base(tiny_base_folder: Path) -> BaseModel:
-    return load_base_model(str(tiny_base_folder))
+@pytest.fixture(params=["tiny_base_folder", "tiny_xl_folder"])
+def base(request: pytest.FixtureRequest) -> BaseModel:
+    return load_base_model(str(request.getfixturevalue(request.param)))
 
 
 def filled(base: BaseModel, bank: LoraBank, *tasks: AdapterTask) -> TeacherPool:

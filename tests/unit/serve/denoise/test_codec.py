@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from torch import Tensor
 from cat_cluster.errors import EngineStoppedError, ServingError
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.prompt_weights import Prompt
+from cat_cluster.models.text_encoders import States, TextEncoders
 from serve.calls import FileFormat
 from serve.denoise import codec as codec_module
 from serve.denoise.codec import AT_ONCE, Codec, colour_map
+from tests.support.texts import states_of
 
 SOON = 30.0
 
@@ -55,18 +57,18 @@ class Held:
 
 def test_what_waits_is_done_together(codec: Codec, base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    (red,) = base.encode_text(["red"])
-    encode, decode = type(base).encode_tokens, type(base).decode
+    (red,) = states_of(base, ["red"])
+    encode, decode = TextEncoders.encode_chunks, type(base).decode
 
-    def watched(self: BaseModel, ids: Tensor, mask: Tensor) -> Tensor:
-        sizes.append(len(ids))
-        return encode(self, ids, mask)
+    def watched(self: TextEncoders, chunks: Sequence[Sequence[int]]) -> States:
+        sizes.append(len(chunks))
+        return encode(self, chunks)
 
     def seen(self: BaseModel, values: Tensor) -> Tensor:
         sizes.append(-len(values))
         return decode(self, values)
 
-    monkeypatch.setattr(type(base), "encode_tokens", watched)
+    monkeypatch.setattr(TextEncoders, "encode_chunks", watched)
     monkeypatch.setattr(type(base), "decode", seen)
     held = Held(codec)
     texts = [codec.encode(Prompt(prompt)) for prompt in ("a cup", "red", "a cup", "")]
@@ -111,7 +113,7 @@ def test_prompts_are_remembered_up_to_a_number(codec: Codec, monkeypatch: pytest
     assert len(codec._texts) == 4
     assert max(len(prompt.text) for prompt in codec._texts) < 32, "a prompt that is kept is short"
     text = "a cup on a table in snow, " * 1200
-    assert torch.equal(codec.encode(Prompt(text)).result(SOON), codec._base.encode_text([text])[0])
+    assert torch.equal(codec.encode(Prompt(text)).result(SOON).states, states_of(codec._base, [text])[0])
     assert max(len(prompt.text) for prompt in codec._texts) < 500
 
 

@@ -15,8 +15,7 @@ from diffusers import UNet2DConditionModel
 
 from cat_cluster.errors import CancelledRequestError, DeadlineError, EngineStoppedError, OverloadedError, ServingError
 from cat_cluster.lora.row_bank import RowAdapter, RowBlock
-from cat_cluster.models.prompts import side_by_side
-from serve.denoise import rows as rows_of_images
+from cat_cluster.models.conditioning import Conditioning, Sizes, Text
 from serve.denoise import running_images
 from serve.denoise.image import EngineImage
 from serve.denoise.running_images import RunningImages
@@ -165,12 +164,14 @@ def test_memory_that_ends_when_an_image_joins_others_harms_none(
 ) -> None:
     """The texts of two guided images, side by side, are more than there is memory for; those of one are not."""
 
-    def few(texts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    of = Conditioning.of
+
+    def few(texts: Sequence[Text], sizes: Sequence[Sizes]) -> Conditioning:
         if len({id(text) for text in texts}) > 2:
             raise torch.OutOfMemoryError("no memory is left")
-        return side_by_side(texts)
+        return of(texts, sizes)
 
-    monkeypatch.setattr(rows_of_images, "side_by_side", few)
+    monkeypatch.setattr(Conditioning, "of", few)
     calls.held = True
     with open_engine(oracle) as harness:
         _, first = harness.submit(MIXED[0])

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cat_cluster.lora.row_bank import RowAdapter, RowBank
 from cat_cluster.models.base_model import load_base_model
+from cat_cluster.models.conditioning import Text
 from cat_cluster.models.edit import EditSource
 from cat_cluster.models.generate import ImageRow
 from serve.denoise.rows import ImageRows, Rows
@@ -291,7 +292,7 @@ def test_what_a_long_prompt_leaves_behind_a_shorter_one_is_not_read(oracle: Imag
     """A mask alone would not keep out what is not finite: 0 times NaN is NaN."""
     with open_rows(oracle) as rows:
         spoilt = oracle.rows(WANTED[12])
-        spoilt.texts = tuple(text * float("nan") for text in spoilt.texts)
+        spoilt.texts = tuple(Text(text.states * float("nan")) for text in spoilt.texts)
         rows.join(longest := oracle.rows(WANTED[14]))
         rows.join(spoilt)
         rows.step()
