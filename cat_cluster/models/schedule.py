@@ -32,7 +32,7 @@ class NoiseSchedule:
     def from_config(cls, scheduler_config: Mapping[str, Any]) -> NoiseSchedule:
         """Build from a diffusers scheduler config; missing keys take diffusers' defaults.
 
-        Raises BaseModelError for a prediction type or beta schedule that Stable Diffusion 1.x and 2.x do not use.
+        Raises BaseModelError for a prediction type or beta schedule that Stable Diffusion does not use.
         """
         prediction_type = scheduler_config.get("prediction_type", "epsilon")
         if prediction_type not in get_args(PredictionType):

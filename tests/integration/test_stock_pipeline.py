@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from numpy.typing import NDArray
 from peft import PeftModel
 from PIL import Image
@@ -39,7 +39,7 @@ def drawn(command: CommandLine, out: Path, *arguments: str | Path) -> Pixels:
 
 def stock_picture(base: Path, lora: Path | None = None) -> Pixels:
     """The picture of a stock pipeline as a user builds it, with the sampler that we use by default."""
-    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    pipeline = DiffusionPipeline.from_pretrained(base)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     if lora is not None:
@@ -70,6 +70,30 @@ def test_a_stock_pipeline_draws_our_picture(
     assert np.abs(ours - stock_picture(published.base, lora)).max() <= LEVELS
     bare = drawn(command, tmp_path / "bare.png", "--base", published.base)
     assert np.abs(bare - stock_picture(published.base)).max() <= LEVELS
+    assert np.abs(ours - bare).max() > 10 * LEVELS, "the adapter does nothing, so nothing was compared"
+
+
+def test_an_adapter_of_sdxl_draws_our_picture_in_a_stock_pipeline(
+    command: CommandLine, tiny_xl_folder: Path, judge_folder: Path, tmp_path: Path
+) -> None:
+    """The whole way: a spec, training, evaluation, the registry, an export, and diffusers' own pipeline for SDXL."""
+    photos = write_photos(tmp_path / "photos")
+    evaluation = {"prompts": ["a picture of a {}"], "images_per_prompt": 2, "steps": 2, "judge": str(judge_folder)}
+    training = {"steps": 4, "learning_rate": 0.3}
+    spec = write_spec(
+        tmp_path / "spec.yaml", tiny_xl_folder, [adapter("cup", photos)], training=training, evaluation=evaluation
+    )
+    checked = command("spec", "check", spec, "--json")
+    assert checked.code == 0, checked.err
+    storage = tmp_path / "storage"
+    trained = command("train", "--in-process", spec, "--storage", storage, "--json")
+    assert trained.code == 0, trained.err
+    assert trained.json()["adapters"][0]["metrics"]["base_drift"] > 0
+    ours = drawn(command, tmp_path / "ours.png", "--adapter", "cup", "--storage", storage)
+    bare = drawn(command, tmp_path / "bare.png", "--base", tiny_xl_folder)
+    assert np.abs(bare - stock_picture(tiny_xl_folder)).max() <= LEVELS
+    lora = exported(command, storage, "diffusers", tmp_path / "diffusers")
+    assert np.abs(ours - stock_picture(tiny_xl_folder, lora)).max() <= LEVELS
     assert np.abs(ours - bare).max() > 10 * LEVELS, "the adapter does nothing, so nothing was compared"
 
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from cat_cluster.data.concepts import Concept, load_concept
-from cat_cluster.data.latents import LatentCache, TextCache, crop_pixels
+from cat_cluster.data.latents import LatentCache, TextCache, crop_pixels, crop_sizes
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.spec.job import ConceptSpec
 from tests.support.texts import states_of
@@ -96,6 +96,23 @@ def test_the_first_crop_is_the_centre_square_and_others_are_keyed_by_the_photo(c
     assert torch.equal(crop_pixels(example, 2, 24), crop_pixels(example, 2, 24))
     assert not torch.equal(crop_pixels(example, 1, 24), crop_pixels(example, 2, 24))
     assert crop_pixels(example, 1, 24).abs().max() <= 1.0
+
+
+def test_the_sizes_of_a_crop_say_where_it_lies_in_the_scaled_photo(concept: Concept) -> None:
+    """Oracle: a photo whose colours are its coordinates, so that a crop's pixels say where it was taken."""
+    width, height = 160, 240
+    x, y = np.meshgrid(np.arange(width), np.arange(height))
+    photo = Image.fromarray(np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.uint8))
+    example = replace(concept.examples[1], image=photo)
+    for crop in range(6):
+        told = crop_sizes(example, crop, 24)
+        assert told[:2] == (height, width)
+        assert told[4:] == (24, 24)
+        red, green = ((crop_pixels(example, crop, 24)[channel] + 1.0) * 127.5 for channel in (0, 1))
+        side = float(red[:, 18].mean() - red[:, 6].mean()) * 24 / 12
+        left, top = (float(colour.mean()) - side / 2 for colour in (red, green))
+        assert told.crop_left == pytest.approx(left * 24 / side, abs=1.0)
+        assert told.crop_top == pytest.approx(top * 24 / side, abs=1.0)
 
 
 def test_text_is_encoded_once_per_prompt_and_as_the_base_does(base: BaseModel) -> None:

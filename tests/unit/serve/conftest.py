@@ -15,12 +15,22 @@ from tests.support.engines import wait_until
 from tests.support.services import Shop
 
 
-@pytest.fixture(scope="module")
-def shop(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    storage = tmp_path_factory.mktemp("storage")
-    shop = Shop(tiny_base_folder, load_base_model(str(tiny_base_folder)), Registry(LocalStore(storage)))
+def furnished(base: Path, storage: Path) -> Shop:
+    """Three adapters of a base in a registry of their own."""
+    shop = Shop(base, load_base_model(str(base)), Registry(LocalStore(storage)))
     for seed, name in enumerate(("cup", "mug", "jar"), 1):
         shop.publish(name, seed)
+    return shop
+
+
+@pytest.fixture(scope="module", params=["tiny_base_folder", "tiny_xl_folder"])
+def shop_of_each_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return furnished(request.getfixturevalue(request.param), tmp_path_factory.mktemp("storage"))
+
+
+@pytest.fixture(scope="module")
+def shop(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    shop = furnished(tiny_base_folder, tmp_path_factory.mktemp("storage"))
     shop.publish("foreign", 1, base_fingerprint="f" * 64)
     shop.publish("wild", 5, factor=1e30)
     return shop

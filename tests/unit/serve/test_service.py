@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
 from cat_cluster.lora.formats import write_adapter
@@ -134,8 +134,9 @@ def test_an_answer_says_what_was_drawn_as_text_and_what_a_file_has_no_room_for(s
     run(main)
 
 
-def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop, tmp_path: Path) -> None:
+def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop_of_each_family: Shop, tmp_path: Path) -> None:
     """Concurrent calls of several adapters, strengths and samplers, against one image at a time by other code."""
+    shop = shop_of_each_family
 
     class Nobody:
         def images(self, adapter_id: str, done: int, total: int) -> None: ...
@@ -162,7 +163,7 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop,
         paths = draw_images(request, tmp_path / "image.png", shop.registry, "cpu", Nobody())
         for ours, path in zip(pictures(answer), paths, strict=True):
             assert np.abs(ours - pixels(path.read_bytes())).max() <= LEVELS
-    pipeline = StableDiffusionPipeline.from_pretrained(shop.folder)
+    pipeline = DiffusionPipeline.from_pretrained(shop.folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     for call, answer in ((calls[0], answers[0]), (calls[4], answers[4])):
@@ -174,7 +175,7 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop: Shop,
         for index, ours in enumerate(pictures(answer)):
             theirs = pipeline(
                 call.prompt,
-                negative_prompt=call.negative_prompt,
+                negative_prompt=call.negative_prompt or None,
                 width=width,
                 height=height,
                 num_inference_steps=call.steps,

@@ -386,6 +386,7 @@ SHIPPED = {
     "lora-baseline.yaml": "pocket",
     "batch.yaml": "pocket",
     "sd15-gpu.yaml": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "sdxl-gpu.yaml": "stabilityai/stable-diffusion-xl-base-1.0",
 }
 
 

@@ -16,7 +16,7 @@ from decimal import Decimal
 from typing import Any
 
 from cat_cluster.errors import SpecError
-from cat_cluster.models.base_files import POCKET, local_base, parameter_count, read_config
+from cat_cluster.models.base_files import POCKET, family_of, local_base, parameter_count, read_config
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 
 WORKER_MARGIN = 1.2  # over what the rule gives: allocators fragment, and photos differ
@@ -64,6 +64,7 @@ class BaseSize:
 # Pocket-SD's rows have beyond theirs. Weights and numbers are counted.
 POCKET_SIZE = BaseSize(weights=23, judge=2, row=17, pixels=64, lora=21_504)
 SD15_SIZE = BaseSize(weights=4_068, judge=577, row=2_760, pixels=512, lora=374_016)
+SDXL_SIZE = BaseSize(weights=13_233, judge=577, row=19_200, pixels=1024, lora=2_659_840)
 DEFAULT_SIZE = BaseSize(weights=4_921, judge=577, row=6_200, pixels=768, lora=380_000)  # Stable Diffusion 2.1's
 DEFAULT_NAME = "Stable Diffusion 2.1"
 
@@ -210,12 +211,13 @@ def base_size(name: str) -> BaseSize | None:
     if folder is None:
         return None
     config = read_config(folder, "unet")
-    pixels = 8 * _number(config.get("sample_size"), SD15_SIZE.pixels // 8)
+    like = SDXL_SIZE if family_of(folder) == "sdxl" else SD15_SIZE
+    pixels = 8 * _number(config.get("sample_size"), like.pixels // 8)
     channels: Any = config.get("block_out_channels")
     width = _number(channels[0] if isinstance(channels, list) and channels else None, 320)
-    row = SD15_SIZE.row * (pixels / SD15_SIZE.pixels) ** 2 * width / 320
+    row = like.row * (pixels / like.pixels) ** 2 * width / 320
     weights = parameter_count(folder) * 4 / 2**20
-    return BaseSize(weights, SD15_SIZE.judge, row, pixels, round(SD15_SIZE.lora * width / 320))
+    return BaseSize(weights, like.judge, row, pixels, round(like.lora * width / 320))
 
 
 def _number(value: Any, default: int) -> int:

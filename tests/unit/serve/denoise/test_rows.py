@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,9 +54,9 @@ WANTED = [
 ]
 
 
-@pytest.fixture(scope="module")
-def oracle(tiny_base_folder: Path) -> ImageOracle:
-    base = load_base_model(str(tiny_base_folder))
+@pytest.fixture(scope="module", params=["tiny_base_folder", "tiny_xl_folder"])
+def oracle(request: pytest.FixtureRequest) -> ImageOracle:
+    base = load_base_model(str(request.getfixturevalue(request.param)))
     oracle = ImageOracle(
         base, {1: random_adapter(base, 1), 2: random_adapter(base, 2, rank=2), 3: random_adapter(base, 3, rank=1)}
     )
@@ -236,7 +235,7 @@ def seen_texts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Size, tuple[
     def watching(self: UNet2DConditionModel, *args: object, **kwargs: object) -> object:
         texts = kwargs["encoder_hidden_states"]
         assert isinstance(texts, torch.Tensor)
-        mask = kwargs["encoder_attention_mask"]
+        mask = kwargs.get("encoder_attention_mask")
         assert mask is None or isinstance(mask, torch.Tensor)
         seen.append((texts.shape, texts.stride(), mask))
         return forward(self, *args, **kwargs)
@@ -249,7 +248,7 @@ def test_rows_of_one_chunk_are_computed_as_if_there_were_no_longer_ones(
     oracle: ImageOracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No mask, the same shapes and strides, and to the bit the same latents, before and after a long prompt."""
-    seen, latents = seen_texts(monkeypatch), []
+    seen, latents, width = seen_texts(monkeypatch), [], oracle.base.unet.config.cross_attention_dim
     with open_rows(oracle) as rows:
         strides = {kept.stride() for kept in rows._block._kept.values()}
         for _ in range(2):
@@ -260,7 +259,7 @@ def test_rows_of_one_chunk_are_computed_as_if_there_were_no_longer_ones(
             latents.append(image.latents)
             assert {kept.stride() for kept in rows._block._kept.values()} == strides
             assert [(shape, stride, mask) for shape, stride, mask in seen] == [
-                ((CAPACITY, 77, 16), (77 * 16, 16, 1), None)
+                ((CAPACITY, 77, width), (77 * width, width, 1), None)
             ] * 3
             seen.clear()
             rows.join(long := oracle.rows(WANTED[12]))
@@ -292,7 +291,7 @@ def test_what_a_long_prompt_leaves_behind_a_shorter_one_is_not_read(oracle: Imag
     """A mask alone would not keep out what is not finite: 0 times NaN is NaN."""
     with open_rows(oracle) as rows:
         spoilt = oracle.rows(WANTED[12])
-        spoilt.texts = tuple(Text(text.states * float("nan")) for text in spoilt.texts)
+        spoilt.texts = tuple(Text(text.states * float("nan"), text.pooled) for text in spoilt.texts)
         rows.join(longest := oracle.rows(WANTED[14]))
         rows.join(spoilt)
         rows.step()

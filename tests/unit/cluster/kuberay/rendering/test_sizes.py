@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from cat_cluster.cluster.kuberay.rendering.sizes import (
     DEFAULT_SIZE,
     POCKET_SIZE,
     SD15_SIZE,
+    SDXL_SIZE,
+    BaseSize,
     JobSizes,
     Overrides,
     cpu_amount,
@@ -23,8 +26,10 @@ from cat_cluster.cluster.kuberay.rendering.sizes import (
     process_mib,
 )
 from cat_cluster.errors import BaseModelError, SpecError
+from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.models.base_files import base_folder, parameter_count
 from cat_cluster.spec.job import JobSpec, parse_spec
+from tests.support.meta_unets import SD15, SDXL, kept_by_a_row, meta_unet
 
 ROOT = Path(__file__).parents[5]
 GIB = 1 << 30
@@ -90,6 +95,25 @@ def test_a_head_gets_what_was_measured_and_little_more() -> None:
 
 def test_the_sizes_of_pocket_are_those_of_its_files() -> None:
     assert parameter_count(base_folder("pocket")) * 4 / 2**20 == pytest.approx(POCKET_SIZE.weights, abs=1)
+
+
+@pytest.mark.parametrize(("config", "size"), [(SD15, SD15_SIZE), (SDXL, SDXL_SIZE)])
+def test_rows_of_large_bases_are_counted_by_their_shapes(
+    config: Mapping[str, Any], size: BaseSize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert 1.45 <= size.row / kept_by_a_row(config, monkeypatch) <= 1.6  # half as much again, as the table has it
+    unet = meta_unet(config)
+    linears = [unet.get_submodule(name) for name in adapted_layers(unet, "attention_ff")]
+    assert size.lora == sum(linear.in_features + linear.out_features for linear in linears)
+    assert size.pixels == 8 * unet.config.sample_size
+
+
+def test_a_base_of_sdxl_is_sized_like_one(tiny_xl_folder: Path) -> None:
+    found = sizes.base_size(str(tiny_xl_folder))
+    assert found is not None
+    assert found.weights == pytest.approx(parameter_count(tiny_xl_folder) * 4 / 2**20)
+    assert found.row == pytest.approx(SDXL_SIZE.row * (64 / 1024) ** 2 * 8 / 320)  # 8 latents of 8 pixels, 8 channels
+    assert found.lora == round(SDXL_SIZE.lora * 8 / 320)
 
 
 def test_a_small_job_asks_for_little_and_a_head_for_no_more_when_rows_are_many() -> None:
