@@ -176,7 +176,7 @@ MUTANTS = (
         "cat_cluster/data/latents.py",
         'prompt == "" and encoders.zeros_without_text',
         "False",
-        "training/test_step.py",
+        "data/test_latents.py",
     ),
     Mutant(
         "serving",

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from cat_cluster.data.concepts import Concept, load_concept
@@ -122,3 +123,14 @@ def test_text_is_encoded_once_per_prompt_and_as_the_base_does(base: BaseModel) -
     for prompt, row in zip(prompts, found, strict=True):
         torch.testing.assert_close(row.states, states_of(base, [prompt])[0], rtol=1e-5, atol=1e-6)
     assert set(cache.texts) == {"", "a photo of a cup"}
+
+
+def test_the_empty_prompt_is_what_guidance_starts_from(tiny_xl_folder: Path) -> None:
+    """In training it stands for what a classifier-free guided image runs beside its prompt: zeros, in most of SDXL."""
+    stock = StableDiffusionXLPipeline.from_pretrained(tiny_xl_folder)
+    _, negative, _, pooled = stock.encode_prompt("a cup", None, "cpu", 1, True)
+    empty, cup = TextCache(load_base_model(str(tiny_xl_folder)))(["", "a cup"])
+    assert empty.pooled is not None
+    assert torch.equal(empty.states, negative[0])
+    assert torch.equal(empty.pooled, pooled[0])
+    assert cup.states.any()
