@@ -115,7 +115,7 @@ class Service:
                 settings,
                 base.unet.conv_in.weight.new_zeros((settings.slots, layout.size)),
                 layout.pack,
-                base_fingerprint=base.fingerprint,
+                base_fingerprints=base.fingerprints,
                 unet=base.unet,
                 metrics=metrics,
             )

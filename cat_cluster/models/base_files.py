@@ -15,6 +15,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
 from cat_cluster.errors import BaseModelError, HubError
+from cat_cluster.models.single_file import read_checkpoint, unpacked
 from cat_cluster.spec.job import ResolvedAdapter
 
 POCKET = "pocket"
@@ -57,7 +58,7 @@ class WeightFiles:
 
 
 def base_folder(name: str) -> Path:
-    """Return the diffusers folder of a base: "pocket", a folder, or a hub id (local files first).
+    """Return the diffusers folder of a base: "pocket", a folder, a checkpoint, or a hub id (local files first).
 
     Raises BaseModelError when there is no such base, or none of a supported family.
     """
@@ -133,6 +134,9 @@ def check_base(name: str) -> str | None:
     Of a hub id that is not in the local cache only the configs are fetched. Returns why a base could not be checked,
     when the hub cannot be reached; else None. Raises BaseModelError.
     """
+    if (file := Path(name).expanduser()).is_file():
+        read_checkpoint(file)
+        return None
     folder = base_folder(POCKET) if name == POCKET else _own_folder(name)
     if folder is not None:
         _complete(folder)
@@ -147,9 +151,15 @@ def check_base(name: str) -> str | None:
 
 
 def _own_folder(name: str) -> Path | None:
-    """Return the folder that a name means, None for a hub id; BaseModelError for what is neither."""
+    """Return the folder that a name means, None for a hub id; BaseModelError for what is neither.
+
+    A checkpoint in one file is unpacked to a folder in the cache.
+    """
     path = Path(name).expanduser()
-    choices = "give 'pocket', a diffusers folder, or a hub id such as 'stable-diffusion-v1-5/stable-diffusion-v1-5'"
+    choices = (
+        "give 'pocket', a diffusers folder, a .safetensors checkpoint, or a hub id such as "
+        "'stable-diffusion-v1-5/stable-diffusion-v1-5'"
+    )
     if not name.strip():
         raise BaseModelError(f"the base has no name: {choices}.")
     if "://" in name:
@@ -157,12 +167,9 @@ def _own_folder(name: str) -> Path | None:
     if path.is_dir():
         return path
     if path.is_file():
-        raise BaseModelError(
-            f"base {name!r} is a single file; a base is a diffusers folder: convert it once, a .ckpt in a place where "
-            "you trust it, with StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
-        )
+        return unpacked(path)
     if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith("/"):
-        raise BaseModelError(f"base {name!r} is not a folder: {choices}.")
+        raise BaseModelError(f"base {name!r} is neither a folder nor a file: {choices}.")
     return None
 
 

@@ -31,7 +31,7 @@ from cat_cluster.models.base_files import (
     tokenizer_components,
     weight_files,
 )
-from cat_cluster.models.fingerprint import fingerprint
+from cat_cluster.models.fingerprint import fingerprints
 from cat_cluster.models.out_of_memory import memory_explained
 from cat_cluster.models.schedule import NoiseSchedule
 from cat_cluster.models.text_encoders import TextEncoders, TextModel
@@ -51,8 +51,14 @@ class BaseModel:
     text_encoders: TextEncoders
     schedule: NoiseSchedule
     fingerprint: str
+    earlier_fingerprint: str
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def fingerprints(self) -> tuple[str, str]:
+        """What adapters of this base may know it by: its digest, and that of versions before 0.2."""
+        return self.fingerprint, self.earlier_fingerprint
 
     @property
     def latent_channels(self) -> int:
@@ -125,7 +131,7 @@ def load_base_model(name: str, *, device: str | torch.device = "cpu", dtype: tor
     """
     folder = base_folder(name)
     check_family(folder)
-    digest = fingerprint(folder)
+    digests = fingerprints(folder)
     place = torch.device(device)
     vae_dtype = torch.float32 if dtype == torch.float16 and read_config(folder, "vae").get("force_upcast") else dtype
     base = BaseModel(
@@ -138,7 +144,8 @@ def load_base_model(name: str, *, device: str | torch.device = "cpu", dtype: tor
         vae=_freeze(_load_diffusers(AutoencoderKL, folder, "vae", vae_dtype), place, vae_dtype),
         text_encoders=_load_text_encoders(folder, place, dtype),
         schedule=NoiseSchedule.from_config(_scheduler_config(folder)),
-        fingerprint=digest,
+        fingerprint=digests.content,
+        earlier_fingerprint=digests.earlier,
         device=place,
         dtype=dtype,
     )

@@ -20,6 +20,7 @@ from transformers import CLIPTokenizer
 
 from cat_cluster.models.base_files import POCKET, base_folder
 from cat_cluster.models.prompt_weights import Piece, Prompt, join_pieces, read_pieces
+from cat_cluster.models.single_file import tokenizer_folder
 
 
 def first_words(prompt: str, count: int) -> str:
@@ -114,10 +115,12 @@ class TextLimit:
 
 
 def local_text_limit(base: str) -> TextLimit | None:
-    """Return the limit of a base by its name, "pocket", a folder or a hub id; None if its tokenizer is not local."""
+    """Return the limit of a base by its name; None for a hub id whose tokenizer is not in the local cache."""
     folder = base_folder(base) if base == POCKET else Path(base).expanduser()
     try:
-        if not folder.is_dir():
+        if folder.is_file():
+            folder = tokenizer_folder(folder)
+        elif not folder.is_dir():
             folder = Path(snapshot_download(base, local_files_only=True, allow_patterns=["tokenizer/*"]))
         # Of a folder without one the library would make an empty tokenizer.
         if not (folder / "tokenizer" / "tokenizer_config.json").is_file():

@@ -202,7 +202,7 @@ def open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, str
 def open_stack(registry: Registry, members: Sequence[tuple[Manifest, float]], base: BaseModel) -> LoraBank:
     """Put published adapters, each at its strength, together into slot 1 of a new bank; see `open_adapter`."""
     loaded = [
-        (registry.load_weights(manifest, base_fingerprint=base.fingerprint, unet=base.unet), strength)
+        (registry.load_weights(manifest, base_fingerprints=base.fingerprints, unet=base.unet), strength)
         for manifest, strength in members
     ]
     weights = stack_weights(loaded)

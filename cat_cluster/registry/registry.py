@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -279,22 +279,23 @@ class Registry:
         self,
         manifest: Manifest,
         *,
-        base_fingerprint: str | None = None,
+        base_fingerprints: Sequence[str] = (),
         unet: nn.Module | None = None,
         fetch: Callable[[str], bytes] | None = None,
     ) -> AdapterWeights:
         """Return a revision's weights after checking base, digest, finiteness, rank and, given a U-Net, shapes.
 
-        Raises AdapterMismatchError for another base model, AdapterFormatError for damaged weights.
+        base_fingerprints: the digests that the base in use goes by; none means any base. Raises AdapterMismatchError
+        for another base model, AdapterFormatError for damaged weights.
         """
         # Not above: listings, and an ingress that has no other need of it, do without torch.
         from cat_cluster.lora.formats import check_fits, read_adapter
 
-        if base_fingerprint is not None and base_fingerprint != manifest.base_fingerprint:
+        if base_fingerprints and manifest.base_fingerprint not in base_fingerprints:
             raise AdapterMismatchError(
                 f"{manifest.name} was trained on base {manifest.base_name!r} (fingerprint "
-                f"{manifest.base_fingerprint[:12]}) and the base in use has fingerprint {base_fingerprint[:12]}: use "
-                f"base {manifest.base_name!r} as it was then, or train the adapter again on this one"
+                f"{manifest.base_fingerprint[:12]}) and the base in use has fingerprint {base_fingerprints[0][:12]}: "
+                f"use base {manifest.base_name!r} as it was then, or train the adapter again on this one"
             )
         data = self.read_object(manifest, WEIGHTS, fetch=fetch)
         try:
@@ -316,7 +317,7 @@ class Registry:
         self,
         reference: Reference | str,
         *,
-        base_fingerprint: str | None = None,
+        base_fingerprints: Sequence[str] = (),
         unet: nn.Module | None = None,
     ) -> VerifyReport:
         """Check a revision's manifest and every object of it, and report each problem instead of raising the first."""
@@ -332,7 +333,7 @@ class Registry:
         for name in sorted(manifest.objects.keys() | {WEIGHTS}):
             try:
                 if name == WEIGHTS:
-                    self.load_weights(manifest, base_fingerprint=base_fingerprint, unet=unet)
+                    self.load_weights(manifest, base_fingerprints=base_fingerprints, unet=unet)
                 else:
                     self.read_object(manifest, name)
             except CatClusterError as error:

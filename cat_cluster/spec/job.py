@@ -130,7 +130,7 @@ class ResolvedAdapter(Section):
     """One adapter with every override merged: all that decides its training, but for the bytes of its images."""
 
     id: AdapterId = Field(description="Name of the adapter.")
-    base: Text = Field(description="Base model: a name, a hub id or a folder.")
+    base: Text = Field(description="Base model: a name, a hub id, a folder or a file.")
     method: Method = Field(description="Training method.")
     concepts: OneOrMore[ConceptSpec] = Field(description="Concepts of the adapter.")
     training: TrainingSpec = Field(description="Merged training settings.")
@@ -158,7 +158,9 @@ class JobSpec(Section):
     """A whole job: adapters that train on one or more base models, and how they are measured and stored."""
 
     name: Annotated[Text, Field(max_length=100)] = Field(description="Name of the job, for people.")
-    base: NameOrFolder = Field(default="pocket", description="Base model: pocket, a diffusers folder or a hub id.")
+    base: NameOrFolder = Field(
+        default="pocket", description="Base model: pocket, a diffusers folder, a .safetensors checkpoint or a hub id."
+    )
     method: Method = Field(default="cat", description="Training method: cat, or lora for plain LoRA.")
     adapters: OneOrMore[AdapterSpec] = Field(description="Adapters to train, each id once.")
     training: TrainingSpec = Field(default=TrainingSpec(), description="How adapters are trained.")

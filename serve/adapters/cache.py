@@ -58,14 +58,14 @@ class AdapterCache:
         pool: Tensor,
         pack: Callable[[AdapterWeights], Tensor],
         *,
-        base_fingerprint: str,
+        base_fingerprints: Sequence[str],
         unet: UNet2DConditionModel,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         disk = None if settings.disk_cache is None else DiskCache(settings.disk_cache, settings.disk_mib * MIB)
         loader = Loader(
-            registry, disk, pack, pool, max_rank=settings.max_rank, base_fingerprint=base_fingerprint, unet=unet
+            registry, disk, pack, pool, max_rank=settings.max_rank, base_fingerprints=base_fingerprints, unet=unet
         )
         self._settings, self._metrics = settings, metrics
         self._resolver = ReferenceResolver(registry, settings, clock)

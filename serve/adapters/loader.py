@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +54,7 @@ class Loader:
         pool: Tensor,
         *,
         max_rank: int,
-        base_fingerprint: str,
+        base_fingerprints: Sequence[str],
         unet: UNet2DConditionModel,
     ) -> None:
         self._registry = registry
@@ -63,7 +63,7 @@ class Loader:
         self._dtype, self._page_locked = pool.dtype, pool.is_cuda
         self._max_rank = max_rank
         self._max_bytes = 4 * pool.shape[1] + _HEADER_BYTES  # files hold fp32
-        self._base_fingerprint = base_fingerprint
+        self._base_fingerprints = base_fingerprints
         self._unet = unet
 
     def check(self, manifest: Manifest) -> None:
@@ -115,7 +115,7 @@ class Loader:
             return data
 
         weights = self._registry.load_weights(
-            manifest, base_fingerprint=self._base_fingerprint, unet=self._unet, fetch=fetch
+            manifest, base_fingerprints=self._base_fingerprints, unet=self._unet, fetch=fetch
         )
         with torch.inference_mode():
             vector = self._pack(weights).to(self._dtype).contiguous()

@@ -187,7 +187,7 @@ def refiner(base: Path) -> None:
         (broken_config, ("unet/config.json",)),
         (not_finite, ("vae/diffusion_pytorch_model.safetensors", "not finite")),
         (refiner, ("a refiner of Stable Diffusion XL",)),
-        (no_folder, ("is not a folder",)),
+        (no_folder, ("is neither a folder nor a file",)),
     ],
 )
 def test_an_unusable_base_folder(
@@ -214,7 +214,11 @@ def test_an_unusable_base_folder(
 
 @pytest.mark.parametrize(
     ("base", "part"),
-    [("models/sd15.ckpt", "is a single file"), ("https://hub.example/a/b", "is an address"), ("a/b/c", "not a folder")],
+    [
+        ("models/sd15.ckpt", "are never read"),
+        ("https://hub.example/a/b", "is an address"),
+        ("a/b/c", "neither a folder nor a file"),
+    ],
 )
 def test_a_base_that_training_refuses_is_refused_by_the_check(
     command: CommandLine, photos: Path, tmp_path: Path, base: str, part: str

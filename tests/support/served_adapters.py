@@ -251,7 +251,7 @@ class World:
             chosen,
             torch.zeros(chosen.slots, ROW),
             self.pack,
-            base_fingerprint=BASE,
+            base_fingerprints=[BASE],
             unet=self.unet,
             metrics=Metrics(self.backend, SERVING_METRICS),
             clock=clock,

@@ -223,7 +223,7 @@ def _arms(demo: Registry, others: Registry, base: BaseModel) -> Iterable[Arm]:
     cup = demo.resolve("striped-cup")
 
     def weights(registry: Registry, name: str) -> AdapterWeights:
-        return registry.load_weights(registry.resolve(name), base_fingerprint=base.fingerprint, unet=base.unet)
+        return registry.load_weights(registry.resolve(name), base_fingerprints=base.fingerprints, unet=base.unet)
 
     own = weights(demo, "striped-cup")
     yield Arm("healthy", cup, base, own, HEALTHY)

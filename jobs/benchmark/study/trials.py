@@ -123,7 +123,7 @@ class TrialRunner:
         ):
             assert result.manifest is not None  # every outcome but "failed" has one
             found[subject.name] = registry.load_weights(
-                result.manifest, base_fingerprint=base.fingerprint, unet=base.unet
+                result.manifest, base_fingerprints=base.fingerprints, unet=base.unet
             )
         return found
 

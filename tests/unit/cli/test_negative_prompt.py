@@ -77,7 +77,8 @@ def test_one_that_is_weighted_and_long_is_read_as_a_prompt_is(
     more = ("--negative-prompt", negative, "--weighting", "a1111")
     image = drawn(command, tiny_base_folder, tmp_path / "a.png", *more)
     base = load_base_model(str(tiny_base_folder))
-    states = encode_prompts(base, base.text_limit, [Prompt(PROMPT), Prompt(negative, "a1111", 4)])
+    texts = encode_prompts(base, base.text_limit, [Prompt(PROMPT), Prompt(negative, "a1111", 4)])
+    states = [text.states for text in texts]
     assert len(states[1]) == 2 * len(states[0]), "BREAK begins a second chunk"
     # The stock pipeline wants both of one length: its own prompt twice is the same keys and values twice.
     theirs = stock_picture(

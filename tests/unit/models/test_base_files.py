@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from cat_cluster.errors import BaseModelError, HubError
 from cat_cluster.models.base_files import base_folder, check_base, local_base, parameter_count
-from cat_cluster.models.fingerprint import fingerprint
+from cat_cluster.models.fingerprint import fingerprints
 from cat_cluster.models.text_limit import local_text_limit
 
 COMMIT = "b" * 40
@@ -111,7 +111,7 @@ def hub(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_only_the_needed_files_are_fetched_and_only_once(hub: Hub, tiny_base_folder: Path) -> None:
     folder = base_folder(NAME)
-    assert fingerprint(folder) == fingerprint(tiny_base_folder)
+    assert fingerprints(folder).content == fingerprints(tiny_base_folder).content
     assert "unet/diffusion_pytorch_model.safetensors" in hub.sent
     assert not set(hub.sent) & set(EXTRAS)
     hub.sent.clear()
@@ -124,7 +124,7 @@ def test_a_repository_with_the_fp16_variant_only(
 ) -> None:
     half = tiny_base_factory(dtype=torch.float16, variant="fp16")
     hub.folder = Path(shutil.copytree(half, tmp_path / "half"))
-    assert fingerprint(base_folder(NAME)) == fingerprint(half)
+    assert fingerprints(base_folder(NAME)).content == fingerprints(half).content
 
 
 def test_another_family_is_refused_before_its_weights_are_fetched(hub: Hub) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import cat_cluster.models.base_files
 from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import check_base
 from cat_cluster.models.base_model import BaseModel, as_stock_pipeline_reads, base_folder, load_base_model
-from cat_cluster.models.fingerprint import fingerprint
+from cat_cluster.models.fingerprint import fingerprints
 from tests.support.texts import states_of
 
 pytestmark = pytest.mark.slow
@@ -129,7 +130,7 @@ def test_the_scheduler_config_is_corrected_as_by_the_stock_pipeline(config: dict
 
 
 def test_fingerprint_does_not_depend_on_place_or_time(base: BaseModel, copy: Path) -> None:
-    assert fingerprint(copy) == base.fingerprint
+    assert fingerprints(copy).content == base.fingerprint
 
 
 def change_one_weight(folder: Path) -> None:
@@ -141,8 +142,9 @@ def change_a_shape(folder: Path) -> None:
 
 
 def change_the_tokenizer(folder: Path) -> None:
-    with (folder / "tokenizer" / "merges.txt").open("a") as file:
-        file.write("s k\n")
+    path = folder / "tokenizer" / "merges.txt"
+    head, first, second, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([head, second, first, *rest]) + "\n")
 
 
 def change_the_prediction_type(folder: Path) -> None:
@@ -163,21 +165,56 @@ def test_fingerprint_depends_on_everything_that_shapes_an_image(
     base: BaseModel, copy: Path, change: Callable[[Path], None]
 ) -> None:
     change(copy)
-    assert fingerprint(copy) != base.fingerprint
+    assert fingerprints(copy).content != base.fingerprint
 
 
 def test_fingerprint_is_cached_by_path_size_and_time(
     copy: Path, base: BaseModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("CAT_CACHE_DIR", str(tmp_path / "cache"))
-    assert fingerprint(copy) == base.fingerprint
+    assert fingerprints(copy).content == base.fingerprint
     (cached,) = (tmp_path / "cache" / "fingerprints").iterdir()
-    cached.write_text("0" * 64)
-    assert fingerprint(copy) == "0" * 64
+    cached.write_text(f"{'0' * 64} {'1' * 64}")
+    assert fingerprints(copy).content == "0" * 64
     cached.write_text("half a dig")
-    assert fingerprint(copy) == base.fingerprint
+    assert fingerprints(copy).content == base.fingerprint
     change_one_weight(copy)
-    assert fingerprint(copy) not in ("0" * 64, base.fingerprint)
+    assert fingerprints(copy).content not in ("0" * 64, base.fingerprint)
+
+
+def test_the_digest_of_earlier_versions_is_kept_so_that_their_adapters_are_known(base: BaseModel, copy: Path) -> None:
+    """Oracle: the rule of version 0.1 in a plain loop: tensors by the files' names, and the tokenizer's bytes."""
+    digest = hashlib.sha256()
+    for component, stem in (("text_encoder", "model"), *((c, "diffusion_pytorch_model") for c in ("unet", "vae"))):
+        for name, tensor in sorted(load_file(copy / component / f"{stem}.safetensors").items()):
+            digest.update(f"{component}\0{name}\0{list(tensor.shape)}\0".encode() + tensor.numpy().tobytes())
+    for name in ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"):
+        data = (copy / "tokenizer" / name).read_bytes()
+        digest.update(f"tokenizer\0{name}\0{len(data)}\0".encode() + data)
+    betas = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000}
+    rest = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "trained_betas": None}
+    digest.update(json.dumps({**betas, **rest}, sort_keys=True).encode())
+    assert base.fingerprints == (base.fingerprint, digest.hexdigest())
+
+
+def test_older_names_of_tensors_do_not_count(base: BaseModel, copy: Path) -> None:
+    vae, text = copy / "vae" / "diffusion_pytorch_model.safetensors", copy / "text_encoder" / "model.safetensors"
+    older = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    found = {}
+    for name, tensor in load_file(vae).items():
+        for now, before in older.items():
+            if f".attentions.0.{now}." in name:
+                name = name.replace(f".{now}.", f".{before}.")
+        found[name] = tensor
+    assert sum(".query." in name for name in found) == 4, "weight and bias, in encoder and decoder"
+    save_file(found, vae)
+    words = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(text).items()}
+    save_file({**words, "text_model.embeddings.position_ids": torch.arange(77).unsqueeze(0)}, text)
+    assert fingerprints(copy).content == base.fingerprint
+    assert fingerprints(copy).earlier != base.earlier_fingerprint
+    again = load_base_model(str(copy))
+    for ours, theirs in zip(again.vae.parameters(), base.vae.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(
@@ -185,7 +222,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("CAT_CACHE_DIR", str(tmp_path / "file"))
-    assert fingerprint(copy) == base.fingerprint
+    assert fingerprints(copy).content == base.fingerprint
 
 
 # ---- general prompts
@@ -273,7 +310,7 @@ def test_refused_by_name(case: str, copy: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "nothing", "a/b/c", "owner/"])
 def test_a_name_that_is_neither_folder_nor_hub_id(name: str) -> None:
-    with pytest.raises(BaseModelError, match="is not a folder"):
+    with pytest.raises(BaseModelError, match="is neither a folder nor a file"):
         base_folder(name)
 
 
@@ -284,8 +321,8 @@ def test_a_name_that_is_neither_folder_nor_hub_id(name: str) -> None:
         ("  ", "has no name"),
         ("https://hub.example/owner/base", "is an address, which is not opened: give 'pocket', a diffusers folder"),
         ("s3://bucket/base", "is an address"),
-        ("models/sd15.ckpt", r"is a single file.*from_single_file\(FILE\)\.save_pretrained"),
-        ("./models/sd15.safetensors", "is a single file"),
+        ("models/sd15.ckpt", r"are never read.*from_single_file\(FILE\)\.save_pretrained"),
+        ("./models/sd15.safetensors", "is damaged"),
     ],
 )
 def test_what_is_no_folder_is_never_looked_up_on_the_hub(

@@ -18,7 +18,7 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer, write_adapter
 from cat_cluster.models.base_files import check_base, parameter_count
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.models.fingerprint import fingerprint
+from cat_cluster.models.fingerprint import fingerprints
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.prompts import encode_prompts
@@ -181,11 +181,11 @@ def test_a_vae_that_overflows_in_half_precision_is_kept_in_full(tiny_xl_folder: 
 
 
 def test_the_digest_is_of_both_text_encoders(copy: Path, base: BaseModel) -> None:
-    assert fingerprint(copy) == base.fingerprint
+    assert fingerprints(copy).content == base.fingerprint
     modules = (base.unet, base.vae, *base.text_encoders.models)
     assert parameter_count(copy) == sum(each.numel() for module in modules for each in module.state_dict().values())
     (copy / "tokenizer_2" / "merges.txt").write_text("#version: 0.2\na t\n")
-    assert fingerprint(copy) != base.fingerprint
+    assert fingerprints(copy).content != base.fingerprint
 
 
 REFUSALS: dict[str, tuple[Callable[[Path], object], str]] = {

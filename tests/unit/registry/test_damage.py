@@ -116,10 +116,12 @@ def test_stored_weights_that_are_no_safetensors_are_refused(
 
 
 def test_another_base_is_refused_by_name(registry: Registry, make_draft: MakeDraft) -> None:
-    manifest = registry.publish(make_draft())
+    manifest = registry.publish(draft := make_draft())
     with pytest.raises(AdapterMismatchError, match=r"trained on base 'pocket'.*bbbbbbbbbbbb.*cccccccccccc.*train"):
-        registry.load_weights(manifest, base_fingerprint="c" * 64)
-    assert "trained on base 'pocket'" in registry.verify("cup", base_fingerprint="c" * 64).problems[0]
+        registry.load_weights(manifest, base_fingerprints=["c" * 64])
+    earlier = ["c" * 64, manifest.base_fingerprint]
+    assert registry.load_weights(manifest, base_fingerprints=earlier).digest() == draft.weights.digest()
+    assert "trained on base 'pocket'" in registry.verify("cup", base_fingerprints=["c" * 64]).problems[0]
 
 
 def test_weights_that_do_not_fit_the_unet_are_refused(registry: Registry, make_draft: MakeDraft) -> None:

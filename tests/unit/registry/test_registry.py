@@ -38,7 +38,7 @@ def test_what_is_published_comes_back(registry: Registry, make_draft: MakeDraft,
     draft = make_draft()
     manifest = registry.publish(draft)
     assert registry.resolve("cup") == manifest == registry.resolve("cup@latest") == registry.resolve(manifest.name)
-    assert_same(registry.load_weights(manifest, base_fingerprint=draft.base_fingerprint, unet=unet), draft.weights)
+    assert_same(registry.load_weights(manifest, base_fingerprints=[draft.base_fingerprint], unet=unet), draft.weights)
     assert {name: registry.read_object(manifest, name) for name in manifest.samples} == draft.samples
     assert manifest.metrics == draft.metrics
     assert manifest.training == draft.training
@@ -50,7 +50,7 @@ def test_what_is_published_comes_back(registry: Registry, make_draft: MakeDraft,
     )
     assert manifest.concepts[0].alpha == 2.0
     assert ResolvedAdapter.model_validate(manifest.spec) == draft.resolved
-    report = registry.verify("cup", base_fingerprint=draft.base_fingerprint, unet=unet)
+    report = registry.verify("cup", base_fingerprints=[draft.base_fingerprint], unet=unet)
     assert (report.ok, report.objects) == (True, 3)
 
 

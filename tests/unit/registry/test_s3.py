@@ -31,9 +31,9 @@ def test_what_is_published_comes_back_to_another_reader(
     registry = Registry(open_store(url))
     manifest = registry.resolve("cup")
     assert manifest == published == registry.resolve(published.name)
-    weights = registry.load_weights(manifest, base_fingerprint=draft.base_fingerprint, unet=unet)
+    weights = registry.load_weights(manifest, base_fingerprints=[draft.base_fingerprint], unet=unet)
     assert all(torch.equal(layer.up, draft.weights.layers[name].up) for name, layer in weights.layers.items())
-    assert registry.verify("cup", base_fingerprint=draft.base_fingerprint, unet=unet).ok
+    assert registry.verify("cup", base_fingerprints=[draft.base_fingerprint], unet=unet).ok
     with pytest.raises(AdapterNotFoundError, match=url):
         registry.resolve("mug")
 

@@ -193,7 +193,7 @@ def test_a_base_of_the_hub_that_is_here_is_counted(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_no_base_is_refused() -> None:
-    with pytest.raises(BaseModelError, match="is not a folder"):
+    with pytest.raises(BaseModelError, match="is neither a folder nor a file"):
         sizes_of(job(base="nonsense"))
 
 

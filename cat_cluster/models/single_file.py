@@ -1,0 +1,288 @@
+"""Checkpoints in one file, as A1111, ComfyUI and Civitai use them, unpacked once into a diffusers folder.
+
+The family is read from the names of the tensors, and its configs ship in `families/`: nothing is downloaded. The folder
+is kept in the cache; the base's name stays the file's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from cat_cluster.errors import BaseModelError, OutputError
+from cat_cluster.files import write_failure
+from cat_cluster.settings import load_settings
+
+Kind = Literal["sd1", "sd2", "sdxl"]
+FAMILIES = Path(__file__).parent / "families"
+_SUPPORTED = "use a text-to-image checkpoint of Stable Diffusion 1.x, 2.x or XL"
+_UNET, _VAE = "model.diffusion_model.", "first_stage_model."
+_TEXT: Mapping[Kind, tuple[str, ...]] = {
+    "sd1": ("cond_stage_model.transformer.",),
+    "sd2": ("cond_stage_model.model.",),
+    "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+}
+# Tensors that other checkpoints have and these have not, and what they are then.
+_OTHERS: Mapping[str, str] = {
+    "conditioner.embedders.0.model.": "a refiner of Stable Diffusion XL",
+    f"{_UNET}joint_blocks.": "Stable Diffusion 3",
+    "joint_blocks.": "Stable Diffusion 3",
+    f"{_UNET}double_blocks.": "Flux",
+    "double_blocks.": "Flux",
+    "control_model.": "a ControlNet",
+    "lora_unet_": "a LoRA, which `cat-cluster adapters import` reads",
+    "lora_te": "a LoRA, which `cat-cluster adapters import` reads",
+    "unet.": "a LoRA, which `cat-cluster adapters import` reads",
+    "base_model.model.": "a LoRA, which `cat-cluster adapters import` reads",
+    "down_blocks.": "a U-Net alone, as diffusers keeps it in the folder unet: give the whole folder",
+}
+_LAYOUT_CONV = f"{_UNET}input_blocks.0.0.weight"
+_DTYPES = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What the head of a file says: its family, how its U-Net predicts, and the dtype of each part."""
+
+    kind: Kind
+    prediction_type: str
+    zero_snr: bool
+    dtypes: Mapping[str, str]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read the head of a checkpoint; no weights are read.
+
+    How it predicts is told by ComfyUI's marks `v_pred` and `ztsnr`, by the key `modelspec.prediction_type` of its
+    metadata, or by `parameterization` in a YAML file of its name beside it, as A1111 has it; else it predicts noise.
+    Raises BaseModelError for another family, a missing part, and a file of Stable Diffusion 2.x that does not tell.
+    """
+    if path.suffix.lower() != ".safetensors":
+        raise BaseModelError(
+            f"base {path} is no .safetensors file, and pickled ones (.ckpt, .pt, .bin) are never read: convert it "
+            "once, in a place where you trust it, with "
+            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+            kind = _kind(path, names)
+            channels = file.get_slice(_LAYOUT_CONV).get_shape()[1]
+            dtypes = {part: _dtype(path, file, names, prefix) for part, prefix in _parts(kind).items()}
+    except (OSError, SafetensorError) as error:
+        raise BaseModelError(f"{path} is damaged ({error}); download the base again.") from error
+    if channels != 4:
+        what = "an inpainting" if channels == 9 else "an image-conditioned"
+        raise BaseModelError(f"{path}: its U-Net takes {channels} channels, which is {what} checkpoint; {_SUPPORTED}.")
+    told = _prediction_told(path, names, metadata)
+    if told is None and kind == "sd2":
+        raise BaseModelError(
+            f"{path} is a Stable Diffusion 2.x, of which some predict noise and others v, and it does not say which: "
+            f"write {path.with_suffix('.yaml').name} beside it with the line `parameterization: v` (768 pixels) or "
+            "`parameterization: eps` (512)."
+        )
+    return Checkpoint(kind, told or "epsilon", "ztsnr" in names, dtypes)
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """Return a folder with the tokenizer of a checkpoint, without unpacking the checkpoint."""
+    place = load_settings().cache_dir / "tokenizers" / read_checkpoint(path).kind
+    if not (place / "tokenizer" / "tokenizer_config.json").is_file():
+        with _whole_folder(place) as folder:
+            _write_tokenizer(folder / "tokenizer", "<|endoftext|>")
+    return place
+
+
+def unpacked(path: Path) -> Path:
+    """Return the diffusers folder of a checkpoint: from the cache, else made there.
+
+    Raises BaseModelError as read_checkpoint and for weights that do not fit their family; OutputError where the cache
+    cannot be written.
+    """
+    found = read_checkpoint(path)
+    facts = path.stat()
+    key = hashlib.sha256(f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\0{found}".encode()).hexdigest()
+    place = load_settings().cache_dir / "bases" / key[:32]
+    if not (place / "model_index.json").is_file():
+        with _whole_folder(place) as folder:
+            _unpack(path, found, folder)
+    return place
+
+
+def _unpack(path: Path, found: Checkpoint, folder: Path) -> None:
+    shutil.copytree(FAMILIES / found.kind, folder, dirs_exist_ok=True)
+    paddings = {"sd1": ["<|endoftext|>"], "sd2": ["!"], "sdxl": ["<|endoftext|>", "!"]}[found.kind]
+    for name, padding in zip(("tokenizer", "tokenizer_2"), paddings, strict=False):
+        _write_tokenizer(folder / name, padding)
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text()) | {"prediction_type": found.prediction_type}
+    if found.zero_snr:
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler.write_text(json.dumps(config, indent=2))
+    for part, module in _modules(path, found, folder):
+        left = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+        if left:
+            raise BaseModelError(
+                f"{path}: its {part} lacks {len(left)} tensors, the first {left[0]}; download it again."
+            )
+        module.save_pretrained(folder / part)
+
+
+def _modules(path: Path, found: Checkpoint, folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the parts of a checkpoint, one in memory at a time, each in the dtype that the file has it in."""
+    import torch
+    from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+
+    given = {"config": str(folder), "local_files_only": True}
+    with _naming_misfits(path):
+        for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+            dtype = getattr(torch, found.dtypes[part])
+            yield part, kind.from_single_file(str(path), subfolder=part, torch_dtype=dtype, **given)
+        pipeline_kind = StableDiffusionXLPipeline if found.kind == "sdxl" else StableDiffusionPipeline
+        parts = [part for part in found.dtypes if part.startswith("text_encoder")]
+        for part in parts:
+            others = {other: None for other in ("unet", "vae", *parts) if other != part}
+            dtype = getattr(torch, found.dtypes[part])
+            yield part, getattr(pipeline_kind.from_single_file(str(path), torch_dtype=dtype, **others, **given), part)
+
+
+@contextmanager
+def _naming_misfits(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, RuntimeError, TypeError, SafetensorError, AttributeError) as error:
+        if "meta tensor" in str(error):  # how the library meets a tensor that nothing was read for
+            raise BaseModelError(f"{path} lacks tensors of its family; download it again.") from error
+        raise BaseModelError(
+            f"{path} cannot be read as a checkpoint of its family ({' '.join(str(error).split())[:300]}); download it "
+            "again."
+        ) from error
+
+
+@contextmanager
+def _whole_folder(place: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `place` once it is whole; another process may have been faster."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=place.parent) as name:
+            folder = Path(name) / "whole"
+            folder.mkdir()
+            yield folder
+            try:
+                folder.rename(place)
+            except OSError:
+                if not place.is_dir():
+                    raise
+    except OSError as error:
+        raise OutputError(
+            f"{write_failure(place, error)} (a base in one file is unpacked there; set CAT_CACHE_DIR)"
+        ) from error
+
+
+def _kind(path: Path, names: list[str]) -> Kind:
+    for start, what in _OTHERS.items():
+        if _has(names, start):
+            raise BaseModelError(f"{path} is {what}, and no base here; {_SUPPORTED}.")
+    found: list[Kind] = [kind for kind, starts in _TEXT.items() if all(_has(names, start) for start in starts)]
+    if _LAYOUT_CONV not in names:
+        raise BaseModelError(f"{path} has no U-Net of Stable Diffusion ({_LAYOUT_CONV}); {_SUPPORTED}.")
+    if not found:
+        raise BaseModelError(
+            f"{path} has no text encoder: it is a U-Net alone, as ComfyUI keeps them in models/unet; use the whole "
+            "checkpoint."
+        )
+    if not _has(names, _VAE):
+        raise BaseModelError(f"{path} has no VAE ({_VAE}...); use a checkpoint that contains one.")
+    return found[0]
+
+
+def _has(names: list[str], start: str) -> bool:
+    return any(name.startswith(start) for name in names)
+
+
+def _parts(kind: Kind) -> dict[str, str]:
+    """Return the prefix of each part's tensors."""
+    texts = dict(zip(("text_encoder", "text_encoder_2"), _TEXT[kind], strict=False))
+    return {"unet": _UNET, "vae": _VAE, **texts}
+
+
+def _dtype(path: Path, file: Any, names: list[str], prefix: str) -> str:
+    """Return the narrowest dtype that holds all tensors of a part."""
+    kinds = {file.get_slice(name).get_dtype() for name in names if name.startswith(prefix)} - {"I64", "I32", "BOOL"}
+    if unknown := kinds - set(_DTYPES):
+        raise BaseModelError(
+            f"{path}: tensors of {prefix}... are {min(unknown)}; use a checkpoint in fp16, bf16 or fp32."
+        )
+    dtypes = {_DTYPES[kind] for kind in kinds}
+    return dtypes.pop() if len(dtypes) == 1 else "float32"
+
+
+def _prediction_told(path: Path, names: list[str], metadata: Mapping[str, str]) -> str | None:
+    words = {"v": "v_prediction", "v_prediction": "v_prediction", "eps": "epsilon", "epsilon": "epsilon"}
+    if "v_pred" in names:
+        return "v_prediction"
+    if (said := metadata.get("modelspec.prediction_type")) in words:
+        return words[said]
+    beside = path.with_suffix(".yaml")
+    if not beside.is_file():
+        return None
+    try:
+        said = _parameterization(yaml.safe_load(beside.read_text(encoding="utf-8")))
+        return words[said or "eps"]
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        raise BaseModelError(
+            f"{beside} cannot be read ({error}); it may say `parameterization: v` or `eps`."
+        ) from error
+
+
+def _parameterization(config: Any) -> str | None:
+    """Return what a config says at its top, or where those of Stable Diffusion's own repository have it."""
+    if not isinstance(config, dict):
+        return None
+    if "parameterization" in config:
+        return str(config["parameterization"])
+    for inner in (config.get("model"), config.get("params")):
+        if (said := _parameterization(inner)) is not None:
+            return said
+    return None
+
+
+def _write_tokenizer(folder: Path, padding: str) -> None:
+    """Write CLIP's tokenizer as the releases have it; the vocabulary follows from the merges."""
+    merges = (FAMILIES / "clip_merges.txt").read_text(encoding="utf-8")
+    letters = _letters()
+    pieces = [*letters, *(f"{letter}</w>" for letter in letters)]
+    pieces += ["".join(line.split(" ")) for line in merges.splitlines()[1:]]
+    vocabulary = {piece: place for place, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+    special = {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "pad_token": padding,
+        "unk_token": "<|endoftext|>",
+    }
+    config = {**special, "do_lower_case": True, "model_max_length": 77, "tokenizer_class": "CLIPTokenizer"}
+    folder.mkdir()
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    for name, content in (
+        ("vocab.json", vocabulary),
+        ("special_tokens_map.json", special),
+        ("tokenizer_config.json", config),
+    ):
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def _letters() -> list[str]:
+    """Return the printable stand-in of each byte, those first that stand for themselves (GPT-2's byte-level BPE)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [*map(chr, printable), *(chr(256 + place) for place in range(len(others)))]
