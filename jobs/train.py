@@ -20,7 +20,7 @@ from cat_cluster.cluster.runs import Run, run_id_of
 from cat_cluster.cluster.stored_spec import load_job
 from cat_cluster.cluster.tries import end_untried
 from cat_cluster.errors import CatClusterError, SupersededError
-from cat_cluster.models.base_files import check_bases
+from cat_cluster.models.base_names import check_bases
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore, open_store

@@ -22,7 +22,8 @@ from ray.serve.exceptions import RayServeException
 from cat_cluster.cluster.failures import failure_in
 from cat_cluster.cluster.local_ray import check_ray_folder, start_ray
 from cat_cluster.errors import ClusterError
-from cat_cluster.models.base_files import POCKET, base_folder, check_family
+from cat_cluster.models.base_files import check_family
+from cat_cluster.models.base_names import POCKET, base_folder
 from cat_cluster.models.device import choose_device
 from cat_cluster.store import open_store
 from serve.app import build

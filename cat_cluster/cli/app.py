@@ -107,7 +107,7 @@ def train(
 
     Example: cat-cluster train jobs/specs/single.yaml --storage ./cat-storage
     """
-    from cat_cluster.models.base_files import check_bases
+    from cat_cluster.models.base_names import check_bases
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 
@@ -162,7 +162,7 @@ app.command()(generate)
 @base_app.command("path")
 def base_path(name: Annotated[str, typer.Argument(help="pocket, a diffusers folder, or a hub id.")]) -> None:
     """Print the diffusers folder of a base model."""
-    from cat_cluster.models.base_model import base_folder
+    from cat_cluster.models.base_names import base_folder
 
     typer.echo(base_folder(name))
 
@@ -196,7 +196,7 @@ def pocket_grid(
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="First seed.")] = 0,
 ) -> None:
     """Generate a grid of images that shows what Pocket-SD knows."""
-    from cat_cluster.models.base_model import base_folder
+    from cat_cluster.models.base_names import base_folder
     from cat_cluster.models.pocket.pretraining.quality import prompt_grid
 
     people.print(f"wrote {prompt_grid(base_folder('pocket'), out, seed, device=device())}")
@@ -209,7 +209,7 @@ def spec_check(
     """Check a job spec, its base models and photos, and print the adapters it would train. Nothing is trained."""
     from cat_cluster.data.concepts import load_concepts
     from cat_cluster.data.text_length import check_caption_lengths
-    from cat_cluster.models.base_files import check_bases
+    from cat_cluster.models.base_names import check_bases
     from cat_cluster.models.text_limit import local_text_limit
     from cat_cluster.spec.job import load_spec
 

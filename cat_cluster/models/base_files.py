@@ -1,24 +1,19 @@
-"""The files of a base model: where its diffusers folder is, and which family of Stable Diffusion it is."""
+"""The diffusers folder of a base model: which files it has, and which family of Stable Diffusion it is."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from cat_cluster.errors import BaseModelError, HubError
-from cat_cluster.models.single_file import read_checkpoint, unpacked
-from cat_cluster.spec.job import ResolvedAdapter
+from cat_cluster.errors import BaseModelError
 
-POCKET = "pocket"
 Family = Literal["sd", "sdxl"]  # Stable Diffusion 1.x and 2.x, or XL
 MODEL_INDEX = "model_index.json"
 _STEMS: Mapping[str, str] = {
@@ -37,8 +32,8 @@ _CONFIGS: Mapping[str, str] = {
     "vae": "config.json",
 }
 _WEIGHT_ENDS = (".safetensors", "-?????-of-?????.safetensors")
-_INFIXES = ("", ".fp16")
-_CONFIG_PATTERNS = (MODEL_INDEX, "*/*.json", "tokenizer*/*.txt", "general_prompts.txt")
+VARIANTS = ("", ".fp16")  # infixes in the names of weight files; the first that is complete is read
+CONFIG_PATTERNS = (MODEL_INDEX, "*/*.json", "tokenizer*/*.txt", "general_prompts.txt")
 # U-Net options that need inputs the pipelines here do not have, and what uses them.
 _OTHER_FAMILIES: Mapping[str, str] = {
     "class_embed_type": "Stable unCLIP",
@@ -55,30 +50,6 @@ class WeightFiles:
 
     variant: str | None
     paths: tuple[Path, ...]
-
-
-def base_folder(name: str) -> Path:
-    """Return the diffusers folder of a base: "pocket", a folder, a checkpoint, or a hub id (local files first).
-
-    Raises BaseModelError when there is no such base, or none of a supported family.
-    """
-    if name == POCKET:
-        folder = Path(__file__).parent / "pocket" / "weights"
-        if not folder.is_dir():
-            raise BaseModelError(
-                f"base 'pocket': {folder} is missing; reinstall cat-cluster, or make it with "
-                "`cat-cluster pocket pretrain`."
-            )
-        return folder
-    return _own_folder(name) or _hub_folder(name)
-
-
-def local_base(name: str) -> Path | None:
-    """Return the folder of a base that is on this machine, None for a hub id that is not in the local cache.
-
-    Raises BaseModelError for what is neither.
-    """
-    return base_folder(POCKET) if name == POCKET else _own_folder(name) or _cached(name)
 
 
 def family_of(folder: Path) -> Family:
@@ -112,65 +83,6 @@ def parameter_count(folder: Path) -> int:
             except (OSError, SafetensorError) as error:
                 raise BaseModelError(f"{path} cannot be read ({error}); download the base again.") from error
     return count
-
-
-def check_bases(adapters: Sequence[ResolvedAdapter]) -> dict[str, str]:
-    """Check the bases of a job; return why some cannot be checked here, by name. BaseModelError names the adapter."""
-    away = {}
-    for name in dict.fromkeys(adapter.base for adapter in adapters):
-        try:
-            unchecked = check_base(name)
-        except BaseModelError as error:
-            of = next(adapter.id for adapter in adapters if adapter.base == name)
-            raise BaseModelError(f"base of adapter {of}: {error}") from error
-        if unchecked is not None:
-            away[name] = unchecked
-    return away
-
-
-def check_base(name: str) -> str | None:
-    """Refuse, by name, a base that training would refuse for its files' names and configs; no weights are read.
-
-    Of a hub id that is not in the local cache only the configs are fetched. Returns why a base could not be checked,
-    when the hub cannot be reached; else None. Raises BaseModelError.
-    """
-    if (file := Path(name).expanduser()).is_file():
-        read_checkpoint(file)
-        return None
-    folder = base_folder(POCKET) if name == POCKET else _own_folder(name)
-    if folder is not None:
-        _complete(folder)
-        return None
-    try:
-        check_family(_cached(name) or _download(name, _CONFIG_PATTERNS))
-    except BaseModelError as error:
-        if not isinstance(error.__cause__, LocalEntryNotFoundError):
-            raise
-        return f"base {name!r} is not in the local hub cache, and the hub cannot be reached"
-    return None
-
-
-def _own_folder(name: str) -> Path | None:
-    """Return the folder that a name means, None for a hub id; BaseModelError for what is neither.
-
-    A checkpoint in one file is unpacked to a folder in the cache.
-    """
-    path = Path(name).expanduser()
-    choices = (
-        "give 'pocket', a diffusers folder, a .safetensors checkpoint, or a hub id such as "
-        "'stable-diffusion-v1-5/stable-diffusion-v1-5'"
-    )
-    if not name.strip():
-        raise BaseModelError(f"the base has no name: {choices}.")
-    if "://" in name:
-        raise BaseModelError(f"base {name!r} is an address, which is not opened: {choices}.")
-    if path.is_dir():
-        return path
-    if path.is_file():
-        return unpacked(path)
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")) or name.endswith("/"):
-        raise BaseModelError(f"base {name!r} is neither a folder nor a file: {choices}.")
-    return None
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
@@ -268,6 +180,19 @@ def _config_components(folder: Path) -> tuple[str, ...]:
     return tuple(name for name in _CONFIGS if not name.endswith("_2") or family_of(folder) == "sdxl")
 
 
+def weight_patterns(infix: str) -> list[str]:
+    """Return patterns of the names that the weight files of a variant may have."""
+    return [f"{part}/{stem}{infix}{end}" for part, stem in _STEMS.items() for end in _WEIGHT_ENDS]
+
+
+def check_complete(folder: Path) -> Path:
+    """Return the folder when it is a base with all its files; raises BaseModelError."""
+    check_family(folder)
+    for component in weight_components(folder):
+        weight_files(folder, component)
+    return folder
+
+
 def weight_files(folder: Path, component: str) -> WeightFiles:
     """Find a component's safetensors files, the plain names before the fp16 variant's; one file or shards."""
     stem, place = _STEMS[component], folder / component
@@ -298,50 +223,3 @@ def _shards(index: Path) -> tuple[Path, ...]:
         if not shard.is_file():
             raise BaseModelError(f"{shard} is missing and {index.name} names it; download the base again.")
     return shards
-
-
-def _hub_folder(name: str) -> Path:
-    """Return the snapshot folder of a hub id: the local cache when complete, else the needed files downloaded."""
-    cached = _cached(name)
-    if cached is not None:
-        return cached
-    # Configs first: a base of another family is refused before its gigabytes are fetched.
-    folder = _download(name, _CONFIG_PATTERNS)
-    check_family(folder)
-    for infix in _INFIXES:
-        folder = _download(name, _weight_patterns(infix))
-        with contextlib.suppress(BaseModelError):
-            return _complete(folder)
-    return _complete(folder)
-
-
-def _cached(name: str) -> Path | None:
-    """Return the snapshot of a hub id in the local cache, None unless it is complete."""
-    for infix in _INFIXES:
-        patterns = [*_CONFIG_PATTERNS, *_weight_patterns(infix)]  # what is not needed may be missing
-        with contextlib.suppress(OSError, ValueError, EntryNotFoundError, BaseModelError):
-            return _complete(Path(snapshot_download(name, local_files_only=True, allow_patterns=patterns)))
-    return None
-
-
-def _weight_patterns(infix: str) -> list[str]:
-    return [f"{part}/{stem}{infix}{end}" for part, stem in _STEMS.items() for end in _WEIGHT_ENDS]
-
-
-def _complete(folder: Path) -> Path:
-    check_family(folder)
-    for component in weight_components(folder):
-        weight_files(folder, component)
-    return folder
-
-
-def _download(name: str, patterns: Sequence[str]) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (OSError, ValueError, EntryNotFoundError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise HubError(
-            f"base {name!r} is neither a folder nor in the local hub cache, and downloading it failed "
-            f"({type(error).__name__}: {reason}). Check the name and the network (HF_HUB_OFFLINE must not be 1; a "
-            "gated base needs `hf auth login`), or give the path of a diffusers folder."
-        ) from error

@@ -21,7 +21,6 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 from cat_cluster.errors import BaseModelError
-from cat_cluster.models.base_files import base_folder as base_folder
 from cat_cluster.models.base_files import (
     check_family,
     family_of,
@@ -31,6 +30,7 @@ from cat_cluster.models.base_files import (
     tokenizer_components,
     weight_files,
 )
+from cat_cluster.models.base_names import base_folder
 from cat_cluster.models.fingerprint import fingerprints
 from cat_cluster.models.out_of_memory import memory_explained
 from cat_cluster.models.schedule import NoiseSchedule

@@ -46,7 +46,7 @@ _OTHERS: Mapping[str, str] = {
     "base_model.model.": "a LoRA, which `cat-cluster adapters import` reads",
     "down_blocks.": "a U-Net alone, as diffusers keeps it in the folder unet: give the whole folder",
 }
-_LAYOUT_CONV = f"{_UNET}input_blocks.0.0.weight"
+_CONV_IN = f"{_UNET}input_blocks.0.0.weight"
 _DTYPES = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -75,30 +75,57 @@ def read_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         with safe_open(path, framework="numpy") as file:
-            names, metadata = list(file.keys()), file.metadata() or {}
-            kind = _kind(path, names)
-            channels = file.get_slice(_LAYOUT_CONV).get_shape()[1]
-            dtypes = {part: _dtype(path, file, names, prefix) for part, prefix in _parts(kind).items()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            head = _Head({n: (s.get_dtype(), tuple(s.get_shape())) for n, s in slices.items()}, file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise BaseModelError(f"{path} is damaged ({error}); download the base again.") from error
+    return _checkpoint(str(path), head, path.with_suffix(".yaml"))
+
+
+def check_head(name: str, data: bytes, beside: Path) -> None:
+    """Refuse a checkpoint that is elsewhere by the JSON of its head; raises BaseModelError as read_checkpoint.
+
+    beside: where a copy of its YAML file would be.
+    """
+    try:
+        found = json.loads(data)
+        metadata = found.pop("__metadata__", {})
+        tensors = {key: (one["dtype"], tuple(one["shape"])) for key, one in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseModelError(f"{name} is damaged (its head is no head of safetensors); upload it again.") from error
+    _checkpoint(name, _Head(tensors, metadata), beside)
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Dtype and shape of each tensor of a file, and its metadata."""
+
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    metadata: Mapping[str, str]
+
+
+def _checkpoint(name: str, head: _Head, beside: Path) -> Checkpoint:
+    kind = _kind(name, list(head.tensors))
+    dtypes = {part: _dtype(name, head, prefix) for part, prefix in _parts(kind).items()}
+    channels = head.tensors[_CONV_IN][1][1]
     if channels != 4:
         what = "an inpainting" if channels == 9 else "an image-conditioned"
-        raise BaseModelError(f"{path}: its U-Net takes {channels} channels, which is {what} checkpoint; {_SUPPORTED}.")
-    told = _prediction_told(path, names, metadata)
+        raise BaseModelError(f"{name}: its U-Net takes {channels} channels, which is {what} checkpoint; {_SUPPORTED}.")
+    told = _prediction_told(head, beside)
     if told is None and kind == "sd2":
         raise BaseModelError(
-            f"{path} is a Stable Diffusion 2.x, of which some predict noise and others v, and it does not say which: "
-            f"write {path.with_suffix('.yaml').name} beside it with the line `parameterization: v` (768 pixels) or "
-            "`parameterization: eps` (512)."
+            f"{name} is a Stable Diffusion 2.x, of which some predict noise and others v, and it does not say which: "
+            f"write {Path(name).with_suffix('.yaml').name} beside it with the line `parameterization: v` (768 pixels) "
+            "or `parameterization: eps` (512)."
         )
-    return Checkpoint(kind, told or "epsilon", "ztsnr" in names, dtypes)
+    return Checkpoint(kind, told or "epsilon", "ztsnr" in head.tensors, dtypes)
 
 
 def tokenizer_folder(path: Path) -> Path:
     """Return a folder with the tokenizer of a checkpoint, without unpacking the checkpoint."""
     place = load_settings().cache_dir / "tokenizers" / read_checkpoint(path).kind
     if not (place / "tokenizer" / "tokenizer_config.json").is_file():
-        with _whole_folder(place) as folder:
+        with whole_folder(place) as folder:
             _write_tokenizer(folder / "tokenizer", "<|endoftext|>")
     return place
 
@@ -114,7 +141,7 @@ def unpacked(path: Path) -> Path:
     key = hashlib.sha256(f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\0{found}".encode()).hexdigest()
     place = load_settings().cache_dir / "bases" / key[:32]
     if not (place / "model_index.json").is_file():
-        with _whole_folder(place) as folder:
+        with whole_folder(place) as folder:
             _unpack(path, found, folder)
     return place
 
@@ -170,8 +197,11 @@ def _naming_misfits(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _whole_folder(place: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes `place` once it is whole; another process may have been faster."""
+def whole_folder(place: Path) -> Iterator[Path]:
+    """Give an empty folder that becomes `place` once it is whole; another process may have been faster.
+
+    Raises OutputError where the cache cannot be written.
+    """
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=place.parent) as name:
@@ -189,13 +219,13 @@ def _whole_folder(place: Path) -> Iterator[Path]:
         ) from error
 
 
-def _kind(path: Path, names: list[str]) -> Kind:
+def _kind(path: str, names: list[str]) -> Kind:
     for start, what in _OTHERS.items():
         if _has(names, start):
             raise BaseModelError(f"{path} is {what}, and no base here; {_SUPPORTED}.")
     found: list[Kind] = [kind for kind, starts in _TEXT.items() if all(_has(names, start) for start in starts)]
-    if _LAYOUT_CONV not in names:
-        raise BaseModelError(f"{path} has no U-Net of Stable Diffusion ({_LAYOUT_CONV}); {_SUPPORTED}.")
+    if _CONV_IN not in names:
+        raise BaseModelError(f"{path} has no U-Net of Stable Diffusion ({_CONV_IN}); {_SUPPORTED}.")
     if not found:
         raise BaseModelError(
             f"{path} has no text encoder: it is a U-Net alone, as ComfyUI keeps them in models/unet; use the whole "
@@ -216,24 +246,23 @@ def _parts(kind: Kind) -> dict[str, str]:
     return {"unet": _UNET, "vae": _VAE, **texts}
 
 
-def _dtype(path: Path, file: Any, names: list[str], prefix: str) -> str:
+def _dtype(name: str, head: _Head, prefix: str) -> str:
     """Return the narrowest dtype that holds all tensors of a part."""
-    kinds = {file.get_slice(name).get_dtype() for name in names if name.startswith(prefix)} - {"I64", "I32", "BOOL"}
+    kinds = {dtype for key, (dtype, _) in head.tensors.items() if key.startswith(prefix)} - {"I64", "I32", "BOOL"}
     if unknown := kinds - set(_DTYPES):
         raise BaseModelError(
-            f"{path}: tensors of {prefix}... are {min(unknown)}; use a checkpoint in fp16, bf16 or fp32."
+            f"{name}: tensors of {prefix}... are {min(unknown)}; use a checkpoint in fp16, bf16 or fp32."
         )
     dtypes = {_DTYPES[kind] for kind in kinds}
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
-def _prediction_told(path: Path, names: list[str], metadata: Mapping[str, str]) -> str | None:
+def _prediction_told(head: _Head, beside: Path) -> str | None:
     words = {"v": "v_prediction", "v_prediction": "v_prediction", "eps": "epsilon", "epsilon": "epsilon"}
-    if "v_pred" in names:
+    if "v_pred" in head.tensors:
         return "v_prediction"
-    if (said := metadata.get("modelspec.prediction_type")) in words:
+    if (said := head.metadata.get("modelspec.prediction_type")) in words:
         return words[said]
-    beside = path.with_suffix(".yaml")
     if not beside.is_file():
         return None
     try:

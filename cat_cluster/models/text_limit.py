@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import CLIPTokenizer
 
-from cat_cluster.models.base_files import POCKET, base_folder
+from cat_cluster.models.base_names import POCKET, base_folder
 from cat_cluster.models.prompt_weights import Piece, Prompt, join_pieces, read_pieces
 from cat_cluster.models.single_file import tokenizer_folder
 

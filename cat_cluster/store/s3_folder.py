@@ -57,14 +57,10 @@ class S3Folder:
         """
 
         def fetch(name: str) -> Path:
-            entry = files[name]
-            data, response = self._bucket.read(entry.key, entry.key)
-            if response["ETag"] != entry.etag:
-                raise StoreError(f"{entry.key} in {self.url} was changed while it was read; try again")
             path = folder / name
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
+                self._bucket.download(files[name], path)
             except OSError as error:
                 raise StoreError(write_failure(path, error)) from error
             return path
@@ -75,6 +71,10 @@ class S3Folder:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+
+    def read_part(self, entry: StoredKey, name: str, start: int, length: int) -> bytes:
+        """Return `length` bytes of an object from `start` on; fewer where it ends before."""
+        return self._bucket.read_part(entry, name, start, length)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one object below the prefix; ObjectNotFoundError if there is none."""

@@ -20,7 +20,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from cat_cluster.lora.formats import AdapterWeights, write_adapter
-from cat_cluster.models.base_model import base_folder, compiled_blocks
+from cat_cluster.models.base_model import compiled_blocks
+from cat_cluster.models.base_names import base_folder
 from cat_cluster.models.conditioning import Conditioning, Sizes
 from cat_cluster.models.generate import image_array
 from cat_cluster.models.image_start import start_from_noise

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 from cat_cluster.data.decoys import WORDS, odd_words, with_decoys
 from cat_cluster.data.draws import ConceptMaterial
 from cat_cluster.errors import BaseModelError
-from cat_cluster.models.base_files import base_folder
+from cat_cluster.models.base_names import base_folder
 from tests.support.texts import square_sizes
 
 

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from cat_cluster.errors import BaseModelError, HubError
-from cat_cluster.models.base_files import base_folder, check_base, local_base, parameter_count
+from cat_cluster.models.base_files import parameter_count
+from cat_cluster.models.base_names import base_folder, check_base, local_base
 from cat_cluster.models.fingerprint import fingerprints
 from cat_cluster.models.text_limit import local_text_limit
 
@@ -158,7 +159,7 @@ def test_a_base_that_was_fetched_is_found_without_the_hub(hub: Hub, monkeypatch:
     assert hub.sent == []
     folder = base_folder(NAME)
     assert local_text_limit(NAME) is not None
-    monkeypatch.setattr("cat_cluster.models.base_files._download", lambda *_: pytest.fail("the hub is asked"))
+    monkeypatch.setattr("cat_cluster.models.base_names._download", lambda *_: pytest.fail("the hub is asked"))
     assert local_base(NAME) == base_folder(NAME) == folder
 
 
@@ -169,3 +170,25 @@ def test_the_numbers_of_a_base_are_counted_from_the_heads_of_its_files(tiny_base
     files[0].write_bytes(b"cut short")
     with pytest.raises(BaseModelError, match=r"unet/.* cannot be read .*download the base again"):
         parameter_count(folder)
+
+
+def test_a_file_of_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A repository that has only a checkpoint in one file, or several, as fine-tuned bases are often published."""
+    asked: list[Path] = []
+    monkeypatch.setattr("cat_cluster.models.base_names.unpacked", lambda path: asked.append(path) or path.parent)
+    (hub.folder / "v2").mkdir()
+    (hub.folder / "v2" / "model.safetensors").write_bytes(b"weights")
+    name = f"{NAME}/v2/model.safetensors"
+    assert check_base(name) == f"base {name!r} is not in the local hub cache, and a file is checked once it is fetched"
+    assert local_base(name) is None
+    assert hub.sent == []
+    base_folder(name)
+    assert hub.sent == ["v2/model.safetensors"]
+    base_folder(name)
+    assert local_base(name) is not None
+    assert hub.sent == ["v2/model.safetensors"], "fetched again"
+    assert {path.read_bytes() for path in asked} == {b"weights"}
+    with pytest.raises(BaseModelError, match="damaged"):
+        check_base(name)
+    with pytest.raises(HubError, match=r"has no file v3/model\.safetensors"):
+        base_folder(f"{NAME}/v3/model.safetensors")

@@ -14,10 +14,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-import cat_cluster.models.base_files
+import cat_cluster.models.base_names
 from cat_cluster.errors import BaseModelError
-from cat_cluster.models.base_files import check_base
-from cat_cluster.models.base_model import BaseModel, as_stock_pipeline_reads, base_folder, load_base_model
+from cat_cluster.models.base_model import BaseModel, as_stock_pipeline_reads, load_base_model
+from cat_cluster.models.base_names import base_folder, check_base
 from cat_cluster.models.fingerprint import fingerprints
 from tests.support.texts import states_of
 
@@ -320,7 +320,7 @@ def test_a_name_that_is_neither_folder_nor_hub_id(name: str) -> None:
         ("", "has no name"),
         ("  ", "has no name"),
         ("https://hub.example/owner/base", "is an address, which is not opened: give 'pocket', a diffusers folder"),
-        ("s3://bucket/base", "is an address"),
+        ("gs://bucket/base", "is an address"),
         ("models/sd15.ckpt", r"are never read.*from_single_file\(FILE\)\.save_pretrained"),
         ("./models/sd15.safetensors", "is damaged"),
     ],
@@ -347,8 +347,8 @@ def test_what_a_folders_files_tell_is_refused_without_reading_weights(case: str,
 
 
 def test_pocket_is_the_shipped_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    module = tmp_path / "base_files.py"
-    monkeypatch.setattr(cat_cluster.models.base_files, "__file__", str(module))
+    module = tmp_path / "base_names.py"
+    monkeypatch.setattr(cat_cluster.models.base_names, "__file__", str(module))
     with pytest.raises(BaseModelError, match="cat-cluster pocket pretrain"):
         base_folder("pocket")
     (tmp_path / "pocket" / "weights").mkdir(parents=True)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cat_cluster.errors import SpecError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
-from cat_cluster.models.base_model import BaseModel, base_folder, load_base_model
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_names import base_folder
 from cat_cluster.models.edit import EditSource
 from cat_cluster.models.edit_steps import edit_strength, steps_made
 from cat_cluster.models.generate import ImageRow, generate

@@ -16,8 +16,9 @@ from torch import Tensor
 from cat_cluster.errors import BaseModelError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer, write_adapter
-from cat_cluster.models.base_files import check_base, parameter_count
+from cat_cluster.models.base_files import parameter_count
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_names import check_base
 from cat_cluster.models.fingerprint import fingerprints
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.prompt_weights import Prompt

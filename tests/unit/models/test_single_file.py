@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cat_cluster.errors import BaseModelError, OutputError
 from cat_cluster.models import single_file
-from cat_cluster.models.base_files import base_folder, check_base, check_family
+from cat_cluster.models.base_files import check_family
 from cat_cluster.models.base_model import load_base_model
+from cat_cluster.models.base_names import base_folder, check_base
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.single_file import read_checkpoint, tokenizer_folder, unpacked
 from cat_cluster.models.text_limit import local_text_limit

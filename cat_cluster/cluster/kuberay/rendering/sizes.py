@@ -16,7 +16,8 @@ from decimal import Decimal
 from typing import Any
 
 from cat_cluster.errors import SpecError
-from cat_cluster.models.base_files import POCKET, family_of, local_base, parameter_count, read_config
+from cat_cluster.models.base_files import family_of, parameter_count, read_config
+from cat_cluster.models.base_names import POCKET, local_base
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 
 WORKER_MARGIN = 1.2  # over what the rule gives: allocators fragment, and photos differ

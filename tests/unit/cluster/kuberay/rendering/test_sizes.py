@@ -27,7 +27,8 @@ from cat_cluster.cluster.kuberay.rendering.sizes import (
 )
 from cat_cluster.errors import BaseModelError, SpecError
 from cat_cluster.lora.bank import adapted_layers
-from cat_cluster.models.base_files import base_folder, parameter_count
+from cat_cluster.models.base_files import parameter_count
+from cat_cluster.models.base_names import base_folder
 from cat_cluster.spec.job import JobSpec, parse_spec
 from tests.support.meta_unets import SD15, SDXL, kept_by_a_row, meta_unet
 
