@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, StoreError, needs_extra
@@ -42,10 +41,9 @@ MOST_PARTS = 1000  # S3 allows 10,000; some servers no more than this
 PARTS_AT_ONCE = 4
 PAGE_SIZE = 1000
 SEEN_SECONDS = 10.0
-_PIECE = 2**20  # bytes of a download that are in memory at once
 
 # Of each object we write: the sha256 of its bytes, and who wrote it, to know our own write again.
-_SHA256, _NONCE = "cat-sha256", "cat-nonce"
+SHA256, _NONCE = "cat-sha256", "cat-nonce"
 
 _AMAZON = "amazonaws.com"
 _URL = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9])(?:/(.*))?", re.DOTALL)
@@ -114,46 +112,10 @@ class S3Bucket:
                 return body.read(), response
 
         data, response = self.run("read", shown, fetch)
-        expected = response["Metadata"].get(_SHA256)
+        expected = response["Metadata"].get(SHA256)
         if expected is not None and hashlib.sha256(data).hexdigest() != expected:
             raise damaged(shown, self.url, f"its sha256 is not {expected[:12]}..., which was stored with it")
         return data, response
-
-    def read_part(self, entry: StoredKey, shown: str, start: int, length: int) -> bytes:
-        """Return `length` bytes of a listed object from `start` on; fewer where it ends before."""
-
-        def fetch(client: Any) -> bytes:
-            wanted = f"bytes={start}-{start + length - 1}"
-            response = client.get_object(Bucket=self.name, Key=entry.key, Range=wanted)
-            with closing(response["Body"]) as body:
-                data: bytes = body.read()
-            self._check_unchanged(entry, response)
-            return data
-
-        return self.run("read", shown, fetch)
-
-    def download(self, entry: StoredKey, path: Path) -> None:
-        """Write a listed object to a file, a piece at a time; raises StoreError, and OSError of the file."""
-
-        def fetch(client: Any) -> Mapping[str, Any]:
-            response: Mapping[str, Any] = client.get_object(Bucket=self.name, Key=entry.key)
-            self._check_unchanged(entry, response)
-            digest = hashlib.sha256()
-            with closing(response["Body"]) as body, path.open("wb") as file:
-                for piece in body.iter_chunks(_PIECE):
-                    digest.update(piece)
-                    file.write(piece)
-            expected = response["Metadata"].get(_SHA256)
-            if expected is not None and digest.hexdigest() != expected:
-                said = f"its sha256 is not {expected[:12]}..., which was stored with it"
-                raise damaged(entry.key, self.url, said)
-            return response
-
-        self.run("read", entry.key, fetch)
-
-    def _check_unchanged(self, entry: StoredKey, response: Mapping[str, Any]) -> None:
-        if response["ETag"] != entry.etag:
-            raise StoreError(f"{entry.key} in {self.url} was changed while it was read; try again")
 
     def keys(
         self, prefix: str, *, page_size: int = PAGE_SIZE, deep: bool = True, after: str = ""
@@ -246,7 +208,7 @@ class S3Store:
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
         """Store an object, replacing an older one; with `if_absent`, ObjectExistsError when the key is taken."""
         nonce = uuid.uuid4().hex
-        metadata = {_SHA256: hashlib.sha256(data).hexdigest(), _NONCE: nonce}
+        metadata = {SHA256: hashlib.sha256(data).hexdigest(), _NONCE: nonce}
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         place = {"Bucket": self._bucket.name, "Key": self._key(key)}
         try:

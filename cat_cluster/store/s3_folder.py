@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from cat_cluster.errors import StoreError
 from cat_cluster.files import write_failure
-from cat_cluster.store.s3 import RETRY_SECONDS, S3Bucket, StoredKey, split_url
+from cat_cluster.store.s3 import RETRY_SECONDS, SHA256, S3Bucket, StoredKey, split_url
+from cat_cluster.store.s3_errors import damaged
 
 _FILES_AT_ONCE = 8
+_PIECE = 2**20  # bytes of an object that are in memory at once
 
 
 class S3Folder:
@@ -60,7 +65,7 @@ class S3Folder:
             path = folder / name
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self._bucket.download(files[name], path)
+                self._download(files[name], path)
             except OSError as error:
                 raise StoreError(write_failure(path, error)) from error
             return path
@@ -74,11 +79,42 @@ class S3Folder:
 
     def read_part(self, entry: StoredKey, name: str, start: int, length: int) -> bytes:
         """Return `length` bytes of an object from `start` on; fewer where it ends before."""
-        return self._bucket.read_part(entry, name, start, length)
+
+        def fetch(client: Any) -> bytes:
+            wanted = f"bytes={start}-{start + length - 1}"
+            response = client.get_object(Bucket=self._bucket.name, Key=entry.key, Range=wanted)
+            with closing(response["Body"]) as body:
+                data: bytes = body.read()
+            self._check_unchanged(entry, response)
+            return data
+
+        return self._bucket.run("read", name, fetch)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of one object below the prefix; ObjectNotFoundError if there is none."""
         return self._bucket.read(f"{self._base}{name}", name)[0]
+
+    def _download(self, entry: StoredKey, path: Path) -> None:
+        """Write an object to a file, a piece at a time; raises StoreError, and OSError of the file."""
+
+        def fetch(client: Any) -> None:
+            response = client.get_object(Bucket=self._bucket.name, Key=entry.key)
+            self._check_unchanged(entry, response)
+            digest = hashlib.sha256()
+            with closing(response["Body"]) as body, path.open("wb") as file:
+                for piece in body.iter_chunks(_PIECE):
+                    digest.update(piece)
+                    file.write(piece)
+            expected = response["Metadata"].get(SHA256)
+            if expected is not None and digest.hexdigest() != expected:
+                said = f"its sha256 is not {expected[:12]}..., which was stored with it"
+                raise damaged(entry.key, self.url, said)
+
+        self._bucket.run("read", entry.key, fetch)
+
+    def _check_unchanged(self, entry: StoredKey, response: Mapping[str, Any]) -> None:
+        if response["ETag"] != entry.etag:
+            raise StoreError(f"{entry.key} in {self.url} was changed while it was read; try again")
 
 
 def _checked(name: str, url: str) -> str:
