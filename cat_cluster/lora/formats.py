@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from cat_cluster.errors import AdapterFormatError
 from cat_cluster.files import write_whole
+from cat_cluster.lora.foreign_parts import BIAS as BIAS
+from cat_cluster.lora.foreign_parts import CONVOLUTION as CONVOLUTION
+from cat_cluster.lora.foreign_parts import DORA as DORA
 from cat_cluster.lora.foreign_parts import TEXT_ENCODER as TEXT_ENCODER
 from cat_cluster.lora.foreign_parts import UNSUPPORTED as UNSUPPORTED
 from cat_cluster.lora.layer_names import PEFT_PREFIX, kohya_names

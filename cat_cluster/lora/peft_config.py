@@ -71,17 +71,17 @@ def _flat_value(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def check_config(where: str, config: Mapping[str, Any], kinds: Collection[str], skip: Collection[Kind] = ()) -> None:
+def check_config(where: str, config: Mapping[str, Any], kinds: Collection[str], omitted: Collection[Kind]) -> None:
     """Raise AdapterFormatError, naming the setting, for an adapter that is more than a scaled product.
 
-    kinds: LORA, LOHA, LOKR, as far as the file holds layers of them; skip: the kinds of parts that were left out.
+    kinds: LORA, LOHA, LOKR, as far as the file holds layers of them; omitted: the kinds of parts that were left out.
     """
     kind = config.get("peft_type", "LORA")
     if kind not in kinds:
         raise AdapterFormatError(
             f"{where}: peft_type is {kind}, which cat-cluster does not apply to these weights: use a plain U-Net LoRA"
         )
-    ignored = {flag for flag, part in _FLAG_OF_PART.items() if part in skip}
+    ignored = {flag for flag, part in _FLAG_OF_PART.items() if part in omitted}
     found = next((flag for flag in _REFUSED_FLAGS if config.get(flag) and flag not in ignored), None)
     if found is not None:
         what = _REFUSED_FLAGS[found]

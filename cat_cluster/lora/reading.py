@@ -75,7 +75,7 @@ def read_foreign(
     _check_kinds(name, applied, rank)
     config = config_of(name, data, tensors, beside)
     if config is not None:
-        check_config(name, config, {layer.kind for layer in applied}, skip)
+        check_config(name, config, {layer.kind for layer in applied}, omitted.keys)
     weights, reductions = _collect(name, applied, places, config, rank)
     try:
         weights.check_finite()
