@@ -168,7 +168,7 @@ def adapters_import(
 
 
 def _print_notes(training: Mapping[str, Any]) -> None:
-    """Say what of an imported file was left out, and how near the LoRA of its LoHa and LoKr layers are."""
+    """Say what of an imported file was left out, how near its LoHa and LoKr layers came, and what is not served."""
     for kind, count in training.get("left_out_kinds", {}).items():
         people.print(f"left out {kind}: {count} tensors", soft_wrap=True)
     if left_out := training.get("left_out"):
@@ -182,6 +182,12 @@ def _print_notes(training: Mapping[str, Any]) -> None:
             f"LoHa and LoKr: {len(reduced['layers'])} layers as the nearest LoRA of rank {reduced['rank']}; relative "
             f"error {reduced['relative_error']:.2%} in all, at most {reduced['worst_relative_error']:.2%} "
             f"({reduced['worst_layer']}); each layer's is in the manifest",
+            soft_wrap=True,
+        )
+    if outside := training.get("outside_attention"):
+        people.print(
+            f"layers outside of attention blocks: {len(outside)}, the first {outside[0]}; `generate` draws with them, "
+            "the service refuses the adapter",
             soft_wrap=True,
         )
 

@@ -14,7 +14,7 @@ from cat_cluster.data.concepts import Concept, check_tokens, load_concept
 from cat_cluster.errors import AdapterFormatError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
-from cat_cluster.lora.bank import LoraBank
+from cat_cluster.lora.bank import LoraBank, served_layers
 from cat_cluster.lora.formats import TEXT_ENCODER, UNSUPPORTED, AdapterWeights, find_weights, read_foreign
 from cat_cluster.lora.reduction import report
 from cat_cluster.models.base_model import BaseModel, load_base_model
@@ -51,9 +51,10 @@ def import_adapter(request: ImportRequest, registry: Registry, device: str, list
     """Publish an adapter of a diffusers, PEFT or kohya file and return its manifest; with photos it is measured too.
 
     The manifest's training names the tensors that were left out, counts them by kind, and says how near the LoRA of
-    LoHa and LoKr layers are. The same file under the same id and settings is published once. Raises SpecError for bad
-    ids, tokens or numbers of them, ConceptError for bad photos, AdapterFormatError by name for what this project does
-    not apply, and AdapterMismatchError when the file is of another base model.
+    LoHa and LoKr layers are; it names the layers that the service does not adapt. The same file under the same id and
+    settings is published once. Raises SpecError for bad ids, tokens or numbers of them, ConceptError for bad photos,
+    AdapterFormatError by name for what this project does not apply, and AdapterMismatchError when the file is of
+    another base model.
     """
     path = find_weights(request.file)
     imported = _described(request, path)
@@ -67,6 +68,8 @@ def import_adapter(request: ImportRequest, registry: Registry, device: str, list
         training |= {"left_out": found.left_out.names, "left_out_kinds": found.left_out.counts}
     if request.rank is not None:
         training["reduced"] = report(found.reductions, request.rank)
+    if outside := sorted(set(found.weights.layers) - set(served_layers(base.unet, "attention_ff"))):
+        training["outside_attention"] = outside
     draft = adapter_draft(imported, base, concepts, found.weights, evaluation, training=training)
     return registry.publish(draft)
 
