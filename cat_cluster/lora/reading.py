@@ -55,7 +55,7 @@ def read_foreign(
     """
     name, data, beside = open_source(source)
     try:
-        tensors = load(data)
+        tensors = dict(sorted(load(data).items()))  # safetensors gives them in another order each time
     except (SafetensorError, ValueError) as error:
         raise AdapterFormatError(
             f"{name} is not a whole safetensors file ({error}): copy or export it again; pickle files are never read"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from cat_cluster.lora.formats import (
     to_safetensors,
     write_adapter,
 )
+from cat_cluster.lora.layer_names import original_paths
 from tests.unit.lora.conftest import WeightsFactory
 from tests.unit.lora.test_formats import ATTENTION, assert_same, close, dotted_keys, old_processor_keys, scramble
 
@@ -149,6 +151,10 @@ def test_dotted_names_of_the_original_code_are_read(
         ("output_blocks_3_0_skip_connection", "up_blocks.1.resnets.0.conv_shortcut"),
         ("time_embed_0", "time_embedding.linear_1"),
         ("label_emb_0_2", "add_embedding.linear_2"),
+        # ai-toolkit adapts every linear and 1x1 convolution of the U-Net, under diffusers' names.
+        ("down_blocks_1_resnets_0_time_emb_proj", "down_blocks.1.resnets.0.time_emb_proj"),
+        ("up_blocks_1_resnets_0_conv_shortcut", "up_blocks.1.resnets.0.conv_shortcut"),
+        ("time_embedding_linear_2", "time_embedding.linear_2"),
     ],
 )
 def test_layers_outside_of_attentions_are_where_diffusers_finds_them(
@@ -167,6 +173,22 @@ def test_layers_outside_of_attentions_are_where_diffusers_finds_them(
     stock(xl_unet).load_lora_weights(tmp_path, weight_name="a.safetensors")
     close(ours, predict(xl_unet))
     assert not torch.allclose(ours, bare, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion_1", "sdxl"])
+def test_original_names_are_those_that_diffusers_converts(
+    one_unet: UNet2DConditionModel, xl_unet: UNet2DConditionModel, family: str
+) -> None:
+    """Oracle: what diffusers reads a single-file checkpoint with, on every weight of the U-Net."""
+    unet = xl_unet if family == "sdxl" else one_unet
+    original = original_paths(unet)
+    numbered = {name: torch.tensor(number) for number, name in enumerate(unet.state_dict())}
+    places = {name: name.rpartition(".") for name in numbered}
+    checkpoint = {
+        f"model.diffusion_model.{original[path]}.{parameter}": numbered[name]
+        for name, (path, _, parameter) in places.items()
+    }
+    assert convert_ldm_unet_checkpoint(checkpoint, dict(unet.config)) == numbered
 
 
 @pytest.mark.parametrize("save_as", ["peft", "diffusers"])
