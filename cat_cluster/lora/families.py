@@ -36,10 +36,14 @@ _TEXT_SIDE = re.compile(r"attn2[._]to_[kv]$")
 
 @dataclass(frozen=True)
 class Family:
-    """A family's name, None where nothing tells, and the width of the text that its cross-attention reads, if known."""
+    """A family's name, None where nothing tells, and the width of the text that its cross-attention reads, if known.
+
+    layer: one that has that width.
+    """
 
     name: str | None
     width: int | None
+    layer: str = ""
 
     def __str__(self) -> str:
         width = "" if self.width is None else f" (cross-attention of width {self.width})"
@@ -56,12 +60,13 @@ def family_of_unet(unet: nn.Module) -> Family:
 def family_of_file(keys: Iterable[str], inputs: Iterable[tuple[str, int]]) -> Family:
     """Return the family that a file's keys tell, and `inputs`, the width that a layer takes by its name in the file."""
     keys = list(keys)
-    width = next((size for name, size in inputs if _TEXT_SIDE.search(name)), None)
-    if (named := _BY_WIDTH.get(width or 0)) is not None:
-        return Family(named, width)
-    if any(_DEEP.search(key) or _SECOND_ENCODER.search(key) for key in keys):
-        return Family(_SDXL, width)
-    return Family(_SD if any(_SD_BLOCKS.search(key) for key in keys) else None, width)
+    layer, width = next(((name, size) for name, size in inputs if _TEXT_SIDE.search(name)), ("", None))
+    named = _BY_WIDTH.get(width or 0)
+    if named is None and any(_DEEP.search(key) or _SECOND_ENCODER.search(key) for key in keys):
+        named = _SDXL
+    if named is None and any(_SD_BLOCKS.search(key) for key in keys):
+        named = _SD
+    return Family(named, width, layer)
 
 
 def refuse_other_models(name: str, keys: Iterable[str], unet: nn.Module | None) -> None:
@@ -80,19 +85,19 @@ def refuse_other_width(name: str, file: Family, unet: nn.Module) -> None:
     """Raise AdapterMismatchError, naming both families, where a file's cross-attention reads text of another width."""
     base = family_of_unet(unet)
     if None not in (file.width, base.width) and file.width != base.width:
-        raise AdapterMismatchError(_other_family(name, file, base))
+        raise AdapterMismatchError(_other_family(name, file.layer, file, base))
 
 
 def refuse_unknown_layer(name: str, raw: str, file: Family, unet: nn.Module) -> NoReturn:
     """Raise AdapterMismatchError for a layer that the base does not have, naming the families where they differ."""
     base = family_of_unet(unet)
     if file.name is not None and (_SDXL in file.name) != (_SDXL in str(base.name)):
-        raise AdapterMismatchError(_other_family(name, file, base))
+        raise AdapterMismatchError(_other_family(name, raw, file, base))
     raise AdapterMismatchError(f"{name}: {raw} is no layer of this base model: use the base it was made for")
 
 
-def _other_family(name: str, file: Family, base: Family) -> str:
+def _other_family(name: str, raw: str, file: Family, base: Family) -> str:
     return (
-        f"{name} was made for {file}, and the base model is {base}: import it with --base naming a base that it was "
-        "made for, or choose a file made for this one"
+        f"{name} was made for {file}, and the base model is {base}, which {raw} does not fit: import it with --base "
+        "naming a base that it was made for, or choose a file made for this one"
     )
