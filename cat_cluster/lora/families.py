@@ -74,10 +74,12 @@ def refuse_other_models(name: str, keys: Iterable[str], unet: nn.Module | None) 
     keys = list(keys)
     for pattern, family in _OTHERS.items():
         if (key := next((key for key in keys if re.search(pattern, key)), None)) is not None:
-            base = "cat-cluster draws with" if unet is None else f"the base model is {family_of_unet(unet)}, of"
+            made_for = f"{name} was made for {family}, as {key} shows"
+            if unet is None:
+                remedy = "cat-cluster draws with Stable Diffusion 1.x, 2.x and XL; choose a file made for one of these"
+                raise AdapterMismatchError(f"{made_for}: {remedy}")
             raise AdapterMismatchError(
-                f"{name} was made for {family}, as {key} shows: {base} Stable Diffusion 1.x, 2.x and XL; choose a file "
-                "made for the base model"
+                f"{made_for}, and the base model is {family_of_unet(unet)}: choose a file made for the base model"
             )
 
 
