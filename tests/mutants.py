@@ -259,9 +259,65 @@ MUTANTS = (
         "training/test_step.py",
     ),
     # lora
-    Mutant("lora", "cat_cluster/lora/formats.py", "{name} {tuple(tensor.shape)} ", "", "lora/test_formats.py"),
-    Mutant("lora", "cat_cluster/lora/formats.py", "{name} {tuple", "{tuple", "lora/test_formats.py"),
-    Mutant("lora", "cat_cluster/lora/formats.py", " {tuple(tensor.shape)} ", " ", "lora/test_formats.py"),
+    Mutant("lora", "cat_cluster/lora/weights.py", "{name} {tuple(tensor.shape)} ", "", "lora/test_formats.py"),
+    Mutant("lora", "cat_cluster/lora/weights.py", "{name} {tuple", "{tuple", "lora/test_formats.py"),
+    Mutant("lora", "cat_cluster/lora/weights.py", " {tuple(tensor.shape)} ", " ", "lora/test_formats.py"),
+    Mutant("lora", "cat_cluster/lora/layer_names.py", "    place = 1\n", "    place = 0\n", "lora/test_sdxl_files.py"),
+    Mutant("lora", "cat_cluster/lora/layer_names.py", '"emb_layers.1"', '"emb_layers.0"', "lora/test_sdxl_files.py"),
+    Mutant(
+        "lora",
+        "cat_cluster/lora/layer_names.py",
+        "unet is None or not has_pooled_text(unet)",
+        "unet is None or has_pooled_text(unet)",
+        "lora/test_sdxl_files.py",
+    ),
+    Mutant(
+        "lora", "cat_cluster/lora/reduction.py", "scale_of(rank1 or rank2)", "scale_of(rank2)", "lora/test_reduction.py"
+    ),
+    Mutant("lora", "cat_cluster/lora/reduction.py", "scale_of(len(w1_b))", "scale_of(None)", "lora/test_reduction.py"),
+    Mutant("lora", "cat_cluster/lora/reduction.py", "squares[rank:]", "squares[rank + 1 :]", "lora/test_reduction.py"),
+    Mutant(
+        "lora",
+        "cat_cluster/lora/reduction.py",
+        "flatten().sort(descending=True)",
+        "flatten().sort(descending=False)",
+        "lora/test_reduction.py",
+    ),
+    Mutant(
+        "lora",
+        "cat_cluster/lora/reading.py",
+        "1.0 if rank is None else alpha / rank",
+        "alpha / (rank or 1)",
+        "lora/test_reduction.py",
+    ),
+    Mutant(
+        "lora",
+        "cat_cluster/lora/families.py",
+        "(_SDXL in file.name) != (_SDXL in",
+        "(_SDXL in file.name) == (_SDXL in",
+        "lora/test_families.py",
+    ),
+    Mutant(
+        "lora",
+        "cat_cluster/lora/families.py",
+        "and file.width != base.width",
+        "and file.width == base.width",
+        "lora/test_families.py",
+    ),
+    Mutant(
+        "lora",
+        "cat_cluster/lora/foreign_parts.py",
+        'for part in layer.tensors if part == "magnitude"',
+        'for part in layer.tensors if part == "mid"',
+        "lora/test_foreign_parts.py",
+    ),
+    Mutant(
+        "lora",
+        "cat_cluster/lora/peft_config.py",
+        "if part in omitted}",
+        "if part}",
+        "lora/test_foreign_parts.py",
+    ),
     # evaluation
     Mutant(
         "evaluation",

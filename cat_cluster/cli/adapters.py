@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -125,10 +125,21 @@ def adapters_import(
     unet_only: Annotated[
         bool, typer.Option("--unet-only", help="Leave a text-encoder part of the file out; else it is refused.")
     ] = False,
+    skip_unsupported: Annotated[
+        bool,
+        typer.Option(
+            "--skip-unsupported",
+            help="Leave out, and name, all that is not applied: larger convolutions, DoRA, text encoders.",
+        ),
+    ] = False,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, max=LARGEST_COUNT, help="Rank of the LoRA that stands for each LoHa or LoKr layer."),
+    ] = None,
     storage: Storage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Publish an adapter that PEFT, diffusers or kohya made. With photos it is measured, as a trained one is.
+    """Publish an adapter of PEFT, diffusers, kohya or LyCORIS. With photos it is measured, as a trained one is.
 
     Example: cat-cluster adapters import mug.safetensors --id mug --token sks --class-noun mug --photos ./mug
     """
@@ -139,22 +150,46 @@ def adapters_import(
     if missing is not None:  # said before a base model is looked for
         raise SpecError(f"{missing} cannot be read: it is not there; check the path")
     evaluation = EvaluationSpec(images_per_prompt=images_per_prompt, judge=judge)
-    request = ImportRequest(file, adapter_id, token, class_noun, photos or (), base, evaluation, unet_only)
+    request = ImportRequest(
+        file, adapter_id, token, class_noun, photos or (), base, evaluation, unet_only, skip_unsupported, rank
+    )
     with progress() as listener:
         manifest = import_adapter(request, open_registry(storage), device(), listener)
-    left_out = manifest.training.get("left_out", [])
-    if left_out:
-        people.print(
-            f"left out the text-encoder part: {len(left_out)} tensors, the first {left_out[0]}; images can differ from "
-            "those of programs that apply it",
-            soft_wrap=True,
-        )
+    told = manifest.training
+    _print_notes(told)
     if as_json:
         record = {"id": manifest.adapter_id, "revision": manifest.revision, "rank": manifest.rank}
-        print_json({**record, "left_out": left_out} if unet_only else record)
+        if unet_only or skip_unsupported:
+            record |= {key: told.get(key, empty) for key, empty in (("left_out", []), ("left_out_kinds", {}))}
+        print_json(record | {key: told[key] for key in ("reduced",) if key in told})
         return
     measured = "measured" if manifest.metrics else "not measured: give --photos to measure it"
     people.print(f"published {manifest.name}, rank {manifest.rank}, {measured}")
+
+
+def _print_notes(training: Mapping[str, Any]) -> None:
+    """Say what of an imported file was left out, how near its LoHa and LoKr layers came, and what is not served."""
+    for kind, count in training.get("left_out_kinds", {}).items():
+        people.print(f"left out {kind}: {count} tensors", soft_wrap=True)
+    if left_out := training.get("left_out"):
+        people.print(
+            f"left out in all: {len(left_out)} tensors, the first {left_out[0]}, and the manifest names each; images "
+            "can differ from those of programs that apply them",
+            soft_wrap=True,
+        )
+    if reduced := training.get("reduced"):
+        people.print(
+            f"LoHa and LoKr: {len(reduced['layers'])} layers as the nearest LoRA of rank {reduced['rank']}; relative "
+            f"error {reduced['relative_error']:.2%} in all, at most {reduced['worst_relative_error']:.2%} "
+            f"({reduced['worst_layer']}); each layer's is in the manifest",
+            soft_wrap=True,
+        )
+    if outside := training.get("outside_attention"):
+        people.print(
+            f"layers outside of attention blocks: {len(outside)}, the first {outside[0]}; `generate` draws with them, "
+            "the service refuses the adapter",
+            soft_wrap=True,
+        )
 
 
 @adapters_app.command("alias")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from cat_cluster.errors import AdapterFormatError
+from cat_cluster.lora.foreign_parts import BIAS, DORA, Kind
 
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps a LoraConfig in a safetensors header
-_PEFT_DEFAULT_ALPHA = 8.0  # LoraConfig's own default, for settings that leave it out
+_PEFT_DEFAULT = 8.0  # of alpha and of r, in every config of PEFT, for settings that leave it out
+_ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # where each kind of adapter keeps it
 
 # Settings under which an adapter is more than W + scale * up @ down, by what to call them.
 _REFUSED_FLAGS = {
@@ -27,6 +29,8 @@ _REFUSED_FLAGS = {
     "target_parameters": "adapted bare parameters",
     "arrow_config": "an Arrow router",
 }
+# The settings that say no more than that a file has parts which can be left out.
+_FLAG_OF_PART = {"use_dora": DORA, "lora_bias": BIAS, "bias": BIAS}
 # These subtract the adapter's first value from the base weights: the file is right only beside that changed base.
 _REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -67,20 +71,24 @@ def _flat_value(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def check_config(where: str, config: Mapping[str, Any]) -> None:
-    """Raise AdapterFormatError, naming the setting, for an adapter that is more than a scaled up @ down."""
+def check_config(where: str, config: Mapping[str, Any], kinds: Collection[str], omitted: Collection[Kind]) -> None:
+    """Raise AdapterFormatError, naming the setting, for an adapter that is more than a scaled product.
+
+    kinds: LORA, LOHA, LOKR, as far as the file holds layers of them; omitted: the kinds of parts that were left out.
+    """
     kind = config.get("peft_type", "LORA")
-    if kind != "LORA":
+    if kind not in kinds:
         raise AdapterFormatError(
-            f"{where}: peft_type is {kind}, which cat-cluster does not apply: use a plain U-Net LoRA"
+            f"{where}: peft_type is {kind}, which cat-cluster does not apply to these weights: use a plain U-Net LoRA"
         )
-    found = next((flag for flag in _REFUSED_FLAGS if config.get(flag)), None)
+    ignored = {flag for flag, part in _FLAG_OF_PART.items() if part in omitted}
+    found = next((flag for flag in _REFUSED_FLAGS if config.get(flag) and flag not in ignored), None)
     if found is not None:
         what = _REFUSED_FLAGS[found]
         raise AdapterFormatError(
             f"{where}: {found} means {what}, which cat-cluster does not apply: use a plain U-Net LoRA"
         )
-    if config.get("bias", "none") != "none":
+    if config.get("bias", "none") != "none" and "bias" not in ignored:
         raise AdapterFormatError(
             f"{where}: bias is {config['bias']!r}, trained biases are not applied: train with bias 'none'"
         )
@@ -91,17 +99,28 @@ def check_config(where: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def scale_of(where: str, config: Mapping[str, Any], layer: str, rank: int) -> float:
-    """Return what PEFT multiplies up @ down of a layer by: alpha / R, or alpha / sqrt(R) (rsLoRA, arXiv 2312.03732)."""
+def scale_of(where: str, config: Mapping[str, Any], layer: str, rank: int | None) -> float:
+    """Return what PEFT multiplies a layer's product by: alpha / R, or alpha / sqrt(R) (rsLoRA, arXiv 2312.03732).
+
+    R is `rank`, that of the layer's factors; of a LoKr, whose factors may be whole, the one in its settings.
+    """
+    kind = config.get("peft_type", "LORA")
     try:
-        patterns = config.get("alpha_pattern") or {}
-        own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), None)
-        alpha = float(config.get("lora_alpha", _PEFT_DEFAULT_ALPHA) if own is None else own)
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+        alpha = float(_own(config, "alpha_pattern", layer, config.get(_ALPHA[kind], _PEFT_DEFAULT)))
+        if kind == "LOKR" or rank is None:
+            rank = int(_own(config, "rank_pattern", layer, config.get("r", _PEFT_DEFAULT)))
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError, re.error) as error:
         raise AdapterFormatError(
-            f"{where}: lora_alpha or alpha_pattern cannot be read ({error}): export the adapter again"
+            f"{where}: {_ALPHA[kind]}, alpha_pattern, r or rank_pattern cannot be read ({error}): export the adapter "
+            "again"
         ) from error
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _own(config: Mapping[str, Any], pattern: str, layer: str, otherwise: Any) -> Any:
+    """Return the value of the first entry of a pattern that is the layer's, as PEFT matches them."""
+    patterns = config.get(pattern) or {}
+    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", layer)), otherwise)
 
 
 def config_for(ranks: Mapping[str, int]) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from cat_cluster.data.concepts import Concept, check_tokens, load_concept
 from cat_cluster.errors import AdapterFormatError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
-from cat_cluster.lora.bank import LoraBank
-from cat_cluster.lora.formats import AdapterWeights, find_weights, read_adapter, text_encoder_keys
+from cat_cluster.lora.bank import LoraBank, served_layers
+from cat_cluster.lora.formats import TEXT_ENCODER, UNSUPPORTED, AdapterWeights, find_weights, read_foreign
+from cat_cluster.lora.reduction import report
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.pipeline.publish import adapter_draft
 from cat_cluster.pipeline.published_adapters import ImageListener
@@ -30,7 +31,8 @@ from cat_cluster.spec.yaml_file import field_lines
 class ImportRequest:
     """A file to import. tokens, class_nouns and, unless empty, photos (folders) have one entry per concept.
 
-    unet_only: leave a text-encoder part of the file out; else such a file is refused.
+    unet_only: leave a text-encoder part of the file out; skip_unsupported: leave out that and all else that is not
+    applied; else such a file is refused. rank: of the LoRA that stands for each LoHa or LoKr layer.
     """
 
     file: Path
@@ -41,13 +43,16 @@ class ImportRequest:
     base: str = "pocket"
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     unet_only: bool = False
+    skip_unsupported: bool = False
+    rank: int | None = None
 
 
 def import_adapter(request: ImportRequest, registry: Registry, device: str, listener: ImageListener) -> Manifest:
     """Publish an adapter of a diffusers, PEFT or kohya file and return its manifest; with photos it is measured too.
 
-    The manifest's training names the tensors that unet_only left out. The same file under the same id and settings is
-    published once. Raises SpecError for bad ids, tokens or numbers of them, ConceptError for bad photos,
+    The manifest's training names the tensors that were left out, counts them by kind, and says how near the LoRA of
+    LoHa and LoKr layers are; it names the layers that the service does not adapt. The same file under the same id and
+    settings is published once. Raises SpecError for bad ids, tokens or numbers of them, ConceptError for bad photos,
     AdapterFormatError by name for what this project does not apply, and AdapterMismatchError when the file is of
     another base model.
     """
@@ -55,12 +60,17 @@ def import_adapter(request: ImportRequest, registry: Registry, device: str, list
     imported = _described(request, path)
     concepts = _concepts(request)
     base = load_base_model(request.base, device=device)
-    weights = read_adapter(path, unet=base.unet, unet_only=request.unet_only)
-    evaluation = _measure(base, weights, concepts, imported, listener) if concepts else None
+    skip = UNSUPPORTED if request.skip_unsupported else frozenset({TEXT_ENCODER} if request.unet_only else ())
+    found = read_foreign(path, unet=base.unet, skip=skip, rank=request.rank)
+    evaluation = _measure(base, found.weights, concepts, imported, listener) if concepts else None
     training: dict[str, Any] = {"imported_from": imported.source}
-    if request.unet_only and (left_out := text_encoder_keys(path)):
-        training["left_out"] = left_out
-    draft = adapter_draft(imported, base, concepts, weights, evaluation, training=training)
+    if found.left_out.keys:
+        training |= {"left_out": found.left_out.names, "left_out_kinds": found.left_out.counts}
+    if request.rank is not None:
+        training["reduced"] = report(found.reductions, request.rank)
+    if outside := sorted(set(found.weights.layers) - set(served_layers(base.unet, "attention_ff"))):
+        training["outside_attention"] = outside
+    draft = adapter_draft(imported, base, concepts, found.weights, evaluation, training=training)
     return registry.publish(draft)
 
 
@@ -88,6 +98,7 @@ def _described(request: ImportRequest, path: Path) -> ImportedAdapter:
                     for token, noun in zip(request.tokens, request.class_nouns, strict=True)
                 ],
                 "evaluation": request.evaluation,
+                "rank": request.rank,
                 "source": path.name,
                 "source_sha256": hashlib.sha256(content).hexdigest(),
             }

@@ -17,12 +17,14 @@ from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import write_adapter
+from cat_cluster.lora.layer_names import names_depend_on_base
 from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.edit import EditSource
 from cat_cluster.models.edit_steps import edit_strength, steps_made
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.prompt_weights import PROMPT_CHUNKS, Prompt, plain_text
+from cat_cluster.models.unet_layout import unet_layout
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.registry.gate import gate_note, opens_gate
 from cat_cluster.registry.objects import PHOTO_PREFIX
@@ -215,7 +217,7 @@ def export_stack(registry: Registry, members: Sequence[StackMember], folder: Pat
     """Write published adapters as one file, each strength folded in, and return its path.
 
     Of several its rank is the sum of theirs. Raises AdapterMismatchError for adapters of different bases, RegistryError
-    for one named twice.
+    for one named twice, BaseModelError where kohya's names of an SDXL's layers are asked for without its base.
     """
     check_once_each(member.reference for member in members)
     manifests = [registry.resolve(member.reference) for member in members]
@@ -235,7 +237,9 @@ def export_stack(registry: Registry, members: Sequence[StackMember], folder: Pat
         metadata["strength"] = stack_name(str(member.strength) for member in members)
     loaded = [(registry.load_weights(one), member.strength) for one, member in zip(manifests, members, strict=True)]
     adapter_id = stack_name(manifest.adapter_id for manifest in manifests)
-    return write_adapter(stack_weights(loaded), folder, fmt, adapter_id=adapter_id, metadata=metadata)
+    weights = stack_weights(loaded)
+    unet = unet_layout(first.base_name) if fmt == "kohya" and names_depend_on_base(weights.layers) else None
+    return write_adapter(weights, folder, fmt, adapter_id=adapter_id, metadata=metadata, unet=unet)
 
 
 def _stored_concept(

@@ -39,6 +39,7 @@ class ImportedAdapter(BaseModel):
     method: Literal["imported"] = Field(default="imported", description="It was trained elsewhere.")
     concepts: OneOrMore[ImportedConcept] = Field(description="Concepts of the adapter.")
     evaluation: EvaluationSpec = Field(description="How it is measured.")
+    rank: int | None = Field(default=None, ge=1, description="Rank of the LoRA that stands for LoHa and LoKr layers.")
     source: Text = Field(description="Name of the file.")
     source_sha256: str = Field(description="sha256 of the file's bytes.")
 
@@ -50,6 +51,6 @@ class ImportedAdapter(BaseModel):
         return self
 
     def digest(self) -> str:
-        """Return the sha256 of the canonical JSON; the file counts by its content, not by its name."""
-        content = self.model_dump(mode="json", exclude={"source"})
+        """Return the sha256 of the canonical JSON; the file counts by its content, not by its name, a rank if given."""
+        content = self.model_dump(mode="json", exclude={"source"} if self.rank is not None else {"source", "rank"})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

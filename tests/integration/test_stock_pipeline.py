@@ -92,8 +92,9 @@ def test_an_adapter_of_sdxl_draws_our_picture_in_a_stock_pipeline(
     ours = drawn(command, tmp_path / "ours.png", "--adapter", "cup", "--storage", storage)
     bare = drawn(command, tmp_path / "bare.png", "--base", tiny_xl_folder)
     assert np.abs(bare - stock_picture(tiny_xl_folder)).max() <= LEVELS
-    lora = exported(command, storage, "diffusers", tmp_path / "diffusers")
-    assert np.abs(ours - stock_picture(tiny_xl_folder, lora)).max() <= LEVELS
+    for fmt in ("diffusers", "kohya"):
+        lora = exported(command, storage, fmt, tmp_path / fmt)
+        assert np.abs(ours - stock_picture(tiny_xl_folder, lora)).max() <= LEVELS, fmt
     assert np.abs(ours - bare).max() > 10 * LEVELS, "the adapter does nothing, so nothing was compared"
 
 

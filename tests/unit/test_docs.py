@@ -277,8 +277,7 @@ def test_examples_are_valid(document: Path) -> None:
     for block in blocks(document, "python"):
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cat_cluster"):
-                module = importlib.import_module(node.module or "")
-                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+                exec(ast.unparse(node), {})  # a name may be a module that nothing has imported yet
 
 
 def test_the_example_of_the_readme_is_the_shipped_spec() -> None:

@@ -63,3 +63,25 @@ def make_weights() -> WeightsFactory:
         return AdapterWeights(layers)
 
     return make
+
+
+@pytest.fixture
+def xl_unet() -> UNet2DConditionModel:
+    """A tiny U-Net of SDXL's kind: no attention in its first block, several transformer blocks, pooled text."""
+    torch.manual_seed(3)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(4, 8, 8),
+        layers_per_block=2,
+        transformer_layers_per_block=(1, 2, 3),
+        attention_head_dim=4,
+        norm_num_groups=4,
+        cross_attention_dim=24,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 12,
+        use_linear_projection=True,
+    )
+    return unet.eval().requires_grad_(False)

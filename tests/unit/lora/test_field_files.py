@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor
 
 from cat_cluster.errors import AdapterFormatError, AdapterMismatchError
-from cat_cluster.lora.formats import AdapterWeights, read_adapter, text_encoder_keys, write_adapter
+from cat_cluster.lora.formats import TEXT_ENCODER, AdapterWeights, read_adapter, read_foreign, write_adapter
 from tests.unit.lora.conftest import WeightsFactory
 from tests.unit.lora.test_formats import ATTENTION, assert_same, bank_predicts, close, peft_folder, predict
 
@@ -47,9 +47,9 @@ def test_kohyas_default_file_means_what_diffusers_makes_of_its_unet_part(
     path = kohya_file(weights, tmp_path / "cup.safetensors", alpha=2.0, text_width=width)
     with pytest.raises(AdapterFormatError, match=rf"{TEXT_LAYER}.*text-encoder part.*--unet-only"):
         read_adapter(path, unet=pipeline.unet)
-    found = read_adapter(path, unet=pipeline.unet, unet_only=True)
-    assert text_encoder_keys(path) == sorted(key for key in load_file(path) if key.startswith("lora_te_"))
-    ours = bank_predicts(pipeline.unet, found)
+    found = read_foreign(path, unet=pipeline.unet, skip={TEXT_ENCODER})
+    assert found.left_out.names == sorted(key for key in load_file(path) if key.startswith("lora_te_"))
+    ours = bank_predicts(pipeline.unet, found.weights)
     state, alphas = pipeline.lora_state_dict(tmp_path, weight_name=path.name)
     pipeline.load_lora_into_unet(state, alphas, pipeline.unet)
     close(ours, predict(pipeline.unet))
@@ -97,7 +97,7 @@ def test_larger_convolutions_are_refused_by_name(one_unet: UNet2DConditionModel)
 def test_a_file_of_a_text_encoder_alone_is_refused(tmp_path: Path) -> None:
     save_file({f"{TEXT_LAYER}.lora_down.weight": torch.ones(2, 2)}, tmp_path / "text.safetensors")
     with pytest.raises(AdapterFormatError, match="holds a text-encoder part alone"):
-        read_adapter(tmp_path / "text.safetensors", unet_only=True)
+        read_foreign(tmp_path / "text.safetensors", skip={TEXT_ENCODER})
 
 
 @pytest.mark.parametrize(
