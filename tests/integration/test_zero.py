@@ -47,7 +47,7 @@ def found_by_both(folder: Path, what: str) -> list[dict[Any, Any]]:
         )
         for rank in (0, 1)
     ]
-    outputs = [worker.communicate(timeout=280)[0] for worker in workers]
+    outputs = [worker.communicate(timeout=600)[0] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], "\n".join(output[-3000:] for output in outputs)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
 
