@@ -1,4 +1,4 @@
-"""The drawn places of the embedded bases' worlds: sky, ground, a moon or a sun, and soft shadows of what stands there."""
+"""The drawn places of the embedded bases: sky, ground, a moon or a sun, and soft shadows of what stands there."""
 
 from __future__ import annotations
 
