@@ -81,10 +81,10 @@ class Scene:
         return (*self.original, *self.crop, self.height, self.width)
 
 
-def random_scene(pictures: Sequence[Picture], rng: np.random.Generator) -> Scene:
-    """A scene of random pictures in a random frame."""
+def random_scene(pictures: Sequence[Picture], rng: np.random.Generator, shape: tuple[int, int] | None = None) -> Scene:
+    """A scene of random pictures in a frame of a random `shape` (height, width), or of the one given."""
     shapes = list(FRAMES)
-    height, width = shapes[int(rng.choice(len(shapes), p=list(FRAMES.values())))]
+    height, width = shape or shapes[int(rng.choice(len(shapes), p=list(FRAMES.values())))]
     return _scene_in(pictures, height, width, rng)
 
 

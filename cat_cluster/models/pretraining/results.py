@@ -27,14 +27,16 @@ def result(
     save: Callable[[Model, Path], object],
     train: Callable[[Stage], tuple[Model, StageProgress]],
 ) -> Model:
-    """The stage's finished model, or train it (resuming its checkpoint), save it and write how it ended beside it."""
+    """The stage's finished model, or train it (resuming its checkpoint), save it and write how it ended beside it.
+
+    It is read from its file in either case: a run in one piece then gives the weights of one that was interrupted.
+    """
     folder, ending = stage.checkpoint.with_suffix(""), stage.checkpoint.with_suffix(".json")
-    if ending.is_file():
-        return load(folder)
-    model, ended = train(stage)
-    save(model, folder)
-    ending.write_text(json.dumps(asdict(ended), indent=2) + "\n", encoding="utf-8")
-    return model
+    if not ending.is_file():
+        model, ended = train(stage)
+        save(model, folder)
+        ending.write_text(json.dumps(asdict(ended), indent=2) + "\n", encoding="utf-8")
+    return load(folder)
 
 
 def save_model(model: PreTrainedModel | ModelMixin, folder: Path) -> None:
