@@ -25,7 +25,7 @@ class Recipe:
     clip_steps: int = 12_000
     clip_batch: int = 128
     clip_rate: float = 1.0e-3
-    clip_minutes: float = 150.0
+    clip_minutes: float = 140.0
 
     vae_scenes: int = 12_000
     vae_channels: tuple[int, ...] = (32, 64, 64)
@@ -36,7 +36,7 @@ class Recipe:
     vae_frame_share: float = 0.2
     vae_rate: float = 2.0e-3
     vae_kl: float = 1.0e-6
-    vae_minutes: float = 60.0
+    vae_minutes: float = 45.0
 
     unet_scenes: int = 60_000
     unet_channels: tuple[int, ...] = (64, 144)
@@ -52,10 +52,10 @@ class Recipe:
     classifier_scenes: int = 24_000
     classifier_channels: tuple[int, ...] = (24, 48, 96, 128)
     classifier_decoded: int = 6_000
-    classifier_steps: int = 6_000
+    classifier_steps: int = 12_000
     classifier_batch: int = 64
     classifier_rate: float = 2.0e-3
-    classifier_minutes: float = 60.0
+    classifier_minutes: float = 30.0
 
     general_prompts: int = 300
     card_pictures: int = 240
