@@ -216,6 +216,10 @@ def pocket_grid(
     from cat_cluster.models.base_model import base_folder
 
     folder = base_folder("pocket") if weights is None else weights
+    if not (folder / "model_index.json").is_file():
+        raise BaseModelError(
+            f"--weights: {folder} has no model_index.json; name a folder that `cat-cluster pocket pretrain` finished"
+        )
     if (folder / "text_encoder_2").is_dir():
         from cat_cluster.models.pocket_xl.pretraining.quality import prompt_grid as grid_of_xl
 

@@ -58,9 +58,10 @@ def pretrain_xl(
     if (out / "card.json").is_file():
         return
     plan = recipe if recipe is not None else Recipe()
+    given = None if emojis is None else load_emojis(emojis)  # refused before anything is written
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
-    world_of = load_emojis(emojis if emojis is not None else fetch_emojis(work / "emojis"))
+    pictures = load_emojis(fetch_emojis(work / "emojis")) if given is None else given
     shares = {
         "vae": plan.vae_minutes,
         "clip": plan.clip_minutes,
@@ -68,9 +69,9 @@ def pretrain_xl(
         "unet": plan.unet_minutes,
     }
     with stages(work, shares, minutes=minutes, device=device, seed=seed, compile=compile) as stage:
-        towers, vae, unet, classifier = _run_stages(plan, world_of, work, stage)
-    assemble(out, plan, world_of, towers, work, vae, unet, classifier, seed=seed)
-    write_card(out, plan, world_of, seed=seed)
+        towers, vae, unet, classifier = _run_stages(plan, pictures, work, stage)
+    assemble(out, plan, pictures, towers, work, vae, unet, classifier, seed=seed)
+    write_card(out, plan, pictures, seed=seed)
 
 
 def _run_stages(
