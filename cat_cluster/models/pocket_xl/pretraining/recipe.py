@@ -12,7 +12,7 @@ class Recipe:
     text_length: int = 32
     merges: int = 1_600
 
-    clip_scenes: int = 40_000
+    clip_scenes: int = 80_000
     clip_width: int = 160
     clip_heads: int = 4
     clip_layers: int = 3
@@ -38,7 +38,7 @@ class Recipe:
     vae_kl: float = 1.0e-6
     vae_minutes: float = 45.0
 
-    unet_scenes: int = 60_000
+    unet_scenes: int = 100_000
     unet_channels: tuple[int, ...] = (64, 144)
     unet_heads: tuple[int, ...] = (2, 4)
     unet_groups: int = 8
@@ -49,7 +49,7 @@ class Recipe:
     unet_ema: float = 0.9995
     unet_minutes: float = 600.0
 
-    classifier_scenes: int = 24_000
+    classifier_scenes: int = 48_000
     classifier_channels: tuple[int, ...] = (24, 48, 96, 128)
     classifier_decoded: int = 6_000
     classifier_steps: int = 12_000
