@@ -179,6 +179,9 @@ def pocket_pretrain(
             help="Of pocket-xl: the unpacked npm package emoji-datasource-google 16.0.0. Default: npm fetches it."
         ),
     ] = None,
+    real_judge: Annotated[
+        Path | None, typer.Option(help="Of pocket-xl: EfficientNet-Lite0 as safetensors, for the model card.")
+    ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -193,10 +196,18 @@ def pocket_pretrain(
     if base == "pocket-xl":
         from cat_cluster.models.pocket_xl.pretraining.pretrain import pretrain_xl
 
-        pretrain_xl(out, emojis=emojis, minutes=minutes, device=device(), compile=compile_unet, seed=seed)
+        pretrain_xl(
+            out,
+            emojis=emojis,
+            real_judge=real_judge,
+            minutes=minutes,
+            device=device(),
+            compile=compile_unet,
+            seed=seed,
+        )
         return
-    if emojis is not None:
-        raise typer.BadParameter("only pocket-xl has emojis in its world: leave it out, or give --base pocket-xl")
+    if emojis is not None or real_judge is not None:
+        raise typer.BadParameter("--emojis and --real-judge are pocket-xl's: leave them out, or give --base pocket-xl")
     from cat_cluster.models.pocket.pretraining.pretrain import pretrain
 
     pretrain(out, minutes=minutes, device=device(), compile=compile_unet, seed=seed)

@@ -222,7 +222,10 @@ FINDINGS: dict[str, tuple[list[str], str]] = {
         "inf is not a finite",
     ),
     "no time": (["pocket", "pretrain", "--out", "new", "--minutes", "-5"], "must be above 0, got -5"),
-    "emojis of Pocket-SD": (["pocket", "pretrain", "--out", "new", "--emojis", "."], "only pocket-xl has emojis"),
+    "emojis of Pocket-SD": (
+        ["pocket", "pretrain", "--out", "new", "--emojis", "."],
+        "--emojis and --real-judge are pocket-xl's",
+    ),
     "no emojis": (
         ["pocket", "pretrain", "--base", "pocket-xl", "--out", "new", "--emojis", "none"],
         "give the unpacked npm package emoji-datasource-google 16.0.0",

@@ -19,6 +19,7 @@ from cat_cluster.models.pocket_xl.emojis import Emoji, load_emojis
 from cat_cluster.models.pocket_xl.pretraining.classifier import train_classifier
 from cat_cluster.models.pocket_xl.pretraining.package import fetch_emojis
 from cat_cluster.models.pocket_xl.pretraining.quality import write_card
+from cat_cluster.models.pocket_xl.pretraining.real_world import load_lite0
 from cat_cluster.models.pocket_xl.pretraining.recipe import Recipe
 from cat_cluster.models.pocket_xl.pretraining.text import (
     TextTowers,
@@ -43,6 +44,7 @@ def pretrain_xl(
     out: Path,
     *,
     emojis: Path | None,
+    real_judge: Path | None,
     minutes: float | None,
     device: str,
     compile: bool,
@@ -51,7 +53,8 @@ def pretrain_xl(
 ) -> None:
     """Train every part, write the diffusers folder `out` and measure it; call again to resume.
 
-    `emojis` is an unpacked npm package emoji-datasource-google; None: it is fetched to `out`/work/emojis. Each stage
+    `emojis` is an unpacked npm package emoji-datasource-google; None: it is fetched to `out`/work/emojis. `real_judge`
+    is EfficientNet-Lite0 as safetensors; None: the card does without its figures. Each stage
     checkpoints to `out`/work/<stage>.pt and leaves its result in `out`/work/<stage>/. With `minutes` the stages share
     that wall-clock time as `Recipe` says; without, they do the recipe's steps. card.json is written last: a folder
     that has one is finished and left as it is.
@@ -59,6 +62,7 @@ def pretrain_xl(
     if (out / "card.json").is_file():
         return
     plan = recipe if recipe is not None else Recipe()
+    eyes = None if real_judge is None else load_lite0(real_judge)
     given = None if emojis is None else load_emojis(emojis)  # refused before anything is written
     work = out / "work"
     work.mkdir(parents=True, exist_ok=True)
@@ -72,7 +76,7 @@ def pretrain_xl(
     with stages(work, shares, minutes=minutes, device=device, seed=seed, compile=compile) as stage:
         towers, vae, unet, classifier = _run_stages(plan, pictures, work, stage)
     assemble(out, plan, pictures, towers, work, vae, unet, classifier, seed=seed)
-    write_card(out, plan, pictures, seed=seed)
+    write_card(out, plan, pictures, seed=seed, real_judge=eyes)
 
 
 def _run_stages(

@@ -21,6 +21,7 @@ from cat_cluster.models.pocket_xl.captions import scene_caption, with_article
 from cat_cluster.models.pocket_xl.concepts import CONCEPTS
 from cat_cluster.models.pocket_xl.emojis import Emoji
 from cat_cluster.models.pocket_xl.pretraining.albums import make_album
+from cat_cluster.models.pocket_xl.pretraining.real_world import CLASSES, Lite0, recognised
 from cat_cluster.models.pocket_xl.pretraining.recipe import Recipe
 from cat_cluster.models.pretraining.card import labelled_sheet, paired_similarity, save_card, similarity
 from cat_cluster.models.pretraining.clip import embed_images, embed_texts
@@ -90,9 +91,14 @@ def generate(
     return torch.cat(chunks)
 
 
-def measure(pocket: PocketXl, *, seed: int = 0, pictures: int = 240, groups: int = 16) -> dict[str, Any]:
-    """Every figure of the model card, as plain floats; `pictures` are made for each test of prompts."""
-    return {
+def measure(
+    pocket: PocketXl, *, seed: int = 0, pictures: int = 240, groups: int = 16, real_judge: Lite0 | None = None
+) -> dict[str, Any]:
+    """Every figure of the model card, as plain floats; `pictures` are made for each test of prompts.
+
+    What a judge from the real world recognises is measured where there is one.
+    """
+    figures = {
         "vae": vae_figures(pocket),
         "clip_retrieval_top1_of_64": retrieval(pocket, groups),
         "classifier_on_held_out_scenes": classifier_accuracy(pocket, groups),
@@ -104,12 +110,17 @@ def measure(pocket: PocketXl, *, seed: int = 0, pictures: int = 240, groups: int
         "concepts_told_apart": concepts_told_apart(pocket),
         "diversity": diversity(pocket, seed),
     }
+    return figures if real_judge is None else figures | {"real_world": real_world(pocket, real_judge, seed)}
 
 
-def write_card(weights: Path, recipe: Recipe, emojis: Sequence[Emoji], *, seed: int) -> Path:
+def write_card(
+    weights: Path, recipe: Recipe, emojis: Sequence[Emoji], *, seed: int, real_judge: Lite0 | None = None
+) -> Path:
     """Measure a folder and write its card.json."""
     pocket = load_pocket_xl(weights, emojis, steps=recipe.card_steps)
-    figures = measure(pocket, seed=seed, pictures=recipe.card_pictures, groups=recipe.card_groups)
+    figures = measure(
+        pocket, seed=seed, pictures=recipe.card_pictures, groups=recipe.card_groups, real_judge=real_judge
+    )
     return save_card(weights, recipe, figures, seed=seed)
 
 
@@ -292,6 +303,20 @@ def diversity(pocket: PocketXl, seed: int, count: int = 6) -> dict[str, float]:
         groups = features(pictures).view(len(nouns), count, -1)
         figures[judge] = float(np.mean([(1 - similarity(group, group))[apart].mean() for group in groups]))
     return figures
+
+
+def real_world(pocket: PocketXl, judge: torch.nn.Module, seed: int) -> dict[str, dict[str, float]]:
+    """What EfficientNet-Lite0 recognises, among ImageNet's 1,000 classes, of the things that it has a class for.
+
+    `drawn`: in drawn scenes, which is what can be expected at most; `generated`: in pictures of the same prompts.
+    """
+    known = {emoji.name: emoji for emoji in pocket.emojis if emoji.name in CLASSES}
+    names = sorted(known)
+    albums = [world.photos(known[name], 1, seed + number)[0] for number, name in enumerate(names)]
+    drawn = torch.from_numpy(np.stack([frame for frame, _ in albums])).permute(0, 3, 1, 2).float() / 255
+    prompts = [f"a photo of {with_article(name)} {scene.place}" for name, (_, scene) in zip(names, albums, strict=True)]
+    generated = generate(pocket.pipeline, prompts, range(seed + 9_000, seed + 9_000 + len(names)), pocket.steps)
+    return {"drawn": recognised(judge, drawn, names), "generated": recognised(judge, generated, names)}
 
 
 _GRID = (

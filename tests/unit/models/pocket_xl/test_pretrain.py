@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from cat_cluster.models.pocket.classifier import load_classifier
 from cat_cluster.models.pocket.clip import load_judge
 from cat_cluster.models.pocket.places import PLACES
+from cat_cluster.models.pocket_xl import world
 from cat_cluster.models.pocket_xl.captions import with_article
 from cat_cluster.models.pocket_xl.emojis import Emoji
 from cat_cluster.models.pocket_xl.pretraining import classifier, quality, text, unet
@@ -29,7 +31,9 @@ STAGES = {"vae", "clip", "classifier", "unet"}
 
 
 def _pretrain(out: Path, package: Path) -> None:
-    pretrain_xl(out, emojis=package, minutes=None, device="cpu", compile=False, seed=0, recipe=Recipe.tiny())
+    pretrain_xl(
+        out, emojis=package, real_judge=None, minutes=None, device="cpu", compile=False, seed=0, recipe=Recipe.tiny()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +221,21 @@ def test_figures_are_shares_of_what_was_asked(
     assert found == {"object": 1.0, "object_among_five": 1.0, "place": 1.0}
     assert quality.two_things(pocket, 12, 0) == {"both": 0.0, "either": 1.0}
     assert set(quality.frame_shapes(pocket, 4, 0).values()) == {1.0}
+
+
+def test_the_judge_of_the_real_world_sees_drawn_and_generated_pictures_of_the_same_things(
+    folder: Path, emojis: tuple[Emoji, ...]
+) -> None:
+    pocket = quality.load_pocket_xl(folder, emojis, steps=1)
+    seen: list[torch.Tensor] = []
+
+    class Judge(torch.nn.Module):
+        def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+            seen.append(pictures)
+            return torch.nn.functional.one_hot(torch.tensor([291, 850]), 1000).float()  # a lion, a teddy bear
+
+    found = quality.real_world(pocket, Judge(), 0)
+    assert found == {"drawn": {"top1": 1.0, "top5": 1.0}, "generated": {"top1": 1.0, "top5": 1.0}}
+    wanted = [world.photos(emojis[index], 1, number)[0][0] for number, index in enumerate((2, 4))]
+    torch.testing.assert_close((seen[0] * 255).round().byte().permute(0, 2, 3, 1), torch.tensor(np.stack(wanted)))
+    assert seen[1].shape == (2, 3, 64, 64)
