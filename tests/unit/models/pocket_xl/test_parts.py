@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from cat_cluster.models.pocket_xl.pretraining.classifier import targets
 from cat_cluster.models.pocket_xl.pretraining.pretrain import make_tokenizers
 from cat_cluster.models.pocket_xl.pretraining.recipe import Recipe
 from cat_cluster.models.pocket_xl.pretraining.vae import other_colours
+from cat_cluster.models.pretraining.stage import Stage
 from cat_cluster.models.pretraining.vae import encode_frames, new_vae
 
 
@@ -194,3 +196,42 @@ def test_without_npm_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     with pytest.raises(BaseModelError, match=r"failed \(npm error 404 not found\).*registry.*--emojis"):
         package.fetch_emojis(tmp_path / "emojis")
+
+
+def test_the_unet_is_told_the_size_crop_and_text_of_each_picture(
+    emojis: tuple[Emoji, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(Recipe.tiny(), unet_scenes=200, unet_steps=6, unet_batch=8)
+    tokenizers = make_tokenizers(recipe, emojis, tmp_path, 0)
+    encoders = text.text_encoders(text.new_towers(recipe, tokenizers[0]))
+    vae = new_vae(recipe, 64).eval()
+    scenes = albums.random_scenes(emojis, recipe.unet_scenes, 2)  # those of a stage with seed 0
+    told: list[tuple[torch.Tensor, torch.Tensor]] = []
+    asked: list[str] = []
+
+    def full_caption(scene: world.Scene, *_: object) -> str:
+        asked.append(scene_caption(scene, emojis, np.random.default_rng(0), full=True))
+        return asked[-1]
+
+    def watched(given: Recipe) -> torch.nn.Module:
+        model = new_unet(given)
+        model.register_forward_pre_hook(
+            lambda _, args, named: told.append((args[0], named["added_cond_kwargs"]["time_ids"])), with_kwargs=True
+        )
+        return model
+
+    new_unet = unet.new_unet
+    monkeypatch.setattr(unet, "new_unet", watched)
+    monkeypatch.setattr(unet, "scene_caption", full_caption)
+    stage = Stage("unet", tmp_path / "unet.pt", "cpu", 0, lambda _: None)
+    unet.train_unet(recipe, emojis, vae, encoders, tokenizers, stage)
+    captions = {
+        (*scene.time_ids, scene_caption(scene, emojis, np.random.default_rng(0), full=True)) for scene in scenes
+    }
+    assert len(told) == 6
+    assert len(asked) == 6 * 8
+    for batch, (noisy, time_ids) in enumerate(told):
+        assert {tuple(int(side) * 4 for side in noisy.shape[-2:])} == {tuple(map(int, ids[4:])) for ids in time_ids}
+        for row, ids in enumerate(time_ids):
+            assert (*map(int, ids), asked[batch * 8 + row]) in captions
+    assert len({tuple(noisy.shape) for noisy, _ in told}) > 1
