@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.table import Table
@@ -51,7 +51,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 base_app = typer.Typer(no_args_is_help=True, help="Base models.")
-pocket_app = typer.Typer(no_args_is_help=True, help="Pocket-SD, the embedded base model.")
+pocket_app = typer.Typer(no_args_is_help=True, help="The embedded base models: Pocket-SD and Pocket-XL.")
 spec_app = typer.Typer(no_args_is_help=True, help="Job specs.")
 app.add_typer(base_app, name="base")
 app.add_typer(pocket_app, name="pocket")
@@ -172,6 +172,16 @@ def pocket_pretrain(
     out: Annotated[
         Path, typer.Option(callback=output_folder, help="Folder for the weights; interrupted work there is resumed.")
     ],
+    base: Annotated[Literal["pocket", "pocket-xl"], typer.Option(help="Which embedded base.")] = "pocket",
+    emojis: Annotated[
+        Path | None,
+        typer.Option(
+            help="Of pocket-xl: the unpacked npm package emoji-datasource-google 16.0.0. Default: npm fetches it."
+        ),
+    ] = None,
+    real_judge: Annotated[
+        Path | None, typer.Option(help="Of pocket-xl: EfficientNet-Lite0 as safetensors, for the model card.")
+    ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -182,7 +192,22 @@ def pocket_pretrain(
     compile_unet: Annotated[bool, typer.Option("--compile", help="Compile the U-Net (needs a C++ compiler).")] = False,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="Seed of the world and of every model.")] = 0,
 ) -> None:
-    """Pretrain Pocket-SD from scratch on its procedural world: hours on a CPU, minutes on a GPU. Resumable."""
+    """Pretrain an embedded base from scratch on its own world: hours on a CPU, minutes on a GPU. Resumable."""
+    if base == "pocket-xl":
+        from cat_cluster.models.pocket_xl.pretraining.pretrain import pretrain_xl
+
+        pretrain_xl(
+            out,
+            emojis=emojis,
+            real_judge=real_judge,
+            minutes=minutes,
+            device=device(),
+            compile=compile_unet,
+            seed=seed,
+        )
+        return
+    if emojis is not None or real_judge is not None:
+        raise typer.BadParameter("--emojis and --real-judge are pocket-xl's: leave them out, or give --base pocket-xl")
     from cat_cluster.models.pocket.pretraining.pretrain import pretrain
 
     pretrain(out, minutes=minutes, device=device(), compile=compile_unet, seed=seed)
@@ -194,12 +219,26 @@ def pocket_grid(
         "pocket-grid.png"
     ),
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_FIRST_SEED, help="First seed.")] = 0,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder that `pocket pretrain` wrote. Default: the shipped Pocket-SD.")
+    ] = None,
 ) -> None:
-    """Generate a grid of images that shows what Pocket-SD knows."""
+    """Generate a grid of images that shows what an embedded base knows."""
     from cat_cluster.models.base_names import base_folder
+
+    folder = base_folder("pocket") if weights is None else weights
+    if not (folder / "model_index.json").is_file():
+        raise BaseModelError(
+            f"--weights: {folder} has no model_index.json; name a folder that `cat-cluster pocket pretrain` finished"
+        )
+    if (folder / "text_encoder_2").is_dir():
+        from cat_cluster.models.pocket_xl.pretraining.quality import prompt_grid as grid_of_xl
+
+        people.print(f"wrote {grid_of_xl(folder, out, seed, device=device())}")
+        return
     from cat_cluster.models.pocket.pretraining.quality import prompt_grid
 
-    people.print(f"wrote {prompt_grid(base_folder('pocket'), out, seed, device=device())}")
+    people.print(f"wrote {prompt_grid(folder, out, seed, device=device())}")
 
 
 @spec_app.command("check")

@@ -38,6 +38,7 @@ OF_OTHERS = {
         "report.json",
     ),
     *("out/demo/report.html", "out/demo/report.json", "out/demo/stacks.png"),
+    *("work/progress.jsonl", "text_encoder_2/", "tokenizer_2/"),  # of `pocket pretrain`
     *("draw_photos.py", "program.py", "photos/spotted-cup"),
     *("openai/clip-vit-base-patch32", "stable-diffusion-v1-5/stable-diffusion-v1-5", "utils/eval_utils.py"),
     *("aliases/", "inputs/", "objects/", "quarantine/", "runs/", "checkpoints/", "probes/"),  # keys of the store

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,13 +43,14 @@ class _Residual(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Recognises object, colour, place, pattern, second colour and eyes in pictures [N, 3, 64, 64] in [0, 1]."""
+    """Recognises what `labels` name in pictures [N, 3, 64, 64] in [0, 1]: one head for each, of so many classes."""
 
     centre: torch.Tensor
 
-    def __init__(self, channels: tuple[int, ...]) -> None:
+    def __init__(self, channels: tuple[int, ...], labels: Mapping[str, Sequence[str]] = LABELS) -> None:
         super().__init__()
         self.channels = channels
+        self.labels = {name: tuple(classes) for name, classes in labels.items()}
         self.stem = nn.Sequential(
             nn.Conv2d(3, channels[0], 3, padding=1, bias=False), nn.BatchNorm2d(channels[0]), nn.ReLU()
         )
@@ -56,7 +58,7 @@ class Classifier(nn.Module):
         self.blocks = nn.Sequential(*(_Residual(a, b) for a, b in pairwise(widths)))
         self.register_buffer("centre", torch.zeros(channels[-1]))
         self.bottleneck = nn.Linear(2 * channels[-1], channels[-1])
-        self.heads = nn.ModuleDict({name: nn.Linear(channels[-1], len(of)) for name, of in LABELS.items()})
+        self.heads = nn.ModuleDict({name: nn.Linear(channels[-1], len(of)) for name, of in self.labels.items()})
 
     def penultimate(self, images: torch.Tensor) -> torch.Tensor:
         """Features [N, F] before the last activation, with gradient, not centred."""
@@ -84,8 +86,8 @@ class Classifier(nn.Module):
         for i in range(0, len(images), batch):
             best = {name: logits.argmax(1).tolist() for name, logits in self(images[i : i + batch]).items()}
             for row in range(len(images[i : i + batch])):
-                labels = {name: LABELS[name][best[name][row]] for name in LABELS}
-                found.append(labels | ({"second_colour": ""} if labels["pattern"] == "plain" else {}))
+                labels = {name: classes[best[name][row]] for name, classes in self.labels.items()}
+                found.append(labels | ({"second_colour": ""} if labels.get("pattern") == "plain" else {}))
         return found
 
 
@@ -99,6 +101,6 @@ def load_classifier(folder: Path) -> Classifier:
             f"no pocket classifier in {folder} ({missing.filename} is missing); "
             "point to a folder written by `cat-cluster pocket pretrain`"
         ) from missing
-    model = Classifier(tuple(config["channels"]))
+    model = Classifier(tuple(config["channels"]), config["labels"])
     model.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
     return model.eval()

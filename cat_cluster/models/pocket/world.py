@@ -14,16 +14,16 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw
 
+from cat_cluster.models.pocket.places import PLACES as PLACES
+from cat_cluster.models.pocket.places import Feet, draw_place, tint
+from cat_cluster.models.pocket.places import Rgb as Rgb
 from cat_cluster.models.pocket.shapes import Points, box, ellipse, shape_of
 
 SIZE = 64
 _ZOOM = 4  # drawn at 4x and reduced: antialiasing
 
-Rgb = tuple[int, int, int]
-
 OBJECTS = ("cup", "house", "tree", "fish", "car", "boat", "star", "flower")
 PATTERNS = ("plain", "stripes", "band", "spots", "checks")
-PLACES = ("on grass", "on sand", "in snow", "at night", "at sunset", "on a table")
 
 # name -> (hue, saturation, value) ranges; disjoint, so that a name is a function of the colour.
 _PALETTE: dict[str, tuple[tuple[float, float], tuple[float, float], tuple[float, float]]] = {
@@ -92,6 +92,11 @@ def palette_rgb(name: str) -> Rgb:
     return _rgb(sum(hues) / 2, sum(saturations) / 2, sum(values) / 2)
 
 
+def named_rgb(name: str, rng: np.random.Generator) -> Rgb:
+    """A random colour of a palette name's range."""
+    return _rgb(*(low + (high - low) * rng.random() for low, high in _PALETTE[name]))
+
+
 def nearest_colour(rgb: Rgb) -> str:
     """The palette name whose middle is nearest in RGB: defined for every colour."""
     named = colour_name(rgb)
@@ -152,8 +157,7 @@ def _distance(a: Rgb, b: Rgb) -> float:
 def _random_colour(rng: np.random.Generator) -> Rgb:
     if rng.random() < 0.2:  # anywhere: the VAE must hold colours that have no name, too
         return _rgb(rng.random(), rng.random() ** 0.5, 0.15 + 0.85 * rng.random())
-    ranges = _PALETTE[COLOURS[int(rng.integers(len(COLOURS)))]]
-    return _rgb(*(low + (high - low) * rng.random() for low, high in ranges))
+    return named_rgb(COLOURS[int(rng.integers(len(COLOURS)))], rng)
 
 
 def _random_design(rng: np.random.Generator) -> Design:
@@ -178,9 +182,9 @@ def _kin(design: Design) -> tuple[str, str, str, str]:
 
 
 def _lit(rgb: Rgb, scene: Scene) -> Rgb:
-    tint = {"at night": (0.80, 0.82, 0.92), "at sunset": (1.0, 0.93, 0.90)}.get(scene.place, (1.0, 1.0, 1.0))
+    factors = tint(scene.place)
     red, green, blue = (
-        min(255, round(channel * factor * scene.light)) for channel, factor in zip(rgb, tint, strict=True)
+        min(255, round(channel * factor * scene.light)) for channel, factor in zip(rgb, factors, strict=True)
     )
     return red, green, blue
 
@@ -233,39 +237,9 @@ def _body_paint(scene: Scene, band: float) -> Image.Image:
     return paint
 
 
-_SKY: dict[str, tuple[Rgb, Rgb, Rgb, Rgb]] = {  # sky top, sky low, ground far, ground near
-    "on grass": ((112, 176, 236), (196, 224, 244), (104, 176, 78), (66, 134, 54)),
-    "on sand": ((120, 200, 236), (60, 140, 196), (238, 214, 152), (214, 182, 116)),
-    "in snow": ((176, 190, 208), (206, 214, 226), (244, 247, 252), (222, 230, 242)),
-    "at night": ((22, 26, 70), (58, 62, 130), (40, 56, 74), (26, 36, 52)),
-    "at sunset": ((104, 58, 128), (250, 150, 76), (104, 62, 76), (62, 38, 58)),
-    "on a table": ((226, 214, 190), (206, 192, 168), (164, 106, 64), (118, 74, 42)),
-}
-
-
 def _background(scene: Scene) -> np.ndarray:
-    """Sky, ground, a moon or a sun, and the object's soft shadow: uint8 [64, 64, 3]."""
-    rng = np.random.default_rng(scene.seed)
-    jitter = rng.uniform(-10, 10, size=(4, 3))
-    sky_top, sky_low, far, near = np.asarray(_SKY[scene.place], dtype=np.float64) + jitter
-    horizon = float(rng.uniform(28, 40))
-    side = float(rng.uniform(10, 54))
-    rows, columns = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)
-    slope = horizon + 2.0 * np.sin(columns / 64 * np.pi + side) * (scene.place != "on a table")
-    sky = sky_top + (sky_low - sky_top) * np.clip(rows / slope, 0, 1)[..., None] ** 1.5
-    ground = far + (near - far) * np.clip((rows - slope) / (SIZE - slope), 0, 1)[..., None]
-    disc = {"at night": (9.0, 5.5, (236, 236, 206)), "at sunset": (horizon - 3, 7.0, (255, 226, 130))}
-    if scene.place in disc:
-        height, radius, colour = disc[scene.place]
-        cover = np.clip(radius + 0.5 - np.hypot(rows - height, columns - side), 0, 1)[..., None]
-        sky = sky + (np.asarray(colour, dtype=np.float64) - sky) * cover
-    cover = np.clip(rows - slope + 0.5, 0, 1)[..., None]
-    picture = sky + (ground - sky) * cover
-    foot = scene.y + scene.scale * 0.47
-    shadow = np.exp(-(((columns - scene.x) / (0.5 * scene.scale)) ** 2 + ((rows - foot) / 4.0) ** 2))
-    picture = picture * (1 - 0.35 * shadow * cover[..., 0])[..., None] * scene.light
-    pixels: np.ndarray = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
-    return pixels
+    foot = Feet(scene.x, scene.y + scene.scale * 0.47, scene.scale)
+    return draw_place(scene.place, scene.seed, scene.light, (foot,), SIZE, SIZE)
 
 
 def _concept(noun: str, body: str, pattern: str, second: str, eyes: bool) -> Design:

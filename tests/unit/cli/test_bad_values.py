@@ -222,6 +222,15 @@ FINDINGS: dict[str, tuple[list[str], str]] = {
         "inf is not a finite",
     ),
     "no time": (["pocket", "pretrain", "--out", "new", "--minutes", "-5"], "must be above 0, got -5"),
+    "emojis of Pocket-SD": (
+        ["pocket", "pretrain", "--out", "new", "--emojis", "."],
+        "--emojis and --real-judge are pocket-xl's",
+    ),
+    "no emojis": (
+        ["pocket", "pretrain", "--base", "pocket-xl", "--out", "new", "--emojis", "none"],
+        "give the unpacked npm package emoji-datasource-google 16.0.0",
+    ),
+    "a grid of no base": (["pocket", "grid", "--weights", "new"], "new has no model_index.json; name a folder"),
     "no base": (["base", "path", ""], "an argument is empty"),
     "a base of blanks": (["base", "path", "--", " "], "an argument is empty"),
     "a bad namespace": (["k8s", "render", "spec.yaml", "--namespace", "Bad NS"], "--namespace 'Bad NS': must hold"),

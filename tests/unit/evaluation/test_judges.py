@@ -26,8 +26,8 @@ from cat_cluster.evaluation.judges import (
 )
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.pocket.classifier import Classifier
-from cat_cluster.models.pocket.pretraining.classifier import save_classifier
-from cat_cluster.models.pocket.pretraining.clip import save_judge
+from cat_cluster.models.pretraining.classifier import save_classifier
+from cat_cluster.models.pretraining.clip import save_judge
 
 
 def smooth_picture(height: int, width: int) -> np.ndarray:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image, ImageDraw
 from torch.nn import functional
 from transformers import CLIPModel
 
-from cat_cluster.models.generate import image_array
 from cat_cluster.models.pocket import world
 from cat_cluster.models.pocket.classifier import LABELS, Classifier, load_classifier
 from cat_cluster.models.pocket.clip import load_judge
 from cat_cluster.models.pocket.pretraining.captions import insert_word, scene_caption
-from cat_cluster.models.pocket.pretraining.clip import embed_images, embed_texts
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.scenes import random_scenes, render, scene_labels
-from cat_cluster.models.pocket.pretraining.vae import decode_latents, encode_frames
+from cat_cluster.models.pretraining.card import labelled_sheet, paired_similarity, save_card, similarity
+from cat_cluster.models.pretraining.clip import embed_images, embed_texts
+from cat_cluster.models.pretraining.vae import decode_latents, encode_frames
 
 STEPS = 25
 GUIDANCE = 4.0
@@ -97,24 +93,11 @@ def measure(
 
 
 def write_card(weights: Path, recipe: Recipe, *, seed: int) -> Path:
-    """Measure a folder and write its card.json: recipe, what each stage took, hardware, versions, figures."""
-    stages = {}
-    for note in sorted((weights / "work").glob("*.json")):
-        progress = json.loads(note.read_text(encoding="utf-8"))
-        stages[note.stem] = {"steps": progress["step"], "seconds": progress["seconds"], "loss": progress["loss"]}
+    """Measure a folder and write its card.json."""
     figures = measure(
         weights, seed=seed, pictures=recipe.card_pictures, steps=recipe.card_steps, groups=recipe.card_groups
     )
-    card = {
-        "recipe": asdict(recipe),
-        "seed": seed,
-        "training": _rounded(stages),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
-        "figures": _rounded(figures),
-    }
-    path = weights / "card.json"
-    path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    return path
+    return save_card(weights, recipe, figures, seed=seed)
 
 
 def vae_figures(pocket: PocketModels) -> dict[str, Any]:
@@ -127,7 +110,7 @@ def vae_figures(pocket: PocketModels) -> dict[str, Any]:
     kept = {}
     for name, features in pocket.judges().items():
         original, passed = features(pixels), features(decoded)
-        kept[name] = float(_similarity(passed, original)[pairs].mean() / _similarity(original, original)[pairs].mean())
+        kept[name] = float(similarity(passed, original)[pairs].mean() / similarity(original, original)[pairs].mean())
     return {"psnr_db": float(psnr.mean()), "psnr_db_worst": float(psnr.min()), "similarity_kept": kept}
 
 
@@ -198,7 +181,7 @@ def word_invariance(pocket: PocketModels, seed: int) -> dict[str, dict[str, floa
         ]
     return {
         judge: {
-            style: float(np.mean([(1 - _paired(features(base), features(made))).mean() for made in pictures]))
+            style: float(np.mean([(1 - paired_similarity(features(base), features(made))).mean() for made in pictures]))
             for style, pictures in others.items()
         }
         for judge, features in pocket.judges().items()
@@ -233,7 +216,7 @@ def diversity(pocket: PocketModels, seed: int, count: int = 6) -> dict[str, floa
     figures = {}
     for judge, features in pocket.judges().items():
         groups = features(pictures).view(len(world.OBJECTS), count, -1)
-        figures[judge] = float(np.mean([(1 - _similarity(group, group))[apart].mean() for group in groups]))
+        figures[judge] = float(np.mean([(1 - similarity(group, group))[apart].mean() for group in groups]))
     return figures
 
 
@@ -256,7 +239,7 @@ def prompt_grid(weights: Path, out: Path, seed: int, *, steps: int = STEPS, devi
     seeds = [seed + row for row in range(len(world.OBJECTS)) for _ in _GRID]
     pictures = generate(pipeline, prompts, seeds, steps)
     labels = [template.removeprefix("a photo of ").format("...") for template in _GRID]
-    return _sheet(pictures, labels, list(world.OBJECTS), out)
+    return labelled_sheet(pictures, labels, list(world.OBJECTS), out)
 
 
 def vae_picture(weights: Path, out: Path) -> Path:
@@ -267,7 +250,7 @@ def vae_picture(weights: Path, out: Path) -> Path:
     pixels = frames.float() / 255
     decoded = decode_latents(vae, encode_frames(vae, frames))
     pictures = torch.cat([pixels[:7], decoded[:7], pixels[7:], decoded[7:]])
-    return _sheet(pictures, [""] * 7, ["photo", "VAE", "photo", "VAE"], out)
+    return labelled_sheet(pictures, [""] * 7, ["photo", "VAE", "photo", "VAE"], out)
 
 
 def _prompt(noun: str, colour: str, place: str) -> str:
@@ -278,45 +261,9 @@ def _cycle(names: Sequence[str]) -> list[str]:
     return [names[i % len(names)] for i in range(len(world.OBJECTS))]
 
 
-def _similarity(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """s(i, j) = (1 + cos) / 2 of unit features [N, F] and [M, F]: [N, M]."""
-    return (1 + a @ b.T) / 2
-
-
-def _paired(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (1 + (a * b).sum(-1)) / 2
-
-
 def _concept_frames(*, photos: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Photos of all held-out concepts: uint8 [N, 3, 64, 64] and whose they are [N]."""
     taken = [world.photos(design, photos, seed + i) for i, design in enumerate(world.CONCEPTS.values())]
     frames = np.stack([frame for album in taken for frame, _ in album])
     owners = torch.arange(len(taken)).repeat_interleave(photos)
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(), owners
-
-
-def _sheet(pictures: torch.Tensor, columns: list[str], rows: list[str], out: Path, zoom: int = 2) -> Path:
-    """Pictures [rows x columns, 3, 64, 64] with labels, as a PNG."""
-    side, left, top, gap = world.SIZE * zoom, 60, 44 if any(columns) else 6, 4
-    sheet = Image.new("RGB", (left + len(columns) * (side + gap), top + len(rows) * (side + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    frames = image_array(pictures)
-    for row, name in enumerate(rows):
-        pen.text((6, top + row * (side + gap) + side // 2), name, fill="black")
-        for column, label in enumerate(columns):
-            frame = Image.fromarray(frames[row * len(columns) + column])
-            frame = frame.resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(frame, (left + column * (side + gap), top + row * (side + gap)))
-            if row == 0:
-                words = label.split()
-                lines = [" ".join(words[i : i + 3]) for i in range(0, len(words), 3)]
-                pen.text((left + column * (side + gap) + 2, 1), "\n".join(lines), fill="black", spacing=0)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(out, optimize=True)
-    return out
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(inner) for name, inner in value.items()}
-    return round(value, 4) if isinstance(value, float) else value

@@ -10,10 +10,11 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from cat_cluster.models.pocket.classifier import LABELS
 from cat_cluster.models.pocket.pretraining.captions import caption_labels, insert_word, random_word, scene_caption
-from cat_cluster.models.pocket.pretraining.clip import new_clip, tokenize, trim_padding
+from cat_cluster.models.pocket.pretraining.clip import new_clip
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.scenes import label_indices, random_scenes
-from cat_cluster.models.pocket.pretraining.stage import Stage, StageProgress, learning_rate_at, optimise, run_stage
+from cat_cluster.models.pretraining.clip import tokenize, trim_padding
+from cat_cluster.models.pretraining.stage import Stage, StageProgress, learning_rate_at, optimise, run_stage
 
 
 def train_text(

@@ -16,10 +16,11 @@ from transformers import CLIPTokenizer
 
 from cat_cluster.models.pocket import world
 from cat_cluster.models.pocket.pretraining.captions import scene_caption
-from cat_cluster.models.pocket.pretraining.clip import tokenize
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.scenes import random_scenes, render
-from cat_cluster.models.pocket.pretraining.stage import (
+from cat_cluster.models.pretraining.clip import tokenize
+from cat_cluster.models.pretraining.noise import add_noise, snr_weighted
+from cat_cluster.models.pretraining.stage import (
     Stage,
     StageProgress,
     learning_rate_at,
@@ -27,9 +28,8 @@ from cat_cluster.models.pocket.pretraining.stage import (
     run_stage,
     update_average,
 )
-from cat_cluster.models.pocket.pretraining.vae import encode_frames
+from cat_cluster.models.pretraining.vae import encode_frames
 
-_SNR_GAMMA = 5.0
 _EMPTY_SHARE = 0.1
 
 
@@ -90,14 +90,10 @@ def train_unet(
         ]
         text = encode_texts(encoder, tokenizer, texts)
         clean = latents[rows].to(device).contiguous(memory_format=torch.channels_last)
-        noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32)).to(clean)
-        strata = (np.arange(len(rows)) + rng.random(len(rows))) / len(rows)  # every noise level in every batch
-        steps = torch.from_numpy((strata * len(alphas)).astype(np.int64)).to(device)
-        alpha = alphas[steps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        batch = add_noise(clean, alphas, rng)
         with torch.autocast(device, torch.bfloat16):
-            predicted = predict(noisy, steps, text).sample
-        loss = snr_weighted(predicted.float(), noise, alpha)
+            predicted = predict(batch.noisy, batch.steps, text).sample
+        loss = snr_weighted(predicted.float(), batch.noise, batch.alpha)
         optimise(loss, model, optimiser, learning_rate_at(progress, recipe.unet_rate))
         update_average(average, model, recipe.unet_ema, index)
         return loss
@@ -117,13 +113,6 @@ def _cached_latents(vae: AutoencoderKL, scenes: Sequence[world.Scene], cache: Pa
     torch.save(latents, partial)
     os.replace(partial, cache)
     return latents
-
-
-def snr_weighted(predicted: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """min(snr, 5) / snr * (e - v)^2, the mean over B C H W (min-SNR, Hang et al. 2023); `alpha` is [B, 1, 1, 1]."""
-    snr = alpha / (1 - alpha)
-    loss: torch.Tensor = (snr.clamp(max=_SNR_GAMMA) / snr * (predicted - noise) ** 2).mean()
-    return loss
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from cat_cluster.models.pocket import world
 from cat_cluster.models.pocket.pretraining.captions import insert_word, random_word, scene_caption
-from cat_cluster.models.pocket.pretraining.clip import tokenize
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.scenes import random_scenes
-from cat_cluster.models.pocket.pretraining.stage import Stage, StageProgress, learning_rate_at, optimise, run_stage
+from cat_cluster.models.pretraining.clip import tokenize
+from cat_cluster.models.pretraining.stage import Stage, StageProgress, learning_rate_at, optimise, run_stage
 
 _PADDED_EVERY = 2  # every other batch is seen to its last pad, the others to their longest text
 

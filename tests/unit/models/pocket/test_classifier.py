@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.pocket.classifier import Classifier, load_classifier
-from cat_cluster.models.pocket.pretraining.classifier import save_classifier, train_classifier
+from cat_cluster.models.pocket.pretraining.classifier import train_classifier
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.scenes import (
     label_indices,
@@ -18,7 +18,8 @@ from cat_cluster.models.pocket.pretraining.scenes import (
     render,
     scene_labels,
 )
-from cat_cluster.models.pocket.pretraining.stage import Stage, StageProgress
+from cat_cluster.models.pretraining.classifier import save_classifier
+from cat_cluster.models.pretraining.stage import Stage, StageProgress
 
 
 def test_unnamed_rows_are_left_out_of_the_loss() -> None:

@@ -7,14 +7,15 @@ import numpy as np
 import torch
 from transformers import CLIPImageProcessor
 
-from cat_cluster.models.pocket.pretraining import clip
+from cat_cluster.models.pocket.pretraining.clip import _batch_rows, new_clip
 from cat_cluster.models.pocket.pretraining.pretrain import make_tokenizer
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pretraining import clip
 
 
 def test_contrast_equals_a_plain_loop_that_skips_equal_captions(tmp_path: Path) -> None:
     recipe = Recipe.tiny()
-    model = clip.new_clip(recipe, make_tokenizer(recipe, tmp_path, 0))
+    model = new_clip(recipe, make_tokenizer(recipe, tmp_path, 0))
     images, captions = torch.nn.functional.normalize(torch.randn(2, 4, recipe.clip_width), dim=-1)
     texts = ["a cup", "a fish", "a cup", "a car"]
     scale = float(model.logit_scale.detach().exp())
@@ -28,14 +29,14 @@ def test_contrast_equals_a_plain_loop_that_skips_equal_captions(tmp_path: Path) 
         return float(np.mean(terms))
 
     expected = (one_way(images, captions) + one_way(captions, images)) / 2
-    found = clip._contrast(model, images, captions, texts)
+    found = clip.contrast(model.logit_scale, images, captions, texts)
     torch.testing.assert_close(found, torch.tensor(expected, dtype=found.dtype), rtol=1e-4, atol=1e-4)
 
 
 def test_padding_does_not_change_pooled_text(tmp_path: Path) -> None:
     recipe = Recipe.tiny()
     tokenizer = make_tokenizer(recipe, tmp_path, 0)
-    model = clip.new_clip(recipe, tokenizer).eval()
+    model = new_clip(recipe, tokenizer).eval()
     ids = clip.tokenize(tokenizer, ["a cup", "a photo of a red cup with blue stripes on grass"])
     short = clip.trim_padding(ids, tokenizer)
     assert short.shape[1] < ids.shape[1] == recipe.text_length
@@ -46,7 +47,7 @@ def test_padding_does_not_change_pooled_text(tmp_path: Path) -> None:
 
 def test_the_saved_processor_says_how_the_judge_sees_pixels(tmp_path: Path) -> None:
     recipe = Recipe.tiny()
-    model = clip.new_clip(recipe, make_tokenizer(recipe, tmp_path / "tokenizer", 0)).eval()
+    model = new_clip(recipe, make_tokenizer(recipe, tmp_path / "tokenizer", 0)).eval()
     clip.save_judge(model, tmp_path / "judge")
     assert json.loads((tmp_path / "judge" / "config.json").read_text())["model_type"] == "clip"
     processor = CLIPImageProcessor.from_pretrained(tmp_path / "judge")
@@ -60,6 +61,6 @@ def test_the_saved_processor_says_how_the_judge_sees_pixels(tmp_path: Path) -> N
 
 def test_half_of_a_batch_shares_its_place() -> None:
     groups = [np.arange(10), np.arange(10, 20)]
-    rows = clip._batch_rows(groups, 20, 8, np.random.default_rng(0))
+    rows = _batch_rows(groups, 20, 8, np.random.default_rng(0))
     assert rows.shape == (8,)
     assert len({int(row) // 10 for row in rows[:4]}) == 1

@@ -15,9 +15,9 @@ from cat_cluster.models.pocket import world
 from cat_cluster.models.pocket.classifier import LABELS, load_classifier
 from cat_cluster.models.pocket.clip import load_judge
 from cat_cluster.models.pocket.pretraining import quality
-from cat_cluster.models.pocket.pretraining.clip import embed_images, embed_texts
 from cat_cluster.models.pocket.pretraining.pretrain import general_prompts, pretrain
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
+from cat_cluster.models.pretraining.clip import embed_images, embed_texts
 
 pytestmark = pytest.mark.slow
 

@@ -10,8 +10,9 @@ from diffusers.training_utils import compute_snr
 from cat_cluster.models.pocket.pretraining.clip import new_clip, text_encoder
 from cat_cluster.models.pocket.pretraining.pretrain import make_tokenizer
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
-from cat_cluster.models.pocket.pretraining.unet import encode_texts, new_scheduler, new_unet, snr_weighted
-from cat_cluster.models.pocket.pretraining.vae import new_vae
+from cat_cluster.models.pocket.pretraining.unet import encode_texts, new_scheduler, new_unet
+from cat_cluster.models.pretraining.noise import snr_weighted
+from cat_cluster.models.pretraining.vae import new_vae
 
 
 def test_loss_weights_are_those_of_diffusers_min_snr() -> None:
@@ -32,7 +33,7 @@ def test_text_is_encoded_as_the_stock_pipeline_does(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(recipe, tmp_path, 0)
     encoder = text_encoder(new_clip(recipe, tokenizer))
     pipeline = StableDiffusionPipeline(
-        vae=new_vae(recipe),
+        vae=new_vae(recipe, 64),
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=new_unet(recipe),

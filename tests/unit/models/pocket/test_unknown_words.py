@@ -11,8 +11,8 @@ from cat_cluster.models.pocket.pretraining.clip import new_clip, tokenize
 from cat_cluster.models.pocket.pretraining.pretrain import make_tokenizer
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.scenes import random_scenes
-from cat_cluster.models.pocket.pretraining.stage import Stage, StageProgress
 from cat_cluster.models.pocket.pretraining.unknown_words import low_variance_codes, marks, train_words, word_positions
+from cat_cluster.models.pretraining.stage import Stage, StageProgress
 
 
 @pytest.fixture(scope="module")

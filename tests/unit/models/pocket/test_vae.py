@@ -6,12 +6,13 @@ import torch
 
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.scenes import random_scenes, render
-from cat_cluster.models.pocket.pretraining.stage import Stage, StageProgress
-from cat_cluster.models.pocket.pretraining.vae import decode_latents, encode_frames, new_vae, train_vae
+from cat_cluster.models.pocket.pretraining.vae import train_vae
+from cat_cluster.models.pretraining.stage import Stage, StageProgress
+from cat_cluster.models.pretraining.vae import decode_latents, encode_frames, new_vae
 
 
 def test_latents_are_four_times_smaller_and_pictures_come_back_in_range() -> None:
-    vae = new_vae(Recipe.tiny()).eval()
+    vae = new_vae(Recipe.tiny(), 64).eval()
     frames = render(random_scenes(3, 0))
     latents = encode_frames(vae, frames, batch=2)
     assert latents.shape == (3, 8, 16, 16)
@@ -22,7 +23,7 @@ def test_latents_are_four_times_smaller_and_pictures_come_back_in_range() -> Non
 
 
 def test_batches_do_not_change_latents() -> None:
-    vae = new_vae(Recipe.tiny()).eval()
+    vae = new_vae(Recipe.tiny(), 64).eval()
     frames = render(random_scenes(5, 0))
     torch.testing.assert_close(encode_frames(vae, frames, batch=2), encode_frames(vae, frames, batch=5))
 

@@ -11,10 +11,10 @@ from diffusers import StableDiffusionPipeline
 
 from cat_cluster.models.pocket import weights_path, world
 from cat_cluster.models.pocket.pretraining import quality
-from cat_cluster.models.pocket.pretraining.clip import tokenize
 from cat_cluster.models.pocket.pretraining.pretrain import general_prompts
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.unknown_words import word_positions
+from cat_cluster.models.pretraining.clip import tokenize
 
 pytestmark = pytest.mark.slow
 

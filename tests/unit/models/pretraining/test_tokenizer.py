@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from cat_cluster.models.pocket import world
-from cat_cluster.models.pocket.pretraining import tokenizer
 from cat_cluster.models.pocket.pretraining.captions import scene_caption
+from cat_cluster.models.pretraining import tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,20 @@ from transformers import CLIPTokenizer
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def train_tokenizer(captions: Iterable[str], folder: Path, *, length: int) -> CLIPTokenizer:
-    """Learn merges until every word of the captions is one token, and write the files to `folder`.
+def train_tokenizer(captions: Iterable[str], folder: Path, *, length: int, merges: int | None = None) -> CLIPTokenizer:
+    """Learn merges until every word of the captions is one token, or so many, and write the files to `folder`.
 
     Captions must be lower-case words with single spaces; every other text is still encodable, byte by byte.
     """
-    vocabulary, merges = learn_merges(captions)
+    vocabulary, learnt = learn_merges(captions, merges)
+    write_tokenizer(folder, vocabulary, learnt, length=length, pad=END)
+    return load_tokenizer(folder)
+
+
+def write_tokenizer(
+    folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]], *, length: int, pad: str
+) -> None:
+    """Write a tokenizer that pads with `pad` to `length` tokens, in CLIP's own files."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False, indent=0), encoding="utf-8")
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
@@ -29,13 +37,12 @@ def train_tokenizer(captions: Iterable[str], folder: Path, *, length: int) -> CL
         "bos_token": START,
         "eos_token": END,
         "unk_token": END,
-        "pad_token": END,
+        "pad_token": pad,
         "errors": "replace",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     special = {name: settings[name] for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
-    return load_tokenizer(folder)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -43,13 +50,16 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def learn_merges(captions: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Byte-pair merges (Sennrich et al. 2016) and the vocabulary: 256 bytes, 256 word-final bytes, merges, specials."""
+def learn_merges(captions: Iterable[str], most: int | None = None) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte-pair merges (Sennrich et al. 2016) and the vocabulary: 256 bytes, 256 word-final bytes, merges, specials.
+
+    There are `most` merges at most; with None as many as make every word of the captions one token.
+    """
     alphabet = _byte_letters()
     words = Counter(word for text in captions for word in text.split())
     pieces = {word: _spell(word, alphabet) for word in words}
     merges: list[tuple[str, str]] = []
-    while True:
+    while most is None or len(merges) < most:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, spelled in pieces.items():
             for pair in pairwise(spelled):

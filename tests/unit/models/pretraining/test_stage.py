@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from cat_cluster.models.pocket.pretraining.stage import (
+from cat_cluster.models.pretraining.stage import (
     Stage,
     StageProgress,
     Stateful,

@@ -1,0 +1,1 @@
+"""Pocket-XL, the small Stable Diffusion XL: its world of named pictures, its concepts and its pretraining."""
