@@ -48,6 +48,13 @@ MUTANTS = (
         "data/test_draws.py",
     ),
     Mutant(
+        "data",
+        "cat_cluster/data/parts.py",
+        "key=lambda row: (row not in with_cat, row)",
+        "key=lambda row: row",
+        "data/test_parts.py",
+    ),
+    Mutant(
         "data", "cat_cluster/data/draws.py", "scale[candidates[c]] = 1.0 /", "scale[c] = 1.0 /", "data/test_draws.py"
     ),
     Mutant(

@@ -198,14 +198,15 @@ def shard_batch(batch: Batch, rank: int, world_size: int) -> Shard:
     dealt = sorted(range(count), key=lambda row: (row not in with_cat, row))[rank::world_size]
     rows = sorted(dealt)
     if not rows:
-        idle = _take(batch, [0], [])
+        idle = take_rows(batch, [0], [])
         return Shard(replace(idle, identity_weight_B=torch.zeros(1)), torch.arange(0), torch.arange(0))
     own = set(rows)
     cat = [m for m, row in enumerate(batch.cat_row_M.tolist()) if row in own]
-    return Shard(_take(batch, rows, cat), torch.tensor(rows), torch.tensor(cat, dtype=torch.long))
+    return Shard(take_rows(batch, rows, cat), torch.tensor(rows), torch.tensor(cat, dtype=torch.long))
 
 
-def _take(batch: Batch, rows: Sequence[int], cat: Sequence[int]) -> Batch:
+def take_rows(batch: Batch, rows: Sequence[int], cat: Sequence[int]) -> Batch:
+    """Return the rows at places `rows` of a batch with its CAT terms at places `cat`, whose rows are among them."""
     place = {row: i for i, row in enumerate(rows)}
     rows_B, cat_M = torch.tensor(rows), torch.tensor(cat, dtype=torch.long)
     return Batch(
@@ -245,7 +246,7 @@ def alpha_factor(schedule: AlphaSchedule, t: float) -> float:
 
 def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) -> Iterator[_Row]:
     training = task.training
-    rows, total_weight = training.rows_per_concept, sum(concept.weight for concept in task.concepts)
+    rows, total_weight = training.rows_of_step, sum(concept.weight for concept in task.concepts)
     cat_scale = _cat_scale(task, step)
     position = 0
     for k, concept in enumerate(task.concepts):
@@ -321,7 +322,7 @@ def _cat_scale(task: AdapterTask, step: int) -> list[float]:
     every second step has the term.
     """
     training = task.training
-    rows = [k for k in range(len(task.concepts)) for _ in range(training.rows_per_concept)]
+    rows = [k for k in range(len(task.concepts)) for _ in range(training.rows_of_step)]
     candidates = [i for i, k in enumerate(rows) if task.concepts[k].alpha > 0]
     scale = [0.0] * len(rows)
     wanted = training.cat_fraction * len(candidates)

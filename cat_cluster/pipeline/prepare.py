@@ -50,7 +50,7 @@ class PreparedAdapter:
 
     @property
     def rows(self) -> int:
-        """Identity rows of a step."""
+        """Identity rows of a U-Net call."""
         return len(self.concepts) * self.resolved.training.rows_per_concept
 
     @property

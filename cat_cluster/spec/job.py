@@ -37,6 +37,10 @@ DEFAULT_ALPHA = 5.0
 DEFAULT_TEMPLATE = "a photo of a {token} {class_noun}"
 CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 
+# Adapters that were published before there were these fields are found under their revisions: at its default none of
+# them is a part of the digest.
+_LATER_TRAINING = ("decoy_fraction", "accumulate")
+
 _Settings = TypeVar("_Settings", bound=Section)
 
 
@@ -147,9 +151,9 @@ class ResolvedAdapter(Section):
             del concept["images"]
         if self.training.general_prompts is not None:
             content["training"]["general_prompts"] = _file_digest(Path(self.training.general_prompts))
-        if not self.training.decoy_fraction:
-            # Adapters that were published before there was this field are found under their revisions.
-            del content["training"]["decoy_fraction"]
+        for name in _LATER_TRAINING:
+            if getattr(self.training, name) == TrainingSpec.model_fields[name].default:
+                del content["training"][name]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -50,7 +50,11 @@ class TrainingSpec(Section):
     learning_rate: Positive = Field(
         default=2.0e-3, le=1.0e30, description="Highest learning rate of AdamW; a float32 step must hold it."
     )
-    rows_per_concept: Count = Field(default=4, description="Rows of a step that each concept gets.")
+    rows_per_concept: Count = Field(default=4, description="Rows of a U-Net call that each concept gets.")
+    accumulate: Count = Field(
+        default=1,
+        description="U-Net calls of a step, whose gradients add up: as many times the rows, in the memory of one call.",
+    )
     prior_prompt: PriorPrompt = Field(
         default="mixture", description="Prompts on which the CAT term holds the adapter to the base model."
     )
@@ -122,6 +126,11 @@ class TrainingSpec(Section):
     def warmup(self) -> int:
         """Steps in which the learning rate rises: those given, else a fifteenth of all."""
         return self.steps // 15 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def rows_of_step(self) -> int:
+        """Rows of an optimiser step that each concept gets, in all its calls together."""
+        return self.rows_per_concept * self.accumulate
 
     @property
     def bf16(self) -> bool:

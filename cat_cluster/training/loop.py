@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cat_cluster.data.draws import AdapterTask, Batch, Shard, draw_batch, shard_batch
+from cat_cluster.data.draws import AdapterTask, Batch, Shard, draw_batch
 from cat_cluster.data.latents import TextCache
+from cat_cluster.data.parts import step_parts
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
@@ -89,6 +90,7 @@ def train_pack(
     pack = _PackState.open(base, bank, members, steps, checkpoints, make_engine)
     engine, optimizer, tasks = pack.engine, pack.engine.optimizer, pack.tasks
     trainings = [task.training for task in tasks]
+    accumulate = [training.accumulate for training in trainings]
     encode_text, pool = TextCache(base), TeacherPool()
     writer = CheckpointWriter(checkpoints if engine.rank == 0 else (), checkpoint_every)
     with writer, _training_mode(base, trainings[0]):
@@ -98,10 +100,10 @@ def train_pack(
             active = [slot not in optimizer.dropped for slot in range(len(members))]
             drawn = draw_batch(tasks, optimizer.steps_done, base.schedule.num_timesteps, active)
             batch = pack.drift_budget.weigh(drawn)
-            part = shard_batch(batch, engine.rank, engine.world_size)
-            losses = train_step(base, bank, encode_text, part.batch, trainings, engine, pool)
+            parts = step_parts(batch, accumulate, engine.rank, engine.world_size)
+            losses = [train_step(base, bank, encode_text, part.batch, trainings, engine, pool) for part in parts]
             engine.step()
-            report = pack.record(batch, _all_losses(engine, batch, part, losses), started)
+            report = pack.record(batch, _all_losses(engine, batch, parts, losses), started)
             if checkpoints and (writer.due(report.step) or pack.finished):
                 writer.save([pack.state(slot) for slot in range(len(members))])
             if on_step is not None:
@@ -109,12 +111,13 @@ def train_pack(
     return pack.results()
 
 
-def _all_losses(engine: TrainingEngine, batch: Batch, part: Shard, losses: RowLosses) -> RowLosses:
-    """Return the losses of all workers' rows, in the order of the whole batch, on the CPU."""
+def _all_losses(engine: TrainingEngine, batch: Batch, parts: Sequence[Shard], losses: Sequence[RowLosses]) -> RowLosses:
+    """Return the losses of all workers' rows in all calls of a step, in the order of the whole batch, on the CPU."""
     count = len(batch.prompts)
-    values = torch.zeros(count + len(batch.prior_prompts), device=losses.identity_B.device)
-    places = torch.cat([part.rows_B, count + part.cat_M]).to(values.device)
-    values[places] = torch.cat([losses.identity_B[: len(part.rows_B)], losses.cat_M])
+    values = torch.zeros(count + len(batch.prior_prompts), device=losses[0].identity_B.device)
+    for part, own in zip(parts, losses, strict=True):
+        places = torch.cat([part.rows_B, count + part.cat_M]).to(values.device)
+        values[places] = torch.cat([own.identity_B[: len(part.rows_B)], own.cat_M])
     values = engine.sum(values).cpu()
     return RowLosses(identity_B=values[:count], cat_M=values[count:])
 

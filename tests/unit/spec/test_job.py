@@ -336,6 +336,7 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
     [
         (("training", "steps"), 401),
         (("training", "decoy_fraction"), 0.25),
+        (("training", "accumulate"), 2),
         (("base",), "other/base"),
         (("method",), "lora"),
         (("adapters", 0, "id"), "mug"),
@@ -356,8 +357,9 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
     """Written down then: a field that came later changes no revision until it is used."""
     before = "ea05bf64fe6e0fecad7fab1870858c8fe44ad2beea38357306bee88fee62b4d0"
     assert JobSpec.model_validate(minimal()).resolved()[0].digest() == before
-    none = with_value(minimal(), ("training", "decoy_fraction"), 0)
-    assert JobSpec.model_validate(none).resolved()[0].digest() == before
+    for name, default in (("decoy_fraction", 0), ("accumulate", 1)):
+        given = with_value(minimal(), ("training", name), default)
+        assert JobSpec.model_validate(given).resolved()[0].digest() == before
 
 
 def test_digest_leaves_out_places_and_cluster_but_not_the_general_prompts(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def members(base: BaseModel) -> list[PackMember]:
     )
     return [
         member(base, task("mug", (concept(base, "sks", alpha=5.0),))),
-        member(base, task("tea", joint, cat_fraction=0.5, decoy_fraction=0.6), rank=2, rate=2e-3),
+        member(base, task("tea", joint, cat_fraction=0.5, decoy_fraction=0.6, accumulate=2), rank=2, rate=2e-3),
         member(base, task("plain", (concept(base, "sks", alpha=0.0),), rows_per_concept=3), rate=1e-2, clip=None),
     ]
 
@@ -104,6 +104,36 @@ def test_a_pack_gives_what_separate_runs_give(base: BaseModel) -> None:
         separate = train(base, [alone])[alone.task.adapter_id]
         assert relative_error(packed[alone.task.adapter_id].weights, separate.weights) <= 1e-3
     assert not bit_equal(packed["mug"].weights, packed["plain"].weights)
+
+
+def test_several_calls_of_a_step_are_one_large_call(base: BaseModel) -> None:
+    """Each adapter of a pack with a number of calls of its own; no call has more rows than were asked for."""
+    pair = concept(base, "sks", alpha=5.0), concept(base, "zwx", alpha=1.0)
+    several = [
+        member(base, task("mug", pair[:1], cat_fraction=0.5, accumulate=3)),
+        member(base, task("tea", pair, rows_per_concept=1, accumulate=2)),
+        member(base, task("plain", (concept(base, "sks", alpha=0.0),))),
+    ]
+    large = [
+        replace(one, task=with_training(one.task, rows_per_concept=one.task.training.rows_of_step, accumulate=1))
+        for one in several
+    ]
+    assert [one.task.training.rows_per_concept for one in large] == [6, 2, 2]
+    calls: list[int] = []
+    hook = base.unet.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    reports: list[StepReport] = []
+    found = train(base, several, on_step=reports.append)
+    hook.remove()
+    assert max(calls) == 2 + 1 + 2 + 2 + 2, "identity rows of all three, and the CAT rows of mug and tea"
+    assert {report.rows for report in reports} == {6 + 3 + 4 + 4 + 2}
+    wanted_reports: list[StepReport] = []
+    wanted = train(base, large, on_step=wanted_reports.append)
+    for adapter_id, adapter in wanted.items():
+        assert relative_error(found[adapter_id].weights, adapter.weights) <= 1e-3
+    for ours, theirs in zip(reports, wanted_reports, strict=True):
+        for adapter_id, tokens in theirs.losses.items():
+            for token, loss in tokens.items():
+                assert ours.losses[adapter_id][token].identity == pytest.approx(loss.identity, rel=1e-3)
 
 
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(base: BaseModel, tmp_path: Path) -> None:
