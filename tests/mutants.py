@@ -198,6 +198,13 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/optimizer.py",
+        "average_decay(training.ema, self.steps_done + 1)",
+        "training.ema",
+        "training/test_optimizer.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/optimizer.py",
         "count = self.steps_done + 1",
         "count = 1",
         "training/test_optimizer.py",

@@ -16,8 +16,7 @@ from cat_cluster.errors import ChangedJobError, CheckpointError, EvaluationError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import DECOYS, evaluation_prompts, fill
-from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
-from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names, weights_of
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.device import choose_device
 from cat_cluster.models.prompt_weights import Prompt
@@ -27,10 +26,11 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.store import ObjectStore
 from cat_cluster.training import TRAINING_VERSION
-from cat_cluster.training.checkpoint import CheckpointStore
+from cat_cluster.training.checkpoint import CheckpointStore, tensor_names
 from cat_cluster.training.loop import PackMember, TrainedAdapter
 from cat_cluster.training.loss_curves import curves
 from cat_cluster.training.methods import effective_alpha, initial_weights
+from cat_cluster.training.optimizer import state_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,13 +142,12 @@ def trained_adapter(adapter: PreparedAdapter, store: ObjectStore) -> TrainedAdap
     if not steps:
         raise ChangedJobError("its checkpoints are gone from the store: submit the job again")
     layers = adapted_layers(adapter.base.unet, training.targets, training.blocks)
-    state = checkpoints.load(steps[-1], parameter_names(layers))
+    names = parameter_names(layers)
+    state = checkpoints.load(steps[-1], tensor_names(names, state_names(training)))
     weights = None
     if state.dropped is None:
-        values = {name: value for name, (value, _, _) in state.parameters.items()}
-        weights = AdapterWeights(
-            {name: LoraLayer(values[f"{name}.lora_A"], values[f"{name}.lora_B"]) for name in layers}
-        )
+        part = "value" if training.ema is None else "average"
+        weights = weights_of({name: state.parameters[name][part] for name in names})
     return TrainedAdapter(adapter.resolved.id, weights, state.dropped, curves(state.loss_curves, training.steps))
 
 

@@ -82,6 +82,12 @@ class TrainingSpec(Section):
     max_grad_norm: Positive | None = Field(
         default=1.0, description="Largest gradient norm of one adapter, clipped per slot; none means no clipping."
     )
+    ema: Share | None = Field(
+        default=None,
+        gt=0,
+        description="Decay of a moving average of the weights over the steps, which becomes the adapter; none means "
+        "the last weights.",
+    )
     min_snr_gamma: Positive | None = Field(
         default=None, description="Gamma of min-SNR weighting; none weighs all timesteps alike."
     )

@@ -5,7 +5,7 @@ The loop knows engines by this protocol alone; `cluster/zero.py` holds the one t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeAlias
 
@@ -17,8 +17,8 @@ from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.optimizer import SlotAdamW
 
 Slots: TypeAlias = Sequence[tuple[Sequence[nn.Parameter], TrainingSpec]]
-Moments: TypeAlias = Sequence[Sequence[tuple[Tensor, Tensor]]]
-SlotState: TypeAlias = list[tuple[Tensor, Tensor, Tensor]]
+# By name, of each parameter of a slot in parameter order: what the optimiser keeps, and the "value".
+SlotState: TypeAlias = Sequence[Mapping[str, Tensor]]
 
 
 class TrainingEngine(Protocol):
@@ -45,10 +45,10 @@ class TrainingEngine(Protocol):
         """Return the sum of the workers' tensors."""
 
     def slot_state(self, slot: int) -> SlotState:
-        """Return (value, mean, square) of each parameter of a slot, whole, in parameter order."""
+        """Return the value of each parameter of a slot and what the optimiser keeps of it, whole, by name."""
 
 
-EngineFactory: TypeAlias = Callable[[BaseModel, Slots, Moments | None, bool], TrainingEngine]
+EngineFactory: TypeAlias = Callable[[BaseModel, Slots, Sequence[SlotState] | None, bool], TrainingEngine]
 
 
 class TorchEngine:
@@ -56,8 +56,8 @@ class TorchEngine:
 
     joined_teacher = False
 
-    def __init__(self, base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> None:
-        """slots: parameters and settings of each slot. moments: (mean, square) per parameter of a resumed run."""
+    def __init__(self, base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> None:
+        """slots: parameters and settings of each slot. saved: what the optimiser kept of them, of a resumed run."""
         self._base = base
         self._bf16 = bf16
         self.optimizer = SlotAdamW(slots)
@@ -65,10 +65,10 @@ class TorchEngine:
         parallel = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if parallel else 0
         self.world_size = distributed.get_world_size() if parallel else 1
-        for parameters, saved in zip(self._slots, moments or (), strict=False):
-            for parameter, (mean, square) in zip(parameters, saved, strict=True):
-                for kept, value in zip(self.optimizer.moments(parameter), (mean, square), strict=True):
-                    kept.copy_(value)
+        for slot, states in enumerate(saved or ()):
+            for parameter, state in zip(self._slots[slot], states, strict=True):
+                for name, kept in self.optimizer.state_of(slot, parameter).items():
+                    kept.copy_(state[name])
 
     def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
         """Return the student's prediction [B, C, H, W]."""
@@ -99,8 +99,8 @@ class TorchEngine:
         return values
 
     def slot_state(self, slot: int) -> SlotState:
-        """Return (value, mean, square) of each parameter of a slot, in parameter order."""
-        return [(p.detach(), *self.optimizer.moments(p)) for p in self._slots[slot]]
+        """Return the value of each parameter of a slot and what the optimiser keeps of it, by name."""
+        return [{"value": p.detach(), **self.optimizer.state_of(slot, p)} for p in self._slots[slot]]
 
 
 def autocast(base: BaseModel, *, bf16: bool) -> AbstractContextManager[object]:

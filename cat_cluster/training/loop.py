@@ -10,19 +10,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cat_cluster.data.draws import AdapterTask, Batch, Shard, draw_batch
 from cat_cluster.data.latents import TextCache
 from cat_cluster.data.parts import step_parts
-from cat_cluster.lora.bank import LoraBank
+from cat_cluster.lora.bank import LoraBank, weights_of
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.spec.sections import TrainingSpec
-from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest
+from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest, tensor_names
 from cat_cluster.training.drift_budget import DriftBudget
-from cat_cluster.training.engine import EngineFactory, TorchEngine, TrainingEngine, autocast
+from cat_cluster.training.engine import EngineFactory, SlotState, TorchEngine, TrainingEngine, autocast
 from cat_cluster.training.loss_curves import ConceptLoss, LossCurves
+from cat_cluster.training.optimizer import state_names
 from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
 
@@ -58,6 +59,7 @@ class StepReport:
 class TrainedAdapter:
     """The result of one adapter. dropped gives the reason when training was given up; weights are then None.
 
+    weights: the last ones or, with `ema`, their average.
     history: {"steps": [...], token: {"identity": [...], "cat": [...]}}, at most 100 points of bin means.
     """
 
@@ -147,12 +149,13 @@ class _PackState:
         for slot, member in enumerate(members, start=1):
             bank.new_trainable(slot, member.initial)
         parameters = [bank.named_parameters(slot + 1) for slot in range(len(members))]
-        states = load_newest(checkpoints, parameters)
-        # An engine may shard what it is given: the values must be in place before, the moments go in with it.
-        moments = None if states is None else list(map(_restore, parameters, states))
         tasks = [member.task for member in members]
         slots = [(list(own.values()), task.training) for own, task in zip(parameters, tasks, strict=True)]
-        engine = make_engine(base, slots, moments, tasks[0].training.bf16)
+        names = [tensor_names(own, state_names(task.training)) for own, task in zip(parameters, tasks, strict=True)]
+        states = load_newest(checkpoints, names)
+        # An engine may shard what it is given: the values must be in place before, the rest goes in with it.
+        saved = None if states is None else list(map(_restore, parameters, states))
+        engine = make_engine(base, slots, saved, tasks[0].training.bf16)
         tokens = [[concept.token for concept in task.concepts] for task in tasks]
         drift_budget = DriftBudget([task.training.drift_budget for task in tasks], tokens)
         steps = tasks[0].training.steps if steps is None else steps
@@ -209,12 +212,18 @@ class _PackState:
         return [
             TrainedAdapter(
                 adapter_id=task.adapter_id,
-                weights=None if slot in dropped else self.bank.export(slot + 1),
+                weights=None if slot in dropped else self._weights(slot),
                 dropped=dropped.get(slot),
                 history=self.loss_curves.of(task.adapter_id),
             )
             for slot, task in enumerate(self.tasks)
         ]
+
+    def _weights(self, slot: int) -> AdapterWeights:
+        if self.tasks[slot].training.ema is None:
+            return self.bank.export(slot + 1)
+        states = zip(self.bank.named_parameters(slot + 1), self.engine.slot_state(slot), strict=True)
+        return weights_of({name: state["average"] for name, state in states})
 
 
 @contextmanager
@@ -234,8 +243,8 @@ def _training_mode(base: BaseModel, training: TrainingSpec) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _restore(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> list[tuple[Tensor, Tensor]]:
-    """Put a checkpoint's values into the parameters and return their moments, in the order of the parameters."""
+def _restore(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> SlotState:
+    """Put a checkpoint's values into the parameters and return all that it has of them, in their order."""
     for name, parameter in parameters.items():
-        parameter.copy_(state.parameters[name][0])
-    return [state.parameters[name][1:] for name in parameters]
+        parameter.copy_(state.parameters[name]["value"])
+    return [state.parameters[name] for name in parameters]

@@ -28,6 +28,19 @@ def learning_rate_at(training: TrainingSpec, step: int) -> float:
     return training.learning_rate * factor
 
 
+def state_names(training: TrainingSpec) -> tuple[str, ...]:
+    """Return the names of the tensors that are kept of each parameter beside its value."""
+    return ("mean", "square") if training.ema is None else ("mean", "square", "average")
+
+
+def average_decay(ema: float, step: int) -> float:
+    """Return the decay of the average at step `step` (from 1), as diffusers' EMAModel warms it up.
+
+    0 at the first step, so that the start counts for nothing, then min(ema, step / (step + 9)).
+    """
+    return 0.0 if step == 1 else min(ema, step / (step + 9.0))
+
+
 class SlotAdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) that clips each group by its own norm and drops a group whose gradient is not finite.
 
@@ -86,16 +99,27 @@ class SlotAdamW(torch.optim.Optimizer):
         if training.max_grad_norm is not None and norm > training.max_grad_norm:
             gradients = list(torch._foreach_mul(gradients, training.max_grad_norm / norm))
         group["lr"] = learning_rate_at(training, self.steps_done)
-        self._update(parameters, gradients, group["lr"], training.weight_decay)
+        states = [self.state_of(slot, parameter) for parameter in parameters]
+        self._update(parameters, gradients, states, group["lr"], training.weight_decay)
+        if training.ema is not None:
+            decay = average_decay(training.ema, self.steps_done + 1)
+            torch._foreach_lerp_([state["average"] for state in states], list(parameters), 1.0 - decay)
 
     def _norm(self, gradients: list[Tensor]) -> float:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return float(norm if self.sum_over_shards is None else self.sum_over_shards(norm.square()).sqrt())
 
-    def _update(self, parameters: list[nn.Parameter], gradients: list[Tensor], lr: float, weight_decay: float) -> None:
+    def _update(
+        self,
+        parameters: list[nn.Parameter],
+        gradients: list[Tensor],
+        states: list[dict[str, Tensor]],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
         beta1, beta2 = self.betas
         count = self.steps_done + 1
-        means, squares = map(list, zip(*(self.moments(p) for p in parameters), strict=True))
+        means, squares = ([state[name] for state in states] for name in ("mean", "square"))
         torch._foreach_lerp_(means, gradients, 1.0 - beta1)
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
@@ -106,15 +130,19 @@ class SlotAdamW(torch.optim.Optimizer):
         torch._foreach_mul_(values, 1.0 - lr * weight_decay)
         torch._foreach_addcdiv_(values, means, denominators, -lr / (1.0 - beta1**count))
 
-    def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (mean, square) of a parameter or of the shard in its place: zeros until its first update."""
-        state = self.state[parameter]
+    def state_of(self, slot: int, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the tensors kept of a slot's parameter, or of the shard in its place, by name.
+
+        Before the first update the moments are zeros and the average is the parameter's value.
+        """
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            state["mean"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["square"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state["mean"], state["square"]
+            for name in state_names(self._trainings[slot]):
+                like = torch.clone if name == "average" else torch.zeros_like
+                state[name] = like(parameter.detach(), memory_format=torch.preserve_format)
+        return state
 
     def resume(self, steps_done: int, dropped: Mapping[int, str]) -> None:
-        """Continue after `steps_done` steps with the slots that were dropped; the moments are the engine's to set."""
+        """Continue after `steps_done` steps with the slots that were dropped; the tensors are the engine's to set."""
         self.steps_done = steps_done
         self.dropped = dict(dropped)

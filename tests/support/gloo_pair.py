@@ -9,7 +9,7 @@ import gc
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch import distributed
 
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.training.engine import EngineFactory, Moments, Slots, TorchEngine
+from cat_cluster.training.engine import EngineFactory, Slots, SlotState, TorchEngine
 from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
 from tests.unit.training.test_loop import STEPS, Killed, member, members, series, train
 from tests.unit.training.test_step import concept, task
@@ -51,9 +51,9 @@ def gradients(base: BaseModel, pack: list[PackMember], make: EngineFactory) -> d
     """The whole gradient of the first step: AdamW's mean after it is (1 - beta_1) times the unclipped gradient."""
     found: dict[str, list[torch.Tensor]] = {}
 
-    def remember(base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> Any:
+    def remember(base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> Any:
         made = make(
-            base, [(p, training.model_copy(update={"max_grad_norm": None})) for p, training in slots], moments, bf16
+            base, [(p, training.model_copy(update={"max_grad_norm": None})) for p, training in slots], saved, bf16
         )
         held.append(made)
         return made
@@ -62,7 +62,7 @@ def gradients(base: BaseModel, pack: list[PackMember], make: EngineFactory) -> d
     bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
     train_pack(base, bank, pack, steps=1, make_engine=remember)
     for slot, one in enumerate(pack):
-        found[one.task.adapter_id] = [mean.clone() / 0.1 for _, mean, _ in held[0].slot_state(slot)]
+        found[one.task.adapter_id] = [state["mean"].clone() / 0.1 for state in held[0].slot_state(slot)]
     return found
 
 
@@ -157,9 +157,9 @@ def _note(seen: list[int], report: StepReport) -> None:
     seen.append(report.step)
 
 
-def _changing_calls(base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> Any:
+def _changing_calls(base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> Any:
     """ZeRO-3 with the teacher in a call of its own after three steps: a control, to see that the count counts."""
-    made: Any = engine(3)(base, slots, moments, bf16)
+    made: Any = engine(3)(base, slots, saved, bf16)
     step = made.step
 
     def step_and_change() -> None:

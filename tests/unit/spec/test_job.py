@@ -171,6 +171,8 @@ training: {steps: true}
         (("training", "cat_fraction"), 1.01, "less than or equal to 1"),
         (("training", "decoy_fraction"), -0.1, "greater than or equal to 0"),
         (("training", "decoy_fraction"), 1, "less than 1"),
+        (("training", "ema"), 0, "greater than 0"),
+        (("training", "ema"), 1, "less than 1"),
         (("training", "resolution"), 65, "multiple of 8"),
         (("training", "seed"), 2**63, "less than or equal"),
         (("training", "warmup_steps"), 300, "300 must be less than steps, which is 300"),
@@ -337,6 +339,7 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
         (("training", "steps"), 401),
         (("training", "decoy_fraction"), 0.25),
         (("training", "accumulate"), 2),
+        (("training", "ema"), 0.99),
         (("base",), "other/base"),
         (("method",), "lora"),
         (("adapters", 0, "id"), "mug"),
@@ -357,7 +360,7 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
     """Written down then: a field that came later changes no revision until it is used."""
     before = "ea05bf64fe6e0fecad7fab1870858c8fe44ad2beea38357306bee88fee62b4d0"
     assert JobSpec.model_validate(minimal()).resolved()[0].digest() == before
-    for name, default in (("decoy_fraction", 0), ("accumulate", 1)):
+    for name, default in (("decoy_fraction", 0), ("accumulate", 1), ("ema", None)):
         given = with_value(minimal(), ("training", name), default)
         assert JobSpec.model_validate(given).resolved()[0].digest() == before
 

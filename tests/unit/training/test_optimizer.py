@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 from cat_cluster.spec.sections import TrainingSpec
-from cat_cluster.training.optimizer import SlotAdamW, learning_rate_at
+from cat_cluster.training.optimizer import SlotAdamW, average_decay, learning_rate_at
 
 
 def settings(**changes: object) -> TrainingSpec:
@@ -85,6 +86,25 @@ def test_a_slot_with_a_bad_gradient_is_dropped_and_its_neighbour_does_not_notice
     assert all(torch.equal(a, b) for a, b in zip(slots[1], frozen, strict=True))
 
 
+def test_the_average_is_diffusers_and_stays_when_its_slot_is_dropped() -> None:
+    slots = [parameters(1), parameters(2)]
+    ours = SlotAdamW([(slots[0], settings(ema=0.5)), (slots[1], settings())])
+    theirs = EMAModel(slots[0], decay=0.5)
+    for step in range(14):
+        for index, slot in enumerate(slots):
+            set_gradients(slot, 10 * step + index)
+        if step == 12:
+            slots[0][0].grad[0, 0] = float("nan")  # type: ignore[index]
+        take_step(ours)
+        if step < 12:
+            theirs.step(slots[0])
+    assert list(ours.dropped) == [0]
+    for parameter, shadow in zip(slots[0], theirs.shadow_params, strict=True):
+        torch.testing.assert_close(ours.state_of(0, parameter)["average"], shadow.detach())
+    assert [average_decay(0.9, step) for step in (1, 2, 11, 1000)] == pytest.approx([0.0, 2 / 11, 11 / 20, 0.9])
+    assert "average" not in ours.state_of(1, slots[1][0])
+
+
 def test_learning_rate_schedules() -> None:
     linear = settings(lr_schedule="linear", warmup_steps=5, steps=25, learning_rate=1.0)
     assert [learning_rate_at(linear, s) for s in (0, 4, 5, 15, 25)] == pytest.approx([0.2, 1.0, 1.0, 0.5, 0.0])
@@ -99,12 +119,12 @@ def test_restore_continues_bit_for_bit() -> None:
     whole, resumed = SlotAdamW([(first, settings())]), SlotAdamW([(second, settings())])
     for step in range(8):
         if step == 4:
-            saved = [(p.detach().clone(), *(moment.clone() for moment in whole.moments(p))) for p in first]
+            saved = [(p.detach().clone(), {k: v.clone() for k, v in whole.state_of(0, p).items()}) for p in first]
             resumed.resume(4, {})
-            for parameter, (value, *moments) in zip(second, saved, strict=True):
+            for parameter, (value, state) in zip(second, saved, strict=True):
                 parameter.data.copy_(value)
-                for kept, moment in zip(resumed.moments(parameter), moments, strict=True):
-                    kept.copy_(moment)
+                for name, kept in resumed.state_of(0, parameter).items():
+                    kept.copy_(state[name])
         if step >= 4:
             set_gradients(second, step)
             take_step(resumed)
