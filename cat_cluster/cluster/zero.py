@@ -193,6 +193,7 @@ def _config(stage: int, largest_parameter: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # a step has as many backwards as the loop makes before `step`
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,

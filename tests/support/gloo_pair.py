@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import EngineFactory, Slots, SlotState, TorchEngine
 from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
 from tests.unit.training.test_loop import STEPS, Killed, member, members, series, train
-from tests.unit.training.test_step import concept, task
+from tests.unit.training.test_step import concept, task, with_training
 
 STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
 RESUMPTIONS = ((3, 2), (1, 3), (None, 3), (2, None), (0, 1))  # from one stage to another
@@ -73,6 +74,11 @@ def poisoned(base: BaseModel) -> list[PackMember]:
     return [members(base)[0], member(base, task("bad", (bad,))), members(base)[2]]
 
 
+def parted(base: BaseModel) -> list[PackMember]:
+    """The pack with rows with and without the token in calls of their own."""
+    return [replace(one, task=with_training(one.task, joint_rows=False)) for one in members(base)]
+
+
 def one_row(base: BaseModel) -> list[PackMember]:
     """A pack with fewer rows than workers."""
     return [member(base, task("single", (concept(base, "sks", alpha=5.0),), rows_per_concept=1))]
@@ -111,6 +117,8 @@ def try_laws(folder: Path) -> dict[str, Any]:
         results["invalidations", stage] = len(lines)
         base = fresh()
         results["gradients", stage] = gradients(base, members(base), make)
+        base = fresh()
+        results["parted", stage] = weights(train(base, parted(base), steps=FEW, make_engine=make))
         base = fresh()
         results["poisoned", stage] = weights(train(base, poisoned(base), steps=FEW, make_engine=make))
         base = fresh()
