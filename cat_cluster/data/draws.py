@@ -291,7 +291,7 @@ def _draw(
         key=None,
         moments=moments,
         posterior_noise=_normal(generator, shape),
-        noise=_normal(generator, shape),
+        noise=_normal(generator, shape) + _noise_offset(task, shape[0], name),
         timestep=timestep,
         prior_prompt=prior if decoy is None else decoy,
     )
@@ -304,7 +304,7 @@ def _pool_draw(task: AdapterTask, concept: ConceptMaterial, view: int, entry: in
     timestep = int(num_timesteps * (entry + generator.random()) / (task.pool_size or 1))
     drawn = _draw(task, concept, view, timestep, name, generator)
     # All that the base's prediction depends on beside the base itself; adapters on equal draws share their entries.
-    content = (concept.digests[view], *name, timestep, drawn.prior_prompt)
+    content = (concept.digests[view], *name, timestep, drawn.prior_prompt, task.training.noise_offset)
     return replace(drawn, key="\x1f".join(str(part) for part in content))
 
 
@@ -349,6 +349,16 @@ def _prior_prompt(task: AdapterTask, concept: ConceptMaterial, view: int, genera
             if u < MIXTURE_TOKEN_REMOVED or not task.general_prompts:
                 return concept.removed_prompts[view]
             return "" if u < MIXTURE_TOKEN_REMOVED + MIXTURE_EMPTY else task.general_prompts[general]
+
+
+def _noise_offset(task: AdapterTask, channels: int, name: tuple[str | int, ...]) -> Tensor:
+    """What is added to the noise of a row's channels, [C, 1, 1]: the offset times one normal draw for each.
+
+    From crosslabs.org/blog/diffusion-with-offset-noise; with a generator of its own, as decoys.
+    """
+    if not task.training.noise_offset:
+        return torch.zeros(channels, 1, 1)
+    return task.training.noise_offset * _normal(keyed_generator(*name, "noise_offset"), (channels, 1, 1))
 
 
 def _decoy(task: AdapterTask, concept: ConceptMaterial, view: int, name: tuple[str | int, ...]) -> str | None:

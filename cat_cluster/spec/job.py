@@ -39,7 +39,7 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 
 # Adapters that were published before there were these fields are found under their revisions: at its default none of
 # them is a part of the digest.
-_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema")
+_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset")
 
 _Settings = TypeVar("_Settings", bound=Section)
 

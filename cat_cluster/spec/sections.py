@@ -88,6 +88,11 @@ class TrainingSpec(Section):
         description="Decay of a moving average of the weights over the steps, which becomes the adapter; none means "
         "the last weights.",
     )
+    noise_offset: NotNegative = Field(
+        default=0.0,
+        description="Size of a random shift of each latent channel's noise, so that very dark and bright images are "
+        "learned; 0.05 to 0.1 is usual.",
+    )
     min_snr_gamma: Positive | None = Field(
         default=None, description="Gamma of min-SNR weighting; none weighs all timesteps alike."
     )

@@ -340,6 +340,7 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
         (("training", "decoy_fraction"), 0.25),
         (("training", "accumulate"), 2),
         (("training", "ema"), 0.99),
+        (("training", "noise_offset"), 0.1),
         (("base",), "other/base"),
         (("method",), "lora"),
         (("adapters", 0, "id"), "mug"),
@@ -360,7 +361,7 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
     """Written down then: a field that came later changes no revision until it is used."""
     before = "ea05bf64fe6e0fecad7fab1870858c8fe44ad2beea38357306bee88fee62b4d0"
     assert JobSpec.model_validate(minimal()).resolved()[0].digest() == before
-    for name, default in (("decoy_fraction", 0), ("accumulate", 1), ("ema", None)):
+    for name, default in (("decoy_fraction", 0), ("accumulate", 1), ("ema", None), ("noise_offset", 0.0)):
         given = with_value(minimal(), ("training", name), default)
         assert JobSpec.model_validate(given).resolved()[0].digest() == before
 

@@ -134,17 +134,28 @@ def naive_loss(
 
 @pytest.mark.parametrize("joint_rows", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "gamma", "fraction", "decoys"),
-    [("base", None, 1.0, 0.0), ("base", 5.0, 0.5, 0.0), ("base_v", 5.0, 1.0, 0.0), ("base", None, 1.0, 0.7)],
+    ("kind", "gamma", "fraction", "decoys", "offset"),
+    [
+        ("base", None, 1.0, 0.0, 0.0),
+        ("base", 5.0, 0.5, 0.0, 0.3),
+        ("base_v", 5.0, 1.0, 0.0, 0.3),
+        ("base", None, 1.0, 0.7, 0.0),
+    ],
 )
 def test_the_step_equals_a_naive_three_forward_reference(
-    request: pytest.FixtureRequest, kind: str, gamma: float | None, fraction: float, decoys: float, joint_rows: bool
+    request: pytest.FixtureRequest,
+    kind: str,
+    gamma: float | None,
+    fraction: float,
+    decoys: float,
+    offset: float,
+    joint_rows: bool,
 ) -> None:
     base: BaseModel = request.getfixturevalue(kind)
     concepts = with_odd_words(
         base, concept(base, "sks", alpha=2.0, weight=3.0), concept(base, "zwx", alpha=0.7, class_noun="fish")
     )
-    one = task("tea", concepts, cat_fraction=fraction, decoy_fraction=decoys)
+    one = task("tea", concepts, cat_fraction=fraction, decoy_fraction=decoys, noise_offset=offset)
     weights = trained_weights(base, 4, seed=1)
     batch = draw_batch([one], 5, 1000, [True])
     bank = open_bank(base, [weights])
