@@ -190,8 +190,8 @@ MUTANTS = (
     ),
     Mutant(
         "training",
-        "cat_cluster/training/optimizer.py",
-        "torch._foreach_mul_(values, 1.0 - lr * weight_decay)",
+        "cat_cluster/training/update_rules.py",
+        "torch._foreach_mul_(step.values, [1.0 - rate * step.weight_decay for rate in step.rates])",
         "pass",
         "training/test_optimizer.py",
     ),
@@ -205,9 +205,30 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/optimizer.py",
-        "count = self.steps_done + 1",
-        "count = 1",
+        "count=self.steps_done + 1",
+        "count=1",
         "training/test_optimizer.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/optimizer.py",
+        "own.update(kept)",
+        "pass",
+        "training/test_update_rules.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/update_rules.py",
+        'beta3 * numbers["numerator"] +',
+        'numbers["numerator"] +',
+        "training/test_update_rules.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/update_rules.py",
+        "(_root_mean_square(move) / self.CLIP).clamp(min=1.0)",
+        "1.0",
+        "training/test_update_rules.py",
     ),
     Mutant(
         "training",

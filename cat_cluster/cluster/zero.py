@@ -17,7 +17,8 @@ from torch import Tensor, distributed, nn
 from cat_cluster.errors import CatClusterError
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.engine import EngineFactory, Slots, SlotState, autocast
-from cat_cluster.training.optimizer import SlotAdamW, state_names
+from cat_cluster.training.optimizer import SlotOptimizer, state_names
+from cat_cluster.training.update_rules import RULES
 
 TESTED = "0.19"  # parts of DeepSpeed that are not its public interface are used as they are in this version
 LARGEST_NORM = 1e18  # of a tensor's gradient; the square of a larger one is no float32
@@ -33,10 +34,13 @@ class ZeroEngine:
 
         saved: what the optimiser kept of each slot of a resumed run. stage: ZeRO stage, 0 to 3.
         """
+        for _, training in slots:
+            if stage > 0 and not RULES[training.optimizer].on_shards:
+                raise ValueError(f"ZeRO {stage} shards the parameters, and {training.optimizer} needs them whole")
         self.rank = distributed.get_rank()
         self.world_size = distributed.get_world_size()
         self.joined_teacher = stage == 3
-        self.optimizer = SlotAdamW(slots)
+        self.optimizer = SlotOptimizer(slots)
         self._stage = stage
         self._slots = [list(parameters) for parameters, _ in slots]
         self._names = [state_names(training) for _, training in slots]

@@ -39,7 +39,12 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 
 # Adapters that were published before there were these fields are found under their revisions: at its default none of
 # them is a part of the digest.
-_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset")
+_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer")
+
+_RATES = {
+    "adafactor": "0.1 to begin with, and a weight_decay of 0",
+    "prodigy": "1.0 unless you have a reason",
+}
 
 _Settings = TypeVar("_Settings", bound=Section)
 
@@ -178,6 +183,7 @@ class JobSpec(Section):
         errors = [*id_repeats(self.model_dump())]
         for index, adapter in enumerate(self.resolved()):
             errors += _merged_errors(adapter, self.adapters[index], index)
+            errors += _sharding_errors(adapter, self.cluster)
         _refuse(type(self).__name__, list(dict.fromkeys(errors)))
         return self
 
@@ -280,6 +286,9 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
     if training.warmup_steps is not None and training.warmup_steps >= training.steps:
         text = f"{training.warmup_steps} must be less than steps, which is {training.steps}"
         yield place("training", "warmup_steps"), text
+    if training.optimizer != "adamw" and "learning_rate" not in training.model_fields_set:
+        text = f"the default is for adamw, and optimizer is {training.optimizer}: give it, {_RATES[training.optimizer]}"
+        yield place("training", "learning_rate"), text
     if evaluation.require is not None and not evaluation.enabled:
         # At the adapter's own half of the contradiction, if it has one: the job's half may be right for the others.
         own = [place("evaluation", key) for key in ("require", "enabled")]
@@ -294,6 +303,15 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
             if token.casefold() in words(prompt):
                 text = f"{prompt!r} holds the token {token!r}; leave it out, {{}} is replaced by it"
                 yield (*place("evaluation", "prompts"), number), text
+
+
+def _sharding_errors(adapter: ResolvedAdapter, cluster: ClusterSpec) -> Iterator[FieldError]:
+    if cluster.zero_stage and adapter.training.optimizer == "adafactor":
+        text = (
+            f"{cluster.zero_stage} shards the weights, and adafactor (adapter {adapter.id}) needs each matrix whole; "
+            "use 0 or none, or another optimizer"
+        )
+        yield ("cluster", "zero_stage"), text
 
 
 def _file_digest(path: Path) -> str:

@@ -10,6 +10,7 @@ from cat_cluster.spec.choices import (
     AlphaSchedule,
     Blocks,
     LearningRateSchedule,
+    OptimizerName,
     Precision,
     PriorPrompt,
     SamplerName,
@@ -47,8 +48,15 @@ class TrainingSpec(Section):
 
     steps: Count = Field(default=300, description="Optimiser steps.")
     rank: Count = Field(default=8, description="Rank of the LoRA weights.")
+    optimizer: OptimizerName = Field(
+        default="adamw",
+        description="AdamW, Adafactor, or Prodigy, which finds its step size; the last two need a rate.",
+    )
     learning_rate: Positive = Field(
-        default=2.0e-3, le=1.0e30, description="Highest learning rate of AdamW; a float32 step must hold it."
+        default=2.0e-3,
+        le=1.0e30,
+        description="Highest learning rate: adafactor's is relative to each matrix's size, prodigy's scales the one it "
+        "finds. A float32 step must hold it.",
     )
     rows_per_concept: Count = Field(default=4, description="Rows of a U-Net call that each concept gets.")
     accumulate: Count = Field(
@@ -78,7 +86,9 @@ class TrainingSpec(Section):
         default=None,
         description="Steps in which the learning rate rises from 0, fewer than steps; none means a fifteenth of them.",
     )
-    weight_decay: NotNegative = Field(default=0.01, description="Decoupled weight decay of AdamW.")
+    weight_decay: NotNegative = Field(
+        default=0.01, description="Decoupled weight decay: each step takes learning rate times it off the weights."
+    )
     max_grad_norm: Positive | None = Field(
         default=1.0, description="Largest gradient norm of one adapter, clipped per slot; none means no clipping."
     )

@@ -32,7 +32,8 @@ class AdapterState:
     """An adapter after `step` steps.
 
     parameters: name -> "value" and what the optimiser keeps, by name. dropped: why training was given up, if it was.
-    loss_curves, drift_budget: what LossCurves and DriftBudget keep of it, as JSON.
+    loss_curves, drift_budget: what LossCurves and DriftBudget keep of it, as JSON. numbers: what the optimiser keeps of
+    it as a whole.
     """
 
     step: int
@@ -40,6 +41,7 @@ class AdapterState:
     dropped: str | None = None
     loss_curves: dict[str, Any] = field(default_factory=dict)
     drift_budget: list[list[float | None]] = field(default_factory=list)
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class CheckpointStore:
             "dropped": state.dropped,
             "loss_curves": state.loss_curves,
             "drift_budget": state.drift_budget,
+            "numbers": state.numbers,
         }
         self.store.put(self._key(state.step, "safetensors"), data)
         self.store.put(self._key(state.step, "json"), json.dumps(marker).encode())
@@ -111,6 +114,7 @@ class CheckpointStore:
                 dropped=marker["dropped"],
                 loss_curves=dict(marker["loss_curves"]),
                 drift_budget=list(marker["drift_budget"]),
+                numbers=dict(marker.get("numbers", {})),  # of the time of AdamW alone there are none
             )
         except (StoreError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {step} is damaged ({error}); {remedy}") from error

@@ -14,7 +14,7 @@ from torch import Tensor, distributed, nn
 
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.spec.sections import TrainingSpec
-from cat_cluster.training.optimizer import SlotAdamW
+from cat_cluster.training.optimizer import SlotOptimizer
 
 Slots: TypeAlias = Sequence[tuple[Sequence[nn.Parameter], TrainingSpec]]
 # By name, of each parameter of a slot in parameter order: what the optimiser keeps, and the "value".
@@ -30,7 +30,7 @@ class TrainingEngine(Protocol):
     rank: int
     world_size: int
     joined_teacher: bool
-    optimizer: SlotAdamW
+    optimizer: SlotOptimizer
 
     def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, text_BLD: Tensor) -> Tensor:
         """Return the student's prediction [B, C, H, W]; the rows are bound to their slots by the caller."""
@@ -60,7 +60,7 @@ class TorchEngine:
         """slots: parameters and settings of each slot. saved: what the optimiser kept of them, of a resumed run."""
         self._base = base
         self._bf16 = bf16
-        self.optimizer = SlotAdamW(slots)
+        self.optimizer = SlotOptimizer(slots)
         self._slots = [list(parameters) for parameters, _ in slots]
         parallel = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if parallel else 0

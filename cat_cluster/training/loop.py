@@ -162,7 +162,7 @@ class _PackState:
         pack = cls(tasks, steps, bank, engine, LossCurves(tasks, steps), drift_budget)
         if states is not None:
             dropped = {slot: state.dropped for slot, state in enumerate(states) if state.dropped is not None}
-            engine.optimizer.resume(states[0].step, dropped)
+            engine.optimizer.resume(states[0].step, dropped, [state.numbers for state in states])
             for slot, (task, state) in enumerate(zip(tasks, states, strict=True)):
                 pack.loss_curves.restore(task.adapter_id, state.loss_curves)
                 pack.drift_budget.restore(slot, state.drift_budget)
@@ -204,6 +204,7 @@ class _PackState:
             dropped=self.engine.optimizer.dropped.get(slot),
             loss_curves=self.loss_curves.to_json(self.tasks[slot].adapter_id),
             drift_budget=self.drift_budget.to_json(slot),
+            numbers=dict(self.engine.optimizer.numbers[slot]),
         )
 
     def results(self) -> list[TrainedAdapter]:

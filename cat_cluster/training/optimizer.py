@@ -1,4 +1,4 @@
-"""AdamW with one group per slot: learning rate, clipping and failure of an adapter are its own."""
+"""One optimiser for a pack: update rule, learning rate, clipping and failure of a slot are its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cat_cluster.spec.sections import TrainingSpec
+from cat_cluster.training.update_rules import RULES, SlotStep
 
 
 def learning_rate_at(training: TrainingSpec, step: int) -> float:
@@ -30,7 +31,7 @@ def learning_rate_at(training: TrainingSpec, step: int) -> float:
 
 def state_names(training: TrainingSpec) -> tuple[str, ...]:
     """Return the names of the tensors that are kept of each parameter beside its value."""
-    return ("mean", "square") if training.ema is None else ("mean", "square", "average")
+    return (*RULES[training.optimizer].names, *(() if training.ema is None else ("average",)))
 
 
 def average_decay(ema: float, step: int) -> float:
@@ -41,30 +42,24 @@ def average_decay(ema: float, step: int) -> float:
     return 0.0 if step == 1 else min(ema, step / (step + 9.0))
 
 
-class SlotAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) that clips each group by its own norm and drops a group whose gradient is not finite.
+class SlotOptimizer(torch.optim.Optimizer):
+    """Moves each slot by its own rule; clips a slot by its own norm and drops one whose gradient is not finite.
 
-    slots: the parameters and the settings of each. A dropped group is never updated again and its reason is
-    kept in `dropped`; the other groups do the same arithmetic as if they were alone. An engine that shards the
+    slots: the parameters and the settings of each. A dropped slot is never updated again and its reason is
+    kept in `dropped`; the other slots do the same arithmetic as if they were alone. An engine that shards the
     groups puts its shards in the place of their parameters and gives `sum_over_shards`; whoever takes steps calls
-    `step` (once, or once per group) and then `finish_step`.
+    `step` (once, or once per group) and then `finish_step`. numbers: what the rule keeps of each slot as a whole.
     """
 
-    def __init__(
-        self,
-        slots: Sequence[tuple[Sequence[nn.Parameter], TrainingSpec]],
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
+    def __init__(self, slots: Sequence[tuple[Sequence[nn.Parameter], TrainingSpec]]) -> None:
         groups = [
             {"params": list(parameters), "lr": training.learning_rate, "slot": slot}
             for slot, (parameters, training) in enumerate(slots)
         ]
         super().__init__(groups, {"lr": 0.0})
         self._trainings = [training for _, training in slots]
-        self.betas = betas
-        self.eps = eps
+        self._rules = [RULES[training.optimizer] for _, training in slots]
+        self.numbers = [rule.new_numbers() for rule in self._rules]
         self.steps_done = 0
         self.dropped: dict[int, str] = {}
         self.sum_over_shards: Callable[[Tensor], Tensor] | None = None
@@ -73,7 +68,7 @@ class SlotAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the active slots among the present groups; a closure is not supported."""
         if closure is not None:
-            raise ValueError("SlotAdamW takes no closure: compute the gradients before step()")
+            raise ValueError("SlotOptimizer takes no closure: compute the gradients before step()")
         for group in self.param_groups:
             if group["slot"] not in self.dropped:
                 self._step_slot(group["slot"], group)
@@ -100,49 +95,48 @@ class SlotAdamW(torch.optim.Optimizer):
             gradients = list(torch._foreach_mul(gradients, training.max_grad_norm / norm))
         group["lr"] = learning_rate_at(training, self.steps_done)
         states = [self.state_of(slot, parameter) for parameter in parameters]
-        self._update(parameters, gradients, states, group["lr"], training.weight_decay)
+        values: list[Tensor] = list(parameters)
+        self._rules[slot].update(
+            SlotStep(
+                values=values,
+                gradients=gradients,
+                states=states,
+                rates=[group["lr"]] * len(values),
+                weight_decay=training.weight_decay,
+                count=self.steps_done + 1,
+                numbers=self.numbers[slot],
+                total=self._total,
+            )
+        )
         if training.ema is not None:
             decay = average_decay(training.ema, self.steps_done + 1)
-            torch._foreach_lerp_([state["average"] for state in states], list(parameters), 1.0 - decay)
+            torch._foreach_lerp_([state["average"] for state in states], values, 1.0 - decay)
 
     def _norm(self, gradients: list[Tensor]) -> float:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return float(norm if self.sum_over_shards is None else self.sum_over_shards(norm.square()).sqrt())
 
-    def _update(
-        self,
-        parameters: list[nn.Parameter],
-        gradients: list[Tensor],
-        states: list[dict[str, Tensor]],
-        lr: float,
-        weight_decay: float,
-    ) -> None:
-        beta1, beta2 = self.betas
-        count = self.steps_done + 1
-        means, squares = ([state[name] for state in states] for name in ("mean", "square"))
-        torch._foreach_lerp_(means, gradients, 1.0 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, math.sqrt(1.0 - beta2**count))
-        torch._foreach_add_(denominators, self.eps)
-        values: list[Tensor] = list(parameters)
-        torch._foreach_mul_(values, 1.0 - lr * weight_decay)
-        torch._foreach_addcdiv_(values, means, denominators, -lr / (1.0 - beta1**count))
+    def _total(self, values: Tensor) -> Tensor:
+        return values if self.sum_over_shards is None else self.sum_over_shards(values)
 
     def state_of(self, slot: int, parameter: Tensor) -> dict[str, Tensor]:
         """Return the tensors kept of a slot's parameter, or of the shard in its place, by name.
 
-        Before the first update the moments are zeros and the average is the parameter's value.
+        Before the first update the average is the parameter's value, and the rest is as the rule begins.
         """
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            for name in state_names(self._trainings[slot]):
-                like = torch.clone if name == "average" else torch.zeros_like
-                state[name] = like(parameter.detach(), memory_format=torch.preserve_format)
+            state.update(self._rules[slot].new_state(parameter.detach()))
+            if self._trainings[slot].ema is not None:
+                state["average"] = parameter.detach().clone(memory_format=torch.preserve_format)
         return state
 
-    def resume(self, steps_done: int, dropped: Mapping[int, str]) -> None:
-        """Continue after `steps_done` steps with the slots that were dropped; the tensors are the engine's to set."""
+    def resume(self, steps_done: int, dropped: Mapping[int, str], numbers: Sequence[Mapping[str, float]]) -> None:
+        """Continue after `steps_done` steps with the slots that were dropped and the numbers kept of each.
+
+        The tensors are the engine's to set. Numbers that are not given are as the rule begins.
+        """
         self.steps_done = steps_done
         self.dropped = dict(dropped)
+        for own, kept in zip(self.numbers, numbers, strict=True):
+            own.update(kept)

@@ -23,7 +23,7 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import EngineFactory, Slots, SlotState, TorchEngine
 from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
-from tests.unit.training.test_loop import STEPS, Killed, member, members, series, train
+from tests.unit.training.test_loop import STEPS, Killed, member, members, other_optimisers, series, train
 from tests.unit.training.test_step import concept, task, with_training
 
 STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
@@ -74,6 +74,11 @@ def poisoned(base: BaseModel) -> list[PackMember]:
     return [members(base)[0], member(base, task("bad", (bad,))), members(base)[2]]
 
 
+def optimisers(base: BaseModel, stage: int | None) -> list[PackMember]:
+    """The pack of several optimisers, without the one that needs whole matrices where they are sharded."""
+    return [one for one in other_optimisers(base) if not stage or one.task.training.optimizer != "adafactor"]
+
+
 def parted(base: BaseModel) -> list[PackMember]:
     """The pack with rows with and without the token in calls of their own."""
     return [replace(one, task=with_training(one.task, joint_rows=False)) for one in members(base)]
@@ -117,6 +122,8 @@ def try_laws(folder: Path) -> dict[str, Any]:
         results["invalidations", stage] = len(lines)
         base = fresh()
         results["gradients", stage] = gradients(base, members(base), make)
+        base = fresh()
+        results["optimisers", stage] = weights(train(base, optimisers(base, stage), make_engine=make))
         base = fresh()
         results["parted", stage] = weights(train(base, parted(base), steps=FEW, make_engine=make))
         base = fresh()

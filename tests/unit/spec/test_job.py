@@ -269,6 +269,21 @@ def test_overrides_merge_key_by_key(folder: Path) -> None:
     assert (changed.method, changed.base) == ("lora", str(folder / "bases" / "mine"))
 
 
+def test_a_learning_rate_of_adamw_is_not_taken_for_that_of_another_optimiser(folder: Path) -> None:
+    document = with_value(minimal(), ("training", "optimizer"), "prodigy")
+    assert "training.learning_rate" in (found := refusal(folder, document))
+    assert "optimizer is prodigy: give it, 1.0 unless you have a reason" in found
+    document["training"]["learning_rate"] = 1.0
+    assert load_spec(write(folder, document)).resolved()[0].training.learning_rate == 1.0
+    document["adapters"][0]["training"] = {"optimizer": "adafactor"}
+    assert load_spec(write(folder, document)).resolved()[0].training.learning_rate == 1.0, "the job gives one"
+    document["cluster"] = {"zero_stage": 2}
+    assert "adafactor (adapter" in (found := refusal(folder, document))
+    assert "cluster.zero_stage" in found
+    document["cluster"] = {"zero_stage": 0}
+    load_spec(write(folder, document))
+
+
 def test_rules_between_fields_hold_for_merged_settings(folder: Path) -> None:
     document = with_value(minimal(), ("training",), {"steps": 100, "warmup_steps": 50})
     document["adapters"][0]["training"] = {"steps": 50}
@@ -340,6 +355,7 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
         (("training", "decoy_fraction"), 0.25),
         (("training", "accumulate"), 2),
         (("training", "ema"), 0.99),
+        (("training",), {"optimizer": "prodigy", "learning_rate": 0.002}),
         (("training", "noise_offset"), 0.1),
         (("base",), "other/base"),
         (("method",), "lora"),
@@ -361,7 +377,13 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
     """Written down then: a field that came later changes no revision until it is used."""
     before = "ea05bf64fe6e0fecad7fab1870858c8fe44ad2beea38357306bee88fee62b4d0"
     assert JobSpec.model_validate(minimal()).resolved()[0].digest() == before
-    for name, default in (("decoy_fraction", 0), ("accumulate", 1), ("ema", None), ("noise_offset", 0.0)):
+    for name, default in (
+        ("decoy_fraction", 0),
+        ("accumulate", 1),
+        ("ema", None),
+        ("noise_offset", 0.0),
+        ("optimizer", "adamw"),
+    ):
         given = with_value(minimal(), ("training", name), default)
         assert JobSpec.model_validate(given).resolved()[0].digest() == before
 

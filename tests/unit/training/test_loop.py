@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,21 @@ def members(base: BaseModel) -> list[PackMember]:
     ]
 
 
+def other_optimisers(base: BaseModel) -> list[PackMember]:
+    """The pack with another optimiser for each of two members; Prodigy has little time, so its rate is high."""
+    mug, tea, plain = members(base)
+    prodigy, adafactor = ({"optimizer": "prodigy", "learning_rate": 20.0}, {"optimizer": "adafactor"})
+    return [
+        replace(mug, task=with_training(mug.task, **prodigy, ema=0.5)),
+        replace(tea, task=with_training(tea.task, **adafactor, learning_rate=0.5)),
+        plain,
+    ]
+
+
+PACKS = pytest.mark.parametrize("pack", [members, other_optimisers])
+MakePack = Callable[[BaseModel], list[PackMember]]
+
+
 def train(base: BaseModel, pack: list[PackMember], **options: object) -> dict[str, TrainedAdapter]:
     bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
     try:
@@ -103,9 +119,10 @@ def bit_equal(one: AdapterWeights | None, other: AdapterWeights | None) -> bool:
     )
 
 
-def test_a_pack_gives_what_separate_runs_give(base: BaseModel) -> None:
-    packed = train(base, members(base))
-    for alone in members(base):
+@PACKS
+def test_a_pack_gives_what_separate_runs_give(base: BaseModel, pack: MakePack) -> None:
+    packed = train(base, pack(base))
+    for alone in pack(base):
         separate = train(base, [alone])[alone.task.adapter_id]
         assert relative_error(packed[alone.task.adapter_id].weights, separate.weights) <= 1e-3
     assert not bit_equal(packed["mug"].weights, packed["plain"].weights)
@@ -165,9 +182,12 @@ def test_an_adapter_with_ema_is_the_average_of_its_weights(base: BaseModel) -> N
         torch.testing.assert_close(layer.up, shadows[f"{name}.lora_B"].detach(), rtol=1e-5, atol=1e-7)
 
 
-def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(base: BaseModel, tmp_path: Path) -> None:
-    whole = train(base, members(base))
-    checkpoints = series(tmp_path, members(base))
+@PACKS
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
+    base: BaseModel, tmp_path: Path, pack: MakePack
+) -> None:
+    whole = train(base, pack(base))
+    checkpoints = series(tmp_path, pack(base))
     seen: list[int] = []
 
     def die_at(step: int) -> object:
@@ -180,8 +200,8 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(base: 
 
     for step in (4, 9, 17):
         with pytest.raises(Killed):
-            train(base, members(base), checkpoints=checkpoints, on_step=die_at(step))
-    resumed = train(base, members(base), checkpoints=checkpoints, on_step=die_at(-1))
+            train(base, pack(base), checkpoints=checkpoints, on_step=die_at(step))
+    resumed = train(base, pack(base), checkpoints=checkpoints, on_step=die_at(-1))
     assert seen == [*range(1, 5), *range(4, 10), *range(10, 18), *range(16, 21)]
     for adapter_id, adapter in whole.items():
         assert bit_equal(adapter.weights, resumed[adapter_id].weights)

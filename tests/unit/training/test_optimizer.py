@@ -1,4 +1,4 @@
-"""SlotAdamW: torch.optim.AdamW per slot, clipped and dropped alone."""
+"""The slot optimiser: torch.optim.AdamW per slot, clipped and dropped alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from cat_cluster.spec.sections import TrainingSpec
-from cat_cluster.training.optimizer import SlotAdamW, average_decay, learning_rate_at
+from cat_cluster.training.optimizer import SlotOptimizer, average_decay, learning_rate_at
 
 
 def settings(**changes: object) -> TrainingSpec:
@@ -36,7 +36,7 @@ def set_gradients(slot: list[nn.Parameter], seed: int, scale: float = 1.0) -> No
         parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
 
 
-def take_step(optimizer: SlotAdamW) -> None:
+def take_step(optimizer: SlotOptimizer) -> None:
     optimizer.step()
     optimizer.finish_step()
 
@@ -45,7 +45,7 @@ def take_step(optimizer: SlotAdamW) -> None:
 def test_each_slot_does_what_torch_adamw_does_alone(max_grad_norm: float | None) -> None:
     slots, twins = [parameters(1), parameters(2)], [parameters(1), parameters(2)]
     rates = (1e-2, 3e-3)
-    ours = SlotAdamW(
+    ours = SlotOptimizer(
         [
             (slot, settings(learning_rate=rate, max_grad_norm=max_grad_norm))
             for slot, rate in zip(slots, rates, strict=True)
@@ -69,8 +69,8 @@ def test_each_slot_does_what_torch_adamw_does_alone(max_grad_norm: float | None)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_slot_with_a_bad_gradient_is_dropped_and_its_neighbour_does_not_notice(poison: float) -> None:
     slots, alone = [parameters(1), parameters(2)], parameters(1)
-    ours = SlotAdamW([(slot, settings()) for slot in slots])
-    twin = SlotAdamW([(alone, settings())])
+    ours = SlotOptimizer([(slot, settings()) for slot in slots])
+    twin = SlotOptimizer([(alone, settings())])
     frozen: list[torch.Tensor] = []
     for step in range(6):
         set_gradients(slots[0], step)
@@ -88,7 +88,7 @@ def test_a_slot_with_a_bad_gradient_is_dropped_and_its_neighbour_does_not_notice
 
 def test_the_average_is_diffusers_and_stays_when_its_slot_is_dropped() -> None:
     slots = [parameters(1), parameters(2)]
-    ours = SlotAdamW([(slots[0], settings(ema=0.5)), (slots[1], settings())])
+    ours = SlotOptimizer([(slots[0], settings(ema=0.5)), (slots[1], settings())])
     theirs = EMAModel(slots[0], decay=0.5)
     for step in range(14):
         for index, slot in enumerate(slots):
@@ -116,11 +116,11 @@ def test_learning_rate_schedules() -> None:
 
 def test_restore_continues_bit_for_bit() -> None:
     first, second = parameters(1), parameters(9)
-    whole, resumed = SlotAdamW([(first, settings())]), SlotAdamW([(second, settings())])
+    whole, resumed = SlotOptimizer([(first, settings())]), SlotOptimizer([(second, settings())])
     for step in range(8):
         if step == 4:
             saved = [(p.detach().clone(), {k: v.clone() for k, v in whole.state_of(0, p).items()}) for p in first]
-            resumed.resume(4, {})
+            resumed.resume(4, {}, [{}])
             for parameter, (value, state) in zip(second, saved, strict=True):
                 parameter.data.copy_(value)
                 for name, kept in resumed.state_of(0, parameter).items():
@@ -135,4 +135,4 @@ def test_restore_continues_bit_for_bit() -> None:
 
 def test_closures_are_refused() -> None:
     with pytest.raises(ValueError, match="closure"):
-        SlotAdamW([(parameters(1), settings())]).step(lambda: 0.0)
+        SlotOptimizer([(parameters(1), settings())]).step(lambda: 0.0)
