@@ -212,6 +212,13 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/optimizer.py",
+        'rates=[group["lr"] * factor for factor in factors]',
+        'rates=[group["lr"] for _ in factors]',
+        "training/test_optimizer.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/optimizer.py",
         "own.update(kept)",
         "pass",
         "training/test_update_rules.py",

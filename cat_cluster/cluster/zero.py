@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor, distributed, nn
 
 from cat_cluster.errors import CatClusterError
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import EngineFactory, Slots, SlotState, autocast
-from cat_cluster.training.optimizer import SlotOptimizer, state_names
+from cat_cluster.training.optimizer import SlotOptimizer, block_factor, state_names
 from cat_cluster.training.update_rules import RULES
 
 TESTED = "0.19"  # parts of DeepSpeed that are not its public interface are used as they are in this version
@@ -30,9 +31,9 @@ class ZeroEngine:
     def __init__(
         self, base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool, *, stage: int
     ) -> None:
-        """slots: parameters and settings of each slot, values in place; they and the U-Net are the engine's from now.
+        """slots: parameters by name and settings of each slot, values in place; they are the engine's from now.
 
-        saved: what the optimiser kept of each slot of a resumed run. stage: ZeRO stage, 0 to 3.
+        So is the U-Net. saved: what the optimiser kept of each slot of a resumed run. stage: ZeRO stage, 0 to 3.
         """
         for _, training in slots:
             if stage > 0 and not RULES[training.optimizer].on_shards:
@@ -42,7 +43,7 @@ class ZeroEngine:
         self.joined_teacher = stage == 3
         self.optimizer = SlotOptimizer(slots)
         self._stage = stage
-        self._slots = [list(parameters) for parameters, _ in slots]
+        self._slots = [list(parameters.values()) for parameters, _ in slots]
         self._names = [state_names(training) for _, training in slots]
         self._sizes = [[parameter.numel() for parameter in parameters] for parameters in self._slots]
         self._shapes = [[parameter.shape for parameter in parameters] for parameters in self._slots]
@@ -59,6 +60,8 @@ class ZeroEngine:
         )
         if stage in (1, 2, 3):
             self.optimizer.sum_over_shards = self.sum
+            weighted = [slot for slot, (_, training) in enumerate(slots) if training.block_lr_weights is not None]
+            self.optimizer.runs = {slot: self._runs(slot, *slots[slot]) for slot in weighted}
         if stage == 3:
             # DeepSpeed gathers what stays whole after each step; the first forward needs it before.
             whole = self._engine.optimizer.persistent_parameters
@@ -136,6 +139,17 @@ class ZeroEngine:
             padded = nn.functional.pad(tensor.reshape(-1), (0, size * self.world_size - tensor.numel()))
             parts.append(padded[self.rank * size : (self.rank + 1) * size])
         return torch.cat(parts)
+
+    def _runs(
+        self, slot: int, parameters: Mapping[str, nn.Parameter], training: TrainingSpec
+    ) -> list[tuple[int, float]]:
+        """Return how many elements of a slot's shard, one after the other, have which factor on the learning rate."""
+        factors = [
+            torch.full(shape, block_factor(training, name), dtype=torch.float64)
+            for name, shape in zip(parameters, self._shapes[slot], strict=True)
+        ]
+        found, counts = torch.unique_consecutive(self._cut(slot, factors), return_counts=True)
+        return list(zip(counts.tolist(), found.tolist(), strict=True))
 
     def _shard(self, slot: int) -> Tensor:
         """The flat parameter that stands for a slot's group on this worker."""

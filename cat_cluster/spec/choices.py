@@ -19,6 +19,7 @@ SamplerName = Literal[
 Weighting = Literal["none", "a1111"]
 Targets = Literal["attention", "cross_attention", "attention_ff"]
 Blocks = Literal["all", "mid_up", "up"]
+BlockGroup = Literal["down", "mid", "up"]
 PriorPrompt = Literal["token_removed", "class_noun", "empty", "mixture"]
 AlphaSchedule = Literal["constant", "high_noise", "low_noise"]
 OptimizerName = Literal["adamw", "adafactor", "prodigy"]

@@ -14,13 +14,15 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
-from cat_cluster.spec.choices import MethodName, MetricName
+from cat_cluster.spec.choices import BlockGroup, MethodName, MetricName
 from cat_cluster.spec.yaml_file import describe
 
 LARGEST_SEED = 2**63 - 1
 LARGEST_COUNT = 10**9
+LARGEST_FACTOR = 10**6
 PLANNED_METHODS = ("dreambooth", "textual_inversion")
 GATE_METRICS = get_args(MetricName)
+BLOCK_GROUPS: tuple[BlockGroup, ...] = get_args(BlockGroup)
 _Item = TypeVar("_Item")
 CONDITION = re.compile(r"(>=|<=)\s*(-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)")
 _S3_ADDRESS = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/.*)?", re.DOTALL)
@@ -79,6 +81,18 @@ def _conditions(value: object) -> object:
             raise ValueError(f"{describe(metric)} is not a metric; the metrics are {', '.join(GATE_METRICS)}")
         if not isinstance(condition, str) or not CONDITION.fullmatch(condition.strip()):
             raise ValueError(f"{metric} has {describe(condition)}; write >= or <= and a number, as in '>=0.1'")
+    return value
+
+
+def _block_factors(value: object) -> object:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"must map blocks to factors, as in {{down: 0.5, mid: 0.5}}, got {describe(value)}")
+    for group, factor in value.items():
+        if group not in BLOCK_GROUPS:
+            raise ValueError(f"{describe(group)} is not a group of blocks; the groups are {', '.join(BLOCK_GROUPS)}")
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if not number or not 0.0 < factor <= LARGEST_FACTOR:
+            raise ValueError(f"{group} has {describe(factor)}; write a number above 0, `blocks` leaves blocks out")
     return value
 
 
@@ -160,6 +174,7 @@ Method = Annotated[MethodName, BeforeValidator(_method)]
 Workers = Annotated[Count | tuple[Count, Count], BeforeValidator(_workers)]
 PackSize = Annotated[Literal["auto"] | Count, BeforeValidator(_pack_size)]
 Conditions = Annotated[dict[str, str], BeforeValidator(_conditions)]
+BlockFactors = Annotated[dict[BlockGroup, float], BeforeValidator(_block_factors)]
 Prompts = Annotated[Literal["default"] | tuple[str, ...], BeforeValidator(_prompts)]
 # Not a length limit: pydantic counts the valid entries only and would report one bad entry twice.
 OneOrMore = Annotated[tuple[_Item, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]

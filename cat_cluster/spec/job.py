@@ -17,7 +17,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cat_cluster.errors import SpecError
 from cat_cluster.spec.characters import control_character, unseen_character
+from cat_cluster.spec.choices import BlockGroup, Blocks
 from cat_cluster.spec.fields import (
+    BLOCK_GROUPS,
     AdapterId,
     ImagesFolder,
     Method,
@@ -39,12 +41,13 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 
 # Adapters that were published before there were these fields are found under their revisions: at its default none of
 # them is a part of the digest.
-_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer")
+_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights")
 
 _RATES = {
     "adafactor": "0.1 to begin with, and a weight_decay of 0",
     "prodigy": "1.0 unless you have a reason",
 }
+_ADAPTED: Mapping[Blocks, tuple[BlockGroup, ...]] = {"all": BLOCK_GROUPS, "mid_up": ("mid", "up"), "up": ("up",)}
 
 _Settings = TypeVar("_Settings", bound=Section)
 
@@ -289,6 +292,13 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
     if training.optimizer != "adamw" and "learning_rate" not in training.model_fields_set:
         text = f"the default is for adamw, and optimizer is {training.optimizer}: give it, {_RATES[training.optimizer]}"
         yield place("training", "learning_rate"), text
+    for group in training.block_lr_weights or {}:
+        if training.optimizer == "prodigy":
+            yield place("training", "block_lr_weights"), "prodigy finds one step size for all blocks; remove it"
+            break
+        if group not in _ADAPTED[training.blocks]:
+            text = f"{group} is not adapted with blocks: {training.blocks}; remove it, or adapt more blocks"
+            yield (*place("training", "block_lr_weights"), group), text
     if evaluation.require is not None and not evaluation.enabled:
         # At the adapter's own half of the contradiction, if it has one: the job's half may be right for the others.
         own = [place("evaluation", key) for key in ("require", "enabled")]

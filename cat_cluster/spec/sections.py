@@ -17,6 +17,7 @@ from cat_cluster.spec.choices import (
     Targets,
 )
 from cat_cluster.spec.fields import (
+    BlockFactors,
     Conditions,
     Count,
     Fraction,
@@ -57,6 +58,11 @@ class TrainingSpec(Section):
         le=1.0e30,
         description="Highest learning rate: adafactor's is relative to each matrix's size, prodigy's scales the one it "
         "finds. A float32 step must hold it.",
+    )
+    block_lr_weights: BlockFactors | None = Field(
+        default=None,
+        description="Factors on the learning rate of the U-Net's blocks down, mid and up, as in {down: 0.5}; those not "
+        "named have 1.",
     )
     rows_per_concept: Count = Field(default=4, description="Rows of a U-Net call that each concept gets.")
     accumulate: Count = Field(

@@ -16,7 +16,7 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.optimizer import SlotOptimizer
 
-Slots: TypeAlias = Sequence[tuple[Sequence[nn.Parameter], TrainingSpec]]
+Slots: TypeAlias = Sequence[tuple[Mapping[str, nn.Parameter], TrainingSpec]]
 # By name, of each parameter of a slot in parameter order: what the optimiser keeps, and the "value".
 SlotState: TypeAlias = Sequence[Mapping[str, Tensor]]
 
@@ -57,11 +57,11 @@ class TorchEngine:
     joined_teacher = False
 
     def __init__(self, base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> None:
-        """slots: parameters and settings of each slot. saved: what the optimiser kept of them, of a resumed run."""
+        """slots: parameters by name and settings of each. saved: what the optimiser kept of them in a resumed run."""
         self._base = base
         self._bf16 = bf16
         self.optimizer = SlotOptimizer(slots)
-        self._slots = [list(parameters) for parameters, _ in slots]
+        self._slots = [list(parameters.values()) for parameters, _ in slots]
         parallel = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if parallel else 0
         self.world_size = distributed.get_world_size() if parallel else 1

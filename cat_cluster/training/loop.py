@@ -150,7 +150,7 @@ class _PackState:
             bank.new_trainable(slot, member.initial)
         parameters = [bank.named_parameters(slot + 1) for slot in range(len(members))]
         tasks = [member.task for member in members]
-        slots = [(list(own.values()), task.training) for own, task in zip(parameters, tasks, strict=True)]
+        slots = [(own, task.training) for own, task in zip(parameters, tasks, strict=True)]
         names = [tensor_names(own, state_names(task.training)) for own, task in zip(parameters, tasks, strict=True)]
         states = load_newest(checkpoints, names)
         # An engine may shard what it is given: the values must be in place before, the rest goes in with it.

@@ -42,24 +42,37 @@ def average_decay(ema: float, step: int) -> float:
     return 0.0 if step == 1 else min(ema, step / (step + 9.0))
 
 
+def block_factor(training: TrainingSpec, parameter: str) -> float:
+    """Return the factor on the learning rate of a parameter, named as by the bank, from its group of blocks."""
+    group = parameter.partition("_block")[0]  # of down_blocks.0..., mid_block... or up_blocks.1...
+    return next((factor for name, factor in (training.block_lr_weights or {}).items() if name == group), 1.0)
+
+
 class SlotOptimizer(torch.optim.Optimizer):
     """Moves each slot by its own rule; clips a slot by its own norm and drops one whose gradient is not finite.
 
-    slots: the parameters and the settings of each. A dropped slot is never updated again and its reason is
+    slots: the parameters by name and the settings of each. A dropped slot is never updated again and its reason is
     kept in `dropped`; the other slots do the same arithmetic as if they were alone. An engine that shards the
-    groups puts its shards in the place of their parameters and gives `sum_over_shards`; whoever takes steps calls
+    groups puts its shards in the place of their parameters and gives `sum_over_shards` and, of a slot whose learning
+    rate is not one, in `runs` how many elements of the shard have which factor; whoever takes steps calls
     `step` (once, or once per group) and then `finish_step`. numbers: what the rule keeps of each slot as a whole.
     """
 
-    def __init__(self, slots: Sequence[tuple[Sequence[nn.Parameter], TrainingSpec]]) -> None:
+    def __init__(self, slots: Sequence[tuple[Mapping[str, nn.Parameter], TrainingSpec]]) -> None:
         groups = [
-            {"params": list(parameters), "lr": training.learning_rate, "slot": slot}
+            {"params": list(parameters.values()), "lr": training.learning_rate, "slot": slot}
             for slot, (parameters, training) in enumerate(slots)
         ]
         super().__init__(groups, {"lr": 0.0})
         self._trainings = [training for _, training in slots]
         self._rules = [RULES[training.optimizer] for _, training in slots]
         self.numbers = [rule.new_numbers() for rule in self._rules]
+        self._factors = {
+            parameter: block_factor(training, name)
+            for parameters, training in slots
+            for name, parameter in parameters.items()
+        }
+        self.runs: dict[int, list[tuple[int, float]]] = {}
         self.steps_done = 0
         self.dropped: dict[int, str] = {}
         self.sum_over_shards: Callable[[Tensor], Tensor] | None = None
@@ -94,23 +107,25 @@ class SlotOptimizer(torch.optim.Optimizer):
         if training.max_grad_norm is not None and norm > training.max_grad_norm:
             gradients = list(torch._foreach_mul(gradients, training.max_grad_norm / norm))
         group["lr"] = learning_rate_at(training, self.steps_done)
-        states = [self.state_of(slot, parameter) for parameter in parameters]
         values: list[Tensor] = list(parameters)
-        self._rules[slot].update(
-            SlotStep(
-                values=values,
-                gradients=gradients,
-                states=states,
-                rates=[group["lr"]] * len(values),
-                weight_decay=training.weight_decay,
-                count=self.steps_done + 1,
-                numbers=self.numbers[slot],
-                total=self._total,
-            )
+        states = [self.state_of(slot, parameter) for parameter in parameters]
+        factors = [self._factors.get(parameter, 1.0) for parameter in parameters]
+        if slot in self.runs:
+            values, gradients, states, factors = _cut(self.runs[slot], values[0], gradients[0], states[0])
+        step = SlotStep(
+            values=values,
+            gradients=gradients,
+            states=states,
+            rates=[group["lr"] * factor for factor in factors],
+            weight_decay=training.weight_decay,
+            count=self.steps_done + 1,
+            numbers=self.numbers[slot],
+            total=self._total,
         )
+        self._rules[slot].update(step)
         if training.ema is not None:
-            decay = average_decay(training.ema, self.steps_done + 1)
-            torch._foreach_lerp_([state["average"] for state in states], values, 1.0 - decay)
+            decay = average_decay(training.ema, step.count)
+            torch._foreach_lerp_(step.kept("average"), values, 1.0 - decay)
 
     def _norm(self, gradients: list[Tensor]) -> float:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -140,3 +155,13 @@ class SlotOptimizer(torch.optim.Optimizer):
         self.dropped = dict(dropped)
         for own, kept in zip(self.numbers, numbers, strict=True):
             own.update(kept)
+
+
+def _cut(
+    runs: Sequence[tuple[int, float]], value: Tensor, gradient: Tensor, state: Mapping[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]], list[float]]:
+    """Return views of a shard, its gradient and what is kept of it, one for each run of elements, and its factor."""
+    sizes, factors = [size for size, _ in runs], [factor for _, factor in runs]
+    values, gradients, *kept = (list(torch.split(tensor, sizes)) for tensor in (value, gradient, *state.values()))
+    states = [dict(zip(state, parts, strict=True)) for parts in zip(*kept, strict=True)]
+    return values, gradients, states, factors

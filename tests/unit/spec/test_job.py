@@ -172,6 +172,10 @@ training: {steps: true}
         (("training", "decoy_fraction"), -0.1, "greater than or equal to 0"),
         (("training", "decoy_fraction"), 1, "less than 1"),
         (("training", "ema"), 0, "greater than 0"),
+        (("training", "block_lr_weights"), {"middle": 1.0}, "'middle' is not a group of blocks; the groups are down"),
+        (("training", "block_lr_weights"), {"up": 0}, "up has 0; write a number above 0"),
+        (("training", "block_lr_weights"), {"up": float("nan")}, "write a number above 0"),
+        (("training", "block_lr_weights"), 0.5, "must map blocks to factors"),
         (("training", "ema"), 1, "less than 1"),
         (("training", "resolution"), 65, "multiple of 8"),
         (("training", "seed"), 2**63, "less than or equal"),
@@ -284,6 +288,16 @@ def test_a_learning_rate_of_adamw_is_not_taken_for_that_of_another_optimiser(fol
     load_spec(write(folder, document))
 
 
+def test_factors_on_blocks_that_are_not_adapted_or_have_no_rate_of_their_own_are_refused(folder: Path) -> None:
+    document = with_value(minimal(), ("training",), {"blocks": "up", "block_lr_weights": {"up": 2.0, "down": 0.5}})
+    assert "training.block_lr_weights.down" in (found := refusal(folder, document))
+    assert "down is not adapted with blocks: up" in found
+    document["training"] |= {"blocks": "all"}
+    load_spec(write(folder, document))
+    document["training"] |= {"optimizer": "prodigy", "learning_rate": 1.0}
+    assert "prodigy finds one step size for all blocks" in refusal(folder, document)
+
+
 def test_rules_between_fields_hold_for_merged_settings(folder: Path) -> None:
     document = with_value(minimal(), ("training",), {"steps": 100, "warmup_steps": 50})
     document["adapters"][0]["training"] = {"steps": 50}
@@ -355,6 +369,7 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
         (("training", "decoy_fraction"), 0.25),
         (("training", "accumulate"), 2),
         (("training", "ema"), 0.99),
+        (("training", "block_lr_weights"), {"down": 0.5}),
         (("training",), {"optimizer": "prodigy", "learning_rate": 0.002}),
         (("training", "noise_offset"), 0.1),
         (("base",), "other/base"),
@@ -383,6 +398,7 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
         ("ema", None),
         ("noise_offset", 0.0),
         ("optimizer", "adamw"),
+        ("block_lr_weights", None),
     ):
         given = with_value(minimal(), ("training", name), default)
         assert JobSpec.model_validate(given).resolved()[0].digest() == before

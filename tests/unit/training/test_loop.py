@@ -59,7 +59,7 @@ def members(base: BaseModel) -> list[PackMember]:
         concept(base, "ohwx", alpha=3.0, weight=2.0),
     )
     return [
-        member(base, task("mug", (concept(base, "sks", alpha=5.0),))),
+        member(base, task("mug", (concept(base, "sks", alpha=5.0),), block_lr_weights={"down": 0.5, "up": 2.0})),
         member(base, task("tea", joint, cat_fraction=0.5, decoy_fraction=0.6, accumulate=2), rank=2, rate=2e-3),
         member(
             base, task("plain", (concept(base, "sks", alpha=0.0),), rows_per_concept=3, ema=0.9), rate=1e-2, clip=None
@@ -70,10 +70,11 @@ def members(base: BaseModel) -> list[PackMember]:
 def other_optimisers(base: BaseModel) -> list[PackMember]:
     """The pack with another optimiser for each of two members; Prodigy has little time, so its rate is high."""
     mug, tea, plain = members(base)
-    prodigy, adafactor = ({"optimizer": "prodigy", "learning_rate": 20.0}, {"optimizer": "adafactor"})
+    prodigy = {"optimizer": "prodigy", "learning_rate": 20.0, "block_lr_weights": None}
+    adafactor = {"optimizer": "adafactor", "learning_rate": 0.5, "block_lr_weights": {"mid": 0.5}}
     return [
         replace(mug, task=with_training(mug.task, **prodigy, ema=0.5)),
-        replace(tea, task=with_training(tea.task, **adafactor, learning_rate=0.5)),
+        replace(tea, task=with_training(tea.task, **adafactor)),
         plain,
     ]
 

@@ -86,7 +86,7 @@ def open_bank(base: BaseModel, weights: list[AdapterWeights], rank: int = 4) -> 
 
 def open_engine(base: BaseModel, bank: LoraBank, *, bf16: bool = False) -> TorchEngine:
     training = TrainingSpec(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=None, lr_schedule="constant", steps=10)
-    slots = [(bank.parameters(slot), training) for slot in range(1, bank.slots + 1)]
+    slots = [(bank.named_parameters(slot), training) for slot in range(1, bank.slots + 1)]
     return TorchEngine(base, slots, None, bf16)
 
 

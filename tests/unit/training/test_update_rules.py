@@ -12,9 +12,9 @@ from torch import nn
 
 from cat_cluster.spec.choices import OptimizerName
 from cat_cluster.spec.sections import TrainingSpec
-from cat_cluster.training.optimizer import SlotOptimizer, learning_rate_at
+from cat_cluster.training.optimizer import learning_rate_at
 from cat_cluster.training.update_rules import RULES
-from tests.unit.training.test_optimizer import set_gradients, settings, take_step
+from tests.unit.training.test_optimizer import optimizer_of, set_gradients, settings, take_step
 
 RATES: Mapping[OptimizerName, float] = {"adamw": 1e-2, "adafactor": 0.3, "prodigy": 1.0}
 ORACLES: Mapping[OptimizerName, Callable[..., torch.optim.Optimizer]] = {
@@ -64,7 +64,7 @@ def test_each_slot_is_the_librarys_optimiser_alone(
     trainings = {name: setting(name, **changes) for name in RULES}
     slots = {name: matrices(seed) for seed, name in enumerate(RULES)}
     twins = {name: matrices(seed) for seed, name in enumerate(RULES)}
-    ours = SlotOptimizer([(slots[name], trainings[name]) for name in RULES])
+    ours = optimizer_of(*((slots[name], trainings[name]) for name in RULES))
     theirs = {name: ORACLES[name](twins[name], lr=RATES[name], weight_decay=weight_decay) for name in RULES}
     for step in range(120):
         for name in RULES:
@@ -85,7 +85,7 @@ def test_each_slot_is_the_librarys_optimiser_alone(
 @pytest.mark.parametrize("name", RULES)
 def test_a_resumed_slot_goes_on_to_the_bit(name: OptimizerName) -> None:
     first, second = matrices(1), matrices(9)
-    whole, resumed = (SlotOptimizer([(slot, setting(name, ema=0.9))]) for slot in (first, second))
+    whole, resumed = (optimizer_of((slot, setting(name, ema=0.9))) for slot in (first, second))
     for step in range(30):
         if step == 14:
             resumed.resume(14, {}, [dict(whole.numbers[0])])
@@ -110,8 +110,8 @@ def test_a_dropped_slot_is_left_alone_and_its_neighbour_does_not_notice(
     good: OptimizerName, bad: OptimizerName
 ) -> None:
     slots, alone = [matrices(1), matrices(2)], matrices(1)
-    ours = SlotOptimizer([(slots[0], setting(good)), (slots[1], setting(bad))])
-    twin = SlotOptimizer([(alone, setting(good))])
+    ours = optimizer_of((slots[0], setting(good)), (slots[1], setting(bad)))
+    twin = optimizer_of((alone, setting(good)))
     frozen: list[Any] = []
     for step in range(8):
         for slot in (*slots, alone):
@@ -129,7 +129,7 @@ def test_a_dropped_slot_is_left_alone_and_its_neighbour_does_not_notice(
 
 def test_prodigy_without_a_gradient_does_not_divide_by_zero() -> None:
     slot = matrices(1)
-    ours = SlotOptimizer([(slot, setting("prodigy"))])
+    ours = optimizer_of((slot, setting("prodigy")))
     for parameter in slot:
         parameter.grad = torch.zeros_like(parameter)
     take_step(ours)
@@ -140,4 +140,4 @@ def test_adafactor_refuses_what_is_no_matrix() -> None:
     vector = nn.Parameter(torch.ones(3))
     vector.grad = torch.ones(3)
     with pytest.raises(ValueError, match="for matrices, and this parameter has the shape \\(3,\\)"):
-        take_step(SlotOptimizer([([vector], setting("adafactor"))]))
+        take_step(optimizer_of(([vector], setting("adafactor"))))
