@@ -26,6 +26,7 @@ BLOCK_GROUPS: tuple[BlockGroup, ...] = get_args(BlockGroup)
 _Item = TypeVar("_Item")
 CONDITION = re.compile(r"(>=|<=)\s*(-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)")
 _S3_ADDRESS = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/.*)?", re.DOTALL)
+_REFERENCE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}(@(r-[0-9a-f]{12}|(?!r-)[a-z0-9][a-z0-9-]{0,62}))?")
 _NAMED_BASES_AND_JUDGES = ("pocket", "pocket-classifier", "auto")
 
 
@@ -151,6 +152,12 @@ def _name_or_folder(value: str, info: ValidationInfo) -> str:
     return path if value.startswith((".", "/", "~")) or os.path.exists(path) else value
 
 
+def _reference(value: str) -> str:
+    if not _REFERENCE.fullmatch(value):
+        raise ValueError(f"{value!r} names no published adapter; write its id, id@alias or id@r-0123456789ab")
+    return value
+
+
 def _storage_place(value: str, info: ValidationInfo) -> str:
     folder = _spec_folder(info)
     if folder is None or value.startswith("file://"):
@@ -170,6 +177,7 @@ Fraction = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 AdapterId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+PublishedAdapter = Annotated[Text, AfterValidator(_reference)]
 Method = Annotated[MethodName, BeforeValidator(_method)]
 Workers = Annotated[Count | tuple[Count, Count], BeforeValidator(_workers)]
 PackSize = Annotated[Literal["auto"] | Count, BeforeValidator(_pack_size)]

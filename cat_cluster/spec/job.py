@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -41,7 +41,7 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 
 # Adapters that were published before there were these fields are found under their revisions: at its default none of
 # them is a part of the digest.
-_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights")
+_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from")
 
 _RATES = {
     "adafactor": "0.1 to begin with, and a weight_decay of 0",
@@ -187,6 +187,7 @@ class JobSpec(Section):
         for index, adapter in enumerate(self.resolved()):
             errors += _merged_errors(adapter, self.adapters[index], index)
             errors += _sharding_errors(adapter, self.cluster)
+            errors += _start_errors(adapter, self.adapters, index)
         _refuse(type(self).__name__, list(dict.fromkeys(errors)))
         return self
 
@@ -322,6 +323,16 @@ def _sharding_errors(adapter: ResolvedAdapter, cluster: ClusterSpec) -> Iterator
             "use 0 or none, or another optimizer"
         )
         yield ("cluster", "zero_stage"), text
+
+
+def _start_errors(adapter: ResolvedAdapter, of_job: Sequence[AdapterSpec], index: int) -> Iterator[FieldError]:
+    """What an alias of an adapter of the job names would change when that one is published."""
+    adapter_id, _, name = (adapter.training.init_from or "").partition("@")
+    if not name.startswith("r-") and adapter_id in {one.id for one in of_job}:
+        own = of_job[index].training
+        given = own is not None and "init_from" in own.model_fields_set
+        text = f"{adapter_id} is trained by this job; name a revision, as in {adapter_id}@r-0123456789ab"
+        yield (*(("adapters", index) if given else ()), "training", "init_from"), text
 
 
 def _file_digest(path: Path) -> str:

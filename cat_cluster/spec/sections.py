@@ -28,6 +28,7 @@ from cat_cluster.spec.fields import (
     Positive,
     Prompts,
     PromptsFile,
+    PublishedAdapter,
     Seed,
     Share,
     Text,
@@ -52,6 +53,11 @@ class TrainingSpec(Section):
     optimizer: OptimizerName = Field(
         default="adamw",
         description="AdamW, Adafactor, or Prodigy, which finds its step size; the last two need a rate.",
+    )
+    init_from: PublishedAdapter | None = Field(
+        default=None,
+        description="Published adapter to train on from, of the same base and rank: id, id@alias or id@revision; none "
+        "starts anew.",
     )
     learning_rate: Positive = Field(
         default=2.0e-3,

@@ -172,6 +172,9 @@ training: {steps: true}
         (("training", "decoy_fraction"), -0.1, "greater than or equal to 0"),
         (("training", "decoy_fraction"), 1, "less than 1"),
         (("training", "ema"), 0, "greater than 0"),
+        (("training", "init_from"), "Mug", "'Mug' names no published adapter; write its id, id@alias or id@r-"),
+        (("training", "init_from"), "mug@r-123", "names no published adapter"),
+        (("training", "init_from"), "../mug", "names no published adapter"),
         (("training", "block_lr_weights"), {"middle": 1.0}, "'middle' is not a group of blocks; the groups are down"),
         (("training", "block_lr_weights"), {"up": 0}, "up has 0; write a number above 0"),
         (("training", "block_lr_weights"), {"up": float("nan")}, "write a number above 0"),
@@ -298,6 +301,21 @@ def test_factors_on_blocks_that_are_not_adapted_or_have_no_rate_of_their_own_are
     assert "prodigy finds one step size for all blocks" in refusal(folder, document)
 
 
+def test_what_an_adapter_of_the_job_is_trained_on_from_is_named_with_its_revision(folder: Path) -> None:
+    """An alias would name another revision once the job has published one: resuming would train a third."""
+    document = minimal()
+    own = document["adapters"][0]["id"]
+    document["training"] = {"init_from": f"{own}@latest"}
+    assert f"{own} is trained by this job; name a revision" in (found := refusal(folder, document))
+    assert "training.init_from" in found
+    document["training"] = {}
+    document["adapters"][0]["training"] = {"init_from": own}
+    assert "adapters[0].training.init_from" in refusal(folder, document)
+    for other in (f"{own}@r-0123456789ab", "another", "another@prod"):
+        document["adapters"][0]["training"] = {"init_from": other}
+        assert load_spec(write(folder, document)).resolved()[0].training.init_from == other
+
+
 def test_rules_between_fields_hold_for_merged_settings(folder: Path) -> None:
     document = with_value(minimal(), ("training",), {"steps": 100, "warmup_steps": 50})
     document["adapters"][0]["training"] = {"steps": 50}
@@ -369,6 +387,7 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
         (("training", "decoy_fraction"), 0.25),
         (("training", "accumulate"), 2),
         (("training", "ema"), 0.99),
+        (("training", "init_from"), "mug@r-0123456789ab"),
         (("training", "block_lr_weights"), {"down": 0.5}),
         (("training",), {"optimizer": "prodigy", "learning_rate": 0.002}),
         (("training", "noise_offset"), 0.1),
@@ -399,6 +418,7 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
         ("noise_offset", 0.0),
         ("optimizer", "adamw"),
         ("block_lr_weights", None),
+        ("init_from", None),
     ):
         given = with_value(minimal(), ("training", name), default)
         assert JobSpec.model_validate(given).resolved()[0].digest() == before
