@@ -135,15 +135,8 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/checkpoint.py",
-        'mean.to("cpu", copy=True)',
-        "mean.detach()",
-        "training/test_checkpoint.py",
-    ),
-    Mutant(
-        "training",
-        "cat_cluster/training/checkpoint.py",
-        'value.detach().to("cpu", copy=True)',
-        "value.detach()",
+        'tensor.detach().to("cpu", copy=True)',
+        "tensor.detach()",
         "training/test_checkpoint.py",
     ),
     Mutant(
@@ -198,7 +191,7 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/optimizer.py",
-        "average_decay(training.ema, self.steps_done + 1)",
+        "average_decay(training.ema, step.count)",
         "training.ema",
         "training/test_optimizer.py",
     ),

@@ -319,6 +319,7 @@ def _finish(
         evaluation,
         training={
             "steps": resolved.training.steps,
+            "resolution": adapter.resolution,
             "pack_seconds": round(seconds, 2),
             "history": trained.history,
             **start,
