@@ -44,8 +44,8 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 _LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from")
 
 _RATES = {
-    "adafactor": "0.1 to begin with, and a weight_decay of 0",
-    "prodigy": "1.0 unless you have a reason",
+    "adafactor": "0.5 to begin with, and a weight_decay of 0",
+    "prodigy": "1.0, and lr_schedule: constant",
 }
 _ADAPTED: Mapping[Blocks, tuple[BlockGroup, ...]] = {"all": BLOCK_GROUPS, "mid_up": ("mid", "up"), "up": ("up",)}
 

@@ -279,7 +279,7 @@ def test_overrides_merge_key_by_key(folder: Path) -> None:
 def test_a_learning_rate_of_adamw_is_not_taken_for_that_of_another_optimiser(folder: Path) -> None:
     document = with_value(minimal(), ("training", "optimizer"), "prodigy")
     assert "training.learning_rate" in (found := refusal(folder, document))
-    assert "optimizer is prodigy: give it, 1.0 unless you have a reason" in found
+    assert "optimizer is prodigy: give it, 1.0, and lr_schedule: constant" in found
     document["training"]["learning_rate"] = 1.0
     assert load_spec(write(folder, document)).resolved()[0].training.learning_rate == 1.0
     document["adapters"][0]["training"] = {"optimizer": "adafactor"}
