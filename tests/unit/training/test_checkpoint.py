@@ -6,6 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,20 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_taken(tmp_path: Path) -> 
     stored = checkpoints.load(5, tensor_names(["layer.lora_A"], ("mean", "square"))).parameters["layer.lora_A"]
     assert list(stored) == ["value", "mean", "square"]
     assert all(torch.equal(tensor, torch.zeros(3)) for tensor in stored.values())
+
+
+def test_a_checkpoint_of_the_time_of_adamw_alone_is_read(tmp_path: Path) -> None:
+    """Its marker has no numbers of the optimiser; one that has them gives back the same, to the bit."""
+    checkpoints = CheckpointStore(LocalStore(tmp_path), "checkpoints/mug", "run")
+    names = tensor_names(["layer.lora_A"], ("mean", "square"))
+    numbers = {"d": 0.1 + 0.2, "d_max": 1e-300, "numerator": -0.0}
+    checkpoints.save(replace(one_state(5, torch.zeros(3)), numbers=numbers))
+    assert checkpoints.load(5, names).numbers == numbers
+    marker = tmp_path / "checkpoints" / "mug" / "00000005.json"
+    content = json.loads(marker.read_text())
+    del content["numbers"]
+    marker.write_text(json.dumps(content))
+    assert checkpoints.load(5, names).numbers == {}
 
 
 def test_a_marker_is_written_after_its_tensors(tmp_path: Path) -> None:
