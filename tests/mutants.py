@@ -48,6 +48,13 @@ MUTANTS = (
         "data/test_draws.py",
     ),
     Mutant(
+        "data",
+        "cat_cluster/data/parts.py",
+        "key=lambda row: (row not in with_cat, row)",
+        "key=lambda row: row",
+        "data/test_parts.py",
+    ),
+    Mutant(
         "data", "cat_cluster/data/draws.py", "scale[candidates[c]] = 1.0 /", "scale[c] = 1.0 /", "data/test_draws.py"
     ),
     Mutant(
@@ -128,15 +135,8 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/checkpoint.py",
-        'mean.to("cpu", copy=True)',
-        "mean.detach()",
-        "training/test_checkpoint.py",
-    ),
-    Mutant(
-        "training",
-        "cat_cluster/training/checkpoint.py",
-        'value.detach().to("cpu", copy=True)',
-        "value.detach()",
+        'tensor.detach().to("cpu", copy=True)',
+        "tensor.detach()",
         "training/test_checkpoint.py",
     ),
     Mutant(
@@ -218,17 +218,52 @@ MUTANTS = (
     ),
     Mutant(
         "training",
-        "cat_cluster/training/optimizer.py",
-        "torch._foreach_mul_(values, 1.0 - lr * weight_decay)",
+        "cat_cluster/training/update_rules.py",
+        "torch._foreach_mul_(step.values, [1.0 - rate * step.weight_decay for rate in step.rates])",
         "pass",
         "training/test_optimizer.py",
     ),
     Mutant(
         "training",
         "cat_cluster/training/optimizer.py",
-        "count = self.steps_done + 1",
-        "count = 1",
+        "average_decay(training.ema, step.count)",
+        "training.ema",
         "training/test_optimizer.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/optimizer.py",
+        "count=self.steps_done + 1",
+        "count=1",
+        "training/test_optimizer.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/optimizer.py",
+        'rates=[group["lr"] * factor for factor in factors]',
+        'rates=[group["lr"] for _ in factors]',
+        "training/test_optimizer.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/optimizer.py",
+        "own.update(kept)",
+        "pass",
+        "training/test_update_rules.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/update_rules.py",
+        'beta3 * numbers["numerator"] +',
+        'numbers["numerator"] +',
+        "training/test_update_rules.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/update_rules.py",
+        "(_root_mean_square(move) / self.CLIP).clamp(min=1.0)",
+        "1.0",
+        "training/test_update_rules.py",
     ),
     Mutant(
         "training",

@@ -243,7 +243,9 @@ def pocket_grid(
 
 @spec_app.command("check")
 def spec_check(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML).")], as_json: AsJson = False
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML).")],
+    storage: Storage = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check a job spec, its base models and photos, and print the adapters it would train. Nothing is trained."""
     from cat_cluster.data.concepts import load_concepts
@@ -252,7 +254,13 @@ def spec_check(
     from cat_cluster.models.text_limit import local_text_limit
     from cat_cluster.spec.job import load_spec
 
-    adapters = load_spec(spec).resolved()
+    job = load_spec(spec)
+    adapters = job.resolved()
+    if any(adapter.training.init_from is not None for adapter in adapters):
+        from cat_cluster.pipeline.start import with_pinned_start
+
+        registry = open_registry(storage or job.storage)
+        adapters = tuple(with_pinned_start(adapter, registry) for adapter in adapters)
     try:
         away = check_bases(adapters)
     except BaseModelError as error:
@@ -277,7 +285,9 @@ def spec_check(
         return
     for adapter in adapters:
         tokens = ", ".join(f"{concept.token} {concept.class_noun}" for concept in adapter.concepts)
-        people.print(f"[green]ok[/green] {adapter.id}: {tokens}; {adapter.method}, {adapter.training.steps} steps")
+        start = "" if adapter.training.init_from is None else f", from {adapter.training.init_from}"
+        line = f"{adapter.id}: {tokens}; {adapter.method}, {adapter.training.steps} steps{start}"
+        people.print(f"[green]ok[/green] {line}")
         for one in read[adapter.id]:
             number = f"{one['photos']} photo{'' if one['photos'] == 1 else 's'}"
             passed_over = (

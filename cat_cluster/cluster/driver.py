@@ -59,7 +59,7 @@ def run_on_ray(
     address = None if ray.is_initialized() else cluster_address(address)
     store = open_store(store_url)
     store.check_access()
-    prepared = prepare(job, settings)
+    prepared = prepare(job, settings, Registry(store))
     run = Run(store, run_id_of(job, [adapter.image_digests for adapter in prepared]))
     with (
         unwrapped("the run"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch import Tensor, distributed, nn
 from cat_cluster.errors import CatClusterError
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.conditioning import Conditioning
-from cat_cluster.training.engine import EngineFactory, Moments, Slots, SlotState, autocast
-from cat_cluster.training.optimizer import SlotAdamW
+from cat_cluster.spec.sections import TrainingSpec
+from cat_cluster.training.engine import EngineFactory, Slots, SlotState, autocast
+from cat_cluster.training.optimizer import SlotOptimizer, block_factor, state_names
+from cat_cluster.training.update_rules import RULES
 
 TESTED = "0.19"  # parts of DeepSpeed that are not its public interface are used as they are in this version
 LARGEST_NORM = 1e18  # of a tensor's gradient; the square of a larger one is no float32
@@ -27,17 +29,23 @@ LARGEST_NORM = 1e18  # of a tensor's gradient; the square of a larger one is no 
 class ZeroEngine:
     """One worker of a pack under DeepSpeed; the process group must be there."""
 
-    def __init__(self, base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool, *, stage: int) -> None:
-        """slots: parameters and settings of each slot, values in place; they and the U-Net are the engine's from now.
+    def __init__(
+        self, base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool, *, stage: int
+    ) -> None:
+        """slots: parameters by name and settings of each slot, values in place; they are the engine's from now.
 
-        moments: (mean, square) per parameter of a resumed run. stage: ZeRO stage, 0 to 3.
+        So is the U-Net. saved: what the optimiser kept of each slot of a resumed run. stage: ZeRO stage, 0 to 3.
         """
+        for _, training in slots:
+            if stage > 0 and not RULES[training.optimizer].on_shards:
+                raise ValueError(f"ZeRO {stage} shards the parameters, and {training.optimizer} needs them whole")
         self.rank = distributed.get_rank()
         self.world_size = distributed.get_world_size()
         self.joined_teacher = stage == 3
-        self.optimizer = SlotAdamW(slots)
+        self.optimizer = SlotOptimizer(slots)
         self._stage = stage
-        self._slots = [list(parameters) for parameters, _ in slots]
+        self._slots = [list(parameters.values()) for parameters, _ in slots]
+        self._names = [state_names(training) for _, training in slots]
         self._sizes = [[parameter.numel() for parameter in parameters] for parameters in self._slots]
         self._shapes = [[parameter.shape for parameter in parameters] for parameters in self._slots]
         self._not_finite = torch.zeros(len(slots), device=base.device)
@@ -53,13 +61,15 @@ class ZeroEngine:
         )
         if stage in (1, 2, 3):
             self.optimizer.sum_over_shards = self.sum
+            weighted = [slot for slot, (_, training) in enumerate(slots) if training.block_lr_weights is not None]
+            self.optimizer.runs = {slot: self._runs(slot, *slots[slot]) for slot in weighted}
         if stage == 3:
             # DeepSpeed gathers what stays whole after each step; the first forward needs it before.
             whole = self._engine.optimizer.persistent_parameters
             whole[0].all_gather(whole)
             self._guard_norms()
-        if moments is not None:
-            self._set_moments(moments)
+        for slot, states in enumerate(saved or ()):
+            self._restore(slot, states)
 
     def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the student's prediction [B, C, H, W]; the rows are bound to their slots by the caller."""
@@ -87,15 +97,16 @@ class ZeroEngine:
         return values
 
     def slot_state(self, slot: int) -> SlotState:
-        """Return (value, mean, square) of each parameter of a slot, whole, in parameter order."""
-        moments = zip(*(self._whole(slot, part) for part in (0, 1)), strict=True)
-        return [(p.detach(), mean, square) for p, (mean, square) in zip(self._slots[slot], moments, strict=True)]
+        """Return the value of each parameter of a slot and what the optimiser keeps of it, whole, by name."""
+        found = {"value": [parameter.detach() for parameter in self._slots[slot]]}
+        found |= {name: self._whole(slot, name) for name in self._names[slot]}
+        return [dict(zip(found, tensors, strict=True)) for tensors in zip(*found.values(), strict=True)]
 
-    def _whole(self, slot: int, part: int) -> list[Tensor]:
-        """Gather a moment (0 the mean, 1 the square) of every parameter of a slot from all workers."""
+    def _whole(self, slot: int, name: str) -> list[Tensor]:
+        """Gather what the optimiser keeps under a name of every parameter of a slot from all workers."""
         if self._stage == 0:
-            return [self.optimizer.moments(parameter)[part] for parameter in self._slots[slot]]
-        shard = self.optimizer.moments(self._shard(slot))[part]
+            return [self.optimizer.state_of(slot, parameter)[name] for parameter in self._slots[slot]]
+        shard = self.optimizer.state_of(slot, self._shard(slot))[name]
         gathered = shard.new_empty(self.world_size * shard.numel())
         distributed.all_gather_into_tensor(gathered, shard.contiguous())
         if self._stage < 3:
@@ -107,15 +118,14 @@ class ZeroEngine:
             pieces = tuple(whole.reshape(-1)[:size] for whole, size in zip(parts, self._sizes[slot], strict=True))
         return [piece.view(shape) for piece, shape in zip(pieces, self._shapes[slot], strict=True)]
 
-    def _set_moments(self, moments: Moments) -> None:
-        for slot, saved in enumerate(moments):
-            for part in (0, 1):
-                tensors = [moment[part] for moment in saved]
-                if self._stage == 0:
-                    for parameter, value in zip(self._slots[slot], tensors, strict=True):
-                        self.optimizer.moments(parameter)[part].copy_(value)
-                else:
-                    self.optimizer.moments(self._shard(slot))[part].copy_(self._cut(slot, tensors))
+    def _restore(self, slot: int, states: SlotState) -> None:
+        for name in self._names[slot]:
+            tensors = [state[name] for state in states]
+            if self._stage == 0:
+                for parameter, value in zip(self._slots[slot], tensors, strict=True):
+                    self.optimizer.state_of(slot, parameter)[name].copy_(value)
+            else:
+                self.optimizer.state_of(slot, self._shard(slot))[name].copy_(self._cut(slot, tensors))
 
     def _cut(self, slot: int, tensors: Sequence[Tensor]) -> Tensor:
         """Return this worker's shard of a slot's tensors, flat, as DeepSpeed cuts the parameters."""
@@ -130,6 +140,17 @@ class ZeroEngine:
             padded = nn.functional.pad(tensor.reshape(-1), (0, size * self.world_size - tensor.numel()))
             parts.append(padded[self.rank * size : (self.rank + 1) * size])
         return torch.cat(parts)
+
+    def _runs(
+        self, slot: int, parameters: Mapping[str, nn.Parameter], training: TrainingSpec
+    ) -> list[tuple[int, float]]:
+        """Return how many elements of a slot's shard, one after the other, have which factor on the learning rate."""
+        factors = [
+            torch.full(shape, block_factor(training, name), dtype=torch.float64)
+            for name, shape in zip(parameters, self._shapes[slot], strict=True)
+        ]
+        found, counts = torch.unique_consecutive(self._cut(slot, factors), return_counts=True)
+        return list(zip(counts.tolist(), found.tolist(), strict=True))
 
     def _shard(self, slot: int) -> Tensor:
         """The flat parameter that stands for a slot's group on this worker."""
@@ -154,8 +175,8 @@ class ZeroEngine:
 def zero_engine(stage: int) -> EngineFactory:
     """Return the maker of engines of one ZeRO stage."""
 
-    def make(base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> ZeroEngine:
-        return ZeroEngine(base, slots, moments, bf16, stage=stage)
+    def make(base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> ZeroEngine:
+        return ZeroEngine(base, slots, saved, bf16, stage=stage)
 
     return make
 
@@ -191,6 +212,7 @@ def _config(stage: int, largest_parameter: int) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,  # a step has as many backwards as the loop makes before `step`
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": zero,

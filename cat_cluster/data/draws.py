@@ -208,14 +208,15 @@ def shard_batch(batch: Batch, rank: int, world_size: int) -> Shard:
     dealt = sorted(range(count), key=lambda row: (row not in with_cat, row))[rank::world_size]
     rows = sorted(dealt)
     if not rows:
-        idle = _take(batch, [0], [])
+        idle = take_rows(batch, [0], [])
         return Shard(replace(idle, identity_weight_B=torch.zeros(1)), torch.arange(0), torch.arange(0))
     own = set(rows)
     cat = [m for m, row in enumerate(batch.cat_row_M.tolist()) if row in own]
-    return Shard(_take(batch, rows, cat), torch.tensor(rows), torch.tensor(cat, dtype=torch.long))
+    return Shard(take_rows(batch, rows, cat), torch.tensor(rows), torch.tensor(cat, dtype=torch.long))
 
 
-def _take(batch: Batch, rows: Sequence[int], cat: Sequence[int]) -> Batch:
+def take_rows(batch: Batch, rows: Sequence[int], cat: Sequence[int]) -> Batch:
+    """Return the rows at places `rows` of a batch with its CAT terms at places `cat`, whose rows are among them."""
     place = {row: i for i, row in enumerate(rows)}
     rows_B, cat_M = torch.tensor(rows), torch.tensor(cat, dtype=torch.long)
     return Batch(
@@ -256,7 +257,7 @@ def alpha_factor(schedule: AlphaSchedule, t: float) -> float:
 
 def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) -> Iterator[_Row]:
     training = task.training
-    rows, total_weight = training.rows_per_concept, sum(concept.weight for concept in task.concepts)
+    rows, total_weight = training.rows_of_step, sum(concept.weight for concept in task.concepts)
     cat_scale = _cat_scale(task, step)
     position = 0
     for k, concept in enumerate(task.concepts):
@@ -301,7 +302,7 @@ def _draw(
         key=None,
         moments=moments,
         posterior_noise=_normal(generator, shape),
-        noise=_normal(generator, shape),
+        noise=_normal(generator, shape) + _noise_offset(task, shape[0], name),
         timestep=timestep,
         prior_prompt=prior if decoy is None else decoy,
         sizes=concept.sizes[view],
@@ -315,7 +316,8 @@ def _pool_draw(task: AdapterTask, concept: ConceptMaterial, view: int, entry: in
     timestep = int(num_timesteps * (entry + generator.random()) / (task.pool_size or 1))
     drawn = _draw(task, concept, view, timestep, name, generator)
     # All that the base's prediction depends on beside the base itself; adapters on equal draws share their entries.
-    content = (concept.digests[view], *concept.sizes[view], *name, timestep, drawn.prior_prompt)
+    own = (*concept.sizes[view], *name, timestep, drawn.prior_prompt, task.training.noise_offset)
+    content = (concept.digests[view], *own)
     return replace(drawn, key="\x1f".join(str(part) for part in content))
 
 
@@ -333,7 +335,7 @@ def _cat_scale(task: AdapterTask, step: int) -> list[float]:
     every second step has the term.
     """
     training = task.training
-    rows = [k for k in range(len(task.concepts)) for _ in range(training.rows_per_concept)]
+    rows = [k for k in range(len(task.concepts)) for _ in range(training.rows_of_step)]
     candidates = [i for i, k in enumerate(rows) if task.concepts[k].alpha > 0]
     scale = [0.0] * len(rows)
     wanted = training.cat_fraction * len(candidates)
@@ -360,6 +362,16 @@ def _prior_prompt(task: AdapterTask, concept: ConceptMaterial, view: int, genera
             if u < MIXTURE_TOKEN_REMOVED or not task.general_prompts:
                 return concept.removed_prompts[view]
             return "" if u < MIXTURE_TOKEN_REMOVED + MIXTURE_EMPTY else task.general_prompts[general]
+
+
+def _noise_offset(task: AdapterTask, channels: int, name: tuple[str | int, ...]) -> Tensor:
+    """What is added to the noise of a row's channels, [C, 1, 1]: the offset times one normal draw for each.
+
+    From crosslabs.org/blog/diffusion-with-offset-noise; with a generator of its own, as decoys.
+    """
+    if not task.training.noise_offset:
+        return torch.zeros(channels, 1, 1)
+    return task.training.noise_offset * _normal(keyed_generator(*name, "noise_offset"), (channels, 1, 1))
 
 
 def _decoy(task: AdapterTask, concept: ConceptMaterial, view: int, name: tuple[str | int, ...]) -> str | None:

@@ -285,6 +285,16 @@ def parameter_names(layers: Iterable[str]) -> list[str]:
     return [f"{layer}.{side}" for layer in layers for side in ("lora_A", "lora_B")]
 
 
+def weights_of(values: Mapping[str, Tensor]) -> AdapterWeights:
+    """Return the adapter whose parameters, named as by parameter_names, have these values; fp32 copies on the CPU.
+
+    Its layers are linear, as those that are trained.
+    """
+    copies = {name: value.detach().float().cpu().clone() for name, value in values.items()}
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in copies)
+    return AdapterWeights({layer: LoraLayer(copies[f"{layer}.lora_A"], copies[f"{layer}.lora_B"]) for layer in layers})
+
+
 def replace_module(unet: UNet2DConditionModel, name: str, module: nn.Module) -> None:
     """Put `module` in the place of the U-Net's submodule at a path."""
     parent, _, child = name.rpartition(".")

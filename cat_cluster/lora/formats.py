@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,7 +37,8 @@ def to_safetensors(
 ) -> bytes:
     """Return the adapter as the bytes of a safetensors file; alpha equals the rank, so no scale is left to apply.
 
-    unet: the base's, its weights on any device, meta too: kohya's names of an SDXL's layers depend on its blocks.
+    The header holds `metadata` and the hashes of the tensors. unet: the base's, its weights on any device, meta too:
+    kohya's names of an SDXL's layers depend on its blocks.
     """
     if fmt not in get_args(AdapterFormat):
         raise AdapterFormatError(f"format {fmt!r} is unknown: choose one of {', '.join(get_args(AdapterFormat))}")
@@ -57,14 +59,19 @@ def to_safetensors(
             tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = down, up
     if fmt == "peft":  # so that the file alone says its scale, also where its adapter_config.json is not at hand
         header[HEADER_KEY] = json.dumps(config_for(_ranks(weights)))
-    return _with_sorted_metadata(save(tensors, header))
+    return _with_hashes_and_sorted_metadata(save(tensors, header))
 
 
-def _with_sorted_metadata(data: bytes) -> bytes:
-    """Write the metadata in order of its keys: safetensors writes them as its hash map has them, anew each process."""
+def _with_hashes_and_sorted_metadata(data: bytes) -> bytes:
+    """Add the hashes of the tensors by which kohya's trainer and ModelSpec know a file, and sort the metadata by key.
+
+    safetensors writes it as its hash map has it, anew each process.
+    """
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    digest = hashlib.sha256(data[end:]).hexdigest()
+    hashes = {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+    header["__metadata__"] = dict(sorted({**header.get("__metadata__", {}), **hashes}.items()))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text + data[end:]

@@ -27,6 +27,7 @@ from cat_cluster.pipeline.prepare import (
     refuse_old_checkpoints,
 )
 from cat_cluster.pipeline.publish import adapter_draft
+from cat_cluster.pipeline.start import start_record, start_weights
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.settings import Settings, load_settings
 from cat_cluster.spec.choices import Outcome
@@ -114,9 +115,9 @@ def run_job(
     why. Results come in the order of the spec.
     """
     settings, listener = settings or load_settings(), listener or Silent()
-    prepared = prepare(job, settings)
-    tell_warnings(prepared, listener)
     registry = Registry(store)
+    prepared = prepare(job, settings, registry)
+    tell_warnings(prepared, listener)
     results: dict[str, AdapterResult] = {}
     memories: dict[str, EvaluationMemory] = {}
 
@@ -245,7 +246,11 @@ def train_adapters(
     is open, with adapter i of the pack in slot i + 1 from the first step on. Raises OutOfMemoryError.
     """
     with memory_explained(len(pack)), open_bank(pack[0].base, pack) as bank:
-        members = [pack_member(adapter, bank, settings.cache_dir) for adapter in pack]
+        registry = Registry(store)
+        members = [
+            pack_member(adapter, bank, settings.cache_dir, start_weights(adapter.resolved, adapter.base, registry))
+            for adapter in pack
+        ]
         if on_bank is not None:
             on_bank(bank)
         return train_pack(
@@ -304,6 +309,7 @@ def _finish(
                 resolved.evaluation,
                 on_progress=lambda done, total: on_images(resolved.id, done, total),
             )
+    start = start_record(resolved, trained.weights, start_weights(resolved, adapter.base, registry))
     failures = check_gates(resolved.evaluation.require, {} if evaluation is None else evaluation.to_json())
     draft = adapter_draft(
         resolved,
@@ -311,7 +317,13 @@ def _finish(
         adapter.concepts,
         trained.weights,
         evaluation,
-        training={"steps": resolved.training.steps, "pack_seconds": round(seconds, 2), "history": trained.history},
+        training={
+            "steps": resolved.training.steps,
+            "resolution": adapter.resolution,
+            "pack_seconds": round(seconds, 2),
+            "history": trained.history,
+            **start,
+        },
         training_version=TRAINING_VERSION,
         status="rejected" if failures else "published",
     )

@@ -16,21 +16,23 @@ from cat_cluster.errors import ChangedJobError, CheckpointError, EvaluationError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import DECOYS, evaluation_prompts, fill
-from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
-from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names, weights_of
+from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.device import choose_device
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.pipeline.publish import image_digests
-from cat_cluster.registry import revision_of
+from cat_cluster.pipeline.start import start_weights, with_pinned_start
+from cat_cluster.registry import Registry, revision_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.store import ObjectStore
 from cat_cluster.training import TRAINING_VERSION
-from cat_cluster.training.checkpoint import CheckpointStore
+from cat_cluster.training.checkpoint import CheckpointStore, tensor_names
 from cat_cluster.training.loop import PackMember, TrainedAdapter
 from cat_cluster.training.loss_curves import curves
 from cat_cluster.training.methods import effective_alpha, initial_weights
+from cat_cluster.training.optimizer import state_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ class PreparedAdapter:
 
     @property
     def rows(self) -> int:
-        """Identity rows of a step."""
+        """Identity rows of a U-Net call."""
         return len(self.concepts) * self.resolved.training.rows_per_concept
 
     @property
@@ -59,16 +61,19 @@ class PreparedAdapter:
         return self.resolved.training.resolution or self.base.resolution
 
 
-def prepare(job: JobSpec, settings: Settings) -> list[PreparedAdapter]:
+def prepare(job: JobSpec, settings: Settings, registry: Registry) -> list[PreparedAdapter]:
     """Read the photos and the base models of a job and look for its judges, so that nothing is missed later.
 
-    Raises ConceptError naming the adapter, BaseModelError, or EvaluationError.
+    An adapter that trains on from another one starts from what its reference names in the registry now. Raises
+    ConceptError naming the adapter, BaseModelError, EvaluationError, or what with_pinned_start and start_weights do.
     """
     bases: dict[str, BaseModel] = {}
     judges_found: set[tuple[str, str]] = set()
     prepared = []
-    for resolved in job.resolved():
+    for given in job.resolved():
+        resolved = with_pinned_start(given, registry)
         adapter = prepare_adapter(resolved, settings, bases)
+        start_weights(resolved, adapter.base, registry)
         judge = resolved.evaluation.judge
         if resolved.evaluation.enabled:
             _refuse_cut_subjects(adapter, image_templates(resolved.evaluation, adapter.base))
@@ -142,18 +147,19 @@ def trained_adapter(adapter: PreparedAdapter, store: ObjectStore) -> TrainedAdap
     if not steps:
         raise ChangedJobError("its checkpoints are gone from the store: submit the job again")
     layers = adapted_layers(adapter.base.unet, training.targets, training.blocks)
-    state = checkpoints.load(steps[-1], parameter_names(layers))
+    names = parameter_names(layers)
+    state = checkpoints.load(steps[-1], tensor_names(names, state_names(training)))
     weights = None
     if state.dropped is None:
-        values = {name: value for name, (value, _, _) in state.parameters.items()}
-        weights = AdapterWeights(
-            {name: LoraLayer(values[f"{name}.lora_A"], values[f"{name}.lora_B"]) for name in layers}
-        )
+        part = "value" if training.ema is None else "average"
+        weights = weights_of({name: state.parameters[name][part] for name in names})
     return TrainedAdapter(adapter.resolved.id, weights, state.dropped, curves(state.loss_curves, training.steps))
 
 
-def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None) -> PackMember:
-    """Encode an adapter's photos, and draw its decoys and the weights it starts from."""
+def pack_member(
+    adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None, start: AdapterWeights | None = None
+) -> PackMember:
+    """Encode an adapter's photos, and draw its decoys and the weights it starts from, where `start` has none."""
     resolved, base = adapter.resolved, adapter.base
     training, cache = resolved.training, LatentCache(base, cache_dir)
     concepts = tuple(
@@ -171,7 +177,7 @@ def pack_member(adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None
         concepts = with_decoys(concepts, seed=training.seed, draw_key=draw_key, spell=base.spell, never=DECOYS)
     task = AdapterTask(resolved.id, concepts, training, _general_prompts(adapter))
     initial = initial_weights(base.unet, bank.layers, rank=training.rank, seed=training.seed, draw_key=draw_key)
-    return PackMember(task, initial)
+    return PackMember(task, AdapterWeights({**initial.layers, **({} if start is None else start.layers)}))
 
 
 def _general_prompts(adapter: PreparedAdapter) -> tuple[str, ...]:

@@ -49,7 +49,7 @@ def adapter_draft(
         base_fingerprint=base.fingerprint,
         image_digests=image_digests(concepts),
         weights=weights,
-        training=training,
+        training={"prediction_type": base.schedule.prediction_type, **training},
         metrics=metrics,
         judge=None if metrics is None else metrics["judge"],
         reference=None if evaluation is None else evaluation.reference(),

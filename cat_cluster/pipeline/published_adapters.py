@@ -26,6 +26,7 @@ from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.prompt_weights import PROMPT_CHUNKS, Prompt, plain_text
 from cat_cluster.models.unet_layout import unet_layout
 from cat_cluster.registry import Manifest, Reference, Registry
+from cat_cluster.registry.file_header import FileSubject, shown_metadata
 from cat_cluster.registry.gate import gate_note, opens_gate
 from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.registry.stacks import StackMember, check_once_each, stack_name
@@ -236,8 +237,10 @@ def export_stack(registry: Registry, members: Sequence[StackMember], folder: Pat
     if any(member.strength != 1.0 for member in members):
         metadata["strength"] = stack_name(str(member.strength) for member in members)
     loaded = [(registry.load_weights(one), member.strength) for one, member in zip(manifests, members, strict=True)]
-    adapter_id = stack_name(manifest.adapter_id for manifest in manifests)
-    weights = stack_weights(loaded)
+    weights, adapter_id = stack_weights(loaded), stack_name(manifest.adapter_id for manifest in manifests)
+    metadata |= shown_metadata([FileSubject.of_manifest(one) for one in manifests], weights, adapter_id)
+    if len(manifests) == 1:
+        metadata["modelspec.date"] = first.created
     unet = unet_layout(first.base_name) if fmt == "kohya" and names_depend_on_base(weights.layers) else None
     return write_adapter(weights, folder, fmt, adapter_id=adapter_id, metadata=metadata, unet=unet)
 

@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 
 from cat_cluster.errors import ObjectNotFoundError, RegistryError
 from cat_cluster.registry.catalogue import ManifestReader
+from cat_cluster.registry.file_header import FileSubject, shown_metadata
 from cat_cluster.registry.manifest import WEIGHTS, AdapterDraft, StoredObject, sha256
 from cat_cluster.registry.references import object_key
 from cat_cluster.store.protocol import Entry
@@ -82,7 +83,7 @@ def _remove(manifests: ManifestReader, adapter_id: str | None, keys: set[str]) -
 
 
 def weights_metadata(draft: AdapterDraft, revision: str) -> dict[str, str]:
-    """Return the safetensors header of published weights: our own record, and the ModelSpec fields others read.
+    """Return the safetensors header of published weights: our own record, and what other programs show.
 
     It holds no time of day, so the same weights always make the same object.
     """
@@ -93,11 +94,7 @@ def weights_metadata(draft: AdapterDraft, revision: str) -> dict[str, str]:
         "cat_cluster.base_name": draft.base_name,
         "cat_cluster.base_fingerprint": draft.base_fingerprint,
         "cat_cluster.tokens": tokens,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.title": f"{draft.adapter_id}@{revision}",
-        "modelspec.architecture": f"{draft.base_name}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.trigger_phrase": tokens,
+        **shown_metadata([FileSubject.of_draft(draft, revision)], draft.weights, draft.adapter_id),
     }
 
 

@@ -14,16 +14,19 @@ from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
-from cat_cluster.spec.choices import MethodName, MetricName
+from cat_cluster.spec.choices import BlockGroup, MethodName, MetricName
 from cat_cluster.spec.yaml_file import describe
 
 LARGEST_SEED = 2**63 - 1
 LARGEST_COUNT = 10**9
+LARGEST_FACTOR = 10**6
 PLANNED_METHODS = ("dreambooth", "textual_inversion")
 GATE_METRICS = get_args(MetricName)
+BLOCK_GROUPS: tuple[BlockGroup, ...] = get_args(BlockGroup)
 _Item = TypeVar("_Item")
 CONDITION = re.compile(r"(>=|<=)\s*(-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)")
 _S3_ADDRESS = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/.*)?", re.DOTALL)
+_REFERENCE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}(@(r-[0-9a-f]{12}|(?!r-)[a-z0-9][a-z0-9-]{0,62}))?")
 _NAMED_BASES_AND_JUDGES = ("pocket", "pocket-classifier", "auto")
 
 
@@ -82,6 +85,18 @@ def _conditions(value: object) -> object:
     return value
 
 
+def _block_factors(value: object) -> object:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError(f"must map blocks to factors, as in {{down: 0.5, mid: 0.5}}, got {describe(value)}")
+    for group, factor in value.items():
+        if group not in BLOCK_GROUPS:
+            raise ValueError(f"{describe(group)} is not a group of blocks; the groups are {', '.join(BLOCK_GROUPS)}")
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if not number or not 0.0 < factor <= LARGEST_FACTOR:
+            raise ValueError(f"{group} has {describe(factor)}; write a number above 0, `blocks` leaves blocks out")
+    return value
+
+
 def _some(values: tuple[_Item, ...]) -> tuple[_Item, ...]:
     if not values:
         raise ValueError("must have at least one entry, got an empty list")
@@ -137,6 +152,12 @@ def _name_or_folder(value: str, info: ValidationInfo) -> str:
     return path if value.startswith((".", "/", "~")) or os.path.exists(path) else value
 
 
+def _reference(value: str) -> str:
+    if not _REFERENCE.fullmatch(value):
+        raise ValueError(f"{value!r} names no published adapter; write its id, id@alias or id@r-0123456789ab")
+    return value
+
+
 def _storage_place(value: str, info: ValidationInfo) -> str:
     folder = _spec_folder(info)
     if folder is None or value.startswith("file://"):
@@ -156,10 +177,12 @@ Fraction = Annotated[float, BeforeValidator(_number), Field(gt=0, le=1)]
 Share = Annotated[float, BeforeValidator(_number), Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
 AdapterId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+PublishedAdapter = Annotated[Text, AfterValidator(_reference)]
 Method = Annotated[MethodName, BeforeValidator(_method)]
 Workers = Annotated[Count | tuple[Count, Count], BeforeValidator(_workers)]
 PackSize = Annotated[Literal["auto"] | Count, BeforeValidator(_pack_size)]
 Conditions = Annotated[dict[str, str], BeforeValidator(_conditions)]
+BlockFactors = Annotated[dict[BlockGroup, float], BeforeValidator(_block_factors)]
 Prompts = Annotated[Literal["default"] | tuple[str, ...], BeforeValidator(_prompts)]
 # Not a length limit: pydantic counts the valid entries only and would report one bad entry twice.
 OneOrMore = Annotated[tuple[_Item, ...], AfterValidator(_some), Field(json_schema_extra={"minItems": 1})]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -17,7 +17,9 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cat_cluster.errors import SpecError
 from cat_cluster.spec.characters import control_character, unseen_character
+from cat_cluster.spec.choices import BlockGroup, Blocks
 from cat_cluster.spec.fields import (
+    BLOCK_GROUPS,
     AdapterId,
     ImagesFolder,
     Method,
@@ -36,6 +38,16 @@ from cat_cluster.spec.yaml_file import FieldError, Location, SpecDocument, parse
 DEFAULT_ALPHA = 5.0
 DEFAULT_TEMPLATE = "a photo of a {token} {class_noun}"
 CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
+
+# Adapters that were published before there were these fields are found under their revisions: at its default none of
+# them is a part of the digest.
+_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from")
+
+_RATES = {
+    "adafactor": "0.5 to begin with, and a weight_decay of 0",
+    "prodigy": "1.0, and lr_schedule: constant",
+}
+_ADAPTED: Mapping[Blocks, tuple[BlockGroup, ...]] = {"all": BLOCK_GROUPS, "mid_up": ("mid", "up"), "up": ("up",)}
 
 _Settings = TypeVar("_Settings", bound=Section)
 
@@ -147,9 +159,9 @@ class ResolvedAdapter(Section):
             del concept["images"]
         if self.training.general_prompts is not None:
             content["training"]["general_prompts"] = _file_digest(Path(self.training.general_prompts))
-        if not self.training.decoy_fraction:
-            # Adapters that were published before there was this field are found under their revisions.
-            del content["training"]["decoy_fraction"]
+        for name in _LATER_TRAINING:
+            if getattr(self.training, name) == TrainingSpec.model_fields[name].default:
+                del content["training"][name]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -176,6 +188,8 @@ class JobSpec(Section):
         errors = [*id_repeats(self.model_dump())]
         for index, adapter in enumerate(self.resolved()):
             errors += _merged_errors(adapter, self.adapters[index], index)
+            errors += _sharding_errors(adapter, self.cluster)
+            errors += _start_errors(adapter, self.adapters, index)
         _refuse(type(self).__name__, list(dict.fromkeys(errors)))
         return self
 
@@ -278,6 +292,16 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
     if training.warmup_steps is not None and training.warmup_steps >= training.steps:
         text = f"{training.warmup_steps} must be less than steps, which is {training.steps}"
         yield place("training", "warmup_steps"), text
+    if training.optimizer != "adamw" and "learning_rate" not in training.model_fields_set:
+        text = f"the default is for adamw, and optimizer is {training.optimizer}: give it, {_RATES[training.optimizer]}"
+        yield place("training", "learning_rate"), text
+    for group in training.block_lr_weights or {}:
+        if training.optimizer == "prodigy":
+            yield place("training", "block_lr_weights"), "prodigy finds one step size for all blocks; remove it"
+            break
+        if group not in _ADAPTED[training.blocks]:
+            text = f"{group} is not adapted with blocks: {training.blocks}; remove it, or adapt more blocks"
+            yield (*place("training", "block_lr_weights"), group), text
     if evaluation.require is not None and not evaluation.enabled:
         # At the adapter's own half of the contradiction, if it has one: the job's half may be right for the others.
         own = [place("evaluation", key) for key in ("require", "enabled")]
@@ -292,6 +316,25 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
             if token.casefold() in words(prompt):
                 text = f"{prompt!r} holds the token {token!r}; leave it out, {{}} is replaced by it"
                 yield (*place("evaluation", "prompts"), number), text
+
+
+def _sharding_errors(adapter: ResolvedAdapter, cluster: ClusterSpec) -> Iterator[FieldError]:
+    if cluster.zero_stage and adapter.training.optimizer == "adafactor":
+        text = (
+            f"{cluster.zero_stage} shards the weights, and adafactor (adapter {adapter.id}) needs each matrix whole; "
+            "use 0 or none, or another optimizer"
+        )
+        yield ("cluster", "zero_stage"), text
+
+
+def _start_errors(adapter: ResolvedAdapter, of_job: Sequence[AdapterSpec], index: int) -> Iterator[FieldError]:
+    """What an alias of an adapter of the job names would change when that one is published."""
+    adapter_id, _, name = (adapter.training.init_from or "").partition("@")
+    if not name.startswith("r-") and adapter_id in {one.id for one in of_job}:
+        own = of_job[index].training
+        given = own is not None and "init_from" in own.model_fields_set
+        text = f"{adapter_id} is trained by this job; name a revision, as in {adapter_id}@r-0123456789ab"
+        yield (*(("adapters", index) if given else ()), "training", "init_from"), text
 
 
 def _file_digest(path: Path) -> str:

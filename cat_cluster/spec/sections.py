@@ -10,12 +10,14 @@ from cat_cluster.spec.choices import (
     AlphaSchedule,
     Blocks,
     LearningRateSchedule,
+    OptimizerName,
     Precision,
     PriorPrompt,
     SamplerName,
     Targets,
 )
 from cat_cluster.spec.fields import (
+    BlockFactors,
     Conditions,
     Count,
     Fraction,
@@ -26,6 +28,7 @@ from cat_cluster.spec.fields import (
     Positive,
     Prompts,
     PromptsFile,
+    PublishedAdapter,
     Seed,
     Share,
     Text,
@@ -47,10 +50,31 @@ class TrainingSpec(Section):
 
     steps: Count = Field(default=300, description="Optimiser steps.")
     rank: Count = Field(default=8, description="Rank of the LoRA weights.")
-    learning_rate: Positive = Field(
-        default=2.0e-3, le=1.0e30, description="Highest learning rate of AdamW; a float32 step must hold it."
+    optimizer: OptimizerName = Field(
+        default="adamw",
+        description="AdamW, Adafactor, or Prodigy, which finds its step size; the last two need a rate.",
     )
-    rows_per_concept: Count = Field(default=4, description="Rows of a step that each concept gets.")
+    init_from: PublishedAdapter | None = Field(
+        default=None,
+        description="Published adapter to train on from, of the same base and rank: id, id@alias or id@revision; none "
+        "starts anew.",
+    )
+    learning_rate: Positive = Field(
+        default=2.0e-3,
+        le=1.0e30,
+        description="Highest learning rate: adafactor's is relative to each matrix's size, prodigy's scales the one it "
+        "finds. A float32 step must hold it.",
+    )
+    block_lr_weights: BlockFactors | None = Field(
+        default=None,
+        description="Factors on the learning rate of the U-Net's blocks down, mid and up, as in {down: 0.5}; those not "
+        "named have 1.",
+    )
+    rows_per_concept: Count = Field(default=4, description="Rows of a U-Net call that each concept gets.")
+    accumulate: Count = Field(
+        default=1,
+        description="U-Net calls of a step, whose gradients add up: as many times the rows, in the memory of one call.",
+    )
     prior_prompt: PriorPrompt = Field(
         default="mixture", description="Prompts on which the CAT term holds the adapter to the base model."
     )
@@ -74,9 +98,22 @@ class TrainingSpec(Section):
         default=None,
         description="Steps in which the learning rate rises from 0, fewer than steps; none means a fifteenth of them.",
     )
-    weight_decay: NotNegative = Field(default=0.01, description="Decoupled weight decay of AdamW.")
+    weight_decay: NotNegative = Field(
+        default=0.01, description="Decoupled weight decay: each step takes learning rate times it off the weights."
+    )
     max_grad_norm: Positive | None = Field(
         default=1.0, description="Largest gradient norm of one adapter, clipped per slot; none means no clipping."
+    )
+    ema: Share | None = Field(
+        default=None,
+        gt=0,
+        description="Decay of a moving average of the weights over the steps, which becomes the adapter; none means "
+        "the last weights.",
+    )
+    noise_offset: NotNegative = Field(
+        default=0.0,
+        description="Size of a random shift of each latent channel's noise, so that very dark and bright images are "
+        "learned; 0.05 to 0.1 is usual.",
     )
     min_snr_gamma: Positive | None = Field(
         default=None, description="Gamma of min-SNR weighting; none weighs all timesteps alike."
@@ -122,6 +159,11 @@ class TrainingSpec(Section):
     def warmup(self) -> int:
         """Steps in which the learning rate rises: those given, else a fifteenth of all."""
         return self.steps // 15 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def rows_of_step(self) -> int:
+        """Rows of an optimiser step that each concept gets, in all its calls together."""
+        return self.rows_per_concept * self.accumulate
 
     @property
     def bf16(self) -> bool:

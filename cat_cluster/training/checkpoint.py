@@ -2,7 +2,7 @@
 
 A checkpoint is two objects, `<prefix>/<step>.safetensors` and, written last, `<prefix>/<step>.json`, which names
 the digest of the first: a reader that finds the marker finds a whole checkpoint, or says that it is damaged. Tensors
-are named `<module path>.lora_A.value`, `.mean`, `.square` and `.lora_B...`: no position means anything.
+are named `<module path>.lora_A.value` and `.lora_A.<name>` for what the optimiser keeps: no position means anything.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -25,22 +25,23 @@ from cat_cluster.store.protocol import ObjectStore
 
 KEEP_CHECKPOINTS = 2
 WRITERS = 4  # threads; a write waits for the store, not for the processor
-_PARTS = ("value", "mean", "square")
 
 
 @dataclass(frozen=True, eq=False)
 class AdapterState:
     """An adapter after `step` steps.
 
-    parameters: name -> (value, first moment, second moment). dropped: why training was given up, if it was.
-    loss_curves, drift_budget: what LossCurves and DriftBudget keep of it, as JSON.
+    parameters: name -> "value" and what the optimiser keeps, by name. dropped: why training was given up, if it was.
+    loss_curves, drift_budget: what LossCurves and DriftBudget keep of it, as JSON. numbers: what the optimiser keeps of
+    it as a whole.
     """
 
     step: int
-    parameters: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+    parameters: Mapping[str, Mapping[str, Tensor]]
     dropped: str | None = None
     loss_curves: dict[str, Any] = field(default_factory=dict)
     drift_budget: list[list[float | None]] = field(default_factory=list)
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class CheckpointStore:
         tensors = {
             f"{name}.{part}": tensor.detach().cpu().contiguous()
             for name, parts in state.parameters.items()
-            for part, tensor in zip(_PARTS, parts, strict=True)
+            for part, tensor in parts.items()
         }
         data = save(tensors)
         marker = {
@@ -71,6 +72,7 @@ class CheckpointStore:
             "dropped": state.dropped,
             "loss_curves": state.loss_curves,
             "drift_budget": state.drift_budget,
+            "numbers": state.numbers,
         }
         self.store.put(self._key(state.step, "safetensors"), data)
         self.store.put(self._key(state.step, "json"), json.dumps(marker).encode())
@@ -90,9 +92,9 @@ class CheckpointStore:
         return set(steps) if len(steps) >= KEEP_CHECKPOINTS else {0, *steps}
 
     def load(self, step: int, names: Collection[str]) -> AdapterState:
-        """Return a checkpoint with the parameters `names`.
+        """Return a checkpoint with the tensors `names`, as tensor_names gives them.
 
-        Raises CheckpointError when it is damaged, belongs to another run, or has not exactly these parameters.
+        Raises CheckpointError when it is damaged, belongs to another run, or has not exactly these tensors.
         """
         remedy = f"remove {self.prefix} in {self.store.url} to train from the start"
         try:
@@ -103,19 +105,16 @@ class CheckpointStore:
             if marker["run"] != self.run:
                 raise CheckpointError(f"checkpoint {step} belongs to another run, {marker['run']}; {remedy}")
             tensors = load(data)
-            wanted = {f"{name}.{part}" for name in names for part in _PARTS}
-            if differing := sorted(wanted ^ tensors.keys()):
-                what = "lacks" if differing[0] in wanted else "has the unknown tensor"
+            if differing := sorted(set(names) ^ tensors.keys()):
+                what = "lacks" if differing[0] in names else "has the unknown tensor"
                 raise CheckpointError(f"checkpoint {step} {what} {differing[0]}; {remedy}")
             return AdapterState(
                 step=int(marker["step"]),
-                parameters={
-                    name: (tensors[f"{name}.value"], tensors[f"{name}.mean"], tensors[f"{name}.square"])
-                    for name in names
-                },
+                parameters=_by_parameter({name: tensors[name] for name in names}),
                 dropped=marker["dropped"],
                 loss_curves=dict(marker["loss_curves"]),
                 drift_budget=list(marker["drift_budget"]),
+                numbers=dict(marker.get("numbers", {})),  # of the time of AdamW alone there are none
             )
         except (StoreError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {step} is damaged ({error}); {remedy}") from error
@@ -193,16 +192,30 @@ def _copied(state: AdapterState) -> AdapterState:
     return replace(
         state,
         parameters={
-            name: (value.detach().to("cpu", copy=True), mean.to("cpu", copy=True), square.to("cpu", copy=True))
-            for name, (value, mean, square) in state.parameters.items()
+            name: {part: tensor.detach().to("cpu", copy=True) for part, tensor in parts.items()}
+            for name, parts in state.parameters.items()
         },
     )
+
+
+def tensor_names(parameters: Iterable[str], state: Iterable[str]) -> list[str]:
+    """Return the names of a checkpoint's tensors: of each parameter its value and what the optimiser keeps of it."""
+    parts = ("value", *state)
+    return [f"{name}.{part}" for name in parameters for part in parts]
+
+
+def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, part = full_name.rpartition(".")
+        found.setdefault(name, {})[part] = tensor
+    return found
 
 
 def load_newest(stores: Sequence[CheckpointStore], names: Sequence[Collection[str]]) -> list[AdapterState] | None:
     """Return the states of the newest step that every adapter of a pack has whole, or None to start afresh.
 
-    names: of each adapter's parameters.
+    names: of each adapter's tensors.
     A damaged checkpoint is skipped for the one before. Raises CheckpointError when no step is whole for all and
     some adapter is past its first checkpoint.
     """

@@ -5,7 +5,7 @@ The loop knows engines by this protocol alone; `cluster/zero.py` holds the one t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, TypeAlias
 
@@ -15,11 +15,11 @@ from torch import Tensor, distributed, nn
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.conditioning import Conditioning
 from cat_cluster.spec.sections import TrainingSpec
-from cat_cluster.training.optimizer import SlotAdamW
+from cat_cluster.training.optimizer import SlotOptimizer
 
-Slots: TypeAlias = Sequence[tuple[Sequence[nn.Parameter], TrainingSpec]]
-Moments: TypeAlias = Sequence[Sequence[tuple[Tensor, Tensor]]]
-SlotState: TypeAlias = list[tuple[Tensor, Tensor, Tensor]]
+Slots: TypeAlias = Sequence[tuple[Mapping[str, nn.Parameter], TrainingSpec]]
+# By name, of each parameter of a slot in parameter order: what the optimiser keeps, and the "value".
+SlotState: TypeAlias = Sequence[Mapping[str, Tensor]]
 
 
 class TrainingEngine(Protocol):
@@ -31,7 +31,7 @@ class TrainingEngine(Protocol):
     rank: int
     world_size: int
     joined_teacher: bool
-    optimizer: SlotAdamW
+    optimizer: SlotOptimizer
 
     def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the student's prediction [B, C, H, W]; the rows are bound to their slots by the caller."""
@@ -46,10 +46,10 @@ class TrainingEngine(Protocol):
         """Return the sum of the workers' tensors."""
 
     def slot_state(self, slot: int) -> SlotState:
-        """Return (value, mean, square) of each parameter of a slot, whole, in parameter order."""
+        """Return the value of each parameter of a slot and what the optimiser keeps of it, whole, by name."""
 
 
-EngineFactory: TypeAlias = Callable[[BaseModel, Slots, Moments | None, bool], TrainingEngine]
+EngineFactory: TypeAlias = Callable[[BaseModel, Slots, Sequence[SlotState] | None, bool], TrainingEngine]
 
 
 class TorchEngine:
@@ -57,19 +57,19 @@ class TorchEngine:
 
     joined_teacher = False
 
-    def __init__(self, base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> None:
-        """slots: parameters and settings of each slot. moments: (mean, square) per parameter of a resumed run."""
+    def __init__(self, base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> None:
+        """slots: parameters by name and settings of each. saved: what the optimiser kept of them in a resumed run."""
         self._base = base
         self._bf16 = bf16
-        self.optimizer = SlotAdamW(slots)
-        self._slots = [list(parameters) for parameters, _ in slots]
+        self.optimizer = SlotOptimizer(slots)
+        self._slots = [list(parameters.values()) for parameters, _ in slots]
         parallel = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if parallel else 0
         self.world_size = distributed.get_world_size() if parallel else 1
-        for parameters, saved in zip(self._slots, moments or (), strict=False):
-            for parameter, (mean, square) in zip(parameters, saved, strict=True):
-                for kept, value in zip(self.optimizer.moments(parameter), (mean, square), strict=True):
-                    kept.copy_(value)
+        for slot, states in enumerate(saved or ()):
+            for parameter, state in zip(self._slots[slot], states, strict=True):
+                for name, kept in self.optimizer.state_of(slot, parameter).items():
+                    kept.copy_(state[name])
 
     def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the student's prediction [B, C, H, W]."""
@@ -101,8 +101,8 @@ class TorchEngine:
         return values
 
     def slot_state(self, slot: int) -> SlotState:
-        """Return (value, mean, square) of each parameter of a slot, in parameter order."""
-        return [(p.detach(), *self.optimizer.moments(p)) for p in self._slots[slot]]
+        """Return the value of each parameter of a slot and what the optimiser keeps of it, by name."""
+        return [{"value": p.detach(), **self.optimizer.state_of(slot, p)} for p in self._slots[slot]]
 
 
 def autocast(base: BaseModel, *, bf16: bool) -> AbstractContextManager[object]:

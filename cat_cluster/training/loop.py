@@ -10,18 +10,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cat_cluster.data.draws import AdapterTask, Batch, Shard, draw_batch, shard_batch
+from cat_cluster.data.draws import AdapterTask, Batch, Shard, draw_batch
 from cat_cluster.data.latents import TextCache
-from cat_cluster.lora.bank import LoraBank
+from cat_cluster.data.parts import step_parts
+from cat_cluster.lora.bank import LoraBank, weights_of
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.spec.sections import TrainingSpec
-from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest
+from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest, tensor_names
 from cat_cluster.training.drift_budget import DriftBudget
-from cat_cluster.training.engine import EngineFactory, TorchEngine, TrainingEngine, autocast
+from cat_cluster.training.engine import EngineFactory, SlotState, TorchEngine, TrainingEngine, autocast
 from cat_cluster.training.loss_curves import ConceptLoss, LossCurves
+from cat_cluster.training.optimizer import state_names
 from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
 
@@ -57,6 +59,7 @@ class StepReport:
 class TrainedAdapter:
     """The result of one adapter. dropped gives the reason when training was given up; weights are then None.
 
+    weights: the last ones or, with `ema`, their average.
     history: {"steps": [...], token: {"identity": [...], "cat": [...]}}, at most 100 points of bin means.
     """
 
@@ -89,6 +92,7 @@ def train_pack(
     pack = _PackState.open(base, bank, members, steps, checkpoints, make_engine)
     engine, optimizer, tasks = pack.engine, pack.engine.optimizer, pack.tasks
     trainings = [task.training for task in tasks]
+    accumulate = [training.accumulate for training in trainings]
     encode_text, pool = TextCache(base), TeacherPool()
     writer = CheckpointWriter(checkpoints if engine.rank == 0 else (), checkpoint_every)
     with writer, _training_mode(base, trainings[0]):
@@ -98,10 +102,10 @@ def train_pack(
             active = [slot not in optimizer.dropped for slot in range(len(members))]
             drawn = draw_batch(tasks, optimizer.steps_done, base.schedule.num_timesteps, active)
             batch = pack.drift_budget.weigh(drawn)
-            part = shard_batch(batch, engine.rank, engine.world_size)
-            losses = train_step(base, bank, encode_text, part.batch, trainings, engine, pool)
+            parts = step_parts(batch, accumulate, engine.rank, engine.world_size)
+            losses = [train_step(base, bank, encode_text, part.batch, trainings, engine, pool) for part in parts]
             engine.step()
-            report = pack.record(batch, _all_losses(engine, batch, part, losses), started)
+            report = pack.record(batch, _all_losses(engine, batch, parts, losses), started)
             if checkpoints and (writer.due(report.step) or pack.finished):
                 writer.save([pack.state(slot) for slot in range(len(members))])
             if on_step is not None:
@@ -109,12 +113,13 @@ def train_pack(
     return pack.results()
 
 
-def _all_losses(engine: TrainingEngine, batch: Batch, part: Shard, losses: RowLosses) -> RowLosses:
-    """Return the losses of all workers' rows, in the order of the whole batch, on the CPU."""
+def _all_losses(engine: TrainingEngine, batch: Batch, parts: Sequence[Shard], losses: Sequence[RowLosses]) -> RowLosses:
+    """Return the losses of all workers' rows in all calls of a step, in the order of the whole batch, on the CPU."""
     count = len(batch.prompts)
-    values = torch.zeros(count + len(batch.prior_prompts), device=losses.identity_B.device)
-    places = torch.cat([part.rows_B, count + part.cat_M]).to(values.device)
-    values[places] = torch.cat([losses.identity_B[: len(part.rows_B)], losses.cat_M])
+    values = torch.zeros(count + len(batch.prior_prompts), device=losses[0].identity_B.device)
+    for part, own in zip(parts, losses, strict=True):
+        places = torch.cat([part.rows_B, count + part.cat_M]).to(values.device)
+        values[places] = torch.cat([own.identity_B[: len(part.rows_B)], own.cat_M])
     values = engine.sum(values).cpu()
     return RowLosses(identity_B=values[:count], cat_M=values[count:])
 
@@ -144,19 +149,20 @@ class _PackState:
         for slot, member in enumerate(members, start=1):
             bank.new_trainable(slot, member.initial)
         parameters = [bank.named_parameters(slot + 1) for slot in range(len(members))]
-        states = load_newest(checkpoints, parameters)
-        # An engine may shard what it is given: the values must be in place before, the moments go in with it.
-        moments = None if states is None else list(map(_restore, parameters, states))
         tasks = [member.task for member in members]
-        slots = [(list(own.values()), task.training) for own, task in zip(parameters, tasks, strict=True)]
-        engine = make_engine(base, slots, moments, tasks[0].training.bf16)
+        slots = [(own, task.training) for own, task in zip(parameters, tasks, strict=True)]
+        names = [tensor_names(own, state_names(task.training)) for own, task in zip(parameters, tasks, strict=True)]
+        states = load_newest(checkpoints, names)
+        # An engine may shard what it is given: the values must be in place before, the rest goes in with it.
+        saved = None if states is None else list(map(_restore, parameters, states))
+        engine = make_engine(base, slots, saved, tasks[0].training.bf16)
         tokens = [[concept.token for concept in task.concepts] for task in tasks]
         drift_budget = DriftBudget([task.training.drift_budget for task in tasks], tokens)
         steps = tasks[0].training.steps if steps is None else steps
         pack = cls(tasks, steps, bank, engine, LossCurves(tasks, steps), drift_budget)
         if states is not None:
             dropped = {slot: state.dropped for slot, state in enumerate(states) if state.dropped is not None}
-            engine.optimizer.resume(states[0].step, dropped)
+            engine.optimizer.resume(states[0].step, dropped, [state.numbers for state in states])
             for slot, (task, state) in enumerate(zip(tasks, states, strict=True)):
                 pack.loss_curves.restore(task.adapter_id, state.loss_curves)
                 pack.drift_budget.restore(slot, state.drift_budget)
@@ -198,6 +204,7 @@ class _PackState:
             dropped=self.engine.optimizer.dropped.get(slot),
             loss_curves=self.loss_curves.to_json(self.tasks[slot].adapter_id),
             drift_budget=self.drift_budget.to_json(slot),
+            numbers=dict(self.engine.optimizer.numbers[slot]),
         )
 
     def results(self) -> list[TrainedAdapter]:
@@ -206,12 +213,18 @@ class _PackState:
         return [
             TrainedAdapter(
                 adapter_id=task.adapter_id,
-                weights=None if slot in dropped else self.bank.export(slot + 1),
+                weights=None if slot in dropped else self._weights(slot),
                 dropped=dropped.get(slot),
                 history=self.loss_curves.of(task.adapter_id),
             )
             for slot, task in enumerate(self.tasks)
         ]
+
+    def _weights(self, slot: int) -> AdapterWeights:
+        if self.tasks[slot].training.ema is None:
+            return self.bank.export(slot + 1)
+        states = zip(self.bank.named_parameters(slot + 1), self.engine.slot_state(slot), strict=True)
+        return weights_of({name: state["average"] for name, state in states})
 
 
 @contextmanager
@@ -231,8 +244,8 @@ def _training_mode(base: BaseModel, training: TrainingSpec) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _restore(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> list[tuple[Tensor, Tensor]]:
-    """Put a checkpoint's values into the parameters and return their moments, in the order of the parameters."""
+def _restore(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> SlotState:
+    """Put a checkpoint's values into the parameters and return all that it has of them, in their order."""
     for name, parameter in parameters.items():
-        parameter.copy_(state.parameters[name][0])
-    return [state.parameters[name][1:] for name in parameters]
+        parameter.copy_(state.parameters[name]["value"])
+    return [state.parameters[name] for name in parameters]

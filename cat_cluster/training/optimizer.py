@@ -1,4 +1,4 @@
-"""AdamW with one group per slot: learning rate, clipping and failure of an adapter are its own."""
+"""One optimiser for a pack: update rule, learning rate, clipping and failure of a slot are its own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cat_cluster.spec.sections import TrainingSpec
+from cat_cluster.training.update_rules import RULES, SlotStep
 
 
 def learning_rate_at(training: TrainingSpec, step: int) -> float:
@@ -28,30 +29,50 @@ def learning_rate_at(training: TrainingSpec, step: int) -> float:
     return training.learning_rate * factor
 
 
-class SlotAdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) that clips each group by its own norm and drops a group whose gradient is not finite.
+def state_names(training: TrainingSpec) -> tuple[str, ...]:
+    """Return the names of the tensors that are kept of each parameter beside its value."""
+    return (*RULES[training.optimizer].names, *(() if training.ema is None else ("average",)))
 
-    slots: the parameters and the settings of each. A dropped group is never updated again and its reason is
-    kept in `dropped`; the other groups do the same arithmetic as if they were alone. An engine that shards the
-    groups puts its shards in the place of their parameters and gives `sum_over_shards`; whoever takes steps calls
-    `step` (once, or once per group) and then `finish_step`.
+
+def average_decay(ema: float, step: int) -> float:
+    """Return the decay of the average at step `step` (from 1), as diffusers' EMAModel warms it up.
+
+    0 at the first step, so that the start counts for nothing, then min(ema, step / (step + 9)).
+    """
+    return 0.0 if step == 1 else min(ema, step / (step + 9.0))
+
+
+def block_factor(training: TrainingSpec, parameter: str) -> float:
+    """Return the factor on the learning rate of a parameter, named as by the bank, from its group of blocks."""
+    group = parameter.partition("_block")[0]  # of down_blocks.0..., mid_block... or up_blocks.1...
+    return next((factor for name, factor in (training.block_lr_weights or {}).items() if name == group), 1.0)
+
+
+class SlotOptimizer(torch.optim.Optimizer):
+    """Moves each slot by its own rule; clips a slot by its own norm and drops one whose gradient is not finite.
+
+    slots: the parameters by name and the settings of each. A dropped slot is never updated again and its reason is
+    kept in `dropped`; the other slots do the same arithmetic as if they were alone. An engine that shards the
+    groups puts its shards in the place of their parameters and gives `sum_over_shards` and, of a slot whose learning
+    rate is not one, in `runs` how many elements of the shard have which factor; whoever takes steps calls
+    `step` (once, or once per group) and then `finish_step`. numbers: what the rule keeps of each slot as a whole.
     """
 
-    def __init__(
-        self,
-        slots: Sequence[tuple[Sequence[nn.Parameter], TrainingSpec]],
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
+    def __init__(self, slots: Sequence[tuple[Mapping[str, nn.Parameter], TrainingSpec]]) -> None:
         groups = [
-            {"params": list(parameters), "lr": training.learning_rate, "slot": slot}
+            {"params": list(parameters.values()), "lr": training.learning_rate, "slot": slot}
             for slot, (parameters, training) in enumerate(slots)
         ]
         super().__init__(groups, {"lr": 0.0})
         self._trainings = [training for _, training in slots]
-        self.betas = betas
-        self.eps = eps
+        self._rules = [RULES[training.optimizer] for _, training in slots]
+        self.numbers = [rule.new_numbers() for rule in self._rules]
+        self._factors = {
+            parameter: block_factor(training, name)
+            for parameters, training in slots
+            for name, parameter in parameters.items()
+        }
+        self.runs: dict[int, list[tuple[int, float]]] = {}
         self.steps_done = 0
         self.dropped: dict[int, str] = {}
         self.sum_over_shards: Callable[[Tensor], Tensor] | None = None
@@ -60,7 +81,7 @@ class SlotAdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the active slots among the present groups; a closure is not supported."""
         if closure is not None:
-            raise ValueError("SlotAdamW takes no closure: compute the gradients before step()")
+            raise ValueError("SlotOptimizer takes no closure: compute the gradients before step()")
         for group in self.param_groups:
             if group["slot"] not in self.dropped:
                 self._step_slot(group["slot"], group)
@@ -86,35 +107,61 @@ class SlotAdamW(torch.optim.Optimizer):
         if training.max_grad_norm is not None and norm > training.max_grad_norm:
             gradients = list(torch._foreach_mul(gradients, training.max_grad_norm / norm))
         group["lr"] = learning_rate_at(training, self.steps_done)
-        self._update(parameters, gradients, group["lr"], training.weight_decay)
+        values: list[Tensor] = list(parameters)
+        states = [self.state_of(slot, parameter) for parameter in parameters]
+        factors = [self._factors.get(parameter, 1.0) for parameter in parameters]
+        if slot in self.runs:
+            values, gradients, states, factors = _cut(self.runs[slot], values[0], gradients[0], states[0])
+        step = SlotStep(
+            values=values,
+            gradients=gradients,
+            states=states,
+            rates=[group["lr"] * factor for factor in factors],
+            weight_decay=training.weight_decay,
+            count=self.steps_done + 1,
+            numbers=self.numbers[slot],
+            total=self._total,
+        )
+        self._rules[slot].update(step)
+        if training.ema is not None:
+            decay = average_decay(training.ema, step.count)
+            torch._foreach_lerp_(step.kept("average"), values, 1.0 - decay)
 
     def _norm(self, gradients: list[Tensor]) -> float:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         return float(norm if self.sum_over_shards is None else self.sum_over_shards(norm.square()).sqrt())
 
-    def _update(self, parameters: list[nn.Parameter], gradients: list[Tensor], lr: float, weight_decay: float) -> None:
-        beta1, beta2 = self.betas
-        count = self.steps_done + 1
-        means, squares = map(list, zip(*(self.moments(p) for p in parameters), strict=True))
-        torch._foreach_lerp_(means, gradients, 1.0 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1.0 - beta2)
-        denominators = torch._foreach_sqrt(squares)
-        torch._foreach_div_(denominators, math.sqrt(1.0 - beta2**count))
-        torch._foreach_add_(denominators, self.eps)
-        values: list[Tensor] = list(parameters)
-        torch._foreach_mul_(values, 1.0 - lr * weight_decay)
-        torch._foreach_addcdiv_(values, means, denominators, -lr / (1.0 - beta1**count))
+    def _total(self, values: Tensor) -> Tensor:
+        return values if self.sum_over_shards is None else self.sum_over_shards(values)
 
-    def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (mean, square) of a parameter or of the shard in its place: zeros until its first update."""
-        state = self.state[parameter]
+    def state_of(self, slot: int, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the tensors kept of a slot's parameter, or of the shard in its place, by name.
+
+        Before the first update the average is the parameter's value, and the rest is as the rule begins.
+        """
+        state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            state["mean"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["square"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state["mean"], state["square"]
+            state.update(self._rules[slot].new_state(parameter.detach()))
+            if self._trainings[slot].ema is not None:
+                state["average"] = parameter.detach().clone(memory_format=torch.preserve_format)
+        return state
 
-    def resume(self, steps_done: int, dropped: Mapping[int, str]) -> None:
-        """Continue after `steps_done` steps with the slots that were dropped; the moments are the engine's to set."""
+    def resume(self, steps_done: int, dropped: Mapping[int, str], numbers: Sequence[Mapping[str, float]]) -> None:
+        """Continue after `steps_done` steps with the slots that were dropped and the numbers kept of each.
+
+        The tensors are the engine's to set. Numbers that are not given are as the rule begins.
+        """
         self.steps_done = steps_done
         self.dropped = dict(dropped)
+        for own, kept in zip(self.numbers, numbers, strict=True):
+            own.update(kept)
+
+
+def _cut(
+    runs: Sequence[tuple[int, float]], value: Tensor, gradient: Tensor, state: Mapping[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]], list[float]]:
+    """Return views of a shard, its gradient and what is kept of it, one for each run of elements, and its factor."""
+    sizes, factors = [size for size, _ in runs], [factor for _, factor in runs]
+    values, gradients, *kept = (list(torch.split(tensor, sizes)) for tensor in (value, gradient, *state.values()))
+    states = [dict(zip(state, parts, strict=True)) for parts in zip(*kept, strict=True)]
+    return values, gradients, states, factors

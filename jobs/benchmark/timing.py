@@ -120,7 +120,7 @@ def pack_step(
             stack.enter_context(compiled_blocks(base.unet))
         for slot, task in enumerate(tasks, start=1):
             bank.new_trainable(slot, initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=task.draw_key))
-        slots = [(bank.parameters(slot), task.training) for slot, task in enumerate(tasks, start=1)]
+        slots = [(bank.named_parameters(slot), task.training) for slot, task in enumerate(tasks, start=1)]
         engine = TorchEngine(base, slots, None, options.bf16)
         trainings = [task.training for task in tasks]
         encode, steps = TextCache(base), count()

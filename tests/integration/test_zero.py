@@ -106,6 +106,26 @@ def test_two_workers_give_the_adapters_of_the_local_loop_for_sdxl_too(
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_two_workers_give_the_adapters_of_the_local_loop_with_every_optimiser(
+    pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
+) -> None:
+    """Prodigy's step size is that of the whole adapter, though each worker has a part of it."""
+    local = gloo_pair.weights(train(base, gloo_pair.optimisers(base, stage)))
+    for found in pair:
+        assert worst(found["optimisers", stage], local) <= LAW
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_workers_add_up_the_gradients_of_a_step_of_several_calls(
+    pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
+) -> None:
+    """Rows with and without the token apart, and an adapter that accumulates: four backwards before the optimiser."""
+    alone = gloo_pair.weights(train(base, gloo_pair.parted(base), steps=gloo_pair.FEW))
+    for found in pair:
+        assert worst(found["parted", stage], alone) <= LAW
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_gradient_of_uneven_rows_is_that_of_one_worker(
     pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
 ) -> None:

@@ -9,8 +9,9 @@ import gc
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from torch import distributed
 
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.training.engine import EngineFactory, Moments, Slots, TorchEngine
+from cat_cluster.training.engine import EngineFactory, Slots, SlotState, TorchEngine
 from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
-from tests.unit.training.test_loop import STEPS, Killed, member, members, series, train
-from tests.unit.training.test_step import concept, task
+from tests.unit.training.test_loop import STEPS, Killed, member, members, other_optimisers, series, train
+from tests.unit.training.test_step import concept, task, with_training
 
 STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
 RESUMPTIONS = ((3, 2), (1, 3), (None, 3), (2, None), (0, 1))  # from one stage to another
@@ -51,9 +52,9 @@ def gradients(base: BaseModel, pack: list[PackMember], make: EngineFactory) -> d
     """The whole gradient of the first step: AdamW's mean after it is (1 - beta_1) times the unclipped gradient."""
     found: dict[str, list[torch.Tensor]] = {}
 
-    def remember(base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> Any:
+    def remember(base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> Any:
         made = make(
-            base, [(p, training.model_copy(update={"max_grad_norm": None})) for p, training in slots], moments, bf16
+            base, [(p, training.model_copy(update={"max_grad_norm": None})) for p, training in slots], saved, bf16
         )
         held.append(made)
         return made
@@ -62,7 +63,7 @@ def gradients(base: BaseModel, pack: list[PackMember], make: EngineFactory) -> d
     bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
     train_pack(base, bank, pack, steps=1, make_engine=remember)
     for slot, one in enumerate(pack):
-        found[one.task.adapter_id] = [mean.clone() / 0.1 for _, mean, _ in held[0].slot_state(slot)]
+        found[one.task.adapter_id] = [state["mean"].clone() / 0.1 for state in held[0].slot_state(slot)]
     return found
 
 
@@ -71,6 +72,16 @@ def poisoned(base: BaseModel) -> list[PackMember]:
     bad = concept(base, "zwx", alpha=1.0)
     bad.moments_NCHW[1] = float("nan")
     return [members(base)[0], member(base, task("bad", (bad,))), members(base)[2]]
+
+
+def optimisers(base: BaseModel, stage: int | None) -> list[PackMember]:
+    """The pack of several optimisers, without the one that needs whole matrices where they are sharded."""
+    return [one for one in other_optimisers(base) if not stage or one.task.training.optimizer != "adafactor"]
+
+
+def parted(base: BaseModel) -> list[PackMember]:
+    """The pack with rows with and without the token in calls of their own."""
+    return [replace(one, task=with_training(one.task, joint_rows=False)) for one in members(base)]
 
 
 def one_row(base: BaseModel) -> list[PackMember]:
@@ -111,6 +122,10 @@ def try_laws(folder: Path) -> dict[str, Any]:
         results["invalidations", stage] = len(lines)
         base = fresh()
         results["gradients", stage] = gradients(base, members(base), make)
+        base = fresh()
+        results["optimisers", stage] = weights(train(base, optimisers(base, stage), make_engine=make))
+        base = fresh()
+        results["parted", stage] = weights(train(base, parted(base), steps=FEW, make_engine=make))
         base = fresh()
         results["poisoned", stage] = weights(train(base, poisoned(base), steps=FEW, make_engine=make))
         base = fresh()
@@ -160,9 +175,9 @@ def _note(seen: list[int], report: StepReport) -> None:
     seen.append(report.step)
 
 
-def _changing_calls(base: BaseModel, slots: Slots, moments: Moments | None, bf16: bool) -> Any:
+def _changing_calls(base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> Any:
     """ZeRO-3 with the teacher in a call of its own after three steps: a control, to see that the count counts."""
-    made: Any = engine(3)(base, slots, moments, bf16)
+    made: Any = engine(3)(base, slots, saved, bf16)
     step = made.step
 
     def step_and_change() -> None:

@@ -43,6 +43,7 @@ OF_OTHERS = {
     *("openai/clip-vit-base-patch32", "stable-diffusion-v1-5/stable-diffusion-v1-5", "utils/eval_utils.py"),
     *("aliases/", "inputs/", "objects/", "quarantine/", "runs/", "checkpoints/", "probes/"),  # keys of the store
     *("serve.batch", "serve.multiplexed"),  # Ray's
+    *("down_lr_weight", "mid_lr_weight", "up_lr_weight"),  # kohya's
     *("--cni", "--local-s3"),  # minikube's, and k8s/secrets.sh's
 }
 _READ = {".py", ".js", ".css", ".sh", ".toml", ".yaml", ".yml", ".json", ".html", ".j2", ""}

@@ -136,7 +136,7 @@ def measure_checkpoints(console: Console) -> dict[str, Any]:
         for one in series:
             one.clear()
     ratio = turns["with"].ratio(turns["without"])
-    size = sum(t.numel() * t.element_size() for state in states for parts in state.values() for t in parts)
+    size = sum(t.numel() * t.element_size() for state in states for parts in state.values() for t in parts.values())
     result = {
         "adapters": CHECKPOINT_ADAPTERS,
         "steps": CHECKPOINT_EVERY,
@@ -151,12 +151,13 @@ def measure_checkpoints(console: Console) -> dict[str, Any]:
     return result
 
 
-def checkpoint_states(base: Any) -> list[dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
+def checkpoint_states(base: Any) -> list[dict[str, dict[str, torch.Tensor]]]:
     """Parameters and moments of the size that the pack's adapters have."""
     layers = adapted_layers(base.unet, "attention_ff")
     linears = [getattr(layer, "base", layer) for layer in map(base.unet.get_submodule, layers)]
     shapes = [shape for one in linears for shape in ((8, one.in_features), (one.out_features, 8))]
-    tensors = [(torch.randn(shape), torch.randn(shape), torch.rand(shape)) for shape in shapes]
+    parts = ("value", "mean", "square")
+    tensors = [{part: torch.rand(shape) for part in parts} for shape in shapes]
     one = dict(zip(parameter_names(layers), tensors, strict=True))
     return [one] * CHECKPOINT_ADAPTERS
 

@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from PIL import Image
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from cat_cluster.cli.app import app
+from cat_cluster.errors import AdapterNotFoundError, SpecError
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.registry import AdapterDraft, Registry
+from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
+from cat_cluster.store.local import LocalStore
 
 SPEC = """
 name: two
@@ -49,3 +56,31 @@ def test_spec_check_counts_photos_and_names_their_captions_and_what_it_passed_ov
             },
         ]
     }
+
+
+def test_spec_check_says_from_which_revision_an_adapter_is_trained_on(tmp_path: Path) -> None:
+    place = tmp_path / "store"
+    mug = ResolvedAdapter(
+        id="mug",
+        base="pocket",
+        method="cat",
+        concepts=(ConceptSpec(token="sks", class_noun="cup", images="photos"),),
+        training=TrainingSpec(rank=2),
+        evaluation=EvaluationSpec(),
+    )
+    weights = AdapterWeights({"mid_block.to_q": LoraLayer(torch.ones(2, 3), torch.ones(4, 2))})
+    draft = AdapterDraft("mug", mug, "pocket", "b" * 64, ["1" * 64], weights, {})
+    manifest = Registry(LocalStore(place)).publish(draft)
+    for name in ("cup/0.png", "fish/0.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40), "red").save(tmp_path / name)
+
+    def check(start: str, rank: int) -> Result:
+        (tmp_path / "spec.yaml").write_text(f"{SPEC}training: {{init_from: {start}, rank: {rank}}}\n")
+        return CliRunner().invoke(app, ["spec", "check", str(tmp_path / "spec.yaml"), "--storage", str(place)])
+
+    result = check("mug", manifest.rank)
+    assert result.exit_code == 0, result.stderr
+    assert f"300 steps, from {manifest.name}\n" in result.stderr
+    assert isinstance(check("mug", manifest.rank + 1).exception, SpecError)
+    assert isinstance(check("mugg", manifest.rank).exception, AdapterNotFoundError)

@@ -76,6 +76,37 @@ def test_another_step_seed_or_draw_key_gives_other_draws() -> None:
     assert not torch.equal(first, draw_batch([task()], 1, 1000, [True]).noise)
 
 
+@pytest.mark.parametrize("pool", [{}, {"teacher": "pool", "pool_size": 6}])
+def test_a_noise_offset_shifts_each_channel_by_a_draw_of_its_own(pool: dict[str, object]) -> None:
+    """Oracle: crosslabs' formula, noise + offset * randn(B, C, 1, 1), its draw found in a run with another offset."""
+    plain, small, large = (
+        draw_batch([task(noise_offset=offset, rows_per_concept=40, **pool)], 2, 1000, [True])
+        for offset in (0.0, 0.1, 0.5)
+    )
+    shift = (large.noise - plain.noise) / 0.5
+    torch.testing.assert_close(shift, shift[:, :, :1, :1].expand_as(shift), atol=1e-6, rtol=0)
+    torch.testing.assert_close(small.noise, plain.noise + 0.1 * shift[:, :, :1, :1], atol=1e-6, rtol=0)
+    draws = shift[:, :, 0, 0]
+    assert len(draws.round(decimals=4).unique()) >= (20 if pool else 150), "one for each row and channel"
+    assert abs(float(draws.mean())) < 0.3
+    assert 0.75 < float(draws.std()) < 1.25
+    for other in (small, large):
+        assert other.prompts == plain.prompts
+        assert other.prior_prompts == plain.prior_prompts
+        assert torch.equal(other.timestep_B, plain.timestep_B)
+        assert torch.equal(other.posterior_noise, plain.posterior_noise)
+
+
+def test_entries_of_pools_with_another_noise_offset_are_others() -> None:
+    """The base's prediction depends on the noise; equal draws share theirs."""
+    keys = [
+        {entry.key for entry in pool_entries(task(draw_key="pair", teacher="pool", noise_offset=offset), 1000)}
+        for offset in (0.0, 0.0, 0.1)
+    ]
+    assert keys[0] == keys[1]
+    assert not keys[0] & keys[2]
+
+
 def test_two_adapters_with_one_draw_key_see_equal_rows() -> None:
     pair = [task("cat", draw_key="pair"), task("lora", (concept("sks", alpha=0.0),), draw_key="pair")]
     batch = draw_batch(pair, 3, 1000, [True, True])

@@ -15,8 +15,10 @@ from cat_cluster.errors import ConceptError, EvaluationError
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.text_limit import TextLimit, local_text_limit
 from cat_cluster.pipeline.prepare import prepare
+from cat_cluster.registry import Registry
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import ConceptSpec, JobSpec
+from cat_cluster.store.local import LocalStore
 
 LONG = "a photo taken on a table by a window in snow at night on grass and sand, " * 3
 
@@ -79,14 +81,15 @@ def job(folder: Path, **evaluation: object) -> JobSpec:
 
 @pytest.mark.slow
 def test_training_refuses_and_warns_before_it_starts(tmp_path: Path) -> None:
+    registry = Registry(LocalStore(tmp_path / "store"))
     concept(tmp_path, "a sks cup", f"sks cup, {LONG}")
-    [prepared] = prepare(job(tmp_path), load_settings())
+    [prepared] = prepare(job(tmp_path), load_settings(), registry)
     assert len(prepared.warnings) == 1
     with pytest.raises(EvaluationError, match=r"evaluation\.prompts: .* the subject comes later .* \(adapter one\)"):
-        prepare(job(tmp_path, prompts=[f"{LONG}{{}}"]), load_settings())
+        prepare(job(tmp_path, prompts=[f"{LONG}{{}}"]), load_settings(), registry)
     concept(tmp_path, f"{LONG}sks cup")
     with pytest.raises(ConceptError, match="comes later in 1 of 2 captions"):
-        prepare(job(tmp_path), load_settings())
+        prepare(job(tmp_path), load_settings(), registry)
 
 
 def test_spec_check_says_so_without_loading_the_base(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
     registry = Registry(LocalStore(tmp_path / "storage"))
     gone = str(tmp_path / "gone")
     publish(registry, gone, {next(iter(LAYERS)): LoraLayer(torch.ones(2, 8), torch.ones(8, 2))})
-    with pytest.raises(BaseModelError, match=f"base '{gone}' is not a folder"):
+    with pytest.raises(BaseModelError, match=f"base '{gone}' is neither a folder nor a file"):
         exported(registry, tmp_path / "out")
 
 

@@ -127,7 +127,7 @@ def test_what_cannot_share_a_forward_is_kept_apart(tmp_path: Path) -> None:
     apart = prepared(job_of([{"id": f"a-{n}", "training": change} for n, change in enumerate(changes)]))
     assert [len(pack) for pack in plan_packs(apart, LocalStore(tmp_path), lambda _: 8)] == [1] * len(changes)
     # These are each adapter's own business.
-    mixed: list[dict[str, Any]] = [{}, {"rank": 2}, {"learning_rate": 0.1}, {"rows_per_concept": 1}, {"seed": 5}]
+    mixed: list[dict[str, Any]] = [{}, {"rank": 2}, {"learning_rate": 0.1}, {"rows_per_concept": 1}, {"accumulate": 2}]
     together = prepared(job_of([{"id": f"b-{n}", "training": change} for n, change in enumerate(mixed)]))
     assert [len(pack) for pack in plan_packs(together, LocalStore(tmp_path), lambda _: 8)] == [len(mixed)]
 

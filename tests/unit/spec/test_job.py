@@ -171,6 +171,15 @@ training: {steps: true}
         (("training", "cat_fraction"), 1.01, "less than or equal to 1"),
         (("training", "decoy_fraction"), -0.1, "greater than or equal to 0"),
         (("training", "decoy_fraction"), 1, "less than 1"),
+        (("training", "ema"), 0, "greater than 0"),
+        (("training", "init_from"), "Mug", "'Mug' names no published adapter; write its id, id@alias or id@r-"),
+        (("training", "init_from"), "mug@r-123", "names no published adapter"),
+        (("training", "init_from"), "../mug", "names no published adapter"),
+        (("training", "block_lr_weights"), {"middle": 1.0}, "'middle' is not a group of blocks; the groups are down"),
+        (("training", "block_lr_weights"), {"up": 0}, "up has 0; write a number above 0"),
+        (("training", "block_lr_weights"), {"up": float("nan")}, "write a number above 0"),
+        (("training", "block_lr_weights"), 0.5, "must map blocks to factors"),
+        (("training", "ema"), 1, "less than 1"),
         (("training", "resolution"), 65, "multiple of 8"),
         (("training", "seed"), 2**63, "less than or equal"),
         (("training", "warmup_steps"), 300, "300 must be less than steps, which is 300"),
@@ -267,6 +276,46 @@ def test_overrides_merge_key_by_key(folder: Path) -> None:
     assert (changed.method, changed.base) == ("lora", str(folder / "bases" / "mine"))
 
 
+def test_a_learning_rate_of_adamw_is_not_taken_for_that_of_another_optimiser(folder: Path) -> None:
+    document = with_value(minimal(), ("training", "optimizer"), "prodigy")
+    assert "training.learning_rate" in (found := refusal(folder, document))
+    assert "optimizer is prodigy: give it, 1.0, and lr_schedule: constant" in found
+    document["training"]["learning_rate"] = 1.0
+    assert load_spec(write(folder, document)).resolved()[0].training.learning_rate == 1.0
+    document["adapters"][0]["training"] = {"optimizer": "adafactor"}
+    assert load_spec(write(folder, document)).resolved()[0].training.learning_rate == 1.0, "the job gives one"
+    document["cluster"] = {"zero_stage": 2}
+    assert "adafactor (adapter" in (found := refusal(folder, document))
+    assert "cluster.zero_stage" in found
+    document["cluster"] = {"zero_stage": 0}
+    load_spec(write(folder, document))
+
+
+def test_factors_on_blocks_that_are_not_adapted_or_have_no_rate_of_their_own_are_refused(folder: Path) -> None:
+    document = with_value(minimal(), ("training",), {"blocks": "up", "block_lr_weights": {"up": 2.0, "down": 0.5}})
+    assert "training.block_lr_weights.down" in (found := refusal(folder, document))
+    assert "down is not adapted with blocks: up" in found
+    document["training"] |= {"blocks": "all"}
+    load_spec(write(folder, document))
+    document["training"] |= {"optimizer": "prodigy", "learning_rate": 1.0}
+    assert "prodigy finds one step size for all blocks" in refusal(folder, document)
+
+
+def test_what_an_adapter_of_the_job_is_trained_on_from_is_named_with_its_revision(folder: Path) -> None:
+    """An alias would name another revision once the job has published one: resuming would train a third."""
+    document = minimal()
+    own = document["adapters"][0]["id"]
+    document["training"] = {"init_from": f"{own}@latest"}
+    assert f"{own} is trained by this job; name a revision" in (found := refusal(folder, document))
+    assert "training.init_from" in found
+    document["training"] = {}
+    document["adapters"][0]["training"] = {"init_from": own}
+    assert "adapters[0].training.init_from" in refusal(folder, document)
+    for other in (f"{own}@r-0123456789ab", "another", "another@prod"):
+        document["adapters"][0]["training"] = {"init_from": other}
+        assert load_spec(write(folder, document)).resolved()[0].training.init_from == other
+
+
 def test_rules_between_fields_hold_for_merged_settings(folder: Path) -> None:
     document = with_value(minimal(), ("training",), {"steps": 100, "warmup_steps": 50})
     document["adapters"][0]["training"] = {"steps": 50}
@@ -336,6 +385,12 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
     [
         (("training", "steps"), 401),
         (("training", "decoy_fraction"), 0.25),
+        (("training", "accumulate"), 2),
+        (("training", "ema"), 0.99),
+        (("training", "init_from"), "mug@r-0123456789ab"),
+        (("training", "block_lr_weights"), {"down": 0.5}),
+        (("training",), {"optimizer": "prodigy", "learning_rate": 0.002}),
+        (("training", "noise_offset"), 0.1),
         (("base",), "other/base"),
         (("method",), "lora"),
         (("adapters", 0, "id"), "mug"),
@@ -356,8 +411,17 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
     """Written down then: a field that came later changes no revision until it is used."""
     before = "ea05bf64fe6e0fecad7fab1870858c8fe44ad2beea38357306bee88fee62b4d0"
     assert JobSpec.model_validate(minimal()).resolved()[0].digest() == before
-    none = with_value(minimal(), ("training", "decoy_fraction"), 0)
-    assert JobSpec.model_validate(none).resolved()[0].digest() == before
+    for name, default in (
+        ("decoy_fraction", 0),
+        ("accumulate", 1),
+        ("ema", None),
+        ("noise_offset", 0.0),
+        ("optimizer", "adamw"),
+        ("block_lr_weights", None),
+        ("init_from", None),
+    ):
+        given = with_value(minimal(), ("training", name), default)
+        assert JobSpec.model_validate(given).resolved()[0].digest() == before
 
 
 def test_digest_leaves_out_places_and_cluster_but_not_the_general_prompts(tmp_path: Path) -> None:

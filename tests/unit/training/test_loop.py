@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 
 from cat_cluster.data.draws import AdapterTask
 from cat_cluster.errors import CheckpointError
@@ -14,9 +16,10 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.store.local import LocalStore
-from cat_cluster.training.checkpoint import CheckpointStore, load_newest
+from cat_cluster.training.checkpoint import CheckpointStore, load_newest, tensor_names
 from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
 from cat_cluster.training.methods import initial_weights
+from cat_cluster.training.optimizer import state_names
 from tests.unit.training.test_step import concept, task, with_odd_words, with_training
 
 pytestmark = pytest.mark.slow
@@ -61,10 +64,28 @@ def members(base: BaseModel) -> list[PackMember]:
         concept(base, "ohwx", alpha=3.0, weight=2.0),
     )
     return [
-        member(base, task("mug", (concept(base, "sks", alpha=5.0),))),
-        member(base, task("tea", joint, cat_fraction=0.5, decoy_fraction=0.6), rank=2, rate=2e-3),
-        member(base, task("plain", (concept(base, "sks", alpha=0.0),), rows_per_concept=3), rate=1e-2, clip=None),
+        member(base, task("mug", (concept(base, "sks", alpha=5.0),), block_lr_weights={"down": 0.5, "up": 2.0})),
+        member(base, task("tea", joint, cat_fraction=0.5, decoy_fraction=0.6, accumulate=2), rank=2, rate=2e-3),
+        member(
+            base, task("plain", (concept(base, "sks", alpha=0.0),), rows_per_concept=3, ema=0.9), rate=1e-2, clip=None
+        ),
     ]
+
+
+def other_optimisers(base: BaseModel) -> list[PackMember]:
+    """The pack with another optimiser for each of two members; Prodigy has little time, so its rate is high."""
+    mug, tea, plain = members(base)
+    prodigy = {"optimizer": "prodigy", "learning_rate": 20.0, "block_lr_weights": None}
+    adafactor = {"optimizer": "adafactor", "learning_rate": 0.5, "block_lr_weights": {"mid": 0.5}}
+    return [
+        replace(mug, task=with_training(mug.task, **prodigy, ema=0.5)),
+        replace(tea, task=with_training(tea.task, **adafactor)),
+        plain,
+    ]
+
+
+PACKS = pytest.mark.parametrize("pack", [members, other_optimisers])
+MakePack = Callable[[BaseModel], list[PackMember]]
 
 
 def train(base: BaseModel, pack: list[PackMember], **options: object) -> dict[str, TrainedAdapter]:
@@ -78,9 +99,10 @@ def train(base: BaseModel, pack: list[PackMember], **options: object) -> dict[st
         bank.detach()
 
 
-def names(base: BaseModel, count: int) -> list[list[str]]:
-    """The names of the parameters of each of `count` adapters."""
-    return [parameter_names(adapted_layers(base.unet, "attention"))] * count
+def names(base: BaseModel, pack: list[PackMember]) -> list[list[str]]:
+    """The names of the tensors in the checkpoints of each adapter."""
+    own = parameter_names(adapted_layers(base.unet, "attention"))
+    return [tensor_names(own, state_names(one.task.training)) for one in pack]
 
 
 def relative_error(found: AdapterWeights | None, wanted: AdapterWeights | None) -> float:
@@ -103,21 +125,77 @@ def bit_equal(one: AdapterWeights | None, other: AdapterWeights | None) -> bool:
     )
 
 
-def test_a_pack_gives_what_separate_runs_give(of_each_family: BaseModel) -> None:
+@PACKS
+def test_a_pack_gives_what_separate_runs_give(of_each_family: BaseModel, pack: MakePack) -> None:
     base = of_each_family
-    packed = train(base, members(base))
-    for alone in members(base):
+    packed = train(base, pack(base))
+    for alone in pack(base):
         separate = train(base, [alone])[alone.task.adapter_id]
         assert relative_error(packed[alone.task.adapter_id].weights, separate.weights) <= 1e-3
     assert not bit_equal(packed["mug"].weights, packed["plain"].weights)
 
 
+def test_several_calls_of_a_step_are_one_large_call(base: BaseModel) -> None:
+    """Each adapter of a pack with a number of calls of its own; no call has more rows than were asked for."""
+    pair = concept(base, "sks", alpha=5.0), concept(base, "zwx", alpha=1.0)
+    several = [
+        member(base, task("mug", pair[:1], cat_fraction=0.5, accumulate=3)),
+        member(base, task("tea", pair, rows_per_concept=1, accumulate=2)),
+        member(base, task("plain", (concept(base, "sks", alpha=0.0),))),
+    ]
+    large = [
+        replace(one, task=with_training(one.task, rows_per_concept=one.task.training.rows_of_step, accumulate=1))
+        for one in several
+    ]
+    assert [one.task.training.rows_per_concept for one in large] == [6, 2, 2]
+    calls: list[int] = []
+    hook = base.unet.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    reports: list[StepReport] = []
+    found = train(base, several, on_step=reports.append)
+    hook.remove()
+    assert max(calls) == 2 + 1 + 2 + 2 + 2, "identity rows of all three, and the CAT rows of mug and tea"
+    assert {report.rows for report in reports} == {6 + 3 + 4 + 4 + 2}
+    wanted_reports: list[StepReport] = []
+    wanted = train(base, large, on_step=wanted_reports.append)
+    for adapter_id, adapter in wanted.items():
+        assert relative_error(found[adapter_id].weights, adapter.weights) <= 1e-3
+    for ours, theirs in zip(reports, wanted_reports, strict=True):
+        for adapter_id, tokens in theirs.losses.items():
+            for token, loss in tokens.items():
+                assert ours.losses[adapter_id][token].identity == pytest.approx(loss.identity, rel=1e-3)
+
+
+def test_an_adapter_with_ema_is_the_average_of_its_weights(base: BaseModel) -> None:
+    """Oracle: diffusers' EMAModel over the parameters after each step; the training itself is as without."""
+    one, layers = member(base, task("mug", (concept(base, "sks", alpha=5.0),))), adapted_layers(base.unet, "attention")
+    last = train(base, [one])["mug"].weights
+    bank = LoraBank.attach(base.unet, slots=1, rank=4, layers=layers)
+    averages: list[EMAModel] = []
+
+    def average(_: StepReport) -> None:
+        if not averages:
+            averages.append(EMAModel(bank.parameters(1), decay=0.6))
+        averages[0].step(bank.parameters(1))
+
+    averaged = replace(one, task=with_training(one.task, ema=0.6))
+    (found,) = train_pack(base, bank, [averaged], on_step=average)
+    assert bit_equal(bank.export(1), last)
+    bank.detach()
+    assert found.weights is not None
+    assert not bit_equal(found.weights, last)
+    shadows = dict(zip(parameter_names(layers), averages[0].shadow_params, strict=True))
+    for name, layer in found.weights.layers.items():
+        torch.testing.assert_close(layer.down, shadows[f"{name}.lora_A"].detach(), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(layer.up, shadows[f"{name}.lora_B"].detach(), rtol=1e-5, atol=1e-7)
+
+
+@PACKS
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
-    of_each_family: BaseModel, tmp_path: Path
+    of_each_family: BaseModel, tmp_path: Path, pack: MakePack
 ) -> None:
     base = of_each_family
-    whole = train(base, members(base))
-    checkpoints = series(tmp_path, members(base))
+    whole = train(base, pack(base))
+    checkpoints = series(tmp_path, pack(base))
     seen: list[int] = []
 
     def die_at(step: int) -> object:
@@ -130,8 +208,8 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
 
     for step in (4, 9, 17):
         with pytest.raises(Killed):
-            train(base, members(base), checkpoints=checkpoints, on_step=die_at(step))
-    resumed = train(base, members(base), checkpoints=checkpoints, on_step=die_at(-1))
+            train(base, pack(base), checkpoints=checkpoints, on_step=die_at(step))
+    resumed = train(base, pack(base), checkpoints=checkpoints, on_step=die_at(-1))
     assert seen == [*range(1, 5), *range(4, 10), *range(10, 18), *range(16, 21)]
     for adapter_id, adapter in whole.items():
         assert bit_equal(adapter.weights, resumed[adapter_id].weights)
@@ -194,7 +272,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base: BaseModel,
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 0xFF
     newest.write_bytes(bytes(data if damage == "flip" else data[: len(data) // 2]))
-    states = load_newest(checkpoints, names(base, 3))
+    states = load_newest(checkpoints, names(base, members(base)))
     assert states is not None
     assert [state.step for state in states] == [18, 18, 18]
     resumed = train(base, members(base), checkpoints=checkpoints)
@@ -220,11 +298,11 @@ def test_an_adapter_resumes_in_other_company(base: BaseModel, tmp_path: Path) ->
 def test_checkpoints_that_do_not_belong_together_are_refused(base: BaseModel, tmp_path: Path) -> None:
     pack = members(base)
     checkpoints = series(tmp_path, pack)
-    assert load_newest(checkpoints, names(base, 3)) is None
+    assert load_newest(checkpoints, names(base, members(base))) is None
     train(base, pack, checkpoints=checkpoints)
     assert [one.steps() for one in checkpoints] == [[18, 20]] * 3
     with pytest.raises(CheckpointError, match="belongs to another run"):
-        replace(checkpoints[0], run="other").load(20, names(base, 1)[0])
+        replace(checkpoints[0], run="other").load(20, names(base, pack)[0])
     checkpoints[1].clear()
     with pytest.raises(CheckpointError, match="different steps"):
         train(base, pack, checkpoints=checkpoints)

@@ -99,7 +99,7 @@ def open_bank(base: BaseModel, weights: list[AdapterWeights], rank: int = 4) -> 
 
 def open_engine(base: BaseModel, bank: LoraBank, *, bf16: bool = False) -> TorchEngine:
     training = TrainingSpec(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=None, lr_schedule="constant", steps=10)
-    slots = [(bank.parameters(slot), training) for slot in range(1, bank.slots + 1)]
+    slots = [(bank.named_parameters(slot), training) for slot in range(1, bank.slots + 1)]
     return TorchEngine(base, slots, None, bf16)
 
 
@@ -160,24 +160,30 @@ def naive_loss(
 
 @pytest.mark.parametrize("joint_rows", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "gamma", "fraction", "decoys"),
+    ("kind", "gamma", "fraction", "decoys", "offset"),
     [
-        ("base", None, 1.0, 0.0),
-        ("base", 5.0, 0.5, 0.0),
-        ("base_v", 5.0, 1.0, 0.0),
-        ("base", None, 1.0, 0.7),
-        ("base_xl", None, 1.0, 0.0),
-        ("base_xl_v", 5.0, 0.5, 0.7),
+        ("base", None, 1.0, 0.0, 0.0),
+        ("base", 5.0, 0.5, 0.0, 0.3),
+        ("base_v", 5.0, 1.0, 0.0, 0.3),
+        ("base", None, 1.0, 0.7, 0.0),
+        ("base_xl", None, 1.0, 0.0, 0.0),
+        ("base_xl_v", 5.0, 0.5, 0.7, 0.3),
     ],
 )
 def test_the_step_equals_a_naive_three_forward_reference(
-    request: pytest.FixtureRequest, kind: str, gamma: float | None, fraction: float, decoys: float, joint_rows: bool
+    request: pytest.FixtureRequest,
+    kind: str,
+    gamma: float | None,
+    fraction: float,
+    decoys: float,
+    offset: float,
+    joint_rows: bool,
 ) -> None:
     base: BaseModel = request.getfixturevalue(kind)
     concepts = with_odd_words(
         base, concept(base, "sks", alpha=2.0, weight=3.0), concept(base, "zwx", alpha=0.7, class_noun="fish")
     )
-    one = task("tea", concepts, cat_fraction=fraction, decoy_fraction=decoys)
+    one = task("tea", concepts, cat_fraction=fraction, decoy_fraction=decoys, noise_offset=offset)
     weights = trained_weights(base, 4, seed=1)
     batch = draw_batch([one], 5, 1000, [True])
     bank = open_bank(base, [weights])

@@ -35,7 +35,9 @@ _PROCESS = 950  # with torch, diffusers and Ray Train
 _EVALUATION, _ADAPTER = 250, 10
 _CUDA = 4096  # libraries, context and pinned memory of a process
 _CHECKPOINTED = 0.6  # of a row, with gradient checkpointing
-_LORA_STATE, _LORA_ROW = 16, 8  # bytes a number: weight, gradient and two moments; a row's own factors, and gradients
+_LORA, _LORA_ROW = 8, 8  # bytes a number: weight and gradient; a row's own factors, and gradients
+_OPTIMIZER = {"adamw": 8, "adafactor": 0, "prodigy": 16}  # what it keeps, the same
+_AVERAGE = 4  # with ema
 
 _SUFFIXES: Mapping[str, Decimal] = {
     **{f"{letter}i": Decimal(1024**power) for power, letter in enumerate("KMGTPE", 1)},
@@ -186,7 +188,8 @@ def _step_mib(adapter: ResolvedAdapter, base: BaseSize, workers: int) -> float:
     row = base.row * ((training.resolution or base.pixels) / base.pixels) ** 2
     row *= _CHECKPOINTED if training.gradient_checkpointing else 1
     numbers = base.lora * training.rank
-    return _ADAPTER + predicted * row + numbers * (_LORA_STATE + predicted * _LORA_ROW) / 2**20
+    state = _LORA + _OPTIMIZER[training.optimizer] + (0 if training.ema is None else _AVERAGE)
+    return _ADAPTER + predicted * row + numbers * (state + predicted * _LORA_ROW) / 2**20
 
 
 def _bases(job: JobSpec) -> tuple[dict[str, BaseSize], list[str]]:
