@@ -188,7 +188,7 @@ class Shard:
     """The rows of a step that one worker computes: rows_B and cat_M are their places in the whole batch.
 
     A worker without rows computes one that counts for nothing, so that all workers make the same calls; rows_B is
-    then empty and the batch has one row.
+    then empty and the batch has one row. So it is with CAT rows and cat_M, where these have a call of their own.
     """
 
     batch: Batch
@@ -196,10 +196,11 @@ class Shard:
     cat_M: Tensor
 
 
-def shard_batch(batch: Batch, rank: int, world_size: int) -> Shard:
+def shard_batch(batch: Batch, rank: int, world_size: int, *, cat_apart: bool = False) -> Shard:
     """Return the rows of worker `rank`: dealt out in turn, those with a CAT term first, so that work is even.
 
-    Weights stay those of the whole batch: the workers' gradients add up to its gradient.
+    Weights stay those of the whole batch: the workers' gradients add up to its gradient. cat_apart: CAT rows have a
+    call of their own, for which a worker without any has one that counts for nothing.
     """
     count = len(batch.prompts)
     if world_size == 1:
@@ -208,11 +209,24 @@ def shard_batch(batch: Batch, rank: int, world_size: int) -> Shard:
     dealt = sorted(range(count), key=lambda row: (row not in with_cat, row))[rank::world_size]
     rows = sorted(dealt)
     if not rows:
-        idle = take_rows(batch, [0], [])
-        return Shard(replace(idle, identity_weight_B=torch.zeros(1)), torch.arange(0), torch.arange(0))
+        idle = replace(take_rows(batch, [0], []), identity_weight_B=torch.zeros(1))
+        return Shard(_with_idle_cat(idle, batch, cat_apart), torch.arange(0), torch.arange(0))
     own = set(rows)
     cat = [m for m, row in enumerate(batch.cat_row_M.tolist()) if row in own]
-    return Shard(take_rows(batch, rows, cat), torch.tensor(rows), torch.tensor(cat, dtype=torch.long))
+    part = _with_idle_cat(take_rows(batch, rows, cat), batch, cat_apart)
+    return Shard(part, torch.tensor(rows), torch.tensor(cat, dtype=torch.long))
+
+
+def _with_idle_cat(part: Batch, whole: Batch, cat_apart: bool) -> Batch:
+    if not cat_apart or part.prior_prompts or not whole.prior_prompts:
+        return part
+    return replace(
+        part,
+        cat_row_M=torch.zeros(1, dtype=torch.long),
+        prior_prompts=whole.prior_prompts[:1],
+        cat_weight_M=torch.zeros(1),
+        pool_keys=(None,),
+    )
 
 
 def take_rows(batch: Batch, rows: Sequence[int], cat: Sequence[int]) -> Batch:

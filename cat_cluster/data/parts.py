@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from cat_cluster.data.draws import Batch, Shard, shard_batch, take_rows
 
 
-def step_parts(batch: Batch, accumulate: Sequence[int], rank: int, world_size: int) -> list[Shard]:
+def step_parts(
+    batch: Batch, accumulate: Sequence[int], rank: int, world_size: int, *, cat_apart: bool = False
+) -> list[Shard]:
     """Return worker `rank`'s rows of each call of a step, one after the other; their gradients add up to the batch's.
 
-    accumulate: per adapter of the pack, in how many calls its rows are computed. Weights stay those of the whole batch.
+    accumulate: per adapter of the pack, in how many calls its rows are computed. cat_apart: as in shard_batch. Weights
+    stay those of the whole batch.
     """
     parts = []
     for rows in _calls(batch, accumulate):
         cat = [m for m, row in enumerate(batch.cat_row_M.tolist()) if row in rows]
-        shard = shard_batch(take_rows(batch, rows, cat), rank, world_size)
+        shard = shard_batch(take_rows(batch, rows, cat), rank, world_size, cat_apart=cat_apart)
         parts.append(
             Shard(
                 shard.batch,

@@ -94,6 +94,7 @@ def train_pack(
     trainings = [task.training for task in tasks]
     accumulate = [training.accumulate for training in trainings]
     encode_text, pool = TextCache(base), TeacherPool()
+    cat_apart = not trainings[0].joint_rows and not engine.joined_teacher
     writer = CheckpointWriter(checkpoints if engine.rank == 0 else (), checkpoint_every)
     with writer, _training_mode(base, trainings[0]):
         pool.fill(base, bank, encode_text, tasks, partial(autocast, base, bf16=trainings[0].bf16))
@@ -102,7 +103,7 @@ def train_pack(
             active = [slot not in optimizer.dropped for slot in range(len(members))]
             drawn = draw_batch(tasks, optimizer.steps_done, base.schedule.num_timesteps, active)
             batch = pack.drift_budget.weigh(drawn)
-            parts = step_parts(batch, accumulate, engine.rank, engine.world_size)
+            parts = step_parts(batch, accumulate, engine.rank, engine.world_size, cat_apart=cat_apart)
             losses = [train_step(base, bank, encode_text, part.batch, trainings, engine, pool) for part in parts]
             engine.step()
             report = pack.record(batch, _all_losses(engine, batch, parts, losses), started)
@@ -119,7 +120,7 @@ def _all_losses(engine: TrainingEngine, batch: Batch, parts: Sequence[Shard], lo
     values = torch.zeros(count + len(batch.prior_prompts), device=losses[0].identity_B.device)
     for part, own in zip(parts, losses, strict=True):
         places = torch.cat([part.rows_B, count + part.cat_M]).to(values.device)
-        values[places] = torch.cat([own.identity_B[: len(part.rows_B)], own.cat_M])
+        values[places] = torch.cat([own.identity_B[: len(part.rows_B)], own.cat_M[: len(part.cat_M)]])
     values = engine.sum(values).cpu()
     return RowLosses(identity_B=values[:count], cat_M=values[count:])
 

@@ -94,10 +94,10 @@ def test_two_workers_give_the_adapters_of_the_local_loop(
 @pytest.fixture(scope="module")
 def local_xl(folder: Path) -> dict[str, Any]:
     base = load_base_model(str(folder / "xl"))
-    return gloo_pair.weights(train(base, members(base)))
+    return gloo_pair.weights(train(base, members(base), steps=gloo_pair.FEW))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", gloo_pair.STAGES_OF_XL)
 def test_two_workers_give_the_adapters_of_the_local_loop_for_sdxl_too(
     pair: list[dict[Any, Any]], local_xl: dict[str, Any], stage: int | None
 ) -> None:
@@ -105,17 +105,17 @@ def test_two_workers_give_the_adapters_of_the_local_loop_for_sdxl_too(
         assert worst(found["xl", stage], local_xl) <= LAW
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", gloo_pair.STAGES_OF_OPTIMISERS)
 def test_two_workers_give_the_adapters_of_the_local_loop_with_every_optimiser(
     pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
 ) -> None:
     """Prodigy's step size is that of the whole adapter, though each worker has a part of it."""
-    local = gloo_pair.weights(train(base, gloo_pair.optimisers(base, stage)))
+    local = gloo_pair.weights(train(base, gloo_pair.optimisers(base, stage), steps=gloo_pair.FEW))
     for found in pair:
         assert worst(found["optimisers", stage], local) <= LAW
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", gloo_pair.STAGES_OF_PARTS)
 def test_two_workers_add_up_the_gradients_of_a_step_of_several_calls(
     pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
 ) -> None:

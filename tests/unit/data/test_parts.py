@@ -70,3 +70,25 @@ def test_the_rows_of_several_calls_are_those_of_one_large_call(calls: int) -> No
     """Timesteps are stratified over all of them, and so is the share of CAT terms."""
     several, large = drawn(calls, rows=2), drawn(1, rows=2 * calls)
     assert rows_of(several, 0) == rows_of(large, 0)
+
+
+@given(
+    accumulate=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    fraction=st.sampled_from([0.2, 0.5, 1.0]),
+    workers=st.integers(2, 5),
+)
+@settings(max_examples=40, deadline=None)
+def test_where_cat_rows_have_a_call_of_their_own_every_worker_makes_it(
+    accumulate: list[int], fraction: float, workers: int
+) -> None:
+    """Else one worker would wait for another's gradients of a call that is never made."""
+    batch = drawn(*accumulate, fraction=fraction)
+    by_worker = [step_parts(batch, accumulate, rank, workers, cat_apart=True) for rank in range(workers)]
+    for call in zip(*by_worker, strict=True):
+        assert len({bool(part.batch.prior_prompts) for part in call}) == 1
+        for part in call:
+            idle = len(part.batch.prior_prompts) - len(part.cat_M)
+            assert idle in (0, 1)
+            assert not idle or part.batch.cat_weight_M.tolist() == [0.0]
+    kept = torch.cat([part.cat_M for parts in by_worker for part in parts]).tolist()
+    assert sorted(kept) == list(range(len(batch.prior_prompts)))
