@@ -117,7 +117,8 @@ def _own_path(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if name.startswith((".", "~")) or not (_HUB_ID.fullmatch(name) or _HUB_FILE.fullmatch(name)):
+    is_file = name.lower().endswith(".safetensors")  # which no hub id does
+    if name.startswith((".", "~")) or not (_HUB_FILE if is_file else _HUB_ID).fullmatch(name):
         raise BaseModelError(f"base {name!r} is neither a folder nor a file: {_CHOICES}.")
     return None
 
