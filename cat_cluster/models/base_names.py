@@ -39,6 +39,13 @@ def base_folder(name: str) -> Path:
     return unpacked(found) if found.is_file() else found
 
 
+def lasting_name(name: str) -> str:
+    """Return a name that means the same base from every working folder: the absolute path of what is here."""
+    path = Path(name).expanduser()
+    is_here = name != POCKET and bool(name.strip()) and "://" not in name and path.exists()
+    return str(path.absolute()) if is_here else name
+
+
 def local_base(name: str) -> Path | None:
     """Return the folder of a base that is on this machine; None for S3, and for the hub where its cache has it not.
 
