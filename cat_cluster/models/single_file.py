@@ -316,8 +316,9 @@ def _parts(kind: Kind) -> dict[str, str]:
 
 
 def _dtype(name: str, head: _Head, prefix: str) -> str:
-    """Return the narrowest dtype that holds all tensors of a part."""
-    kinds = {dtype for key, (dtype, _) in head.tensors.items() if key.startswith(prefix)} - {"I64", "I32", "BOOL"}
+    """Return the narrowest dtype that holds all weights of a part; position_ids, of whatever dtype, are none."""
+    weights = (one for key, one in head.tensors.items() if key.startswith(prefix) and "position_ids" not in key)
+    kinds = {dtype for dtype, _ in weights} - {"I64", "I32", "BOOL"}
     if unknown := kinds - set(_DTYPES):
         raise BaseModelError(
             f"{name}: tensors of {prefix}... are {min(unknown)}; use a checkpoint in fp16, bf16 or fp32."

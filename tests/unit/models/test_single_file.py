@@ -135,6 +135,16 @@ def test_parts_keep_the_dtype_of_the_file(files: dict[str, Path], folders: dict[
     assert {one.dtype for one in vae.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_position_ids_of_any_dtype_widen_no_part(files: dict[str, Path], dtype: torch.dtype) -> None:
+    tensors = load_file(files["sd1"])
+    save_file(
+        {name: one.to(dtype) if "position_ids" in name else one.half() for name, one in tensors.items()}, files["sd1"]
+    )
+    assert set(read_checkpoint(files["sd1"]).dtypes.values()) == {"float16"}
+    load_base_model(str(files["sd1"]))
+
+
 def test_no_v_prediction_is_missed(files: dict[str, Path], folders: dict[str, Path]) -> None:
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     write_checkpoint(folders["sdxl"], files["sdxl"], marks=marks)
