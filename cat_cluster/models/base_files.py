@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -102,13 +101,27 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
     return config
 
 
-def read_model_index(folder: Path) -> dict[str, Any]:
-    """Return what a diffusers folder says of its pipeline; nothing where it does not say, or cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
-        index = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))
-        if isinstance(index, dict):
-            return index
-    return {}
+def zeros_without_text(folder: Path) -> bool:
+    """Return whether guidance starts from zeros where there is no negative prompt, which SDXL alone may do.
+
+    As for the stock pipeline it does, unless model_index.json says otherwise. Raises BaseModelError for one that cannot
+    be read: it is not known then.
+    """
+    if family_of(folder) != "sdxl":
+        return False
+    path = folder / MODEL_INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError) as error:
+        raise BaseModelError(f"{path} cannot be read ({error}); download the base again.") from error
+    said = index.get("force_zeros_for_empty_prompt", True) if isinstance(index, dict) else None
+    if not isinstance(said, bool):
+        raise BaseModelError(
+            f"{path}: is no JSON object with force_zeros_for_empty_prompt true or false; download the base again."
+        )
+    return said
 
 
 def check_family(folder: Path) -> None:
@@ -149,6 +162,7 @@ def check_family(folder: Path) -> None:
             f"{' + '.join(map(str, widths))}; these parts do not belong together: download the base again."
         )
     _check_added(folder, configs)
+    zeros_without_text(folder)
 
 
 def _check_added(folder: Path, configs: Mapping[str, Mapping[str, Any]]) -> None:

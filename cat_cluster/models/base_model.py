@@ -25,10 +25,10 @@ from cat_cluster.models.base_files import (
     check_family,
     family_of,
     read_config,
-    read_model_index,
     text_components,
     tokenizer_components,
     weight_files,
+    zeros_without_text,
 )
 from cat_cluster.models.base_names import base_folder
 from cat_cluster.models.fingerprint import fingerprints
@@ -218,7 +218,7 @@ def _load_text_encoders(folder: Path, place: torch.device, dtype: torch.dtype) -
     return TextEncoders(
         tokenizers,
         tuple(_freeze(model, place, dtype) for model in models),
-        zeros_without_text=bool(read_model_index(folder).get("force_zeros_for_empty_prompt", False)),
+        zeros_without_text=zeros_without_text(folder),
     )
 
 

@@ -39,6 +39,13 @@ def base_folder(name: str) -> Path:
     return unpacked(found) if found.is_file() else found
 
 
+def lasting_name(name: str) -> str:
+    """Return a name that means the same base from every working folder: the absolute path of what is here."""
+    path = Path(name).expanduser()
+    is_here = name != POCKET and bool(name.strip()) and "://" not in name and path.exists()
+    return str(path.absolute()) if is_here else name
+
+
 def local_base(name: str) -> Path | None:
     """Return the folder of a base that is on this machine; None for S3, and for the hub where its cache has it not.
 
@@ -117,7 +124,8 @@ def _own_path(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if name.startswith((".", "~")) or not (_HUB_ID.fullmatch(name) or _HUB_FILE.fullmatch(name)):
+    is_file = name.lower().endswith(".safetensors")  # which no hub id does
+    if name.startswith((".", "~")) or not (_HUB_FILE if is_file else _HUB_ID).fullmatch(name):
         raise BaseModelError(f"base {name!r} is neither a folder nor a file: {_CHOICES}.")
     return None
 

@@ -7,12 +7,13 @@ import json
 import tempfile
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cat_cluster.errors import BaseModelError
-from cat_cluster.models.base_files import CONFIG_PATTERNS, VARIANTS, check_complete, check_family, weight_patterns
-from cat_cluster.models.single_file import check_head, whole_folder
+from cat_cluster.models.base_files import CONFIG_PATTERNS, VARIANTS, check_complete, weight_patterns
+from cat_cluster.models.single_file import check_head, is_whole, whole_folder
 from cat_cluster.settings import load_settings
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def fetch_s3_base(address: str) -> Path:
     folder, files = _listed(address)
     listing = json.dumps([folder.url, *((name, one.etag, one.size) for name, one in sorted(files.items()))])
     place = load_settings().cache_dir / "bases" / f"s3-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
-    if not place.is_dir():
+    if not is_whole(place):
         check_s3_base(address)
         with whole_folder(place) as fresh:
             folder.copy(files, fresh)
@@ -39,7 +40,7 @@ def fetch_s3_base(address: str) -> Path:
 
 
 def check_s3_base(address: str) -> None:
-    """Refuse a base by its configs, or by the head of its file; no weights are fetched.
+    """Refuse a base by its configs and the names of its files, or by the head of its file; no weights are fetched.
 
     Raises BaseModelError, StoreError.
     """
@@ -47,7 +48,13 @@ def check_s3_base(address: str) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder.copy({name: one for name, one in files.items() if not name.endswith(".safetensors")}, Path(place))
         if not _is_file(address):
-            check_family(Path(place))
+            for name in files:
+                Path(place, name).parent.mkdir(parents=True, exist_ok=True)
+                Path(place, name).touch()  # whether all weights are there is told by their names
+            try:
+                check_complete(Path(place))
+            except BaseModelError as error:
+                raise BaseModelError(str(error).replace(place, address.rstrip("/"))) from error
             return
         name, entry = _name(address), files[_name(address)]
         length = int.from_bytes(folder.read_part(entry, name, 0, 8), "little")
@@ -69,12 +76,12 @@ def _listed(address: str) -> tuple[S3Folder, Mapping[str, StoredKey]]:
         return folder, files
     folder = S3Folder(address)
     found = folder.files(lambda one: one.count("/") < 2)
-    for infix in VARIANTS:
-        patterns = [*CONFIG_PATTERNS, *weight_patterns(infix)]
-        files = {name: entry for name, entry in found.items() if _matches(name, patterns)}
-        if any(name.endswith(".safetensors") for name in files):
-            break
-    return folder, files
+    files = {name: entry for name, entry in found.items() if _matches(name, CONFIG_PATTERNS)}
+    weights: dict[str, list[str]] = {}
+    for infix in reversed(VARIANTS):  # of each part the first variant that is there
+        names = [name for name in found if _matches(name, weight_patterns(infix))]
+        weights |= {part: list(of_part) for part, of_part in groupby(names, lambda name: name.partition("/")[0])}
+    return folder, files | {name: found[name] for of_part in weights.values() for name in of_part}
 
 
 def _is_file(address: str) -> bool:

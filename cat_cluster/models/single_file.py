@@ -6,6 +6,7 @@ is kept in the cache; the base's name stays the file's.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -24,6 +25,7 @@ from cat_cluster.files import write_failure
 from cat_cluster.settings import load_settings
 
 Kind = Literal["sd1", "sd2", "sdxl"]
+_LISTING = "files.json"  # in a folder of the cache: the size of each of its files
 FAMILIES = Path(__file__).parent / "families"
 _SUPPORTED = "use a text-to-image checkpoint of Stable Diffusion 1.x, 2.x or XL"
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
@@ -44,9 +46,15 @@ _OTHERS: Mapping[str, str] = {
     "lora_te": "a LoRA, which `cat-cluster adapters import` reads",
     "unet.": "a LoRA, which `cat-cluster adapters import` reads",
     "base_model.model.": "a LoRA, which `cat-cluster adapters import` reads",
+    "edm_mean": "Playground 2.5",
+    "edm_vpred.": "a checkpoint with EDM's noise levels, such as CosXL",
+    "noise_augmentor.": "Stable unCLIP",
+    f"{_UNET}position_net.": "GLIGEN",
     "down_blocks.": "a U-Net alone, as diffusers keeps it in the folder unet: give the whole folder",
 }
+_LABELS = f"{_UNET}label_emb."  # of SDXL; in Stable Diffusion 2.x of unCLIP alone
 _CONV_IN = f"{_UNET}input_blocks.0.0.weight"
+_SIDE_OF_NOISE = 512  # pixels, of a Stable Diffusion 2.x that predicts noise; those that predict v draw 768
 _DTYPES = {"F32": "float32", "F64": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -107,11 +115,11 @@ class _Head:
 def _checkpoint(name: str, head: _Head, beside: Path) -> Checkpoint:
     kind = _kind(name, list(head.tensors))
     dtypes = {part: _dtype(name, head, prefix) for part, prefix in _parts(kind).items()}
-    channels = head.tensors[_CONV_IN][1][1]
+    channels = next(iter(head.tensors[_CONV_IN][1][1:]), None)
     if channels != 4:
         what = "an inpainting" if channels == 9 else "an image-conditioned"
         raise BaseModelError(f"{name}: its U-Net takes {channels} channels, which is {what} checkpoint; {_SUPPORTED}.")
-    told = _prediction_told(head, beside)
+    told = _prediction_told(name, head, beside)
     if told is None and kind == "sd2":
         raise BaseModelError(
             f"{name} is a Stable Diffusion 2.x, of which some predict noise and others v, and it does not say which: "
@@ -124,7 +132,7 @@ def _checkpoint(name: str, head: _Head, beside: Path) -> Checkpoint:
 def tokenizer_folder(path: Path) -> Path:
     """Return a folder with the tokenizer of a checkpoint, without unpacking the checkpoint."""
     place = load_settings().cache_dir / "tokenizers" / read_checkpoint(path).kind
-    if not (place / "tokenizer" / "tokenizer_config.json").is_file():
+    if not is_whole(place):
         with whole_folder(place) as folder:
             _write_tokenizer(folder / "tokenizer", "<|endoftext|>")
     return place
@@ -140,9 +148,12 @@ def unpacked(path: Path) -> Path:
     facts = path.stat()
     key = hashlib.sha256(f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}\0{found}".encode()).hexdigest()
     place = load_settings().cache_dir / "bases" / key[:32]
-    if not (place / "model_index.json").is_file():
+    if not is_whole(place):
         with whole_folder(place) as folder:
             _unpack(path, found, folder)
+            now = path.stat()
+            if (now.st_size, now.st_mtime_ns) != (facts.st_size, facts.st_mtime_ns):
+                raise BaseModelError(f"{path} was changed while it was read; try again once it is whole.")
     return place
 
 
@@ -156,6 +167,8 @@ def _unpack(path: Path, found: Checkpoint, folder: Path) -> None:
     if found.zero_snr:
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler.write_text(json.dumps(config, indent=2))
+    if found.kind == "sd2" and found.prediction_type == "epsilon":
+        _set_side(folder, _SIDE_OF_NOISE)
     for part, module in _modules(path, found, folder):
         left = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
         if left:
@@ -165,29 +178,70 @@ def _unpack(path: Path, found: Checkpoint, folder: Path) -> None:
         module.save_pretrained(folder / part)
 
 
+def _set_side(folder: Path, pixels: int) -> None:
+    """Set the side of the base's own images in the configs of its U-Net and VAE."""
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    for part, side in (("unet", pixels >> (len(vae["block_out_channels"]) - 1)), ("vae", pixels)):
+        config = folder / part / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": side}, indent=2))
+
+
 def _modules(path: Path, found: Checkpoint, folder: Path) -> Iterator[tuple[str, Any]]:
     """Yield the parts of a checkpoint, one in memory at a time, each in the dtype that the file has it in."""
     import torch
     from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 
     given = {"config": str(folder), "local_files_only": True}
+    # The library reads any file as a pickle whose name does not end in these letters, in this case.
+    named = folder.parent / "checkpoint.safetensors"
+    named.symlink_to(path.resolve())
     with _naming_misfits(path):
         for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
             dtype = getattr(torch, found.dtypes[part])
-            yield part, kind.from_single_file(str(path), subfolder=part, torch_dtype=dtype, **given)
+            module = kind.from_single_file(str(named), subfolder=part, torch_dtype=dtype, **given)
+            if part == "unet":
+                _check_no_more(path, module.state_dict())
+            yield part, module
         pipeline_kind = StableDiffusionXLPipeline if found.kind == "sdxl" else StableDiffusionPipeline
         parts = [part for part in found.dtypes if part.startswith("text_encoder")]
+        texts = _text_tensors(named, found.kind)
         for part in parts:
             others = {other: None for other in ("unet", "vae", *parts) if other != part}
             dtype = getattr(torch, found.dtypes[part])
-            yield part, getattr(pipeline_kind.from_single_file(str(path), torch_dtype=dtype, **others, **given), part)
+            yield part, getattr(pipeline_kind.from_single_file(str(texts), torch_dtype=dtype, **others, **given), part)
+
+
+def _check_no_more(path: Path, expected: Mapping[str, Any]) -> None:
+    """Refuse a file whose U-Net has more tensors than its family's: the library passes over them."""
+    with safe_open(path, framework="numpy") as file:
+        count = sum(name.startswith(_UNET) for name in file.keys())  # noqa: SIM118
+    if count > len(expected):
+        raise BaseModelError(
+            f"{path}: its U-Net has {count} tensors and its family's {len(expected)}, so it is of another; "
+            f"{_SUPPORTED}."
+        )
+
+
+def _text_tensors(checkpoint: Path, kind: Kind) -> Path:
+    """Return a file with the text encoders by the names that the library reads: older ones lack `text_model.`."""
+    from safetensors.torch import save_file
+
+    prefix = _TEXT[kind][0]
+    with safe_open(checkpoint, framework="pt") as file:
+        names = [name for name in file.keys() if name.startswith(_TEXT[kind])]  # noqa: SIM118
+        if kind == "sd2" or any(name.startswith(f"{prefix}text_model.") for name in names):
+            return checkpoint
+        renamed = {name.replace(prefix, f"{prefix}text_model.", 1): file.get_tensor(name) for name in names}
+    written = checkpoint.with_stem("texts")
+    save_file(renamed, written)
+    return written
 
 
 @contextmanager
 def _naming_misfits(path: Path) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, RuntimeError, TypeError, SafetensorError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError, AttributeError) as error:
         if "meta tensor" in str(error):  # how the library meets a tensor that nothing was read for
             raise BaseModelError(f"{path} lacks tensors of its family; download it again.") from error
         raise BaseModelError(
@@ -196,11 +250,20 @@ def _naming_misfits(path: Path) -> Iterator[None]:
         ) from error
 
 
+def is_whole(place: Path) -> bool:
+    """Say whether a folder of the cache has all files that `whole_folder` left there, each of its size."""
+    try:
+        sizes: Mapping[str, int] = json.loads((place / _LISTING).read_text(encoding="utf-8"))
+        return all((place / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 @contextmanager
 def whole_folder(place: Path) -> Iterator[Path]:
     """Give an empty folder that becomes `place` once it is whole; another process may have been faster.
 
-    Raises OutputError where the cache cannot be written.
+    A folder there of which files have gone is replaced. Raises OutputError where the cache cannot be written.
     """
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -208,15 +271,19 @@ def whole_folder(place: Path) -> Iterator[Path]:
             folder = Path(name) / "whole"
             folder.mkdir()
             yield folder
+            sizes = {str(one.relative_to(folder)): one.stat().st_size for one in folder.rglob("*") if one.is_file()}
+            (folder / _LISTING).write_text(json.dumps(sizes), encoding="utf-8")
+            if not is_whole(place):
+                with contextlib.suppress(FileNotFoundError):
+                    place.rename(Path(name) / "before")
             try:
                 folder.rename(place)
             except OSError:
-                if not place.is_dir():
+                if not is_whole(place):
                     raise
-    except OSError as error:
-        raise OutputError(
-            f"{write_failure(place, error)} (a base in one file is unpacked there; set CAT_CACHE_DIR)"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        reason = write_failure(place, error) if isinstance(error, OSError) else f"cannot write {place}: {error}"
+        raise OutputError(f"{reason} (bases are kept there; set CAT_CACHE_DIR)") from error
 
 
 def _kind(path: str, names: list[str]) -> Kind:
@@ -226,6 +293,8 @@ def _kind(path: str, names: list[str]) -> Kind:
     found: list[Kind] = [kind for kind, starts in _TEXT.items() if all(_has(names, start) for start in starts)]
     if _CONV_IN not in names:
         raise BaseModelError(f"{path} has no U-Net of Stable Diffusion ({_CONV_IN}); {_SUPPORTED}.")
+    if found and found[0] != "sdxl" and _has(names, _LABELS):
+        raise BaseModelError(f"{path} is Stable unCLIP ({_LABELS}...), and no base here; {_SUPPORTED}.")
     if not found:
         raise BaseModelError(
             f"{path} has no text encoder: it is a U-Net alone, as ComfyUI keeps them in models/unet; use the whole "
@@ -247,8 +316,9 @@ def _parts(kind: Kind) -> dict[str, str]:
 
 
 def _dtype(name: str, head: _Head, prefix: str) -> str:
-    """Return the narrowest dtype that holds all tensors of a part."""
-    kinds = {dtype for key, (dtype, _) in head.tensors.items() if key.startswith(prefix)} - {"I64", "I32", "BOOL"}
+    """Return the narrowest dtype that holds all weights of a part; position_ids, of whatever dtype, are none."""
+    weights = (one for key, one in head.tensors.items() if key.startswith(prefix) and "position_ids" not in key)
+    kinds = {dtype for dtype, _ in weights} - {"I64", "I32", "BOOL"}
     if unknown := kinds - set(_DTYPES):
         raise BaseModelError(
             f"{name}: tensors of {prefix}... are {min(unknown)}; use a checkpoint in fp16, bf16 or fp32."
@@ -257,11 +327,16 @@ def _dtype(name: str, head: _Head, prefix: str) -> str:
     return dtypes.pop() if len(dtypes) == 1 else "float32"
 
 
-def _prediction_told(head: _Head, beside: Path) -> str | None:
+def _prediction_told(name: str, head: _Head, beside: Path) -> str | None:
     words = {"v": "v_prediction", "v_prediction": "v_prediction", "eps": "epsilon", "epsilon": "epsilon"}
     if "v_pred" in head.tensors:
         return "v_prediction"
-    if (said := head.metadata.get("modelspec.prediction_type")) in words:
+    if said := head.metadata.get("modelspec.prediction_type"):
+        if said not in words:
+            raise BaseModelError(
+                f"{name}: modelspec.prediction_type in its head is {str(said)[:60]!r}, and may be {', '.join(words)}: "
+                "write it anew."
+            )
         return words[said]
     if not beside.is_file():
         return None

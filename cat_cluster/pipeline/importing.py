@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cat_cluster.lora.bank import LoraBank, served_layers
 from cat_cluster.lora.formats import TEXT_ENCODER, UNSUPPORTED, AdapterWeights, find_weights, read_foreign
 from cat_cluster.lora.reduction import report
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_names import lasting_name
 from cat_cluster.pipeline.publish import adapter_draft
 from cat_cluster.pipeline.published_adapters import ImageListener
 from cat_cluster.registry import Manifest, Registry
@@ -56,6 +57,7 @@ def import_adapter(request: ImportRequest, registry: Registry, device: str, list
     AdapterFormatError by name for what this project does not apply, and AdapterMismatchError when the file is of
     another base model.
     """
+    request = replace(request, base=lasting_name(request.base))  # which the manifest keeps
     path = find_weights(request.file)
     imported = _described(request, path)
     concepts = _concepts(request)

@@ -12,7 +12,7 @@ from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.data.edit_image import read_edit_image
 from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
-from cat_cluster.errors import AdapterMismatchError, EvaluationError, SpecError
+from cat_cluster.errors import AdapterMismatchError, BaseModelError, EvaluationError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
@@ -20,8 +20,10 @@ from cat_cluster.lora.formats import write_adapter
 from cat_cluster.lora.layer_names import names_depend_on_base
 from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_names import local_base
 from cat_cluster.models.edit import EditSource
 from cat_cluster.models.edit_steps import edit_strength, steps_made
+from cat_cluster.models.fingerprint import fingerprints
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.prompt_weights import PROMPT_CHUNKS, Prompt, plain_text
 from cat_cluster.models.unet_layout import unet_layout
@@ -224,7 +226,7 @@ def export_stack(registry: Registry, members: Sequence[StackMember], folder: Pat
     manifests = [registry.resolve(member.reference) for member in members]
     first = manifests[0]
     other = next((one for one in manifests if one.base_fingerprint != first.base_fingerprint), None)
-    if other is not None:
+    if other is not None and not _of_one_base(manifests):
         raise AdapterMismatchError(
             f"{first.name} was trained on base {first.base_name!r} and {other.name} on {other.base_name!r}, or on "
             "other weights of that name: export adapters of one base"
@@ -243,6 +245,15 @@ def export_stack(registry: Registry, members: Sequence[StackMember], folder: Pat
         metadata["modelspec.date"] = first.created
     unet = unet_layout(first.base_name) if fmt == "kohya" and names_depend_on_base(weights.layers) else None
     return write_adapter(weights, folder, fmt, adapter_id=adapter_id, metadata=metadata, unet=unet)
+
+
+def _of_one_base(manifests: Sequence[Manifest]) -> bool:
+    """Say whether adapters with different digests know the same base: by its digest now, and that of before 0.2."""
+    try:
+        folder = local_base(manifests[0].base_name)
+        return folder is not None and {one.base_fingerprint for one in manifests} <= {*fingerprints(folder)}
+    except BaseModelError:  # without the base nothing says so
+        return False
 
 
 def _stored_concept(

@@ -56,6 +56,29 @@ def test_a_folder(s3_bucket: str, tiny_base_folder: Path, tmp_path: Path, cache:
             refuses(address)
 
 
+def test_parts_of_either_variant_what_has_gone_from_the_cache_and_missing_weights(
+    s3_bucket: str, tiny_base_folder: Path, tmp_path: Path, cache: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    plain = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    plain.rename(plain.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    address = f"{s3_bucket}/bases/mixed"
+    upload(folder, address)
+    assert check_base(address) is None
+    wanted = load_base_model(str(folder)).fingerprint
+    base = load_base_model(address)
+    assert base.fingerprint == wanted
+    (base.folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert load_base_model(address).fingerprint == wanted
+    shutil.rmtree(cache)
+    address = f"{s3_bucket}/bases/lacking"
+    upload(Path(shutil.copytree(folder, tmp_path / "lacking", ignore=lambda *_: ["model.safetensors"])), address)
+    for refuses in (check_base, base_folder):
+        with pytest.raises(BaseModelError, match=rf"{address}/text_encoder: model\.safetensors is missing"):
+            refuses(address)
+    assert not cache.exists()
+
+
 def test_a_checkpoint(
     s3_bucket: str, tiny_base_folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

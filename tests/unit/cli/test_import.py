@@ -154,3 +154,15 @@ def test_layers_that_the_service_does_not_adapt_are_told(
     assert "layers outside of attention blocks: 1, the first mid_block.resnets.0.time_emb_proj" in finished.err
     manifest = open_registry(tmp_path / "storage").resolve("guest")
     assert manifest.training["outside_attention"] == ["mid_block.resnets.0.time_emb_proj"]
+
+
+def test_a_base_that_is_named_by_a_relative_path_is_found_from_other_folders(
+    command: CommandLine, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = {f"{QUERY}.lora_down.weight": torch.ones(2, 8), f"{QUERY}.lora_up.weight": torch.ones(8, 2)}
+    save_file(tensors, tmp_path / "plain.safetensors")
+    monkeypatch.chdir(tiny_base_folder.parent)
+    relative = Path(tiny_base_folder.name)
+    finished = imported(command, tmp_path / "plain.safetensors", relative, tmp_path / "storage")
+    assert finished.code == 0, finished.err
+    assert open_registry(tmp_path / "storage").resolve("guest").base_name == str(tiny_base_folder)

@@ -102,6 +102,28 @@ def test_without_a_negative_prompt_guidance_starts_from_zeros_where_the_base_say
     assert as_text.states.any()
 
 
+def test_an_index_that_does_not_say_whether_guidance_starts_from_zeros_is_read_as_the_stock_pipeline_does(
+    copy: Path,
+) -> None:
+    index = copy / "model_index.json"
+    said = json.loads(index.read_text())
+    del said["force_zeros_for_empty_prompt"]
+    index.write_text(json.dumps(said))
+    stock = StableDiffusionXLPipeline.from_pretrained(copy, local_files_only=True)
+    assert stock.config.force_zeros_for_empty_prompt is True
+    assert load_base_model(str(copy)).text_encoders.zeros_without_text is True
+    index.write_text(json.dumps({**said, "force_zeros_for_empty_prompt": False}))
+    assert load_base_model(str(copy)).text_encoders.zeros_without_text is False
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"force_zeros_for_empty_prompt": "no"}'])
+def test_an_index_that_cannot_be_read_is_refused_not_taken_for_a_no(copy: Path, content: str) -> None:
+    (copy / "model_index.json").write_text(content)
+    for refuses in (check_base, load_base_model):
+        with pytest.raises(BaseModelError, match=r"model_index\.json"):
+            refuses(str(copy))
+
+
 def test_weights_restore_the_mean_of_each_encoder_and_leave_the_pooled_text(base: BaseModel) -> None:
     """Independent oracle: each encoder's states of each chunk, weighted token by token; as AUTOMATIC1111 has it."""
     limit = base.text_limit

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from cat_cluster.models.base_files import check_family
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.base_names import base_folder, check_base
 from cat_cluster.models.generate import ImageRow, generate
-from cat_cluster.models.single_file import read_checkpoint, tokenizer_folder, unpacked
+from cat_cluster.models.single_file import Checkpoint, read_checkpoint, tokenizer_folder, unpacked
 from cat_cluster.models.text_limit import local_text_limit
 from tests.conftest import TINY_MERGES, TinyBaseFactory
 from tests.support.denoised_images import stock_scheduler
@@ -132,6 +135,16 @@ def test_parts_keep_the_dtype_of_the_file(files: dict[str, Path], folders: dict[
     assert {one.dtype for one in vae.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_position_ids_of_any_dtype_widen_no_part(files: dict[str, Path], dtype: torch.dtype) -> None:
+    tensors = load_file(files["sd1"])
+    save_file(
+        {name: one.to(dtype) if "position_ids" in name else one.half() for name, one in tensors.items()}, files["sd1"]
+    )
+    assert set(read_checkpoint(files["sd1"]).dtypes.values()) == {"float16"}
+    load_base_model(str(files["sd1"]))
+
+
 def test_no_v_prediction_is_missed(files: dict[str, Path], folders: dict[str, Path]) -> None:
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     write_checkpoint(folders["sdxl"], files["sdxl"], marks=marks)
@@ -153,6 +166,87 @@ def test_a_stable_diffusion_2_must_say_what_it_predicts(files: dict[str, Path], 
     silent.with_suffix(".yaml").write_text("parameterization: x0\n")
     with pytest.raises(BaseModelError, match=r"sd2\.yaml cannot be read"):
         check_base(str(silent))
+
+
+def test_a_stable_diffusion_2_that_predicts_noise_draws_512_pixels_and_one_that_predicts_v_768(
+    files: dict[str, Path], folders: dict[str, Path]
+) -> None:
+    """The shipped U-Net is that of 768; the tiny one takes 8 pixels for each of its latents too, or fewer."""
+    wide = base_folder(str(files["sd2"]))
+    assert json.loads((wide / "unet" / "config.json").read_text())["sample_size"] == 8
+    noise = write_checkpoint(folders["sd2"], files["sd2"], metadata={"modelspec.prediction_type": "epsilon"})
+    assert load_base_model(str(noise)).resolution == 512
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_older_names_of_the_text_encoder_are_the_same_base(files: dict[str, Path], kind: str) -> None:
+    """Older files have cond_stage_model.transformer.embeddings and so on, which A1111 reads too."""
+    wanted = load_base_model(str(files[kind])).fingerprint
+    older = {
+        name.replace(".transformer.text_model.", ".transformer."): one for name, one in load_file(files[kind]).items()
+    }
+    save_file(older, files[kind])
+    assert load_base_model(str(files[kind])).fingerprint == wanted
+
+
+def test_names_in_any_case_and_any_letters_and_links_are_the_same_base(files: dict[str, Path], tmp_path: Path) -> None:
+    wanted = load_base_model(str(files["sd1"])).fingerprint
+    for name in ("model.SAFETENSORS", "ein schönes Modell #1 [v2] %20.safetensors"):
+        assert load_base_model(str(shutil.copy(files["sd1"], tmp_path / name))).fingerprint == wanted
+    (tmp_path / "link.safetensors").symlink_to(files["sd1"])
+    assert load_base_model(str(tmp_path / "link.safetensors")).fingerprint == wanted
+
+
+@pytest.mark.parametrize(
+    "gone", ["model_index.json", "unet", "vae/diffusion_pytorch_model.safetensors", "tokenizer_2/merges.txt"]
+)
+def test_what_has_gone_from_the_cache_is_unpacked_again(files: dict[str, Path], gone: str) -> None:
+    folder = unpacked(files["sdxl"])
+    wanted = load_base_model(str(files["sdxl"]))
+    if (folder / gone).is_dir():
+        shutil.rmtree(folder / gone)
+    else:
+        (folder / gone).unlink()
+    again = load_base_model(str(files["sdxl"]))
+    assert again.fingerprint == wanted.fingerprint
+    assert again.text_encoders.zeros_without_text is True
+    assert (folder / gone).exists()
+    assert [one.name for one in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_tokenizer_that_has_gone_from_the_cache_is_written_again(files: dict[str, Path]) -> None:
+    folder = tokenizer_folder(files["sd1"])
+    (folder / "tokenizer" / "merges.txt").unlink()
+    assert local_text_limit(str(files["sd1"])) is not None
+
+
+def test_a_file_that_changes_while_it_is_read_leaves_nothing(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    unpack = single_file._unpack
+
+    def unpack_while_it_changes(path: Path, found: Checkpoint, folder: Path) -> None:
+        unpack(path, found, folder)
+        os.utime(path, ns=(1, 1))
+
+    monkeypatch.setattr(single_file, "_unpack", unpack_while_it_changes)
+    with pytest.raises(BaseModelError, match="was changed while it was read"):
+        base_folder(str(files["sd1"]))
+    assert not list((tmp_path / "cache" / "bases").iterdir())
+
+
+def test_of_two_that_unpack_at_once_the_first_is_kept(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack = single_file._unpack
+
+    def unpack_while_another_does(path: Path, found: Checkpoint, folder: Path) -> None:
+        unpack(path, found, folder)
+        monkeypatch.setattr(single_file, "_unpack", unpack)
+        (unpacked(path) / "marker").touch()
+
+    monkeypatch.setattr(single_file, "_unpack", unpack_while_another_does)
+    folder = unpacked(files["sd1"])
+    assert (folder / "marker").exists()
+    assert [one.name for one in folder.parent.iterdir()] == [folder.name]
 
 
 def test_captions_are_held_to_the_limit_of_a_file_without_unpacking_it(files: dict[str, Path], tmp_path: Path) -> None:
@@ -185,6 +279,11 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]
     "SD3": (with_more(model__diffusion_model__joint_blocks__0=torch.zeros(1)), "is Stable Diffusion 3"),
     "Flux": (lambda _: {"double_blocks.0.img_attn.proj.weight": torch.zeros(1)}, "is Flux"),
     "a LoRA": (lambda _: {"lora_unet_mid_block.lora_down.weight": torch.zeros(1)}, "is a LoRA, .* adapters import"),
+    "Playground 2.5": (with_more(edm_mean=torch.zeros(4)), "is Playground 2.5"),
+    "CosXL": (with_more(edm_vpred__sigma_max=torch.zeros(1)), "EDM's noise levels, such as CosXL"),
+    "unCLIP": (with_more(model__diffusion_model__label_emb__0__0__weight=torch.zeros(2, 2)), "is Stable unCLIP"),
+    "GLIGEN": (with_more(model__diffusion_model__position_net__linears__0__bias=torch.zeros(2)), "is GLIGEN"),
+    "no shape of a convolution": (lambda tensors: {**tensors, CONV_IN: torch.zeros(3)}, "takes None channels"),
     "integers": (
         lambda tensors: {**tensors, CONV_IN: torch.zeros(8, 4, 3, 3, dtype=torch.int8)},
         "are I8; use a checkpoint in fp16, bf16 or fp32",
@@ -199,6 +298,29 @@ def test_what_is_no_base_is_refused_by_its_head(files: dict[str, Path], case: st
     for refuses in (check_base, base_folder):
         with pytest.raises(BaseModelError, match=message):
             refuses(str(files["sd1"]))
+
+
+def test_what_the_head_says_of_prediction_is_known_or_refused(files: dict[str, Path], folders: dict[str, Path]) -> None:
+    write_checkpoint(folders["sdxl"], files["sdxl"], metadata={"modelspec.prediction_type": "v-pred"})
+    with pytest.raises(BaseModelError, match=r"modelspec\.prediction_type in its head is 'v-pred', and may be v, "):
+        check_base(str(files["sdxl"]))
+
+
+def test_a_u_net_with_more_tensors_than_its_family_has_is_refused(files: dict[str, Path]) -> None:
+    more = {"model.diffusion_model.middle_block.1.temporal.weight": torch.zeros(2, 2)}
+    save_file({**load_file(files["sdxl"]), **more}, files["sdxl"])
+    with pytest.raises(BaseModelError, match=r"its U-Net has \d+ tensors and its family's \d+, so it is of another"):
+        base_folder(str(files["sdxl"]))
+
+
+def test_a_checkpoint_that_is_not_there_is_not_sought_on_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for refuses in (check_base, base_folder):
+        with pytest.raises(BaseModelError, match=r"'models/none\.safetensors' is neither a folder nor a file"):
+            refuses("models/none.safetensors")
 
 
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> None:
@@ -226,6 +348,20 @@ def test_a_cache_without_room_is_named(files: dict[str, Path], monkeypatch: pyte
     monkeypatch.setenv("CAT_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="set CAT_CACHE_DIR"):
         base_folder(str(files["sd1"]))
+
+
+def test_a_disk_that_fills_up_while_weights_are_written_is_named(files: dict[str, Path], tmp_path: Path) -> None:
+    """The configs and tokenizers still fit, the U-Net does not; the library then raises an error of its own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"File too large.*set CAT_CACHE_DIR"):
+            base_folder(str(files["sdxl"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list((tmp_path / "cache" / "bases").iterdir()), "half of a base is kept"
 
 
 # ---- what ships

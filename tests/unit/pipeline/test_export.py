@@ -9,8 +9,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from cat_cluster.errors import BaseModelError
+from cat_cluster.errors import AdapterMismatchError, BaseModelError
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
+from cat_cluster.models.fingerprint import fingerprints
 from cat_cluster.models.unet_layout import unet_layout
 from cat_cluster.pipeline.published_adapters import export_stack
 from cat_cluster.registry import AdapterDraft, Registry
@@ -45,9 +46,11 @@ def xl_folder(folder: Path) -> Path:
     return folder
 
 
-def publish(registry: Registry, base: str, layers: dict[str, LoraLayer]) -> None:
+def publish(
+    registry: Registry, base: str, layers: dict[str, LoraLayer], name: str = "cup", digest: str = "b" * 64
+) -> None:
     resolved = ResolvedAdapter(
-        id="cup",
+        id=name,
         base=base,
         method="cat",
         concepts=(ConceptSpec(token="sks", class_noun="cup", images="photos"),),
@@ -56,10 +59,10 @@ def publish(registry: Registry, base: str, layers: dict[str, LoraLayer]) -> None
     )
     registry.publish(
         AdapterDraft(
-            adapter_id="cup",
+            adapter_id=name,
             resolved=resolved,
             base_name=base,
-            base_fingerprint="b" * 64,
+            base_fingerprint=digest,
             image_digests=["1" * 64],
             weights=AdapterWeights(layers),
             training={},
@@ -95,6 +98,20 @@ def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
     publish(registry, gone, {next(iter(LAYERS)): LoraLayer(torch.ones(2, 8), torch.ones(8, 2))})
     with pytest.raises(BaseModelError, match=f"base '{gone}' is neither a folder nor a file"):
         exported(registry, tmp_path / "out")
+
+
+def test_adapters_that_know_one_base_by_its_digests_of_two_versions_go_out_together(
+    tiny_base_folder: Path, tmp_path: Path
+) -> None:
+    registry = Registry(LocalStore(tmp_path / "storage"))
+    layers = {"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": LoraLayer(torch.ones(2, 8), torch.ones(8, 2))}
+    for name, digest in zip(("new", "old"), fingerprints(tiny_base_folder), strict=True):
+        publish(registry, str(tiny_base_folder), layers, name, digest)
+    publish(registry, str(tiny_base_folder), layers, "other")
+    both = [parse_member("old"), parse_member("new")]
+    assert export_stack(registry, both, tmp_path / "out", "peft").exists()
+    with pytest.raises(AdapterMismatchError, match="export adapters of one base"):
+        export_stack(registry, [*both, parse_member("other")], tmp_path / "out", "peft")
 
 
 def test_a_layout_has_every_module_and_no_weights(tiny_base_folder: Path) -> None:

@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 from cat_cluster.cluster.kuberay.checks.rules import MAX_NAME_LENGTH, check_namespace
@@ -177,9 +178,11 @@ def refuse_local_paths(job: JobSpec, storage: str, *, uploads: bool = False) -> 
         here = {"base": adapter.base, "evaluation.judge": adapter.evaluation.judge}
         for field, place in here.items():
             if place.startswith("/"):
+                what = "file" if Path(place).is_file() else "folder"
+                other = "an s3:// address or a hub id" if field == "base" else "a hub id"
                 raise SpecError(
-                    f"{field}: {place} is a folder of this machine, and a cluster in Kubernetes cannot see it; name a "
-                    f"hub id (adapter {adapter.id})"
+                    f"{field}: {place} is a {what} of this machine, and a cluster in Kubernetes cannot see it; name "
+                    f"{other} (adapter {adapter.id})"
                 )
         if adapter.training.general_prompts is not None:
             raise SpecError(

@@ -18,6 +18,7 @@ from typing import Any
 from cat_cluster.errors import SpecError
 from cat_cluster.models.base_files import family_of, parameter_count, read_config
 from cat_cluster.models.base_names import POCKET, local_base
+from cat_cluster.models.s3_base import S3_SCHEME
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 
 WORKER_MARGIN = 1.2  # over what the rule gives: allocators fragment, and photos differ
@@ -199,8 +200,9 @@ def _bases(job: JobSpec) -> tuple[dict[str, BaseSize], list[str]]:
         size = base_size(name)
         if size is None:
             size = DEFAULT_SIZE
+            fetch = "" if name.startswith(S3_SCHEME) else "fetch it, or "
             warnings.append(
-                f"base {name!r} is not on this machine, so the pods are as large as {DEFAULT_NAME} needs; fetch it, or "
+                f"base {name!r} is not on this machine, so the pods are as large as {DEFAULT_NAME} needs; {fetch}"
                 "give --worker-memory and --head-memory"
             )
         sizes[name] = size
@@ -208,7 +210,7 @@ def _bases(job: JobSpec) -> tuple[dict[str, BaseSize], list[str]]:
 
 
 def base_size(name: str) -> BaseSize | None:
-    """Return what a base costs, None for a hub id that is not in the local cache; raises BaseModelError."""
+    """Return what a base costs, None for one in S3 or of the hub that is not in its cache; raises BaseModelError."""
     if name == POCKET:
         return POCKET_SIZE
     folder = local_base(name)

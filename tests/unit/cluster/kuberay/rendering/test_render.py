@@ -243,10 +243,13 @@ def test_kueue_and_elastic_workers_exclude_each_other() -> None:
 def test_what_lies_on_this_machine_is_refused_with_the_remedy(tmp_path: Path) -> None:
     concept = {"token": "sks", "class_noun": "cup", "images": str(tmp_path)}
     local = job(adapters=[{"id": "cup", "concepts": [concept]}])
+    checkpoint = tmp_path / "xl.safetensors"
+    checkpoint.touch()
     for spec, storage, said in (
         (local, BUCKET, "--upload"),
         (job(), tmp_path.as_uri(), "s3://bucket/prefix"),
-        (job(base=str(tmp_path)), BUCKET, "hub id"),
+        (job(base=str(tmp_path)), BUCKET, "is a folder of this machine, .* an s3:// address or a hub id"),
+        (job(base=str(checkpoint)), BUCKET, "is a file of this machine, .* an s3:// address or a hub id"),
         (job(evaluation={"judge": str(tmp_path)}), BUCKET, "evaluation.judge"),
         (job(training={"general_prompts": str(tmp_path / "prompts.txt")}), BUCKET, "leave the field out"),
     ):

@@ -39,7 +39,7 @@ HUB = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cat_cluster.models.base_files.snapshot_download", _nothing)
+    monkeypatch.setattr("cat_cluster.models.base_names.snapshot_download", _nothing)
 
 
 def _nothing(*_: Any, **__: Any) -> str:
@@ -176,6 +176,8 @@ def test_a_base_that_is_not_here_gets_a_default_and_is_named() -> None:
         f"base '{HUB}' is not on this machine, so the pods are as large as Stable Diffusion 2.1 needs; fetch it, or "
         "give --worker-memory and --head-memory"
     )
+    (of_s3,) = sizes_of(job(base="s3://bases/xl")).warnings
+    assert of_s3.endswith("as large as Stable Diffusion 2.1 needs; give --worker-memory and --head-memory")
     assert float(memory_amount("", found.head_memory)) > (DEFAULT_SIZE.weights + 2048) * 2**20
     assert worker_gib(job(base=HUB), gpu=True) < 16
     assert sizes_of(job()).warnings == ()
@@ -185,7 +187,7 @@ def test_a_base_that_is_not_here_gets_a_default_and_is_named() -> None:
 
 
 def test_a_base_of_the_hub_that_is_here_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cat_cluster.models.base_files.snapshot_download", lambda *_, **__: base_folder("pocket"))
+    monkeypatch.setattr("cat_cluster.models.base_names.snapshot_download", lambda *_, **__: base_folder("pocket"))
     found = sizes.base_size(HUB)
     assert found is not None
     assert found.weights == pytest.approx(POCKET_SIZE.weights, abs=1)
