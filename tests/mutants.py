@@ -456,8 +456,8 @@ MUTANTS = (
     Mutant(
         "serving",
         "serve/denoise/rows.py",
-        "encoder_attention_mask=index.own_text,",
-        "encoder_attention_mask=None,",
+        "**index.conditioning.arguments(),",
+        "encoder_hidden_states=index.conditioning.states,",
         "serve/denoise/test_rows.py",
     ),
     Mutant(

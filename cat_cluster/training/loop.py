@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from cat_cluster.data.draws import AdapterTask, Batch, Shard, draw_batch
+from cat_cluster.data.draws import AdapterTask, Batch, draw_batch
 from cat_cluster.data.latents import TextCache
-from cat_cluster.data.parts import step_parts
+from cat_cluster.data.parts import Shard, step_parts
 from cat_cluster.lora.bank import LoraBank, weights_of
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks

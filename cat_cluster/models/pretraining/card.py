@@ -5,28 +5,24 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
 
 from cat_cluster.models.generate import image_array
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
 
-
-def save_card(weights: Path, recipe: DataclassInstance, figures: dict[str, Any], *, seed: int) -> Path:
+def save_card(weights: Path, recipe: Mapping[str, Any], figures: dict[str, Any], *, seed: int) -> Path:
     """Write `weights`/card.json: recipe, what each stage took, hardware, versions, figures."""
     training = {}
     for note in sorted((weights / "work").glob("*.json")):
         progress = json.loads(note.read_text(encoding="utf-8"))
         training[note.stem] = {"steps": progress["step"], "seconds": progress["seconds"], "loss": progress["loss"]}
     card = {
-        "recipe": asdict(recipe),
+        "recipe": dict(recipe),
         "seed": seed,
         "training": _rounded(training),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",

@@ -18,8 +18,8 @@ from cat_cluster.data.draws import (
     draw_batch,
     keyed_generator,
     pool_entries,
-    shard_batch,
 )
+from cat_cluster.data.parts import shard_batch
 from cat_cluster.spec.choices import AlphaSchedule
 from cat_cluster.spec.sections import TrainingSpec
 from tests.support.texts import square_sizes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def write_card(weights: Path, recipe: Recipe, *, seed: int) -> Path:
     figures = measure(
         weights, seed=seed, pictures=recipe.card_pictures, steps=recipe.card_steps, groups=recipe.card_groups
     )
-    return save_card(weights, recipe, figures, seed=seed)
+    return save_card(weights, asdict(recipe), figures, seed=seed)
 
 
 def vae_figures(pocket: PocketModels) -> dict[str, Any]:

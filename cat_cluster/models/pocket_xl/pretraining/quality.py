@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ def write_card(
     figures = measure(
         pocket, seed=seed, pictures=recipe.card_pictures, groups=recipe.card_groups, real_judge=real_judge
     )
-    return save_card(weights, recipe, figures, seed=seed)
+    return save_card(weights, asdict(recipe), figures, seed=seed)
 
 
 def vae_figures(pocket: PocketXl) -> dict[str, Any]:

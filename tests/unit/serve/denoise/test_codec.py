@@ -74,8 +74,8 @@ def test_what_waits_is_done_together(codec: Codec, base: BaseModel, monkeypatch:
     texts = [codec.encode(Prompt(prompt)) for prompt in ("a cup", "red", "a cup", "")]
     images = [codec.decode(latents(n, height=8 if n % 3 else 12)) for n in range(12)]
     held.go()
-    assert torch.equal(texts[0].result(SOON), texts[2].result(SOON))
-    torch.testing.assert_close(texts[1].result(SOON), red, rtol=1e-5, atol=1e-5)
+    assert torch.equal(texts[0].result(SOON).states, texts[2].result(SOON).states)
+    torch.testing.assert_close(texts[1].result(SOON).states, red, rtol=1e-5, atol=1e-5)
     for n, image in enumerate(images):
         alone = decode(base, latents(n, height=8 if n % 3 else 12)[None])[0]
         torch.testing.assert_close(image.result(SOON), alone, rtol=0, atol=3e-5)
