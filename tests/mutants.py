@@ -50,8 +50,8 @@ MUTANTS = (
     Mutant(
         "data",
         "cat_cluster/data/parts.py",
-        "key=lambda row: (row not in with_cat, row)",
-        "key=lambda row: row",
+        "sorted(own, key=lambda row: (row not in with_cat, row))",
+        "sorted(own)",
         "data/test_parts.py",
     ),
     Mutant(
@@ -116,7 +116,7 @@ MUTANTS = (
         "draw_key = resolved.id",
         "pipeline/test_prepare.py",
     ),
-    Mutant("data", "cat_cluster/data/draws.py", "if world_size == 1:", "if True:", "data/test_draws.py"),
+    Mutant("data", "cat_cluster/data/parts.py", "if world_size == 1:", "if True:", "data/test_draws.py"),
     Mutant(
         "data",
         "cat_cluster/data/latents.py",

@@ -17,7 +17,7 @@ from tests.support.serving import ask, deployment_of, pixels_of, publish_random,
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-SLEEP_S = 30.0
+SLEEP_S = 60.0
 
 
 def test_a_request_that_finds_no_engine_waits_for_one(tiny_base_folder: Path, tmp_path: Path) -> None:
