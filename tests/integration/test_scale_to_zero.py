@@ -15,7 +15,8 @@ from serve.settings import ProbeSettings, ServeSettings
 from tests.support.ingress_server import picture
 from tests.support.serving import ask, deployment_of, pixels_of, publish_random, served, until
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+# A minute and a half of it is waiting: the law itself is held by quick tests too (tests/unit/serve/test_app.py).
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 SLEEP_S = 60.0
 
