@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import CONFIG_PATTERNS, VARIANTS, check_complete, weight_patterns
-from cat_cluster.models.single_file import check_head, is_whole, whole_folder
+from cat_cluster.models.cached_folders import is_whole, whole_folder
+from cat_cluster.models.single_file import check_head
 from cat_cluster.settings import load_settings
 
 if TYPE_CHECKING:

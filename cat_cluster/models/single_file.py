@@ -6,11 +6,9 @@ is kept in the cache; the base's name stays the file's.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +18,11 @@ from typing import Any, Literal
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from cat_cluster.errors import BaseModelError, OutputError
-from cat_cluster.files import write_failure
+from cat_cluster.errors import BaseModelError
+from cat_cluster.models.cached_folders import is_whole, whole_folder
 from cat_cluster.settings import load_settings
 
 Kind = Literal["sd1", "sd2", "sdxl"]
-_LISTING = "files.json"  # in a folder of the cache: the size of each of its files
 FAMILIES = Path(__file__).parent / "families"
 _SUPPORTED = "use a text-to-image checkpoint of Stable Diffusion 1.x, 2.x or XL"
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
@@ -248,42 +245,6 @@ def _naming_misfits(path: Path) -> Iterator[None]:
             f"{path} cannot be read as a checkpoint of its family ({' '.join(str(error).split())[:300]}); download it "
             "again."
         ) from error
-
-
-def is_whole(place: Path) -> bool:
-    """Say whether a folder of the cache has all files that `whole_folder` left there, each of its size."""
-    try:
-        sizes: Mapping[str, int] = json.loads((place / _LISTING).read_text(encoding="utf-8"))
-        return all((place / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-@contextmanager
-def whole_folder(place: Path) -> Iterator[Path]:
-    """Give an empty folder that becomes `place` once it is whole; another process may have been faster.
-
-    A folder there of which files have gone is replaced. Raises OutputError where the cache cannot be written.
-    """
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{place.name}-", dir=place.parent) as name:
-            folder = Path(name) / "whole"
-            folder.mkdir()
-            yield folder
-            sizes = {str(one.relative_to(folder)): one.stat().st_size for one in folder.rglob("*") if one.is_file()}
-            (folder / _LISTING).write_text(json.dumps(sizes), encoding="utf-8")
-            if not is_whole(place):
-                with contextlib.suppress(FileNotFoundError):
-                    place.rename(Path(name) / "before")
-            try:
-                folder.rename(place)
-            except OSError:
-                if not is_whole(place):
-                    raise
-    except (OSError, SafetensorError) as error:
-        reason = write_failure(place, error) if isinstance(error, OSError) else f"cannot write {place}: {error}"
-        raise OutputError(f"{reason} (bases are kept there; set CAT_CACHE_DIR)") from error
 
 
 def _kind(path: str, names: list[str]) -> Kind:
