@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,16 @@ from cat_cluster.models.pocket.clip import load_judge
 from cat_cluster.models.pocket.pretraining.captions import insert_word, scene_caption
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.scenes import random_scenes, render, scene_labels
-from cat_cluster.models.pretraining.card import labelled_sheet, paired_similarity, save_card, similarity
+from cat_cluster.models.pretraining.card import labelled_sheet, paired_similarity, save_card
 from cat_cluster.models.pretraining.clip import embed_images, embed_texts
+from cat_cluster.models.pretraining.figures import (
+    GROUP,
+    Features,
+    centroid_scores,
+    kept_by_vae,
+    retrieval_shares,
+    spread,
+)
 from cat_cluster.models.pretraining.vae import decode_latents, encode_frames
 
 STEPS = 25
@@ -29,8 +37,6 @@ _HELD_OUT_SEED = 90_001
 # Words in the style of training (2-5 letters), and in styles that no caption had.
 TRAINED_STYLE = ("sks", "zwx", "ohwx", "qv", "brlap")
 UNSEEN_STYLE = ("sks42", "<shs>", "zorblaxian", "\u017c\u00f3\u0142w", "v-001")
-
-Features = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,34 +107,19 @@ def write_card(weights: Path, recipe: Recipe, *, seed: int) -> Path:
 
 
 def vae_figures(pocket: PocketModels) -> dict[str, Any]:
-    """PSNR on photos of unseen concepts, and the share of their similarity to each other that each judge keeps."""
-    frames, owners = _concept_frames(photos=6, seed=500)
-    pixels = frames.float() / 255
-    decoded = decode_latents(pocket.pipeline.vae, encode_frames(pocket.pipeline.vae, frames))
-    psnr = -10 * torch.log10(((decoded - pixels) ** 2).mean((1, 2, 3)))
-    pairs = (owners[:, None] == owners[None, :]) & ~torch.eye(len(owners), dtype=torch.bool)
-    kept = {}
-    for name, features in pocket.judges().items():
-        original, passed = features(pixels), features(decoded)
-        kept[name] = float(similarity(passed, original)[pairs].mean() / similarity(original, original)[pairs].mean())
-    return {"psnr_db": float(psnr.mean()), "psnr_db_worst": float(psnr.min()), "similarity_kept": kept}
+    """What the VAE keeps of photos of unseen concepts."""
+    return kept_by_vae(pocket.pipeline.vae, pocket.judges(), *_concept_frames(photos=6, seed=500))
 
 
-def retrieval(pocket: PocketModels, groups: int, group: int = 64) -> dict[str, float]:
+def retrieval(pocket: PocketModels, groups: int) -> dict[str, float]:
     """How often a picture finds its full caption among 64 held-out scenes, and a caption its picture."""
-    scenes = random_scenes(groups * group, _HELD_OUT_SEED)
+    scenes = random_scenes(groups * GROUP, _HELD_OUT_SEED)
     frames = render(scenes)
     rng = np.random.default_rng(_HELD_OUT_SEED)
     texts = [scene_caption(scene, rng, rare=0.0, full=True) for scene in scenes]
     images = embed_images(pocket.clip, frames.float() / 255)
     captions = embed_texts(pocket.clip, pocket.pipeline.tokenizer, texts)
-    to_text, to_image = [], []
-    for i in range(0, len(texts), group):
-        scores = images[i : i + group] @ captions[i : i + group].T
-        names = np.array(texts[i : i + group])
-        to_text.append(np.mean(names[scores.argmax(1).numpy()] == names))  # equal captions are equally right
-        to_image.append(np.mean(names[scores.argmax(0).numpy()] == names))
-    return {"caption_of_picture": float(np.mean(to_text)), "picture_of_caption": float(np.mean(to_image))}
+    return retrieval_shares(images, captions, texts)
 
 
 def classifier_accuracy(pocket: PocketModels, groups: int, group: int = 64) -> dict[str, float]:
@@ -196,9 +187,7 @@ def concept_accuracy(pocket: PocketModels) -> dict[str, dict[str, float]]:
     same = torch.tensor([[a == b for b in classes] for a in classes])
     accuracy = {}
     for judge, features in pocket.judges().items():
-        photos = features(known.float() / 255)
-        centroids = torch.stack([photos[owners == owner].mean(0) for owner in range(len(classes))])
-        scores = features(wanted.float() / 255) @ functional.normalize(centroids, dim=-1).T
+        scores = centroid_scores(features, known, owners, wanted)
         rivals = scores.masked_fill(~same[truth], -2.0)
         several = same[truth].sum(1) > 1
         accuracy[judge] = {
@@ -212,12 +201,7 @@ def diversity(pocket: PocketModels, seed: int, count: int = 6) -> dict[str, floa
     """Mean pairwise 1 - s among pictures of the same prompt with different seeds."""
     prompts = [f"a photo of a {noun}" for noun in world.OBJECTS for _ in range(count)]
     pictures = generate(pocket.pipeline, prompts, range(seed + 8_000, seed + 8_000 + len(prompts)), pocket.steps)
-    apart = ~torch.eye(count, dtype=torch.bool)
-    figures = {}
-    for judge, features in pocket.judges().items():
-        groups = features(pictures).view(len(world.OBJECTS), count, -1)
-        figures[judge] = float(np.mean([(1 - similarity(group, group))[apart].mean() for group in groups]))
-    return figures
+    return spread(pocket.judges(), pictures, count)
 
 
 _GRID = (

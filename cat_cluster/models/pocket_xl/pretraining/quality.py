@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,16 @@ from cat_cluster.models.pocket_xl.emojis import Emoji
 from cat_cluster.models.pocket_xl.pretraining.albums import make_album
 from cat_cluster.models.pocket_xl.pretraining.real_world import CLASSES, Lite0, recognised
 from cat_cluster.models.pocket_xl.pretraining.recipe import Recipe
-from cat_cluster.models.pretraining.card import labelled_sheet, paired_similarity, save_card, similarity
+from cat_cluster.models.pretraining.card import labelled_sheet, paired_similarity, save_card
 from cat_cluster.models.pretraining.clip import embed_images, embed_texts
+from cat_cluster.models.pretraining.figures import (
+    GROUP,
+    Features,
+    centroid_scores,
+    kept_by_vae,
+    retrieval_shares,
+    spread,
+)
 from cat_cluster.models.pretraining.vae import decode_latents, encode_frames
 
 STEPS = 25
@@ -34,7 +42,6 @@ _SQUARE = (world.SIZE, world.SIZE)
 # What people use for a trigger word, and a word of no language.
 UNKNOWN_WORDS = ("sks", "zwx", "ohwx", "sks42", "zorblaxian")
 _NAMED = 5  # how many names a judge gives where "among the first" is counted
-Features = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -125,33 +132,18 @@ def write_card(
 
 
 def vae_figures(pocket: PocketXl) -> dict[str, Any]:
-    """PSNR on photos of unseen concepts, and the share of their similarity to each other that each judge keeps."""
-    frames, owners = concept_frames(photos=6, seed=500)
-    pixels = frames.float() / 255
-    decoded = decode_latents(pocket.pipeline.vae, encode_frames(pocket.pipeline.vae, frames))
-    psnr = -10 * torch.log10(((decoded - pixels) ** 2).mean((1, 2, 3)))
-    pairs = (owners[:, None] == owners[None, :]) & ~torch.eye(len(owners), dtype=torch.bool)
-    kept = {}
-    for name, features in pocket.judges().items():
-        original, passed = features(pixels), features(decoded)
-        kept[name] = float(similarity(passed, original)[pairs].mean() / similarity(original, original)[pairs].mean())
-    return {"psnr_db": float(psnr.mean()), "psnr_db_worst": float(psnr.min()), "similarity_kept": kept}
+    """What the VAE keeps of photos of unseen concepts."""
+    return kept_by_vae(pocket.pipeline.vae, pocket.judges(), *concept_frames(photos=6, seed=500))
 
 
-def retrieval(pocket: PocketXl, groups: int, group: int = 64) -> dict[str, float]:
+def retrieval(pocket: PocketXl, groups: int) -> dict[str, float]:
     """How often a picture finds its full caption among 64 held-out scenes, and a caption its picture."""
-    album = make_album(pocket.emojis, groups * group, _HELD_OUT_SEED, _SQUARE)
+    album = make_album(pocket.emojis, groups * GROUP, _HELD_OUT_SEED, _SQUARE)
     rng = np.random.default_rng(_HELD_OUT_SEED)
     texts = [scene_caption(scene, pocket.emojis, rng, full=True) for scene in album.scenes]
     images = embed_images(pocket.clip, torch.stack(list(album.frames)).float() / 255)
     captions = pocket.texts(texts)
-    to_text, to_image = [], []
-    for i in range(0, len(texts), group):
-        scores = images[i : i + group] @ captions[i : i + group].T
-        names = np.array(texts[i : i + group])
-        to_text.append(np.mean(names[scores.argmax(1).numpy()] == names))  # equal captions are equally right
-        to_image.append(np.mean(names[scores.argmax(0).numpy()] == names))
-    return {"caption_of_picture": float(np.mean(to_text)), "picture_of_caption": float(np.mean(to_image))}
+    return retrieval_shares(images, captions, texts)
 
 
 def classifier_accuracy(pocket: PocketXl, groups: int, group: int = 64) -> dict[str, float]:
@@ -285,9 +277,7 @@ def concepts_told_apart(pocket: PocketXl) -> dict[str, float]:
     wanted, truth = concept_frames(photos=6, seed=700)
     accuracy = {}
     for judge, features in pocket.judges().items():
-        photos = features(known.float() / 255)
-        centroids = torch.stack([photos[owners == owner].mean(0) for owner in range(len(CONCEPTS))])
-        scores = features(wanted.float() / 255) @ functional.normalize(centroids, dim=-1).T
+        scores = centroid_scores(features, known, owners, wanted)
         accuracy[judge] = float((scores.argmax(1) == truth).float().mean())
     return accuracy
 
@@ -297,12 +287,7 @@ def diversity(pocket: PocketXl, seed: int, count: int = 6) -> dict[str, float]:
     nouns = [concept.noun for concept in CONCEPTS.values()][:8]
     prompts = [f"a photo of {with_article(noun)}" for noun in nouns for _ in range(count)]
     pictures = generate(pocket.pipeline, prompts, range(seed + 8_000, seed + 8_000 + len(prompts)), pocket.steps)
-    apart = ~torch.eye(count, dtype=torch.bool)
-    figures = {}
-    for judge, features in pocket.judges().items():
-        groups = features(pictures).view(len(nouns), count, -1)
-        figures[judge] = float(np.mean([(1 - similarity(group, group))[apart].mean() for group in groups]))
-    return figures
+    return spread(pocket.judges(), pictures, count)
 
 
 def real_world(pocket: PocketXl, judge: torch.nn.Module, seed: int) -> dict[str, dict[str, float]]:
