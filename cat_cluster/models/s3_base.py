@@ -34,7 +34,7 @@ def fetch_s3_base(address: str) -> Path:
     listing = json.dumps([folder.url, *((name, one.etag, one.size) for name, one in sorted(files.items()))])
     place = load_settings().cache_dir / "bases" / f"s3-{hashlib.sha256(listing.encode()).hexdigest()[:32]}"
     if not is_whole(place):
-        check_s3_base(address)
+        _check(address, folder, files)
         with whole_folder(place) as fresh:
             folder.copy(files, fresh)
     return place / _name(address) if _is_file(address) else check_complete(place)
@@ -45,7 +45,10 @@ def check_s3_base(address: str) -> None:
 
     Raises BaseModelError, StoreError.
     """
-    folder, files = _listed(address)
+    _check(address, *_listed(address))
+
+
+def _check(address: str, folder: S3Folder, files: Mapping[str, StoredKey]) -> None:
     with tempfile.TemporaryDirectory() as place:
         folder.copy({name: one for name, one in files.items() if not name.endswith(".safetensors")}, Path(place))
         if not _is_file(address):
