@@ -25,11 +25,13 @@ from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import ImageRow, generate, image_array
 from cat_cluster.models.pocket import world
+from cat_cluster.spec.choices import SamplerName
 from jobs.benchmark.study.compare import share_followed
 from jobs.benchmark.study.trials import TaughtConcept
 
 TRIGGERS = ("own", "other", "both", "decoy", "none")
 STEPS, GUIDANCE, FIRST_SEED = 20, 4.0, 1000
+SAMPLER: SamplerName = "ddim"
 Images = NDArray[np.uint8]
 Carried = tuple[str, ...]  # names of adapters; none is the base
 Cell = tuple[str, str, Carried]  # concept, trigger, and the adapters that its images carry
@@ -41,13 +43,16 @@ BASE: Carried = ()
 class Bench:
     """The base and an even number of concepts: two and two are each other's "other token".
 
-    images: of each template and trigger; there are six templates. first_seed: of the images.
+    images: of each template and trigger; there are six templates. first_seed: of the images. steps, sampler: how each
+    is drawn.
     """
 
     base: BaseModel
     taught: Sequence[TaughtConcept]
     images: int
     first_seed: int = FIRST_SEED
+    steps: int = STEPS
+    sampler: SamplerName = SAMPLER
     _heads: dict[str, RecognitionHead] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -76,20 +81,11 @@ class Bench:
         """Draw the images [N, H, W, 3] of each cell; those without an adapter are drawn once in the bench's life."""
         found = {cell: self._of_base[cell[:2]] for cell in cells if cell[2] == BASE}
         wanted = [cell for cell in cells if cell[2] != BASE]
-        if wanted:
-            stacks = {
-                names: stack_weights([(adapters[name], 1.0) for name in names]) for names in {c[2] for c in wanted}
-            }
-            layers = {layer for weights in stacks.values() for layer in weights.layers}
-            rank = max(weights.rank for weights in stacks.values())
-            bank = LoraBank.attach(self.base.unet, slots=len(stacks), rank=rank, layers=sorted(layers))
-            try:
-                slots = {names: slot for slot, names in enumerate(stacks, start=1)}
-                for names, slot in slots.items():
-                    bank.load(slot, stacks[names])
-                found |= self._drawn(bank, {cell: slots[cell[2]] for cell in wanted})
-            finally:
-                bank.detach()
+        stacks = {names: stack_weights([(adapters[name], 1.0) for name in names]) for names in {c[2] for c in wanted}}
+        # A bank pads to its largest rank: the adapters alone would pay for the largest stack.
+        for rank in sorted({weights.rank for weights in stacks.values()}):
+            alike = {names: weights for names, weights in stacks.items() if weights.rank == rank}
+            found |= self._drawn_of_rank(rank, alike, [cell for cell in wanted if cell[2] in alike])
         return found
 
     def measure(
@@ -147,10 +143,23 @@ class Bench:
             self._heads[concept.name] = fit_head(world.CONCEPTS[concept.name], judge, self.base, seed=FIRST_SEED)
         return self._heads[concept.name]
 
+    def _drawn_of_rank(
+        self, rank: int, stacks: Mapping[Carried, AdapterWeights], cells: Sequence[Cell]
+    ) -> dict[Cell, Images]:
+        layers = {layer for weights in stacks.values() for layer in weights.layers}
+        bank = LoraBank.attach(self.base.unet, slots=len(stacks), rank=rank, layers=sorted(layers))
+        try:
+            slots = {names: slot for slot, names in enumerate(stacks, start=1)}
+            for names, slot in slots.items():
+                bank.load(slot, stacks[names])
+            return self._drawn(bank, {cell: slots[cell[2]] for cell in cells})
+        finally:
+            bank.detach()
+
     def _drawn(self, bank: LoraBank | None, slots: Mapping[Cell, int]) -> dict[Cell, Images]:
         taught = {concept.name: concept for concept in self.taught}
         rows = [
-            ImageRow(prompt, self.first_seed + i, slot, STEPS, GUIDANCE)
+            ImageRow(prompt, self.first_seed + i, slot, self.steps, GUIDANCE, self.sampler)
             for (name, trigger, _), slot in slots.items()
             for i, prompt in enumerate(self.prompts(taught[name], trigger))
         ]

@@ -18,7 +18,7 @@ from jobs.benchmark.pages import page_texts
 from jobs.benchmark.record import Start, write_result
 from jobs.benchmark.study.stacks import CONCEPTS, TOKENS, arrangements, joint_subjects, summary
 from jobs.benchmark.study.trials import pocket_subject
-from jobs.benchmark.study.triggers import FIRST_SEED, GUIDANCE, STEPS, TRIGGERS, Bench
+from jobs.benchmark.study.triggers import FIRST_SEED, GUIDANCE, TRIGGERS, Bench
 from tests.support.denoised_images import random_adapter
 
 START = Start("2026-11-25T06:03:30+00:00", "3e808594ebfb", dirty=False)
@@ -32,7 +32,7 @@ def base(tiny_base_folder: Path) -> BaseModel:
 
 @pytest.fixture
 def bench(base: BaseModel) -> Bench:
-    return Bench(base, [subject.concepts[0] for subject in SUBJECTS], 1)
+    return Bench(base, [subject.concepts[0] for subject in SUBJECTS], 1, steps=4, sampler="dpmpp_2m")
 
 
 def test_another_token_never_asks_for_what_was_taught() -> None:
@@ -68,7 +68,7 @@ def test_each_cell_is_drawn_with_its_own_adapters(bench: Bench, base: BaseModel)
 
     def alone(weights: AdapterWeights | None) -> Any:
         rows = [
-            ImageRow(prompt, FIRST_SEED + i, 0 if weights is None else 1, STEPS, GUIDANCE)
+            ImageRow(prompt, FIRST_SEED + i, 0 if weights is None else 1, 4, GUIDANCE, "dpmpp_2m")
             for i, prompt in enumerate(prompts)
         ]
         if weights is None:
@@ -130,6 +130,7 @@ def test_the_page_says_what_each_way_of_carrying_does(tmp_path: Path) -> None:
         "images": 12,
         "concepts": {"cup": "sks", "fish": "zwx"},
         "decoys": ["wjq"],
+        "drawn_with": {"sampler": "ddim", "steps": 9, "guidance": 4.0},
         "seeds": [0, 1],
         "summary": {"lora": {"alone": table(0.5), "stack-2": table(0.25)}},
         "trials": {},
@@ -137,5 +138,6 @@ def test_the_page_says_what_each_way_of_carrying_does(tmp_path: Path) -> None:
     write_result("stacks", result, START, tmp_path)
     page = page_texts(tmp_path)["stacks.md"]
     assert "| lora, stack-2 | 25% (15% to 35%) | 0.50x (0.40x to 0.60x) | 25% | 25% | 25% | 25% |" in page
+    assert "(ddim, 9 steps, guidance 4.0)" in page
     assert "| lora, stack-2 | +0.125 (+0.025 to +0.225) |" in page
     assert "cup as sks, fish as zwx" in page
