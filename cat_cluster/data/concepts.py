@@ -11,8 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from cat_cluster.data.captions import read_captions
+from cat_cluster.data.masks import Mask, mask_of_alpha, masks_among, read_mask, refuse_masks
 from cat_cluster.data.photo_folder import find_images, passed_over
-from cat_cluster.data.photos import MOST_DECODED_BYTES, decoded_bytes, read_image
+from cat_cluster.data.photos import MOST_DECODED_BYTES, decoded_bytes, read_photo
 from cat_cluster.data.s3_photos import local_images
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.characters import shown_name
@@ -25,7 +26,8 @@ class Example:
     """One photo with its prompt.
 
     path, digest: the file and the digest of what was read from it. image: RGB in sRGB, upright, alpha laid over white.
-    prompt: the caption y_T. prior_prompt: y, the same with only the token removed.
+    prompt: the caption y_T. prior_prompt: y, the same with only the token removed. mask: where in it the concept is;
+    None where all of it counts.
     """
 
     path: Path
@@ -33,6 +35,7 @@ class Example:
     image: Image.Image
     prompt: str
     prior_prompt: str
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,35 +77,47 @@ def replace_token(prompt: str, token: str, word: str) -> str:
     return re.sub(r"[^\s,]+", lambda found: word if found[0].casefold() == token.casefold() else found[0], prompt)
 
 
-def load_concept(spec: ConceptSpec, cache_dir: Path | None = None) -> Concept:
+def load_concept(spec: ConceptSpec, cache_dir: Path | None = None, *, masked: bool = False) -> Concept:
     """Read the images and captions of one concept, in the order of their file names.
 
-    cache_dir: where photos from an s3:// address are kept; by default the cache of the settings.
+    cache_dir: where photos from an s3:// address are kept; by default the cache of the settings. masked: whether the
+    photos' masks are read, files beside them or their own transparency; a file is refused where they are not.
     Raises ConceptError that names every file that cannot be used, and what to do: an empty or missing folder, one with
     photos in subfolders, a damaged, tiny or huge image, more photos than memory should hold, an s3:// address that
     cannot be read, captions that are missing, disagree, lack the token, or are of a kind that is not read.
     """
     local = local_images(spec.images, cache_dir)
     folder = local.folder
-    paths = find_images(folder)
+    found = find_images(folder)
+    masks = masks_among(found)
+    if not masked:
+        refuse_masks(masks)
+    mask_of = {photo: mask for mask, photo in masks.items()}
+    paths = tuple(path for path in found if path not in masks)
     captions = read_captions(spec, folder, paths)
     _refuse_without_token(spec, captions.by_image)
     examples, errors = [], _header_errors(folder, paths)
     for path in paths:
         if path in errors:
             continue
+        prompt = captions.by_image[path]
         try:
-            image, digest = read_image(path)
+            examples.append(_example(spec, path, prompt, mask_of.get(path), masked=masked))
         except ConceptError as error:
             errors[path] = str(error)
-            continue
-        prompt = captions.by_image[path]
-        examples.append(Example(path, digest, image, prompt, remove_token(prompt, spec.token)))
     if errors:
         lines = [errors[path] for path in paths if path in errors]
         raise ConceptError("\n".join([f"images: {folder} has files that cannot be used:", *lines]))
-    left = tuple(sorted({*passed_over(folder, (*paths, *captions.files)), *local.left_there}))
+    left = tuple(sorted({*passed_over(folder, (*found, *captions.files)), *local.left_there}))
     return Concept(spec.token, spec.class_noun, spec.alpha, spec.weight, tuple(examples), captions.source, left)
+
+
+def _example(spec: ConceptSpec, path: Path, prompt: str, mask: Path | None, *, masked: bool) -> Example:
+    photo = read_photo(path)
+    where = None
+    if masked:
+        where = mask_of_alpha(path, photo) if mask is None else read_mask(mask, photo)
+    return Example(path, photo.digest, photo.image, prompt, remove_token(prompt, spec.token), where)
 
 
 def _header_errors(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
@@ -125,11 +140,21 @@ def _header_errors(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     return errors
 
 
-def load_concepts(adapter_id: str, specs: Sequence[ConceptSpec], cache_dir: Path | None = None) -> tuple[Concept, ...]:
-    """Read all concepts of an adapter and check their tokens; raises ConceptError naming the adapter too."""
+def load_concepts(
+    adapter_id: str, specs: Sequence[ConceptSpec], cache_dir: Path | None = None, *, masked: bool = False
+) -> tuple[Concept, ...]:
+    """Read all concepts of an adapter and check their tokens; raises ConceptError naming the adapter too.
+
+    masked: as in load_concept; refused where no photo has a mask.
+    """
     try:
-        concepts = tuple(load_concept(spec, cache_dir) for spec in specs)
+        concepts = tuple(load_concept(spec, cache_dir, masked=masked) for spec in specs)
         check_tokens(concepts)
+        if masked and not any(example.mask is not None for concept in concepts for example in concept.examples):
+            raise ConceptError(
+                "training.masked_loss: no photo has a mask; put 1-mask.png beside 1.jpg, white where the concept is, "
+                "use photos with transparent areas, or leave masked_loss out"
+            )
     except ConceptError as error:
         raise ConceptError(f"adapter {adapter_id}: {error}") from error
     return concepts

@@ -51,6 +51,18 @@ class SizeLimits:
 _PHOTO_LIMITS = SizeLimits()
 
 
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """One photo, upright. image: RGB in sRGB, alpha laid over white; alpha: L, None where all of it is opaque.
+
+    digest: of what was read, the sha256 of the file's bytes, and another where an embedded profile changed the colours.
+    """
+
+    image: Image.Image
+    alpha: Image.Image | None
+    digest: str
+
+
 @dataclass(frozen=True)
 class Still:
     """One picture, upright. sent: (width, height) of its file; pixels: RGB in sRGB, alpha laid over white, scaled to
@@ -78,12 +90,11 @@ def decoded_bytes(path: Path) -> int:
         return 3 * -(-image.width // factor) * -(-image.height // factor)
 
 
-def read_image(path: Path) -> tuple[Image.Image, str]:
-    """Read one photo: RGB in sRGB, turned upright by its EXIF, alpha laid over white, the first frame of an animation.
+def read_photo(path: Path) -> Photo:
+    """Read one photo, turned upright by its EXIF, the first frame of an animation.
 
-    Returns the image and a digest of what was read: the sha256 of the file's bytes, and another where an embedded
-    profile changed the colours. Raises ConceptError that names the file when it is empty, damaged, or smaller or larger
-    than the limits of this file.
+    Raises ConceptError that names the file when it is empty, damaged, or smaller or larger than the limits of this
+    file.
     """
     try:
         content = path.read_bytes()
@@ -91,16 +102,16 @@ def read_image(path: Path) -> tuple[Image.Image, str]:
         raise _unreadable(path, error) from error
     with _opened(path, io.BytesIO(content)) as opened:
         profile = _profile(path, opened)
-        image = _upright_rgb(path, opened, profile)
+        image, alpha = _upright(path, opened, profile)
     # Of a photo in another colour space earlier versions kept latents with its colours wrong, under its plain digest.
-    return image, hashlib.sha256(content + (b"" if profile is None else b" in sRGB")).hexdigest()
+    return Photo(image, alpha, hashlib.sha256(content + (b"" if profile is None else b" in sRGB")).hexdigest())
 
 
 def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, int]) -> Still:
-    """Read a picture that somebody sends, with the care of read_image; messages begin with `name`.
+    """Read a picture that somebody sends, with the care of read_photo; messages begin with `name`.
 
     It is scaled before anything else is done to it, since each copy of it takes 4 bytes a pixel. Raises ConceptError
-    where read_image does, and for a file of several pictures, such as an animation.
+    where read_photo does, and for a file of several pictures, such as an animation.
     """
     path = Path(name)
     with _opened(path, io.BytesIO(content), limits) as opened:
@@ -249,11 +260,21 @@ def _explained_profile(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _upright_rgb(path: Path, image: Image.Image, profile: ColourProfile | None) -> Image.Image:
+def _upright(path: Path, image: Image.Image, profile: ColourProfile | None) -> tuple[Image.Image, Image.Image | None]:
     _draft(image)
-    upright = _rgb(path, ImageOps.exif_transpose(image), profile)
+    upright = ImageOps.exif_transpose(image)
     factor = _reduction(upright)
-    return upright.reduce(factor) if factor > 1 else upright
+    colours, alpha = _rgb(path, upright, profile), _alpha(upright)
+    if factor == 1:
+        return colours, alpha
+    return colours.reduce(factor), None if alpha is None else alpha.reduce(factor)
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    if not image.has_transparency_data or image.mode in _SIXTEEN_BIT_MODES:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
 def _resizable(path: Path, image: Image.Image) -> Image.Image:

@@ -108,6 +108,7 @@ def _of_training(subject: FileSubject) -> dict[str, Any]:
     return {
         "modelspec.resolution": None if side is None else f"{side}x{side}",
         "ss_resolution": None if side is None else f"({side}, {side})",
+        "ss_enable_bucket": settings.get("aspect_buckets", False),
         "ss_steps": settings.get("steps"),
         "ss_max_train_steps": settings.get("steps"),
         "ss_learning_rate": settings.get("learning_rate"),

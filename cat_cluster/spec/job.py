@@ -41,7 +41,17 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 
 # Adapters that were published before there were these fields are found under their revisions: at its default none of
 # them is a part of the digest.
-_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from")
+_LATER_TRAINING = (
+    "decoy_fraction",
+    "accumulate",
+    "ema",
+    "noise_offset",
+    "optimizer",
+    "block_lr_weights",
+    "init_from",
+    "aspect_buckets",
+    "masked_loss",
+)
 
 _RATES = {
     "adafactor": "0.5 to begin with, and a weight_decay of 0",

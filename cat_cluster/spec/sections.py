@@ -145,6 +145,15 @@ class TrainingSpec(Section):
         default=None,
         description="Side of the square crops in pixels, a multiple of 8; none means the base model's own.",
     )
+    aspect_buckets: bool = Field(
+        default=False,
+        description="Crop each photo to the size nearest to its own shape, of at most the pixels of a square crop.",
+    )
+    masked_loss: bool = Field(
+        default=False,
+        description="Learn only what each photo's mask marks (1-mask.png beside 1.jpg, or its own transparency), and "
+        "hold the rest of the picture to the base model.",
+    )
     crops_per_image: Count = Field(
         default=1, description="Crops of each photo: 1 is the centre; more adds random ones."
     )

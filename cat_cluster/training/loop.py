@@ -185,7 +185,7 @@ class _PackState:
             step=done,
             steps=self.steps,
             seconds=time.perf_counter() - started,
-            rows=len(batch.prompts) + len(batch.prior_prompts),
+            rows=len(batch.prompts) + int((~batch.outside_M).sum()),
             losses=recorded,
             dropped={self.tasks[slot].adapter_id: reason for slot, reason in self.engine.optimizer.dropped.items()},
             alpha_scales={

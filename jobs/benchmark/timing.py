@@ -61,7 +61,7 @@ def concept_task(base: BaseModel, name: str, rows: int, options: StepOptions) ->
         class_noun="cup",
         alpha=options.alpha,
         weight=1.0,
-        moments_NCHW=torch.randn(shape, generator=generator),
+        moments=tuple(torch.randn(shape, generator=generator)),
         prompts=tuple(f"a photo of a sks cup {place}" for place in places),
         removed_prompts=tuple(f"a photo of a cup {place}" for place in places),
         sizes=(Sizes.drawn(base.resolution, base.resolution),) * len(places),

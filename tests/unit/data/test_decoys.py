@@ -29,7 +29,7 @@ def spell(tokenizer: CLIPTokenizer):  # type: ignore[no-untyped-def]
 def concept(token: str, noun: str, prompts: Sequence[str], *, crops: int = 1) -> ConceptMaterial:
     views = [prompt for prompt in prompts for _ in range(crops)]
     moments = torch.zeros(len(views), 8, 4, 4)
-    return ConceptMaterial(token, noun, 1.0, 1.0, moments, tuple(views), tuple(views), square_sizes(len(views)))
+    return ConceptMaterial(token, noun, 1.0, 1.0, tuple(moments), tuple(views), tuple(views), square_sizes(len(views)))
 
 
 def plain_replacement(prompt: str, token: str, word: str) -> str:

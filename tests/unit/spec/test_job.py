@@ -391,6 +391,8 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
         (("training", "block_lr_weights"), {"down": 0.5}),
         (("training",), {"optimizer": "prodigy", "learning_rate": 0.002}),
         (("training", "noise_offset"), 0.1),
+        (("training", "aspect_buckets"), True),
+        (("training", "masked_loss"), True),
         (("base",), "other/base"),
         (("method",), "lora"),
         (("adapters", 0, "id"), "mug"),
@@ -419,6 +421,8 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
         ("optimizer", "adamw"),
         ("block_lr_weights", None),
         ("init_from", None),
+        ("aspect_buckets", False),
+        ("masked_loss", False),
     ):
         given = with_value(minimal(), ("training", name), default)
         assert JobSpec.model_validate(given).resolved()[0].digest() == before
