@@ -39,7 +39,7 @@ MUTANTS = (
     Mutant("data", "cat_cluster/data/latents.py", " {self.base.dtype}", "", "data/test_latents.py"),
     Mutant("data", "cat_cluster/data/latents.py", "{view.example.digest} ", "", "data/test_latents.py"),
     Mutant("data", "cat_cluster/data/latents.py", " {view.crop} ", " ", "data/test_latents.py"),
-    Mutant("data", "cat_cluster/data/draws.py", '*key, "epoch", epoch', '*key, "epoch"', "data/test_draws.py"),
+    Mutant("data", "cat_cluster/data/views.py", '*key, "epoch", epoch', '*key, "epoch"', "data/test_views.py"),
     Mutant(
         "data",
         "cat_cluster/data/draws.py",

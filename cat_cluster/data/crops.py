@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from cat_cluster.data.concepts import Concept, Example
-from cat_cluster.data.draws import keyed_generator
+from cat_cluster.data.keys import keyed_generator
 from cat_cluster.models.conditioning import Sizes
 from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.sections import TrainingSpec

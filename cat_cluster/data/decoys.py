@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from cat_cluster.data.concepts import replace_token
-from cat_cluster.data.draws import ConceptMaterial, Decoys, keyed_generator
+from cat_cluster.data.draws import ConceptMaterial, Decoys
+from cat_cluster.data.keys import keyed_generator
 from cat_cluster.errors import BaseModelError
 from cat_cluster.spec.fields import words
 

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cat_cluster.data.keys import keyed_generator
+from cat_cluster.data.views import views_of_step
 from cat_cluster.models.conditioning import Sizes
 from cat_cluster.spec.choices import AlphaSchedule
 from cat_cluster.spec.sections import TrainingSpec
@@ -28,12 +30,6 @@ MIXTURE_EMPTY = 0.25
 # Of the decoys of a caption in which another token of the adapter can stand; a joint adapter has few other tokens and
 # many odd words, and each of those tokens brings a concept.
 OTHER_TOKENS = 0.5
-
-
-def keyed_generator(*key: str | int) -> np.random.Generator:
-    """Return a counter-based generator whose stream is a function of `key` alone."""
-    digest = hashlib.sha256("\x1f".join(str(part) for part in key).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
 
 
 @dataclass(frozen=True)
@@ -236,10 +232,10 @@ def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) 
     position = 0
     for k, concept in enumerate(task.concepts):
         key = (training.seed, task.draw_key, concept.token)
+        views = views_of_step(key, step, rows, [(view.shape[1], view.shape[2]) for view in concept.moments])
         # Stratified over the concept's rows: each t is uniform, together they cover the schedule evenly.
         offset = keyed_generator(*key, step, "timestep").random()
-        for r in range(rows):
-            view = _view_index(key, step * rows + r, len(concept.prompts))
+        for r, view in enumerate(views):
             place = (offset + r) / rows % 1.0
             if task.pool_size is None:
                 name = (*key, step, r)
@@ -304,12 +300,6 @@ def _pool_draw(task: AdapterTask, concept: ConceptMaterial, view: int, entry: in
     # All that the base's prediction depends on beside the base and y; adapters on equal draws share their entries.
     content = (concept.digests[view], *concept.sizes[view], *name, timestep, task.training.noise_offset)
     return replace(drawn, pool_key="\x1f".join(str(part) for part in content))
-
-
-def _view_index(key: tuple[str | int, ...], count: int, views: int) -> int:
-    """Walk through a fresh permutation of all views per epoch, so that every photo is seen equally often."""
-    epoch, place = divmod(count, views)
-    return int(keyed_generator(*key, "epoch", epoch).permutation(views)[place])
 
 
 def _cat_scale(task: AdapterTask, step: int) -> list[float]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from diffusers import UNet2DConditionModel
 
-from cat_cluster.data.draws import keyed_generator
+from cat_cluster.data.keys import keyed_generator
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.spec.choices import MethodName
 

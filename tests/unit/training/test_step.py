@@ -14,7 +14,8 @@ from peft import LoraConfig
 from torch import Tensor
 
 from cat_cluster.data.decoys import with_decoys
-from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
+from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch
+from cat_cluster.data.keys import keyed_generator
 from cat_cluster.data.latents import TextCache
 from cat_cluster.data.parts import step_parts
 from cat_cluster.lora.bank import LoraBank, adapted_layers
