@@ -248,7 +248,7 @@ def spec_check(
     as_json: AsJson = False,
 ) -> None:
     """Check a job spec, its base models and photos, and print the adapters it would train. Nothing is trained."""
-    from cat_cluster.data.concepts import load_concepts
+    from cat_cluster.data.concepts import folder_warnings, load_concepts
     from cat_cluster.data.text_length import check_caption_lengths
     from cat_cluster.models.base_names import check_bases
     from cat_cluster.models.text_limit import local_text_limit
@@ -276,6 +276,7 @@ def spec_check(
     for adapter in adapters:
         concepts = load_concepts(adapter.id, adapter.concepts)
         read[adapter.id] = [_what_was_read(one) for one in concepts]
+        warnings += folder_warnings(adapter.id, concepts)
         limit = limits[adapter.base]
         warnings += () if limit is None else check_caption_lengths(adapter.id, concepts, limit)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -17,6 +17,7 @@ from cat_cluster.data.s3_photos import local_images
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.fields import words
+from cat_cluster.spec.folder_name import read_folder_name
 from cat_cluster.spec.job import ConceptSpec
 
 
@@ -40,6 +41,7 @@ class Concept:
     """A subject to teach: its N examples, its token, and the weights of its loss terms (alpha_k and weight_k).
 
     captions_from: where the prompts come from, in words. passed_over: names in the folder that were not used.
+    warnings: what people should know of how the folder was read.
     """
 
     token: str
@@ -49,6 +51,7 @@ class Concept:
     examples: tuple[Example, ...]
     captions_from: str = ""
     passed_over: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def has_token(prompt: str, token: str) -> bool:
@@ -102,7 +105,34 @@ def load_concept(spec: ConceptSpec, cache_dir: Path | None = None) -> Concept:
         lines = [errors[path] for path in paths if path in errors]
         raise ConceptError("\n".join([f"images: {folder} has files that cannot be used:", *lines]))
     left = tuple(sorted({*passed_over(folder, (*paths, *captions.files)), *local.left_there}))
-    return Concept(spec.token, spec.class_noun, spec.alpha, spec.weight, tuple(examples), captions.source, left)
+    return Concept(
+        token=spec.token,
+        class_noun=spec.class_noun,
+        alpha=spec.alpha,
+        weight=spec.weight,
+        examples=tuple(examples),
+        captions_from=captions.source,
+        passed_over=left,
+        warnings=tuple(_name_warnings(spec, local.name)),
+    )
+
+
+def _name_warnings(spec: ConceptSpec, name: str) -> Iterator[str]:
+    """Yield what kohya's trainer would read in a folder's name and is not done here."""
+    named = read_folder_name(name)
+    if named is None:
+        return
+    if not named.fits(spec.token, spec.class_noun):
+        yield (
+            f"images: {shown_name(name)!r} is named for {f'{named.token} {named.class_noun}'.strip()!r}, as kohya's "
+            f"trainer has it, and {spec.token} {spec.class_noun} is taught from it, as the spec says"
+        )
+    if named.repeats > 1:
+        yield (
+            f"images: the {named.repeats} of {shown_name(name)!r}, the repeats of kohya's trainer, changes nothing: "
+            "each concept has as many rows, and each of its photos is seen equally often; `weight` gives a concept a "
+            "larger share"
+        )
 
 
 def _header_errors(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
@@ -133,6 +163,11 @@ def load_concepts(adapter_id: str, specs: Sequence[ConceptSpec], cache_dir: Path
     except ConceptError as error:
         raise ConceptError(f"adapter {adapter_id}: {error}") from error
     return concepts
+
+
+def folder_warnings(adapter_id: str, concepts: Sequence[Concept]) -> tuple[str, ...]:
+    """Return the warnings of an adapter's concepts, each with whose it is."""
+    return tuple(f"adapter {adapter_id}, token {one.token}: {text}" for one in concepts for text in one.warnings)
 
 
 def check_tokens(concepts: Sequence[Concept]) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cat_cluster.data.concepts import Concept, has_token, load_concepts
+from cat_cluster.data.concepts import Concept, folder_warnings, has_token, load_concepts
 from cat_cluster.data.decoys import with_decoys
 from cat_cluster.data.draws import AdapterTask
 from cat_cluster.data.latents import LatentCache
@@ -93,7 +93,7 @@ def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[s
     if resolved.base not in bases:
         bases[resolved.base] = load_base_model(resolved.base, device=choose_device(settings.device))
     base = bases[resolved.base]
-    warnings = check_caption_lengths(resolved.id, concepts, base.text_limit)
+    warnings = folder_warnings(resolved.id, concepts) + check_caption_lengths(resolved.id, concepts, base.text_limit)
     revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint, TRAINING_VERSION)
     return PreparedAdapter(resolved, concepts, base, revision, warnings)
 

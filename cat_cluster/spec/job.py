@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cat_cluster.errors import SpecError
@@ -31,6 +31,7 @@ from cat_cluster.spec.fields import (
     Text,
     words,
 )
+from cat_cluster.spec.folder_name import read_folder_name
 from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
 from cat_cluster.spec.uniqueness import all_token_repeats, id_repeats, token_repeats
 from cat_cluster.spec.yaml_file import FieldError, Location, SpecDocument, parse_yaml, read_yaml, spec_error
@@ -52,13 +53,29 @@ _ADAPTED: Mapping[Blocks, tuple[BlockGroup, ...]] = {"all": BLOCK_GROUPS, "mid_u
 _Settings = TypeVar("_Settings", bound=Section)
 
 
-class ConceptSpec(Section):
-    """One concept: its token, its class noun and the folder of its photos. Raises on a token the rules refuse."""
+def _without_named(schema: dict[str, Any]) -> None:
+    schema["required"] = ["images"]  # the others may stand in its name
 
-    token: Text = Field(description="The concept's rare trigger word, one whole word such as sks.")
-    class_noun: Text = Field(description="What the concept is an example of, such as cup.")
+
+class ConceptSpec(Section):
+    """One concept: its token, its class noun and the folder of its photos. Raises on a token the rules refuse.
+
+    What is left out of token and class noun is read from the folder's name, if that is one of kohya's trainer.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_without_named)
+
+    token: Text = Field(
+        description="The concept's rare trigger word, one whole word such as sks; it may be left out where the "
+        "folder's name has it, as 10_sks cup."
+    )
+    class_noun: Text = Field(
+        description="What the concept is an example of, such as cup; it may be left out where the folder's name has "
+        "it, as 10_sks cup."
+    )
     images: ImagesFolder = Field(
-        description="Folder of the concept's photos, relative to the spec file, or an s3:// address of them."
+        description="Folder of the concept's photos, relative to the spec file, or an s3:// address of them; or the "
+        "folder around a single one that is named as 10_sks cup."
     )
     alpha: NotNegative = Field(
         default=DEFAULT_ALPHA,
@@ -73,6 +90,22 @@ class ConceptSpec(Section):
     template: Text | None = Field(
         default=None, description=f"Caption for images without one; the default is {DEFAULT_TEMPLATE!r}."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_folder(cls, data: object) -> object:
+        if not isinstance(data, Mapping) or not isinstance(images := data.get("images"), str):
+            return data
+        named = read_folder_name(images.strip())
+        if named is None:
+            return data
+        said = {"token": named.token, **({"class_noun": named.class_noun} if named.class_noun else {})}
+        wrong = [name for name in said if name in data and words(str(data[name])) != words(said[name])]
+        lacking = [name for name in said if name not in data]
+        if wrong and lacking:
+            other = f"{images!r} is named for {said[wrong[0]]!r}, not {data[wrong[0]]!r}"
+            _refuse(cls.__name__, [((lacking[0],), f"is missing, and {other}; give it here")])
+        return {**said, **data}
 
     @field_validator("token")
     @classmethod

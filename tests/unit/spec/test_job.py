@@ -509,3 +509,59 @@ def test_specs_made_in_python_refuse_the_same_things() -> None:
         TrainingSpec(rank=0)
     with pytest.raises(ValidationError, match="frozen"):
         TrainingSpec().steps = 3
+
+
+@pytest.mark.parametrize("given", [{}, {"token": "SKS"}, {"class_noun": "big  cup"}])
+def test_a_folder_of_kohyas_says_what_token_and_class_noun_are(folder: Path, given: Document) -> None:
+    (folder / "10_sks big cup").mkdir()
+    concepts = [{"images": "10_sks big cup", **given}]
+    job = load_spec(write(folder, with_value(minimal(), ("adapters", 0, "concepts"), concepts)))
+    written = [{"token": "sks", "class_noun": "big cup", "images": "10_sks big cup", **given}]
+    other = load_spec(write(folder, with_value(minimal(), ("adapters", 0, "concepts"), written)))
+    assert job == other
+    assert job.resolved()[0].digest() == other.resolved()[0].digest()
+    assert job == JobSpec.model_validate(job.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "noun"),
+    [
+        ("s3://bucket/train/005_sks, cup/", "sks", "cup"),
+        ("/a/1_sks_cup man", "sks_cup", "man"),
+        ("1_<shs> cat statue", "<shs>", "cat statue"),
+    ],
+)
+def test_the_name_is_split_as_kohyas_trainer_does(name: str, token: str, noun: str) -> None:
+    concept = ConceptSpec.model_validate({"images": name})
+    assert (concept.token, concept.class_noun) == (token, noun)
+    assert ConceptSpec.model_validate({"images": "1_sks", "class_noun": "man"}).token == "sks"
+
+
+@pytest.mark.parametrize(
+    "name", ["sks cup", "x_sks cup", "0_sks cup", "-1_sks cup", "10_", "10_ ,", "10 sks cup", "1.5_sks cup"]
+)
+def test_other_names_say_nothing(name: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ConceptSpec.model_validate({"images": name})
+    assert [error["loc"] for error in caught.value.errors()] == [("token",), ("class_noun",)]
+
+
+def test_a_name_that_does_not_fit_what_is_given_fills_nothing_in(folder: Path) -> None:
+    for name in ("10_sks cup", "10_sks"):
+        (folder / name).mkdir()
+    document = with_value(
+        minimal(),
+        ("adapters", 0, "concepts"),
+        [
+            {"token": "zwx", "images": "10_sks cup"},
+            {"class_noun": "fish", "images": "10_sks cup"},
+            {"images": "10_sks"},
+            {"token": "ohwx", "class_noun": "fish", "images": "10_sks cup"},
+        ],
+    )
+    lines = refusal(folder, document).splitlines()
+    places = [line.partition(" (")[0].removeprefix("  adapters[0].concepts") for line in lines[1:]]
+    assert places == ["[0].class_noun", "[1].token", "[2].class_noun"]
+    assert "'10_sks cup' is named for 'sks', not 'zwx'; give it here" in lines[1]
+    assert "'10_sks cup' is named for 'cup', not 'fish'; give it here" in lines[2]
+    assert "it may be left out where the folder's name has it" in lines[3]
