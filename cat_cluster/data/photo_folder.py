@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
+from cat_cluster.data.heif import HEIF_SUFFIXES
 from cat_cluster.data.photos import IMAGE_SUFFIXES, UNREAD_SUFFIXES, opens_as_image
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.characters import shown_name
@@ -39,7 +40,7 @@ def suffix_of(name: str) -> str:
 
 def is_photo_name(name: str) -> bool:
     """Say whether a name is that of a photo, of a format that is read or of another."""
-    return suffix_of(name) in IMAGE_SUFFIXES or suffix_of(name) in UNREAD_SUFFIXES
+    return suffix_of(name) in (*IMAGE_SUFFIXES, *HEIF_SUFFIXES, *UNREAD_SUFFIXES)
 
 
 def looks_like_captions(name: str, photos: Collection[str]) -> bool:

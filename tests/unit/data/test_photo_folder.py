@@ -59,11 +59,11 @@ def test_every_suffix_that_is_promised_is_read(tmp_path: Path, suffix: str) -> N
     assert [example.image.size for example in concept(tmp_path).examples] == [(48, 40)]
 
 
-@pytest.mark.parametrize("name", ["1.heic", "1.HEIF", "1.dng", "1.jxl", "1.psd"])
+@pytest.mark.parametrize("name", ["1.dng", "1.jxl", "1.psd"])
 def test_photos_of_a_format_that_is_not_read_are_refused_by_name(tmp_path: Path, name: str) -> None:
     save(tmp_path / "0.jpg")
     # A raw photo begins as a TIFF with a thumbnail, which must not be taken for the photo.
-    save(tmp_path / name, "TIFF") if name == "1.dng" else (tmp_path / name).write_bytes(HEIC)
+    save(tmp_path / name, "TIFF") if name == "1.dng" else (tmp_path / name).write_bytes(b"x")
     message = refusal(tmp_path)
     assert f"{tmp_path / name}: is a " in message
     assert "save it as JPEG or PNG" in message
@@ -78,7 +78,7 @@ def test_the_content_counts_where_the_name_says_little_or_lies(tmp_path: Path) -
     assert [example.path.name for example in found.examples] == ["IMG_0001", "a.jpg"]
     assert found.passed_over == ("LICENSE",)
     (tmp_path / "b.jpg").write_bytes(HEIC)
-    assert "b.jpg: is a HEIC photo" in refusal(tmp_path)
+    assert "b.jpg: is not a readable image, or is cut off (Invalid input" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

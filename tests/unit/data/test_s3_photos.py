@@ -179,7 +179,7 @@ def test_a_prefix_is_looked_through_as_a_folder_is(s3_server: S3Server, s3_bucke
     (folder / "3.heic").write_bytes(b"\0\0\0\x18ftypheic")
     (folder / "3.txt").write_text("sks by night")
     upload(s3_server, url, folder)
-    with pytest.raises(ConceptError, match=r"3\.heic: is a HEIC photo"):
+    with pytest.raises(ConceptError, match=r"3\.heic: is not a readable image"):
         concept(url, cache)
 
 
