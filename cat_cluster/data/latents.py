@@ -106,21 +106,29 @@ def _square(example: Example, crop: int) -> tuple[int, int, int]:
 class TextCache:
     """What the base model's own encoders make of texts, each prompt encoded once.
 
-    The empty prompt is what guidance starts from where there is no negative prompt.
+    The empty prompt is what guidance starts from where there is no negative prompt. most: texts that are kept, those
+    that were asked for last; None keeps all.
     """
 
     base: BaseModel
+    most: int | None = None
     texts: dict[str, Text] = field(default_factory=dict)
 
     def __call__(self, prompts: Sequence[str]) -> list[Text]:
         """Return the texts of `prompts`, as the stock pipeline encodes them."""
-        encoders = self.base.text_encoders
-        for prompt in prompts:
-            if prompt not in self.texts:
-                # Each alone: the rounding of a batch depends on its size, and a resumed run meets others together.
-                no_text = prompt == "" and encoders.zeros_without_text
-                self.texts[prompt] = encoders.zeros() if no_text else encoders.encode([prompt])[0]
-        return [self.texts[prompt] for prompt in prompts]
+        return [self._text(prompt) for prompt in prompts]
+
+    def _text(self, prompt: str) -> Text:
+        text = self.texts.pop(prompt, None)
+        if text is None:
+            # Each alone: the rounding of a batch depends on its size, and a resumed run meets others together.
+            encoders = self.base.text_encoders
+            no_text = prompt == "" and encoders.zeros_without_text
+            text = encoders.zeros() if no_text else encoders.encode([prompt])[0]
+        self.texts[prompt] = text
+        if self.most is not None and len(self.texts) > self.most:
+            del self.texts[next(iter(self.texts))]
+        return text
 
 
 def _read(path: Path | None) -> Tensor | None:

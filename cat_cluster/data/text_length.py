@@ -4,36 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from cat_cluster.data.caption_changes import longest_first
 from cat_cluster.data.concepts import Concept, has_token
 from cat_cluster.errors import ConceptError
 from cat_cluster.models.prompt_weights import Prompt, plain_text
 from cat_cluster.models.text_limit import TextLimit
 from cat_cluster.spec.characters import shown_name
+from cat_cluster.spec.sections import TrainingSpec
 
 _SHOWN = 3  # captions a warning quotes
 _QUOTED = 120  # characters that are quoted of a text, from its start and from its end
 
 
-def check_caption_lengths(adapter_id: str, concepts: Sequence[Concept], limit: TextLimit) -> tuple[str, ...]:
+def check_caption_lengths(
+    adapter_id: str, concepts: Sequence[Concept], limit: TextLimit, training: TrainingSpec
+) -> tuple[str, ...]:
     """Return a warning for each concept with captions that are too long for the text encoder.
 
-    Raises ConceptError naming the captions whose token is in what is cut off: there prompt and prior prompt are one,
-    and the CAT term would undo what the identity term teaches.
+    Raises ConceptError naming the captions whose token is in what is cut off, or may be where their tags are shuffled:
+    there prompt and prior prompt are one, and the CAT term would undo what the identity term teaches.
     """
     warnings = []
     for concept in concepts:
         cut, lost = [], []
         for example in concept.examples:
-            read, rest = limit.split(Prompt(example.prompt))
-            if not has_token(read, concept.token):
+            rest = limit.split(Prompt(example.prompt))[1]
+            latest = longest_first(example.prompt, concept.token, concept.class_noun, training, limit.count)
+            if not has_token(limit.split(Prompt(latest))[0], concept.token):
                 lost.append(f"  {shown_name(example.path.name)}: {quoted(example.prompt)}")
             elif rest:
                 cut.append(f"{shown_name(example.path.name)}: {quoted(rest)}")
         if lost:
+            shuffled = " when their tags are shuffled" if training.shuffle_tags else ""
             heading = (
                 f"adapter {adapter_id}: captions: the text encoder reads the first {limit.tokens} tokens, and the "
-                f"token {concept.token!r} comes later in {len(lost)} of {len(concept.examples)} captions; write it "
-                "further to the front, or shorten them"
+                f"token {concept.token!r} comes later in {len(lost)} of {len(concept.examples)} captions{shuffled}; "
+                "write it further to the front, or shorten them"
             )
             raise ConceptError("\n".join([heading, *lost]))
         if cut:

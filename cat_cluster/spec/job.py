@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -31,7 +31,7 @@ from cat_cluster.spec.fields import (
     Text,
     words,
 )
-from cat_cluster.spec.folder_name import read_folder_name
+from cat_cluster.spec.folder_name import filled_from_folder_name
 from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
 from cat_cluster.spec.uniqueness import all_token_repeats, id_repeats, token_repeats
 from cat_cluster.spec.yaml_file import FieldError, Location, SpecDocument, parse_yaml, read_yaml, spec_error
@@ -42,7 +42,10 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 
 # Adapters that were published before there were these fields are found under their revisions: at its default none of
 # them is a part of the digest.
-_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from")
+_LATER_TRAINING = (
+    *("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from"),
+    *("caption_dropout", "tag_dropout", "shuffle_tags", "keep_tags"),
+)
 
 _RATES = {
     "adafactor": "0.5 to begin with, and a weight_decay of 0",
@@ -94,18 +97,9 @@ class ConceptSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _named_by_folder(cls, data: object) -> object:
-        if not isinstance(data, Mapping) or not isinstance(images := data.get("images"), str):
-            return data
-        named = read_folder_name(images.strip())
-        if named is None:
-            return data
-        said = {"token": named.token, **({"class_noun": named.class_noun} if named.class_noun else {})}
-        wrong = [name for name in said if name in data and words(str(data[name])) != words(said[name])]
-        lacking = [name for name in said if name not in data]
-        if wrong and lacking:
-            other = f"{images!r} is named for {said[wrong[0]]!r}, not {data[wrong[0]]!r}"
-            _refuse(cls.__name__, [((lacking[0],), f"is missing, and {other}; give it here")])
-        return {**said, **data}
+        filled, errors = filled_from_folder_name(data)
+        _refuse(cls.__name__, errors)
+        return filled
 
     @field_validator("token")
     @classmethod
@@ -321,20 +315,8 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
         own = override is not None and key in override.model_fields_set
         return ("adapters", index, section, key) if own else (section, key)
 
-    training, evaluation = adapter.training, adapter.evaluation
-    if training.warmup_steps is not None and training.warmup_steps >= training.steps:
-        text = f"{training.warmup_steps} must be less than steps, which is {training.steps}"
-        yield place("training", "warmup_steps"), text
-    if training.optimizer != "adamw" and "learning_rate" not in training.model_fields_set:
-        text = f"the default is for adamw, and optimizer is {training.optimizer}: give it, {_RATES[training.optimizer]}"
-        yield place("training", "learning_rate"), text
-    for group in training.block_lr_weights or {}:
-        if training.optimizer == "prodigy":
-            yield place("training", "block_lr_weights"), "prodigy finds one step size for all blocks; remove it"
-            break
-        if group not in _ADAPTED[training.blocks]:
-            text = f"{group} is not adapted with blocks: {training.blocks}; remove it, or adapt more blocks"
-            yield (*place("training", "block_lr_weights"), group), text
+    yield from _training_errors(adapter.training, place)
+    evaluation = adapter.evaluation
     if evaluation.require is not None and not evaluation.enabled:
         # At the adapter's own half of the contradiction, if it has one: the job's half may be right for the others.
         own = [place("evaluation", key) for key in ("require", "enabled")]
@@ -349,6 +331,27 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
             if token.casefold() in words(prompt):
                 text = f"{prompt!r} holds the token {token!r}; leave it out, {{}} is replaced by it"
                 yield (*place("evaluation", "prompts"), number), text
+
+
+def _training_errors(
+    training: TrainingSpec, place: Callable[[Literal["training"], str], Location]
+) -> Iterator[FieldError]:
+    if training.warmup_steps is not None and training.warmup_steps >= training.steps:
+        text = f"{training.warmup_steps} must be less than steps, which is {training.steps}"
+        yield place("training", "warmup_steps"), text
+    if training.optimizer != "adamw" and "learning_rate" not in training.model_fields_set:
+        text = f"the default is for adamw, and optimizer is {training.optimizer}: give it, {_RATES[training.optimizer]}"
+        yield place("training", "learning_rate"), text
+    if training.keep_tags and not training.changes_tags:
+        text = "keeps tags that nothing leaves out or moves; give tag_dropout or shuffle_tags, or leave it out"
+        yield place("training", "keep_tags"), text
+    for group in training.block_lr_weights or {}:
+        if training.optimizer == "prodigy":
+            yield place("training", "block_lr_weights"), "prodigy finds one step size for all blocks; remove it"
+            break
+        if group not in _ADAPTED[training.blocks]:
+            text = f"{group} is not adapted with blocks: {training.blocks}; remove it, or adapt more blocks"
+            yield (*place("training", "block_lr_weights"), group), text
 
 
 def _sharding_errors(adapter: ResolvedAdapter, cluster: ClusterSpec) -> Iterator[FieldError]:

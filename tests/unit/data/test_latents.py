@@ -125,6 +125,15 @@ def test_text_is_encoded_once_per_prompt_and_as_the_base_does(base: BaseModel) -
     assert set(cache.texts) == {"", "a photo of a cup"}
 
 
+def test_texts_that_were_asked_for_last_are_kept_and_all_are_the_same(base: BaseModel) -> None:
+    few, all_of_them = TextCache(base, most=2), TextCache(base)
+    for prompts in (["a", "b", "c"], ["b"], ["d"], ["a", "b", "a"]):
+        for one, other in zip(few(prompts), all_of_them(prompts), strict=True):
+            assert torch.equal(one.states, other.states)
+        assert len(few.texts) <= 2
+    assert list(few.texts) == ["b", "a"]
+
+
 def test_the_empty_prompt_is_what_guidance_starts_from(tiny_xl_folder: Path) -> None:
     """In training it stands for what a classifier-free guided image runs beside its prompt: zeros, in most of SDXL."""
     stock = StableDiffusionXLPipeline.from_pretrained(tiny_xl_folder)

@@ -18,6 +18,7 @@ from cat_cluster.pipeline.prepare import prepare
 from cat_cluster.registry import Registry
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import ConceptSpec, JobSpec
+from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.store.local import LocalStore
 
 LONG = "a photo taken on a table by a window in snow at night on grass and sand, " * 3
@@ -41,15 +42,15 @@ def test_a_caption_whose_token_is_cut_off_is_refused_by_name(tmp_path: Path, lim
     taught = concept(tmp_path, "a sks cup", f"{LONG}sks cup", f"sks cup, {LONG}sks")
     message = "adapter one: captions: .* first 32 tokens, and the token 'sks' comes later in 1 of 3 captions"
     with pytest.raises(ConceptError, match=message) as caught:
-        check_caption_lengths("one", [taught], limit)
+        check_caption_lengths("one", [taught], limit, TrainingSpec())
     assert "\n  1.png: 'a photo taken" in str(caught.value)
     assert "2.png" not in str(caught.value)
 
 
 def test_other_text_that_is_cut_off_is_a_warning_that_quotes_it(tmp_path: Path, limit: TextLimit) -> None:
-    assert check_caption_lengths("one", [concept(tmp_path, "a sks cup", "sks")], limit) == ()
+    assert check_caption_lengths("one", [concept(tmp_path, "a sks cup", "sks")], limit, TrainingSpec()) == ()
     taught = concept(tmp_path, "a sks cup", f"sks cup, {LONG} the end")
-    [warning] = check_caption_lengths("one", [taught], limit)
+    [warning] = check_caption_lengths("one", [taught], limit, TrainingSpec())
     assert warning.startswith("adapter one, token sks: the text encoder reads the first 32 tokens of a caption")
     assert "1.png: '" in warning
     assert warning.endswith("the end'")

@@ -391,6 +391,9 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
         (("training", "block_lr_weights"), {"down": 0.5}),
         (("training",), {"optimizer": "prodigy", "learning_rate": 0.002}),
         (("training", "noise_offset"), 0.1),
+        (("training", "caption_dropout"), 0.1),
+        (("training", "tag_dropout"), 0.1),
+        (("training", "shuffle_tags"), True),
         (("base",), "other/base"),
         (("method",), "lora"),
         (("adapters", 0, "id"), "mug"),
@@ -419,6 +422,9 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
         ("optimizer", "adamw"),
         ("block_lr_weights", None),
         ("init_from", None),
+        ("caption_dropout", 0.0),
+        ("tag_dropout", 0.0),
+        ("shuffle_tags", False),
     ):
         given = with_value(minimal(), ("training", name), default)
         assert JobSpec.model_validate(given).resolved()[0].digest() == before
@@ -565,3 +571,15 @@ def test_a_name_that_does_not_fit_what_is_given_fills_nothing_in(folder: Path) -
     assert "'10_sks cup' is named for 'sks', not 'zwx'; give it here" in lines[1]
     assert "'10_sks cup' is named for 'cup', not 'fish'; give it here" in lines[2]
     assert "it may be left out where the folder's name has it" in lines[3]
+
+
+def test_tags_that_are_kept_from_nothing_are_refused(folder: Path) -> None:
+    document = with_value(minimal(), ("training", "keep_tags"), 2)
+    assert "training.keep_tags (line" in (found := refusal(folder, document))
+    assert "keeps tags that nothing leaves out or moves" in found
+    kept = [
+        load_spec(write(folder, with_value(document, ("training", key), value))).resolved()[0].digest()
+        for key, value in (("tag_dropout", 0.1), ("shuffle_tags", True))
+    ]
+    without = with_value(minimal(), ("training", "shuffle_tags"), True)
+    assert load_spec(write(folder, without)).resolved()[0].digest() not in kept
