@@ -159,6 +159,20 @@ MUTANTS = (
     # training
     Mutant(
         "training",
+        "cat_cluster/models/conditioning.py",
+        "masked = masked or self.own_text is not None or other.own_text is not None",
+        "",
+        "models/test_prompts.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/loop.py",
+        "TextCache(base, trainings[0].prompt_chunks, most)",
+        "TextCache(base, 1, most)",
+        "training/test_long_captions.py",
+    ),
+    Mutant(
+        "training",
         "cat_cluster/training/checkpoint.py",
         "len(steps) >= KEEP_CHECKPOINTS",
         "len(steps) > KEEP_CHECKPOINTS",
@@ -206,8 +220,8 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/data/latents.py",
-        'prompt == "" and encoders.zeros_without_text',
-        "False",
+        'negative=prompt == ""',
+        "negative=False",
         "data/test_latents.py",
     ),
     Mutant(

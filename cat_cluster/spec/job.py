@@ -44,7 +44,7 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 # them is a part of the digest.
 _LATER_TRAINING = (
     *("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from"),
-    *("caption_dropout", "tag_dropout", "shuffle_tags", "keep_tags"),
+    *("caption_dropout", "tag_dropout", "shuffle_tags", "keep_tags", "prompt_chunks"),
 )
 
 _RATES = {

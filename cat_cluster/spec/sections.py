@@ -17,6 +17,7 @@ from cat_cluster.spec.choices import (
     Targets,
 )
 from cat_cluster.spec.fields import (
+    MOST_CHUNKS,
     BlockFactors,
     Conditions,
     Count,
@@ -102,6 +103,12 @@ class TrainingSpec(Section):
     )
     keep_tags: Whole = Field(
         default=0, description="First tags of a caption that are never left out or moved, as kohya's keep_tokens."
+    )
+    prompt_chunks: Count = Field(
+        default=1,
+        le=MOST_CHUNKS,
+        description="Chunks, each as long as the text encoder reads at once, that are read of a caption or prior "
+        "prompt at most; what is behind them is cut off.",
     )
     targets: Targets = Field(default="attention_ff", description="Which linear layers of the U-Net are adapted.")
     blocks: Blocks = Field(

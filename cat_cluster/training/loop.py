@@ -97,7 +97,7 @@ def train_pack(
     accumulate = [training.accumulate for training in trainings]
     # Captions that change are new texts in every step, each a quarter of a megabyte in Stable Diffusion 1.
     most = KEPT_TEXTS if any(training.changes_captions for training in trainings) else None
-    encode_text, pool = TextCache(base, most), TeacherPool()
+    encode_text, pool = TextCache(base, trainings[0].prompt_chunks, most), TeacherPool()
     cat_apart = not trainings[0].joint_rows and not engine.joined_teacher
     writer = CheckpointWriter(checkpoints if engine.rank == 0 else (), checkpoint_every)
     with writer, _training_mode(base, trainings[0]):

@@ -56,6 +56,42 @@ def test_other_text_that_is_cut_off_is_a_warning_that_quotes_it(tmp_path: Path, 
     assert warning.endswith("the end'")
 
 
+def test_with_chunks_a_caption_is_read_further_and_what_is_cut_is_told_as_before(
+    tmp_path: Path, limit: TextLimit
+) -> None:
+    late = concept(tmp_path, "a sks cup", f"{LONG}sks cup")
+    with pytest.raises(ConceptError, match=r"or raise training\.prompt_chunks"):
+        check_caption_lengths("one", [late], limit, TrainingSpec())
+    with pytest.raises(ConceptError, match="first 2 chunks of 32 tokens, and the token"):
+        check_caption_lengths("one", [late], limit, TrainingSpec(prompt_chunks=2))
+    assert check_caption_lengths("one", [late], limit, TrainingSpec(prompt_chunks=4)) == ()
+    (tmp_path / "early").mkdir()
+    early = concept(tmp_path / "early", f"sks cup, {LONG * 9} the end")
+    for chunks, said in (
+        (1, "32 tokens of a caption (training.prompt"),
+        (16, "16 chunks of 32 tokens of a caption, and"),
+    ):
+        [warning] = check_caption_lengths("one", [early], limit, TrainingSpec(prompt_chunks=chunks))
+        assert f"reads the first {said}" in warning
+        assert warning.endswith("the end'")
+
+
+def test_a_token_that_the_end_of_a_chunk_cuts_is_told(tmp_path: Path, limit: TextLimit) -> None:
+    assert limit.count("sks") > 1, "else it cannot be cut"
+    room = limit.tokens - 2
+    told = []
+    for words in range(room - 4, room + 3):
+        folder = tmp_path / str(words)
+        folder.mkdir()
+        taught = concept(folder, f"{'red ' * words}sks cup", "a sks cup")
+        found = check_caption_lengths("one", [taught], limit, TrainingSpec(prompt_chunks=2))
+        cut = words < room < words + limit.count("sks")
+        assert bool(found) == cut
+        told += found
+    assert all("lies across two chunks of the text encoder" in text and "captions of 0.png;" in text for text in told)
+    assert told
+
+
 def test_a_prompt_whose_token_is_cut_off_is_told_so(limit: TextLimit) -> None:
     assert list(cut_notes(limit, ["sks"], prompt=Prompt("a sks cup"), negative_prompt=Prompt("red"))) == []
     text, token = cut_notes(limit, ["sks", "ohwx"], prompt=Prompt(f"ohwx, {LONG} a sks cup"))

@@ -394,6 +394,7 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
         (("training", "caption_dropout"), 0.1),
         (("training", "tag_dropout"), 0.1),
         (("training", "shuffle_tags"), True),
+        (("training", "prompt_chunks"), 2),
         (("base",), "other/base"),
         (("method",), "lora"),
         (("adapters", 0, "id"), "mug"),
@@ -425,6 +426,7 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
         ("caption_dropout", 0.0),
         ("tag_dropout", 0.0),
         ("shuffle_tags", False),
+        ("prompt_chunks", 1),
     ):
         given = with_value(minimal(), ("training", name), default)
         assert JobSpec.model_validate(given).resolved()[0].digest() == before
