@@ -11,14 +11,14 @@ from pathlib import Path
 from PIL import Image
 
 from cat_cluster.data.captions import read_captions
-from cat_cluster.data.photo_folder import find_images, passed_over
+from cat_cluster.data.photo_folder import find_images, folder_with_photos, passed_over
 from cat_cluster.data.photos import MOST_DECODED_BYTES, decoded_bytes, read_image
 from cat_cluster.data.s3_photos import local_images
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.fields import words
 from cat_cluster.spec.folder_name import read_folder_name
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.job import AdapterSpec, ConceptSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,6 +168,20 @@ def load_concepts(adapter_id: str, specs: Sequence[ConceptSpec], cache_dir: Path
 def folder_warnings(adapter_id: str, concepts: Sequence[Concept]) -> tuple[str, ...]:
     """Return the warnings of an adapter's concepts, each with whose it is."""
     return tuple(f"adapter {adapter_id}, token {one.token}: {text}" for one in concepts for text in one.warnings)
+
+
+def upload_warnings(adapters: Sequence[AdapterSpec]) -> tuple[str, ...]:
+    """Return what is to be known of the names of folders before they are uploaded, which leaves no name.
+
+    Raises ConceptError for a folder that is not there.
+    """
+    return tuple(
+        f"adapter {adapter.id}, token {spec.token}: {text}"
+        for adapter in adapters
+        for spec in adapter.concepts
+        if "://" not in spec.images
+        for text in _name_warnings(spec, folder_with_photos(Path(spec.images)).name)
+    )
 
 
 def check_tokens(concepts: Sequence[Concept]) -> None:
