@@ -95,8 +95,8 @@ MUTANTS = (
     Mutant(
         "data",
         "cat_cluster/data/decoys.py",
-        "for prompt in others if prompt not in taught",
-        "for prompt in others",
+        "in others if replace_token(caption, concept.token, word) not in taught",
+        "in others",
         "data/test_decoys.py",
     ),
     Mutant(
@@ -107,6 +107,38 @@ MUTANTS = (
         "data/test_decoys.py",
     ),
     Mutant("data", "cat_cluster/data/draws.py", '*name, "decoy")', "*name)", "data/test_draws.py"),
+    Mutant(
+        "data",
+        "cat_cluster/data/draws.py",
+        "return changed, remove_token(changed, concept.token)",
+        "return changed, concept.removed_prompts[view]",
+        "data/test_caption_changes.py",
+    ),
+    Mutant("data", "cat_cluster/data/draws.py", '*name, "caption")', '"caption")', "data/test_caption_changes.py"),
+    Mutant(
+        "data",
+        "cat_cluster/data/draws.py",
+        "replace_token(prompt, concept.token, words",
+        "replace_token(concept.prompts[view], concept.token, words",
+        "data/test_caption_changes.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/caption_changes.py",
+        "and noun.isdisjoint(words(tag))",
+        "",
+        "data/test_caption_changes.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/caption_changes.py",
+        "key=length, reverse=True",
+        "key=length",
+        "data/test_caption_changes.py",
+    ),
+    Mutant(
+        "data", "cat_cluster/data/photos.py", 'image.format in ("JPEG", "MPO")', "image.format", "data/test_heif.py"
+    ),
     Mutant("data", "cat_cluster/data/draws.py", '(*name, "decoy")', '("decoy")', "data/test_draws.py"),
     Mutant("data", "cat_cluster/pipeline/prepare.py", "never=DECOYS)", "never=())", "pipeline/test_prepare.py"),
     Mutant(
@@ -125,6 +157,20 @@ MUTANTS = (
         "data/test_latents.py",
     ),
     # training
+    Mutant(
+        "training",
+        "cat_cluster/models/conditioning.py",
+        "masked = masked or self.own_text is not None or other.own_text is not None",
+        "",
+        "models/test_prompts.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/loop.py",
+        "TextCache(base, trainings[0].prompt_chunks, most)",
+        "TextCache(base, 1, most)",
+        "training/test_long_captions.py",
+    ),
     Mutant(
         "training",
         "cat_cluster/training/checkpoint.py",
@@ -197,8 +243,8 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/data/latents.py",
-        'prompt == "" and encoders.zeros_without_text',
-        "False",
+        'negative=prompt == ""',
+        "negative=False",
         "data/test_latents.py",
     ),
     Mutant(

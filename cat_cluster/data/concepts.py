@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -12,13 +12,14 @@ from PIL import Image
 
 from cat_cluster.data.captions import read_captions
 from cat_cluster.data.masks import Mask, mask_of_alpha, masks_among, read_mask, refuse_masks
-from cat_cluster.data.photo_folder import find_images, passed_over
+from cat_cluster.data.photo_folder import find_images, folder_with_photos, passed_over
 from cat_cluster.data.photos import MOST_DECODED_BYTES, decoded_bytes, read_photo
 from cat_cluster.data.s3_photos import local_images
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.fields import words
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.folder_name import read_folder_name
+from cat_cluster.spec.job import AdapterSpec, ConceptSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,7 @@ class Concept:
     """A subject to teach: its N examples, its token, and the weights of its loss terms (alpha_k and weight_k).
 
     captions_from: where the prompts come from, in words. passed_over: names in the folder that were not used.
+    warnings: what people should know of how the folder was read.
     """
 
     token: str
@@ -52,6 +54,7 @@ class Concept:
     examples: tuple[Example, ...]
     captions_from: str = ""
     passed_over: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def has_token(prompt: str, token: str) -> bool:
@@ -109,7 +112,34 @@ def load_concept(spec: ConceptSpec, cache_dir: Path | None = None, *, masked: bo
         lines = [errors[path] for path in paths if path in errors]
         raise ConceptError("\n".join([f"images: {folder} has files that cannot be used:", *lines]))
     left = tuple(sorted({*passed_over(folder, (*found, *captions.files)), *local.left_there}))
-    return Concept(spec.token, spec.class_noun, spec.alpha, spec.weight, tuple(examples), captions.source, left)
+    return Concept(
+        token=spec.token,
+        class_noun=spec.class_noun,
+        alpha=spec.alpha,
+        weight=spec.weight,
+        examples=tuple(examples),
+        captions_from=captions.source,
+        passed_over=left,
+        warnings=tuple(_name_warnings(spec, local.name)),
+    )
+
+
+def _name_warnings(spec: ConceptSpec, name: str) -> Iterator[str]:
+    """Yield what kohya's trainer would read in a folder's name and is not done here."""
+    named = read_folder_name(name)
+    if named is None:
+        return
+    if not named.fits(spec.token, spec.class_noun):
+        yield (
+            f"images: {shown_name(name)!r} is named for {f'{named.token} {named.class_noun}'.strip()!r}, as kohya's "
+            f"trainer has it, and {spec.token} {spec.class_noun} is taught from it, as the spec says"
+        )
+    if named.repeats > 1:
+        yield (
+            f"images: the {named.repeats} of {shown_name(name)!r}, the repeats of kohya's trainer, changes nothing: "
+            "each concept has as many rows, and each of its photos is seen equally often; `weight` gives a concept a "
+            "larger share"
+        )
 
 
 def _example(spec: ConceptSpec, path: Path, prompt: str, mask: Path | None, *, masked: bool) -> Example:
@@ -158,6 +188,25 @@ def load_concepts(
     except ConceptError as error:
         raise ConceptError(f"adapter {adapter_id}: {error}") from error
     return concepts
+
+
+def folder_warnings(adapter_id: str, concepts: Sequence[Concept]) -> tuple[str, ...]:
+    """Return the warnings of an adapter's concepts, each with whose it is."""
+    return tuple(f"adapter {adapter_id}, token {one.token}: {text}" for one in concepts for text in one.warnings)
+
+
+def upload_warnings(adapters: Sequence[AdapterSpec]) -> tuple[str, ...]:
+    """Return what is to be known of the names of folders before they are uploaded, which leaves no name.
+
+    Raises ConceptError for a folder that is not there.
+    """
+    return tuple(
+        f"adapter {adapter.id}, token {spec.token}: {text}"
+        for adapter in adapters
+        for spec in adapter.concepts
+        if "://" not in spec.images
+        for text in _name_warnings(spec, folder_with_photos(Path(spec.images)).name)
+    )
 
 
 def check_tokens(concepts: Sequence[Concept]) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cat_cluster.data.caption_changes import changed_caption
+from cat_cluster.data.concepts import remove_token, replace_token
 from cat_cluster.data.keys import keyed_generator
 from cat_cluster.data.views import views_of_step
 from cat_cluster.models.conditioning import Sizes
@@ -34,7 +36,7 @@ OTHER_TOKENS = 0.5
 
 @dataclass(frozen=True)
 class Decoys:
-    """The caption of a view with something else in the token's place: odd words, or other tokens of the adapter."""
+    """What stands in the token's place in the decoys of a view: odd words, or other tokens of the adapter."""
 
     odd_words: tuple[str, ...]
     other_tokens: tuple[str, ...] = ()
@@ -100,6 +102,7 @@ class AdapterTask:
 class Draw:
     """A draw (z0, e, t, y), and the sizes of its view.
 
+    prompt, removed_prompt: the row's caption y_T, and the same without the token.
     pool_key: for a fixed draw of a pool, all that the base's prediction depends on beside y; else None.
     """
 
@@ -108,6 +111,8 @@ class Draw:
     posterior_noise: Tensor
     noise: Tensor
     timestep: int
+    prompt: str
+    removed_prompt: str
     prior_prompt: str
     sizes: Sizes
 
@@ -163,7 +168,6 @@ class _Row:
     adapter: int
     concept: int
     draw: Draw
-    prompt: str
     mask: Tensor | None
     identity_weight: float
     terms: tuple[_Term, ...]
@@ -191,7 +195,7 @@ def draw_batch(tasks: Sequence[AdapterTask], step: int, num_timesteps: int, acti
         posterior_noise=tuple(row.draw.posterior_noise for row in rows),
         noise=tuple(row.draw.noise for row in rows),
         timestep_B=torch.tensor([row.draw.timestep for row in rows]),
-        prompts=tuple(row.prompt for row in rows),
+        prompts=tuple(row.draw.prompt for row in rows),
         sizes=tuple(row.draw.sizes for row in rows),
         masks=tuple(row.mask for row in rows),
         identity_weight_B=torch.tensor([row.identity_weight for row in rows]),
@@ -211,7 +215,7 @@ def pool_entries(task: AdapterTask, num_timesteps: int) -> Iterator[Draw]:
                 drawn = _pool_draw(task, concept, view, entry, num_timesteps)
                 yield drawn
                 if _mask(concept, view) is not None:
-                    yield replace(drawn, prior_prompt=concept.removed_prompts[view])
+                    yield replace(drawn, prior_prompt=drawn.removed_prompt)
 
 
 def alpha_factor(schedule: AlphaSchedule, t: float) -> float:
@@ -248,7 +252,6 @@ def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) 
                 adapter=index,
                 concept=k,
                 draw=draw,
-                prompt=concept.prompts[view],
                 mask=_mask(concept, view),
                 identity_weight=weight,
                 terms=_terms(concept, view, draw, held, cat_scale[position]),
@@ -259,7 +262,7 @@ def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) 
 def _terms(concept: ConceptMaterial, view: int, draw: Draw, weight: float, cat_scale: float) -> tuple[_Term, ...]:
     terms = [_Term(draw, weight * cat_scale, outside=False)]
     if _mask(concept, view) is not None:
-        terms.append(_Term(replace(draw, prior_prompt=concept.removed_prompts[view]), weight, outside=True))
+        terms.append(_Term(replace(draw, prior_prompt=draw.removed_prompt), weight, outside=True))
     return tuple(term for term in terms if term.weight > 0)
 
 
@@ -278,14 +281,17 @@ def _draw(
     """Draw all but the timestep, with the generator of the key `name`."""
     moments = concept.moments[view]
     shape = (moments.shape[0] // 2, *moments.shape[1:])
-    prior = _prior_prompt(task, concept, view, generator)
-    decoy = _decoy(task, concept, view, name)
+    prompt, removed = _captions(task, concept, view, name)
+    prior = _prior_prompt(task, concept, removed, generator)
+    decoy = _decoy(task, concept, view, prompt, name)
     return Draw(
         pool_key=None,
         moments=moments,
         posterior_noise=_normal(generator, shape),
         noise=_normal(generator, shape) + _noise_offset(task, shape[0], name),
         timestep=timestep,
+        prompt=prompt,
+        removed_prompt=removed,
         prior_prompt=prior if decoy is None else decoy,
         sizes=concept.sizes[view],
     )
@@ -324,18 +330,28 @@ def _whole(value: float) -> int:
     return math.floor(value + 1e-6)  # a product that should be whole may come out a little below
 
 
-def _prior_prompt(task: AdapterTask, concept: ConceptMaterial, view: int, generator: np.random.Generator) -> str:
+def _captions(task: AdapterTask, concept: ConceptMaterial, view: int, name: tuple[str | int, ...]) -> tuple[str, str]:
+    """The caption of a row with and without the token; what changes in it has a generator of its own, as decoys."""
+    caption = concept.prompts[view]
+    if not task.training.changes_captions:
+        return caption, concept.removed_prompts[view]
+    generator = keyed_generator(*name, "caption")
+    changed = changed_caption(caption, concept.token, concept.class_noun, task.training, generator)
+    return changed, remove_token(changed, concept.token)
+
+
+def _prior_prompt(task: AdapterTask, concept: ConceptMaterial, removed: str, generator: np.random.Generator) -> str:
     u, general = generator.random(), int(generator.integers(max(1, len(task.general_prompts))))
     match task.training.prior_prompt:
         case "token_removed":
-            return concept.removed_prompts[view]
+            return removed
         case "class_noun":
             return f"a photo of a {concept.class_noun}"
         case "empty":
             return ""
         case "mixture":
             if u < MIXTURE_TOKEN_REMOVED or not task.general_prompts:
-                return concept.removed_prompts[view]
+                return removed
             return "" if u < MIXTURE_TOKEN_REMOVED + MIXTURE_EMPTY else task.general_prompts[general]
 
 
@@ -349,8 +365,10 @@ def _noise_offset(task: AdapterTask, channels: int, name: tuple[str | int, ...])
     return task.training.noise_offset * _normal(keyed_generator(*name, "noise_offset"), (channels, 1, 1))
 
 
-def _decoy(task: AdapterTask, concept: ConceptMaterial, view: int, name: tuple[str | int, ...]) -> str | None:
-    """The decoy of a row that has one.
+def _decoy(
+    task: AdapterTask, concept: ConceptMaterial, view: int, prompt: str, name: tuple[str | int, ...]
+) -> str | None:
+    """The decoy of a row that has one: its caption with something else in the token's place.
 
     It has a generator of its own, so that a row's other draws are the same with decoys as without. A smaller share of
     decoys is a part of a larger one.
@@ -361,8 +379,8 @@ def _decoy(task: AdapterTask, concept: ConceptMaterial, view: int, name: tuple[s
     share, kind = generator.random(2)
     if share >= task.training.decoy_fraction:
         return None
-    prompts = decoys.other_tokens if decoys.other_tokens and kind < OTHER_TOKENS else decoys.odd_words
-    return prompts[generator.integers(len(prompts))]
+    words = decoys.other_tokens if decoys.other_tokens and kind < OTHER_TOKENS else decoys.odd_words
+    return replace_token(prompt, concept.token, words[generator.integers(len(words))])
 
 
 def _normal(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:

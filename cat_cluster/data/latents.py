@@ -25,6 +25,8 @@ from cat_cluster.errors import OutputError
 from cat_cluster.files import write_whole
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.conditioning import Text
+from cat_cluster.models.prompt_weights import Prompt
+from cat_cluster.models.prompts import encode_prompts
 
 ENCODE_IMAGES_AT_ONCE = 8
 
@@ -109,21 +111,29 @@ def _size(example: Example, resolution: int, bucket_step: int | None) -> Size:
 class TextCache:
     """What the base model's own encoders make of texts, each prompt encoded once.
 
-    The empty prompt is what guidance starts from where there is no negative prompt.
+    The empty prompt is what guidance starts from where there is no negative prompt. chunks: those that are read of a
+    prompt, at most. most: texts that are kept, those that were asked for last; None keeps all.
     """
 
     base: BaseModel
+    chunks: int = 1
+    most: int | None = None
     texts: dict[str, Text] = field(default_factory=dict)
 
     def __call__(self, prompts: Sequence[str]) -> list[Text]:
-        """Return the texts of `prompts`, as the stock pipeline encodes them."""
-        encoders = self.base.text_encoders
-        for prompt in prompts:
-            if prompt not in self.texts:
-                # Each alone: the rounding of a batch depends on its size, and a resumed run meets others together.
-                no_text = prompt == "" and encoders.zeros_without_text
-                self.texts[prompt] = encoders.zeros() if no_text else encoders.encode([prompt])[0]
-        return [self.texts[prompt] for prompt in prompts]
+        """Return the texts of `prompts`; those of one chunk as the stock pipeline encodes them."""
+        return [self._text(prompt) for prompt in prompts]
+
+    def _text(self, prompt: str) -> Text:
+        text = self.texts.pop(prompt, None)
+        if text is None:
+            # Each alone: the rounding of a batch depends on its size, and a resumed run meets others together.
+            read = Prompt(prompt, chunks=self.chunks, negative=prompt == "")
+            [text] = encode_prompts(self.base, self.base.text_limit, [read])
+        self.texts[prompt] = text
+        if self.most is not None and len(self.texts) > self.most:
+            del self.texts[next(iter(self.texts))]
+        return text
 
 
 def _read(path: Path | None) -> Tensor | None:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from cat_cluster.data.colour import ColourProfile, ProfileError
+from cat_cluster.data.heif import heif_opener, is_heif, refuse_foreign_colours
 from cat_cluster.errors import ConceptError
 
 IMAGE_SUFFIXES = (
@@ -24,7 +25,7 @@ IMAGE_SUFFIXES = (
 )
 # Photos by their name that no decoder here reads. Pillow opens raw ones as TIFF, and finds their thumbnail.
 UNREAD_SUFFIXES = (
-    *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".tga", ".psd", ".xcf", ".svg", ".eps", ".exr", ".hdr", ".pcx"),
+    *(".jxl", ".jxr", ".tga", ".psd", ".xcf", ".svg", ".eps", ".exr", ".hdr", ".pcx"),
     *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".3fr", ".raw"),
 )
 LEAST_SIDE = 32  # pixels
@@ -37,7 +38,6 @@ LARGEST_SHORT_SIDE = 2048
 # Without the list Pillow would also try what is no photo, such as PostScript, which it hands to another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "QOI")
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def decoded_bytes(path: Path) -> int:
     except OSError as error:
         raise _unreadable(path, error) from error
     with file, _opened(path, file) as image:
-        _draft(image)
+        _draft_photo(image)
         factor = _reduction(image)
         return 3 * -(-image.width // factor) * -(-image.height // factor)
 
@@ -123,7 +123,7 @@ def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, i
             megapixels = limits.most_pixels // (2 * 10**6)
             raise ConceptError(f"{path}: has more than {megapixels} megapixels in JPEG 2000; save it as PNG or JPEG")
         # A JPEG is decoded at a half, a quarter or an eighth; twice the size is left to scale, whichever way it lies.
-        opened.draft(None, (2 * max(size), 2 * max(size)))
+        _draft(opened, (2 * max(size), 2 * max(size)))
         opened.load()
         is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         image = _resizable(path, opened)
@@ -136,8 +136,11 @@ def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, i
 def opens_as_image(path: Path) -> bool:
     """Say whether a file begins as a photo of a format that is read, whatever its name."""
     try:
-        with path.open("rb") as file, _without_warnings(), _identified(file):
-            return True
+        with path.open("rb") as file, _without_warnings():
+            if is_heif(file.read(32)):
+                return True
+            with _identified(file):
+                return True
     except Image.DecompressionBombError:
         return True
     except Exception:  # as in _opened
@@ -155,9 +158,14 @@ def _opened(path: Path, file: IO[bytes], limits: SizeLimits = _PHOTO_LIMITS) -> 
     file.seek(0)
     if not start:
         raise ConceptError(f"{path}: is empty (0 bytes); replace or remove it")
-    _refuse_unread_format(path, start)
+    suffix = path.suffix.lower()
+    if suffix in UNREAD_SUFFIXES and not is_heif(start):
+        kind = suffix.removeprefix(".").upper()
+        raise ConceptError(f"{path}: is a {kind} photo, which is not read; save it as JPEG or PNG in its place")
+    opens = heif_opener(path) if is_heif(start) else _identified
     try:
-        with _without_warnings(), _identified(file) as image:
+        with _without_warnings(), opens(file) as image:
+            refuse_foreign_colours(path, image)
             _refuse_size(path, image, limits)
             yield image
     except ConceptError:
@@ -199,15 +207,6 @@ def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
     raise UnidentifiedImageError("no format of photos begins like this")
 
 
-def _refuse_unread_format(path: Path, start: bytes) -> None:
-    suffix = path.suffix.lower()
-    # A renamed HEIC is none the less one; AVIF shares its container and is told by its brand.
-    renamed = start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS and b"avi" not in start
-    if suffix in UNREAD_SUFFIXES or renamed:
-        kind = "HEIC" if renamed else suffix.removeprefix(".").upper()
-        raise ConceptError(f"{path}: is a {kind} photo, which is not read; save it as JPEG or PNG in its place")
-
-
 def _too_large(path: Path, most_pixels: int) -> ConceptError:
     return ConceptError(f"{path}: has more than {most_pixels // 10**6} megapixels; save a smaller copy of it")
 
@@ -229,11 +228,19 @@ def _refuse_size(path: Path, image: Image.Image, limits: SizeLimits) -> None:
         )
 
 
-def _draft(image: Image.Image) -> None:
+def _draft_photo(image: Image.Image) -> None:
     shrink = LARGEST_SHORT_SIDE / min(image.size)
     if shrink < 1:
-        # JPEG is decoded at a half, a quarter or an eighth, never below the size asked for; others in full.
-        image.draft(None, (round(image.width * shrink), round(image.height * shrink)))
+        _draft(image, (round(image.width * shrink), round(image.height * shrink)))
+
+
+def _draft(image: Image.Image, size: tuple[int, int]) -> None:
+    """Have a JPEG decoded at a half, a quarter or an eighth, never below `size`; others are decoded in full.
+
+    Of a HEIC photo Pillow's draft would be the thumbnail in it, which may be of another picture.
+    """
+    if image.format in ("JPEG", "MPO"):
+        image.draft(None, size)
 
 
 def _reduction(image: Image.Image) -> int:
@@ -261,7 +268,7 @@ def _explained_profile(path: Path) -> Iterator[None]:
 
 
 def _upright(path: Path, image: Image.Image, profile: ColourProfile | None) -> tuple[Image.Image, Image.Image | None]:
-    _draft(image)
+    _draft_photo(image)
     upright = ImageOps.exif_transpose(image)
     factor = _reduction(upright)
     colours, alpha = _rgb(path, upright, profile), _alpha(upright)

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cat_cluster.data.concepts import Concept, has_token, load_concepts
+from cat_cluster.data.caption_changes import tag_warnings
+from cat_cluster.data.concepts import Concept, folder_warnings, has_token, load_concepts
 from cat_cluster.data.crops import crop_warnings
 from cat_cluster.data.decoys import with_decoys
 from cat_cluster.data.draws import AdapterTask
@@ -100,9 +101,12 @@ def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[s
     if resolved.base not in bases:
         bases[resolved.base] = load_base_model(resolved.base, device=choose_device(settings.device))
     base = bases[resolved.base]
+    training = resolved.training
     warnings = (
-        *check_caption_lengths(resolved.id, concepts, base.text_limit),
-        *crop_warnings(resolved.id, concepts, resolved.training),
+        *folder_warnings(resolved.id, concepts),
+        *tag_warnings(resolved.id, concepts, training),
+        *check_caption_lengths(resolved.id, concepts, base.text_limit, training),
+        *crop_warnings(resolved.id, concepts, training),
     )
     revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint, TRAINING_VERSION)
     adapter = PreparedAdapter(resolved, concepts, base, revision, warnings)

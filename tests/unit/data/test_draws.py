@@ -29,7 +29,7 @@ def concept(token: str, *, alpha: float = 1.0, weight: float = 1.0, views: int =
     moments = torch.from_numpy(keyed_generator("moments", token).standard_normal((views, 8, 4, 4))).float()
     prompts = tuple(f"a {token} cup {i}" for i in range(views))
     removed = tuple(f"a cup {i}" for i in range(views))
-    decoys = tuple(Decoys((f"a bzg cup {i}", f"a qhp cup {i}"), (f"a {token}-else cup {i}",)) for i in range(views))
+    decoys = (Decoys(("bzg", "qhp"), (f"{token}-else",)),) * views
     return ConceptMaterial(
         token, "cup", alpha, weight, tuple(moments), prompts, removed, square_sizes(len(prompts)), decoys
     )

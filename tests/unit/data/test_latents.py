@@ -112,6 +112,30 @@ def test_text_is_encoded_once_per_prompt_and_as_the_base_does(base: BaseModel) -
     assert set(cache.texts) == {"", "a photo of a cup"}
 
 
+def test_text_of_one_chunk_is_the_encoders_own_to_the_bit_and_a_longer_one_is_read_whole(base: BaseModel) -> None:
+    """Oracle: what the encoders make of each chunk's words alone."""
+    words = "a photo of a red cup in snow on grass " * 20
+    tokens = base.tokenizer(words, add_special_tokens=False).input_ids
+    room = base.tokenizer.model_max_length - 2
+    pieces = [base.tokenizer.decode(tokens[start : start + room]) for start in range(0, len(tokens), room)]
+    assert [base.spell(piece) for piece in pieces[:2]] == [tokens[:room], tokens[room : 2 * room]]
+    one, many = TextCache(base), TextCache(base, chunks=2)
+    for prompt in ("", "a sks cup", words):
+        assert torch.equal(one([prompt])[0].states, states_of(base, [prompt])[0])
+    for prompt in ("", "a sks cup"):
+        assert torch.equal(many([prompt])[0].states, states_of(base, [prompt])[0])
+    torch.testing.assert_close(many([words])[0].states, states_of(base, pieces[:2]).flatten(0, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_texts_that_were_asked_for_last_are_kept_and_all_are_the_same(base: BaseModel) -> None:
+    few, all_of_them = TextCache(base, most=2), TextCache(base)
+    for prompts in (["a", "b", "c"], ["b"], ["d"], ["a", "b", "a"]):
+        for one, other in zip(few(prompts), all_of_them(prompts), strict=True):
+            assert torch.equal(one.states, other.states)
+        assert len(few.texts) <= 2
+    assert list(few.texts) == ["b", "a"]
+
+
 def test_the_empty_prompt_is_what_guidance_starts_from(tiny_xl_folder: Path) -> None:
     """In training it stands for what a classifier-free guided image runs beside its prompt: zeros, in most of SDXL."""
     stock = StableDiffusionXLPipeline.from_pretrained(tiny_xl_folder)

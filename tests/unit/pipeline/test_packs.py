@@ -124,6 +124,7 @@ def test_what_cannot_share_a_forward_is_kept_apart(tmp_path: Path) -> None:
         {"joint_rows": False},
         {"compile": True},
         {"resolution": 24},
+        {"prompt_chunks": 2},
     ]
     apart = prepared(job_of([{"id": f"a-{n}", "training": change} for n, change in enumerate(changes)]))
     assert [len(pack) for pack in plan_packs(apart, LocalStore(tmp_path), lambda _: 8)] == [1] * len(changes)

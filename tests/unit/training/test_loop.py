@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from cat_cluster.data.draws import AdapterTask
+from cat_cluster.data.draws import AdapterTask, ConceptMaterial
 from cat_cluster.errors import CheckpointError
 from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights
@@ -89,7 +89,26 @@ def other_optimisers(base: BaseModel) -> list[PackMember]:
     ]
 
 
-PACKS = pytest.mark.parametrize("pack", [members, other_optimisers])
+def changing_captions(base: BaseModel) -> list[PackMember]:
+    """The pack with captions that change, of one member drawn from a pool."""
+    tagged = [
+        replace(one, task=replace(one.task, concepts=tuple(map(with_tags, one.task.concepts)))) for one in members(base)
+    ]
+    changes = {"caption_dropout": 0.3, "tag_dropout": 0.3, "shuffle_tags": True}
+    pools = ({}, {"teacher": "pool", "pool_size": 6}, {})
+    return [
+        replace(one, task=with_training(one.task, **changes, **pool)) for one, pool in zip(tagged, pools, strict=True)
+    ]
+
+
+def with_tags(one: ConceptMaterial) -> ConceptMaterial:
+    prompts, removed = (
+        tuple(f"{text}, snow, dusk, grass" for text in texts) for texts in (one.prompts, one.removed_prompts)
+    )
+    return replace(one, prompts=prompts, removed_prompts=removed)
+
+
+PACKS = pytest.mark.parametrize("pack", [members, other_optimisers, changing_captions])
 MakePack = Callable[[BaseModel], list[PackMember]]
 
 

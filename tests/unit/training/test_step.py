@@ -28,7 +28,7 @@ from cat_cluster.training.loss_curves import LossCurves
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
-from tests.support.texts import states_of
+from tests.support.texts import plain_replacement, states_of
 
 GENERAL = ("a photo of a red car", "a photo of a blue fish")
 
@@ -263,7 +263,12 @@ def test_the_loss_of_decoy_rows_is_exactly_zero_at_the_start(base: BaseModel) ->
     pair = concept(base, "sks", alpha=5.0), concept(base, "zwx", alpha=5.0, class_noun="fish")
     tea = task("tea", with_odd_words(base, *pair), rows_per_concept=8, decoy_fraction=0.99)
     batch = draw_batch([tea], 0, 1000, [True])
-    decoys = {d for one in tea.concepts for each in one.decoys for d in (*each.odd_words, *each.other_tokens)}
+    decoys = {
+        plain_replacement(caption, one.token, word)
+        for one in tea.concepts
+        for caption, each in zip(one.prompts, one.decoys, strict=True)
+        for word in (*each.odd_words, *each.other_tokens)
+    }
     assert set(batch.prior_prompts) <= decoys
     assert any("zwx" in prompt and "cup" in prompt for prompt in batch.prior_prompts)
     without_identity = replace(batch, identity_weight_B=torch.zeros_like(batch.identity_weight_B))
