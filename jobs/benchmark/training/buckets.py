@@ -1,7 +1,12 @@
-"""Aspect buckets: what a step of photos of several shapes costs beside one of square crops, for each pixel of it."""
+"""Aspect buckets: what a step of photos of several shapes costs beside one of square crops, for each pixel of it.
+
+like: every adapter of a pack has the same shapes, and they share calls. unlike: each has one shape, and its neighbours
+others, so that every step has as many calls as there are shapes.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,7 @@ SHAPES = ((3024, 4032), (3024, 4032), (4032, 3024), (4032, 3024), (2000, 2000), 
 ROWS = 4
 PACKS = (1, 4, 8)
 STEPS = PHOTOS // 2  # in which a concept's four rows are each photo twice
-SQUARES, BUCKETS = "squares", "buckets"
+SQUARES, LIKE, UNLIKE = "squares", "like", "unlike"
 BASES: dict[str, tuple[str, Callable[[], BaseModel], StepOptions]] = {
     "pocket": ("buckets", lambda: load_base_model("pocket"), StepOptions(joint_rows=True, fraction=0.5)),
     "sd15": ("buckets-gpu", sd15_sized_base, StepOptions(joint_rows=True, fraction=0.5, bf16=True)),
@@ -40,7 +45,7 @@ def run(start: Start, console: Console, size_name: str = "pocket", *, turns: int
     packs = {}
     for adapters in PACKS:
         packs[str(adapters)] = compare_sizes(base, adapters, options, turns)
-        console.print(f"{adapters} adapters: {packs[str(adapters)]['time_per_pixel']:.3f}x the time per pixel")
+        console.print(f"{adapters} adapters: {json.dumps(packs[str(adapters)]['time_per_pixel'])}")
     sizes = bucket_sizes(base)
     return write_result(
         result,
@@ -60,12 +65,18 @@ def run(start: Start, console: Console, size_name: str = "pocket", *, turns: int
 
 def compare_sizes(base: BaseModel, adapters: int, options: StepOptions, turns: int) -> dict[str, Any]:
     """Return milliseconds of a step by kind of crop, and the time per pixel of buckets over that of squares."""
-    kinds = {SQUARES: [Size.square(base.resolution)] * PHOTOS, BUCKETS: bucket_sizes(base)}
-    times = take_turns({kind: _steps(base, adapters, options, sizes) for kind, sizes in kinds.items()}, turns)
-    share = pixels(kinds[BUCKETS]) / pixels(kinds[SQUARES])
+    sizes, square = bucket_sizes(base), Size.square(base.resolution)
+    shapes = list(dict.fromkeys(sizes))
+    kinds = {
+        SQUARES: [[square] * PHOTOS] * adapters,
+        LIKE: [sizes] * adapters,
+        UNLIKE: [[shapes[n % len(shapes)]] * PHOTOS for n in range(adapters)],
+    }
+    times = take_turns({kind: _steps(base, options, own) for kind, own in kinds.items()}, turns)
+    shares = {kind: sum(map(pixels, own)) / sum(map(pixels, kinds[SQUARES])) for kind, own in kinds.items()}
     return {
         "step_ms": {kind: timed.median * 1e3 for kind, timed in times.items()},
-        "time_per_pixel": times[BUCKETS].ratio(times[SQUARES]) / share,
+        "time_per_pixel": {kind: times[kind].ratio(times[SQUARES]) / shares[kind] for kind in (LIKE, UNLIKE)},
     }
 
 
@@ -79,8 +90,8 @@ def pixels(sizes: Sequence[Size]) -> int:
     return sum(size.width * size.height for size in sizes)
 
 
-def _steps(base: BaseModel, adapters: int, options: StepOptions, sizes: Sequence[Size]) -> Callable[[], float]:
-    tasks = [concept_task(base, f"adapter-{n}", ROWS, options, sizes) for n in range(adapters)]
+def _steps(base: BaseModel, options: StepOptions, sizes: Sequence[Sequence[Size]]) -> Callable[[], float]:
+    tasks = [concept_task(base, f"adapter-{n}", ROWS, options, own) for n, own in enumerate(sizes)]
 
     def measure() -> float:
         with pack_step(base, tasks, options) as step:

@@ -57,8 +57,9 @@ def test_buckets_and_squares_are_compared_by_their_pixels(
     share = buckets.pixels(sizes) / (6 * base.resolution**2)
     assert 0.8 <= share <= 1
     assert len(set(sizes)) >= 3
-    assert buckets.compare_sizes(base, 1, StepOptions(joint_rows=True), 1)["time_per_pixel"] > 0
-    times = {"squares": Timed((2.0,)), "buckets": Timed((2.0 * share,))}
+    found = buckets.compare_sizes(base, 2, StepOptions(joint_rows=True), 1)
+    assert all(ratio > 0 for ratio in found["time_per_pixel"].values())
+    times = {"squares": Timed((2.0,)), "like": Timed((2.0 * share,)), "unlike": Timed((4.0 * share,))}
     monkeypatch.setattr(buckets, "take_turns", lambda variants, turns: times)
     result = {
         "resolution": 16,
@@ -67,9 +68,9 @@ def test_buckets_and_squares_are_compared_by_their_pixels(
         "rows_per_concept": 4,
         "adapters": {"8": buckets.compare_sizes(base, 8, StepOptions(), 1)},
     }
-    assert result["adapters"]["8"]["time_per_pixel"] == pytest.approx(1.0)
+    assert result["adapters"]["8"]["time_per_pixel"]["like"] == pytest.approx(1.0)
     write_result("buckets", result, Start("2026-11-25T06:03:30+00:00", "3e808594ebfb", dirty=False), tmp_path)
-    assert f"| 8 | 2000 | {2000 * share:.0f} | 1.00x |" in page_texts(tmp_path)["buckets.md"]
+    assert f"| 8 | 2000 | {2000 * share:.0f} | 1.00x | {4000 * share:.0f} |" in page_texts(tmp_path)["buckets.md"]
 
 
 def test_methods_are_compared_in_turns(base: BaseModel) -> None:
