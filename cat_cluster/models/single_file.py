@@ -155,10 +155,7 @@ def unpacked(path: Path) -> Path:
 
 
 def _unpack(path: Path, found: Checkpoint, folder: Path) -> None:
-    shutil.copytree(FAMILIES / found.kind, folder, dirs_exist_ok=True)
-    paddings = {"sd1": ["<|endoftext|>"], "sd2": ["!"], "sdxl": ["<|endoftext|>", "!"]}[found.kind]
-    for name, padding in zip(("tokenizer", "tokenizer_2"), paddings, strict=False):
-        _write_tokenizer(folder / name, padding)
+    write_family(folder, found.kind)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     config = json.loads(scheduler.read_text()) | {"prediction_type": found.prediction_type}
     if found.zero_snr:
@@ -173,6 +170,14 @@ def _unpack(path: Path, found: Checkpoint, folder: Path) -> None:
                 f"{path}: its {part} lacks {len(left)} tensors, the first {left[0]}; download it again."
             )
         module.save_pretrained(folder / part)
+
+
+def write_family(folder: Path, kind: str) -> None:
+    """Write what a family's releases have beside weights: configs, scheduler and tokenizers, in diffusers' layout."""
+    shutil.copytree(FAMILIES / kind, folder, dirs_exist_ok=True)
+    paddings = {"sd1": ["<|endoftext|>"], "sd2": ["!"], "sdxl": ["<|endoftext|>", "!"]}[kind]
+    for name, padding in zip(("tokenizer", "tokenizer_2"), paddings, strict=False):
+        _write_tokenizer(folder / name, padding)
 
 
 def _set_side(folder: Path, pixels: int) -> None:

@@ -105,7 +105,7 @@ def optimisations(allow_dirty: AllowDirty = False) -> None:
 
 @app.command()
 def packing(
-    size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
+    size: Annotated[str, typer.Option(help="pocket, or sd15 or sdxl on a GPU.")] = "pocket",
     allow_dirty: AllowDirty = False,
 ) -> None:
     """Time 8 adapters packed, one by one, and in a plain PEFT loop; and the memory of packs (about ten minutes)."""
@@ -117,7 +117,7 @@ def packing(
 
 @app.command()
 def buckets(
-    size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
+    size: Annotated[str, typer.Option(help="pocket, or sd15 or sdxl on a GPU.")] = "pocket",
     allow_dirty: AllowDirty = False,
 ) -> None:
     """Time a step of photos of several shapes beside one of square crops (about five minutes on 2 cores)."""
@@ -147,7 +147,7 @@ def serving(
         list[str] | None,
         typer.Option(help="overhead, adapters, serial, peft, stacks, poisson, join, probes; none: all."),
     ] = None,
-    size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
+    size: Annotated[str, typer.Option(help="pocket, or sd15 or sdxl on a GPU.")] = "pocket",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seconds: Annotated[float, typer.Option(help="About how long each part takes turns.")] = 60.0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads of every backend; none: all cores.")] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ from jobs.benchmark.study.stacks import judges_summed
 
 PAGES = ROOT / "docs" / "benchmarks"
 STUDY_PARTS = ("single", "joint", "photos")
-SERVING = ("serving", "serving-gpu")
+# What is measured at several sizes: on the pocket base and, on a GPU, on random bases of the releases' sizes.
+SIZED = ("serving", "packing", "buckets")
+_ON = {
+    "": "the pocket base",
+    "-gpu": "a GPU, a random base of Stable Diffusion 1.5's size",
+    "-sdxl": "a GPU, a random base of Stable Diffusion XL's size",
+}
 _SHOWN = ("kps", "identity_gain", "identity_similarity", "base_drift", "diversity_ratio", "prompt_similarity")
 
 
@@ -43,13 +50,14 @@ def page_texts(results: Path = RESULTS) -> dict[str, str]:
     if study:
         first = next(iter(study.values()))
         pages["study.md"] = templates.get_template("study.md.j2").render(parts=study, first=first, aims=AIMS)
-    for name in ("frontier", "specificity", "stacks", "optimisations", "packing", "buckets", "buckets-gpu"):
+    for name in ("frontier", "specificity", "stacks", "optimisations"):
         if result := read_result(name, results):
-            pages[f"{name}.md"] = templates.get_template(f"{name.removesuffix('-gpu')}.md.j2").render(result=result)
-    for name in SERVING:
-        if result := read_result(name, results):
-            pages[f"{name}.md"] = templates.get_template("serving.md.j2").render(
-                result=result, picture=f"{name}.png", verdicts=verdicts(result["parts"])
+            pages[f"{name}.md"] = templates.get_template(f"{name}.md.j2").render(result=result)
+    for kind, (size, on) in product(SIZED, _ON.items()):
+        if result := read_result(name := f"{kind}{size}", results):
+            found = verdicts(result["parts"]) if kind == "serving" else ()
+            pages[f"{name}.md"] = templates.get_template(f"{kind}.md.j2").render(
+                result=result, on=on, picture=f"{name}.png", verdicts=found
             )
     titles = [(name, text.partition("\n")[0].removeprefix("# ")) for name, text in pages.items()]
     return {"README.md": templates.get_template("README.md.j2").render(pages=titles), **pages}
@@ -60,8 +68,7 @@ def pictures(results: Path = RESULTS) -> dict[str, list[Path]]:
     sources = {
         "frontier.png": ["frontier"],
         "study.png": [f"study-{part}" for part in STUDY_PARTS],
-        "packing.png": ["packing"],
-        **{f"{name}.png": [name] for name in SERVING},
+        **{f"{kind}{size}.png": [f"{kind}{size}"] for kind, size in product(("packing", "serving"), _ON)},
     }
     paths = {name: [results / f"{source}.json" for source in own] for name, own in sources.items()}
     found = {name: [path for path in own if path.is_file()] for name, own in paths.items()}
@@ -76,7 +83,8 @@ def draw_picture(name: str, path: Path, results: Path = RESULTS) -> None:
         return
     result = read_result(name.removesuffix(".png"), results)
     assert result is not None
-    draw = {"frontier.png": figures.draw_frontier, "packing.png": figures.draw_packing}.get(name, figures.draw_serving)
+    kind = name.removesuffix(".png").partition("-")[0]
+    draw = {"frontier": figures.draw_frontier, "packing": figures.draw_packing}.get(kind, figures.draw_serving)
     draw(result, path, digest)
 
 

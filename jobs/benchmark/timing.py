@@ -6,24 +6,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from cat_cluster.data.crops import Size
 from cat_cluster.data.draws import AdapterTask, ConceptMaterial, draw_batch
 from cat_cluster.data.latents import TextCache
 from cat_cluster.data.parts import step_parts
-from cat_cluster.errors import SpecError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
-from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
+from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.models.conditioning import Sizes
-from cat_cluster.models.text_encoders import TextEncoders
 from cat_cluster.spec.choices import Blocks
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import TorchEngine, autocast
@@ -83,33 +78,6 @@ def concept_task(
     }
     training = OPTIMISER.model_copy(update={**changes, **pool})
     return AdapterTask(name, (concept,), training, base.general_prompts())
-
-
-def sd15_sized_base(*, on: str = "cuda", latent_size: int = 64) -> BaseModel:
-    """Return a base with the U-Net of Stable Diffusion 1.5's size, random weights, for measuring alone.
-
-    Text encoder and VAE are small stand-ins of the right shapes: a step asks neither, once texts are cached. Raises
-    SpecError for a GPU that is not there.
-    """
-    if on == "cuda" and not torch.cuda.is_available():
-        raise SpecError("the size sd15 is measured on a GPU, and this torch sees none: use the size pocket")
-    pocket, device = load_base_model("pocket"), torch.device(on)
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(sample_size=latent_size, cross_attention_dim=768)  # the other defaults are SD 1.5's own
-    vae = AutoencoderKL(
-        block_out_channels=(32, 32, 32, 32),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    )
-    text = CLIPTextConfig(
-        vocab_size=len(pocket.tokenizer), hidden_size=768, num_attention_heads=12, num_hidden_layers=1
-    )
-    tokenizer = copy(pocket.tokenizer)
-    tokenizer.model_max_length = 77
-    parts = (part.to(device).eval().requires_grad_(False) for part in (unet, vae, CLIPTextModel(text)))
-    unet, vae, text_encoder = parts
-    encoders = TextEncoders((tokenizer,), (text_encoder,))
-    return replace(pocket, name="sd15-sized", unet=unet, vae=vae, text_encoders=encoders, device=device)
 
 
 @contextmanager

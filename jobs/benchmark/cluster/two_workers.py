@@ -25,7 +25,8 @@ from cat_cluster.training.engine import EngineFactory, TorchEngine
 from cat_cluster.training.loop import PackMember, train_pack
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.pack_size import peak_resident
-from jobs.benchmark.timing import RANK, StepOptions, concept_task, sd15_sized_base
+from jobs.benchmark.random_bases import random_base
+from jobs.benchmark.timing import RANK, StepOptions, concept_task
 
 SPEC_DEFAULTS = StepOptions(alpha=5.0, joint_rows=True, fraction=0.5)  # the spec's defaults
 ADAPTERS = 2
@@ -99,7 +100,7 @@ def main() -> None:
     if part == "steps":
         found = measure_steps()
     elif part.startswith("sd15-"):
-        found = measure_memory(sd15_sized_base(on="cpu", latent_size=16), int(part[-1]), steps=2, rows=1)
+        found = measure_memory(random_base(on="cpu", latent_size=16), int(part[-1]), steps=2, rows=1)
     else:
         found = measure_memory(load_base_model("pocket"), int(part[-1]), steps=2, rows=1)
     file.write_text(json.dumps(found))

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoPipelineForText2Image, DDIMScheduler
 from diffusers.utils import logging as diffusers_logging
 from peft import PeftModel
 from torch import Tensor
 
+from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.formats import AdapterWeights, write_adapter
 from cat_cluster.models.base_model import compiled_blocks
 from cat_cluster.models.base_names import base_folder
@@ -38,14 +39,15 @@ def state(weights: AdapterWeights) -> Iterator[tuple[str, Tensor]]:
 
 
 class Pipeline(ABC):
-    """A stock StableDiffusionPipeline that draws one request after the other, each with its adapter or stack."""
+    """A stock pipeline of the base's family that draws one request after the other, each with its adapter or stack."""
 
     def __init__(self, bench: Workbench) -> None:
         diffusers_logging.set_verbosity_error()
         self._device, self._dtype = bench.device, bench.dtype
-        self._pipeline = StableDiffusionPipeline.from_pretrained(
-            base_folder(bench.base), torch_dtype=bench.dtype, safety_checker=None, local_files_only=True
+        self._pipeline = AutoPipelineForText2Image.from_pretrained(
+            base_folder(bench.base), torch_dtype=bench.dtype, local_files_only=True
         ).to(bench.device)
+        self._pipeline.safety_checker = None
         self._pipeline.scheduler = DDIMScheduler.from_config(self._pipeline.scheduler.config)
         self._pipeline.unet.to(memory_format=torch.channels_last)
         self._pipeline.set_progress_bar_config(disable=True)
@@ -194,7 +196,7 @@ class PeftLoop:
     def draw(self, requests: Sequence[Request], *, shrink: bool = False) -> list[Pixels]:
         """Draw images together until the longest is done; shrink: those that are done leave the calls before."""
         base, device = self._base, self._base.device
-        texts = base.text_encoders.encode([*(request.prompt for request in requests), ""])
+        texts = TextCache(base)([*(request.prompt for request in requests), ""])
         sizes = [Sizes.drawn(base.resolution, base.resolution)] * len(texts)
         conditioning = Conditioning.of(texts, sizes)
         tables = [sampler_table("ddim", base.schedule, request.steps) for request in requests]

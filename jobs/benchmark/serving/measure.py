@@ -1,8 +1,8 @@
 """Serving many adapters: what they cost, and what the engine gains over what one would do without it.
 
 `python -m jobs.benchmark serving` (about half an hour on 2 cores) measures every part; all of a part's backends take
-short turns in one process. `--size sd15 --device cuda` does so on a GPU with a random U-Net of Stable Diffusion 1.5's
-size, which it makes itself: no hub, no Ray.
+short turns in one process. `--size sd15 --device cuda` does so on a GPU with a random base of that size, which it makes
+itself: no hub, no Ray. So does `--size sdxl`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from rich.console import Console
 
 from cat_cluster.models.device import choose_device
+from jobs.benchmark.random_bases import write_random_base
 from jobs.benchmark.record import RESULTS, Start, machine, read_result, write_result
 from jobs.benchmark.serving import between_steps, calls, rates, stacks
-from jobs.benchmark.serving.random_models import write_random_base
 from jobs.benchmark.serving.workbench import Scale, Workbench, open_workbench
 
 PARTS: dict[str, Callable[[Workbench], dict[str, Any]]] = {
@@ -46,6 +46,7 @@ class Size:
     parts: tuple[str, ...] = tuple(PARTS)
 
 
+_WITHOUT_JUDGE = tuple(part for part in PARTS if part != "probes")  # none knows a random base's images
 SIZES = {
     "pocket": Size("serving", lambda folder: "pocket", Scale()),
     "sd15": Size(
@@ -63,7 +64,24 @@ SIZES = {
             serial_images=4,
             arrivals=128,
         ),
-        parts=tuple(part for part in PARTS if part != "probes"),  # no judge of a random base's images
+        parts=_WITHOUT_JUDGE,
+    ),
+    "sdxl": Size(
+        "serving-sdxl",
+        lambda folder: write_random_base(folder / "base", "sdxl"),
+        Scale(
+            adapters=16,
+            concurrency=16,
+            mixes=(1, 16),
+            slots=(16,),
+            threads=(4,),
+            call_rows=(1, 2, 4, 8, 16),
+            stack_rows=(2, 8, 16),
+            images=32,
+            serial_images=4,
+            arrivals=64,
+        ),
+        parts=_WITHOUT_JUDGE,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""What is served in the serving benchmarks: adapters of chance in a real registry, and a base of chance."""
+"""What is served in the serving benchmarks: adapters of chance in a real registry."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import UNet2DConditionModel
 
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.choices import Targets
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
@@ -67,41 +66,3 @@ def publish(
         reference=reference,
     )
     return Registry(open_store(str(storage))).publish(draft)
-
-
-def write_random_base(
-    folder: Path,
-    *,
-    unet: Mapping[str, Any] | None = None,
-    vae: Mapping[str, Any] | None = None,
-    text: Mapping[str, Any] | None = None,
-) -> str:
-    """Write a Stable Diffusion with random half-precision weights in diffusers layout; return its folder.
-
-    The sizes are those of Stable Diffusion 1.5 if not said otherwise, but for the pocket base's small vocabulary.
-    """
-    pocket = load_base_model("pocket")
-    torch.manual_seed(0)
-    tokenizer = pocket.tokenizer
-    width = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
-    settings = {**width, **(text or {})}
-    tokenizer.model_max_length = int(settings.setdefault("max_position_embeddings", 77))
-    vae_settings = {
-        "block_out_channels": (128, 256, 512, 512),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 2,
-        "sample_size": 512,
-    }
-    pipeline = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**{"sample_size": 64, "cross_attention_dim": 768, **(unet or {})}).half(),
-        vae=AutoencoderKL(**(vae or vae_settings)).half(),
-        text_encoder=CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **settings)).half(),
-        tokenizer=tokenizer,
-        scheduler=DDIMScheduler.from_config(dict(pocket.schedule.scheduler_config)),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
-    return str(folder)

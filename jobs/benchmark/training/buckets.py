@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from rich.console import Console
 
 from cat_cluster.data.crops import Size, bucket_of
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from jobs.benchmark.random_bases import random_base
 from jobs.benchmark.record import Start, write_result
 from jobs.benchmark.timing import (
     PHOTOS,
     StepOptions,
     concept_task,
     pack_step,
-    sd15_sized_base,
     seconds_of,
     take_turns,
 )
@@ -29,21 +30,22 @@ from jobs.benchmark.timing import (
 # Six photos of a phone that was held both ways, two of them cropped by hand, as width and height.
 SHAPES = ((3024, 4032), (3024, 4032), (4032, 3024), (4032, 3024), (2000, 2000), (1080, 1920))
 ROWS = 4
-PACKS = (1, 4, 8)
+PACKS = {"pocket": (1, 4, 8), "sd15": (1, 4, 8), "sdxl": (1, 2)}
 STEPS = PHOTOS // 2  # in which a concept's four rows are each photo twice
 SQUARES, LIKE, UNLIKE = "squares", "like", "unlike"
 BASES: dict[str, tuple[str, Callable[[], BaseModel], StepOptions]] = {
     "pocket": ("buckets", lambda: load_base_model("pocket"), StepOptions(joint_rows=True, fraction=0.5)),
-    "sd15": ("buckets-gpu", sd15_sized_base, StepOptions(joint_rows=True, fraction=0.5, bf16=True)),
+    "sd15": ("buckets-gpu", random_base, StepOptions(joint_rows=True, fraction=0.5, bf16=True)),
+    "sdxl": ("buckets-sdxl", partial(random_base, "sdxl"), StepOptions(joint_rows=True, fraction=0.5, bf16=True)),
 }
 
 
 def run(start: Start, console: Console, size_name: str = "pocket", *, turns: int = 7) -> Path:
-    """Time steps of 1, 4 and 8 adapters on squares and on buckets, in turns, and write the result file."""
+    """Time steps of packs of a size on squares and on buckets, in turns, and write the result file."""
     result, load, options = BASES[size_name]
     base = load()
     packs = {}
-    for adapters in PACKS:
+    for adapters in PACKS[size_name]:
         packs[str(adapters)] = compare_sizes(base, adapters, options, turns)
         console.print(f"{adapters} adapters: {json.dumps(packs[str(adapters)]['time_per_pixel'])}")
     sizes = bucket_sizes(base)

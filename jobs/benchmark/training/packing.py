@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from rich.console import Console
 
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.teacher import TeacherPool
+from jobs.benchmark.random_bases import random_base
 from jobs.benchmark.record import ROOT, Start, write_result
-from jobs.benchmark.timing import StepOptions, concept_task, pack_step, sd15_sized_base, seconds_of, take_turns
+from jobs.benchmark.timing import StepOptions, concept_task, pack_step, seconds_of, take_turns
 from jobs.benchmark.training.peft_loop import peft_step
 
-ADAPTERS = 8
 TRAINING_STEPS = 300  # of the concepts per hour; every method does equally many
 MEMORY_ROWS = 4
 SMALL_POOL = 16  # the frontier's cat-pool16: a pool of 64 draws holds more entries than a short run has CAT rows
@@ -27,12 +28,18 @@ SMALL_POOL = 16  # the frontier's cat-pool16: a pool of 64 draws holds more entr
 
 @dataclass(frozen=True)
 class Size:
-    """A base model and how it is trained: `same` has the reference's rows and loss, `optimised` fewer rows."""
+    """A base model and how it is trained: `same` has the reference's rows and loss, `optimised` fewer rows.
+
+    adapters: how many are compared; rows: of each concept; largest: pack whose memory is measured.
+    """
 
     result: str
     load: Callable[[], BaseModel]
     same: StepOptions
     optimised: StepOptions
+    adapters: int = 8
+    rows: tuple[int, ...] = (1, 2, 4)
+    largest: int = 32
 
 
 SIZES = {
@@ -44,43 +51,58 @@ SIZES = {
     ),
     "sd15": Size(
         "packing-gpu",
-        sd15_sized_base,
+        random_base,
         StepOptions(joint_rows=True, bf16=True),
         StepOptions(joint_rows=True, fraction=0.5, pool_size=SMALL_POOL, bf16=True, compile=True),
+    ),
+    # By arithmetic a row of 1024 pixels keeps 6 GiB in bf16: eight rows, four with a CAT term each, fill half an H200.
+    "sdxl": Size(
+        "packing-sdxl",
+        partial(random_base, "sdxl"),
+        StepOptions(joint_rows=True, bf16=True),
+        StepOptions(joint_rows=True, fraction=0.5, pool_size=SMALL_POOL, bf16=True),
+        adapters=4,
+        rows=(1,),
+        largest=8,
     ),
 }
 
 
-def run(
-    start: Start, console: Console, size_name: str = "pocket", *, steps: int = 2, turns: int = 3, largest: int = 32
-) -> Path:
-    """Time 8 adapters with every method at 1, 2 and 4 rows per concept; measure the peak memory of 1 .. 32 adapters."""
+def run(start: Start, console: Console, size_name: str = "pocket", *, steps: int = 2, turns: int = 3) -> Path:
+    """Time the adapters of a size with every method, and measure the peak memory of packs up to its largest."""
     size = SIZES[size_name]
     base = size.load()
     rows = {}
-    for count in (1, 2, 4):
+    for count in size.rows:
         rows[str(count)] = compare_methods(base, size, count, steps, turns)
         console.print(f"{count} rows per concept: {json.dumps(rows[str(count)]['speed_up'])}")
     memory = {}
-    for adapters in (k for k in (1, 2, 4, 8, 16, 32) if k <= largest):
+    for adapters in (k for k in (1, 2, 4, 8, 16, 32) if k <= size.largest):
         peak = _peak_mib(size_name, adapters)
         memory[str(adapters)] = {"peak_mib": peak, "per_concept_mib": peak / adapters}
         console.print(f"{adapters} adapters: {peak:.0f} MiB")
     return write_result(
         size.result,
-        {"adapters": ADAPTERS, "training_steps": TRAINING_STEPS, "rows": rows, "memory": memory},
+        {
+            "size": size_name,
+            "adapters": size.adapters,
+            "training_steps": TRAINING_STEPS,
+            "rows": rows,
+            "memory": memory,
+        },
         start,
     )
 
 
 def compare_methods(base: BaseModel, size: Size, rows: int, steps: int, turns: int) -> dict[str, Any]:
-    """Seconds per step of all 8 adapters by each method; an adapter's step counts 8 times where they run one by one."""
+    """Seconds per step of all adapters by each method; a step counts for each of them where they run one by one."""
+    count = size.adapters
     methods = {
-        "reference": _reference(base, rows, size.same, steps),
-        "sequential": _ours(base, 1, rows, size.same, steps),
-        "packed": _ours(base, ADAPTERS, rows, size.same, steps),
-        "sequential, optimised": _ours(base, 1, rows, size.optimised, steps),
-        "packed, optimised": _ours(base, ADAPTERS, rows, size.optimised, steps),
+        "reference": _reference(base, count, rows, size.same, steps),
+        "sequential": _ours(base, 1, count, rows, size.same, steps),
+        "packed": _ours(base, count, 1, rows, size.same, steps),
+        "sequential, optimised": _ours(base, 1, count, rows, size.optimised, steps),
+        "packed, optimised": _ours(base, count, 1, rows, size.optimised, steps),
     }
     times = take_turns(methods, turns)
 
@@ -88,12 +110,12 @@ def compare_methods(base: BaseModel, size: Size, rows: int, steps: int, turns: i
         return times[slow].ratio(times[fast])
 
     # Filling the pool is part of training with it: counted into every step, 1/300 each.
-    fill = _fill_seconds(base, rows, size.optimised) / TRAINING_STEPS
+    fill = count * _fill_seconds(base, rows, size.optimised) / TRAINING_STEPS
     with_fill = (times["packed, optimised"].median + fill) / times["packed, optimised"].median
     return {
         "step_seconds": {name: timed.median for name, timed in times.items()},
         "pool_fill_seconds_per_step": fill,
-        "concepts_per_hour": {name: ADAPTERS * 3600 / (TRAINING_STEPS * timed.median) for name, timed in times.items()},
+        "concepts_per_hour": {name: count * 3600 / (TRAINING_STEPS * timed.median) for name, timed in times.items()},
         "speed_up": {
             "packed over sequential": faster("sequential", "packed"),
             "packed over reference": faster("reference", "packed"),
@@ -102,7 +124,9 @@ def compare_methods(base: BaseModel, size: Size, rows: int, steps: int, turns: i
     }
 
 
-def _ours(base: BaseModel, adapters: int, rows: int, options: StepOptions, steps: int) -> Callable[[], float]:
+def _ours(
+    base: BaseModel, adapters: int, times: int, rows: int, options: StepOptions, steps: int
+) -> Callable[[], float]:
     tasks = [concept_task(base, f"adapter-{n}", rows, options) for n in range(adapters)]
 
     pool = TeacherPool()
@@ -110,16 +134,16 @@ def _ours(base: BaseModel, adapters: int, rows: int, options: StepOptions, steps
     def measure() -> float:
         with pack_step(base, tasks, options, pool) as step:
             step()
-            return seconds_of(step, steps) * (ADAPTERS // adapters)
+            return seconds_of(step, steps) * times
 
     return measure
 
 
-def _reference(base: BaseModel, rows: int, options: StepOptions, steps: int) -> Callable[[], float]:
+def _reference(base: BaseModel, times: int, rows: int, options: StepOptions, steps: int) -> Callable[[], float]:
     def measure() -> float:
         step, _ = peft_step(base, rows, options)
         step()
-        return seconds_of(step, steps) * ADAPTERS
+        return seconds_of(step, steps) * times
 
     return measure
 
@@ -132,7 +156,7 @@ def _fill_seconds(base: BaseModel, rows: int, options: StepOptions) -> float:
         with pack_step(base, [task], options):
             pass
 
-    return seconds_of(work, 1) * ADAPTERS
+    return seconds_of(work, 1)
 
 
 def _peak_mib(size_name: str, adapters: int) -> float:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from cat_cluster.models.base_model import load_base_model
 from cat_cluster.telemetry import PROBE_ROW_STEPS, ROW_STEPS, UNET_SECONDS, WAIT_SECONDS
 from jobs.benchmark.__main__ import app
 from jobs.benchmark.pages import page_texts, write_pages
+from jobs.benchmark.random_bases import write_random_base
 from jobs.benchmark.record import ROOT, begin, read_result
 from jobs.benchmark.serving import calls, rates
 from jobs.benchmark.serving import measure as serving
@@ -28,7 +30,6 @@ from jobs.benchmark.serving.baselines import static_batches
 from jobs.benchmark.serving.between_steps import spent_on_probes, waits_in_steps
 from jobs.benchmark.serving.calls import banked
 from jobs.benchmark.serving.measure import PARTS, Size
-from jobs.benchmark.serving.random_models import write_random_base
 from jobs.benchmark.serving.rates import busy_rate
 from jobs.benchmark.serving.verdicts import verdicts
 from jobs.benchmark.serving.workbench import Numbering, Request, Scale, take_turns_for
@@ -52,28 +53,42 @@ TINY = Scale(
 MEASURED = tuple(part for part in PARTS if part != "probes")  # a tiny base has no judge
 
 
+_VAE = {
+    "block_out_channels": (8, 8),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+_TEXT = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+_UNET = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8}
+
+
 def tiny_base(folder: Path) -> str:
-    return write_random_base(
-        folder / "base",
-        unet={
-            "sample_size": 8,
-            "cross_attention_dim": 32,
-            "block_out_channels": (16, 32),
-            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "layers_per_block": 1,
-            "attention_head_dim": 4,
-            "norm_num_groups": 8,
-        },
-        vae={
-            "block_out_channels": (8, 8),
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "norm_num_groups": 4,
-            "sample_size": 16,
-        },
-        text={"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
-    )
+    unet = {
+        **_UNET,
+        "cross_attention_dim": 32,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": 4,
+    }
+    return write_random_base(folder / "base", "sd15", {"unet": unet, "vae": _VAE, "text_encoder": _TEXT})
+
+
+def tiny_xl_base(folder: Path) -> str:
+    unet = {
+        **_UNET,
+        "cross_attention_dim": 64,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "attention_head_dim": (2, 4),
+        "transformer_layers_per_block": (1, 1),
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 32,
+    }
+    second = {**_TEXT, "projection_dim": 32}
+    changes = {"unet": unet, "vae": _VAE, "text_encoder": _TEXT, "text_encoder_2": second}
+    return write_random_base(folder / "base", "sdxl", changes)
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +128,23 @@ def test_every_way_draws_the_same_images(result: dict[str, Any]) -> None:
     assert all(gap["max"] <= 1.0 for gap in differences.values())  # of 255: rounding
     call = result["parts"]["overhead"]["difference"]
     assert call["to_peft"] < 1e-5 < call["to_bare"]
+
+
+@pytest.mark.slow
+def test_the_parts_draw_the_same_images_of_an_sdxl(tmp_path: Path) -> None:
+    few = replace(TINY, images=2, serial_images=2, mixes=(1,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(serving.SIZES, "tiny-xl", Size("serving-sdxl", tiny_xl_base, few, ("overhead", "serial", "peft")))
+        for module, number in ((rates, "ADAPTERS"), (calls, "PEFT_ADAPTERS")):
+            patch.setattr(module, number, 2)
+        quiet, start = Console(quiet=True), begin(allow_dirty=True)
+        serving.run(start, quiet, (), "tiny-xl", "cpu", 0.0, own_processes=False, results=tmp_path)
+    found = read_result("serving-sdxl", tmp_path)
+    assert found is not None
+    differences = {**found["parts"]["serial"]["differences"], **found["parts"]["peft"]["differences"]}
+    assert all(gap["max"] <= 1.0 for gap in differences.values())  # of 255: rounding
+    assert found["parts"]["overhead"]["difference"]["to_peft"] < 1e-5
+    assert "(a GPU, a random base of Stable Diffusion XL's size)" in page_texts(tmp_path)["serving-sdxl.md"]
 
 
 @pytest.mark.slow
@@ -188,9 +220,10 @@ def test_probes_need_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     ("arguments", "says"),
     [
         (["serving", "--only", "overheat"], "overhead"),
-        (["serving", "--size", "sdxl"], "sd15"),
+        (["serving", "--size", "sd3"], "sd15"),
         (["serving", "--size", "sd15", "--only", "probes"], "poisson"),
-        (["packing", "--size", "sdxl"], "pocket, sd15"),
+        (["packing", "--size", "sd3"], "pocket, sd15"),
+        (["buckets", "--size", "sd3"], "pocket, sd15"),
         (["cluster", "--only", "ray"], "sharding"),
         (["study", "--only", "triple"], "joint"),
         (["frontier", "--only", "nothing"], "alpha"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,8 +74,10 @@ def test_buckets_and_squares_are_compared_by_their_pixels(
     assert f"| 8 | 2000 | {2000 * share:.0f} | 1.00x | {4000 * share:.0f} |" in page_texts(tmp_path)["buckets.md"]
 
 
-def test_methods_are_compared_in_turns(base: BaseModel) -> None:
-    found = compare_methods(base, SIZES["pocket"], 1, 1, 1)
+@pytest.mark.parametrize("family", ["tiny_base_folder", "tiny_xl_folder"])
+def test_methods_are_compared_in_turns(request: pytest.FixtureRequest, family: str) -> None:
+    base = load_base_model(str(request.getfixturevalue(family)))
+    found = compare_methods(base, replace(SIZES["pocket"], adapters=2), 1, 1, 1)
     assert set(found["step_seconds"]) == {
         "reference",
         "sequential",
