@@ -82,7 +82,7 @@ class BaseModel:
         return self.latent_size * self.pixels_per_latent
 
     @property
-    def bucket_step(self) -> int:
+    def size_unit(self) -> int:
         """What the sides of an image must be multiples of, in pixels, for every level of the U-Net to halve them."""
         return self.pixels_per_latent << (len(self.unet.config.down_block_types) - 1)
 

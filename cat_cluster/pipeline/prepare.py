@@ -65,7 +65,7 @@ class PreparedAdapter:
     @property
     def bucket_step(self) -> int | None:
         """What the sides of the aspect buckets are multiples of, in pixels; None where crops are squares."""
-        return self.base.bucket_step if self.resolved.training.aspect_buckets else None
+        return self.base.size_unit if self.resolved.training.aspect_buckets else None
 
 
 def prepare(job: JobSpec, settings: Settings, registry: Registry) -> list[PreparedAdapter]:

@@ -22,7 +22,7 @@ def parse_sizes(sizes: Sequence[str] | None, base: BaseModel) -> tuple[Pixels, .
 
     Raises SpecError for a size that this base's U-Net cannot halve down to its lowest level.
     """
-    side, unit = base.resolution, size_unit(base)
+    side, unit = base.resolution, base.size_unit
     if sizes is None:
         longer = side * 3 // 2 // unit * unit
         return tuple(dict.fromkeys([(side, side), (longer, side), (side, longer)]))
@@ -51,8 +51,3 @@ def chosen_size(wanted: Pixels | None, served: Sequence[Pixels]) -> Pixels:
         offered = ", ".join(f"{width}x{height}" for width, height in served)
         raise SpecError(f"size: {wanted[0]}x{wanted[1]} is not served; choose one of {offered}")
     return wanted
-
-
-def size_unit(base: BaseModel) -> int:
-    """Return what both sides of an image must be a multiple of, in pixels."""
-    return base.pixels_per_latent << (len(base.unet.config.block_out_channels) - 1)

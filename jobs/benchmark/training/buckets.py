@@ -84,7 +84,7 @@ def compare_sizes(base: BaseModel, adapters: int, options: StepOptions, turns: i
 
 def bucket_sizes(base: BaseModel) -> list[Size]:
     """Return the bucket of each photo."""
-    return [bucket_of(Size(*shape), base.resolution, base.bucket_step) for shape in SHAPES]
+    return [bucket_of(Size(*shape), base.resolution, base.size_unit) for shape in SHAPES]
 
 
 def pixels(sizes: Sequence[Size]) -> int:
