@@ -1,4 +1,4 @@
-"""From a job spec to what is trained: the decoys of an adapter."""
+"""From a job spec to what is trained: an adapter's decoys, the sizes of its crops, its masks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from PIL import Image
 
 from cat_cluster.data.decoys import odd_words
 from cat_cluster.data.draws import AdapterTask
+from cat_cluster.errors import SpecError
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.pipeline import prepare
 from cat_cluster.settings import Settings
@@ -68,3 +69,27 @@ def test_decoys_are_keyed_as_all_draws_are(make_task: MakeTask) -> None:
 
 def test_without_decoy_rows_there_are_no_decoys(make_task: MakeTask) -> None:
     assert make_task("sks").concepts[0].decoys == ()
+
+
+def test_photos_are_cropped_to_buckets_and_masked_where_the_spec_says_so(make_task: MakeTask, tmp_path: Path) -> None:
+    Image.new("RGB", (40, 64), (20, 90, 200)).save(tmp_path / "2.png")
+    (plain,) = make_task("sks").concepts
+    assert [view.shape[1:] for view in plain.moments] == [(8, 8), (8, 8)]
+    assert plain.masks == ()
+    Image.new("L", (40, 64), 255).save(tmp_path / "2-mask.png")
+    (found,) = make_task("sks", aspect_buckets=True, masked_loss=True).concepts
+    assert [(size.target_width, size.target_height) for size in found.sizes] == [(16, 16), (12, 20)]
+    assert [view.shape[1:] for view in found.moments] == [(8, 8), (10, 6)]
+    first, second = found.masks
+    assert first is None
+    assert second is not None
+    assert second.shape == (1, 10, 6)
+
+
+def test_a_resolution_without_buckets_is_refused(make_task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Stable Diffusion's: its U-Net halves an image's side three times behind the VAE's eighth."""
+    monkeypatch.setattr(BaseModel, "size_unit", 16)
+    make_task("sks", resolution=32, aspect_buckets=True)
+    make_task("sks", resolution=40)
+    with pytest.raises(SpecError, match=r"training\.resolution: 40 is not a multiple of 16, .* \(adapter mug\)$"):
+        make_task("sks", resolution=40, aspect_buckets=True)
