@@ -79,13 +79,6 @@ class Conditioning:
         assert states is not None
         return Conditioning(states, *others)
 
-    def followed_by(self, other: Conditioning) -> Conditioning:
-        """Return these rows and, behind them, others of the same family and length of text."""
-        pairs = zip(self._parts, other._parts, strict=True)
-        states, *others = (None if one is None or two is None else torch.cat([one, two]) for one, two in pairs)
-        assert states is not None
-        return Conditioning(states, *others)
-
     @property
     def _parts(self) -> tuple[Tensor | None, ...]:
         return self.states, self.own_text, self.pooled, self.sizes

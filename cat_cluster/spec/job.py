@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -31,7 +31,14 @@ from cat_cluster.spec.fields import (
     Text,
     words,
 )
-from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
+from cat_cluster.spec.sections import (
+    ClusterSpec,
+    EvaluationSpec,
+    MonitoringSpec,
+    Section,
+    TextEncoderSpec,
+    TrainingSpec,
+)
 from cat_cluster.spec.uniqueness import all_token_repeats, id_repeats, token_repeats
 from cat_cluster.spec.yaml_file import FieldError, Location, SpecDocument, parse_yaml, read_yaml, spec_error
 
@@ -41,7 +48,16 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 
 # Adapters that were published before there were these fields are found under their revisions: at its default none of
 # them is a part of the digest.
-_LATER_TRAINING = ("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from")
+_LATER_TRAINING = (
+    "decoy_fraction",
+    "accumulate",
+    "ema",
+    "noise_offset",
+    "optimizer",
+    "block_lr_weights",
+    "init_from",
+    "text_encoder",
+)
 
 _RATES = {
     "adafactor": "0.5 to begin with, and a weight_decay of 0",
@@ -292,16 +308,7 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
     if training.warmup_steps is not None and training.warmup_steps >= training.steps:
         text = f"{training.warmup_steps} must be less than steps, which is {training.steps}"
         yield place("training", "warmup_steps"), text
-    if training.optimizer != "adamw" and "learning_rate" not in training.model_fields_set:
-        text = f"the default is for adamw, and optimizer is {training.optimizer}: give it, {_RATES[training.optimizer]}"
-        yield place("training", "learning_rate"), text
-    for group in training.block_lr_weights or {}:
-        if training.optimizer == "prodigy":
-            yield place("training", "block_lr_weights"), "prodigy finds one step size for all blocks; remove it"
-            break
-        if group not in _ADAPTED[training.blocks]:
-            text = f"{group} is not adapted with blocks: {training.blocks}; remove it, or adapt more blocks"
-            yield (*place("training", "block_lr_weights"), group), text
+    yield from _rate_errors(training, place)
     if evaluation.require is not None and not evaluation.enabled:
         # At the adapter's own half of the contradiction, if it has one: the job's half may be right for the others.
         own = [place("evaluation", key) for key in ("require", "enabled")]
@@ -316,6 +323,24 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
             if token.casefold() in words(prompt):
                 text = f"{prompt!r} holds the token {token!r}; leave it out, {{}} is replaced by it"
                 yield (*place("evaluation", "prompts"), number), text
+
+
+def _rate_errors(training: TrainingSpec, place: Callable[[Literal["training"], str], Location]) -> Iterator[FieldError]:
+    """Learning rates that mean nothing with the optimiser, or are of layers that are not adapted."""
+    if training.optimizer != "adamw" and "learning_rate" not in training.model_fields_set:
+        text = f"the default is for adamw, and optimizer is {training.optimizer}: give it, {_RATES[training.optimizer]}"
+        yield place("training", "learning_rate"), text
+    for group in training.block_lr_weights or {}:
+        if training.optimizer == "prodigy":
+            yield place("training", "block_lr_weights"), "prodigy finds one step size for all blocks; remove it"
+            break
+        if group not in _ADAPTED[training.blocks]:
+            text = f"{group} is not adapted with blocks: {training.blocks}; remove it, or adapt more blocks"
+            yield (*place("training", "block_lr_weights"), group), text
+    of_text = training.text_encoder
+    if training.optimizer == "prodigy" and of_text is not None and of_text.learning_rate is not None:
+        where = (*place("training", "text_encoder"), "learning_rate")
+        yield where, "prodigy finds one step size for all layers; remove it, as in text_encoder: {}"
 
 
 def _sharding_errors(adapter: ResolvedAdapter, cluster: ClusterSpec) -> Iterator[FieldError]:
@@ -349,6 +374,7 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "adapters": AdapterSpec,
     "concepts": ConceptSpec,
     "training": TrainingSpec,
+    "text_encoder": TextEncoderSpec,
     "cluster": ClusterSpec,
     "evaluation": EvaluationSpec,
     "monitoring": MonitoringSpec,

@@ -45,6 +45,16 @@ class Section(BaseModel):
     )
 
 
+class TextEncoderSpec(Section):
+    """How an adapter trains layers of the text encoders beside those of the U-Net."""
+
+    learning_rate: Positive | None = Field(
+        default=None,
+        le=1.0e30,
+        description="Highest learning rate of text encoders' layers; none means training.learning_rate.",
+    )
+
+
 class TrainingSpec(Section):
     """How adapters are trained; every field has a default, so a part of it is a whole spec too."""
 
@@ -90,6 +100,11 @@ class TrainingSpec(Section):
     blocks: Blocks = Field(
         default="all",
         description="Which blocks of the U-Net are adapted; the backward stops below the first adapted layer.",
+    )
+    text_encoder: TextEncoderSpec | None = Field(
+        default=None,
+        description="Adapt the text encoders too, as in {learning_rate: 1.0e-3}; {} does so at the U-Net's rate, none "
+        "leaves them alone.",
     )
     lr_schedule: LearningRateSchedule = Field(
         default="cosine", description="Course of the learning rate after warm-up; linear and cosine fall to 0."
