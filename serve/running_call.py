@@ -292,7 +292,7 @@ async def prepare_image(
     """
     call, deadline = plan.call, plan.deadline
     # Begun while the leases are awaited, unless an adapter that comes with them changes texts.
-    texts = [] if any(manifest.adapts_text for manifest in plan.manifests) else _begin_texts(parts.codec, plan, span)
+    texts = [] if any(manifest.text_layers for manifest in plan.manifests) else _begin_texts(parts.codec, plan, span)
     leases: tuple[Lease, ...] = ()
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):

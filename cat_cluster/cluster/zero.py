@@ -61,8 +61,12 @@ class ZeroEngine:
         )
         if stage in (1, 2, 3):
             self.optimizer.sum_over_shards = self.sum
-            runs = {slot: self._runs(slot, *own) for slot, own in enumerate(slots)}
-            self.optimizer.runs = {slot: own for slot, own in runs.items() if any(rate != 1.0 for _, rate in own)}
+            weighted = [
+                slot
+                for slot, (parameters, training) in enumerate(slots)
+                if any(rate_factor(training, name) != 1.0 for name in parameters)
+            ]
+            self.optimizer.runs = {slot: self._runs(slot, *slots[slot]) for slot in weighted}
         if stage == 3:
             # DeepSpeed gathers what stays whole after each step; the first forward needs it before.
             whole = self._engine.optimizer.persistent_parameters

@@ -190,9 +190,10 @@ class Manifest(ManifestHead):
         return ManifestHead.model_construct(**{name: getattr(self, name) for name in ManifestHead.model_fields})
 
     @property
-    def adapts_text(self) -> bool:
-        """Whether it changes layers of text encoders."""
-        return bool(self.training.get(TEXT_LAYERS))
+    def text_layers(self) -> int:
+        """How many layers of text encoders it changes."""
+        count = self.training.get(TEXT_LAYERS, 0)
+        return count if type(count) is int else 0
 
     @property
     def settings(self) -> ResolvedAdapter | ImportedAdapter:

@@ -72,7 +72,7 @@ def test_what_is_left_out_and_how_near_the_lora_is_are_told_and_kept(
     manifest = open_registry(storage).resolve("guest")
     assert published_weights(storage, "guest").digest() == found.weights.digest()
     assert any(name.startswith("text_encoder.") for name in found.weights.layers)
-    assert manifest.adapts_text
+    assert manifest.text_layers == 1
     left_out = sorted(key for key in load_file(mixed) if key.startswith((CONV, ELSEWHERE)))
     kinds = {"the text-encoder part": 2, "convolution layers larger than 1x1": 2}
     told = finished.json()
@@ -138,7 +138,7 @@ def test_a_text_encoders_part_comes_in_and_is_left_out_where_the_unet_alone_is_a
     assert manifest.revision != first, "a part of the file was taken for all of it"
     assert manifest.training["left_out"] == sorted(key for key in tensors if key.startswith(TEXT))
     assert "text_encoder_layers" not in manifest.training
-    assert not manifest.adapts_text
+    assert manifest.text_layers == 0
     assert list(published_weights(tmp_path / "storage", "guest").layers) == [
         "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     ]

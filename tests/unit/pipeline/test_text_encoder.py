@@ -62,7 +62,7 @@ def test_it_is_published_with_its_text_layers_also_from_a_pack_with_others(place
     assert set(weights.layers) == {*adapted_layers(base.unet, "attention"), *trained_text_paths(base)}
     assert all(bool(product.any()) for product in products(weights).values())
     assert words_manifest.training["text_encoder_layers"] == len(trained_text_paths(base))
-    assert (words_manifest.adapts_text, plain_manifest.adapts_text) == (True, False)
+    assert plain_manifest.text_layers == 0
     assert not of_text(place.weights(plain_manifest)).layers
     alone = place.weights(manifest_of(place.train("plain")))
     for name, product in products(place.weights(plain_manifest)).items():
