@@ -130,7 +130,9 @@ def field_table(model: type[BaseModel]) -> str:
     schema = model.model_json_schema()
     rows = ["\n| field | default | what it is |\n|---|---|---|\n"]
     for name, field in schema["properties"].items():
-        default = "required" if name in schema.get("required", ()) else _default_text(field["default"])
+        default = _default_text(field["default"]) if "default" in field else "see its text"
+        if name in schema.get("required", ()):
+            default = "required"
         rows.append(f"| `{name}` | {default} | {field['description']} |\n")
     return "".join([*rows, "\n"])
 

@@ -8,8 +8,9 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cat_cluster.models.prompt_weights import MOST_CHUNKS, PROMPT_CHUNKS
+from cat_cluster.models.prompt_weights import PROMPT_CHUNKS
 from cat_cluster.spec.choices import DriftPolicy, Precision, Targets, Weighting
+from cat_cluster.spec.fields import MOST_CHUNKS
 
 
 class ProbeSettings(BaseModel):

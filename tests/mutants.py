@@ -37,9 +37,9 @@ MUTANTS = (
     # data
     Mutant("data", "cat_cluster/data/latents.py", " {self.base.fingerprint} ", " ", "data/test_latents.py"),
     Mutant("data", "cat_cluster/data/latents.py", " {self.base.dtype}", "", "data/test_latents.py"),
-    Mutant("data", "cat_cluster/data/latents.py", "{example.digest} ", "", "data/test_latents.py"),
-    Mutant("data", "cat_cluster/data/latents.py", " {crop} ", " ", "data/test_latents.py"),
-    Mutant("data", "cat_cluster/data/draws.py", '*key, "epoch", epoch', '*key, "epoch"', "data/test_draws.py"),
+    Mutant("data", "cat_cluster/data/latents.py", "{view.example.digest} ", "", "data/test_latents.py"),
+    Mutant("data", "cat_cluster/data/latents.py", " {view.crop} ", " ", "data/test_latents.py"),
+    Mutant("data", "cat_cluster/data/views.py", '*key, "epoch", epoch', '*key, "epoch"', "data/test_views.py"),
     Mutant(
         "data",
         "cat_cluster/data/draws.py",
@@ -60,8 +60,8 @@ MUTANTS = (
     Mutant(
         "data",
         "cat_cluster/data/draws.py",
-        "cat_weight=concept.alpha * factor * weight",
-        "cat_weight=concept.alpha * weight",
+        "held = concept.alpha * weight * alpha_factor",
+        "held = weight * alpha_factor",
         "data/test_draws.py",
     ),
     Mutant(
@@ -95,8 +95,8 @@ MUTANTS = (
     Mutant(
         "data",
         "cat_cluster/data/decoys.py",
-        "for prompt in others if prompt not in taught",
-        "for prompt in others",
+        "in others if replace_token(caption, concept.token, word) not in taught",
+        "in others",
         "data/test_decoys.py",
     ),
     Mutant(
@@ -107,6 +107,38 @@ MUTANTS = (
         "data/test_decoys.py",
     ),
     Mutant("data", "cat_cluster/data/draws.py", '*name, "decoy")', "*name)", "data/test_draws.py"),
+    Mutant(
+        "data",
+        "cat_cluster/data/draws.py",
+        "return changed, remove_token(changed, concept.token)",
+        "return changed, concept.removed_prompts[view]",
+        "data/test_caption_changes.py",
+    ),
+    Mutant("data", "cat_cluster/data/draws.py", '*name, "caption")', '"caption")', "data/test_caption_changes.py"),
+    Mutant(
+        "data",
+        "cat_cluster/data/draws.py",
+        "replace_token(prompt, concept.token, words",
+        "replace_token(concept.prompts[view], concept.token, words",
+        "data/test_caption_changes.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/caption_changes.py",
+        "and noun.isdisjoint(words(tag))",
+        "",
+        "data/test_caption_changes.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/caption_changes.py",
+        "key=length, reverse=True",
+        "key=length",
+        "data/test_caption_changes.py",
+    ),
+    Mutant(
+        "data", "cat_cluster/data/photos.py", 'image.format in ("JPEG", "MPO")', "image.format", "data/test_heif.py"
+    ),
     Mutant("data", "cat_cluster/data/draws.py", '(*name, "decoy")', '("decoy")', "data/test_draws.py"),
     Mutant("data", "cat_cluster/pipeline/prepare.py", "never=DECOYS)", "never=())", "pipeline/test_prepare.py"),
     Mutant(
@@ -125,6 +157,13 @@ MUTANTS = (
         "data/test_latents.py",
     ),
     # training
+    Mutant(
+        "training",
+        "cat_cluster/training/loop.py",
+        "TextCache(base, trainings[0].prompt_chunks, most)",
+        "TextCache(base, 1, most)",
+        "training/test_long_captions.py",
+    ),
     Mutant(
         "training",
         "cat_cluster/training/checkpoint.py",
@@ -160,22 +199,45 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/step.py",
-        "[batch.sizes[row] for row in cat.tolist()]",
-        "[batch.sizes[0] for row in cat.tolist()]",
+        "[batch.sizes[i] for i in row_M.tolist()]",
+        "[batch.sizes[0] for _ in row_M.tolist()]",
         "training/test_step.py",
     ),
     Mutant(
         "training",
-        "cat_cluster/data/latents.py",
-        "round(top * scale), round(left * scale)",
-        "round(left * scale), round(top * scale)",
-        "data/test_latents.py",
+        "cat_cluster/data/crops.py",
+        "round(top * down), round(left * across)",
+        "round(left * across), round(top * down)",
+        "data/test_crops.py",
+    ),
+    Mutant(
+        "data",
+        "cat_cluster/data/crops.py",
+        "key=lambda size: (share_cut(photo, size), -size.width * size.height, size)",
+        "key=lambda size: (-size.width * size.height, share_cut(photo, size), size)",
+        "data/test_crops.py",
+    ),
+    Mutant("data", "cat_cluster/data/masks.py", "None if photo.alpha is None", "None if True", "data/test_masks.py"),
+    Mutant(
+        "data",
+        "cat_cluster/data/draws.py",
+        "if _mask(concept, view) is not None:\n                    yield",
+        "if False:\n                    yield",
+        "training/test_teacher.py",
     ),
     Mutant(
         "training",
+        "cat_cluster/training/losses.py",
+        "mask_B1HW.sum((1, 2, 3)) * error.shape[1]",
+        "torch.full_like(weight_B, error[0].numel())",
+        "training/test_step.py",
+    ),
+    Mutant("training", "cat_cluster/training/step.py", "1 - inside[row]", "whole", "training/test_step.py"),
+    Mutant(
+        "training",
         "cat_cluster/data/latents.py",
-        'prompt == "" and encoders.zeros_without_text',
-        "False",
+        'negative=prompt == ""',
+        "negative=False",
         "data/test_latents.py",
     ),
     Mutant(
@@ -275,22 +337,22 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/step.py",
-        "slot, sizes = batch.adapter_B + 1,",
-        "slot, sizes = torch.ones_like(batch.adapter_B),",
+        "    slot = batch.adapter_B + 1",
+        "    slot = torch.ones_like(batch.adapter_B)",
         "training/test_step.py",
     ),
     Mutant(
         "training",
         "cat_cluster/training/step.py",
-        "torch.cat([slot, slot[cat]])",
-        "torch.cat([slot, slot[: len(cat)]])",
+        "slot=slot[row_M])",
+        "slot=slot[: len(row_M)])",
         "training/test_step.py",
     ),
     Mutant(
         "training",
         "cat_cluster/training/step.py",
-        "row_weight = torch.cat([row_weight, batch.cat_weight_M])",
-        "row_weight = torch.cat([row_weight, row_weight[cat]])",
+        "torch.cat([weight_in_loss, batch.cat_weight_M[order]])",
+        "torch.cat([weight_in_loss, weight_in_loss[row_M]])",
         "training/test_step.py",
     ),
     # lora
@@ -620,15 +682,15 @@ MUTANTS = (
     Mutant(
         "text encoders",
         "cat_cluster/training/step.py",
-        "prior = read.bare(batch.prior_prompts)",
-        "prior = read(batch.prior_prompts, slot[cat])",
+        "            read.bare(prompts),",
+        "            read(prompts, slot[row_M]),",
         "training/test_text_encoder.py",
     ),
     Mutant(
         "text encoders",
         "cat_cluster/training/texts.py",
-        "text_rows([slot for _, slot in adapted])",
-        "text_rows([1 for _ in adapted])",
+        "slots = [slot for _, slot in adapted]",
+        "slots = [1 for _ in adapted]",
         "training/test_text_encoder.py",
     ),
     Mutant(

@@ -248,7 +248,9 @@ def spec_check(
     as_json: AsJson = False,
 ) -> None:
     """Check a job spec, its base models and photos, and print the adapters it would train. Nothing is trained."""
-    from cat_cluster.data.concepts import load_concepts
+    from cat_cluster.data.caption_changes import tag_warnings
+    from cat_cluster.data.concepts import folder_warnings, load_concepts
+    from cat_cluster.data.crops import crop_warnings
     from cat_cluster.data.text_length import check_caption_lengths
     from cat_cluster.models.base_names import check_bases
     from cat_cluster.models.text_limit import local_text_limit
@@ -274,10 +276,12 @@ def spec_check(
         if base in away or limit is None
     ]
     for adapter in adapters:
-        concepts = load_concepts(adapter.id, adapter.concepts)
+        concepts = load_concepts(adapter.id, adapter.concepts, masked=adapter.training.masked_loss)
         read[adapter.id] = [_what_was_read(one) for one in concepts]
+        warnings += crop_warnings(adapter.id, concepts, adapter.training)
+        warnings += folder_warnings(adapter.id, concepts) + tag_warnings(adapter.id, concepts, adapter.training)
         limit = limits[adapter.base]
-        warnings += () if limit is None else check_caption_lengths(adapter.id, concepts, limit)
+        warnings += () if limit is None else check_caption_lengths(adapter.id, concepts, limit, adapter.training)
     if as_json:
         print_json(
             {"adapters": [adapter.model_dump(mode="json") for adapter in adapters], "read": read, "warnings": warnings}
@@ -293,7 +297,8 @@ def spec_check(
             passed_over = (
                 f"; passed over: {', '.join(map(shown_name, one['passed_over']))}" if one["passed_over"] else ""
             )
-            line = f"   {one['token']}: {number}, captions from {one['captions_from']}{passed_over}"
+            masks = f", {one['masks']} with a mask" if adapter.training.masked_loss else ""
+            line = f"   {one['token']}: {number}{masks}, captions from {one['captions_from']}{passed_over}"
             people.print(line, markup=False, highlight=False, soft_wrap=True)
     for warning in warnings:
         people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
@@ -303,6 +308,7 @@ def _what_was_read(concept: Concept) -> dict[str, Any]:
     return {
         "token": concept.token,
         "photos": len(concept.examples),
+        "masks": sum(example.mask is not None for example in concept.examples),
         "captions_from": concept.captions_from,
         "passed_over": list(concept.passed_over),
     }

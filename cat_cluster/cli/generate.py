@@ -18,8 +18,9 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.values import png_file, read_file
-from cat_cluster.models.prompt_weights import MOST_CHUNKS, PROMPT_CHUNKS
+from cat_cluster.models.prompt_weights import PROMPT_CHUNKS
 from cat_cluster.spec.choices import SamplerName, Weighting
+from cat_cluster.spec.fields import MOST_CHUNKS
 
 PromptText = Annotated[
     str,

@@ -72,9 +72,12 @@ def submit(
     """
     from cat_cluster.cluster.ray_jobs import open_cluster
     from cat_cluster.cluster.submit import read_runtime_env, submit_run
+    from cat_cluster.data.concepts import upload_warnings
     from cat_cluster.spec.job import load_spec
 
     job = load_spec(spec)
+    for warning in upload_warnings(job.adapters):
+        people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
     cluster = open_cluster(address, token, ca)
     store = open_store(storage or job.storage or load_settings().storage)
     environment = read_runtime_env(runtime_env, env or (), pass_env or (), image)

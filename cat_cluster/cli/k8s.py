@@ -167,11 +167,14 @@ def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: 
 
     job = load_spec(spec)
     store = open_store(storage or job.storage or load_settings().storage)
-    run_id = None
+    run_id, warnings = None, sizes_of(job, options).warnings
     if upload:
+        from cat_cluster.data.concepts import upload_warnings
+
+        warnings += upload_warnings(job.adapters)
         job, run_id = upload_job(job, store)
     ray_job = render_job(job, store.url, options, run_id=run_id, upload_to=store if upload else None)
-    _write(ray_job, out, sizes_of(job, options).warnings)
+    _write(ray_job, out, warnings)
     if run_id is not None:
         run = Run(store, run_id)
         run.expect(expectation_of(ray_job, options, after=run.last_attempt()))

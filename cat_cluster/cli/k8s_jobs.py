@@ -78,6 +78,7 @@ def submit(
     from cat_cluster.cluster.kuberay.client.storage import pod_settings, storage_of, storage_reached
     from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, check_options, sizes_of
     from cat_cluster.cluster.kuberay.rendering.sizes import Overrides
+    from cat_cluster.data.concepts import upload_warnings
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 
@@ -85,7 +86,7 @@ def submit(
     options = RenderOptions(name, namespace, image, gpu, packs, hours, suspend, queue, priority, sizes)
     check_options(options)
     job = load_spec(spec)
-    for warning in sizes_of(job, options).warnings:
+    for warning in (*sizes_of(job, options).warnings, *upload_warnings(job.adapters)):
         _say(f"warning: {warning}")
     api = _open(context, namespace)
     check_cluster(api)

@@ -142,7 +142,10 @@ def image_digests_of(job: JobSpec) -> list[list[str]]:
     from cat_cluster.data.concepts import load_concepts
     from cat_cluster.pipeline.publish import image_digests
 
-    return [image_digests(load_concepts(adapter.id, adapter.concepts)) for adapter in job.adapters]
+    return [
+        image_digests(load_concepts(adapter.id, adapter.concepts, masked=adapter.training.masked_loss))
+        for adapter in job.resolved()
+    ]
 
 
 def progress_or_none(run: Run, *, damaged_ok: bool) -> RunProgress | None:

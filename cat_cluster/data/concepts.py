@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -11,13 +11,15 @@ from pathlib import Path
 from PIL import Image
 
 from cat_cluster.data.captions import read_captions
-from cat_cluster.data.photo_folder import find_images, passed_over
-from cat_cluster.data.photos import MOST_DECODED_BYTES, decoded_bytes, read_image
+from cat_cluster.data.masks import Mask, mask_of_alpha, masks_among, read_mask, refuse_masks
+from cat_cluster.data.photo_folder import find_images, folder_with_photos, passed_over
+from cat_cluster.data.photos import MOST_DECODED_BYTES, decoded_bytes, read_photo
 from cat_cluster.data.s3_photos import local_images
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.fields import words
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.folder_name import read_folder_name
+from cat_cluster.spec.job import AdapterSpec, ConceptSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +27,8 @@ class Example:
     """One photo with its prompt.
 
     path, digest: the file and the digest of what was read from it. image: RGB in sRGB, upright, alpha laid over white.
-    prompt: the caption y_T. prior_prompt: y, the same with only the token removed.
+    prompt: the caption y_T. prior_prompt: y, the same with only the token removed. mask: where in it the concept is;
+    None where all of it counts.
     """
 
     path: Path
@@ -33,6 +36,7 @@ class Example:
     image: Image.Image
     prompt: str
     prior_prompt: str
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +44,7 @@ class Concept:
     """A subject to teach: its N examples, its token, and the weights of its loss terms (alpha_k and weight_k).
 
     captions_from: where the prompts come from, in words. passed_over: names in the folder that were not used.
+    warnings: what people should know of how the folder was read.
     """
 
     token: str
@@ -49,6 +54,7 @@ class Concept:
     examples: tuple[Example, ...]
     captions_from: str = ""
     passed_over: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def has_token(prompt: str, token: str) -> bool:
@@ -74,35 +80,74 @@ def replace_token(prompt: str, token: str, word: str) -> str:
     return re.sub(r"[^\s,]+", lambda found: word if found[0].casefold() == token.casefold() else found[0], prompt)
 
 
-def load_concept(spec: ConceptSpec, cache_dir: Path | None = None) -> Concept:
+def load_concept(spec: ConceptSpec, cache_dir: Path | None = None, *, masked: bool = False) -> Concept:
     """Read the images and captions of one concept, in the order of their file names.
 
-    cache_dir: where photos from an s3:// address are kept; by default the cache of the settings.
+    cache_dir: where photos from an s3:// address are kept; by default the cache of the settings. masked: whether the
+    photos' masks are read, files beside them or their own transparency; a file is refused where they are not.
     Raises ConceptError that names every file that cannot be used, and what to do: an empty or missing folder, one with
     photos in subfolders, a damaged, tiny or huge image, more photos than memory should hold, an s3:// address that
     cannot be read, captions that are missing, disagree, lack the token, or are of a kind that is not read.
     """
     local = local_images(spec.images, cache_dir)
     folder = local.folder
-    paths = find_images(folder)
+    found = find_images(folder)
+    masks = masks_among(found)
+    if not masked:
+        refuse_masks(masks)
+    mask_of = {photo: mask for mask, photo in masks.items()}
+    paths = tuple(path for path in found if path not in masks)
     captions = read_captions(spec, folder, paths)
     _refuse_without_token(spec, captions.by_image)
     examples, errors = [], _header_errors(folder, paths)
     for path in paths:
         if path in errors:
             continue
+        prompt = captions.by_image[path]
         try:
-            image, digest = read_image(path)
+            examples.append(_example(spec, path, prompt, mask_of.get(path), masked=masked))
         except ConceptError as error:
             errors[path] = str(error)
-            continue
-        prompt = captions.by_image[path]
-        examples.append(Example(path, digest, image, prompt, remove_token(prompt, spec.token)))
     if errors:
         lines = [errors[path] for path in paths if path in errors]
         raise ConceptError("\n".join([f"images: {folder} has files that cannot be used:", *lines]))
-    left = tuple(sorted({*passed_over(folder, (*paths, *captions.files)), *local.left_there}))
-    return Concept(spec.token, spec.class_noun, spec.alpha, spec.weight, tuple(examples), captions.source, left)
+    left = tuple(sorted({*passed_over(folder, (*found, *captions.files)), *local.left_there}))
+    return Concept(
+        token=spec.token,
+        class_noun=spec.class_noun,
+        alpha=spec.alpha,
+        weight=spec.weight,
+        examples=tuple(examples),
+        captions_from=captions.source,
+        passed_over=left,
+        warnings=tuple(_name_warnings(spec, local.name)),
+    )
+
+
+def _name_warnings(spec: ConceptSpec, name: str) -> Iterator[str]:
+    """Yield what kohya's trainer would read in a folder's name and is not done here."""
+    named = read_folder_name(name)
+    if named is None:
+        return
+    if not named.fits(spec.token, spec.class_noun):
+        yield (
+            f"images: {shown_name(name)!r} is named for {f'{named.token} {named.class_noun}'.strip()!r}, as kohya's "
+            f"trainer has it, and {spec.token} {spec.class_noun} is taught from it, as the spec says"
+        )
+    if named.repeats > 1:
+        yield (
+            f"images: the {named.repeats} of {shown_name(name)!r}, the repeats of kohya's trainer, changes nothing: "
+            "each concept has as many rows, and each of its photos is seen equally often; `weight` gives a concept a "
+            "larger share"
+        )
+
+
+def _example(spec: ConceptSpec, path: Path, prompt: str, mask: Path | None, *, masked: bool) -> Example:
+    photo = read_photo(path)
+    where = None
+    if masked:
+        where = mask_of_alpha(path, photo) if mask is None else read_mask(mask, photo)
+    return Example(path, photo.digest, photo.image, prompt, remove_token(prompt, spec.token), where)
 
 
 def _header_errors(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
@@ -125,14 +170,43 @@ def _header_errors(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
     return errors
 
 
-def load_concepts(adapter_id: str, specs: Sequence[ConceptSpec], cache_dir: Path | None = None) -> tuple[Concept, ...]:
-    """Read all concepts of an adapter and check their tokens; raises ConceptError naming the adapter too."""
+def load_concepts(
+    adapter_id: str, specs: Sequence[ConceptSpec], cache_dir: Path | None = None, *, masked: bool = False
+) -> tuple[Concept, ...]:
+    """Read all concepts of an adapter and check their tokens; raises ConceptError naming the adapter too.
+
+    masked: as in load_concept; refused where no photo has a mask.
+    """
     try:
-        concepts = tuple(load_concept(spec, cache_dir) for spec in specs)
+        concepts = tuple(load_concept(spec, cache_dir, masked=masked) for spec in specs)
         check_tokens(concepts)
+        if masked and not any(example.mask is not None for concept in concepts for example in concept.examples):
+            raise ConceptError(
+                "training.masked_loss: no photo has a mask; put 1-mask.png beside 1.jpg, white where the concept is, "
+                "use photos with transparent areas, or leave masked_loss out"
+            )
     except ConceptError as error:
         raise ConceptError(f"adapter {adapter_id}: {error}") from error
     return concepts
+
+
+def folder_warnings(adapter_id: str, concepts: Sequence[Concept]) -> tuple[str, ...]:
+    """Return the warnings of an adapter's concepts, each with whose it is."""
+    return tuple(f"adapter {adapter_id}, token {one.token}: {text}" for one in concepts for text in one.warnings)
+
+
+def upload_warnings(adapters: Sequence[AdapterSpec]) -> tuple[str, ...]:
+    """Return what is to be known of the names of folders before they are uploaded, which leaves no name.
+
+    Raises ConceptError for a folder that is not there.
+    """
+    return tuple(
+        f"adapter {adapter.id}, token {spec.token}: {text}"
+        for adapter in adapters
+        for spec in adapter.concepts
+        if "://" not in spec.images
+        for text in _name_warnings(spec, folder_with_photos(Path(spec.images)).name)
+    )
 
 
 def check_tokens(concepts: Sequence[Concept]) -> None:

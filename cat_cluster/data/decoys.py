@@ -11,7 +11,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from cat_cluster.data.concepts import replace_token
-from cat_cluster.data.draws import ConceptMaterial, Decoys, keyed_generator
+from cat_cluster.data.draws import ConceptMaterial, Decoys
+from cat_cluster.data.keys import keyed_generator
 from cat_cluster.errors import BaseModelError
 from cat_cluster.spec.fields import words
 
@@ -42,9 +43,9 @@ def with_decoys(
         decoys = {}
         for place, caption in enumerate(captions):
             named = [other.token for other in concepts if _contrasts(caption, concept, other)]
-            own = _filled(caption, concept.token, _part(odd, place, len(captions)))
-            others = _filled(caption, concept.token, _part(named, place, len(captions)))
-            decoys[caption] = Decoys(own, tuple(prompt for prompt in others if prompt not in taught))
+            others = _part(named, place, len(captions))
+            untaught = (word for word in others if replace_token(caption, concept.token, word) not in taught)
+            decoys[caption] = Decoys(tuple(_part(odd, place, len(captions))), tuple(untaught))
         found.append(replace(concept, decoys=tuple(decoys[caption] for caption in concept.prompts)))
     return tuple(found)
 
@@ -77,10 +78,6 @@ def _contrasts(caption: str, concept: ConceptMaterial, other: ConceptMaterial) -
     """Whether a caption of `concept` with the other's token is no prompt that the other concept is asked for by."""
     own = set(words(concept.class_noun))
     return own <= set(words(caption)) and own.isdisjoint(words(other.class_noun))
-
-
-def _filled(caption: str, token: str, others: Sequence[str]) -> tuple[str, ...]:
-    return tuple(replace_token(caption, token, word) for word in others)
 
 
 def _part(items: Sequence[str], place: int, captions: int) -> list[str]:

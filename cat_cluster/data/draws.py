@@ -17,6 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cat_cluster.data.caption_changes import changed_caption
+from cat_cluster.data.concepts import remove_token, replace_token
+from cat_cluster.data.keys import keyed_generator
+from cat_cluster.data.views import views_of_step
 from cat_cluster.models.conditioning import Sizes
 from cat_cluster.spec.choices import AlphaSchedule
 from cat_cluster.spec.sections import TrainingSpec
@@ -30,15 +34,9 @@ MIXTURE_EMPTY = 0.25
 OTHER_TOKENS = 0.5
 
 
-def keyed_generator(*key: str | int) -> np.random.Generator:
-    """Return a counter-based generator whose stream is a function of `key` alone."""
-    digest = hashlib.sha256("\x1f".join(str(part) for part in key).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-
-
 @dataclass(frozen=True)
 class Decoys:
-    """The caption of a view with something else in the token's place: odd words, or other tokens of the adapter."""
+    """What stands in the token's place in the decoys of a view: odd words, or other tokens of the adapter."""
 
     odd_words: tuple[str, ...]
     other_tokens: tuple[str, ...] = ()
@@ -48,9 +46,10 @@ class Decoys:
 class ConceptMaterial:
     """All a training run needs of one concept: N views (images x crops), cached.
 
-    moments_NCHW: VAE mean and log variance of each view, [N, 2C, H, W].
+    moments: VAE mean and log variance of each view, N of [2C, H, W], whose H and W may differ.
     prompts, removed_prompts: the caption of each view with and without the concept's token, N each.
     sizes: what an SDXL base is told of each view's size and crop, N.
+    masks: of each view, N of [1, H, W] in [0, 1], 1 where the concept is; None for one that is all concept; or none.
     decoys: those of each view, N, or none where training has no decoy rows.
     """
 
@@ -58,16 +57,17 @@ class ConceptMaterial:
     class_noun: str
     alpha: float
     weight: float
-    moments_NCHW: Tensor
+    moments: tuple[Tensor, ...]
     prompts: tuple[str, ...]
     removed_prompts: tuple[str, ...]
     sizes: tuple[Sizes, ...]
     decoys: tuple[Decoys, ...] = ()
+    masks: tuple[Tensor | None, ...] = ()
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
         """The sha256 of each view's moments, N."""
-        return tuple(hashlib.sha256(view.contiguous().numpy().tobytes()).hexdigest() for view in self.moments_NCHW)
+        return tuple(hashlib.sha256(view.contiguous().numpy().tobytes()).hexdigest() for view in self.moments)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,16 +102,24 @@ class AdapterTask:
 class Draw:
     """A draw (z0, e, t, y), and the sizes of its view.
 
-    key: for a fixed draw of a pool, all that the base's prediction depends on; else None.
+    prompt, removed_prompt: the row's caption y_T, and the same without the token.
+    pool_key: for a fixed draw of a pool, all that the base's prediction depends on beside y; else None.
     """
 
-    key: str | None
+    pool_key: str | None
     moments: Tensor
     posterior_noise: Tensor
     noise: Tensor
     timestep: int
+    prompt: str
+    removed_prompt: str
     prior_prompt: str
     sizes: Sizes
+
+    @property
+    def key(self) -> str | None:
+        """For a fixed draw of a pool, all that the base's prediction depends on; else None."""
+        return None if self.pool_key is None else f"{self.pool_key}\x1f{self.prior_prompt}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,26 +127,40 @@ class Batch:
     """The rows of one step of a pack, in the order (adapter, concept, row).
 
     adapter_B, concept_B: index of the adapter within the pack and of the concept within the adapter.
-    moments, posterior_noise, noise, timestep: VAE moments [B, 2C, H, W], the draws for z0 and e, and t.
-    prompts, sizes: the caption and the size and crop of each row's view, B.
+    moments, posterior_noise, noise: VAE moments, B of [2C, H, W], and the draws for z0 and e, B of [C, H, W] each;
+    rows of one size can be stacked. timestep_B: t.
+    prompts, sizes, masks: the caption, the size and crop, and the mask (or None) of each row's view, B.
     identity_weight_B: weight_k / sum weight / rows_k: the identity rows' place in the adapter's loss.
-    cat_row_M: rows that also carry the CAT term, with prior_prompts (M) and cat_weight_M
-    (alpha_k * a(t) * identity weight * rows / CAT rows). pool_keys (M): the row's pool entry, None without a pool.
+    cat_row_M: the rows of the M terms that hold the adapter to the base, with the base's prompt (prior_prompts, M),
+    their weight (cat_weight_M) and their entry of the pool (pool_keys, M; None without one). outside_M: False for CAT
+    terms, of weight alpha_k * a(t) * identity weight * rows / CAT rows; True where what is outside the row's mask is
+    held, at weight alpha_k * a(t) * identity weight.
     """
 
     adapter_B: Tensor
     concept_B: Tensor
-    moments: Tensor
-    posterior_noise: Tensor
-    noise: Tensor
+    moments: tuple[Tensor, ...]
+    posterior_noise: tuple[Tensor, ...]
+    noise: tuple[Tensor, ...]
     timestep_B: Tensor
     prompts: tuple[str, ...]
     sizes: tuple[Sizes, ...]
+    masks: tuple[Tensor | None, ...]
     identity_weight_B: Tensor
     cat_row_M: Tensor
     prior_prompts: tuple[str, ...]
     cat_weight_M: Tensor
     pool_keys: tuple[str | None, ...]
+    outside_M: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Term:
+    """A term that holds a row to the base's prediction on the draw's prior prompt."""
+
+    draw: Draw
+    weight: float
+    outside: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +168,9 @@ class _Row:
     adapter: int
     concept: int
     draw: Draw
-    prompt: str
+    mask: Tensor | None
     identity_weight: float
-    cat_weight: float
+    terms: tuple[_Term, ...]
 
 
 def draw_batch(tasks: Sequence[AdapterTask], step: int, num_timesteps: int, active: Sequence[bool]) -> Batch:
@@ -165,21 +187,23 @@ def draw_batch(tasks: Sequence[AdapterTask], step: int, num_timesteps: int, acti
     ]
     if not rows:
         raise ValueError("every adapter of the pack was dropped")
-    cat = [i for i, row in enumerate(rows) if row.cat_weight > 0]
+    terms = [(i, term) for i, row in enumerate(rows) for term in row.terms]
     return Batch(
         adapter_B=torch.tensor([row.adapter for row in rows]),
         concept_B=torch.tensor([row.concept for row in rows]),
-        moments=torch.stack([row.draw.moments for row in rows]),
-        posterior_noise=torch.stack([row.draw.posterior_noise for row in rows]),
-        noise=torch.stack([row.draw.noise for row in rows]),
+        moments=tuple(row.draw.moments for row in rows),
+        posterior_noise=tuple(row.draw.posterior_noise for row in rows),
+        noise=tuple(row.draw.noise for row in rows),
         timestep_B=torch.tensor([row.draw.timestep for row in rows]),
-        prompts=tuple(row.prompt for row in rows),
+        prompts=tuple(row.draw.prompt for row in rows),
         sizes=tuple(row.draw.sizes for row in rows),
+        masks=tuple(row.mask for row in rows),
         identity_weight_B=torch.tensor([row.identity_weight for row in rows]),
-        cat_row_M=torch.tensor(cat, dtype=torch.long),
-        prior_prompts=tuple(rows[i].draw.prior_prompt for i in cat),
-        cat_weight_M=torch.tensor([rows[i].cat_weight for i in cat]),
-        pool_keys=tuple(rows[i].draw.key for i in cat),
+        cat_row_M=torch.tensor([i for i, _ in terms], dtype=torch.long),
+        prior_prompts=tuple(term.draw.prior_prompt for _, term in terms),
+        cat_weight_M=torch.tensor([term.weight for _, term in terms]),
+        pool_keys=tuple(term.draw.key for _, term in terms),
+        outside_M=torch.tensor([term.outside for _, term in terms], dtype=torch.bool),
     )
 
 
@@ -188,7 +212,10 @@ def pool_entries(task: AdapterTask, num_timesteps: int) -> Iterator[Draw]:
     for concept in task.concepts if task.pool_size is not None else ():
         for view in range(len(concept.prompts)) if concept.alpha > 0 else ():
             for entry in range(task.pool_size or 0):
-                yield _pool_draw(task, concept, view, entry, num_timesteps)
+                drawn = _pool_draw(task, concept, view, entry, num_timesteps)
+                yield drawn
+                if _mask(concept, view) is not None:
+                    yield replace(drawn, prior_prompt=drawn.removed_prompt)
 
 
 def alpha_factor(schedule: AlphaSchedule, t: float) -> float:
@@ -209,10 +236,10 @@ def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) 
     position = 0
     for k, concept in enumerate(task.concepts):
         key = (training.seed, task.draw_key, concept.token)
+        views = views_of_step(key, step, rows, [(view.shape[1], view.shape[2]) for view in concept.moments])
         # Stratified over the concept's rows: each t is uniform, together they cover the schedule evenly.
         offset = keyed_generator(*key, step, "timestep").random()
-        for r in range(rows):
-            view = _view_index(key, step * rows + r, len(concept.prompts))
+        for r, view in enumerate(views):
             place = (offset + r) / rows % 1.0
             if task.pool_size is None:
                 name = (*key, step, r)
@@ -220,16 +247,27 @@ def _adapter_rows(task: AdapterTask, index: int, step: int, num_timesteps: int) 
             else:
                 draw = _pool_draw(task, concept, view, int(task.pool_size * place), num_timesteps)
             weight = concept.weight / total_weight / rows
-            factor = alpha_factor(training.alpha_schedule, (draw.timestep + 0.5) / num_timesteps)
+            held = concept.alpha * weight * alpha_factor(training.alpha_schedule, (draw.timestep + 0.5) / num_timesteps)
             yield _Row(
                 adapter=index,
                 concept=k,
                 draw=draw,
-                prompt=concept.prompts[view],
+                mask=_mask(concept, view),
                 identity_weight=weight,
-                cat_weight=concept.alpha * factor * weight * cat_scale[position],
+                terms=_terms(concept, view, draw, held, cat_scale[position]),
             )
             position += 1
+
+
+def _terms(concept: ConceptMaterial, view: int, draw: Draw, weight: float, cat_scale: float) -> tuple[_Term, ...]:
+    terms = [_Term(draw, weight * cat_scale, outside=False)]
+    if _mask(concept, view) is not None:
+        terms.append(_Term(replace(draw, prior_prompt=draw.removed_prompt), weight, outside=True))
+    return tuple(term for term in terms if term.weight > 0)
+
+
+def _mask(concept: ConceptMaterial, view: int) -> Tensor | None:
+    return concept.masks[view] if concept.masks else None
 
 
 def _draw(
@@ -241,16 +279,19 @@ def _draw(
     generator: np.random.Generator,
 ) -> Draw:
     """Draw all but the timestep, with the generator of the key `name`."""
-    moments = concept.moments_NCHW[view]
+    moments = concept.moments[view]
     shape = (moments.shape[0] // 2, *moments.shape[1:])
-    prior = _prior_prompt(task, concept, view, generator)
-    decoy = _decoy(task, concept, view, name)
+    prompt, removed = _captions(task, concept, view, name)
+    prior = _prior_prompt(task, concept, removed, generator)
+    decoy = _decoy(task, concept, view, prompt, name)
     return Draw(
-        key=None,
+        pool_key=None,
         moments=moments,
         posterior_noise=_normal(generator, shape),
         noise=_normal(generator, shape) + _noise_offset(task, shape[0], name),
         timestep=timestep,
+        prompt=prompt,
+        removed_prompt=removed,
         prior_prompt=prior if decoy is None else decoy,
         sizes=concept.sizes[view],
     )
@@ -262,16 +303,9 @@ def _pool_draw(task: AdapterTask, concept: ConceptMaterial, view: int, entry: in
     generator = keyed_generator(*name)
     timestep = int(num_timesteps * (entry + generator.random()) / (task.pool_size or 1))
     drawn = _draw(task, concept, view, timestep, name, generator)
-    # All that the base's prediction depends on beside the base itself; adapters on equal draws share their entries.
-    own = (*concept.sizes[view], *name, timestep, drawn.prior_prompt, task.training.noise_offset)
-    content = (concept.digests[view], *own)
-    return replace(drawn, key="\x1f".join(str(part) for part in content))
-
-
-def _view_index(key: tuple[str | int, ...], count: int, views: int) -> int:
-    """Walk through a fresh permutation of all views per epoch, so that every photo is seen equally often."""
-    epoch, place = divmod(count, views)
-    return int(keyed_generator(*key, "epoch", epoch).permutation(views)[place])
+    # All that the base's prediction depends on beside the base and y; adapters on equal draws share their entries.
+    content = (concept.digests[view], *concept.sizes[view], *name, timestep, task.training.noise_offset)
+    return replace(drawn, pool_key="\x1f".join(str(part) for part in content))
 
 
 def _cat_scale(task: AdapterTask, step: int) -> list[float]:
@@ -296,18 +330,28 @@ def _whole(value: float) -> int:
     return math.floor(value + 1e-6)  # a product that should be whole may come out a little below
 
 
-def _prior_prompt(task: AdapterTask, concept: ConceptMaterial, view: int, generator: np.random.Generator) -> str:
+def _captions(task: AdapterTask, concept: ConceptMaterial, view: int, name: tuple[str | int, ...]) -> tuple[str, str]:
+    """The caption of a row with and without the token; what changes in it has a generator of its own, as decoys."""
+    caption = concept.prompts[view]
+    if not task.training.changes_captions:
+        return caption, concept.removed_prompts[view]
+    generator = keyed_generator(*name, "caption")
+    changed = changed_caption(caption, concept.token, concept.class_noun, task.training, generator)
+    return changed, remove_token(changed, concept.token)
+
+
+def _prior_prompt(task: AdapterTask, concept: ConceptMaterial, removed: str, generator: np.random.Generator) -> str:
     u, general = generator.random(), int(generator.integers(max(1, len(task.general_prompts))))
     match task.training.prior_prompt:
         case "token_removed":
-            return concept.removed_prompts[view]
+            return removed
         case "class_noun":
             return f"a photo of a {concept.class_noun}"
         case "empty":
             return ""
         case "mixture":
             if u < MIXTURE_TOKEN_REMOVED or not task.general_prompts:
-                return concept.removed_prompts[view]
+                return removed
             return "" if u < MIXTURE_TOKEN_REMOVED + MIXTURE_EMPTY else task.general_prompts[general]
 
 
@@ -321,8 +365,10 @@ def _noise_offset(task: AdapterTask, channels: int, name: tuple[str | int, ...])
     return task.training.noise_offset * _normal(keyed_generator(*name, "noise_offset"), (channels, 1, 1))
 
 
-def _decoy(task: AdapterTask, concept: ConceptMaterial, view: int, name: tuple[str | int, ...]) -> str | None:
-    """The decoy of a row that has one.
+def _decoy(
+    task: AdapterTask, concept: ConceptMaterial, view: int, prompt: str, name: tuple[str | int, ...]
+) -> str | None:
+    """The decoy of a row that has one: its caption with something else in the token's place.
 
     It has a generator of its own, so that a row's other draws are the same with decoys as without. A smaller share of
     decoys is a part of a larger one.
@@ -333,8 +379,8 @@ def _decoy(task: AdapterTask, concept: ConceptMaterial, view: int, name: tuple[s
     share, kind = generator.random(2)
     if share >= task.training.decoy_fraction:
         return None
-    prompts = decoys.other_tokens if decoys.other_tokens and kind < OTHER_TOKENS else decoys.odd_words
-    return prompts[generator.integers(len(prompts))]
+    words = decoys.other_tokens if decoys.other_tokens and kind < OTHER_TOKENS else decoys.odd_words
+    return replace_token(prompt, concept.token, words[generator.integers(len(words))])
 
 
 def _normal(generator: np.random.Generator, shape: tuple[int, ...]) -> Tensor:

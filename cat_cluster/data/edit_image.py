@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
+from cat_cluster.data.masks import is_black_and_white
 from cat_cluster.data.photos import SizeLimits, Still, read_still
 from cat_cluster.errors import ConceptError, SpecError
 
 # An ingress has room for two or three copies of such an image, at 4 bytes a pixel; phones make 12 megapixels as a rule.
 LIMITS = SizeLimits(least_side=8, most_pixels=4096 * 4096)
-_MOST_COLOUR = 32  # levels between the channels of a black and white mask, which a JPEG may have
 _HALF = 128  # of 255: from here on an area is marked, or opaque
 
 
@@ -72,9 +71,7 @@ def _marks(mask: Still, sent: tuple[int, int]) -> Image.Image:
         )
     if mask.alpha is not None:
         return ImageChops.invert(mask.alpha)
-    red, green, blue = mask.pixels.split()
-    pairs = ((red, green), (green, blue), (blue, red))
-    if max(cast(int, ImageChops.difference(*pair).getextrema()[1]) for pair in pairs) > _MOST_COLOUR:
+    if not is_black_and_white(mask.pixels):
         raise SpecError(
             "mask: has no transparent area and is not black and white; make what is to be edited transparent, or white "
             "on black"

@@ -11,22 +11,32 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cat_cluster.data.concepts import Concept, Example
-from cat_cluster.data.draws import ConceptMaterial, keyed_generator
+from cat_cluster.data.crops import Size, bucket_of, crop_mask, crop_pixels, crop_sizes
+from cat_cluster.data.draws import ConceptMaterial
 from cat_cluster.errors import OutputError
 from cat_cluster.files import write_whole
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.conditioning import Sizes, Text
+from cat_cluster.models.conditioning import Text
+from cat_cluster.models.prompt_weights import Prompt
+from cat_cluster.models.prompts import encode_prompts
 
 ENCODE_IMAGES_AT_ONCE = 8
+
+
+class _View(NamedTuple):
+    """A crop of a photo, at the size that it is trained at."""
+
+    example: Example
+    crop: int
+    size: Size
 
 
 @dataclass(frozen=True)
@@ -36,91 +46,94 @@ class LatentCache:
     base: BaseModel
     folder: Path | None = None
 
-    def material(self, concept: Concept, *, resolution: int, crops_per_image: int, alpha: float) -> ConceptMaterial:
-        """Encode every view of a concept: N = images x crops, moments [N, 2C, H, W] on the CPU in fp32.
+    def material(
+        self, concept: Concept, *, resolution: int, crops_per_image: int, alpha: float, bucket_step: int | None = None
+    ) -> ConceptMaterial:
+        """Encode every view of a concept: N = images x crops, on the CPU in fp32.
 
-        The first crop of an image is its centre square; further ones are squares of 75 to 100% of the shorter
-        side, keyed by the image's bytes. The CAT weight is `alpha` (the method may have set it to 0).
+        Crops are squares of `resolution` or, with bucket_step, of the bucket of their photo. The CAT weight is `alpha`
+        (the method may have set it to 0).
         """
-        views = [(example, crop) for example in concept.examples for crop in range(crops_per_image)]
-        moments: list[Tensor] = []
-        for start in range(0, len(views), ENCODE_IMAGES_AT_ONCE):
-            moments += self._encode(views[start : start + ENCODE_IMAGES_AT_ONCE], resolution)
+        views = [
+            _View(example, crop, _size(example, resolution, bucket_step))
+            for example in concept.examples
+            for crop in range(crops_per_image)
+        ]
         return ConceptMaterial(
             token=concept.token,
             class_noun=concept.class_noun,
             alpha=alpha,
             weight=concept.weight,
-            moments_NCHW=torch.stack(moments),
-            prompts=tuple(example.prompt for example, _ in views),
-            removed_prompts=tuple(example.prior_prompt for example, _ in views),
-            sizes=tuple(crop_sizes(example, crop, resolution) for example, crop in views),
+            moments=self._encode(views),
+            prompts=tuple(view.example.prompt for view in views),
+            removed_prompts=tuple(view.example.prior_prompt for view in views),
+            sizes=tuple(crop_sizes(*view) for view in views),
+            masks=self._masks(views),
         )
 
-    def _encode(self, views: Sequence[tuple[Example, int]], resolution: int) -> list[Tensor]:
-        paths = [self._path(example, crop, resolution) for example, crop in views]
-        found = [_read(path) for path in paths]
-        missing = [i for i, moments in enumerate(found) if moments is None]
-        if missing:
-            pixels = torch.stack([crop_pixels(views[i][0], views[i][1], resolution) for i in missing])
-            encoded = self.base.encode_moments(pixels).float().cpu()
-            for i, moments in zip(missing, encoded, strict=True):
-                found[i] = kept = moments.clone()
-                _write(paths[i], kept)
-        return [moments for moments in found if moments is not None]
+    def _masks(self, views: Sequence[_View]) -> tuple[Tensor | None, ...]:
+        masks = tuple(crop_mask(*view, self.base.pixels_per_latent) for view in views)
+        return () if all(mask is None for mask in masks) else masks
 
-    def _path(self, example: Example, crop: int, resolution: int) -> Path | None:
+    def _encode(self, views: Sequence[_View]) -> tuple[Tensor, ...]:
+        paths = [self._path(view) for view in views]
+        found = [_read(path) for path in paths]
+        missing: dict[Size, list[int]] = {}
+        for i, moments in enumerate(found):
+            if moments is None:
+                missing.setdefault(views[i].size, []).append(i)
+        for alike in missing.values():
+            for start in range(0, len(alike), ENCODE_IMAGES_AT_ONCE):
+                chunk = alike[start : start + ENCODE_IMAGES_AT_ONCE]
+                pixels = torch.stack([crop_pixels(*views[i]) for i in chunk])
+                for i, moments in zip(chunk, self.base.encode_moments(pixels).float().cpu(), strict=True):
+                    found[i] = kept = moments.clone()
+                    _write(paths[i], kept)
+        return tuple(moments for moments in found if moments is not None)
+
+    def _path(self, view: _View) -> Path | None:
         if self.folder is None:
             return None
-        key = f"{example.digest} {self.base.fingerprint} {resolution} {crop} {self.base.dtype}"
+        width, height = view.size
+        # Squares are called by one side, as they were before there were others.
+        size = width if width == height else f"{width}x{height}"
+        key = f"{view.example.digest} {self.base.fingerprint} {size} {view.crop} {self.base.dtype}"
         return self.folder / "latents" / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
 
-def crop_pixels(example: Example, crop: int, resolution: int) -> Tensor:
-    """Return one square crop as pixels in [-1, 1], [3, resolution, resolution]. Crop 0 is the centre square."""
-    left, top, side = _square(example, crop)
-    square = example.image.crop((left, top, left + side, top + side))
-    square = square.resize((resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(square, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1.0
-
-
-def crop_sizes(example: Example, crop: int, resolution: int) -> Sizes:
-    """Return what an SDXL base is told of a crop: the photo's own size, and where in the scaled photo the crop is."""
-    left, top, side = _square(example, crop)
-    width, height = example.image.size
-    scale = resolution / side
-    return Sizes(height, width, round(top * scale), round(left * scale), resolution, resolution)
-
-
-def _square(example: Example, crop: int) -> tuple[int, int, int]:
-    """Return left, top and side of a crop, in the photo's pixels."""
-    width, height = example.image.size
-    side, x, y = min(width, height), 0.5, 0.5
-    if crop > 0:
-        scale, x, y = keyed_generator(example.digest, "crop", crop).random(3).tolist()
-        side = max(1, round(side * (0.75 + 0.25 * scale)))
-    return round((width - side) * x), round((height - side) * y), side
+def _size(example: Example, resolution: int, bucket_step: int | None) -> Size:
+    if bucket_step is None:
+        return Size.square(resolution)
+    return bucket_of(Size(*example.image.size), resolution, bucket_step)
 
 
 @dataclass(frozen=True)
 class TextCache:
     """What the base model's own encoders make of texts, each prompt encoded once.
 
-    The empty prompt is what guidance starts from where there is no negative prompt.
+    The empty prompt is what guidance starts from where there is no negative prompt. chunks: those that are read of a
+    prompt, at most. most: texts that are kept, those that were asked for last; None keeps all.
     """
 
     base: BaseModel
+    chunks: int = 1
+    most: int | None = None
     texts: dict[str, Text] = field(default_factory=dict)
 
     def __call__(self, prompts: Sequence[str]) -> list[Text]:
-        """Return the texts of `prompts`, as the stock pipeline encodes them."""
-        encoders = self.base.text_encoders
-        for prompt in prompts:
-            if prompt not in self.texts:
-                # Each alone: the rounding of a batch depends on its size, and a resumed run meets others together.
-                no_text = prompt == "" and encoders.zeros_without_text
-                self.texts[prompt] = encoders.zeros() if no_text else encoders.encode([prompt])[0]
-        return [self.texts[prompt] for prompt in prompts]
+        """Return the texts of `prompts`; those of one chunk as the stock pipeline encodes them."""
+        return [self._text(prompt) for prompt in prompts]
+
+    def _text(self, prompt: str) -> Text:
+        text = self.texts.pop(prompt, None)
+        if text is None:
+            # Each alone: the rounding of a batch depends on its size, and a resumed run meets others together.
+            read = Prompt(prompt, chunks=self.chunks, negative=prompt == "")
+            [text] = encode_prompts(self.base, self.base.text_limit, [read])
+        self.texts[prompt] = text
+        if self.most is not None and len(self.texts) > self.most:
+            del self.texts[next(iter(self.texts))]
+        return text
 
 
 def _read(path: Path | None) -> Tensor | None:

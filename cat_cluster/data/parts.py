@@ -47,7 +47,7 @@ def step_parts(
 
 
 def _calls(batch: Batch, accumulate: Sequence[int]) -> list[list[int]]:
-    """The rows of each call: an adapter's are dealt out in turn, those with a CAT term first: calls are even."""
+    """The rows of each call, all of one size: an adapter's are dealt out in turn, those with a CAT term first."""
     with_cat = set(batch.cat_row_M.tolist())
     calls: list[list[int]] = [[] for _ in range(max(accumulate))]
     for adapter, count in enumerate(accumulate):
@@ -55,7 +55,13 @@ def _calls(batch: Batch, accumulate: Sequence[int]) -> list[list[int]]:
         dealt = sorted(own, key=lambda row: (row not in with_cat, row))
         for call in range(count):
             calls[call] += dealt[call::count]
-    return [sorted(rows) for rows in calls if rows]
+    return [rows for call in calls for rows in _by_size(batch, sorted(call))]
+
+
+def _by_size(batch: Batch, rows: Sequence[int]) -> list[list[int]]:
+    """The rows of one call for each size of latents: a U-Net takes one size at a time."""
+    sizes = [tuple(batch.moments[row].shape) for row in rows]
+    return [[row for row, own in zip(rows, sizes, strict=True) if own == size] for size in sorted(set(sizes))]
 
 
 def shard_batch(batch: Batch, rank: int, world_size: int, *, cat_apart: bool = False) -> Shard:
@@ -80,14 +86,16 @@ def shard_batch(batch: Batch, rank: int, world_size: int, *, cat_apart: bool = F
 
 
 def _with_idle_cat(part: Batch, whole: Batch, cat_apart: bool) -> Batch:
-    if not cat_apart or part.prior_prompts or not whole.prior_prompts:
+    with_prior = (~whole.outside_M).nonzero().flatten().tolist()
+    if not cat_apart or bool((~part.outside_M).any()) or not with_prior:
         return part
     return replace(
         part,
-        cat_row_M=torch.zeros(1, dtype=torch.long),
-        prior_prompts=whole.prior_prompts[:1],
-        cat_weight_M=torch.zeros(1),
-        pool_keys=(None,),
+        cat_row_M=torch.cat([part.cat_row_M, torch.zeros(1, dtype=torch.long)]),
+        prior_prompts=(*part.prior_prompts, whole.prior_prompts[with_prior[0]]),
+        cat_weight_M=torch.cat([part.cat_weight_M, torch.zeros(1)]),
+        pool_keys=(*part.pool_keys, None),
+        outside_M=torch.cat([part.outside_M, torch.zeros(1, dtype=torch.bool)]),
     )
 
 
@@ -98,15 +106,17 @@ def take_rows(batch: Batch, rows: Sequence[int], cat: Sequence[int]) -> Batch:
     return Batch(
         adapter_B=batch.adapter_B[rows_B],
         concept_B=batch.concept_B[rows_B],
-        moments=batch.moments[rows_B],
-        posterior_noise=batch.posterior_noise[rows_B],
-        noise=batch.noise[rows_B],
+        moments=tuple(batch.moments[row] for row in rows),
+        posterior_noise=tuple(batch.posterior_noise[row] for row in rows),
+        noise=tuple(batch.noise[row] for row in rows),
         timestep_B=batch.timestep_B[rows_B],
         prompts=tuple(batch.prompts[row] for row in rows),
         sizes=tuple(batch.sizes[row] for row in rows),
+        masks=tuple(batch.masks[row] for row in rows),
         identity_weight_B=batch.identity_weight_B[rows_B],
         cat_row_M=torch.tensor([place[int(row)] for row in batch.cat_row_M[cat_M]], dtype=torch.long),
         prior_prompts=tuple(batch.prior_prompts[m] for m in cat),
         cat_weight_M=batch.cat_weight_M[cat_M],
         pool_keys=tuple(batch.pool_keys[m] for m in cat),
+        outside_M=batch.outside_M[cat_M],
     )

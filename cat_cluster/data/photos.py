@@ -16,6 +16,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from cat_cluster.data.colour import ColourProfile, ProfileError
+from cat_cluster.data.heif import heif_opener, is_heif, refuse_foreign_colours
 from cat_cluster.errors import ConceptError
 
 IMAGE_SUFFIXES = (
@@ -24,7 +25,7 @@ IMAGE_SUFFIXES = (
 )
 # Photos by their name that no decoder here reads. Pillow opens raw ones as TIFF, and finds their thumbnail.
 UNREAD_SUFFIXES = (
-    *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".tga", ".psd", ".xcf", ".svg", ".eps", ".exr", ".hdr", ".pcx"),
+    *(".jxl", ".jxr", ".tga", ".psd", ".xcf", ".svg", ".eps", ".exr", ".hdr", ".pcx"),
     *(".dng", ".cr2", ".cr3", ".crw", ".nef", ".nrw", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".3fr", ".raw"),
 )
 LEAST_SIDE = 32  # pixels
@@ -37,7 +38,6 @@ LARGEST_SHORT_SIDE = 2048
 # Without the list Pillow would also try what is no photo, such as PostScript, which it hands to another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "QOI")
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-_HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,18 @@ class SizeLimits:
 
 
 _PHOTO_LIMITS = SizeLimits()
+
+
+@dataclass(frozen=True, eq=False)
+class Photo:
+    """One photo, upright. image: RGB in sRGB, alpha laid over white; alpha: L, None where all of it is opaque.
+
+    digest: of what was read, the sha256 of the file's bytes, and another where an embedded profile changed the colours.
+    """
+
+    image: Image.Image
+    alpha: Image.Image | None
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -73,17 +85,16 @@ def decoded_bytes(path: Path) -> int:
     except OSError as error:
         raise _unreadable(path, error) from error
     with file, _opened(path, file) as image:
-        _draft(image)
+        _draft_photo(image)
         factor = _reduction(image)
         return 3 * -(-image.width // factor) * -(-image.height // factor)
 
 
-def read_image(path: Path) -> tuple[Image.Image, str]:
-    """Read one photo: RGB in sRGB, turned upright by its EXIF, alpha laid over white, the first frame of an animation.
+def read_photo(path: Path) -> Photo:
+    """Read one photo, turned upright by its EXIF, the first frame of an animation.
 
-    Returns the image and a digest of what was read: the sha256 of the file's bytes, and another where an embedded
-    profile changed the colours. Raises ConceptError that names the file when it is empty, damaged, or smaller or larger
-    than the limits of this file.
+    Raises ConceptError that names the file when it is empty, damaged, or smaller or larger than the limits of this
+    file.
     """
     try:
         content = path.read_bytes()
@@ -91,16 +102,16 @@ def read_image(path: Path) -> tuple[Image.Image, str]:
         raise _unreadable(path, error) from error
     with _opened(path, io.BytesIO(content)) as opened:
         profile = _profile(path, opened)
-        image = _upright_rgb(path, opened, profile)
+        image, alpha = _upright(path, opened, profile)
     # Of a photo in another colour space earlier versions kept latents with its colours wrong, under its plain digest.
-    return image, hashlib.sha256(content + (b"" if profile is None else b" in sRGB")).hexdigest()
+    return Photo(image, alpha, hashlib.sha256(content + (b"" if profile is None else b" in sRGB")).hexdigest())
 
 
 def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, int]) -> Still:
-    """Read a picture that somebody sends, with the care of read_image; messages begin with `name`.
+    """Read a picture that somebody sends, with the care of read_photo; messages begin with `name`.
 
     It is scaled before anything else is done to it, since each copy of it takes 4 bytes a pixel. Raises ConceptError
-    where read_image does, and for a file of several pictures, such as an animation.
+    where read_photo does, and for a file of several pictures, such as an animation.
     """
     path = Path(name)
     with _opened(path, io.BytesIO(content), limits) as opened:
@@ -112,7 +123,7 @@ def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, i
             megapixels = limits.most_pixels // (2 * 10**6)
             raise ConceptError(f"{path}: has more than {megapixels} megapixels in JPEG 2000; save it as PNG or JPEG")
         # A JPEG is decoded at a half, a quarter or an eighth; twice the size is left to scale, whichever way it lies.
-        opened.draft(None, (2 * max(size), 2 * max(size)))
+        _draft(opened, (2 * max(size), 2 * max(size)))
         opened.load()
         is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         image = _resizable(path, opened)
@@ -125,8 +136,11 @@ def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, i
 def opens_as_image(path: Path) -> bool:
     """Say whether a file begins as a photo of a format that is read, whatever its name."""
     try:
-        with path.open("rb") as file, _without_warnings(), _identified(file):
-            return True
+        with path.open("rb") as file, _without_warnings():
+            if is_heif(file.read(32)):
+                return True
+            with _identified(file):
+                return True
     except Image.DecompressionBombError:
         return True
     except Exception:  # as in _opened
@@ -144,9 +158,14 @@ def _opened(path: Path, file: IO[bytes], limits: SizeLimits = _PHOTO_LIMITS) -> 
     file.seek(0)
     if not start:
         raise ConceptError(f"{path}: is empty (0 bytes); replace or remove it")
-    _refuse_unread_format(path, start)
+    suffix = path.suffix.lower()
+    if suffix in UNREAD_SUFFIXES and not is_heif(start):
+        kind = suffix.removeprefix(".").upper()
+        raise ConceptError(f"{path}: is a {kind} photo, which is not read; save it as JPEG or PNG in its place")
+    opens = heif_opener(path) if is_heif(start) else _identified
     try:
-        with _without_warnings(), _identified(file) as image:
+        with _without_warnings(), opens(file) as image:
+            refuse_foreign_colours(path, image)
             _refuse_size(path, image, limits)
             yield image
     except ConceptError:
@@ -188,15 +207,6 @@ def _identified(file: IO[bytes]) -> ImageFile.ImageFile:
     raise UnidentifiedImageError("no format of photos begins like this")
 
 
-def _refuse_unread_format(path: Path, start: bytes) -> None:
-    suffix = path.suffix.lower()
-    # A renamed HEIC is none the less one; AVIF shares its container and is told by its brand.
-    renamed = start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS and b"avi" not in start
-    if suffix in UNREAD_SUFFIXES or renamed:
-        kind = "HEIC" if renamed else suffix.removeprefix(".").upper()
-        raise ConceptError(f"{path}: is a {kind} photo, which is not read; save it as JPEG or PNG in its place")
-
-
 def _too_large(path: Path, most_pixels: int) -> ConceptError:
     return ConceptError(f"{path}: has more than {most_pixels // 10**6} megapixels; save a smaller copy of it")
 
@@ -218,11 +228,19 @@ def _refuse_size(path: Path, image: Image.Image, limits: SizeLimits) -> None:
         )
 
 
-def _draft(image: Image.Image) -> None:
+def _draft_photo(image: Image.Image) -> None:
     shrink = LARGEST_SHORT_SIDE / min(image.size)
     if shrink < 1:
-        # JPEG is decoded at a half, a quarter or an eighth, never below the size asked for; others in full.
-        image.draft(None, (round(image.width * shrink), round(image.height * shrink)))
+        _draft(image, (round(image.width * shrink), round(image.height * shrink)))
+
+
+def _draft(image: Image.Image, size: tuple[int, int]) -> None:
+    """Have a JPEG decoded at a half, a quarter or an eighth, never below `size`; others are decoded in full.
+
+    Of a HEIC photo Pillow's draft would be the thumbnail in it, which may be of another picture.
+    """
+    if image.format in ("JPEG", "MPO"):
+        image.draft(None, size)
 
 
 def _reduction(image: Image.Image) -> int:
@@ -249,11 +267,21 @@ def _explained_profile(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _upright_rgb(path: Path, image: Image.Image, profile: ColourProfile | None) -> Image.Image:
-    _draft(image)
-    upright = _rgb(path, ImageOps.exif_transpose(image), profile)
+def _upright(path: Path, image: Image.Image, profile: ColourProfile | None) -> tuple[Image.Image, Image.Image | None]:
+    _draft_photo(image)
+    upright = ImageOps.exif_transpose(image)
     factor = _reduction(upright)
-    return upright.reduce(factor) if factor > 1 else upright
+    colours, alpha = _rgb(path, upright, profile), _alpha(upright)
+    if factor == 1:
+        return colours, alpha
+    return colours.reduce(factor), None if alpha is None else alpha.reduce(factor)
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    if not image.has_transparency_data or image.mode in _SIXTEEN_BIT_MODES:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema() == (255, 255) else alpha
 
 
 def _resizable(path: Path, image: Image.Image) -> Image.Image:

@@ -12,20 +12,29 @@ import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cat_cluster.data.captions import caption_files
 from cat_cluster.data.photo_folder import (
     find_images,
+    folder_with_photos,
+    holding_subfolders,
     is_hidden,
     is_looked_at,
     is_photo_name,
     no_image,
+    only_subfolder,
+    passed_over,
     refuse_subfolders,
 )
 from cat_cluster.errors import ConceptError, ObjectExistsError, StoreError
 from cat_cluster.files import write_failure
 from cat_cluster.settings import load_settings
 from cat_cluster.store.protocol import ObjectStore
+
+if TYPE_CHECKING:
+    from cat_cluster.store.s3 import StoredKey
+    from cat_cluster.store.s3_folder import S3Folder
 
 MOST_BYTES = 2 * 2**30  # of all files of one concept
 _SCHEME = "s3://"
@@ -35,21 +44,29 @@ _TIMESTAMP = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold: equal folde
 
 @dataclass(frozen=True)
 class LocalImages:
-    """The photos of a concept on this machine. left_there: names at the s3:// address that were not copied."""
+    """The photos of a concept on this machine. name: that of the folder they lie in, where it has one.
+
+    left_there: names at the address, or beside the folder that is read in its place, that were not taken.
+    """
 
     folder: Path
+    name: str = ""
     left_there: tuple[str, ...] = ()
 
 
 def local_images(images: str, cache_dir: Path | None = None) -> LocalImages:
     """Return the folder of a concept's photos: a folder as it is, an s3:// address as its copy in the cache.
 
+    In place of a folder around a single one that is named as `10_sks cup`, that one is returned.
+
     An address is a prefix, whose photos and captions are copied when the listing (names, ETags, sizes) is new to the
     cache, or an archive `.../<sha256>.zip` that `store_images` made. cache_dir: by default that of the settings.
     Raises ConceptError that says what to do.
     """
     if not images.lower().startswith(_SCHEME):
-        return LocalImages(Path(images))
+        folder = folder_with_photos(Path(images))
+        beside = () if folder == Path(images) else passed_over(Path(images), [folder])
+        return LocalImages(folder, folder.name, beside)
     cache_dir = cache_dir or load_settings().cache_dir
     address = f"{_SCHEME}{images[len(_SCHEME) :].rstrip('/')}"
     parent, _, name = address.rpartition("/")
@@ -81,6 +98,7 @@ def pack_images(folder: Path) -> bytes:
 
     Equal files give equal bytes. Raises ConceptError for a folder without photos or with more than 2 GiB.
     """
+    folder = folder_with_photos(folder)
     images = find_images(folder)
     files = sorted({*images, *caption_files(folder, images)}, key=lambda path: path.name)
     buffer = io.BytesIO()
@@ -133,15 +151,19 @@ def unpack_images(data: bytes, folder: Path, *, sha256: str | None = None) -> No
 def _cached_prefix(address: str, cache_dir: Path) -> LocalImages:
     from cat_cluster.store.s3_folder import S3Folder  # folders need no boto3
 
-    source = S3Folder(address)
-    folders = source.folders()
-    refuse_subfolders(source.url, {name: source.names_below(name) for name in folders if not is_hidden(name)})
-    there = source.files(lambda name: not is_hidden(name), deep=False)
-    photos = [name for name in there if is_photo_name(name)]
-    files = {name: entry for name, entry in there.items() if is_looked_at(name, photos)}
+    source, beside = S3Folder(address), list[str]()
+    files_there, folders, holding = _listed(source)
+    only = only_subfolder(holding, files_there)
+    if only is not None:
+        beside = [name for name in (*files_there, *folders) if name != only and not is_hidden(name)]
+        source = S3Folder(f"{source.url}/{only}")
+        files_there, folders, holding = _listed(source)
+    refuse_subfolders(source.url, holding)
+    photos = [name for name in files_there if is_photo_name(name)]
+    files = {name: entry for name, entry in files_there.items() if is_looked_at(name, photos)}
     if not files:
-        raise no_image(source.url, there)
-    left_there = sorted([name for name in (*there, *folders) if name not in files and not is_hidden(name)])
+        raise no_image(source.url, files_there)
+    beside += [name for name in (*files_there, *folders) if name not in files and not is_hidden(name)]
     _refuse_large(sum(entry.size for entry in files.values()), address)
     listing = json.dumps([(name, entry.etag, entry.size) for name, entry in files.items()])
     place = cache_dir / "inputs" / hashlib.sha256(listing.encode()).hexdigest()
@@ -152,7 +174,15 @@ def _cached_prefix(address: str, cache_dir: Path) -> LocalImages:
             _move(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-    return LocalImages(place, tuple(left_there))
+    return LocalImages(place, source.url.rpartition("/")[2], tuple(sorted(beside)))
+
+
+def _listed(source: S3Folder) -> tuple[dict[str, StoredKey], list[str], list[str]]:
+    """Return the files directly below a prefix, its folders, and the names of those with photos or captions in them."""
+    folders = source.folders()
+    holding = holding_subfolders({name: source.names_below(name) for name in folders if not is_hidden(name)})
+    files = source.files(lambda name: not is_hidden(name), deep=False, may_be_none=bool(holding))
+    return files, folders, holding
 
 
 def _cached_archive(parent: str, sha256: str, cache_dir: Path) -> LocalImages:

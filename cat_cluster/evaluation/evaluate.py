@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from cat_cluster.data.concepts import Concept
-from cat_cluster.data.latents import crop_pixels
+from cat_cluster.data.crops import Size, crop_pixels
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.fisher import fisher_drift
 from cat_cluster.evaluation.intervals import ConceptFeatures
@@ -171,8 +171,8 @@ class Evaluator:
         def stack(row_slot: int, prompts: Sequence[str]) -> Images:
             return np.stack([image(row_slot, prompt, seed) for prompt, seed in zip(prompts, plan.seeds, strict=True)])
 
-        resolution = self._base.resolution
-        photos = torch.stack([crop_pixels(example, 0, resolution) for example in plan.concept.examples])
+        size = Size.square(self._base.resolution)
+        photos = torch.stack([crop_pixels(example, 0, size) for example in plan.concept.examples])
         return ConceptImages(
             token=plan.concept.token,
             class_noun=plan.concept.class_noun,

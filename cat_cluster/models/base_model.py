@@ -88,6 +88,11 @@ class BaseModel:
         return self.latent_size * self.pixels_per_latent
 
     @property
+    def bucket_step(self) -> int:
+        """What the sides of an image must be multiples of, in pixels, for every level of the U-Net to halve them."""
+        return self.pixels_per_latent << (len(self.unet.config.down_block_types) - 1)
+
+    @property
     def tokenizer(self) -> CLIPTokenizer:
         """What spells for all text encoders, but for the padding of the second."""
         return self.text_encoders.tokenizers[0]

@@ -160,6 +160,7 @@ def save_png(image: Tensor, path: Path, metadata: Mapping[str, str], *, edited: 
     write_whole(path, png_bytes(image, metadata, edited=edited))
 
 
+@torch.no_grad()
 def _encode_prompts(
     base: BaseModel, bank: LoraBank | None, rows: Sequence[ImageRow], at_once: int
 ) -> dict[tuple[Prompt, int], Text]:

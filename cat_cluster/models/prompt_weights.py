@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from cat_cluster.errors import SpecError
 from cat_cluster.spec.choices import Weighting
 
-PROMPT_CHUNKS, MOST_CHUNKS = 4, 16  # read of a prompt where nobody says how many, and at most
+PROMPT_CHUNKS = 4  # read of a prompt where nobody says how many
 LARGEST_WEIGHT = 10.0
 _ROUND, _SQUARE = 1.1, 1 / 1.1
 # Possessive, and a character belongs to one alternative, so that no prompt takes more than linear time.

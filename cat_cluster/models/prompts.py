@@ -21,13 +21,13 @@ _LEAST_MEAN = 1e-3  # of the mean size of the values: below that a mean is littl
 BindRows: TypeAlias = Callable[[Sequence[int]], AbstractContextManager[None]]
 
 
-@torch.no_grad()
 def encode_prompts(
     base: BaseModel, limit: TextLimit, prompts: Sequence[Prompt], bind: BindRows | None = None
 ) -> list[Text]:
     """Return each prompt's text of n chunks; of one chunk without weights, what the encoders' `encode` returns.
 
-    limit: the base's, for this thread. bind: puts adapters into the encoders; None: the base alone. Every chunk is
+    limit: the base's, for this thread. bind: puts adapters into the encoders; None: the base alone. A gradient reaches
+    adapters that are trained, and nothing else. Every chunk is
     encoded alone, and the states of its tokens are weighted:
 
         z' = w z,   z'' = z' mean(z) / mean(z')     (w [L, 1]: the tokens' weights, 1 for marks and padding)

@@ -88,7 +88,7 @@ class TextLimit:
             if piece.starts_chunk:
                 begun, used = begun + 1, 0
             room = max(0, (prompt.chunks - begun + 1) * most - used)
-            count = self._count(first_words(piece.text, room + 1))
+            count = self.count(first_words(piece.text, room + 1))
             if count > room:
                 read, rest = self._split_words(piece.text, room)
                 behind = [Piece(rest, piece.weight), *pieces[number + 1 :]]
@@ -101,11 +101,12 @@ class TextLimit:
         """Return the whole words at the start of a text that `room` tokens hold, and the rest from the next one on."""
         # A word takes a token at least: of a text of any length only so many words need be looked at.
         ends = [match.end() for match in islice(re.finditer(r"[^\s,]+", text), room)]
-        whole = bisect_right(ends, room, key=lambda end: self._count(text[:end]))
+        whole = bisect_right(ends, room, key=lambda end: self.count(text[:end]))
         end = ends[whole - 1] if whole else 0
         return text[:end], text[end:].lstrip(", \t\r\n")
 
-    def _count(self, text: str) -> int:
+    def count(self, text: str) -> int:
+        """Return how many tokens a text takes, without marks."""
         return len(self._spell(text))
 
     def _spell(self, text: str) -> list[int]:

@@ -209,6 +209,7 @@ def _pack_key(adapter: PreparedAdapter) -> tuple[object, ...]:
         training.gradient_checkpointing,
         training.joint_rows,
         training.compile,
+        training.prompt_chunks,
     )
 
 

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cat_cluster.data.concepts import Concept, has_token, load_concepts
+from cat_cluster.data.caption_changes import tag_warnings
+from cat_cluster.data.concepts import Concept, folder_warnings, has_token, load_concepts
+from cat_cluster.data.crops import crop_warnings
 from cat_cluster.data.decoys import with_decoys
 from cat_cluster.data.draws import AdapterTask
 from cat_cluster.data.latents import LatentCache
@@ -57,8 +59,13 @@ class PreparedAdapter:
 
     @property
     def resolution(self) -> int:
-        """Side of the square training crops in pixels."""
+        """Side of the square training crops in pixels; buckets have at most as many pixels."""
         return self.resolved.training.resolution or self.base.resolution
+
+    @property
+    def bucket_step(self) -> int | None:
+        """What the sides of the aspect buckets are multiples of, in pixels; None where crops are squares."""
+        return self.base.bucket_step if self.resolved.training.aspect_buckets else None
 
 
 def prepare(job: JobSpec, settings: Settings, registry: Registry) -> list[PreparedAdapter]:
@@ -87,15 +94,29 @@ def prepare(job: JobSpec, settings: Settings, registry: Registry) -> list[Prepar
 def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[str, BaseModel]) -> PreparedAdapter:
     """Read one adapter's photos and its base model; `bases` keeps the loaded ones by name.
 
-    Raises ConceptError naming the adapter, or BaseModelError.
+    Raises ConceptError naming the adapter, BaseModelError, or SpecError for a resolution that has no buckets.
     """
-    concepts = load_concepts(resolved.id, resolved.concepts, settings.cache_dir)
+    masked = resolved.training.masked_loss
+    concepts = load_concepts(resolved.id, resolved.concepts, settings.cache_dir, masked=masked)
     if resolved.base not in bases:
         bases[resolved.base] = load_base_model(resolved.base, device=choose_device(settings.device))
     base = bases[resolved.base]
-    warnings = check_caption_lengths(resolved.id, concepts, base.text_limit)
+    training = resolved.training
+    warnings = (
+        *folder_warnings(resolved.id, concepts),
+        *tag_warnings(resolved.id, concepts, training),
+        *check_caption_lengths(resolved.id, concepts, base.text_limit, training),
+        *crop_warnings(resolved.id, concepts, training),
+    )
     revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint, TRAINING_VERSION)
-    return PreparedAdapter(resolved, concepts, base, revision, warnings)
+    adapter = PreparedAdapter(resolved, concepts, base, revision, warnings)
+    if adapter.bucket_step is not None and adapter.resolution % adapter.bucket_step:
+        raise SpecError(
+            f"training.resolution: {adapter.resolution} is not a multiple of {adapter.bucket_step}, as the sides of "
+            f"the aspect buckets of base {resolved.base!r} are; choose one that is, or leave aspect_buckets out "
+            f"(adapter {resolved.id})"
+        )
+    return adapter
 
 
 def prepare_again(
@@ -165,6 +186,7 @@ def pack_member(
         cache.material(
             concept,
             resolution=adapter.resolution,
+            bucket_step=adapter.bucket_step,
             crops_per_image=training.crops_per_image,
             alpha=effective_alpha(resolved.method, concept.alpha),
         )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cat_cluster.data.concepts import Concept
+from cat_cluster.data.concepts import Concept, Example
 from cat_cluster.evaluation.recognition import DESIGN_FILE
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.formats import AdapterWeights
@@ -60,12 +60,15 @@ def adapter_draft(
 
 
 def image_digests(concepts: Sequence[Concept]) -> list[str]:
-    """Return one sha256 per photo over its bytes and its caption: either changed makes another adapter."""
+    """Return one sha256 per photo over its bytes, its caption and its mask's file: any changed is another adapter."""
     return [
-        hashlib.sha256(f"{example.digest} {example.prompt}".encode()).hexdigest()
-        for concept in concepts
-        for example in concept.examples
+        hashlib.sha256(_content(example).encode()).hexdigest() for concept in concepts for example in concept.examples
     ]
+
+
+def _content(example: Example) -> str:
+    mask = f" mask {example.mask.digest}" if example.mask is not None and example.mask.digest else ""
+    return f"{example.digest} {example.prompt}{mask}"
 
 
 def photo_objects(concepts: Sequence[Concept]) -> dict[str, bytes]:

@@ -109,6 +109,7 @@ def _of_training(subject: FileSubject) -> dict[str, Any]:
     return {
         "modelspec.resolution": None if side is None else f"{side}x{side}",
         "ss_resolution": None if side is None else f"({side}, {side})",
+        "ss_enable_bucket": settings.get("aspect_buckets", False),
         "ss_steps": settings.get("steps"),
         "ss_max_train_steps": settings.get("steps"),
         "ss_learning_rate": rate,
@@ -118,6 +119,10 @@ def _of_training(subject: FileSubject) -> dict[str, Any]:
         "ss_seed": settings.get("seed"),
         "ss_min_snr_gamma": settings.get("min_snr_gamma"),
         "ss_noise_offset": settings.get("noise_offset") or None,
+        # Not ss_caption_dropout_rate: there captions are dropped whole, and here cut down to token and class noun.
+        "ss_caption_tag_dropout_rate": settings.get("tag_dropout") or None,
+        "ss_shuffle_caption": settings.get("shuffle_tags") or None,
+        "ss_keep_tokens": settings.get("keep_tags") or None,
     }
 
 

@@ -20,6 +20,7 @@ from cat_cluster.spec.yaml_file import describe
 LARGEST_SEED = 2**63 - 1
 LARGEST_COUNT = 10**9
 LARGEST_FACTOR = 10**6
+MOST_CHUNKS = 16  # read of a text; each is as long as the text encoder reads at once
 PLANNED_METHODS = ("dreambooth", "textual_inversion")
 GATE_METRICS = get_args(MetricName)
 BLOCK_GROUPS: tuple[BlockGroup, ...] = get_args(BlockGroup)

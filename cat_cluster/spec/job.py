@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cat_cluster.errors import SpecError
@@ -31,6 +31,7 @@ from cat_cluster.spec.fields import (
     Text,
     words,
 )
+from cat_cluster.spec.folder_name import filled_from_folder_name
 from cat_cluster.spec.sections import (
     ClusterSpec,
     EvaluationSpec,
@@ -49,13 +50,9 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 # Adapters that were published before there were these fields are found under their revisions: at its default none of
 # them is a part of the digest.
 _LATER_TRAINING = (
-    "decoy_fraction",
-    "accumulate",
-    "ema",
-    "noise_offset",
-    "optimizer",
-    "block_lr_weights",
-    "init_from",
+    *("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from"),
+    *("caption_dropout", "tag_dropout", "shuffle_tags", "keep_tags", "prompt_chunks"),
+    *("aspect_buckets", "masked_loss"),
     "text_encoder",
 )
 
@@ -68,13 +65,29 @@ _ADAPTED: Mapping[Blocks, tuple[BlockGroup, ...]] = {"all": BLOCK_GROUPS, "mid_u
 _Settings = TypeVar("_Settings", bound=Section)
 
 
-class ConceptSpec(Section):
-    """One concept: its token, its class noun and the folder of its photos. Raises on a token the rules refuse."""
+def _without_named(schema: dict[str, Any]) -> None:
+    schema["required"] = ["images"]  # the others may stand in its name
 
-    token: Text = Field(description="The concept's rare trigger word, one whole word such as sks.")
-    class_noun: Text = Field(description="What the concept is an example of, such as cup.")
+
+class ConceptSpec(Section):
+    """One concept: its token, its class noun and the folder of its photos. Raises on a token the rules refuse.
+
+    What is left out of token and class noun is read from the folder's name, if that is one of kohya's trainer.
+    """
+
+    model_config = ConfigDict(json_schema_extra=_without_named)
+
+    token: Text = Field(
+        description="The concept's rare trigger word, one whole word such as sks; it may be left out where the "
+        "folder's name has it, as 10_sks cup."
+    )
+    class_noun: Text = Field(
+        description="What the concept is an example of, such as cup; it may be left out where the folder's name has "
+        "it, as 10_sks cup."
+    )
     images: ImagesFolder = Field(
-        description="Folder of the concept's photos, relative to the spec file, or an s3:// address of them."
+        description="Folder of the concept's photos, relative to the spec file, or an s3:// address of them; or the "
+        "folder around a single one that is named as 10_sks cup."
     )
     alpha: NotNegative = Field(
         default=DEFAULT_ALPHA,
@@ -89,6 +102,13 @@ class ConceptSpec(Section):
     template: Text | None = Field(
         default=None, description=f"Caption for images without one; the default is {DEFAULT_TEMPLATE!r}."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_folder(cls, data: object) -> object:
+        filled, errors = filled_from_folder_name(data)
+        _refuse(cls.__name__, errors)
+        return filled
 
     @field_validator("token")
     @classmethod
@@ -304,11 +324,8 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
         own = override is not None and key in override.model_fields_set
         return ("adapters", index, section, key) if own else (section, key)
 
-    training, evaluation = adapter.training, adapter.evaluation
-    if training.warmup_steps is not None and training.warmup_steps >= training.steps:
-        text = f"{training.warmup_steps} must be less than steps, which is {training.steps}"
-        yield place("training", "warmup_steps"), text
-    yield from _rate_errors(training, place)
+    yield from _training_errors(adapter.training, place)
+    evaluation = adapter.evaluation
     if evaluation.require is not None and not evaluation.enabled:
         # At the adapter's own half of the contradiction, if it has one: the job's half may be right for the others.
         own = [place("evaluation", key) for key in ("require", "enabled")]
@@ -325,11 +342,18 @@ def _merged_errors(adapter: ResolvedAdapter, given: AdapterSpec, index: int) -> 
                 yield (*place("evaluation", "prompts"), number), text
 
 
-def _rate_errors(training: TrainingSpec, place: Callable[[Literal["training"], str], Location]) -> Iterator[FieldError]:
-    """Learning rates that mean nothing with the optimiser, or are of layers that are not adapted."""
+def _training_errors(
+    training: TrainingSpec, place: Callable[[Literal["training"], str], Location]
+) -> Iterator[FieldError]:
+    if training.warmup_steps is not None and training.warmup_steps >= training.steps:
+        text = f"{training.warmup_steps} must be less than steps, which is {training.steps}"
+        yield place("training", "warmup_steps"), text
     if training.optimizer != "adamw" and "learning_rate" not in training.model_fields_set:
         text = f"the default is for adamw, and optimizer is {training.optimizer}: give it, {_RATES[training.optimizer]}"
         yield place("training", "learning_rate"), text
+    if training.keep_tags and not training.changes_tags:
+        text = "keeps tags that nothing leaves out or moves; give tag_dropout or shuffle_tags, or leave it out"
+        yield place("training", "keep_tags"), text
     for group in training.block_lr_weights or {}:
         if training.optimizer == "prodigy":
             yield place("training", "block_lr_weights"), "prodigy finds one step size for all blocks; remove it"

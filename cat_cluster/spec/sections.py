@@ -17,6 +17,7 @@ from cat_cluster.spec.choices import (
     Targets,
 )
 from cat_cluster.spec.fields import (
+    MOST_CHUNKS,
     BlockFactors,
     Conditions,
     Count,
@@ -96,6 +97,29 @@ class TrainingSpec(Section):
     general_prompts: PromptsFile | None = Field(
         default=None, description="Text file with one prompt a line for the mixture; none means the base model's own."
     )
+    caption_dropout: Share = Field(
+        default=0.0,
+        description="Share of the rows whose caption is cut down to token and class noun.",
+    )
+    tag_dropout: Share = Field(
+        default=0.0,
+        description="Share of a caption's tags, parted by commas, that a row leaves out; never one with the token or a "
+        "word of the class noun.",
+    )
+    shuffle_tags: bool = Field(
+        default=False,
+        description="Put a caption's tags into another order in each row; one with the token or a word of the class "
+        "noun stays where it is.",
+    )
+    keep_tags: Whole = Field(
+        default=0, description="First tags of a caption that are never left out or moved, as kohya's keep_tokens."
+    )
+    prompt_chunks: Count = Field(
+        default=1,
+        le=MOST_CHUNKS,
+        description="Chunks, each as long as the text encoder reads at once, that are read of a caption or prior "
+        "prompt at most; what is behind them is cut off.",
+    )
     targets: Targets = Field(default="attention_ff", description="Which linear layers of the U-Net are adapted.")
     blocks: Blocks = Field(
         default="all",
@@ -160,6 +184,15 @@ class TrainingSpec(Section):
         default=None,
         description="Side of the square crops in pixels, a multiple of 8; none means the base model's own.",
     )
+    aspect_buckets: bool = Field(
+        default=False,
+        description="Crop each photo to the size nearest to its own shape, of at most the pixels of a square crop.",
+    )
+    masked_loss: bool = Field(
+        default=False,
+        description="Learn only what each photo's mask marks (1-mask.png beside 1.jpg, or its own transparency), and "
+        "hold the rest of the picture to the base model.",
+    )
     crops_per_image: Count = Field(
         default=1, description="Crops of each photo: 1 is the centre; more adds random ones."
     )
@@ -174,6 +207,16 @@ class TrainingSpec(Section):
     def warmup(self) -> int:
         """Steps in which the learning rate rises: those given, else a fifteenth of all."""
         return self.steps // 15 if self.warmup_steps is None else self.warmup_steps
+
+    @property
+    def changes_tags(self) -> bool:
+        """Whether rows leave out tags of their captions, or have them in another order."""
+        return self.tag_dropout > 0 or self.shuffle_tags
+
+    @property
+    def changes_captions(self) -> bool:
+        """Whether captions differ from row to row."""
+        return self.caption_dropout > 0 or self.changes_tags
 
     @property
     def rows_of_step(self) -> int:

@@ -29,10 +29,12 @@ class S3Folder:
         self._bucket = S3Bucket(name, self.url, retry_seconds=retry_seconds, on_retry=on_retry)
         self._base = f"{prefix}/" if prefix else ""
 
-    def files(self, wanted: Callable[[str], bool] = lambda name: True, *, deep: bool = True) -> dict[str, StoredKey]:
+    def files(
+        self, wanted: Callable[[str], bool] = lambda name: True, *, deep: bool = True, may_be_none: bool = False
+    ) -> dict[str, StoredKey]:
         """Return the objects whose relative name is wanted, by that name, sorted; not `deep`: only the direct ones.
 
-        Raises StoreError when there are none, or when a wanted name cannot be a file below a folder.
+        Raises StoreError when there are none and there must be, or when a wanted name cannot be a file below a folder.
         """
         found = {}
         for entry in self._bucket.keys(self._base, deep=deep):
@@ -40,7 +42,7 @@ class S3Folder:
             # Consoles mark a folder with an empty object whose name ends in a slash.
             if name and not name.endswith("/") and wanted(name):
                 found[_checked(name, self.url)] = entry
-        if not found:
+        if not found and not may_be_none:
             raise StoreError(f"{self.url} holds nothing that could be used; check the bucket and the prefix")
         return dict(sorted(found.items()))
 

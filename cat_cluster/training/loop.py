@@ -27,6 +27,8 @@ from cat_cluster.training.optimizer import state_names
 from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
 
+KEPT_TEXTS = 512  # where captions change from row to row
+
 
 @dataclass(frozen=True, eq=False)
 class PackMember:
@@ -93,7 +95,9 @@ def train_pack(
     engine, optimizer, tasks = pack.engine, pack.engine.optimizer, pack.tasks
     trainings = [task.training for task in tasks]
     accumulate = [training.accumulate for training in trainings]
-    encode_text, pool = TextCache(base), TeacherPool()
+    # Captions that change are new texts in every step, each a quarter of a megabyte in Stable Diffusion 1.
+    most = KEPT_TEXTS if any(training.changes_captions for training in trainings) else None
+    encode_text, pool = TextCache(base, trainings[0].prompt_chunks, most), TeacherPool()
     cat_apart = not trainings[0].joint_rows and not engine.joined_teacher
     writer = CheckpointWriter(checkpoints if engine.rank == 0 else (), checkpoint_every)
     with writer, _training_mode(base, trainings[0]):
@@ -185,7 +189,7 @@ class _PackState:
             step=done,
             steps=self.steps,
             seconds=time.perf_counter() - started,
-            rows=len(batch.prompts) + len(batch.prior_prompts),
+            rows=len(batch.prompts) + int((~batch.outside_M).sum()),
             losses=recorded,
             dropped={self.tasks[slot].adapter_id: reason for slot, reason in self.engine.optimizer.dropped.items()},
             alpha_scales={

@@ -15,7 +15,7 @@ CURVE_POINTS = 100
 
 @dataclass(frozen=True)
 class ConceptLoss:
-    """Mean losses of one concept's rows; cat is None where no row carried the CAT term."""
+    """Mean losses of one concept's rows; cat is None where no row carried a CAT term."""
 
     identity: float
     cat: float | None
@@ -34,19 +34,18 @@ class LossCurves:
 
     def record(self, step: int, batch: Batch, losses: RowLosses) -> dict[str, dict[str, ConceptLoss]]:
         """Add the losses of a step and return this step's means per adapter and token."""
-        identity, cat = losses.identity_B.tolist(), losses.cat_M.tolist()
-        cat_of = dict(zip(batch.cat_row_M.tolist(), cat, strict=True))
         step_sums: dict[str, dict[str, list[float]]] = {}
-        rows = zip(batch.adapter_B.tolist(), batch.concept_B.tolist(), identity, strict=True)
-        for row, (adapter, concept, loss) in enumerate(rows):
+        sums_of_row = []
+        for adapter, concept in zip(batch.adapter_B.tolist(), batch.concept_B.tolist(), strict=True):
             task = self._tasks[adapter]
-            token = task.concepts[concept].token
-            sums = step_sums.setdefault(task.adapter_id, {}).setdefault(token, [0.0, 0.0, 0.0, 0.0])
-            sums[0] += loss
-            sums[1] += 1
-            if row in cat_of:
-                sums[2] += cat_of[row]
-                sums[3] += 1
+            of_adapter = step_sums.setdefault(task.adapter_id, {})
+            sums_of_row.append(of_adapter.setdefault(task.concepts[concept].token, [0.0, 0.0, 0.0, 0.0]))
+        for row, loss in enumerate(losses.identity_B.tolist()):
+            sums_of_row[row][0] += loss
+            sums_of_row[row][1] += 1
+        for row, loss in zip(batch.cat_row_M.tolist(), losses.cat_M.tolist(), strict=True):
+            sums_of_row[row][2] += loss
+            sums_of_row[row][3] += 1
         bin_index = (step - 1) // self._bin
         for adapter_id, tokens in step_sums.items():
             for token, sums in tokens.items():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from cat_cluster.data.draws import keyed_generator
+from cat_cluster.data.keys import keyed_generator
 from cat_cluster.lora.bank import adapted_layers, text_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.lora.layers import sizes_of

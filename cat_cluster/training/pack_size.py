@@ -5,11 +5,14 @@ from __future__ import annotations
 import resource
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
+from cat_cluster.data.draws import ConceptMaterial
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.loop import PackMember, train_pack
@@ -24,10 +27,27 @@ def measured_pack_size(base: BaseModel, bank: LoraBank, members: Sequence[PackMe
     A step's peak is taken as a + b K for K adapters: measured at K = 1 and 2, solved for the free memory, 1 to 32.
     shared_by: packs that train at once in that memory.
     """
+    members = _of_one_size(members)
     _peak_bytes(base, bank, members[:1])  # the first step warms caches and allocators; it is not counted
     one, two = (_peak_bytes(base, bank, members[:count]) for count in (1, 2))
     each = max(two - one, 1)
     return max(1, min(LARGEST_PACK, 1 + int((SHARE * free_bytes(base.device) / shared_by - one) / each)))
+
+
+def _of_one_size(members: Sequence[PackMember]) -> list[PackMember]:
+    """Return the members with photos of one size, the largest: one call for all rows is what a step takes at most."""
+    views = [view for member in members for concept in member.task.concepts for view in concept.moments]
+    largest = max(views, key=torch.numel)
+    return [
+        replace(
+            member, task=replace(member.task, concepts=tuple(_all_like(one, largest) for one in member.task.concepts))
+        )
+        for member in members
+    ]
+
+
+def _all_like(concept: ConceptMaterial, view: Tensor) -> ConceptMaterial:
+    return replace(concept, moments=(view,) * len(concept.moments))
 
 
 def free_bytes(device: torch.device) -> int:

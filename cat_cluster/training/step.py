@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from cat_cluster.training.texts import RowTexts
 
 @dataclass(frozen=True, eq=False)
 class RowLosses:
-    """The losses of each row of a step before their weights: identity_B, and cat_M of the CAT rows."""
+    """The losses of the terms of a step before their weights: identity_B, and cat_M of those held to the base."""
 
     identity_B: Tensor
     cat_M: Tensor
@@ -29,23 +29,68 @@ class RowLosses:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """The input of the U-Net: B identity rows on y_T, then M CAT rows on y with the same z0, e and t.
+    """The input of the U-Net: S rows with latents [S, C, H, W], each bound to a slot.
 
-    noisy and target are [B+M, C, H, W]; loss_weight is w(t), row_weight the weight in the loss.
-    texts are those that the student reads, with their gradient where its adapter trains text encoders. asked: CAT rows
-    whose target the base model has yet to predict, in the student's own call, from the texts asked_texts.
+    Texts carry a gradient where the slot's adapter trains text encoders.
     """
 
     noisy: Tensor
     timestep: Tensor
     texts: list[Text]
     sizes: list[Sizes]
-    target: Tensor
     slot: Tensor
-    loss_weight: Tensor
-    row_weight: Tensor
-    asked: Tensor
-    asked_texts: list[Text]
+
+    def __len__(self) -> int:
+        return len(self.slot)
+
+    def __getitem__(self, rows: slice | Tensor) -> _Rows:
+        places = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        texts, sizes = [self.texts[row] for row in places], [self.sizes[row] for row in places]
+        return _Rows(self.noisy[rows], self.timestep[rows], texts, sizes, self.slot[rows])
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Made for a call, of its own rows alone: their texts may have a backward of their own."""
+        return Conditioning.of(self.texts, self.sizes)
+
+    def followed_by(self, other: _Rows) -> _Rows:
+        return _Rows(
+            torch.cat([self.noisy, other.noisy]),
+            torch.cat([self.timestep, other.timestep]),
+            self.texts + other.texts,
+            self.sizes + other.sizes,
+            torch.cat([self.slot, other.slot]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Terms:
+    """T terms of the loss: each compares the prediction of a row with a target [C, H, W].
+
+    mask: the part of the picture that counts, [T, 1, H, W], None where all of every picture does.
+    weight: w(t); weight_in_loss: the place in the adapter's loss.
+    """
+
+    row: Tensor
+    target: Tensor
+    mask: Tensor | None
+    weight: Tensor
+    weight_in_loss: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """A step's rows, B identity rows on y_T and the CAT rows on y with the same z0, e and t, and its terms in order:
+
+    those of the identity rows, of what is outside their masks, and of the CAT rows. held: how many the first two are.
+    asked: rows that the base has yet to predict in the student's own call, and the terms (asked_by) they are for.
+    """
+
+    rows: _Rows
+    terms: _Terms
+    held: int
+    asked: _Rows
+    asked_by: Tensor
 
 
 def train_step(
@@ -57,96 +102,113 @@ def train_step(
     engine: TrainingEngine,
     pool: TeacherPool | None = None,
 ) -> RowLosses:
-    """Add this batch's gradient of the pack loss to the bank's parameters and return each row's losses.
+    """Add this batch's gradient of the pack loss to the bank's parameters and return the loss of each of its terms.
 
-    trainings: the settings of each adapter of the pack. The [y_T; y] rows ride in one U-Net call or, without
-    joint_rows, in two at half the activation memory. The rows of adapter a are bound to slot a + 1 and read its texts,
-    the teacher's rows to slot 0 and the base's own texts: in a call before the student's, or in the same one with their
-    output detached, as the engine wants it. Rows that were drawn from a pool take the teacher's prediction from there:
-    `pool` must have been filled with their tasks.
+    The rows of the batch are of one size. trainings: the settings of each adapter of the pack. The [y_T; y] rows ride
+    in one U-Net call or, without joint_rows, in two at half the activation memory. The rows of adapter a are bound to
+    slot a + 1 and read its texts, the teacher's rows to slot 0 and the base's texts: in a call before the student's, or
+    in the same one with their output detached, as the engine wants it. Rows that were drawn from a pool take the
+    teacher's prediction from there: `pool` must have been filled with their tasks.
     """
-    read = RowTexts(base, bank, encode_text, alike=engine.world_size > 1)
-    rows = _rows(base, bank, read, batch, trainings, pool or TeacherPool(), joined=engine.joined_teacher)
-    identity_count, count = len(batch.prompts), len(rows.slot)
-    parted = not trainings[0].joint_rows and not engine.joined_teacher and count > identity_count
-    losses, start = [], 0
-    for end in [identity_count, count] if parted else [count]:
-        losses.append(_backward(bank, engine, rows, slice(start, end)))
-        start = end
-    all_rows = torch.cat(losses)
-    return RowLosses(identity_B=all_rows[:identity_count], cat_M=all_rows[identity_count:])
+    # What is outside a mask is held by the prediction of its identity row, and goes with it.
+    order = torch.argsort((~batch.outside_M).long(), stable=True)
+    read = RowTexts(base, bank, encode_text, trainings[0].prompt_chunks, alike=engine.world_size > 1)
+    inputs = _inputs(base, bank, read, batch, trainings, pool or TeacherPool(), order, engine.joined_teacher)
+    count = len(batch.prompts)
+    parts = [(slice(0, None), slice(0, None))]
+    if not trainings[0].joint_rows and not engine.joined_teacher and len(inputs.rows) > count:
+        parts = [(slice(0, count), slice(0, inputs.held)), (slice(count, None), slice(inputs.held, None))]
+    losses = torch.cat([_backward(bank, engine, inputs, rows, terms) for rows, terms in parts])
+    cat_M = torch.empty_like(losses[count:])
+    cat_M[order.to(cat_M.device)] = losses[count:]
+    return RowLosses(identity_B=losses[:count], cat_M=cat_M)
 
 
-def _backward(bank: LoraBank, engine: TrainingEngine, rows: _Rows, part: slice) -> Tensor:
-    """Go forward and backward on some of the rows, predicting the targets of rows.asked on the way; return losses."""
-    noisy, timestep, target = (x[part] for x in (rows.noisy, rows.timestep, rows.target))
-    texts, sizes, slot, asked, count = rows.texts[part], rows.sizes[part], rows.slot[part], rows.asked, len(target)
-    if len(asked):
-        noisy, timestep = (torch.cat([x, x[asked]]) for x in (noisy, timestep))
-        texts, sizes = [*texts, *rows.asked_texts], [*sizes, *(sizes[row] for row in asked.tolist())]
-        slot = torch.cat([slot, torch.zeros(len(asked), dtype=slot.dtype)])
-    with bank.rows(slot):
-        prediction = engine.predict(noisy, timestep, Conditioning.of(texts, sizes))
-        if len(asked):
-            target = target.index_copy(0, asked, prediction[count:].detach().to(target.dtype))
-        loss = prediction_loss(prediction[:count], target, rows.loss_weight[part])
-        engine.backward(pack_loss(loss, rows.row_weight[part]))
+def _backward(bank: LoraBank, engine: TrainingEngine, inputs: _Inputs, of_rows: slice, of_terms: slice) -> Tensor:
+    """Go forward and backward on some of the rows with their terms, and return the terms' losses."""
+    rows, terms = inputs.rows[of_rows], inputs.terms
+    target, mask = terms.target[of_terms], None if terms.mask is None else terms.mask[of_terms]
+    count = len(rows)
+    if len(inputs.asked):
+        rows = rows.followed_by(inputs.asked)
+    with bank.rows(rows.slot):
+        prediction = engine.predict(rows.noisy, rows.timestep, rows.conditioning)
+        if len(inputs.asked):
+            target = target.index_copy(0, inputs.asked_by, prediction[count:].detach().to(target.dtype))
+        of_term = prediction[:count].index_select(0, terms.row[of_terms] - of_rows.start)
+        loss = prediction_loss(of_term, target, terms.weight[of_terms], mask)
+        engine.backward(pack_loss(loss, terms.weight_in_loss[of_terms]))
     return loss.detach()
 
 
-def _rows(
+def _inputs(
     base: BaseModel,
     bank: LoraBank,
     read: RowTexts,
     batch: Batch,
     trainings: Sequence[TrainingSpec],
     pool: TeacherPool,
-    *,
+    order: Tensor,
     joined: bool,
-) -> _Rows:
+) -> _Inputs:
+    """order: the M places of the batch's terms that are held to the base, in the order of the terms."""
     device = base.device
-    noise, timestep = _move(batch.noise, device), _move(batch.timestep_B, device)
-    latents = base.sample_latents(_move(batch.moments, device), _move(batch.posterior_noise, device))
+    moments, posterior_noise, noise = (
+        _move(torch.stack(drawn), device) for drawn in (batch.moments, batch.posterior_noise, batch.noise)
+    )
+    timestep = _move(batch.timestep_B, device)
+    latents = base.sample_latents(moments, posterior_noise)
     noisy = base.schedule.add_noise(latents, noise, timestep)
     target = base.schedule.target(latents, noise, timestep)
-    slot, sizes = batch.adapter_B + 1, list(batch.sizes)
-    texts = read(batch.prompts, slot)
-    asked_texts: list[Text] = []
-    loss_weight = _loss_weight(base, batch, trainings)
-    row_weight = batch.identity_weight_B
-    asked = torch.empty(0, dtype=torch.long)
-    if batch.prior_prompts:
-        cat = batch.cat_row_M
-        on_device = _move(cat, device)
-        prior_noisy, prior_timestep = noisy[on_device], timestep[on_device]
-        prior_sizes = [batch.sizes[row] for row in cat.tolist()]
-        prior = read.bare(batch.prior_prompts)
+    slot = batch.adapter_B + 1
+    identity = _Rows(noisy, timestep, read(batch.prompts, slot), list(batch.sizes), slot)
+    count, held = len(identity), len(identity) + int(batch.outside_M.sum())
+    row, weight, weight_in_loss = torch.arange(count), _loss_weight(base, batch, trainings), batch.identity_weight_B
+    rows, asked, asked_by = identity, identity[:0], torch.empty(0, dtype=torch.long)
+    if len(order):
+        row_M = batch.cat_row_M[order]
+        keys = [batch.pool_keys[m] for m in order.tolist()]
+        prompts = [batch.prior_prompts[m] for m in order.tolist()]
+        on_device = _move(row_M, device)
+        teacher = _Rows(
+            noisy[on_device],
+            timestep[on_device],
+            read.bare(prompts),
+            [batch.sizes[i] for i in row_M.tolist()],
+            torch.zeros(len(order), dtype=torch.long),
+        )
         if joined:
-            teacher = pool.known(prior_noisy, batch.pool_keys)
-            fresh = [m for m, key in enumerate(batch.pool_keys) if key is None]
-            asked, asked_texts = torch.tensor(fresh) + len(slot), [prior[m] for m in fresh]
+            known = pool.known(teacher.noisy, keys)
+            fresh = torch.tensor([m for m, key in enumerate(keys) if key is None], dtype=torch.long)
+            asked, asked_by = teacher[fresh], fresh + count
         else:
-            bare = Conditioning.of(prior, prior_sizes)
             with autocast(base, bf16=trainings[0].bf16):
-                teacher = pool.predict(base.unet, bank, prior_noisy, prior_timestep, bare, batch.pool_keys)
-        # Encoded in a call of their own, for they may have a backward of their own.
-        texts, sizes = texts + read(batch.prior_prompts, slot[cat]), sizes + prior_sizes
-        noisy, timestep = torch.cat([noisy, prior_noisy]), torch.cat([timestep, prior_timestep])
-        target = torch.cat([target, teacher.to(target.dtype)])
-        slot, loss_weight = torch.cat([slot, slot[cat]]), torch.cat([loss_weight, loss_weight[cat]])
-        row_weight = torch.cat([row_weight, batch.cat_weight_M])
-    return _Rows(
-        noisy=noisy,
-        timestep=timestep,
-        texts=texts,
-        sizes=sizes,
-        target=target,
-        slot=slot,
-        loss_weight=_move(loss_weight, device),
-        row_weight=_move(row_weight, device),
-        asked=_move(asked.long(), device),
-        asked_texts=asked_texts,
+                known = pool.predict(base.unet, bank, teacher.noisy, teacher.timestep, teacher.conditioning, keys)
+        prior = slice(held - count, None)
+        students = replace(teacher, slot=slot[row_M])[prior]
+        rows = identity.followed_by(replace(students, texts=read(prompts[prior], students.slot)))
+        target = torch.cat([target, known.to(target.dtype)])
+        row = torch.cat([row, row_M[: held - count], torch.arange(count, len(rows))])
+        weight = torch.cat([weight, weight[row_M]])
+        weight_in_loss = torch.cat([weight_in_loss, batch.cat_weight_M[order]])
+    terms = _Terms(
+        _move(row, device),
+        target,
+        _masks(batch, order, device),
+        _move(weight, device),
+        _move(weight_in_loss, device),
     )
+    return _Inputs(rows, terms, held, asked, _move(asked_by, device))
+
+
+def _masks(batch: Batch, order: Tensor, device: torch.device) -> Tensor | None:
+    """Return what counts in each term's picture: the mask of an identity row, outside it the rest, else all of it."""
+    if all(mask is None for mask in batch.masks):
+        return None
+    whole = torch.ones(1, *batch.noise[0].shape[1:])
+    inside = [whole if mask is None else mask for mask in batch.masks]
+    terms = zip(batch.cat_row_M[order].tolist(), batch.outside_M[order].tolist(), strict=True)
+    return _move(torch.stack([*inside, *(1 - inside[row] if outside else whole for row, outside in terms)]), device)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -52,12 +52,16 @@ class TeacherPool:
         """
         entries = (entry for task in tasks for entry in pool_entries(task, base.schedule.num_timesteps))
         wanted = {entry.key: entry for entry in entries if entry.key is not None}
-        missing = [(key, entry) for key, entry in wanted.items() if key not in self._predictions]
-        for start in range(0, len(missing), ENTRIES_PER_CALL):
-            keys, chunk = zip(*missing[start : start + ENTRIES_PER_CALL], strict=True)
-            predictions = _predict_entries(base, bank, encode_text, chunk, autocast).float().cpu()
-            # Copies: a view would keep the whole chunk alive.
-            self._predictions.update(zip(keys, map(Tensor.clone, predictions), strict=True))
+        missing: dict[torch.Size, list[tuple[str, Draw]]] = {}  # by size: a U-Net takes one at a time
+        for key, entry in wanted.items():
+            if key not in self._predictions:
+                missing.setdefault(entry.noise.shape, []).append((key, entry))
+        for alike in missing.values():
+            for start in range(0, len(alike), ENTRIES_PER_CALL):
+                keys, chunk = zip(*alike[start : start + ENTRIES_PER_CALL], strict=True)
+                predictions = _predict_entries(base, bank, encode_text, chunk, autocast).float().cpu()
+                # Copies: a view would keep the whole chunk alive.
+                self._predictions.update(zip(keys, map(Tensor.clone, predictions), strict=True))
 
     def predict(
         self,

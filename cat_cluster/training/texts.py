@@ -10,6 +10,8 @@ from torch import Tensor
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.conditioning import Text
+from cat_cluster.models.prompt_weights import Prompt
+from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.training.teacher import TextEncoder
 
 
@@ -17,13 +19,15 @@ from cat_cluster.training.teacher import TextEncoder
 class RowTexts:
     """What rows read of their prompts: each through its slot's adapter where that trains text encoders.
 
-    bare: gives the base's texts. alike: for workers that share a step, whose backwards must reach the same parameters
-    in the same order; where no row's text is adapted, one is encoded in the same way, which changes nothing of it.
+    bare: gives the base's texts. chunks: those that are read of a prompt, at most. alike: for workers that share a
+    step, whose backwards must reach the same parameters in the same order; where no row's text is adapted, one is
+    encoded in the same way, which changes nothing of it.
     """
 
     base: BaseModel
     bank: LoraBank
     bare: TextEncoder
+    chunks: int
     alike: bool
 
     def __call__(self, prompts: Sequence[str], slot_B: Tensor) -> list[Text]:
@@ -38,8 +42,13 @@ class RowTexts:
             adapted = rows[:1]
         if not adapted:
             return self.bare(prompts)
-        with self.bank.text_rows([slot for _, slot in adapted]):
-            encoded = self.base.text_encoders.encode([prompt for prompt, _ in adapted])
+        slots = [slot for _, slot in adapted]
+        encoded = encode_prompts(
+            self.base,
+            self.base.text_limit,
+            [Prompt(prompt, chunks=self.chunks) for prompt, _ in adapted],
+            lambda owners: self.bank.text_rows([slots[n] for n in owners]),
+        )
         texts = {row: self._empty(text) if row[0] == "" else text for row, text in zip(adapted, encoded, strict=True)}
         return [texts[row] if row in texts else self.bare([row[0]])[0] for row in rows]
 

@@ -116,6 +116,18 @@ def packing(
 
 
 @app.command()
+def buckets(
+    size: Annotated[str, typer.Option(help="pocket, or sd15 on a GPU.")] = "pocket",
+    allow_dirty: AllowDirty = False,
+) -> None:
+    """Time a step of photos of several shapes beside one of square crops (about five minutes on 2 cores)."""
+    from jobs.benchmark.training.buckets import BASES, run
+
+    _check("size", [size], BASES)
+    people.print(f"wrote {run(begin(allow_dirty=allow_dirty), people, size)}")
+
+
+@app.command()
 def cluster(
     only: Annotated[list[str] | None, typer.Option(help="steps, checkpoints, sharding, batch; none: all.")] = None,
     allow_dirty: AllowDirty = False,

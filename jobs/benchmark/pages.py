@@ -43,9 +43,9 @@ def page_texts(results: Path = RESULTS) -> dict[str, str]:
     if study:
         first = next(iter(study.values()))
         pages["study.md"] = templates.get_template("study.md.j2").render(parts=study, first=first, aims=AIMS)
-    for name in ("frontier", "specificity", "stacks", "optimisations", "packing"):
+    for name in ("frontier", "specificity", "stacks", "optimisations", "packing", "buckets", "buckets-gpu"):
         if result := read_result(name, results):
-            pages[f"{name}.md"] = templates.get_template(f"{name}.md.j2").render(result=result)
+            pages[f"{name}.md"] = templates.get_template(f"{name.removesuffix('-gpu')}.md.j2").render(result=result)
     for name in SERVING:
         if result := read_result(name, results):
             pages[f"{name}.md"] = templates.get_template("serving.md.j2").render(

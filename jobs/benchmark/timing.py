@@ -15,8 +15,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from cat_cluster.data.crops import Size
 from cat_cluster.data.draws import AdapterTask, ConceptMaterial, draw_batch
 from cat_cluster.data.latents import TextCache
+from cat_cluster.data.parts import step_parts
 from cat_cluster.errors import SpecError
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
@@ -51,20 +53,26 @@ class StepOptions:
 PLAIN_LORA = StepOptions(alpha=0.0)
 
 
-def concept_task(base: BaseModel, name: str, rows: int, options: StepOptions) -> AdapterTask:
-    """Return the task of one concept with six made-up photos: a step's time does not depend on what they show."""
+def concept_task(
+    base: BaseModel, name: str, rows: int, options: StepOptions, sizes: Sequence[Size] | None = None
+) -> AdapterTask:
+    """Return the task of one concept with six made-up photos: a step's time does not depend on what they show.
+
+    sizes: of the photos' crops, in pixels; by default the base's own square.
+    """
     generator = torch.Generator().manual_seed(len(name))
-    shape = (PHOTOS, 2 * base.latent_channels, base.latent_size, base.latent_size)
+    sizes = [Size.square(base.resolution)] * PHOTOS if sizes is None else sizes
+    latents = [(side.height // base.pixels_per_latent, side.width // base.pixels_per_latent) for side in sizes]
     places = ("on grass", "on sand", "in snow", "at night", "at sunset", "on a table")
     concept = ConceptMaterial(
         token="sks",
         class_noun="cup",
         alpha=options.alpha,
         weight=1.0,
-        moments_NCHW=torch.randn(shape, generator=generator),
+        moments=tuple(torch.randn(2 * base.latent_channels, *shape, generator=generator) for shape in latents),
         prompts=tuple(f"a photo of a sks cup {place}" for place in places),
         removed_prompts=tuple(f"a photo of a cup {place}" for place in places),
-        sizes=(Sizes.drawn(base.resolution, base.resolution),) * len(places),
+        sizes=tuple(Sizes.drawn(size.height, size.width) for size in sizes),
     )
     pool = {} if options.pool_size is None else {"teacher": "pool", "pool_size": options.pool_size}
     changes = {
@@ -129,7 +137,8 @@ def pack_step(
 
         def step() -> None:
             batch = draw_batch(tasks, next(steps), base.schedule.num_timesteps, [True] * len(tasks))
-            train_step(base, bank, encode, batch, trainings, engine, pool)
+            for part in step_parts(batch, [training.accumulate for training in trainings], 0, 1):
+                train_step(base, bank, encode, part.batch, trainings, engine, pool)
             engine.step()
             synchronise(base)
 

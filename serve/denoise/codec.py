@@ -215,7 +215,7 @@ class Codec:
             bank = self._text_bank
             return nullcontext() if bank is None else bank.rows(list(stacks.values()), [places[n] for n in owners])
 
-        with self._own_stream():
+        with torch.no_grad(), self._own_stream():
             encoded = encode_prompts(self._base, self._limit, [prompt for prompt, _ in readings], bind)
         texts = dict(zip(readings, encoded, strict=True))
         with self._lock:

@@ -75,7 +75,7 @@ def gradients(base: BaseModel, pack: list[PackMember], make: EngineFactory) -> d
 def poisoned(base: BaseModel) -> list[PackMember]:
     """A pack whose second adapter has photos of NaN."""
     bad = concept(base, "zwx", alpha=1.0)
-    bad.moments_NCHW[1] = float("nan")
+    bad.moments[1][:] = float("nan")
     return [members(base)[0], member(base, task("bad", (bad,))), members(base)[2]]
 
 

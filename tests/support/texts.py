@@ -19,3 +19,15 @@ def states_of(base: BaseModel, prompts: Sequence[str]) -> Tensor:
 def square_sizes(count: int, side: int = 16) -> tuple[Sizes, ...]:
     """Return the sizes of so many pictures that are whole squares."""
     return (Sizes.drawn(side, side),) * count
+
+
+def plain_replacement(prompt: str, token: str, word: str) -> str:
+    """Return a prompt with a word in the token's place, letter by letter: words end at spaces and commas."""
+    out, current = "", ""
+    for letter in prompt + " ":
+        if letter in " ,\n\t":
+            out += (word if current.lower() == token.lower() else current) + letter
+            current = ""
+        else:
+            current += letter
+    return out[:-1]

@@ -44,7 +44,8 @@ def peft_step(base: BaseModel, rows: int, options: StepOptions) -> tuple[Step, l
     def step() -> None:
         turn = next(turns)
         views = [(turn * rows + row) % len(material.prompts) for row in range(rows)]
-        latents = base.sample_latents(material.moments_NCHW[views].to(base.device), torch.zeros(()))
+        moments = torch.stack([material.moments[view] for view in views])
+        latents = base.sample_latents(moments.to(base.device), torch.zeros(()))
         noise = torch.randn(latents.shape, generator=generator).to(base.device)
         timestep = torch.randint(0, base.schedule.num_timesteps, (rows,), generator=generator).to(base.device)
         noisy = scheduler.add_noise(latents, noise, timestep)

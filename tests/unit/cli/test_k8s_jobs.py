@@ -92,6 +92,21 @@ def test_submitting_says_what_was_made_and_where(spec: Path, server: ApiServer, 
     assert submitted(spec)["outcome"] == "already running"
 
 
+@pytest.mark.parametrize("around", ["photos", "photos/10_sks cup"])
+def test_what_a_folders_name_says_is_told_before_it_is_uploaded(
+    tmp_path: Path, server: ApiServer, bucket: Bucket, around: str
+) -> None:
+    write_photos(tmp_path / "photos" / "10_sks cup")
+    spec = write_spec(tmp_path / "spec.yaml", "pocket", [adapter("cup", tmp_path / around)])
+    told = "warning: adapter cup, token sks: images: the 10 of '10_sks cup'"
+    submitted = call("submit", spec, "--no-wait")
+    assert submitted.exit_code == 0, submitted.exception
+    assert told in submitted.stderr
+    rendered = call("render", spec, "--upload", "--storage", URL)
+    assert rendered.exit_code == 0, rendered.exception
+    assert told in rendered.stderr
+
+
 def test_a_run_is_followed_to_its_end(spec: Path, server: ApiServer, bucket: Bucket) -> None:
     record = submitted(spec)
     write_state(bucket, record["run_id"], spec, "failed", reason="no memory", permanent=True)

@@ -47,10 +47,11 @@ def test_spec_check_counts_photos_and_names_their_captions_and_what_it_passed_ov
     result = CliRunner().invoke(app, ["spec", "check", str(tmp_path / "spec.yaml"), "--json"])
     assert json.loads(result.stdout)["read"] == {
         "pair": [
-            {"token": "sks", "photos": 2, "captions_from": ".caption files", "passed_over": []},
+            {"token": "sks", "photos": 2, "masks": 0, "captions_from": ".caption files", "passed_over": []},
             {
                 "token": "ohwx",
                 "photos": 1,
+                "masks": 0,
                 "captions_from": template,
                 "passed_over": ["\x1b[31mred\x1b]0;\a.xyz", "[old] :x: notes.md"],
             },
@@ -84,3 +85,16 @@ def test_spec_check_says_from_which_revision_an_adapter_is_trained_on(tmp_path: 
     assert f"300 steps, from {manifest.name}\n" in result.stderr
     assert isinstance(check("mug", manifest.rank + 1).exception, SpecError)
     assert isinstance(check("mugg", manifest.rank).exception, AdapterNotFoundError)
+
+
+def test_spec_check_counts_masks_and_says_what_square_crops_cut_off(tmp_path: Path) -> None:
+    for name, size in (("cup/0.png", (40, 40)), ("cup/1.png", (40, 80)), ("fish/0.png", (40, 40))):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", size, "red").save(tmp_path / name)
+    Image.new("L", (40, 40), 255).save(tmp_path / "cup" / "0-mask.png")
+    (tmp_path / "spec.yaml").write_text(SPEC + "training: {masked_loss: true}\n")
+    result = CliRunner().invoke(app, ["spec", "check", str(tmp_path / "spec.yaml")])
+    assert result.exit_code == 0
+    assert "   sks: 2 photos, 1 with a mask, captions from the template" in result.stderr
+    assert "warning: adapter pair, token sks: 1.png has no mask, so all of the picture counts" in result.stderr
+    assert "warning: adapter pair, token sks: 1.png has more than a third cut off by the square crop" in result.stderr

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from cat_cluster.data.photos import read_image
+from cat_cluster.data.photos import read_photo
 from cat_cluster.errors import ConceptError
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -64,7 +64,7 @@ def in_wide(rgb: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 def seen(path: Path) -> tuple[int, int, int]:
-    colour = read_image(path)[0].getpixel((20, 20))
+    colour = read_photo(path).image.getpixel((20, 20))
     assert isinstance(colour, tuple)
     return colour[0], colour[1], colour[2]
 
@@ -107,7 +107,8 @@ def test_photos_without_a_profile_or_in_srgb_stay_to_the_bit(tmp_path: Path) -> 
     pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8)
     for name, options in (("plain.png", {}), ("tagged.png", {"icc_profile": SRGB})):
         Image.fromarray(pixels).save(tmp_path / name, **options)
-        image, digest = read_image(tmp_path / name)
+        photo = read_photo(tmp_path / name)
+        image, digest = photo.image, photo.digest
         assert np.array_equal(np.asarray(image), pixels)
         assert digest == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
 
@@ -115,10 +116,11 @@ def test_photos_without_a_profile_or_in_srgb_stay_to_the_bit(tmp_path: Path) -> 
 def test_a_converted_photo_is_another_photo_and_is_not_converted_twice(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (48, 40), in_wide(GREEN)).save(path, icc_profile=WIDE)
-    image, digest = read_image(path)
+    photo = read_photo(path)
+    image, digest = photo.image, photo.digest
     # Latents that an earlier version cached under the bytes' digest show other colours.
     assert digest != hashlib.sha256(path.read_bytes()).hexdigest()
-    assert digest == read_image(path)[1]
+    assert digest == read_photo(path).digest
     image.crop((0, 0, 40, 40)).save(tmp_path / "published.png")
     assert "icc_profile" not in Image.open(tmp_path / "published.png").info
     assert seen(tmp_path / "published.png") == image.getpixel((20, 20))
@@ -152,4 +154,4 @@ def test_profiles_that_cannot_be_used_are_refused_by_name(tmp_path: Path, profil
     Image.new("RGB", (48, 40), "red").save(buffer, "PNG", icc_profile=profile)
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
     with pytest.raises(ConceptError, match=r"a\.png: its colour profile cannot be used .* save it again in sRGB"):
-        read_image(tmp_path / "a.png")
+        read_photo(tmp_path / "a.png")

@@ -29,19 +29,7 @@ def spell(tokenizer: CLIPTokenizer):  # type: ignore[no-untyped-def]
 def concept(token: str, noun: str, prompts: Sequence[str], *, crops: int = 1) -> ConceptMaterial:
     views = [prompt for prompt in prompts for _ in range(crops)]
     moments = torch.zeros(len(views), 8, 4, 4)
-    return ConceptMaterial(token, noun, 1.0, 1.0, moments, tuple(views), tuple(views), square_sizes(len(views)))
-
-
-def plain_replacement(prompt: str, token: str, word: str) -> str:
-    """Letter by letter: words end at spaces and commas."""
-    out, current = "", ""
-    for letter in prompt + " ":
-        if letter in " ,\n\t":
-            out += (word if current.lower() == token.lower() else current) + letter
-            current = ""
-        else:
-            current += letter
-    return out[:-1]
+    return ConceptMaterial(token, noun, 1.0, 1.0, tuple(moments), tuple(views), tuple(views), square_sizes(len(views)))
 
 
 def test_words_are_odd_ones_of_two_to_five_letters_and_a_function_of_their_key(spell, tokenizer) -> None:  # type: ignore[no-untyped-def]
@@ -63,7 +51,7 @@ def test_a_decoy_is_never_a_token_nor_a_word_of_the_captions_or_of_the_evaluatio
     mug = concept("sks", f"{noun} cup", (f"a {caption} sks mug",))
     fish = concept(other, "fish", (f"a fish {beside}",))
     found, _ = with_decoys((mug, fish), seed=0, draw_key="mug", spell=spell, never=(judged,))
-    words = {prompt.split()[2] for prompt in found.decoys[0].odd_words}
+    words = set(found.decoys[0].odd_words)
     assert len(words) == WORDS
     assert words.isdisjoint({*drawn, "sks"})
 
@@ -86,14 +74,13 @@ def test_a_tokenizer_that_tells_no_words_apart_is_refused(known: list[int]) -> N
         odd_words(0, "mug", "sks", spell=lambda word: known, never=())
 
 
-def test_decoys_are_the_caption_with_a_word_in_the_tokens_place(spell) -> None:  # type: ignore[no-untyped-def]
+def test_the_words_of_a_caption_are_those_of_each_of_its_crops(spell) -> None:  # type: ignore[no-untyped-def]
     captions = ("a photo of a sks cup", "SKS, a cup in  snow", "a cup,sks , not asks")
     (found,) = with_decoys((concept("sks", "cup", captions, crops=2),), seed=0, draw_key="mug", spell=spell, never=())
     words = odd_words(0, "mug", "sks", spell=spell, never=())
     assert len(found.decoys) == 6
-    for caption, decoys in zip(found.prompts, found.decoys, strict=True):
-        assert set(decoys.odd_words) <= {plain_replacement(caption, "sks", word) for word in words}
-        assert decoys.other_tokens == ()
+    assert {word for decoys in found.decoys for word in decoys.odd_words} <= set(words)
+    assert {decoys.other_tokens for decoys in found.decoys} == {()}
     assert found.decoys[0] == found.decoys[1]
 
 
@@ -103,13 +90,19 @@ def test_there_are_few_decoys_however_many_captions(spell, captions: int) -> Non
     others = tuple(concept(token, noun, (f"a {token} {noun}",)) for token, noun in (("zwx", "fish"), ("ohwx", "car")))
     found, *_ = with_decoys((concept("sks", "cup", prompts), *others), seed=0, draw_key="m", spell=spell, never=())
     assert all(decoys.odd_words and decoys.other_tokens for decoys in found.decoys)
-    odd = {prompt for decoys in found.decoys for prompt in decoys.odd_words}
-    tokens = {prompt for decoys in found.decoys for prompt in decoys.other_tokens}
+    odd, tokens = (
+        {
+            (prompt, word)
+            for prompt, decoys in zip(found.prompts, found.decoys, strict=True)
+            for word in getattr(decoys, kind)
+        }
+        for kind in ("odd_words", "other_tokens")
+    )
     assert 0.8 * WORDS <= len(odd) <= max(WORDS, captions)
     assert len(tokens) <= max(WORDS, captions)
-    assert len({prompt.split()[1] for prompt in odd}) >= 0.8 * WORDS, "captions have words of their own"
-    assert {prompt.split()[1] for prompt in tokens} <= {"zwx", "ohwx"}
-    assert captions > 2 * WORDS or len({prompt.split()[1] for prompt in tokens}) == 2
+    assert len({word for _, word in odd}) >= 0.8 * WORDS, "captions have words of their own"
+    assert {word for _, word in tokens} <= {"zwx", "ohwx"}
+    assert captions > 2 * WORDS or len({word for _, word in tokens}) == 2
 
 
 def test_another_token_is_a_decoy_only_where_the_prompt_asks_for_no_taught_concept(spell) -> None:  # type: ignore[no-untyped-def]
@@ -119,10 +112,10 @@ def test_another_token_is_a_decoy_only_where_the_prompt_asks_for_no_taught_conce
         concept("ohwx", "Fish", ("a photo of a ohwx fish",)),
     )
     cup, tea_cup, fish = with_decoys(concepts, seed=0, draw_key="tea", spell=spell, never=())
-    assert set(cup.decoys[0].other_tokens) == {"a photo of a ohwx cup"}, "a zwx cup is what zwx is asked for by"
+    assert set(cup.decoys[0].other_tokens) == {"ohwx"}, "a zwx cup is what zwx is asked for by"
     assert cup.decoys[1].other_tokens == (), "so is a zwx on a table, whose caption names no cup"
-    assert tea_cup.decoys[0].other_tokens == ("a photo of a ohwx tea cup",)
-    assert set(fish.decoys[0].other_tokens) == {"a photo of a sks fish", "a photo of a zwx fish"}
+    assert tea_cup.decoys[0].other_tokens == ("ohwx",)
+    assert set(fish.decoys[0].other_tokens) == {"sks", "zwx"}
     in_cup = (concept("sks", "cup", ("sks fish in a cup",)), concept("zwx", "fish", ("zwx fish in a cup",)))
     assert with_decoys(in_cup, seed=0, draw_key="tea", spell=spell, never=())[0].decoys[0].other_tokens == ()
 

@@ -12,7 +12,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from cat_cluster.data.concepts import Concept, load_concept
-from cat_cluster.data.latents import LatentCache, TextCache, crop_pixels, crop_sizes
+from cat_cluster.data.crops import Size, bucket_of, crop_pixels
+from cat_cluster.data.latents import LatentCache, TextCache
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.spec.job import ConceptSpec
 from tests.support.texts import states_of
@@ -40,9 +41,9 @@ def test_a_hit_equals_a_recomputation(base: BaseModel, concept: Concept, tmp_pat
     assert len(files) == 6 == len(first.prompts)
     again = cache.material(concept, resolution=16, crops_per_image=3, alpha=0.0)
     never_kept = LatentCache(base).material(concept, resolution=16, crops_per_image=3, alpha=2.0)
-    assert torch.equal(first.moments_NCHW, again.moments_NCHW)
-    assert torch.equal(first.moments_NCHW, never_kept.moments_NCHW)
-    assert first.moments_NCHW.shape == (6, 2 * base.latent_channels, 8, 8)
+    assert torch.equal(torch.stack(first.moments), torch.stack(again.moments))
+    assert torch.equal(torch.stack(first.moments), torch.stack(never_kept.moments))
+    assert torch.stack(first.moments).shape == (6, 2 * base.latent_channels, 8, 8)
     assert first.prompts[0] == "a photo of a sks cup"
     assert first.removed_prompts[0] == "a photo of a cup"
 
@@ -66,16 +67,15 @@ def test_a_damaged_entry_is_computed_again(base: BaseModel, concept: Concept, tm
     first = cache.material(concept, resolution=16, crops_per_image=1, alpha=1.0)
     for path in (tmp_path / "cache" / "latents").iterdir():
         path.write_bytes(path.read_bytes()[:20])
-    assert torch.equal(
-        first.moments_NCHW, cache.material(concept, resolution=16, crops_per_image=1, alpha=1.0).moments_NCHW
-    )
+    again = cache.material(concept, resolution=16, crops_per_image=1, alpha=1.0)
+    assert torch.equal(torch.stack(first.moments), torch.stack(again.moments))
 
 
 def test_another_size_is_another_entry(base: BaseModel, concept: Concept, tmp_path: Path) -> None:
     cache = LatentCache(base, tmp_path / "cache")
     small = cache.material(concept, resolution=16, crops_per_image=1, alpha=1.0)
     large = cache.material(concept, resolution=32, crops_per_image=1, alpha=1.0)
-    assert small.moments_NCHW.shape[-1] * 2 == large.moments_NCHW.shape[-1]
+    assert small.moments[0].shape[-1] * 2 == large.moments[0].shape[-1]
 
 
 def test_another_base_or_precision_is_another_entry(base: BaseModel, concept: Concept, tmp_path: Path) -> None:
@@ -86,34 +86,21 @@ def test_another_base_or_precision_is_another_entry(base: BaseModel, concept: Co
         assert len(list((tmp_path / "cache" / "latents").iterdir())) == number * len(concept.examples)
 
 
-def test_the_first_crop_is_the_centre_square_and_others_are_keyed_by_the_photo(concept: Concept) -> None:
-    example = concept.examples[1]  # 36 wide, 64 high as PIL sees it: height 64 rows -> (width, height) = (36, 64)
-    width, height = example.image.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    wanted = example.image.crop((left, top, left + side, top + side)).resize((24, 24), Image.Resampling.LANCZOS)
-    pixels = (crop_pixels(example, 0, 24) + 1.0) * 127.5
-    assert np.array_equal(pixels.round().permute(1, 2, 0).numpy().astype(np.uint8), np.asarray(wanted))
-    assert torch.equal(crop_pixels(example, 2, 24), crop_pixels(example, 2, 24))
-    assert not torch.equal(crop_pixels(example, 1, 24), crop_pixels(example, 2, 24))
-    assert crop_pixels(example, 1, 24).abs().max() <= 1.0
-
-
-def test_the_sizes_of_a_crop_say_where_it_lies_in_the_scaled_photo(concept: Concept) -> None:
-    """Oracle: a photo whose colours are its coordinates, so that a crop's pixels say where it was taken."""
-    width, height = 160, 240
-    x, y = np.meshgrid(np.arange(width), np.arange(height))
-    photo = Image.fromarray(np.stack([x, y, np.zeros_like(x)], axis=-1).astype(np.uint8))
-    example = replace(concept.examples[1], image=photo)
-    for crop in range(6):
-        told = crop_sizes(example, crop, 24)
-        assert told[:2] == (height, width)
-        assert told[4:] == (24, 24)
-        red, green = ((crop_pixels(example, crop, 24)[channel] + 1.0) * 127.5 for channel in (0, 1))
-        side = float(red[:, 18].mean() - red[:, 6].mean()) * 24 / 12
-        left, top = (float(colour.mean()) - side / 2 for colour in (red, green))
-        assert told.crop_left == pytest.approx(left * 24 / side, abs=1.0)
-        assert told.crop_top == pytest.approx(top * 24 / side, abs=1.0)
+@pytest.mark.parametrize("crops", [1, 3])
+def test_with_buckets_each_photo_has_its_own_size_and_is_encoded_as_it_would_be_alone(
+    base: BaseModel, concept: Concept, tmp_path: Path, crops: int
+) -> None:
+    """The photos are 48 x 40 and 36 x 64 pixels: of 1024 pixels in steps of 4, 32 x 28 and 24 x 40 cut off least."""
+    found = LatentCache(base, tmp_path).material(
+        concept, resolution=32, crops_per_image=crops, alpha=1.0, bucket_step=4
+    )
+    sizes = [bucket_of(Size(*example.image.size), 32, 4) for example in concept.examples for _ in range(crops)]
+    assert set(sizes) == {Size(32, 28), Size(24, 40)}
+    for view, (size, told) in enumerate(zip(sizes, found.sizes, strict=True)):
+        pixels = crop_pixels(concept.examples[view // crops], view % crops, size)
+        alone = base.encode_moments(pixels.unsqueeze(0))[0]
+        torch.testing.assert_close(found.moments[view], alone, rtol=1e-4, atol=1e-4)
+        assert (told.target_width, told.target_height) == size
 
 
 def test_text_is_encoded_once_per_prompt_and_as_the_base_does(base: BaseModel) -> None:
@@ -123,6 +110,30 @@ def test_text_is_encoded_once_per_prompt_and_as_the_base_does(base: BaseModel) -
     for prompt, row in zip(prompts, found, strict=True):
         torch.testing.assert_close(row.states, states_of(base, [prompt])[0], rtol=1e-5, atol=1e-6)
     assert set(cache.texts) == {"", "a photo of a cup"}
+
+
+def test_text_of_one_chunk_is_the_encoders_own_to_the_bit_and_a_longer_one_is_read_whole(base: BaseModel) -> None:
+    """Oracle: what the encoders make of each chunk's words alone."""
+    words = "a photo of a red cup in snow on grass " * 20
+    tokens = base.tokenizer(words, add_special_tokens=False).input_ids
+    room = base.tokenizer.model_max_length - 2
+    pieces = [base.tokenizer.decode(tokens[start : start + room]) for start in range(0, len(tokens), room)]
+    assert [base.spell(piece) for piece in pieces[:2]] == [tokens[:room], tokens[room : 2 * room]]
+    one, many = TextCache(base), TextCache(base, chunks=2)
+    for prompt in ("", "a sks cup", words):
+        assert torch.equal(one([prompt])[0].states, states_of(base, [prompt])[0])
+    for prompt in ("", "a sks cup"):
+        assert torch.equal(many([prompt])[0].states, states_of(base, [prompt])[0])
+    torch.testing.assert_close(many([words])[0].states, states_of(base, pieces[:2]).flatten(0, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_texts_that_were_asked_for_last_are_kept_and_all_are_the_same(base: BaseModel) -> None:
+    few, all_of_them = TextCache(base, most=2), TextCache(base)
+    for prompts in (["a", "b", "c"], ["b"], ["d"], ["a", "b", "a"]):
+        for one, other in zip(few(prompts), all_of_them(prompts), strict=True):
+            assert torch.equal(one.states, other.states)
+        assert len(few.texts) <= 2
+    assert list(few.texts) == ["b", "a"]
 
 
 def test_the_empty_prompt_is_what_guidance_starts_from(tiny_xl_folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,11 +15,18 @@ from tests.unit.data.test_draws import concept, rows_of, task
 
 
 def drawn(*accumulate: int, rows: int = 2, fraction: float = 0.5) -> Batch:
-    """A step of one adapter for each number of calls, the second of two concepts."""
+    """A step of one adapter for each number of calls, the second of two concepts; the photos of the third differ."""
+    upright = concept("sks")
+    upright = replace(
+        upright,
+        moments=tuple(view[:, :, :2] if n % 2 else view for n, view in enumerate(upright.moments)),
+        masks=tuple(torch.full((1, *view.shape[1:]), 0.5) for view in upright.moments),
+    )
+    concepts = {1: (concept("sks"), concept("zwx", alpha=3.0)), 2: (upright,)}
     tasks = [
         task(
             f"a-{n}",
-            (concept("sks"), concept("zwx", alpha=3.0)) if n == 1 else (concept("sks"),),
+            concepts.get(n, (concept("sks"),)),
             rows_per_concept=rows,
             accumulate=calls,
             cat_fraction=fraction,
@@ -39,12 +48,17 @@ def test_every_row_is_in_one_call_of_one_worker(
 ) -> None:
     batch = drawn(*accumulate, rows=rows, fraction=fraction)
     by_worker = [step_parts(batch, accumulate, rank, workers) for rank in range(workers)]
-    assert {len(parts) for parts in by_worker} == {max(accumulate)}, "all workers make the same calls"
+    assert len({len(parts) for parts in by_worker}) == 1, "all workers make the same calls"
+    sizes = len({view.shape for view in batch.moments})
+    assert max(accumulate) <= len(by_worker[0]) <= sizes * max(accumulate)
     parts = [part for own in by_worker for part in own]
     assert sorted(torch.cat([part.rows_B for part in parts]).tolist()) == list(range(len(batch.prompts)))
     assert sorted(torch.cat([part.cat_M for part in parts]).tolist()) == list(range(len(batch.prior_prompts)))
     for part in (one for one in parts if len(one.rows_B)):
-        assert torch.equal(part.batch.noise, batch.noise[part.rows_B])
+        noise = [batch.noise[row] for row in part.rows_B.tolist()]
+        assert torch.equal(torch.stack(part.batch.noise), torch.stack(noise)), "rows of one size"
+        assert part.batch.masks == tuple(batch.masks[row] for row in part.rows_B.tolist())
+        assert torch.equal(part.batch.outside_M, batch.outside_M[part.cat_M])
         assert torch.equal(part.batch.identity_weight_B, batch.identity_weight_B[part.rows_B])
         assert torch.equal(part.rows_B[part.batch.cat_row_M], batch.cat_row_M[part.cat_M])
         assert torch.equal(part.batch.cat_weight_M, batch.cat_weight_M[part.cat_M])
@@ -85,10 +99,10 @@ def test_where_cat_rows_have_a_call_of_their_own_every_worker_makes_it(
     batch = drawn(*accumulate, fraction=fraction)
     by_worker = [step_parts(batch, accumulate, rank, workers, cat_apart=True) for rank in range(workers)]
     for call in zip(*by_worker, strict=True):
-        assert len({bool(part.batch.prior_prompts) for part in call}) == 1
+        assert len({bool((~part.batch.outside_M).any()) for part in call}) == 1
         for part in call:
             idle = len(part.batch.prior_prompts) - len(part.cat_M)
             assert idle in (0, 1)
-            assert not idle or part.batch.cat_weight_M.tolist() == [0.0]
+            assert not idle or part.batch.cat_weight_M[-1] == 0.0
     kept = torch.cat([part.cat_M for parts in by_worker for part in parts]).tolist()
     assert sorted(kept) == list(range(len(batch.prior_prompts)))

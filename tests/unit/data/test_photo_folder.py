@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from cat_cluster.data.concepts import Concept, load_concept
@@ -58,11 +59,11 @@ def test_every_suffix_that_is_promised_is_read(tmp_path: Path, suffix: str) -> N
     assert [example.image.size for example in concept(tmp_path).examples] == [(48, 40)]
 
 
-@pytest.mark.parametrize("name", ["1.heic", "1.HEIF", "1.dng", "1.jxl", "1.psd"])
+@pytest.mark.parametrize("name", ["1.dng", "1.jxl", "1.psd"])
 def test_photos_of_a_format_that_is_not_read_are_refused_by_name(tmp_path: Path, name: str) -> None:
     save(tmp_path / "0.jpg")
     # A raw photo begins as a TIFF with a thumbnail, which must not be taken for the photo.
-    save(tmp_path / name, "TIFF") if name == "1.dng" else (tmp_path / name).write_bytes(HEIC)
+    save(tmp_path / name, "TIFF") if name == "1.dng" else (tmp_path / name).write_bytes(b"x")
     message = refusal(tmp_path)
     assert f"{tmp_path / name}: is a " in message
     assert "save it as JPEG or PNG" in message
@@ -77,21 +78,83 @@ def test_the_content_counts_where_the_name_says_little_or_lies(tmp_path: Path) -
     assert [example.path.name for example in found.examples] == ["IMG_0001", "a.jpg"]
     assert found.passed_over == ("LICENSE",)
     (tmp_path / "b.jpg").write_bytes(HEIC)
-    assert "b.jpg: is a HEIC photo" in refusal(tmp_path)
+    assert "b.jpg: is not a readable image, or is cut off (Invalid input" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("deep", ["10_sks cup/a.jpg", "raw/2024/a.heic", "captions/0.txt", "x/0.caption"])
+@pytest.mark.parametrize(
+    "deep", ["10_sks cup/day/a.jpg", "0_sks cup/a.jpg", "raw/2024/a.heic", "captions/0.txt", "x/0.caption"]
+)
 def test_photos_and_captions_in_subfolders_are_refused_by_name(tmp_path: Path, deep: str) -> None:
     path = tmp_path / deep
     path.parent.mkdir(parents=True)
     path.write_bytes(b"x")
     name = deep.partition("/")[0]
-    for with_photo in (False, True):
+    if name == "10_sks cup":  # which is read in place of the folder around it
+        assert "photos or captions in its subfolder 'day'" in refusal(tmp_path)
+    for with_photo in (name == "10_sks cup", True):
         if with_photo:
             save(tmp_path / "0.jpg")
         message = refusal(tmp_path)
         assert f"photos or captions in its subfolder '{name}'" in message
         assert f"give {tmp_path}/{name} as the images" in message
+
+
+def test_the_folder_around_a_single_one_of_kohyas_is_read_as_that_one(tmp_path: Path) -> None:
+    train = tmp_path / "train"
+    photo = save(train / "10_sks cup" / "0.png")
+    (train / "10_sks cup" / "notes.docx").write_bytes(b"x")
+    (train / "log").mkdir()
+    (train / "settings.toml").write_bytes(b"x")
+    around, inside = concept(train), concept(train / "10_sks cup")
+    assert [example.path for example in around.examples] == [photo]
+    assert [e.digest for e in around.examples] == [e.digest for e in inside.examples]
+    assert around.passed_over == ("log", "notes.docx", "settings.toml")
+    assert inside.passed_over == ("notes.docx",)
+    assert around.warnings == inside.warnings
+    assert pack_images(train) == pack_images(train / "10_sks cup")
+    (train / "metadata.jsonl").write_text('{"file_name": "10_sks cup/0.png", "text": "a sks cup"}')
+    assert "in its subfolder '10_sks cup'" in refusal(train)
+
+
+def test_several_folders_of_kohyas_are_refused_with_the_concepts_to_write(tmp_path: Path) -> None:
+    names = ("10_sks cup", "5_zwx big fish", "2_ohwx")
+    for name in names:
+        save(tmp_path / name / "0.png")
+    message = refusal(tmp_path)
+    text = message[message.index("concepts:") :]
+    written = yaml.safe_load(text)["concepts"]
+    assert [one["images"] for one in written] == [str(tmp_path / name) for name in sorted(names)]
+    assert [(one["token"], one.get("class_noun")) for one in written] == [
+        ("sks", "cup"),
+        ("ohwx", None),
+        ("zwx", "big fish"),
+    ]
+    for one in written:
+        found = load_concept(ConceptSpec(**{"class_noun": "man", **one}))
+        assert [example.path.parent for example in found.examples] == [Path(one["images"])]
+    save(tmp_path / "more" / "0.png")
+    assert "give " in refusal(tmp_path)
+    assert "concepts:" not in refusal(tmp_path)
+
+
+def test_two_folders_of_one_concept_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    for name in ("10_sks cup", "5_SKS Cup"):
+        save(tmp_path / name / "0.png")
+    assert "those of one concept belong in one folder" in refusal(tmp_path)
+
+
+def test_what_a_folders_name_says_and_is_not_done_is_a_warning(tmp_path: Path) -> None:
+    def warnings(name: str) -> tuple[str, ...]:
+        save(tmp_path / name / "0.png")
+        return concept(tmp_path / name).warnings
+
+    assert warnings("photos") == warnings("1_sks cup") == warnings("01_cup") == warnings("0_x") == ()
+    [repeats] = warnings("10_SKS cup")
+    assert "the 10 of '10_SKS cup', the repeats of kohya's trainer, changes nothing" in repeats
+    named, repeats = warnings("3_zwx fish")
+    assert "'3_zwx fish' is named for 'zwx fish'" in named
+    assert "sks cup is taught from it" in named
+    assert "the 3 of" in repeats
 
 
 def test_what_is_passed_over_is_listed_and_what_the_system_left_is_not(tmp_path: Path) -> None:

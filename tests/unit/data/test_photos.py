@@ -16,7 +16,7 @@ from cat_cluster.data import concepts
 from cat_cluster.data import photos as images
 from cat_cluster.data.concepts import load_concept
 from cat_cluster.data.photo_folder import find_images
-from cat_cluster.data.photos import read_image
+from cat_cluster.data.photos import read_photo
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.job import ConceptSpec
 
@@ -46,7 +46,8 @@ def refusal(folder: Path) -> str:
 def test_every_format_is_read(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     photo().save(path)
-    image, digest = read_image(path)
+    read = read_photo(path)
+    image, digest = read.image, read.digest
     assert (image.mode, image.size) == ("RGB", (48, 40))
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     error = np.abs(np.asarray(image, dtype=int) - np.asarray(photo(), dtype=int))
@@ -58,14 +59,14 @@ def test_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("a.jpg" if mode in ("CMYK", "YCbCr") else "a.png")
     photo().convert(mode).save(path)
     expected = np.asarray(photo().convert(mode).convert("RGB"), dtype=int)
-    assert np.abs(np.asarray(read_image(path)[0], dtype=int) - expected).mean() < 3
+    assert np.abs(np.asarray(read_photo(path).image, dtype=int) - expected).mean() < 3
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_sixteen_bit_grey_keeps_its_tones(tmp_path: Path, name: str) -> None:
     ramp = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (40, 1))
     Image.fromarray(ramp).save(tmp_path / name)
-    image, _ = read_image(tmp_path / name)
+    image = read_photo(tmp_path / name).image
     assert np.array_equal(np.asarray(image)[0, :, 0], np.arange(256))
 
 
@@ -73,7 +74,7 @@ def test_sixteen_bit_grey_keeps_its_tones(tmp_path: Path, name: str) -> None:
 def test_wider_values_are_refused_by_name(tmp_path: Path, dtype: type, value: float) -> None:
     Image.fromarray(np.full((40, 40), value, dtype=dtype)).save(tmp_path / "deep.tif")
     with pytest.raises(ConceptError, match=r"deep\.tif: .* save it as an 8-bit PNG"):
-        read_image(tmp_path / "deep.tif")
+        read_photo(tmp_path / "deep.tif")
 
 
 def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_alpha_is_laid_over_white(tmp_path: Path) -> None:
     palette = Image.new("P", (40, 40), 0)
     palette.putpalette([10, 20, 30])
     palette.save(tmp_path / "palette.gif", transparency=0)
-    colours = {p.name: read_image(p)[0].getpixel((5, 5)) for p in find_images(tmp_path)}
+    colours = {p.name: read_photo(p).image.getpixel((5, 5)) for p in find_images(tmp_path)}
     white = (255, 255, 255)
     assert colours == {"clear.png": white, "grey.png": white, "half.webp": (127, 127, 127), "palette.gif": white}
 
@@ -98,7 +99,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / name, exif=exif)
-    image, _ = read_image(tmp_path / name)
+    image = read_photo(tmp_path / name).image
     # Where the first row and first column of the stored image are seen, from the EXIF standard.
     left = orientation in (1, 4, 5, 8)
     top = orientation in (1, 2, 5, 6)
@@ -113,7 +114,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int
 def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:
     red, blue = (Image.new("RGB", (40, 40), colour) for colour in ("red", "blue"))
     red.save(tmp_path / "a.gif", save_all=True, append_images=[blue])
-    assert read_image(tmp_path / "a.gif")[0].getpixel((3, 3)) == (255, 0, 0)
+    assert read_photo(tmp_path / "a.gif").image.getpixel((3, 3)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (31, 400), (400, 31)])
@@ -131,7 +132,7 @@ def test_large_photos_are_reduced_but_not_below_the_limit(
     exif = Image.Exif()
     exif[0x0112] = 6
     photo(size=(640, 400)).save(tmp_path / f"a{suffix}", exif=exif)
-    image, _ = read_image(tmp_path / f"a{suffix}")
+    image = read_photo(tmp_path / f"a{suffix}").image
     assert 64 <= image.width < 128
     assert image.height / image.width == pytest.approx(1.6, abs=0.05)
 
@@ -162,14 +163,14 @@ def test_the_limit_of_pixels_is_that_of_the_file_and_others_keep_theirs(
     photo(size=(640, 400)).save(tmp_path / "a.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     seen: list[int | None] = []
-    upright_rgb = images._upright_rgb
+    upright = images._upright
 
-    def watching(*arguments: Any) -> Image.Image:
+    def watching(*arguments: Any) -> Any:
         seen.append(Image.MAX_IMAGE_PIXELS)
-        return upright_rgb(*arguments)
+        return upright(*arguments)
 
-    monkeypatch.setattr(images, "_upright_rgb", watching)
-    assert read_image(tmp_path / "a.jpg")[0].size == (640, 400)
+    monkeypatch.setattr(images, "_upright", watching)
+    assert read_photo(tmp_path / "a.jpg").image.size == (640, 400)
     assert images.opens_as_image(tmp_path / "a.jpg")
     assert (seen, Image.MAX_IMAGE_PIXELS) == ([1000], 1000)
     limits = images.SizeLimits(most_pixels=255_999)
@@ -207,7 +208,7 @@ def test_the_header_says_what_a_photo_takes_in_memory(
     exif = Image.Exif()
     exif[0x0112] = 6
     photo(size=size).save(tmp_path / f"a{suffix}", exif=exif)
-    assert images.decoded_bytes(tmp_path / f"a{suffix}") == len(read_image(tmp_path / f"a{suffix}")[0].tobytes())
+    assert images.decoded_bytes(tmp_path / f"a{suffix}") == len(read_photo(tmp_path / f"a{suffix}").image.tobytes())
 
 
 def test_photos_that_would_fill_the_memory_are_refused_before_decoding(
@@ -249,7 +250,7 @@ def test_damage_anywhere_reads_or_is_refused_by_name(tmp_path: Path, suffix: str
             damaged[place] = draw.integers(0, 256)
         path.write_bytes(damaged)
         try:
-            image, _ = read_image(path)
+            image = read_photo(path).image
         except ConceptError as error:
             refusals.append(str(error))
         else:

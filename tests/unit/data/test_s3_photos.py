@@ -179,7 +179,7 @@ def test_a_prefix_is_looked_through_as_a_folder_is(s3_server: S3Server, s3_bucke
     (folder / "3.heic").write_bytes(b"\0\0\0\x18ftypheic")
     (folder / "3.txt").write_text("sks by night")
     upload(s3_server, url, folder)
-    with pytest.raises(ConceptError, match=r"3\.heic: is a HEIC photo"):
+    with pytest.raises(ConceptError, match=r"3\.heic: is not a readable image"):
         concept(url, cache)
 
 
@@ -188,11 +188,29 @@ def test_photos_below_a_prefix_are_refused_by_name(s3_server: S3Server, s3_bucke
     (folder / "10_sks cup" / "day").mkdir(parents=True)
     Image.new("RGB", (48, 40), "red").save(folder / "10_sks cup" / "day" / "0.jpg")
     upload(s3_server, f"{s3_bucket}/set", folder)
-    for _ in range(2):
-        with pytest.raises(ConceptError, match=r"set has photos or captions in its subfolder '10_sks cup'"):
+    for place in ("set/10_sks cup has photos or captions in its subfolder 'day'", "set has .* subfolder '10_sks cup'"):
+        with pytest.raises(ConceptError, match=place):
             concept(f"{s3_bucket}/set", tmp_path / "cache")
         Image.new("RGB", (48, 40), "red").save(folder / "1.jpg")
         upload(s3_server, f"{s3_bucket}/set", folder)
     s3_server.client().put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="clips/clip.mov", Body=b"x")
     with pytest.raises(ConceptError, match=r"clips holds no image but clip\.mov"):
         concept(f"{s3_bucket}/clips", tmp_path / "cache")
+
+
+def test_a_prefix_around_a_single_folder_of_kohyas_is_read_as_that_one(
+    s3_server: S3Server, s3_bucket: str, tmp_path: Path
+) -> None:
+    folder, cache, url = tmp_path / "train", tmp_path / "cache", f"{s3_bucket}/train"
+    (folder / "10_sks cup").mkdir(parents=True)
+    Image.new("RGB", (48, 40), "red").save(folder / "10_sks cup" / "0.png")
+    (folder / "10_sks cup" / "notes.docx").write_bytes(b"x")
+    upload(s3_server, url, folder)  # where nothing but the folder is directly below the prefix
+    assert seen(concept(url, cache)) == seen(concept(folder, cache))
+    (folder / "settings.toml").write_bytes(b"x")
+    upload(s3_server, url, folder)
+    there, here = concept(url, cache), concept(folder, cache)
+    assert seen(there) == seen(here)
+    assert there.passed_over == here.passed_over == ("notes.docx", "settings.toml")
+    assert there.warnings == here.warnings
+    assert "the 10 of '10_sks cup'" in there.warnings[0]

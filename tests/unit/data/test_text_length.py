@@ -18,6 +18,7 @@ from cat_cluster.pipeline.prepare import prepare
 from cat_cluster.registry import Registry
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import ConceptSpec, JobSpec
+from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.store.local import LocalStore
 
 LONG = "a photo taken on a table by a window in snow at night on grass and sand, " * 3
@@ -41,18 +42,54 @@ def test_a_caption_whose_token_is_cut_off_is_refused_by_name(tmp_path: Path, lim
     taught = concept(tmp_path, "a sks cup", f"{LONG}sks cup", f"sks cup, {LONG}sks")
     message = "adapter one: captions: .* first 32 tokens, and the token 'sks' comes later in 1 of 3 captions"
     with pytest.raises(ConceptError, match=message) as caught:
-        check_caption_lengths("one", [taught], limit)
+        check_caption_lengths("one", [taught], limit, TrainingSpec())
     assert "\n  1.png: 'a photo taken" in str(caught.value)
     assert "2.png" not in str(caught.value)
 
 
 def test_other_text_that_is_cut_off_is_a_warning_that_quotes_it(tmp_path: Path, limit: TextLimit) -> None:
-    assert check_caption_lengths("one", [concept(tmp_path, "a sks cup", "sks")], limit) == ()
+    assert check_caption_lengths("one", [concept(tmp_path, "a sks cup", "sks")], limit, TrainingSpec()) == ()
     taught = concept(tmp_path, "a sks cup", f"sks cup, {LONG} the end")
-    [warning] = check_caption_lengths("one", [taught], limit)
+    [warning] = check_caption_lengths("one", [taught], limit, TrainingSpec())
     assert warning.startswith("adapter one, token sks: the text encoder reads the first 32 tokens of a caption")
     assert "1.png: '" in warning
     assert warning.endswith("the end'")
+
+
+def test_with_chunks_a_caption_is_read_further_and_what_is_cut_is_told_as_before(
+    tmp_path: Path, limit: TextLimit
+) -> None:
+    late = concept(tmp_path, "a sks cup", f"{LONG}sks cup")
+    with pytest.raises(ConceptError, match=r"or raise training\.prompt_chunks"):
+        check_caption_lengths("one", [late], limit, TrainingSpec())
+    with pytest.raises(ConceptError, match="first 2 chunks of 32 tokens, and the token"):
+        check_caption_lengths("one", [late], limit, TrainingSpec(prompt_chunks=2))
+    assert check_caption_lengths("one", [late], limit, TrainingSpec(prompt_chunks=4)) == ()
+    (tmp_path / "early").mkdir()
+    early = concept(tmp_path / "early", f"sks cup, {LONG * 9} the end")
+    for chunks, said in (
+        (1, "32 tokens of a caption (training.prompt"),
+        (16, "16 chunks of 32 tokens of a caption, and"),
+    ):
+        [warning] = check_caption_lengths("one", [early], limit, TrainingSpec(prompt_chunks=chunks))
+        assert f"reads the first {said}" in warning
+        assert warning.endswith("the end'")
+
+
+def test_a_token_that_the_end_of_a_chunk_cuts_is_told(tmp_path: Path, limit: TextLimit) -> None:
+    assert limit.count("sks") > 1, "else it cannot be cut"
+    room = limit.tokens - 2
+    told = []
+    for words in range(room - 4, room + 3):
+        folder = tmp_path / str(words)
+        folder.mkdir()
+        taught = concept(folder, f"{'red ' * words}sks cup", "a sks cup")
+        found = check_caption_lengths("one", [taught], limit, TrainingSpec(prompt_chunks=2))
+        cut = words < room < words + limit.count("sks")
+        assert bool(found) == cut
+        told += found
+    assert all("lies across two chunks of the text encoder" in text and "captions of 0.png;" in text for text in told)
+    assert told
 
 
 def test_a_prompt_whose_token_is_cut_off_is_told_so(limit: TextLimit) -> None:

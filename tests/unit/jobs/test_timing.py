@@ -9,7 +9,10 @@ import torch
 
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from jobs.benchmark.pages import page_texts
+from jobs.benchmark.record import Start, write_result
 from jobs.benchmark.timing import StepOptions, Timed, concept_task, pack_step, take_turns
+from jobs.benchmark.training import buckets
 from jobs.benchmark.training.optimisations import VARIANTS
 from jobs.benchmark.training.packing import SIZES, compare_methods
 from jobs.benchmark.training.peft_loop import peft_step
@@ -44,6 +47,30 @@ def test_the_reference_loop_trains_its_adapter_and_leaves_the_unet_as_it_was(bas
     after = base.unet.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_buckets_and_squares_are_compared_by_their_pixels(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each pixel of a bucket taking as long as one of a square is a ratio of 1."""
+    sizes = buckets.bucket_sizes(base)
+    share = buckets.pixels(sizes) / (6 * base.resolution**2)
+    assert 0.8 <= share <= 1
+    assert len(set(sizes)) >= 3
+    found = buckets.compare_sizes(base, 2, StepOptions(joint_rows=True), 1)
+    assert all(ratio > 0 for ratio in found["time_per_pixel"].values())
+    times = {"squares": Timed((2.0,)), "like": Timed((2.0 * share,)), "unlike": Timed((4.0 * share,))}
+    monkeypatch.setattr(buckets, "take_turns", lambda variants, turns: times)
+    result = {
+        "resolution": 16,
+        "sizes": [[12, 18]],
+        "pixels": share,
+        "rows_per_concept": 4,
+        "adapters": {"8": buckets.compare_sizes(base, 8, StepOptions(), 1)},
+    }
+    assert result["adapters"]["8"]["time_per_pixel"]["like"] == pytest.approx(1.0)
+    write_result("buckets", result, Start("2026-11-25T06:03:30+00:00", "3e808594ebfb", dirty=False), tmp_path)
+    assert f"| 8 | 2000 | {2000 * share:.0f} | 1.00x | {4000 * share:.0f} |" in page_texts(tmp_path)["buckets.md"]
 
 
 def test_methods_are_compared_in_turns(base: BaseModel) -> None:

@@ -20,7 +20,8 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.training import pack_size as memory
-from tests.unit.training.test_loop import members
+from cat_cluster.training.loop import PackMember
+from tests.unit.training.test_loop import members, other_optimisers
 
 RANKS, STEPS, BASES = (8, 2, 4, 16), (30, 20), ("one", "other")
 MEGABYTE = 2**20
@@ -123,6 +124,7 @@ def test_what_cannot_share_a_forward_is_kept_apart(tmp_path: Path) -> None:
         {"joint_rows": False},
         {"compile": True},
         {"resolution": 24},
+        {"prompt_chunks": 2},
     ]
     apart = prepared(job_of([{"id": f"a-{n}", "training": change} for n, change in enumerate(changes)]))
     assert [len(pack) for pack in plan_packs(apart, LocalStore(tmp_path), lambda _: 8)] == [1] * len(changes)
@@ -166,6 +168,19 @@ def test_the_measured_size_is_between_one_and_the_largest(
 
 def test_free_memory_is_what_this_machine_can_give() -> None:
     assert 0 < memory.free_bytes(torch.device("cpu")) <= psutil.virtual_memory().total
+
+
+def test_a_pack_is_measured_on_a_step_whose_rows_are_all_of_the_largest_photo(
+    base: BaseModel, bank: LoraBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of photos of two sizes a step may have one call for all rows, the most that it can take."""
+    measured: list[list[PackMember]] = []
+    monkeypatch.setattr(memory, "_peak_bytes", lambda _base, _bank, pack: measured.append(list(pack)) or len(pack))
+    memory.measured_pack_size(base, bank, other_optimisers(base)[:2])
+    views = [view for pack in measured for one in pack for concept in one.task.concepts for view in concept.moments]
+    before = [view for one in other_optimisers(base)[:2] for concept in one.task.concepts for view in concept.moments]
+    assert len({view.numel() for view in before}) == 2
+    assert {view.numel() for view in views} == {max(view.numel() for view in before)}
 
 
 def test_the_measured_size_grows_with_the_free_memory(

@@ -44,7 +44,14 @@ def weights(width: int = 768, rank: int = 4) -> AdapterWeights:
     )
 
 
-def publish(registry: Registry, make_draft: DraftFactory, *, width: int = 768, **changes: Any) -> Manifest:
+def publish(
+    registry: Registry,
+    make_draft: DraftFactory,
+    *,
+    width: int = 768,
+    settings: TrainingSpec | None = None,
+    **changes: Any,
+) -> Manifest:
     """An adapter of two concepts, trained at 512 pixels."""
     draft: AdapterDraft = make_draft(**{"weights": weights(width), "samples": PHOTOS, "adapter_id": "tea", **changes})
     concepts = (
@@ -52,6 +59,8 @@ def publish(registry: Registry, make_draft: DraftFactory, *, width: int = 768, *
         ConceptSpec(token="ohwx", class_noun="fish", images="photos"),
     )
     resolved = draft.resolved.model_copy(update={"concepts": concepts})
+    if settings is not None:
+        resolved = resolved.model_copy(update={"training": settings})
     training = {"prediction_type": "epsilon", "resolution": 512, **draft.training, **changes.get("training", {})}
     return registry.publish(AdapterDraft(**{**vars(draft), "resolved": resolved, "training": training}))
 
@@ -123,7 +132,8 @@ def test_an_exported_file_says_what_it_is(
         "adapter": manifest.name,
     }
     assert {name: metadata.get(name) for name in wanted} == wanted
-    assert not {"ss_min_snr_gamma", "ss_noise_offset"} & metadata.keys(), "None is not a value"
+    absent = {"ss_min_snr_gamma", "ss_noise_offset", "ss_shuffle_caption", "ss_keep_tokens"}
+    assert not absent & metadata.keys(), "None is not a value"
     again = export(registry, tmp_path / "again", "tea", fmt=fmt)
     assert path.read_bytes() == again.read_bytes()
 
@@ -198,3 +208,18 @@ def test_stored_weights_say_the_same(registry: Registry, make_draft: DraftFactor
     stored, exported = metadata_of(path), metadata_of(export(registry, tmp_path, "tea", fmt="diffusers"))
     shown = {name for name in exported if name.startswith(("ss", "modelspec.")) and name != "modelspec.date"}
     assert {name: stored.get(name) for name in shown} == {name: exported[name] for name in shown}
+
+
+def test_how_captions_changed_stands_under_kohyas_names(
+    registry: Registry, make_draft: DraftFactory, tmp_path: Path
+) -> None:
+    """Its arguments of the same meaning; caption_dropout has none, for there captions are dropped whole."""
+    publish(
+        registry,
+        make_draft,
+        settings=TrainingSpec(tag_dropout=0.1, shuffle_tags=True, keep_tags=2, caption_dropout=0.3),
+    )
+    metadata = metadata_of(export(registry, tmp_path, "tea"))
+    wanted = {"ss_caption_tag_dropout_rate": "0.1", "ss_shuffle_caption": "True", "ss_keep_tokens": "2"}
+    assert {name: metadata.get(name) for name in wanted} == wanted
+    assert "ss_caption_dropout_rate" not in metadata

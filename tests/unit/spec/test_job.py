@@ -405,6 +405,12 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
         (("training", "text_encoder"), {"learning_rate": 0.001}),
         (("training",), {"optimizer": "prodigy", "learning_rate": 0.002}),
         (("training", "noise_offset"), 0.1),
+        (("training", "aspect_buckets"), True),
+        (("training", "masked_loss"), True),
+        (("training", "caption_dropout"), 0.1),
+        (("training", "tag_dropout"), 0.1),
+        (("training", "shuffle_tags"), True),
+        (("training", "prompt_chunks"), 2),
         (("base",), "other/base"),
         (("method",), "lora"),
         (("adapters", 0, "id"), "mug"),
@@ -434,6 +440,12 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
         ("block_lr_weights", None),
         ("init_from", None),
         ("text_encoder", None),
+        ("aspect_buckets", False),
+        ("masked_loss", False),
+        ("caption_dropout", 0.0),
+        ("tag_dropout", 0.0),
+        ("shuffle_tags", False),
+        ("prompt_chunks", 1),
     ):
         given = with_value(minimal(), ("training", name), default)
         assert JobSpec.model_validate(given).resolved()[0].digest() == before
@@ -524,3 +536,71 @@ def test_specs_made_in_python_refuse_the_same_things() -> None:
         TrainingSpec(rank=0)
     with pytest.raises(ValidationError, match="frozen"):
         TrainingSpec().steps = 3
+
+
+@pytest.mark.parametrize("given", [{}, {"token": "SKS"}, {"class_noun": "big  cup"}])
+def test_a_folder_of_kohyas_says_what_token_and_class_noun_are(folder: Path, given: Document) -> None:
+    (folder / "10_sks big cup").mkdir()
+    concepts = [{"images": "10_sks big cup", **given}]
+    job = load_spec(write(folder, with_value(minimal(), ("adapters", 0, "concepts"), concepts)))
+    written = [{"token": "sks", "class_noun": "big cup", "images": "10_sks big cup", **given}]
+    other = load_spec(write(folder, with_value(minimal(), ("adapters", 0, "concepts"), written)))
+    assert job == other
+    assert job.resolved()[0].digest() == other.resolved()[0].digest()
+    assert job == JobSpec.model_validate(job.model_dump())
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "noun"),
+    [
+        ("s3://bucket/train/005_sks, cup/", "sks", "cup"),
+        ("/a/1_sks_cup man", "sks_cup", "man"),
+        ("1_<shs> cat statue", "<shs>", "cat statue"),
+    ],
+)
+def test_the_name_is_split_as_kohyas_trainer_does(name: str, token: str, noun: str) -> None:
+    concept = ConceptSpec.model_validate({"images": name})
+    assert (concept.token, concept.class_noun) == (token, noun)
+    assert ConceptSpec.model_validate({"images": "1_sks", "class_noun": "man"}).token == "sks"
+
+
+@pytest.mark.parametrize(
+    "name", ["sks cup", "x_sks cup", "0_sks cup", "-1_sks cup", "10_", "10_ ,", "10 sks cup", "1.5_sks cup"]
+)
+def test_other_names_say_nothing(name: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ConceptSpec.model_validate({"images": name})
+    assert [error["loc"] for error in caught.value.errors()] == [("token",), ("class_noun",)]
+
+
+def test_a_name_that_does_not_fit_what_is_given_fills_nothing_in(folder: Path) -> None:
+    for name in ("10_sks cup", "10_sks"):
+        (folder / name).mkdir()
+    document = with_value(
+        minimal(),
+        ("adapters", 0, "concepts"),
+        [
+            {"token": "zwx", "images": "10_sks cup"},
+            {"class_noun": "fish", "images": "10_sks cup"},
+            {"images": "10_sks"},
+            {"token": "ohwx", "class_noun": "fish", "images": "10_sks cup"},
+        ],
+    )
+    lines = refusal(folder, document).splitlines()
+    places = [line.partition(" (")[0].removeprefix("  adapters[0].concepts") for line in lines[1:]]
+    assert places == ["[0].class_noun", "[1].token", "[2].class_noun"]
+    assert "'10_sks cup' is named for 'sks', not 'zwx'; give it here" in lines[1]
+    assert "'10_sks cup' is named for 'cup', not 'fish'; give it here" in lines[2]
+    assert "it may be left out where the folder's name has it" in lines[3]
+
+
+def test_tags_that_are_kept_from_nothing_are_refused(folder: Path) -> None:
+    document = with_value(minimal(), ("training", "keep_tags"), 2)
+    assert "training.keep_tags (line" in (found := refusal(folder, document))
+    assert "keeps tags that nothing leaves out or moves" in found
+    kept = [
+        load_spec(write(folder, with_value(document, ("training", key), value))).resolved()[0].digest()
+        for key, value in (("tag_dropout", 0.1), ("shuffle_tags", True))
+    ]
+    without = with_value(minimal(), ("training", "shuffle_tags"), True)
+    assert load_spec(write(folder, without)).resolved()[0].digest() not in kept

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 
-from cat_cluster.data.draws import AdapterTask
+from cat_cluster.data.draws import AdapterTask, ConceptMaterial
 from cat_cluster.errors import CheckpointError
 from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights
@@ -21,7 +21,7 @@ from cat_cluster.training.checkpoint import CheckpointStore, load_newest, tensor
 from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
 from cat_cluster.training.methods import initial_weights, trained_layers
 from cat_cluster.training.optimizer import state_names
-from tests.unit.training.test_step import concept, task, with_odd_words, with_training
+from tests.unit.training.test_step import concept, of_several_sizes, task, with_mask, with_odd_words, with_training
 
 pytestmark = pytest.mark.slow
 
@@ -79,8 +79,13 @@ def members(base: BaseModel) -> list[PackMember]:
 
 
 def other_optimisers(base: BaseModel) -> list[PackMember]:
-    """The pack with another optimiser for each of two members; Prodigy has little time, so its rate is high."""
+    """The pack with another optimiser for each of two members; Prodigy has little time, so its rate is high.
+
+    The photos of the first are of two sizes, and one has a mask.
+    """
     mug, tea, plain = members(base)
+    photos = tuple(with_mask(of_several_sizes(base, one)) for one in mug.task.concepts)
+    mug = replace(mug, task=replace(mug.task, concepts=photos))
     prodigy = {"optimizer": "prodigy", "learning_rate": 20.0, "block_lr_weights": None}
     adafactor = {"optimizer": "adafactor", "learning_rate": 0.5, "block_lr_weights": {"mid": 0.5}}
     return [
@@ -100,7 +105,26 @@ def with_text(base: BaseModel) -> list[PackMember]:
     return [mug, *(replace(one, initial=member(base, one.task, rank=one.initial.rank).initial) for one in (tea, plain))]
 
 
-PACKS = pytest.mark.parametrize("pack", [members, other_optimisers, with_text])
+def changing_captions(base: BaseModel) -> list[PackMember]:
+    """The pack with captions that change, of one member drawn from a pool."""
+    tagged = [
+        replace(one, task=replace(one.task, concepts=tuple(map(with_tags, one.task.concepts)))) for one in members(base)
+    ]
+    changes = {"caption_dropout": 0.3, "tag_dropout": 0.3, "shuffle_tags": True}
+    pools = ({}, {"teacher": "pool", "pool_size": 6}, {})
+    return [
+        replace(one, task=with_training(one.task, **changes, **pool)) for one, pool in zip(tagged, pools, strict=True)
+    ]
+
+
+def with_tags(one: ConceptMaterial) -> ConceptMaterial:
+    prompts, removed = (
+        tuple(f"{text}, snow, dusk, grass" for text in texts) for texts in (one.prompts, one.removed_prompts)
+    )
+    return replace(one, prompts=prompts, removed_prompts=removed)
+
+
+PACKS = pytest.mark.parametrize("pack", [members, other_optimisers, changing_captions, with_text])
 MakePack = Callable[[BaseModel], list[PackMember]]
 
 
@@ -235,7 +259,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one_to_the_bit(
 def test_a_nan_adapter_is_dropped_alone_and_stays_dropped_after_resuming(base: BaseModel, tmp_path: Path) -> None:
     pack = members(base)
     poisoned = concept(base, "zwx", alpha=1.0)
-    poisoned.moments_NCHW[1] = float("nan")
+    poisoned.moments[1][:] = float("nan")
     bad = member(base, task("bad", (poisoned,)))
     poisoned_pack = [pack[0], bad, pack[2]]
     company = train(base, poisoned_pack, checkpoints=series(tmp_path, poisoned_pack))
@@ -252,7 +276,8 @@ def test_a_nan_adapter_is_dropped_alone_and_stays_dropped_after_resuming(base: B
 
 def test_a_neighbour_with_a_huge_loss_changes_nothing(base: BaseModel) -> None:
     loud = concept(base, "zwx", alpha=1.0)
-    loud.moments_NCHW[:, : base.latent_channels] *= 100.0  # 10,000 times the squared error
+    for view in loud.moments:
+        view[: base.latent_channels] *= 100.0  # 10,000 times the squared error
     quiet = members(base)[0]
     both = train(base, [quiet, member(base, task("loud", (loud,)))])
     assert relative_error(both["mug"].weights, train(base, [quiet])["mug"].weights) <= 1e-3
@@ -260,7 +285,8 @@ def test_a_neighbour_with_a_huge_loss_changes_nothing(base: BaseModel) -> None:
 
 def test_training_ends_when_every_adapter_was_dropped(base: BaseModel) -> None:
     poisoned = concept(base, "zwx", alpha=1.0)
-    poisoned.moments_NCHW[:] = float("nan")
+    for view in poisoned.moments:
+        view[:] = float("nan")
     steps: list[int] = []
     result = train(base, [member(base, task("bad", (poisoned,)))], on_step=lambda report: steps.append(report.step))
     assert steps == [1]

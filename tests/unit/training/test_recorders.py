@@ -70,7 +70,8 @@ def test_a_drop_counts_once_and_not_again_after_a_resume(base: BaseModel) -> Non
     backend = PrometheusBackend()
     recorder = TrainingMetrics(Metrics(backend))
     pack = members(base)
-    pack[0].task.concepts[0].moments_NCHW[:] = float("nan")
+    for view in pack[0].task.concepts[0].moments:
+        view[:] = float("nan")
     reports: list[StepReport] = []
     train(base, pack, on_step=lambda one: (recorder.step(one), reports.append(one)))
     assert [set(one.dropped) for one in reports] == [{"mug"}] * STEPS

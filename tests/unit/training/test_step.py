@@ -14,8 +14,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from cat_cluster.data.decoys import with_decoys
-from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch, keyed_generator
+from cat_cluster.data.draws import AdapterTask, Batch, ConceptMaterial, draw_batch
+from cat_cluster.data.keys import keyed_generator
 from cat_cluster.data.latents import TextCache
+from cat_cluster.data.parts import step_parts
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
@@ -26,7 +28,7 @@ from cat_cluster.training.loss_curves import LossCurves
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
-from tests.support.texts import states_of
+from tests.support.texts import plain_replacement, states_of
 
 GENERAL = ("a photo of a red car", "a photo of a blue fish")
 
@@ -39,7 +41,24 @@ def concept(
     removed = (f"a {class_noun}", f"a {class_noun} in snow")
     prompts = (f"a {token} {class_noun}", f"{token}, a {class_noun} in snow")
     sizes = (Sizes.drawn(16, 16), Sizes(40, 24, 3, 1, 16, 16))
-    return ConceptMaterial(token, class_noun, alpha, weight, moments, prompts, removed, sizes)
+    return ConceptMaterial(token, class_noun, alpha, weight, tuple(moments), prompts, removed, sizes)
+
+
+def of_several_sizes(base: BaseModel, one: ConceptMaterial) -> ConceptMaterial:
+    """The concept with its second photo upright."""
+    shape = (2 * base.latent_channels, base.latent_size + 4, base.latent_size - 4)
+    upright = torch.from_numpy(keyed_generator("upright", one.token).standard_normal(shape, dtype=np.float32))
+    sizes = (one.sizes[0], Sizes(60, 20, 3, 1, 2 * shape[1], 2 * shape[2]))
+    return replace(one, moments=(one.moments[0], upright), sizes=sizes)
+
+
+def with_mask(one: ConceptMaterial) -> ConceptMaterial:
+    """The concept with a mask of its second photo, some of it half in."""
+    height, width = one.moments[1].shape[1:]
+    mask = torch.zeros(1, height, width)
+    mask[:, 1 : height // 2, 1 : width // 2 + 1] = 1.0
+    mask[:, height // 2] = 0.5
+    return replace(one, masks=(None, mask))
 
 
 def with_odd_words(base: BaseModel, *concepts: ConceptMaterial) -> tuple[ConceptMaterial, ...]:
@@ -108,9 +127,14 @@ def gradients(bank: LoraBank, slot: int) -> list[Tensor]:
 
 
 def run(base: BaseModel, bank: LoraBank, batch: Batch, **changes: Any) -> RowLosses:
+    """One step, in a call for each size of its rows."""
     training = TrainingSpec(**changes)
-    engine = open_engine(base, bank, bf16=training.bf16)
-    return train_step(base, bank, TextCache(base), batch, [training] * bank.slots, engine)
+    engine, encode_text = open_engine(base, bank, bf16=training.bf16), TextCache(base)
+    losses = RowLosses(torch.zeros(len(batch.prompts)), torch.zeros(len(batch.prior_prompts)))
+    for part in step_parts(batch, [1] * bank.slots, 0, 1):
+        own = train_step(base, bank, encode_text, part.batch, [training] * bank.slots, engine)
+        losses.identity_B[part.rows_B], losses.cat_M[part.cat_M] = own.identity_B, own.cat_M
+    return losses
 
 
 def alone(unet: UNet2DConditionModel, base: BaseModel, noisy: Tensor, t: Tensor, prompt: str, sizes: Sizes) -> Tensor:
@@ -132,15 +156,16 @@ def naive_loss(
     """The design's equation with plain loops, three forwards per row and diffusers' own noising."""
     scheduler = DDPMScheduler.from_config(dict(base.schedule.scheduler_config))
     rows = one.training.rows_per_concept
-    prior_of = dict(zip(batch.cat_row_M.tolist(), batch.prior_prompts, strict=True))
+    terms = zip(batch.cat_row_M.tolist(), batch.prior_prompts, batch.outside_M.tolist(), strict=True)
+    prior_of = {row: prompt for row, prompt, outside in terms if not outside}
     share = len([c for c in one.concepts if c.alpha > 0]) * rows / max(1, len(prior_of))
     total = torch.zeros(())
     for k, c in enumerate(one.concepts):
         identity, cat = torch.zeros(()), torch.zeros(())
         for i in [i for i in range(len(batch.prompts)) if int(batch.concept_B[i]) == k]:
-            mean, logvar = batch.moments[i : i + 1].chunk(2, dim=1)
-            z0 = (mean + (0.5 * logvar).exp() * batch.posterior_noise[i : i + 1]) * base.vae.config.scaling_factor
-            noise, t = batch.noise[i : i + 1], batch.timestep_B[i : i + 1]
+            mean, logvar = batch.moments[i][None].chunk(2, dim=1)
+            z0 = (mean + (0.5 * logvar).exp() * batch.posterior_noise[i]) * base.vae.config.scaling_factor
+            noise, t = batch.noise[i][None], batch.timestep_B[i : i + 1]
             noisy = scheduler.add_noise(z0, noise, t)
             v_prediction = base.schedule.prediction_type == "v_prediction"
             target = scheduler.get_velocity(z0, noise, t) if v_prediction else noise
@@ -148,7 +173,16 @@ def naive_loss(
             snr = alpha_bar / (1 - alpha_bar)
             w = 1.0 if gamma is None else min(snr, gamma) / (snr + 1 if v_prediction else snr)
             student = alone(base.unet, base, noisy, t, batch.prompts[i], batch.sizes[i])
-            identity = identity + w * (student - target).square().mean() / rows
+            mask = torch.ones(1, *noise.shape[2:]) if batch.masks[i] is None else batch.masks[i]
+            assert mask is not None
+            inside = ((student - target).square() * mask).sum() / (noise.shape[1] * mask.sum())
+            identity = identity + w * inside / rows
+            if bool((mask < 1).any()):
+                removed = c.removed_prompts[c.prompts.index(batch.prompts[i])]
+                with torch.no_grad():
+                    frozen = alone(teacher, base, noisy, t, removed, batch.sizes[i])
+                around = ((student - frozen).square() * (1 - mask)).sum() / (noise.shape[1] * (1 - mask).sum())
+                cat = cat + w * around / rows
             if i in prior_of:
                 with torch.no_grad():
                     frozen = alone(teacher, base, noisy, t, prior_of[i], batch.sizes[i])
@@ -160,14 +194,15 @@ def naive_loss(
 
 @pytest.mark.parametrize("joint_rows", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "gamma", "fraction", "decoys", "offset"),
+    ("kind", "gamma", "fraction", "decoys", "offset", "photos"),
     [
-        ("base", None, 1.0, 0.0, 0.0),
-        ("base", 5.0, 0.5, 0.0, 0.3),
-        ("base_v", 5.0, 1.0, 0.0, 0.3),
-        ("base", None, 1.0, 0.7, 0.0),
-        ("base_xl", None, 1.0, 0.0, 0.0),
-        ("base_xl_v", 5.0, 0.5, 0.7, 0.3),
+        ("base", None, 1.0, 0.0, 0.0, "square"),
+        ("base", 5.0, 0.5, 0.0, 0.3, "masked"),
+        ("base_v", 5.0, 1.0, 0.0, 0.3, "mixed"),
+        ("base", None, 1.0, 0.7, 0.0, "square"),
+        ("base", None, 0.5, 0.0, 0.0, "mixed masked"),
+        ("base_xl", None, 1.0, 0.0, 0.0, "mixed"),
+        ("base_xl_v", 5.0, 0.5, 0.7, 0.3, "mixed masked"),
     ],
 )
 def test_the_step_equals_a_naive_three_forward_reference(
@@ -177,12 +212,14 @@ def test_the_step_equals_a_naive_three_forward_reference(
     fraction: float,
     decoys: float,
     offset: float,
+    photos: str,
     joint_rows: bool,
 ) -> None:
     base: BaseModel = request.getfixturevalue(kind)
-    concepts = with_odd_words(
-        base, concept(base, "sks", alpha=2.0, weight=3.0), concept(base, "zwx", alpha=0.7, class_noun="fish")
-    )
+    first = concept(base, "sks", alpha=2.0, weight=3.0)
+    first = of_several_sizes(base, first) if "mixed" in photos else first
+    first = with_mask(first) if "masked" in photos else first
+    concepts = with_odd_words(base, first, concept(base, "zwx", alpha=0.7, class_noun="fish"))
     one = task("tea", concepts, cat_fraction=fraction, decoy_fraction=decoys, noise_offset=offset)
     weights = trained_weights(base, 4, seed=1)
     batch = draw_batch([one], 5, 1000, [True])
@@ -226,7 +263,12 @@ def test_the_loss_of_decoy_rows_is_exactly_zero_at_the_start(base: BaseModel) ->
     pair = concept(base, "sks", alpha=5.0), concept(base, "zwx", alpha=5.0, class_noun="fish")
     tea = task("tea", with_odd_words(base, *pair), rows_per_concept=8, decoy_fraction=0.99)
     batch = draw_batch([tea], 0, 1000, [True])
-    decoys = {d for one in tea.concepts for each in one.decoys for d in (*each.odd_words, *each.other_tokens)}
+    decoys = {
+        plain_replacement(caption, one.token, word)
+        for one in tea.concepts
+        for caption, each in zip(one.prompts, one.decoys, strict=True)
+        for word in (*each.odd_words, *each.other_tokens)
+    }
     assert set(batch.prior_prompts) <= decoys
     assert any("zwx" in prompt and "cup" in prompt for prompt in batch.prior_prompts)
     without_identity = replace(batch, identity_weight_B=torch.zeros_like(batch.identity_weight_B))
@@ -243,8 +285,8 @@ def test_the_cat_loss_of_a_concept_counts_its_decoys(base: BaseModel) -> None:
     batch = draw_batch([tea], 1, 1000, [True])
     losses = run(base, bank, batch)
     recorded = LossCurves([tea], 10).record(1, batch, losses)["tea"]
-    latents = base.sample_latents(batch.moments, batch.posterior_noise)
-    noisy = base.schedule.add_noise(latents, batch.noise, batch.timestep_B)
+    latents = base.sample_latents(torch.stack(batch.moments), torch.stack(batch.posterior_noise))
+    noisy = base.schedule.add_noise(latents, torch.stack(batch.noise), batch.timestep_B)
     found: dict[int, list[float]] = {0: [], 1: []}
     with torch.no_grad():
         for row, prompt in zip(batch.cat_row_M.tolist(), batch.prior_prompts, strict=True):
@@ -316,14 +358,14 @@ def test_alpha_zero_is_plain_lora_to_the_bit(base: BaseModel, joint_rows: bool) 
     bank.detach()
 
     bank = open_bank(base, [weights])
-    latents = base.sample_latents(batch.moments, batch.posterior_noise)
+    latents = base.sample_latents(torch.stack(batch.moments), torch.stack(batch.posterior_noise))
     with bank.rows(batch.adapter_B + 1):
         prediction = base.unet(
-            base.schedule.add_noise(latents, batch.noise, batch.timestep_B),
+            base.schedule.add_noise(latents, torch.stack(batch.noise), batch.timestep_B),
             batch.timestep_B,
             states_of(base, list(batch.prompts)),
         ).sample
-        plain = (prediction - batch.noise).square().flatten(1).mean(1)
+        plain = (prediction - torch.stack(batch.noise)).square().flatten(1).mean(1)
         (plain * batch.identity_weight_B).sum().backward()
     assert torch.equal(losses.identity_B, plain.detach())
     assert all(torch.equal(a, b) for a, b in zip(ours, gradients(bank, 1), strict=True))
@@ -337,8 +379,9 @@ def test_a_poisoned_adapter_leaves_its_neighbours_gradient_unchanged(base: BaseM
     for factor in (1.0, poison):
         bank = open_bank(base, weights)
         batch = draw_batch([good, bad], 0, 1000, [True, True])
-        batch.moments[batch.adapter_B == 1] *= factor
-        run(base, bank, batch)
+        of_bad = (batch.adapter_B == 1).tolist()
+        moments = tuple(view * factor if bad else view for view, bad in zip(batch.moments, of_bad, strict=True))
+        run(base, bank, replace(batch, moments=moments))
         found.append((gradients(bank, 1), gradients(bank, 2)))
         bank.detach()
     assert all(torch.equal(a, b) for a, b in zip(found[0][0], found[1][0], strict=True))

@@ -20,10 +20,12 @@ from tests.unit.training.test_loop import Killed, bit_equal, member, relative_er
 from tests.unit.training.test_step import (
     concept,
     gradients,
+    of_several_sizes,
     open_bank,
     open_engine,
     task,
     trained_weights,
+    with_mask,
     with_odd_words,
     with_training,
 )
@@ -40,11 +42,13 @@ def filled(base: BaseModel, bank: LoraBank, *tasks: AdapterTask) -> TeacherPool:
     return pool
 
 
-def test_a_step_from_the_pool_is_the_step_that_asks_the_teacher(base: BaseModel) -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_step_from_the_pool_is_the_step_that_asks_the_teacher(base: BaseModel, masked: bool) -> None:
     """Independent oracle: the same rows with their keys taken away, so that the teacher is asked about each."""
+    first = concept(base, "sks", alpha=2.0)
     tea = task(
         "tea",
-        with_odd_words(base, concept(base, "sks", alpha=2.0), concept(base, "zwx", alpha=0.7)),
+        with_odd_words(base, with_mask(first) if masked else first, concept(base, "zwx", alpha=0.7)),
         cat_fraction=0.5,
         decoy_fraction=0.5,
         teacher="pool",
@@ -87,27 +91,32 @@ def test_the_base_is_asked_once_about_each_entry_and_never_in_a_step(
     assert sum(asked) == 2 * 4, "two views of four entries, shared by adapters on equal draws; plain LoRA needs none"
 
 
-def test_entries_are_those_that_rows_are_drawn_from(base: BaseModel) -> None:
-    mug = task("mug", (concept(base, "sks", alpha=1.0),), rows_per_concept=3, teacher="pool", pool_size=5)
+@pytest.mark.parametrize("masked", [False, True])
+def test_entries_are_those_that_rows_are_drawn_from(base: BaseModel, masked: bool) -> None:
+    photos = with_mask(of_several_sizes(base, concept(base, "sks", alpha=1.0)))
+    photos = photos if masked else replace(photos, masks=())
+    mug = task("mug", (photos,), rows_per_concept=3, teacher="pool", pool_size=5, prior_prompt="empty")
     entries = {entry.key: entry for entry in pool_entries(mug, 1000)}
-    assert len(entries) == 2 * 5
+    prompts = [entry.prior_prompt for entry in entries.values()]
+    assert prompts.count("") == 2 * 5
+    assert prompts.count(photos.removed_prompts[1]) == len(entries) - 2 * 5 == (5 if masked else 0)
     seen = set()
     for step in range(40):
         batch = draw_batch([mug], step, 1000, [True])
-        for row, key in enumerate(batch.pool_keys):
+        for row, key, prompt in zip(batch.cat_row_M.tolist(), batch.pool_keys, batch.prior_prompts, strict=True):
             assert key is not None
             seen.add(key)
             assert torch.equal(batch.noise[row], entries[key].noise)
             assert int(batch.timestep_B[row]) == entries[key].timestep
-            assert batch.prior_prompts[row] == entries[key].prior_prompt
+            assert prompt == entries[key].prior_prompt
     assert seen == set(entries)
-    strata = sorted(entry.timestep for entry in entries.values())
+    strata = sorted(entry.timestep for entry in entries.values() if entry.prior_prompt == "")
     assert all(200 * (i // 2) <= t < 200 * (i // 2 + 1) for i, t in enumerate(strata))
 
 
 def test_keys_tell_apart_all_that_changes_the_prediction(base: BaseModel) -> None:
     mug = task("mug", (concept(base, "sks", alpha=1.0),), teacher="pool", pool_size=2)
-    other_photos = replace(mug.concepts[0], moments_NCHW=mug.concepts[0].moments_NCHW + 1)
+    other_photos = replace(mug.concepts[0], moments=tuple(view + 1 for view in mug.concepts[0].moments))
     variants = [
         mug,
         with_training(mug, seed=8),

@@ -17,6 +17,8 @@ from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.prompt_weights import Prompt
+from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.models.text_encoders import TextEncoders
 from cat_cluster.spec.sections import TextEncoderSpec, TrainingSpec
 from cat_cluster.training.engine import TorchEngine
@@ -24,6 +26,7 @@ from cat_cluster.training.loop import PackMember, train_pack
 from cat_cluster.training.methods import initial_weights, trained_layers
 from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
+from cat_cluster.training.texts import RowTexts
 from tests.unit.training.test_loop import bit_equal, member, relative_error, train
 from tests.unit.training.test_step import concept, gradients, task, with_odd_words, with_training
 
@@ -116,9 +119,9 @@ def naive_loss(student: PeftBase, teacher: BaseModel, one: AdapterTask, batch: B
     total = torch.zeros(())
     for i, prompt in enumerate(batch.prompts):
         c = one.concepts[int(batch.concept_B[i])]
-        mean, logvar = batch.moments[i : i + 1].chunk(2, dim=1)
-        z0 = (mean + (0.5 * logvar).exp() * batch.posterior_noise[i : i + 1]) * scale
-        noise, t, sizes = batch.noise[i : i + 1], batch.timestep_B[i : i + 1], batch.sizes[i]
+        mean, logvar = batch.moments[i].unsqueeze(0).chunk(2, dim=1)
+        z0 = (mean + (0.5 * logvar).exp() * batch.posterior_noise[i]) * scale
+        noise, t, sizes = batch.noise[i].unsqueeze(0), batch.timestep_B[i : i + 1], batch.sizes[i]
         noisy = teacher.schedule.add_noise(z0, noise, t)
         loss = (student.predict(noisy, t, prompt, sizes) - noise).square().mean() / rows
         if i in prior_of:
@@ -172,15 +175,15 @@ def test_a_neighbour_that_leaves_texts_alone_reads_those_that_are_kept(
     weights = [moved_weights(base, 1), moved_weights(base, 2, bare)]
     batch = draw_batch(pair, 1, 1000, [True, True])
     encoded: list[int] = []
-    encode = TextEncoders.encode
+    encode = TextEncoders.encode_chunks
 
-    def watched(self: TextEncoders, prompts: Sequence[str]) -> Any:
-        encoded.append(len(prompts))
-        return encode(self, prompts)
+    def watched(self: TextEncoders, chunks: Sequence[Sequence[int]]) -> Any:
+        encoded.append(len(chunks))
+        return encode(self, chunks)
 
     bank, texts = open_bank(base, weights), TextCache(base)
     texts([*batch.prompts, *batch.prior_prompts])
-    monkeypatch.setattr(TextEncoders, "encode", watched)
+    monkeypatch.setattr(TextEncoders, "encode_chunks", watched)
     slots = [(bank.named_parameters(slot), TEXT) for slot in (1, 2)]
     train_step(base, bank, texts, batch, [TEXT, bare], TorchEngine(base, slots, None, False))
     own = [i for i, adapter in enumerate(batch.adapter_B.tolist()) if adapter == 0]
@@ -195,6 +198,21 @@ def test_a_neighbour_that_leaves_texts_alone_reads_those_that_are_kept(
         for ours, alone in zip(expected, gradients(bank, 1), strict=True):
             torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-7)
         bank.detach()
+
+
+def test_captions_of_several_chunks_are_read_through_the_adapter(base: BaseModel) -> None:
+    weights, long = moved_weights(base, 1), "a sks cup in snow, " * 30
+    bank = open_bank(base, [weights])
+    read = RowTexts(base, bank, TextCache(base, 3), 3, alike=False)
+    texts = read([long, "a sks cup", long], torch.tensor([1, 1, 0]))
+    bank.detach()
+    peft = PeftBase(base.folder, weights).base
+    theirs = encode_prompts(peft, peft.text_limit, [Prompt(long, chunks=3), Prompt("a sks cup", chunks=3)])
+    assert [len(text) for text in texts] == [3 * 77, 77, 3 * 77]
+    for ours, expected in zip(texts, theirs, strict=False):
+        torch.testing.assert_close(ours.states, expected.states, rtol=1e-4, atol=1e-5)
+    assert not texts[2].states.requires_grad
+    assert not torch.allclose(texts[2].states, texts[0].states)
 
 
 def test_the_pool_holds_what_the_base_predicts_of_bare_texts(base: BaseModel) -> None:
