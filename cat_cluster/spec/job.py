@@ -32,14 +32,7 @@ from cat_cluster.spec.fields import (
     words,
 )
 from cat_cluster.spec.folder_name import filled_from_folder_name
-from cat_cluster.spec.sections import (
-    ClusterSpec,
-    EvaluationSpec,
-    MonitoringSpec,
-    Section,
-    TextEncoderSpec,
-    TrainingSpec,
-)
+from cat_cluster.spec.sections import SECTIONS, ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
 from cat_cluster.spec.uniqueness import all_token_repeats, id_repeats, token_repeats
 from cat_cluster.spec.yaml_file import FieldError, Location, SpecDocument, parse_yaml, read_yaml, spec_error
 
@@ -52,8 +45,7 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 _LATER_TRAINING = (
     *("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from"),
     *("caption_dropout", "tag_dropout", "shuffle_tags", "keep_tags", "prompt_chunks"),
-    *("aspect_buckets", "masked_loss"),
-    "text_encoder",
+    *("aspect_buckets", "masked_loss", "text_encoder"),
 )
 
 _RATES = {
@@ -397,9 +389,5 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "": JobSpec,
     "adapters": AdapterSpec,
     "concepts": ConceptSpec,
-    "training": TrainingSpec,
-    "text_encoder": TextEncoderSpec,
-    "cluster": ClusterSpec,
-    "evaluation": EvaluationSpec,
-    "monitoring": MonitoringSpec,
+    **SECTIONS,
 }

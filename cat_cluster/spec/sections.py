@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -274,3 +275,12 @@ class MonitoringSpec(Section):
     samples_every: Count | None = Field(
         default=None, description="Steps between sample grids of every adapter; none draws none."
     )
+
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "training": TrainingSpec,
+    "text_encoder": TextEncoderSpec,
+    "cluster": ClusterSpec,
+    "evaluation": EvaluationSpec,
+    "monitoring": MonitoringSpec,
+}
