@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from cat_cluster.spec.job import AdapterSpec, ConceptSpec, JobSpec
-from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, TrainingSpec
+from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, TextEncoderSpec, TrainingSpec
 from cat_cluster.telemetry import LABELS, MOST_SERIES, OTHER, SERVING_METRICS, TRAINING_METRICS
 from jobs.architecture_diagram import layers, way_of_the_data
 from jobs.benchmark.figures import digest_in, digest_of
@@ -32,6 +32,7 @@ FIELD_TABLES: Mapping[str, tuple[type[BaseModel], ...]] = {
         AdapterSpec,
         ConceptSpec,
         TrainingSpec,
+        TextEncoderSpec,
         EvaluationSpec,
         ClusterSpec,
         MonitoringSpec,

@@ -7,7 +7,7 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,10 +24,13 @@ from cat_cluster.errors import (
     ServingError,
 )
 from cat_cluster.lora.row_bank import RowAdapter
+from cat_cluster.models.conditioning import Text
 from cat_cluster.models.generate import image_array
 from cat_cluster.models.image_start import start_from_image, start_from_noise
 from serve.adapters.cache import AdapterCache, Lease
+from serve.adapters.loader import key_of
 from serve.calls import Event, Failed, Finished, Preview, Progress, Refused, Verdict
+from serve.denoise.codec import Codec, TextChange
 from serve.denoise.image import EngineImage, ImageFacts
 from serve.denoise.rows import ImageRows
 from serve.denoise.safety import refusal, safety_metadata
@@ -288,14 +291,13 @@ async def prepare_image(
     moments: those of the plan's source, on their way.
     """
     call, deadline = plan.call, plan.deadline
-    prompts = call.prompts if plan.guided else call.prompts[:1]
-    texts = [  # begun, while the leases are awaited
-        span.until("encode_text", asyncio.wrap_future(parts.codec.encode(prompt))) for prompt in prompts
-    ]
+    # Begun while the leases are awaited, unless an adapter that comes with them changes texts.
+    texts = [] if any(manifest.text_layers for manifest in plan.manifests) else _begin_texts(parts.codec, plan, span)
     leases: tuple[Lease, ...] = ()
     try:
         async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
             leases = await _leased(parts.cache, plan, span)
+            texts = texts or _begin_texts(parts.codec, plan, span, leases)
             encoded = await asyncio.gather(*texts)
             # Shielded: other images of the call wait for them too, and one that is cancelled leaves them to these.
             encoded_source = None if moments is None else await asyncio.shield(moments)
@@ -335,6 +337,17 @@ async def prepare_image(
         notify_steps=preview_steps(call.previews, len(plan.table)),
         notify_all=call.progress,
     )
+
+
+def _begin_texts(codec: Codec, plan: ImagePlan, span: Span, leases: Sequence[Lease] = ()) -> list[asyncio.Future[Text]]:
+    """Begin to encode a plan's prompts, through the leased adapters that change text encoders."""
+    prompts = plan.call.prompts if plan.guided else plan.call.prompts[:1]
+    changes = [
+        TextChange(key_of(lease.manifest), RowAdapter(lease.text, lease.manifest.rank, member.strength))
+        for lease, member in zip(leases, plan.call.adapters if leases else (), strict=True)
+        if lease.text is not None
+    ]
+    return [span.until("encode_text", asyncio.wrap_future(codec.encode(prompt, changes))) for prompt in prompts]
 
 
 async def _leased(cache: AdapterCache, plan: ImagePlan, span: Span) -> tuple[Lease, ...]:

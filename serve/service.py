@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 from typing import Any
 
@@ -25,8 +26,9 @@ from cat_cluster.errors import (
     OverloadedError,
     SpecError,
 )
-from cat_cluster.lora.bank import served_layers
+from cat_cluster.lora.bank import served_layers, served_text_layers
 from cat_cluster.lora.row_bank import AdapterLayout, RowBank
+from cat_cluster.lora.text_bank import TextBank, pack_whole
 from cat_cluster.models.base_model import BaseModel, compiled_blocks, load_base_model
 from cat_cluster.models.device import choose_device
 from cat_cluster.models.generate import image_array
@@ -95,7 +97,10 @@ class Service:
         layout = AdapterLayout(base.unet, served_layers(base.unet, settings.targets), settings.max_rank)
         with ExitStack() as cleanup:
             bank = RowBank(base.unet, layout)
-            cleanup.callback(bank.detach)
+            text_layout = AdapterLayout(base.network, served_text_layers(base.network), settings.max_rank)
+            text_bank = TextBank(base.network, text_layout)
+            for attached in (bank, text_bank):
+                cleanup.callback(attached.detach)
             if settings.compile:
                 cleanup.enter_context(compiled_blocks(base.unet))
             engine = DenoisingEngine(
@@ -114,12 +119,13 @@ class Service:
                 registry,
                 settings,
                 base.unet.conv_in.weight.new_zeros((settings.slots, layout.size)),
-                layout.pack,
+                partial(pack_whole, layout, text_layout),
                 base_fingerprints=base.fingerprints,
-                unet=base.unet,
+                network=base.network,
+                text_size=text_layout.size,
                 metrics=metrics,
             )
-            codec = Codec(base, signer=signer, checker=checker)
+            codec = Codec(base, signer=signer, checker=checker, text_bank=text_bank)
             cleanup.callback(codec.close)
             parts = EngineParts(base, engine, cache, codec, sizes, metrics, checker)
             service = cls(parts, registry, settings, metrics, signer, tracer)

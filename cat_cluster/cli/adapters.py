@@ -122,14 +122,12 @@ def adapters_import(
         int, typer.Option(min=1, max=LARGEST_COUNT, help="Seeds per prompt when it is measured.")
     ] = 4,
     judge: Annotated[str, JudgeOption] = "auto",
-    unet_only: Annotated[
-        bool, typer.Option("--unet-only", help="Leave a text-encoder part of the file out; else it is refused.")
-    ] = False,
+    unet_only: Annotated[bool, typer.Option("--unet-only", help="Leave a text-encoder part of the file out.")] = False,
     skip_unsupported: Annotated[
         bool,
         typer.Option(
             "--skip-unsupported",
-            help="Leave out, and name, all that is not applied: larger convolutions, DoRA, text encoders.",
+            help="Leave out, and name, all that is not applied: larger convolutions, DoRA magnitudes.",
         ),
     ] = False,
     rank: Annotated[

@@ -19,7 +19,7 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.conditioning import Conditioning
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import EngineFactory, Slots, SlotState, autocast
-from cat_cluster.training.optimizer import SlotOptimizer, block_factor, state_names
+from cat_cluster.training.optimizer import SlotOptimizer, rate_factor, state_names
 from cat_cluster.training.update_rules import RULES
 
 TESTED = "0.19"  # parts of DeepSpeed that are not its public interface are used as they are in this version
@@ -61,7 +61,11 @@ class ZeroEngine:
         )
         if stage in (1, 2, 3):
             self.optimizer.sum_over_shards = self.sum
-            weighted = [slot for slot, (_, training) in enumerate(slots) if training.block_lr_weights is not None]
+            weighted = [
+                slot
+                for slot, (parameters, training) in enumerate(slots)
+                if any(rate_factor(training, name) != 1.0 for name in parameters)
+            ]
             self.optimizer.runs = {slot: self._runs(slot, *slots[slot]) for slot in weighted}
         if stage == 3:
             # DeepSpeed gathers what stays whole after each step; the first forward needs it before.
@@ -146,7 +150,7 @@ class ZeroEngine:
     ) -> list[tuple[int, float]]:
         """Return how many elements of a slot's shard, one after the other, have which factor on the learning rate."""
         factors = [
-            torch.full(shape, block_factor(training, name), dtype=torch.float64)
+            torch.full(shape, rate_factor(training, name), dtype=torch.float64)
             for name, shape in zip(parameters, self._shapes[slot], strict=True)
         ]
         found, counts = torch.unique_consecutive(self._cut(slot, factors), return_counts=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from cat_cluster.evaluation.metrics import Array
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.conditioning import Conditioning, Sizes
+from cat_cluster.models.conditioning import Conditioning, Sizes, Text
 
 TIMESTEPS = 10
 ROWS_PER_CALL = 32
@@ -31,14 +31,15 @@ def fisher_drift(
     fisher_n = mean_k mean_CHW (eps_a(z_t, t_k, y) - eps_base(z_t, t_k, y))^2,   z_t = add_noise(z0_n, e_n, t_k)
 
     z0 is the mean latent of the base image, e_n is drawn once per image from its seed, and t_k is one timestep
-    from each of 10 equal strata. Small changes of the weights move it quadratically: hence the name.
+    from each of 10 equal strata. Each side reads y as its own text encoders make it. Small changes of the weights move
+    it quadratically: hence the name.
     """
     latents = torch.cat(
         [_mean_latents(base, images_NCHW[i : i + ROWS_PER_CALL]) for i in range(0, len(images_NCHW), ROWS_PER_CALL)]
     )
     noise = torch.stack([_noise(seed, latents.shape[1:]) for seed in seeds]).to(latents)
     timesteps = stratified_timesteps(base.schedule.num_timesteps, seeds)
-    texts = dict(zip(sorted(set(prompts)), base.text_encoders.encode(sorted(set(prompts))), strict=True))
+    plain_texts, adapted_texts = (_encoded(base, bank, of_slot, sorted(set(prompts))) for of_slot in (0, slot))
     sizes = Sizes.drawn(*images_NCHW.shape[-2:])
     cells = [(n, k) for n in range(len(latents)) for k in range(TIMESTEPS)]
     losses: list[Tensor] = []
@@ -47,9 +48,11 @@ def fisher_drift(
         rows = [n for n, _ in chosen]
         t = torch.tensor([timesteps[n][k] for n, k in chosen], device=base.device)
         noisy = base.schedule.add_noise(latents[rows], noise[rows], t)
-        conditioning = Conditioning.of([texts[prompts[n]] for n in rows], [sizes] * len(rows))
         # Two calls of one shape: an adapter that changes nothing then gives exactly 0.
-        adapted, plain = (_predict(base, bank, s, noisy, t, conditioning) for s in (slot, 0))
+        adapted, plain = (
+            _predict(base, bank, s, noisy, t, Conditioning.of([texts[prompts[n]] for n in rows], [sizes] * len(rows)))
+            for s, texts in ((slot, adapted_texts), (0, plain_texts))
+        )
         losses.append((adapted.float() - plain.float()).square().flatten(1).mean(1).cpu())
     per_image: Array = torch.cat(losses).double().view(len(latents), TIMESTEPS).mean(1).numpy()
     return per_image
@@ -71,6 +74,11 @@ def _mean_latents(base: BaseModel, images_NCHW: Tensor) -> Tensor:
 def _noise(seed: int, shape: torch.Size) -> Tensor:
     # Not the stream of the image itself: there the same seed drew the latents it was denoised from.
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed ^ 0x5EED))
+
+
+def _encoded(base: BaseModel, bank: LoraBank, slot: int, prompts: Sequence[str]) -> dict[str, Text]:
+    with bank.text_rows([slot] * len(prompts)):
+        return dict(zip(prompts, base.text_encoders.encode(prompts), strict=True))
 
 
 def _predict(

@@ -1,7 +1,8 @@
-"""The LoRA bank: every adapted layer of a U-Net holds many adapters, and each row of a batch picks its own.
+"""The LoRA bank: every adapted layer of a base holds many adapters, and each row of a batch picks its own.
 
 Slot 0 is the zero adapter: a row bound to it is the base model's. A bank both trains (parameters per slot) and
-serves (weights loaded into a slot by a copy, no module surgery).
+serves (weights loaded into a slot by a copy, no module surgery). It spans the U-Net and the text encoders, whose rows
+are bound apart, since texts are encoded before the U-Net's call.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 
 from cat_cluster.errors import AdapterMismatchError
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
-from cat_cluster.lora.layers import change_of_pixels, is_convolution, sizes_of
+from cat_cluster.lora.layers import change_of_pixels, in_text_encoder, is_convolution, sizes_of
 from cat_cluster.spec.choices import Blocks, Targets
 
 TARGETS: Mapping[Targets, tuple[str, ...]] = {
@@ -31,7 +31,11 @@ BLOCKS: Mapping[Blocks, tuple[str, ...]] = {
 }
 
 
-def adapted_layers(unet: UNet2DConditionModel, targets: Targets, blocks: Blocks = "all") -> tuple[str, ...]:
+# Of a text encoder, as kohya's trainer and diffusers' examples have it.
+TEXT_TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
+
+
+def adapted_layers(unet: nn.Module, targets: Targets, blocks: Blocks = "all") -> tuple[str, ...]:
     """Return the module paths of the linears that `targets` names in `blocks`, in module order (no convolutions).
 
     The forward runs down, mid, up. What lies before the first adapted layer needs no gradient, so its activations are
@@ -51,7 +55,18 @@ def adapted_layers(unet: UNet2DConditionModel, targets: Targets, blocks: Blocks 
     )
 
 
-def served_layers(unet: UNet2DConditionModel, targets: Targets) -> tuple[str, ...]:
+def text_layers(network: nn.Module) -> tuple[str, ...]:
+    """Return the linears of a base's text encoders that training adapts: attention and MLP of each of their layers."""
+    return tuple(name for name, _ in network.named_modules() if in_text_encoder(name) and name.endswith(TEXT_TARGETS))
+
+
+def served_text_layers(network: nn.Module) -> tuple[str, ...]:
+    """Return what `text_layers` does and the projections of pooled text, which imported adapters may change."""
+    ends = (*TEXT_TARGETS, "text_projection")
+    return tuple(name for name, _ in network.named_modules() if in_text_encoder(name) and name.endswith(ends))
+
+
+def served_layers(unet: nn.Module, targets: Targets) -> tuple[str, ...]:
     """Return what `adapted_layers` does and the 1x1 convolutions of that name, which imported adapters may change."""
     linears = set(adapted_layers(unet, targets))
     return tuple(
@@ -68,11 +83,15 @@ def served_layers(unet: UNet2DConditionModel, targets: Targets) -> tuple[str, ..
 
 
 class _BankLayer(nn.Module):
-    """base(x) + up_slot(row) @ down_slot(row) @ x, row by row; the base is a linear or a 1x1 convolution."""
+    """base(x) + up_slot(row) @ down_slot(row) @ x, row by row; the base is a linear or a 1x1 convolution.
 
-    def __init__(self, base: nn.Linear | nn.Conv2d) -> None:
+    of_text: of a text encoder, which without bound rows is the base's own.
+    """
+
+    def __init__(self, base: nn.Linear | nn.Conv2d, *, of_text: bool) -> None:
         super().__init__()
         self.base = base
+        self.of_text = of_text
         self.in_features, self.out_features = _sizes(base)
         # Set by the bank for the running forward. Plain attributes and no look-up: torch.compile takes them as inputs.
         self.rows: int | None = None
@@ -81,6 +100,8 @@ class _BankLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the layer's output for rows x [B, T, in], [B, in] or, of a convolution, [B, in, H, W]."""
         output: Tensor = self.base(x)
+        if self.rows is None and self.of_text:
+            return output
         if self.rows is None:
             raise RuntimeError("no rows are bound: call the U-Net inside `with bank.rows(slots):`")
         if len(x) != self.rows:
@@ -103,55 +124,75 @@ def _add_change(output_BTO: Tensor, x_BTI: Tensor, down_BRI: Tensor, up_BOR: Ten
 
 
 class LoraBank:
-    """S adapter slots of rank up to R in every adapted layer of one U-Net; see the module docstring."""
+    """S adapter slots of rank up to R in every adapted layer of one base; see the module docstring."""
 
-    def __init__(self, unet: UNet2DConditionModel, slots: int, rank: int, layers: Sequence[str]) -> None:
-        self.unet = unet
+    def __init__(self, network: nn.Module, slots: int, rank: int, layers: Sequence[str]) -> None:
+        self.network = network
         self.slots = slots
         self.rank = rank
         self.layers = tuple(layers)
         self._slots: dict[int, dict[str, tuple[nn.Parameter, nn.Parameter]]] = {}
         self._tables: dict[str, tuple[tuple[int, ...], Tensor, Tensor]] = {}
-        self._bound = False
+        self._bound: set[bool] = set()  # of text encoders and of the U-Net, those whose rows are bound
         self._originals: dict[str, nn.Linear | nn.Conv2d] = {}
         self._modules: dict[str, _BankLayer] = {}
 
     @classmethod
-    def attach(cls, unet: UNet2DConditionModel, *, slots: int, rank: int, layers: Sequence[str]) -> LoraBank:
-        """Put a bank of `slots` usable slots (1..S) into the named layers of `unet`, in place.
+    def attach(cls, network: nn.Module, *, slots: int, rank: int, layers: Sequence[str]) -> LoraBank:
+        """Put a bank of `slots` usable slots (1..S) into the named layers of a base's `network`, in place.
 
-        Raises AdapterMismatchError for a name that is no linear and no 1x1 convolution of this U-Net.
+        A U-Net alone is one without text encoders. Raises AdapterMismatchError for a name that is no linear and no 1x1
+        convolution of it.
         """
-        bank = cls(unet, slots, rank, layers)
-        modules = dict(unet.named_modules())
+        bank = cls(network, slots, rank, layers)
+        modules = dict(network.named_modules())
         if any(isinstance(module, _BankLayer) for module in modules.values()):
-            raise RuntimeError("this U-Net holds a bank already: detach that one first")
+            raise RuntimeError("this base holds a bank already: detach that one first")
         for name in bank.layers:
             if sizes_of(modules.get(name)) is None:
                 raise AdapterMismatchError(
-                    f"{name} is not a linear layer or 1x1 convolution of this U-Net: use the base it was trained on"
+                    f"{name} is not a linear layer or 1x1 convolution of this base: use the one it was trained on"
                 )
         for name in bank.layers:
             bank._originals[name] = modules[name]
-            bank._modules[name] = _BankLayer(modules[name])
-            replace_module(unet, name, bank._modules[name])
+            bank._modules[name] = _BankLayer(modules[name], of_text=in_text_encoder(name))
+            replace_module(network, name, bank._modules[name])
         return bank
 
     def detach(self) -> None:
-        """Put the original layers back; the U-Net is then as before `attach`."""
+        """Put the original layers back; the base is then as before `attach`."""
         for name, original in self._originals.items():
-            replace_module(self.unet, name, original)
+            replace_module(self.network, name, original)
         self._originals.clear()
         self._modules.clear()
 
     @contextmanager
     def rows(self, slot_B: Tensor | Sequence[int]) -> Iterator[None]:
-        """Bind row i of every forward inside to slot slot_B[i]; the backward belongs inside too.
+        """Bind row i of every forward of the U-Net inside to slot slot_B[i]; the backward belongs inside too.
 
         Gradient checkpointing recomputes forwards during the backward, under the binding of that moment.
         """
-        if self._bound:
+        with self._binding(slot_B, of_text=False):
+            yield
+
+    @contextmanager
+    def text_rows(self, slot_B: Tensor | Sequence[int]) -> Iterator[None]:
+        """Bind row i of every forward of a text encoder inside to slot slot_B[i]; outside they are the base's own.
+
+        Where any row has an adapter, every slot's parameters get a gradient of what is encoded inside, if of zeros.
+        """
+        with self._binding(slot_B, of_text=True):
+            yield
+
+    def adapts_text(self, slot: int) -> bool:
+        """Say whether the adapter in a slot changes text encoders."""
+        return any(in_text_encoder(name) for name in self._slots.get(slot, ()))
+
+    @contextmanager
+    def _binding(self, slot_B: Tensor | Sequence[int], *, of_text: bool) -> Iterator[None]:
+        if of_text in self._bound:
             raise RuntimeError("rows are already bound: leave the first `with bank.rows(...)` before the next")
+        modules = {name: module for name, module in self._modules.items() if module.of_text == of_text}
         slots = torch.as_tensor(slot_B, dtype=torch.long)
         used = set(slots.tolist()) - {0}
         unknown = used - self._slots.keys()
@@ -159,19 +200,19 @@ class LoraBank:
             raise ValueError(
                 f"no adapter in slot {sorted(unknown)}: load it first (this bank has slots 1..{self.slots})"
             )
-        self._bound = True
+        self._bound.add(of_text)
         try:
-            self._bind(slots, any_adapter=bool(used))
+            self._bind(modules, slots, any_adapter=bool(used))
             yield
         finally:
-            for module in self._modules.values():
+            for module in modules.values():
                 module.rows, module.factors = None, None
-            self._bound = False
+            self._bound.discard(of_text)
 
-    def _bind(self, slots: Tensor, *, any_adapter: bool) -> None:
-        """Give every layer this forward's down [B, R, in] and up [B, out, R]; none when all rows are base rows."""
+    def _bind(self, modules: Mapping[str, _BankLayer], slots: Tensor, *, any_adapter: bool) -> None:
+        """Give layers this forward's down [B, R, in] and up [B, out, R]; none when all rows are base rows."""
         slot_B = slots.to(self._originals[self.layers[0]].weight.device)
-        for name, module in self._modules.items():
+        for name, module in modules.items():
             module.rows = len(slots)
             if any_adapter:
                 down, up = self._table(name)
@@ -295,7 +336,7 @@ def weights_of(values: Mapping[str, Tensor]) -> AdapterWeights:
     return AdapterWeights({layer: LoraLayer(copies[f"{layer}.lora_A"], copies[f"{layer}.lora_B"]) for layer in layers})
 
 
-def replace_module(unet: UNet2DConditionModel, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the U-Net's submodule at a path."""
+def replace_module(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule at a path."""
     parent, _, child = name.rpartition(".")
-    setattr(unet.get_submodule(parent), child, module)
+    setattr(network.get_submodule(parent), child, module)

@@ -62,6 +62,12 @@ class FileLayer:
         return widths.get({"LORA": "down", "LOHA": "hada_w1_b"}.get(self.kind, ""))
 
 
+def layer_of(key: str) -> str | None:
+    """Return the layer that a tensor of a LoRA, a LoHa or a LoKr belongs to, None for another tensor."""
+    match = _KEY.fullmatch(key)
+    return None if match is None else match["layer"]
+
+
 def by_layer(name: str, tensors: Mapping[str, Tensor]) -> dict[str, FileLayer]:
     """Group a file's tensors by layer, in the file's order.
 

@@ -21,6 +21,7 @@ class Kind:
     all: str
 
 
+# Of a text encoder that is not at hand: the base has none of that name, or its U-Net alone is asked for.
 TEXT_ENCODER: Final = Kind("a text-encoder part", "the text-encoder part")
 CONVOLUTION: Final = Kind("a convolution layer larger than 1x1", "convolution layers larger than 1x1")
 DORA: Final = Kind("DoRA weights", "DoRA magnitudes, of layers that are plain LoRA without them")

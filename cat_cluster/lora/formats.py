@@ -20,6 +20,7 @@ from cat_cluster.lora.foreign_parts import DORA as DORA
 from cat_cluster.lora.foreign_parts import TEXT_ENCODER as TEXT_ENCODER
 from cat_cluster.lora.foreign_parts import UNSUPPORTED as UNSUPPORTED
 from cat_cluster.lora.layer_names import PEFT_PREFIX, kohya_names
+from cat_cluster.lora.layers import in_text_encoder
 from cat_cluster.lora.peft_config import HEADER_KEY, config_for
 from cat_cluster.lora.reading import ForeignAdapter as ForeignAdapter
 from cat_cluster.lora.reading import read_adapter as read_adapter
@@ -38,12 +39,18 @@ def to_safetensors(
     """Return the adapter as the bytes of a safetensors file; alpha equals the rank, so no scale is left to apply.
 
     The header holds `metadata` and the hashes of the tensors. unet: the base's, its weights on any device, meta too:
-    kohya's names of an SDXL's layers depend on its blocks.
+    kohya's names of an SDXL's layers depend on its blocks. Raises AdapterFormatError for PEFT where text encoders are
+    changed: it has a file for each model.
     """
     if fmt not in get_args(AdapterFormat):
         raise AdapterFormatError(f"format {fmt!r} is unknown: choose one of {', '.join(get_args(AdapterFormat))}")
     if not weights.layers:
         raise AdapterFormatError("an adapter without layers cannot be written: train it first")
+    if fmt == "peft" and (text := next(iter(weights.of_text.layers), None)) is not None:
+        raise AdapterFormatError(
+            f"PEFT has a file for each model, and this adapter changes text encoders beside the U-Net ({text}): write "
+            "it as diffusers or kohya"
+        )
     tensors: dict[str, Tensor] = {}
     header = dict(metadata)
     kohya = kohya_names(weights.layers, unet)
@@ -55,7 +62,8 @@ def to_safetensors(
             tensors[f"{prefix}.lora_down.weight"], tensors[f"{prefix}.lora_up.weight"] = down, up
             tensors[f"{prefix}.alpha"] = torch.tensor(float(len(down)))
         else:
-            prefix = f"unet.{name}" if fmt == "diffusers" else f"{PEFT_PREFIX}{name}"
+            part = "" if in_text_encoder(name) else "unet."
+            prefix = f"{part}{name}" if fmt == "diffusers" else f"{PEFT_PREFIX}{name}"
             tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = down, up
     if fmt == "peft":  # so that the file alone says its scale, also where its adapter_config.json is not at hand
         header[HEADER_KEY] = json.dumps(config_for(_ranks(weights)))

@@ -1,4 +1,4 @@
-"""What adapter files call the layers of a U-Net: diffusers' paths, those of the original code, kohya's underscores."""
+"""What adapter files call the layers of a base: diffusers' paths, those of the original code, kohya's underscores."""
 
 from __future__ import annotations
 
@@ -7,10 +7,22 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
+from cat_cluster.lora.layers import in_text_encoder
+
 KOHYA_PREFIX = "lora_unet_"
 PEFT_PREFIX = "base_model.model."
 # Before a layer's name, in any order and number: kohya's and LyCORIS' own, PEFT's, diffusers', ComfyUI's.
 _FLAT_PREFIXES = (KOHYA_PREFIX, "lycoris_")
+# kohya's trainer counts the text encoders of SDXL, and not the one of other families.
+_TEXT_PREFIXES: Mapping[str, str] = {
+    "lora_te_": "text_encoder_",
+    "lora_te1_": "text_encoder_",
+    "lora_te2_": "text_encoder_2_",
+}
+# What the first text encoder's layers are in, which some versions of transformers leave out.
+_TEXT_MODEL = "text_model."
+# Diffusers' old attention processors call the projections of CLIP as those of a U-Net.
+_OLD_TEXT: Mapping[str, str] = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _DOTTED_PREFIXES = (PEFT_PREFIX, "unet.", "model.diffusion_model.", "diffusion_model.")
 
 # Diffusers' paths and those of the original Stable Diffusion code (ldm, of SDXL sgm), for what is not in a block list.
@@ -39,22 +51,24 @@ _DEEPER = re.compile(r"transformer_blocks\.[1-9]")
 
 
 class LayerNames:
-    """The layers of one U-Net by all the names that files give them."""
+    """The layers of one base by all the names that files give them; of a U-Net alone, its own."""
 
     def __init__(self, unet: nn.Module) -> None:
         self._paths = {name for name, _ in unet.named_modules()}
         original = original_paths(unet)
         self._flat = {_flat(name): path for path in original for name in (path, original[path])}
+        of_text = (path for path in original if in_text_encoder(path))
+        self._flat |= {_flat(path.replace(_TEXT_MODEL, "", 1)): path for path in of_text}
 
     def path(self, raw: str) -> str | None:
-        """Return the module path of a layer that a file calls `raw`, None where this U-Net has no such layer."""
+        """Return the module path of a layer that a file calls `raw`, None where this base has no such layer."""
         bare = bare_name(raw)
         return bare if bare in self._paths else self._flat.get(_flat(bare))
 
 
 def is_flat(raw: str) -> bool:
-    """Say whether a file writes a layer's dots as underscores, so that only the U-Net tells which they are."""
-    return raw.startswith(_FLAT_PREFIXES)
+    """Say whether a file writes a layer's dots as underscores, so that only the base tells which they are."""
+    return raw.startswith((*_FLAT_PREFIXES, *_TEXT_PREFIXES))
 
 
 def bare_name(raw: str) -> str:
@@ -62,6 +76,12 @@ def bare_name(raw: str) -> str:
     prefixes = (*_FLAT_PREFIXES, *_DOTTED_PREFIXES)
     while (prefix := next((one for one in prefixes if raw.startswith(one)), None)) is not None:
         raw = raw.removeprefix(prefix)
+    for prefix, encoder in _TEXT_PREFIXES.items():
+        if raw.startswith(prefix):
+            return encoder + raw.removeprefix(prefix)
+    if in_text_encoder(raw):
+        parent, _, last = raw.rpartition(".")
+        return f"{parent}.{_OLD_TEXT.get(last, last)}"
     if ".processor." in raw:
         raw = raw.replace(".processor.", ".")
         raw = f"{raw}.0" if raw.endswith(".to_out") else raw
@@ -98,16 +118,28 @@ def kohya_names(layers: Iterable[str], unet: nn.Module | None) -> dict[str, str]
     """Return kohya's names of layers, by module path: diffusers' paths, or for an SDXL the original code's.
 
     kohya's trainer runs SDXL in a copy of the original code and calls its layers so. ComfyUI, A1111 and diffusers read
-    both; kohya's own merging, resizing and block-weight tools read that one alone. Without a U-Net diffusers' paths are
-    returned.
+    both; kohya's own merging, resizing and block-weight tools read that one alone. Without a U-Net the names are those
+    of a base that is no SDXL.
     """
-    original = {} if unet is None or not has_pooled_text(unet) else original_paths(unet)
-    return {path: KOHYA_PREFIX + _flat(original.get(path, path)) for path in layers}
+    of_xl = unet is not None and has_pooled_text(unet)
+    original = original_paths(unet) if unet is not None and of_xl else {}
+    text = {"text_encoder.": "lora_te1_" if of_xl else "lora_te_", "text_encoder_2.": "lora_te2_"}
+
+    def name(path: str) -> str:
+        encoder = next((encoder for encoder in text if path.startswith(encoder)), None)
+        if encoder is not None:
+            return text[encoder] + _flat(path.removeprefix(encoder))
+        return KOHYA_PREFIX + _flat(original.get(path, path))
+
+    return {path: name(path) for path in layers}
 
 
 def names_depend_on_base(layers: Iterable[str]) -> bool:
-    """Say whether kohya's names of layers are those of an SDXL: attentions of SD 1.x and 2.x have one block each."""
-    return any(_DEEPER.search(path) for path in layers)
+    """Say whether kohya's names of layers may be those of an SDXL.
+
+    Attentions of SD 1.x and 2.x have one block each; a first text encoder all have.
+    """
+    return any(_DEEPER.search(path) or in_text_encoder(path) for path in layers)
 
 
 def has_pooled_text(unet: nn.Module) -> bool:

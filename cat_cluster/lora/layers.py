@@ -1,9 +1,14 @@
-"""Which layers of a U-Net an adapter can change: linears, and 1x1 convolutions, which are a linear at each pixel."""
+"""Which layers of a base an adapter can change: linears, and 1x1 convolutions, which are a linear at each pixel.
+
+A layer of the U-Net goes by its module path; one of a text encoder by `text_encoder.` or `text_encoder_2.` and its own.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.")  # what paths of their layers begin with
 
 
 def sizes_of(module: nn.Module | None) -> tuple[int, int] | None:
@@ -14,6 +19,16 @@ def sizes_of(module: nn.Module | None) -> tuple[int, int] | None:
     if isinstance(module, nn.Conv2d) and _is_pointwise(module):
         return module.in_channels, module.out_channels
     return None
+
+
+def in_text_encoder(layer: str) -> bool:
+    """Say whether a layer, by its path, is one of a text encoder; else it is one of the U-Net."""
+    return layer.startswith(TEXT_ENCODERS)
+
+
+def part_of(layer: str) -> str:
+    """Return which part of a base a layer is in, by its path with dots or underscores, as diffusers calls the part."""
+    return next((part for part in ("text_encoder_2", "text_encoder") if layer.startswith(part)), "unet")
 
 
 def is_convolution(module: nn.Module | None) -> bool:

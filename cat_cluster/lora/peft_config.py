@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from cat_cluster.errors import AdapterFormatError
 from cat_cluster.lora.foreign_parts import BIAS, DORA, Kind
+from cat_cluster.lora.layers import part_of
 
 HEADER_KEY = "lora_adapter_metadata"  # where diffusers keeps a LoraConfig in a safetensors header
+_PARTS = ("unet", "text_encoder", "text_encoder_2")
 _PEFT_DEFAULT = 8.0  # of alpha and of r, in every config of PEFT, for settings that leave it out
 _ALPHA = {"LORA": "lora_alpha", "LOHA": "alpha", "LOKR": "alpha"}  # where each kind of adapter keeps it
 
@@ -35,32 +38,62 @@ _FLAG_OF_PART = {"use_dora": DORA, "lora_bias": BIAS, "bias": BIAS}
 _REFUSED_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def parse_config(where: str, text: str | bytes) -> dict[str, Any]:
-    """Return the settings in `text`, JSON of a LoraConfig; with diffusers' "unet." prefixes taken off."""
+@dataclass(frozen=True)
+class FileSettings:
+    """The LoraConfigs that go with a file: by part of the base, "unet" or "text_encoder", or "" for one of all."""
+
+    of_part: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def of_layer(self, layer: str) -> Mapping[str, Any] | None:
+        """Return the settings of a layer, by its path; None where nothing is said of it."""
+        return self.of_part.get("", self.of_part.get(part_of(layer)))
+
+    def check(self, where: str, layers: Iterable[str], kinds: Collection[str], omitted: Collection[Kind]) -> None:
+        """Raise AdapterFormatError, naming the setting, for an adapter that is more than a scaled product.
+
+        layers: those that are applied. kinds: LORA, LOHA, LOKR, as far as the file holds layers of them; omitted: the
+        kinds of parts that were left out.
+        """
+        for part in dict.fromkeys(part_of(layer) for layer in layers):
+            config = self.of_layer(part)
+            if config is not None:
+                _check_config(where, config, kinds, omitted)
+
+
+def parse_config(where: str, text: str | bytes) -> FileSettings:
+    """Return the settings in `text`: JSON of a LoraConfig, or of several, whose keys begin with their part's name."""
     try:
         config = json.loads(text)
     except ValueError as error:
         raise AdapterFormatError(f"{where} is not JSON ({error}): copy or export the adapter again") from error
     if not isinstance(config, dict):
         raise AdapterFormatError(f"{where} is not a JSON object: copy or export the adapter again")
-    of_unet = {key.removeprefix("unet."): value for key, value in config.items() if key.startswith("unet.")}
-    return of_unet or config
+    of_part = {part: _of(part, config) for part in _PARTS}
+    return FileSettings({part: own for part, own in of_part.items() if own} or {"": config})
 
 
-def header_config(name: str, data: bytes) -> dict[str, Any] | None:
-    """Return the LoraConfig in a safetensors header, none where it has none.
+def _of(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings whose keys begin with a part's name, without it."""
+    prefix = f"{part}." if part else ""
+    return {key.removeprefix(prefix): value for key, value in config.items() if key.startswith(prefix)}
+
+
+def header_config(name: str, data: bytes) -> FileSettings:
+    """Return the LoraConfigs in a safetensors header, of no part where it has none.
 
     Newer diffusers keep it as JSON under one key; others write a header entry per setting, as `unet.lora_alpha`.
     """
     metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
     if HEADER_KEY in metadata:
         return parse_config(f"{name}: {HEADER_KEY}", metadata[HEADER_KEY])
-    for prefix in ("unet.", ""):
-        flat = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-        if "lora_alpha" in flat:
-            known = ("r", "alpha_pattern", "rank_pattern", "bias", "init_lora_weights", "peft_type", "use_rslora")
-            return {key: _flat_value(flat[key]) for key in flat if key in (*known, "lora_alpha", *_REFUSED_FLAGS)}
-    return None
+    found = {part: own for part in (*_PARTS, "") if "lora_alpha" in (own := _of(part, metadata))}
+    known = ("r", "alpha_pattern", "rank_pattern", "bias", "init_lora_weights", "peft_type", "use_rslora", "lora_alpha")
+    return FileSettings(
+        {
+            part: {key: _flat_value(own[key]) for key in own if key in (*known, *_REFUSED_FLAGS)}
+            for part, own in found.items()
+        }
+    )
 
 
 def _flat_value(text: str) -> Any:
@@ -71,11 +104,7 @@ def _flat_value(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def check_config(where: str, config: Mapping[str, Any], kinds: Collection[str], omitted: Collection[Kind]) -> None:
-    """Raise AdapterFormatError, naming the setting, for an adapter that is more than a scaled product.
-
-    kinds: LORA, LOHA, LOKR, as far as the file holds layers of them; omitted: the kinds of parts that were left out.
-    """
+def _check_config(where: str, config: Mapping[str, Any], kinds: Collection[str], omitted: Collection[Kind]) -> None:
     kind = config.get("peft_type", "LORA")
     if kind not in kinds:
         raise AdapterFormatError(

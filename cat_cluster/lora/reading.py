@@ -14,13 +14,13 @@ from torch import nn
 
 from cat_cluster.errors import AdapterFormatError
 from cat_cluster.lora.families import family_of_file, refuse_other_models, refuse_other_width, refuse_unknown_layer
-from cat_cluster.lora.file_layers import FileLayer, by_layer
+from cat_cluster.lora.file_layers import FileLayer, by_layer, layer_of
 from cat_cluster.lora.foreign_parts import TEXT_ENCODER, Kind, LeftOut, foreign_parts, kind_by_name, left_out
 from cat_cluster.lora.layer_names import LayerNames, bare_name, is_flat
-from cat_cluster.lora.layers import is_convolution
-from cat_cluster.lora.peft_config import check_config, scale_of
+from cat_cluster.lora.layers import in_text_encoder, is_convolution
+from cat_cluster.lora.peft_config import FileSettings, scale_of
 from cat_cluster.lora.reduction import Reduction, ScaleOf, reduced
-from cat_cluster.lora.sources import config_of, open_source
+from cat_cluster.lora.sources import open_source, settings_of
 from cat_cluster.lora.weights import AdapterWeights, LoraLayer, check_fits
 
 
@@ -46,9 +46,10 @@ def read_foreign(
 ) -> ForeignAdapter:
     """Read an adapter of any of the three formats; a folder is searched for the file names that write_adapter uses.
 
-    skip: the kinds of parts to leave out, of `UNSUPPORTED`; others that this project does not apply are refused. rank:
-    of the LoRA that stands for each LoHa or LoKr layer, without which these are refused. kohya files need `unet`: their
-    names write dots as underscores. With `unet` names and shapes are checked too.
+    unet: a base's `network`, or its U-Net alone, beside which a text encoder's part is not applied. kohya files need
+    it: their names write dots as underscores. With it names and shapes are checked too. skip: the kinds of parts to
+    leave out, of `UNSUPPORTED`; others that this project does not apply are refused. rank: of the LoRA that stands for
+    each LoHa or LoKr layer, without which these are refused.
 
     Raises AdapterFormatError for a damaged file, one that is not safetensors, values that are not finite, and, by name,
     for what is refused; AdapterMismatchError, naming the families, for a file of another family of models.
@@ -61,7 +62,7 @@ def read_foreign(
             f"{name} is not a whole safetensors file ({error}): copy or export it again; pickle files are never read"
         ) from error
     refuse_other_models(name, tensors, unet)
-    foreign = {key: kind for key in tensors if (kind := kind_by_name(key)) is not None}
+    foreign = _foreign_by_name(tensors, unet)
     layers = by_layer(name, {key: tensor for key, tensor in tensors.items() if key not in foreign})
     places = _Places(name, tensors, layers, unet)
     for layer in layers.values():
@@ -73,10 +74,10 @@ def read_foreign(
     if not applied:
         raise AdapterFormatError(_nothing_left(name, omitted))
     _check_kinds(name, applied, rank)
-    config = config_of(name, data, tensors, beside)
-    if config is not None:
-        check_config(name, config, {layer.kind for layer in applied}, omitted.keys)
-    weights, reductions = _collect(name, applied, places, config, rank)
+    settings = settings_of(name, data, tensors, beside)
+    applied_names = [bare_name(layer.raw) for layer in applied]
+    settings.check(name, applied_names, {layer.kind for layer in applied}, omitted.keys)
+    weights, reductions = _collect(name, applied, places, settings, rank)
     try:
         weights.check_finite()
     except AdapterFormatError as error:
@@ -86,8 +87,22 @@ def read_foreign(
     return ForeignAdapter(weights, omitted, reductions)
 
 
+def _foreign_by_name(keys: Collection[str], unet: nn.Module | None) -> dict[str, Kind]:
+    """Return the kind of each tensor whose name says that it is not applied; of text encoders those not at hand."""
+    names = None if unet is None else LayerNames(unet)
+    found = {}
+    for key in keys:
+        kind, raw = kind_by_name(key), layer_of(key)
+        if kind == TEXT_ENCODER and raw is not None:
+            path = bare_name(raw) if names is None else names.path(raw)
+            kind = None if path is not None and in_text_encoder(path) else kind
+        if kind is not None:
+            found[key] = kind
+    return found
+
+
 class _Places:
-    """Where a file's layers are in the base; without a U-Net, what their names say."""
+    """Where a file's layers are in the base; without it, what their names say."""
 
     def __init__(
         self, name: str, keys: Collection[str], layers: Mapping[str, FileLayer], unet: nn.Module | None
@@ -121,7 +136,7 @@ class _Places:
 
 def _nothing_left(name: str, omitted: LeftOut) -> str:
     if not omitted.keys:
-        return f"{name} holds no LoRA layers of a U-Net: choose another file"
+        return f"{name} holds no LoRA layers: choose another file"
     if set(omitted.keys) == {TEXT_ENCODER}:
         return f"{name} holds a text-encoder part alone: choose a file with a U-Net part"
     return f"{name} holds nothing that cat-cluster applies, only {' and '.join(omitted.counts)}: choose another file"
@@ -148,7 +163,7 @@ def _check_kinds(name: str, layers: Collection[FileLayer], rank: int | None) -> 
 
 
 def _collect(
-    name: str, layers: Collection[FileLayer], places: _Places, config: Mapping[str, Any] | None, rank: int | None
+    name: str, layers: Collection[FileLayer], places: _Places, settings: FileSettings, rank: int | None
 ) -> tuple[AdapterWeights, dict[str, Reduction]]:
     found: dict[str, LoraLayer] = {}
     reductions: dict[str, Reduction] = {}
@@ -156,7 +171,7 @@ def _collect(
         path = places.path(layer.raw)
         if path in found:
             raise AdapterFormatError(f"{name}: {layer.raw} and another are the same weight of {path}: export it again")
-        scale = partial(_scale, name, layer, path, config)
+        scale = partial(_scale, name, layer, path, settings.of_layer(path))
         module = places.module(layer.raw)
         convolution = layer.has_kernel if module is None else is_convolution(module)
         if layer.kind == "LORA":

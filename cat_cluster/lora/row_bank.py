@@ -42,16 +42,17 @@ class AdapterLayout:
     side by side, so that a range of ranks is copied for all of them at once.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, layers: Sequence[str], rank: int) -> None:
+    def __init__(self, network: nn.Module, layers: Sequence[str], rank: int) -> None:
+        """layers: paths in a U-Net, or in a base's `network`."""
         self.rank = rank
         self.shapes: dict[str, tuple[int, int]] = {}
         self._down_at: dict[str, int] = {}
         self._up_at: dict[str, int] = {}
-        self.convolutions = frozenset(name for name in layers if is_convolution(unet.get_submodule(name)))
+        self.convolutions = frozenset(name for name in layers if is_convolution(network.get_submodule(name)))
         for name in layers:
-            sizes = sizes_of(unet.get_submodule(name))
+            sizes = sizes_of(network.get_submodule(name))
             if sizes is None:
-                raise AdapterMismatchError(f"{name} is not a linear layer or 1x1 convolution of this U-Net")
+                raise AdapterMismatchError(f"{name} is not a linear layer or 1x1 convolution of this base")
             self.shapes[name] = sizes
         self.downs, self._down_runs = _lay_out(
             self._down_at, {name: i for name, (i, _) in self.shapes.items()}, rank, 0

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from cat_cluster.errors import AdapterFormatError
 from cat_cluster.lora.layer_names import PEFT_PREFIX
-from cat_cluster.lora.peft_config import header_config, parse_config
+from cat_cluster.lora.peft_config import FileSettings, header_config, parse_config
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -33,7 +32,7 @@ def open_source(source: Path | bytes) -> tuple[str, bytes, Path | None]:
         raise AdapterFormatError(f"{path} cannot be read: {error}; check the path") from error
 
 
-def config_of(name: str, data: bytes, tensors: Mapping[str, Tensor], beside: Path | None) -> Mapping[str, Any] | None:
+def settings_of(name: str, data: bytes, tensors: Mapping[str, Tensor], beside: Path | None) -> FileSettings:
     """Return PEFT's settings of a file: those beside a file of PEFT, whatever its name, else those of its header.
 
     Raises AdapterFormatError where a file of PEFT has none, or they cannot be read.
@@ -45,10 +44,10 @@ def config_of(name: str, data: bytes, tensors: Mapping[str, Tensor], beside: Pat
             return parse_config(str(beside), beside.read_bytes())
         except OSError as error:
             raise AdapterFormatError(f"{beside} cannot be read: {error}; check the path") from error
-    config = header_config(name, data)
-    if config is None and of_peft:
+    settings = header_config(name, data)
+    if not settings.of_part and of_peft:
         raise AdapterFormatError(f"{name} is a PEFT file, whose scale is in {PEFT_CONFIG}: put that file beside it")
-    return config
+    return settings
 
 
 def _check_owner(name: str, config: Path) -> None:

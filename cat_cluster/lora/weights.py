@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from cat_cluster.errors import AdapterFormatError, AdapterMismatchError
-from cat_cluster.lora.layers import sizes_of
+from cat_cluster.lora.layers import in_text_encoder, sizes_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,10 @@ class LoraLayer:
 
 @dataclass(frozen=True, eq=False)
 class AdapterWeights:
-    """An adapter: its layers by U-Net module path, such as mid_block.attentions.0.transformer_blocks.0.attn1.to_q."""
+    """An adapter: its layers by path, such as mid_block.attentions.0.transformer_blocks.0.attn1.to_q.
+
+    Paths of text encoders' layers begin with text_encoder. or text_encoder_2., as those of diffusers' files.
+    """
 
     layers: Mapping[str, LoraLayer]
 
@@ -34,6 +37,16 @@ class AdapterWeights:
     def rank(self) -> int:
         """The largest rank of any layer; 0 without layers."""
         return max((len(layer.down) for layer in self.layers.values()), default=0)
+
+    @property
+    def of_text(self) -> AdapterWeights:
+        """The layers of text encoders."""
+        return AdapterWeights({name: layer for name, layer in self.layers.items() if in_text_encoder(name)})
+
+    @property
+    def of_unet(self) -> AdapterWeights:
+        """The layers of the U-Net."""
+        return AdapterWeights({name: layer for name, layer in self.layers.items() if not in_text_encoder(name)})
 
     def check_finite(self) -> None:
         """Raise AdapterFormatError, naming the layer, when a weight is NaN or infinite."""
@@ -52,14 +65,17 @@ class AdapterWeights:
 
 
 def check_fits(weights: AdapterWeights, unet: nn.Module) -> None:
-    """Raise AdapterMismatchError, naming layer and shapes, when an adapter does not fit a U-Net."""
+    """Raise AdapterMismatchError, naming layer and shapes, when an adapter does not fit a base.
+
+    unet: the U-Net alone, or a base's `network`, in which an adapter of its text encoders fits too.
+    """
     modules = dict(unet.named_modules())
     for name, layer in weights.layers.items():
         wanted, found = sizes_of(modules.get(name)), (layer.down.shape[1], layer.up.shape[0])
         if wanted is None:
             raise AdapterMismatchError(
                 f"layer {name} is not a linear layer or 1x1 convolution of this base model: use the base it was made "
-                "for, and a U-Net LoRA of such layers alone"
+                "for, and a LoRA of such layers alone"
             )
         if wanted != found:
             raise AdapterMismatchError(

@@ -32,6 +32,7 @@ from cat_cluster.models.base_files import (
 )
 from cat_cluster.models.base_names import base_folder
 from cat_cluster.models.fingerprint import fingerprints
+from cat_cluster.models.network import Network
 from cat_cluster.models.out_of_memory import memory_explained
 from cat_cluster.models.schedule import NoiseSchedule
 from cat_cluster.models.text_encoders import TextEncoders, TextModel
@@ -59,6 +60,11 @@ class BaseModel:
     def fingerprints(self) -> tuple[str, str]:
         """What adapters of this base may know it by: its digest, and that of versions before 0.2."""
         return self.fingerprint, self.earlier_fingerprint
+
+    @property
+    def network(self) -> Network:
+        """U-Net and text encoders as one module, whose layers adapters change."""
+        return Network(self.unet, self.text_encoders.models)
 
     @property
     def latent_channels(self) -> int:

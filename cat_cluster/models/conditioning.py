@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 
@@ -79,26 +78,6 @@ class Conditioning:
         states, *others = (None if part is None else part[rows] for part in self._parts)
         assert states is not None
         return Conditioning(states, *others)
-
-    def followed_by(self, other: Conditioning) -> Conditioning:
-        """Return these rows and, behind them, others of the same family, zeros behind shorter texts."""
-        length = max(self.states.shape[1], other.states.shape[1])
-        masked = length > min(self.states.shape[1], other.states.shape[1])
-        masked = masked or self.own_text is not None or other.own_text is not None
-        pairs = zip(self._padded(length, masked)._parts, other._padded(length, masked)._parts, strict=True)
-        states, *others = (None if one is None or two is None else torch.cat([one, two]) for one, two in pairs)
-        assert states is not None
-        return Conditioning(states, *others)
-
-    def _padded(self, length: int, masked: bool) -> Conditioning:
-        if not masked:
-            return self
-        rows, own_length, _ = self.states.shape
-        own = self.own_text
-        if own is None:
-            own = torch.ones(rows, own_length, dtype=torch.bool, device=self.states.device)
-        states = functional.pad(self.states, (0, 0, 0, length - own_length))
-        return replace(self, states=states, own_text=functional.pad(own, (0, length - own_length)))
 
     @property
     def _parts(self) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +94,9 @@ def generate(
     """Make one image per row: [N, 3, H, W] in [0, 1], float32 on the CPU, in the order of `rows`.
 
     At most `rows_per_call` U-Net rows ride in a call (a guided image takes two, both with its slot); a finished
-    image leaves and the next one joins at once. bank None means the bare U-Net. on_progress receives (steps done,
-    steps in all) summed over images. Raises SpecError for an unknown sampler, an impossible number of steps, or
-    a weight that cannot be.
+    image leaves and the next one joins at once. Texts are encoded through each row's adapter too. bank None means the
+    bare base. on_progress receives (steps done, steps in all) summed over images. Raises SpecError for an unknown
+    sampler, an impossible number of steps, or a weight that cannot be.
     """
     if rows_per_call < 1:
         raise ValueError(f"rows_per_call is {rows_per_call}; it must be at least 1")
@@ -104,7 +105,7 @@ def generate(
     tables = {course: _table(base, *course) for course in {_course(row) for row in rows}}
     sources = {row.source for row in rows if row.source is not None}
     moments = {source: base.encode_moments(source.pixels.unsqueeze(0))[0] for source in sources}
-    texts = _encode_prompts(base, rows, rows_per_call)
+    texts = _encode_prompts(base, bank, rows, rows_per_call)
     images = torch.empty(len(rows), 3, base.resolution, base.resolution)
     waiting, active = deque(enumerate(rows)), list[_ActiveRow]()
     done, total = 0, sum(len(tables[_course(row)]) for row in rows)
@@ -159,15 +160,29 @@ def save_png(image: Tensor, path: Path, metadata: Mapping[str, str], *, edited: 
     write_whole(path, png_bytes(image, metadata, edited=edited))
 
 
-def _encode_prompts(base: BaseModel, rows: Sequence[ImageRow], at_once: int) -> dict[Prompt, Text]:
-    """Encode every prompt the rows name once."""
-    named = [row.prompts[0] for row in rows] + [row.prompts[1] for row in rows if row.guided]
-    prompts = list(dict.fromkeys(named))
-    texts: dict[Prompt, Text] = {}
+@torch.no_grad()
+def _encode_prompts(
+    base: BaseModel, bank: LoraBank | None, rows: Sequence[ImageRow], at_once: int
+) -> dict[tuple[Prompt, int], Text]:
+    """Encode what rows name, by prompt and slot: once for each adapter that changes texts, else once for all."""
+    named = [(row.prompts[0], row.slot) for row in rows] + [(row.prompts[1], row.slot) for row in rows if row.guided]
+    prompts = list(dict.fromkeys((prompt, _text_slot(bank, slot)) for prompt, slot in named))
+    texts: dict[tuple[Prompt, int], Text] = {}
     for start in range(0, len(prompts), at_once):
         part = prompts[start : start + at_once]
-        texts.update(zip(part, encode_prompts(base, base.text_limit, part), strict=True))
-    return texts
+        bind = None if bank is None else partial(_bind_text, bank, [slot for _, slot in part])
+        encoded = encode_prompts(base, base.text_limit, [prompt for prompt, _ in part], bind)
+        texts.update(zip(part, encoded, strict=True))
+    return {(prompt, slot): texts[prompt, _text_slot(bank, slot)] for prompt, slot in named}
+
+
+def _bind_text(bank: LoraBank, slots: Sequence[int], owners: Sequence[int]) -> AbstractContextManager[None]:
+    return bank.text_rows([slots[owner] for owner in owners])
+
+
+def _text_slot(bank: LoraBank | None, slot: int) -> int:
+    """Return the slot whose text a row of a slot reads: 0 where its adapter leaves texts alone."""
+    return slot if bank is not None and bank.adapts_text(slot) else 0
 
 
 def _fits(active: Sequence[_ActiveRow], row: ImageRow, rows_per_call: int) -> bool:
@@ -190,7 +205,7 @@ def _start(
     index: int,
     row: ImageRow,
     table: SamplerTable,
-    texts: Mapping[Prompt, Text],
+    texts: Mapping[tuple[Prompt, int], Text],
     moments: Mapping[EditSource, Tensor],
 ) -> _ActiveRow:
     source = row.source
@@ -198,7 +213,8 @@ def _start(
         start = start_from_noise(base, row.seed, table)
     else:
         start = start_from_image(base, moments[source], source.mask, source.strength, row.seed, table)
-    return _ActiveRow(index, row, table, texts[row.prompts[0]], texts[row.prompts[-1]], start)
+    text, negative_text = (texts[prompt, row.slot] for prompt in (row.prompts[0], row.prompts[-1]))
+    return _ActiveRow(index, row, table, text, negative_text, start)
 
 
 def _step(base: BaseModel, bank: LoraBank | None, active: Sequence[_ActiveRow]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,10 +17,18 @@ from cat_cluster.models.text_limit import TextLimit
 _LEAST_MEAN = 1e-3  # of the mean size of the values: below that a mean is little more than rounding
 
 
-def encode_prompts(base: BaseModel, limit: TextLimit, prompts: Sequence[Prompt]) -> list[Text]:
+# Binds the rows of a text encoder's call to adapters: given for each row the place of its prompt.
+BindRows: TypeAlias = Callable[[Sequence[int]], AbstractContextManager[None]]
+
+
+def encode_prompts(
+    base: BaseModel, limit: TextLimit, prompts: Sequence[Prompt], bind: BindRows | None = None
+) -> list[Text]:
     """Return each prompt's text of n chunks; of one chunk without weights, what the encoders' `encode` returns.
 
-    limit: the base's, for this thread. Every chunk is encoded alone, and the states of its tokens are weighted:
+    limit: the base's, for this thread. bind: puts adapters into the encoders; None: the base alone. A gradient reaches
+    adapters that are trained, and nothing else. Every chunk is
+    encoded alone, and the states of its tokens are weighted:
 
         z' = w z,   z'' = z' mean(z) / mean(z')     (w [L, 1]: the tokens' weights, 1 for marks and padding)
 
@@ -29,7 +39,9 @@ def encode_prompts(base: BaseModel, limit: TextLimit, prompts: Sequence[Prompt])
     """
     read = [limit.chunks(prompt) for prompt in prompts]
     chunks = [chunk for own in read for chunk in own]
-    states, pooled = base.text_encoders.encode_chunks([chunk.tokens for chunk in chunks])
+    owners = [place for place, own in enumerate(read) for _ in own]
+    with nullcontext() if bind is None else bind(owners):
+        states, pooled = base.text_encoders.encode_chunks([chunk.tokens for chunk in chunks])
     weighted = [list(of_encoder) for of_encoder in states]
     for row, chunk in enumerate(chunks):
         if any(weight != 1.0 for weight in chunk.weights):

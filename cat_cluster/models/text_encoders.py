@@ -1,4 +1,7 @@
-"""The frozen text encoders of a base: one, or the two of SDXL, each of which reads the whole prompt."""
+"""The frozen text encoders of a base: one, or the two of SDXL, each of which reads the whole prompt.
+
+What is encoded while a bank's text rows are bound is adapted; gradients then reach the bank's parameters alone.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from cat_cluster.models.conditioning import Text
+from cat_cluster.models.network import TEXT_ENCODER_NAMES
 
 TextModel: TypeAlias = CLIPTextModel | CLIPTextModelWithProjection
 
@@ -40,6 +44,14 @@ class TextEncoders:
     def device(self) -> torch.device:
         """Where they are."""
         return cast(torch.device, self.models[0].device)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """What paths of layers begin with, in a base's `network`, from which nothing is read: see the class."""
+        before_pooled = list(zip(TEXT_ENCODER_NAMES, self.models, strict=False))[:-1]
+        return tuple(
+            f"{name}.text_model.encoder.layers.{model.config.num_hidden_layers - 1}." for name, model in before_pooled
+        )
 
     def encode(self, prompts: Sequence[str]) -> list[Text]:
         """Encode prompts as the stock pipeline does: padded and truncated to L tokens, a Text of one chunk each."""
@@ -75,7 +87,6 @@ class TextEncoders:
         states = like.new_zeros((length, sum(model.config.hidden_size for model in self.models)))
         return Text(states, like.new_zeros(self.models[-1].config.projection_dim) if len(self.models) > 1 else None)
 
-    @torch.no_grad()
     def _read(self, ids: Sequence[Tensor], mask: Tensor) -> States:
         """ids: of each encoder [B, L] with all marks and padding; mask [B, L]: 1, of padding 0."""
         if len(self.models) == 1:

@@ -14,7 +14,7 @@ from cat_cluster.data.concepts import Concept, check_tokens, load_concept
 from cat_cluster.errors import AdapterFormatError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
-from cat_cluster.lora.bank import LoraBank, served_layers
+from cat_cluster.lora.bank import LoraBank, served_layers, served_text_layers
 from cat_cluster.lora.formats import TEXT_ENCODER, UNSUPPORTED, AdapterWeights, find_weights, read_foreign
 from cat_cluster.lora.reduction import report
 from cat_cluster.models.base_model import BaseModel, load_base_model
@@ -32,8 +32,8 @@ from cat_cluster.spec.yaml_file import field_lines
 class ImportRequest:
     """A file to import. tokens, class_nouns and, unless empty, photos (folders) have one entry per concept.
 
-    unet_only: leave a text-encoder part of the file out; skip_unsupported: leave out that and all else that is not
-    applied; else such a file is refused. rank: of the LoRA that stands for each LoHa or LoKr layer.
+    unet_only: leave a text-encoder part of the file out; skip_unsupported: leave out what is not applied, for which a
+    file is refused else. rank: of the LoRA that stands for each LoHa or LoKr layer.
     """
 
     file: Path
@@ -63,14 +63,17 @@ def import_adapter(request: ImportRequest, registry: Registry, device: str, list
     concepts = _concepts(request)
     base = load_base_model(request.base, device=device)
     skip = UNSUPPORTED if request.skip_unsupported else frozenset({TEXT_ENCODER} if request.unet_only else ())
-    found = read_foreign(path, unet=base.unet, skip=skip, rank=request.rank)
+    network = base.unet if request.unet_only else base.network
+    found = read_foreign(path, unet=network, skip=skip, rank=request.rank)
+    imported = imported.model_copy(update={"text_encoders": bool(found.weights.of_text.layers)})
     evaluation = _measure(base, found.weights, concepts, imported, listener) if concepts else None
     training: dict[str, Any] = {"imported_from": imported.source}
     if found.left_out.keys:
         training |= {"left_out": found.left_out.names, "left_out_kinds": found.left_out.counts}
     if request.rank is not None:
         training["reduced"] = report(found.reductions, request.rank)
-    if outside := sorted(set(found.weights.layers) - set(served_layers(base.unet, "attention_ff"))):
+    served = {*served_layers(base.unet, "attention_ff"), *served_text_layers(base.network)}
+    if outside := sorted(set(found.weights.layers) - served):
         training["outside_attention"] = outside
     draft = adapter_draft(imported, base, concepts, found.weights, evaluation, training=training)
     return registry.publish(draft)
@@ -126,7 +129,7 @@ def _measure(
     imported: ImportedAdapter,
     listener: ImageListener,
 ) -> Evaluation:
-    bank = LoraBank.attach(base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
+    bank = LoraBank.attach(base.network, slots=1, rank=weights.rank, layers=list(weights.layers))
     try:
         bank.load(1, weights)
         return Evaluator(base, bank).evaluate(

@@ -224,10 +224,16 @@ def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings
     if len(group) == 1:
         return 1
     # The most demanding adapters stand for all: a pack of them is the largest that can come about.
-    heaviest = sorted(group, key=lambda one: (one.resolved.training.rank, one.rows))[-2:]
+    heaviest = sorted(group, key=_demand)[-2:]
     with memory_explained(len(heaviest)), open_bank(heaviest[0].base, heaviest) as bank:
         members = [pack_member(adapter, bank, settings.cache_dir) for adapter in heaviest]
         return measured_pack_size(heaviest[0].base, bank, members, shared_by=shared_by)
+
+
+def _demand(adapter: PreparedAdapter) -> tuple[bool, int, int]:
+    """What orders adapters by the memory they take: text encoders that are trained keep activations of their own."""
+    training = adapter.resolved.training
+    return training.text_encoder is not None, training.rank, adapter.rows
 
 
 def train_adapters(

@@ -18,7 +18,7 @@ from cat_cluster.errors import ChangedJobError, CheckpointError, EvaluationError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import DECOYS, evaluation_prompts, fill
-from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names, weights_of
+from cat_cluster.lora.bank import LoraBank, parameter_names, weights_of
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.device import choose_device
@@ -33,7 +33,7 @@ from cat_cluster.training import TRAINING_VERSION
 from cat_cluster.training.checkpoint import CheckpointStore, tensor_names
 from cat_cluster.training.loop import PackMember, TrainedAdapter
 from cat_cluster.training.loss_curves import curves
-from cat_cluster.training.methods import effective_alpha, initial_weights
+from cat_cluster.training.methods import effective_alpha, initial_weights, trained_layers
 from cat_cluster.training.optimizer import state_names
 
 
@@ -133,11 +133,11 @@ def prepare_again(
 
 @contextmanager
 def open_bank(base: BaseModel, pack: Sequence[PreparedAdapter]) -> Iterator[LoraBank]:
-    """Put a bank with one slot per adapter into the base's U-Net, and take it out again."""
-    training = pack[0].resolved.training
-    layers = adapted_layers(base.unet, training.targets, training.blocks)
-    rank = max(adapter.resolved.training.rank for adapter in pack)
-    bank = LoraBank.attach(base.unet, slots=len(pack), rank=rank, layers=layers)
+    """Put a bank with one slot per adapter into the base, and take it out again."""
+    trainings = [adapter.resolved.training for adapter in pack]
+    layers = dict.fromkeys(layer for training in trainings for layer in trained_layers(base, training))
+    rank = max(training.rank for training in trainings)
+    bank = LoraBank.attach(base.network, slots=len(pack), rank=rank, layers=list(layers))
     try:
         yield bank
     finally:
@@ -167,8 +167,7 @@ def trained_adapter(adapter: PreparedAdapter, store: ObjectStore) -> TrainedAdap
     steps = checkpoints.steps()
     if not steps:
         raise ChangedJobError("its checkpoints are gone from the store: submit the job again")
-    layers = adapted_layers(adapter.base.unet, training.targets, training.blocks)
-    names = parameter_names(layers)
+    names = parameter_names(trained_layers(adapter.base, training))
     state = checkpoints.load(steps[-1], tensor_names(names, state_names(training)))
     weights = None
     if state.dropped is None:
@@ -198,7 +197,8 @@ def pack_member(
         # An adapter that was trained on the words it is measured with would be measured on what it was taught.
         concepts = with_decoys(concepts, seed=training.seed, draw_key=draw_key, spell=base.spell, never=DECOYS)
     task = AdapterTask(resolved.id, concepts, training, _general_prompts(adapter))
-    initial = initial_weights(base.unet, bank.layers, rank=training.rank, seed=training.seed, draw_key=draw_key)
+    layers = trained_layers(base, training)
+    initial = initial_weights(base.network, layers, rank=training.rank, seed=training.seed, draw_key=draw_key)
     return PackMember(task, AdapterWeights({**initial.layers, **({} if start is None else start.layers)}))
 
 

@@ -207,11 +207,11 @@ def open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, str
 def open_stack(registry: Registry, members: Sequence[tuple[Manifest, float]], base: BaseModel) -> LoraBank:
     """Put published adapters, each at its strength, together into slot 1 of a new bank; see `open_adapter`."""
     loaded = [
-        (registry.load_weights(manifest, base_fingerprints=base.fingerprints, unet=base.unet), strength)
+        (registry.load_weights(manifest, base_fingerprints=base.fingerprints, unet=base.network), strength)
         for manifest, strength in members
     ]
     weights = stack_weights(loaded)
-    bank = LoraBank.attach(base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
+    bank = LoraBank.attach(base.network, slots=1, rank=weights.rank, layers=list(weights.layers))
     bank.load(1, weights)
     return bank
 

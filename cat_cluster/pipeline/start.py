@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from cat_cluster.errors import AdapterMismatchError, AdapterNotFoundError, RegistryError, SpecError
-from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.lora.distance import relative_distance
 from cat_cluster.lora.formats import AdapterWeights
+from cat_cluster.lora.layers import in_text_encoder
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import Registry
 from cat_cluster.spec.job import ResolvedAdapter
+from cat_cluster.spec.sections import TrainingSpec
+from cat_cluster.training.methods import trained_layers
 
 
 def with_pinned_start(resolved: ResolvedAdapter, registry: Registry) -> ResolvedAdapter:
@@ -48,15 +50,15 @@ def start_weights(resolved: ResolvedAdapter, base: BaseModel, registry: Registry
         return None
     manifest = registry.resolve(training.init_from)
     try:
-        weights = registry.load_weights(manifest, base_fingerprints=base.fingerprints, unet=base.unet)
+        weights = registry.load_weights(manifest, base_fingerprints=base.fingerprints, unet=base.network)
     except (AdapterMismatchError, RegistryError) as error:
         raise type(error)(f"{_field(resolved)}: {error}") from error
-    adapted = set(adapted_layers(base.unet, training.targets, training.blocks))
+    adapted = set(trained_layers(base, training))
     foreign = next((layer for layer in weights.layers if layer not in adapted), None)
     if foreign is not None:
         raise AdapterMismatchError(
-            f"{_field(resolved)}: {manifest.name} changes {foreign}, which targets: {training.targets} and blocks: "
-            f"{training.blocks} leave out: adapt more, or start from another adapter"
+            f"{_field(resolved)}: {manifest.name} changes {foreign}, which {_left_out_by(training, foreign)}: adapt "
+            "more, or start from another adapter"
         )
     return weights
 
@@ -66,6 +68,12 @@ def start_record(resolved: ResolvedAdapter, weights: AdapterWeights, start: Adap
     if start is None:
         return {}
     return {"init_from": {"adapter": resolved.training.init_from, "distance": relative_distance(weights, start)}}
+
+
+def _left_out_by(training: TrainingSpec, layer: str) -> str:
+    if in_text_encoder(layer):
+        return "training without text_encoder leaves out"
+    return f"targets: {training.targets} and blocks: {training.blocks} leave out"
 
 
 def _field(resolved: ResolvedAdapter) -> str:

@@ -105,13 +105,15 @@ def shown_metadata(subjects: Sequence[FileSubject], weights: AdapterWeights, out
 
 def _of_training(subject: FileSubject) -> dict[str, Any]:
     settings, side = subject.settings, subject.record.get("resolution")
+    rate, of_text = settings.get("learning_rate"), settings.get("text_encoder")
     return {
         "modelspec.resolution": None if side is None else f"{side}x{side}",
         "ss_resolution": None if side is None else f"({side}, {side})",
         "ss_enable_bucket": settings.get("aspect_buckets", False),
         "ss_steps": settings.get("steps"),
         "ss_max_train_steps": settings.get("steps"),
-        "ss_learning_rate": settings.get("learning_rate"),
+        "ss_learning_rate": rate,
+        "ss_text_encoder_lr": None if of_text is None else of_text.get("learning_rate") or rate,
         "ss_lr_scheduler": settings.get("lr_schedule"),
         "ss_optimizer": settings.get("optimizer", "adamw"),
         "ss_seed": settings.get("seed"),

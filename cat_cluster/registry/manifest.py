@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 WEIGHTS = "weights"  # the name of the weights among a manifest's objects
+TEXT_LAYERS = "text_encoder_layers"  # what its training counts, where any are changed
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,12 @@ class Manifest(ManifestHead):
         return ManifestHead.model_construct(**{name: getattr(self, name) for name in ManifestHead.model_fields})
 
     @property
+    def text_layers(self) -> int:
+        """How many layers of text encoders it changes."""
+        count = self.training.get(TEXT_LAYERS, 0)
+        return count if type(count) is int else 0
+
+    @property
     def settings(self) -> ResolvedAdapter | ImportedAdapter:
         """What `spec` records: the settings of a trained adapter, or what is known of an imported one.
 
@@ -240,7 +247,7 @@ def revision_of(
 
 def manifest_bytes(draft: AdapterDraft, *, revision: str, created: str, objects: Mapping[str, StoredObject]) -> bytes:
     """Return the manifest of a draft as the JSON that is stored; numbers that are not finite become null."""
-    resolved = draft.resolved
+    resolved, text_layers = draft.resolved, len(draft.weights.of_text.layers)
     fields = {
         "schema_version": SCHEMA_VERSION,
         "adapter_id": draft.adapter_id,
@@ -259,7 +266,7 @@ def manifest_bytes(draft: AdapterDraft, *, revision: str, created: str, objects:
         "spec": resolved.model_dump(mode="json"),
         "image_digests": list(draft.image_digests),
         "objects": {name: stored.model_dump() for name, stored in objects.items()},
-        "training": draft.training,
+        "training": {**draft.training, **({TEXT_LAYERS: text_layers} if text_layers else {})},
         "metrics": draft.metrics,
         "judge": draft.judge,
         "reference": draft.reference,

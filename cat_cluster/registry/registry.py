@@ -283,9 +283,10 @@ class Registry:
         unet: nn.Module | None = None,
         fetch: Callable[[str], bytes] | None = None,
     ) -> AdapterWeights:
-        """Return a revision's weights after checking base, digest, finiteness, rank and, given a U-Net, shapes.
+        """Return a revision's weights after checking base, digest, finiteness, rank and, given the base, shapes.
 
-        base_fingerprints: the digests that the base in use goes by; none means any base. Raises AdapterMismatchError
+        base_fingerprints: the digests that the base in use goes by; none means any base. unet: the base's `network`, or
+        its U-Net for an adapter that changes nothing else. Raises AdapterMismatchError
         for another base model, AdapterFormatError for damaged weights.
         """
         # Not above: listings, and an ingress that has no other need of it, do without torch.
@@ -308,6 +309,11 @@ class Registry:
             raise AdapterFormatError(
                 f"weights of {manifest.name} have rank {weights.rank}, its manifest says {manifest.rank}: "
                 "delete the revision and train its spec again"
+            )
+        if (changed := len(weights.of_text.layers)) != manifest.text_layers:
+            raise AdapterFormatError(
+                f"weights of {manifest.name} change {changed} layers of text encoders, its manifest says "
+                f"{manifest.text_layers}: delete the revision and train its spec again"
             )
         if unet is not None:
             check_fits(weights, unet)

@@ -40,6 +40,7 @@ class ImportedAdapter(BaseModel):
     concepts: OneOrMore[ImportedConcept] = Field(description="Concepts of the adapter.")
     evaluation: EvaluationSpec = Field(description="How it is measured.")
     rank: int | None = Field(default=None, ge=1, description="Rank of the LoRA that stands for LoHa and LoKr layers.")
+    text_encoders: bool = Field(default=False, description="Whether layers of text encoders are applied.")
     source: Text = Field(description="Name of the file.")
     source_sha256: str = Field(description="sha256 of the file's bytes.")
 
@@ -51,6 +52,12 @@ class ImportedAdapter(BaseModel):
         return self
 
     def digest(self) -> str:
-        """Return the sha256 of the canonical JSON; the file counts by its content, not by its name, a rank if given."""
-        content = self.model_dump(mode="json", exclude={"source"} if self.rank is not None else {"source", "rank"})
+        """Return the sha256 of the canonical JSON; the file counts by its content, not by its name.
+
+        What was added later counts where it says something, so that earlier revisions are found: a rank if given, text
+        encoders if applied.
+        """
+        silent = {"rank"} if self.rank is None else set()
+        silent |= set() if self.text_encoders else {"text_encoders"}
+        content = self.model_dump(mode="json", exclude={"source", *silent})
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

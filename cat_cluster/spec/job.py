@@ -32,7 +32,7 @@ from cat_cluster.spec.fields import (
     words,
 )
 from cat_cluster.spec.folder_name import filled_from_folder_name
-from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
+from cat_cluster.spec.sections import SECTIONS, ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
 from cat_cluster.spec.uniqueness import all_token_repeats, id_repeats, token_repeats
 from cat_cluster.spec.yaml_file import FieldError, Location, SpecDocument, parse_yaml, read_yaml, spec_error
 
@@ -45,7 +45,7 @@ CLASS_NOUN_PROMPT = "a photo of a {class_noun}"
 _LATER_TRAINING = (
     *("decoy_fraction", "accumulate", "ema", "noise_offset", "optimizer", "block_lr_weights", "init_from"),
     *("caption_dropout", "tag_dropout", "shuffle_tags", "keep_tags", "prompt_chunks"),
-    *("aspect_buckets", "masked_loss"),
+    *("aspect_buckets", "masked_loss", "text_encoder"),
 )
 
 _RATES = {
@@ -353,6 +353,10 @@ def _training_errors(
         if group not in _ADAPTED[training.blocks]:
             text = f"{group} is not adapted with blocks: {training.blocks}; remove it, or adapt more blocks"
             yield (*place("training", "block_lr_weights"), group), text
+    of_text = training.text_encoder
+    if training.optimizer == "prodigy" and of_text is not None and of_text.learning_rate is not None:
+        where = (*place("training", "text_encoder"), "learning_rate")
+        yield where, "prodigy finds one step size for all layers; remove it, as in text_encoder: {}"
 
 
 def _sharding_errors(adapter: ResolvedAdapter, cluster: ClusterSpec) -> Iterator[FieldError]:
@@ -385,8 +389,5 @@ _SECTIONS: Mapping[str, type[BaseModel]] = {
     "": JobSpec,
     "adapters": AdapterSpec,
     "concepts": ConceptSpec,
-    "training": TrainingSpec,
-    "cluster": ClusterSpec,
-    "evaluation": EvaluationSpec,
-    "monitoring": MonitoringSpec,
+    **SECTIONS,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -43,6 +44,16 @@ class Section(BaseModel):
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True, validate_default=False
+    )
+
+
+class TextEncoderSpec(Section):
+    """How an adapter trains layers of the text encoders beside those of the U-Net."""
+
+    learning_rate: Positive | None = Field(
+        default=None,
+        le=1.0e30,
+        description="Highest learning rate of text encoders' layers; none means training.learning_rate.",
     )
 
 
@@ -114,6 +125,11 @@ class TrainingSpec(Section):
     blocks: Blocks = Field(
         default="all",
         description="Which blocks of the U-Net are adapted; the backward stops below the first adapted layer.",
+    )
+    text_encoder: TextEncoderSpec | None = Field(
+        default=None,
+        description="Adapt the text encoders too, as in {learning_rate: 1.0e-3}; {} does so at the U-Net's rate, none "
+        "leaves them alone.",
     )
     lr_schedule: LearningRateSchedule = Field(
         default="cosine", description="Course of the learning rate after warm-up; linear and cosine fall to 0."
@@ -259,3 +275,12 @@ class MonitoringSpec(Section):
     samples_every: Count | None = Field(
         default=None, description="Steps between sample grids of every adapter; none draws none."
     )
+
+
+SECTIONS: Mapping[str, type[Section]] = {
+    "training": TrainingSpec,
+    "text_encoder": TextEncoderSpec,
+    "cluster": ClusterSpec,
+    "evaluation": EvaluationSpec,
+    "monitoring": MonitoringSpec,
+}

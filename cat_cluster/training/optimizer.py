@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cat_cluster.lora.layers import in_text_encoder
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.update_rules import RULES, SlotStep
 
@@ -42,8 +43,11 @@ def average_decay(ema: float, step: int) -> float:
     return 0.0 if step == 1 else min(ema, step / (step + 9.0))
 
 
-def block_factor(training: TrainingSpec, parameter: str) -> float:
-    """Return the factor on the learning rate of a parameter, named as by the bank, from its group of blocks."""
+def rate_factor(training: TrainingSpec, parameter: str) -> float:
+    """Return the factor on the learning rate of a parameter, named as by the bank: its block's, or text encoders'."""
+    if in_text_encoder(parameter):
+        own = None if training.text_encoder is None else training.text_encoder.learning_rate
+        return 1.0 if own is None else own / training.learning_rate
     group = parameter.partition("_block")[0]  # of down_blocks.0..., mid_block... or up_blocks.1...
     return next((factor for name, factor in (training.block_lr_weights or {}).items() if name == group), 1.0)
 
@@ -68,7 +72,7 @@ class SlotOptimizer(torch.optim.Optimizer):
         self._rules = [RULES[training.optimizer] for _, training in slots]
         self.numbers = [rule.new_numbers() for rule in self._rules]
         self._factors = {
-            parameter: block_factor(training, name)
+            parameter: rate_factor(training, name)
             for parameters, training in slots
             for name, parameter in parameters.items()
         }

@@ -11,11 +11,12 @@ from torch import Tensor
 from cat_cluster.data.draws import Batch
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.conditioning import Conditioning
+from cat_cluster.models.conditioning import Conditioning, Sizes, Text
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import TrainingEngine, autocast
 from cat_cluster.training.losses import pack_loss, prediction_loss
 from cat_cluster.training.teacher import TeacherPool, TextEncoder
+from cat_cluster.training.texts import RowTexts
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,24 +29,36 @@ class RowLosses:
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """The input of the U-Net: S rows with latents [S, C, H, W], each bound to a slot."""
+    """The input of the U-Net: S rows with latents [S, C, H, W], each bound to a slot.
+
+    Texts carry a gradient where the slot's adapter trains text encoders.
+    """
 
     noisy: Tensor
     timestep: Tensor
-    conditioning: Conditioning
+    texts: list[Text]
+    sizes: list[Sizes]
     slot: Tensor
 
     def __len__(self) -> int:
         return len(self.slot)
 
     def __getitem__(self, rows: slice | Tensor) -> _Rows:
-        return _Rows(self.noisy[rows], self.timestep[rows], self.conditioning[rows], self.slot[rows])
+        places = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        texts, sizes = [self.texts[row] for row in places], [self.sizes[row] for row in places]
+        return _Rows(self.noisy[rows], self.timestep[rows], texts, sizes, self.slot[rows])
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """Made for a call, of its own rows alone: their texts may have a backward of their own."""
+        return Conditioning.of(self.texts, self.sizes)
 
     def followed_by(self, other: _Rows) -> _Rows:
         return _Rows(
             torch.cat([self.noisy, other.noisy]),
             torch.cat([self.timestep, other.timestep]),
-            self.conditioning.followed_by(other.conditioning),
+            self.texts + other.texts,
+            self.sizes + other.sizes,
             torch.cat([self.slot, other.slot]),
         )
 
@@ -93,13 +106,14 @@ def train_step(
 
     The rows of the batch are of one size. trainings: the settings of each adapter of the pack. The [y_T; y] rows ride
     in one U-Net call or, without joint_rows, in two at half the activation memory. The rows of adapter a are bound to
-    slot a + 1, the teacher's rows to slot 0: in a call before the student's, or in the same one with their output
-    detached, as the engine wants it. Rows that were drawn from a pool take the teacher's prediction from there: `pool`
-    must have been filled with their tasks.
+    slot a + 1 and read its texts, the teacher's rows to slot 0 and the base's texts: in a call before the student's, or
+    in the same one with their output detached, as the engine wants it. Rows that were drawn from a pool take the
+    teacher's prediction from there: `pool` must have been filled with their tasks.
     """
     # What is outside a mask is held by the prediction of its identity row, and goes with it.
     order = torch.argsort((~batch.outside_M).long(), stable=True)
-    inputs = _inputs(base, bank, encode_text, batch, trainings, pool or TeacherPool(), order, engine.joined_teacher)
+    read = RowTexts(base, bank, encode_text, trainings[0].prompt_chunks, alike=engine.world_size > 1)
+    inputs = _inputs(base, bank, read, batch, trainings, pool or TeacherPool(), order, engine.joined_teacher)
     count = len(batch.prompts)
     parts = [(slice(0, None), slice(0, None))]
     if not trainings[0].joint_rows and not engine.joined_teacher and len(inputs.rows) > count:
@@ -130,7 +144,7 @@ def _backward(bank: LoraBank, engine: TrainingEngine, inputs: _Inputs, of_rows: 
 def _inputs(
     base: BaseModel,
     bank: LoraBank,
-    encode_text: TextEncoder,
+    read: RowTexts,
     batch: Batch,
     trainings: Sequence[TrainingSpec],
     pool: TeacherPool,
@@ -146,19 +160,21 @@ def _inputs(
     latents = base.sample_latents(moments, posterior_noise)
     noisy = base.schedule.add_noise(latents, noise, timestep)
     target = base.schedule.target(latents, noise, timestep)
-    identity = _Rows(noisy, timestep, Conditioning.of(encode_text(batch.prompts), batch.sizes), batch.adapter_B + 1)
+    slot = batch.adapter_B + 1
+    identity = _Rows(noisy, timestep, read(batch.prompts, slot), list(batch.sizes), slot)
     count, held = len(identity), len(identity) + int(batch.outside_M.sum())
     row, weight, weight_in_loss = torch.arange(count), _loss_weight(base, batch, trainings), batch.identity_weight_B
     rows, asked, asked_by = identity, identity[:0], torch.empty(0, dtype=torch.long)
     if len(order):
         row_M = batch.cat_row_M[order]
         keys = [batch.pool_keys[m] for m in order.tolist()]
-        texts = encode_text([batch.prior_prompts[m] for m in order.tolist()])
+        prompts = [batch.prior_prompts[m] for m in order.tolist()]
         on_device = _move(row_M, device)
         teacher = _Rows(
             noisy[on_device],
             timestep[on_device],
-            Conditioning.of(texts, [batch.sizes[i] for i in row_M.tolist()]),
+            read.bare(prompts),
+            [batch.sizes[i] for i in row_M.tolist()],
             torch.zeros(len(order), dtype=torch.long),
         )
         if joined:
@@ -169,7 +185,8 @@ def _inputs(
             with autocast(base, bf16=trainings[0].bf16):
                 known = pool.predict(base.unet, bank, teacher.noisy, teacher.timestep, teacher.conditioning, keys)
         prior = slice(held - count, None)
-        rows = identity.followed_by(replace(teacher, slot=batch.adapter_B[row_M] + 1)[prior])
+        students = replace(teacher, slot=slot[row_M])[prior]
+        rows = identity.followed_by(replace(students, texts=read(prompts[prior], students.slot)))
         target = torch.cat([target, known.to(target.dtype)])
         row = torch.cat([row, row_M[: held - count], torch.arange(count, len(rows))])
         weight = torch.cat([weight, weight[row_M]])

@@ -12,8 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from cat_cluster.errors import AdapterMismatchError, ConflictError, OverloadedError
 from cat_cluster.lora.formats import AdapterWeights
@@ -47,8 +46,9 @@ _log = logging.getLogger(__name__)
 class AdapterCache:
     """The adapters of one engine. Every method runs on one event loop, and none blocks it; leases end on any thread.
 
-    pool: [slots, F] on the engine's device, one row per slot, written here alone. pack: weights -> CPU vector [F],
-    AdapterMismatchError if they do not fit. pinning: after `start`, the tasks that pin what the settings name.
+    pool: [slots, F] on the engine's device, one row per slot, written here alone. pack: weights -> CPU vector [F], or
+    [F + T] with text encoders' layers, of at most text_size; AdapterMismatchError if they do not fit. network: the
+    base's. pinning: after `start`, the tasks that pin what the settings name.
     """
 
     def __init__(
@@ -59,13 +59,21 @@ class AdapterCache:
         pack: Callable[[AdapterWeights], Tensor],
         *,
         base_fingerprints: Sequence[str],
-        unet: UNet2DConditionModel,
+        network: nn.Module,
+        text_size: int = 0,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         disk = None if settings.disk_cache is None else DiskCache(settings.disk_cache, settings.disk_mib * MIB)
         loader = Loader(
-            registry, disk, pack, pool, max_rank=settings.max_rank, base_fingerprints=base_fingerprints, unet=unet
+            registry,
+            disk,
+            pack,
+            pool,
+            max_rank=settings.max_rank,
+            base_fingerprints=base_fingerprints,
+            network=network,
+            text_size=text_size,
         )
         self._settings, self._metrics = settings, metrics
         self._resolver = ReferenceResolver(registry, settings, clock)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from cat_cluster.errors import AdapterMismatchError, AdapterNotFoundError, ObjectNotFoundError
 from cat_cluster.lora.formats import AdapterWeights
@@ -36,7 +35,7 @@ def name_of(key: Key) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A verified, packed adapter [F] in host memory, the tier it came from, and its file."""
+    """A verified, packed adapter [F] or [F + T] in host memory, the tier it came from, and its file."""
 
     vector: Tensor
     tier: Tier
@@ -55,16 +54,18 @@ class Loader:
         *,
         max_rank: int,
         base_fingerprints: Sequence[str],
-        unet: UNet2DConditionModel,
+        network: nn.Module,
+        text_size: int,
     ) -> None:
+        """text_size: T, the floats that layers of text encoders may add to a row of the pool."""
         self._registry = registry
         self._disk = disk
         self._pack = pack
         self._dtype, self._page_locked = pool.dtype, pool.is_cuda
         self._max_rank = max_rank
-        self._max_bytes = 4 * pool.shape[1] + _HEADER_BYTES  # files hold fp32
+        self._max_bytes = 4 * (pool.shape[1] + text_size) + _HEADER_BYTES  # files hold fp32
         self._base_fingerprints = base_fingerprints
-        self._unet = unet
+        self._network = network
 
     def check(self, manifest: Manifest) -> None:
         """Raise AdapterMismatchError for an adapter that its manifest shows not to fit a slot."""
@@ -115,7 +116,7 @@ class Loader:
             return data
 
         weights = self._registry.load_weights(
-            manifest, base_fingerprints=self._base_fingerprints, unet=self._unet, fetch=fetch
+            manifest, base_fingerprints=self._base_fingerprints, unet=self._network, fetch=fetch
         )
         with torch.inference_mode():
             vector = self._pack(weights).to(self._dtype).contiguous()

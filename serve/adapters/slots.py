@@ -20,11 +20,13 @@ from serve.adapters.loader import Key, Tier, key_of
 class Slot:
     """A row of the pool, `flat` [F]. manifest: what it holds, None while it is empty or being filled.
 
-    reads: for each CUDA stream that read the row for a lease, the point up to which it did.
+    text: of an adapter that changes text encoders its vector for them [T], which is never written again. reads: for
+    each CUDA stream that read the row for a lease, the point up to which it did.
     """
 
     index: int
     flat: Tensor
+    text: Tensor | None = None
     manifest: Manifest | None = None
     leases: int = 0
     pinned: bool = False
@@ -34,12 +36,13 @@ class Slot:
 class Lease:
     """The right to read a slot: until `release`, `flat` [F], its row of the pool, holds the adapter of `manifest`.
 
+    text [T] is the adapter's for text encoders, None where it changes none; whoever has it may read it for ever.
     On CUDA, release it on the stream that reads it, once the reads are enqueued; they need not be done.
     """
 
     def __init__(self, slot: Slot, manifest: Manifest, give_back: Callable[[Lease], None]) -> None:
         """`give_back` is called on the event loop that runs now, once per release."""
-        self.slot, self.manifest, self.flat = slot, manifest, slot.flat
+        self.slot, self.manifest, self.flat, self.text = slot, manifest, slot.flat, slot.text
         self.tier: Tier = "slot"  # where the adapter was found
         self.released = False
         self._give_back = give_back
@@ -121,15 +124,18 @@ class Slots:
         return None
 
     def write(self, slot: Slot, vector: Tensor) -> None:
-        """Copy a vector [F] from host memory into a slot that was taken, and return when it is there."""
+        """Copy a vector [F] or [F + T] from host memory into a slot that was taken, and return when it is there."""
+        of_rows, of_text = vector[: len(slot.flat)], vector[len(slot.flat) :]
         with torch.inference_mode():
             if self._stream is None:
-                slot.flat.copy_(vector)
+                slot.flat.copy_(of_rows)
+                slot.text = of_text.clone() if len(of_text) else None
                 return
             with torch.cuda.stream(self._stream):
                 for event in slot.reads.values():
                     self._stream.wait_event(event)
-                slot.flat.copy_(vector, non_blocking=True)
+                slot.flat.copy_(of_rows, non_blocking=True)
+                slot.text = of_text.to(slot.flat.device, non_blocking=True) if len(of_text) else None
             self._stream.synchronize()
             slot.reads.clear()
 
@@ -147,4 +153,4 @@ class Slots:
     def _release(self, slot: Slot) -> None:
         assert slot.manifest is not None
         del self._held[key_of(slot.manifest)]
-        slot.manifest = None
+        slot.manifest, slot.text = None, None

@@ -1,8 +1,8 @@
-"""The codec: prompts to text embeddings, images to latents and back, files, and cheap previews, off the device thread.
+"""The codec: prompts to texts, images to latents and back, files, and cheap previews, off the device thread.
 
-One thread processes what waits in batches: all prompts in one call of the text encoder, all finished latents, or images
-to edit, of one size in one call of the VAE, all images in one call of the safety checker. Files are made by a few more
-threads, since compression holds no lock; one looks at prompts.
+One thread processes what waits in batches: all prompts, each through its own adapters, in one call of the text encoder,
+all finished latents, or images to edit, of one size in one call of the VAE, all images in one call of the safety
+checker. Files are made by a few more threads, since compression holds no lock; one looks at prompts.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch.nn import functional
 from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
 from cat_cluster.errors import EngineStoppedError, ServingError
+from cat_cluster.lora.row_bank import RowAdapter
+from cat_cluster.lora.text_bank import TextBank
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.conditioning import Text
 from cat_cluster.models.prompt_weights import Prompt
@@ -41,6 +43,34 @@ PREVIEW_SIDE = 192  # pixels; a preview is scaled up for eyes, not for detail
 
 A = TypeVar("A")
 R = TypeVar("R", Tensor, Text)  # both say whether their numbers are finite
+_ChangeKey: TypeAlias = tuple[tuple[str, ...], float]
+_TextKey: TypeAlias = tuple[Prompt, tuple[_ChangeKey, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class TextChange:
+    """What an adapter does to text encoders, and a name that no other weights have."""
+
+    name: tuple[str, ...]
+    adapter: RowAdapter
+
+    @property
+    def key(self) -> _ChangeKey:
+        """What texts are remembered by, without the vector."""
+        return self.name, self.adapter.strength
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """A prompt, and the changes with which it is encoded."""
+
+    prompt: Prompt
+    changes: tuple[TextChange, ...] = ()
+
+    @property
+    def of_stack(self) -> tuple[_ChangeKey, ...]:
+        """What names its changes."""
+        return tuple(change.key for change in self.changes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +88,14 @@ class Codec:
         threads: int = 1,
         signer: ImageSigner | None = None,
         checker: SafetyChecker | None = None,
+        text_bank: TextBank | None = None,
     ) -> None:
+        """text_bank: through which adapters change texts; None where none does."""
+        self._text_bank = text_bank
         self._base, self._threads, self._signer, self._checker = base, threads, signer, checker
-        self._texts: OrderedDict[Prompt, Text] = OrderedDict()  # those used last at its end
+        self._texts: OrderedDict[_TextKey, Text] = OrderedDict()  # those used last at its end
         self._tokens_kept = 0
-        self._prompts: list[_Job[Prompt, Text]] = []
+        self._prompts: list[_Job[_Reading, Text]] = []
         self._limit = TextLimit(base.tokenizer)  # of the thread that encodes; that of the notes has the base's own
         self._latents: list[_Job[Tensor, Tensor]] = []
         self._sources: list[_Job[Tensor, Tensor]] = []
@@ -95,15 +128,16 @@ class Codec:
         self._files.shutdown()
         self._notes.shutdown()
 
-    def encode(self, prompt: Prompt) -> Future[Text]:
-        """Return the text of a prompt, on the base's device."""
+    def encode(self, prompt: Prompt, changes: Sequence[TextChange] = ()) -> Future[Text]:
+        """Return the text of a prompt, as the text encoders with these changes make it, on the base's device."""
         if prompt.weighting == "none":  # the rest only costs time; behind a weight its bracket may close
             prompt = replace(prompt, text=first_words(prompt.text, prompt.chunks * self._limit.tokens))
+        reading = _Reading(prompt, tuple(changes))
         with self._lock:
-            known = self._texts.get(prompt)
+            known = self._texts.get(key := (prompt, reading.of_stack))
             if known is None:
-                return self._put(self._prompts, prompt, self._encode_waiting)
-            self._texts.move_to_end(prompt)
+                return self._put(self._prompts, reading, self._encode_waiting)
+            self._texts.move_to_end(key)
         future = Future[Text]()
         future.set_result(known)
         return future
@@ -172,18 +206,26 @@ class Codec:
     def _encode_waiting(self) -> None:
         _finish(self._take(self._prompts), self._encode)
 
-    def _encode(self, jobs: list[_Job[Prompt, Text]]) -> list[Text]:
-        prompts = list(dict.fromkeys(job.value for job in jobs))
-        with self._own_stream():
-            texts = dict(zip(prompts, encode_prompts(self._base, self._limit, prompts), strict=True))
+    def _encode(self, jobs: list[_Job[_Reading, Text]]) -> list[Text]:
+        readings = {(job.value.prompt, job.value.of_stack): job.value for job in jobs}
+        stacks = {reading.of_stack: [change.adapter for change in reading.changes] for reading in readings.values()}
+        places = [list(stacks).index(stack) for _, stack in readings]
+
+        def bind(owners: Sequence[int]) -> AbstractContextManager[None]:
+            bank = self._text_bank
+            return nullcontext() if bank is None else bank.rows(list(stacks.values()), [places[n] for n in owners])
+
+        with torch.no_grad(), self._own_stream():
+            encoded = encode_prompts(self._base, self._limit, [prompt for prompt, _ in readings], bind)
+        texts = dict(zip(readings, encoded, strict=True))
         with self._lock:
-            for prompt, text in texts.items():
-                if len(prompt.text) <= LONGEST_KEPT and prompt not in self._texts:
-                    self._texts[prompt] = text
+            for key, text in texts.items():
+                if len(key[0].text) <= LONGEST_KEPT and key not in self._texts:
+                    self._texts[key] = text
                     self._tokens_kept += len(text)
             while self._tokens_kept > CHUNKS_KEPT * self._limit.tokens:
                 self._tokens_kept -= len(self._texts.popitem(last=False)[1])
-        return [texts[job.value] for job in jobs]
+        return [texts[job.value.prompt, job.value.of_stack] for job in jobs]
 
     def _decode_waiting(self) -> None:
         _finish(self._take(self._latents, _shape), self._decode)

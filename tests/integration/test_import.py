@@ -94,7 +94,7 @@ def test_with_photos_it_is_measured_and_can_be_measured_again(
     assert str(tmp_path) not in json.dumps(shown["spec"])
 
 
-def test_the_unet_part_of_a_file_with_a_text_encoder_comes_in_alone_when_asked(
+def test_a_file_with_a_text_encoder_comes_in_whole_or_its_unet_part_alone_when_asked(
     published: Published, command: CommandLine, tmp_path: Path
 ) -> None:
     whole = next(exported(command, published, "kohya", tmp_path / "kohya").glob("*.safetensors"))
@@ -102,7 +102,10 @@ def test_the_unet_part_of_a_file_with_a_text_encoder_comes_in_alone_when_asked(
     text = {f"{layer}.lora_down.weight": torch.ones(2, 16), f"{layer}.lora_up.weight": torch.ones(32, 2)}
     save_file({**load_file(whole), **text}, tmp_path / "both.safetensors")
     place = ("--base", published.base, "--storage", published.storage)
-    assert_refused(command("adapters", "import", tmp_path / "both.safetensors", *NAMED, *place), layer, "--unet-only")
+    assert command("adapters", "import", tmp_path / "both.safetensors", *NAMED, *place).code == 0
+    assert [name for name in published_weights(published.storage, "guest").layers if name.startswith("text")] == [
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    ]
     finished = command("adapters", "import", tmp_path / "both.safetensors", *NAMED, *place, "--unet-only", "--json")
     assert finished.code == 0, finished.err
     assert "left out the text-encoder part: 2 tensors" in finished.err
@@ -128,7 +131,7 @@ def test_files_that_are_not_applied_are_refused_by_name_and_leave_nothing(
     some = next(iter(good))
     name = some.split(".")[0]
     bad = {
-        "text encoder": {**good, "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 16)},
+        "text encoder": {**good, "lora_te_text_model_encoder_layers_9_mlp_fc1.lora_down.weight": torch.ones(2, 16)},
         "DoRA": {**good, f"{name}.dora_scale": torch.ones(8)},
         "LoHa": {f"{name}.hada_w1_a": torch.ones(2, 2)},
         "LoKr": {f"{name}.lokr_w1": torch.ones(2, 2)},

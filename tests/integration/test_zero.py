@@ -18,7 +18,7 @@ from cat_cluster.errors import CatClusterError
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.engine import TorchEngine
 from tests.support import gloo_pair
-from tests.unit.training.test_loop import members, series, train
+from tests.unit.training.test_loop import members, series, train, with_text
 
 STAGES = gloo_pair.STAGES
 LAW = 1e-3  # ||W - W_ref|| / ||W_ref|| after 20 steps (design, section 4)
@@ -60,6 +60,11 @@ def pair(folder: Path) -> list[dict[Any, Any]]:
 @pytest.fixture(scope="module")
 def killed_pair(folder: Path) -> list[dict[Any, Any]]:
     return found_by_both(folder, "kills")
+
+
+@pytest.fixture(scope="module")
+def text_pair(folder: Path) -> list[dict[Any, Any]]:
+    return found_by_both(folder, "text")
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +160,31 @@ def test_a_worker_without_rows_takes_part(pair: list[dict[Any, Any]], base: Base
     alone = gloo_pair.weights(train(base, gloo_pair.one_row(base), steps=gloo_pair.FEW))
     for found in pair:
         assert worst(found["one row", stage], alone) <= LAW
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_workers_train_text_encoders_as_the_local_loop_does(
+    text_pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
+) -> None:
+    """Also where one of them has no row whose text is adapted, in one call and in two."""
+    local = gloo_pair.weights(train(base, with_text(base), steps=gloo_pair.FEW))
+    sparse = gloo_pair.weights(train(base, gloo_pair.sparse_text(base), steps=gloo_pair.FEW))
+    for found in text_pair:
+        assert worst(found["text", stage], local) <= LAW
+        assert worst(found["sparse", stage, False], sparse) <= LAW
+        if stage in gloo_pair.STAGES_OF_PARTS:
+            assert worst(found["sparse", stage, True], sparse) <= LAW
+    assert text_pair[0]["invalidations", stage] == 0
+
+
+@pytest.mark.parametrize("stage", gloo_pair.STAGES_OF_XL)
+def test_two_workers_train_both_text_encoders_of_sdxl_as_the_local_loop_does(
+    text_pair: list[dict[Any, Any]], folder: Path, stage: int | None
+) -> None:
+    base = load_base_model(str(folder / "xl"))
+    local = gloo_pair.weights(train(base, with_text(base), steps=gloo_pair.FEW))
+    for found in text_pair:
+        assert worst(found["xl", stage], local) <= LAW
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Two workers of one pack as gloo processes: `python -m tests.support.gloo_pair RANK PORT FOLDER laws|kills`.
+"""Two workers of one pack as gloo processes: `python -m tests.support.gloo_pair RANK PORT FOLDER laws|kills|text`.
 
 Writes FOLDER/<rank>.pt; tests/integration/test_zero.py starts the pair and holds the results to the laws.
 """
@@ -21,9 +21,10 @@ from torch import distributed
 
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.spec.sections import TextEncoderSpec
 from cat_cluster.training.engine import EngineFactory, Slots, SlotState, TorchEngine
 from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
-from tests.unit.training.test_loop import STEPS, Killed, member, members, other_optimisers, series, train
+from tests.unit.training.test_loop import STEPS, Killed, member, members, other_optimisers, series, train, with_text
 from tests.unit.training.test_step import concept, task, with_training
 
 STAGES: tuple[int | None, ...] = (None, 0, 1, 2, 3)
@@ -149,6 +150,31 @@ def try_laws(folder: Path) -> dict[str, Any]:
     return results
 
 
+def sparse_text(base: BaseModel) -> list[PackMember]:
+    """A pack in which a single row's text is adapted: one of two workers encodes none."""
+    words = task("words", (concept(base, "zwx", alpha=5.0),), rows_per_concept=1, text_encoder=TextEncoderSpec())
+    return [member(base, words), member(base, task("plain", (concept(base, "sks", alpha=5.0),)))]
+
+
+def try_text(folder: Path) -> dict[str, Any]:
+    """What each engine makes of packs that train text encoders."""
+    results: dict[str, Any] = {}
+    fresh = partial(fresh_base, folder)
+    for stage in STAGES:
+        make, base = engine(stage), fresh()
+        with counted_invalidations() as lines:
+            results["text", stage] = weights(train(base, with_text(base), steps=FEW, make_engine=make))
+        results["invalidations", stage] = len(lines)
+        for parts in (False, True) if stage in STAGES_OF_PARTS else (False,):
+            base = fresh()
+            pack = [replace(one, task=with_training(one.task, joint_rows=not parts)) for one in sparse_text(base)]
+            results["sparse", stage, parts] = weights(train(base, pack, steps=FEW, make_engine=make))
+    for stage in STAGES_OF_XL:
+        base = fresh("xl")
+        results["xl", stage] = weights(train(base, with_text(base), steps=FEW, make_engine=engine(stage)))
+    return results
+
+
 def try_kills(folder: Path) -> dict[str, Any]:
     """What becomes of runs that are killed at one stage and go on at another."""
     results: dict[str, Any] = {}
@@ -204,7 +230,7 @@ def main() -> None:
     )  # fmt: skip
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.save({"laws": try_laws, "kills": try_kills}[what](folder), folder / f"{rank}.pt")
+    torch.save({"laws": try_laws, "kills": try_kills, "text": try_text}[what](folder), folder / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 

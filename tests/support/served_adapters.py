@@ -252,7 +252,7 @@ class World:
             torch.zeros(chosen.slots, ROW),
             self.pack,
             base_fingerprints=[BASE],
-            unet=self.unet,
+            network=self.unet,
             metrics=Metrics(self.backend, SERVING_METRICS),
             clock=clock,
         )

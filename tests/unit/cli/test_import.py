@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cat_cluster.lora.formats import UNSUPPORTED, read_foreign
+from cat_cluster.models.base_model import load_base_model
 from tests.support.tiny_jobs import (
     CommandLine,
     Finished,
@@ -26,6 +27,7 @@ QUERY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 KEY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
 TEXT = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+ELSEWHERE = "lora_te2_text_model_encoder_layers_0_mlp_fc1"  # of a text encoder that the base does not have
 NAMED = ("--id", "guest", "--token", "sks", "--class-noun", "cup")
 
 
@@ -36,7 +38,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 @pytest.fixture
 def mixed(tiny_base_folder: Path, tmp_path: Path) -> Path:
-    """A file of a LoHa, a LoKr, a 3x3 convolution and a text encoder."""
+    """A file of a LoHa, a LoKr, a 3x3 convolution, a text encoder, and a text encoder of another base."""
     unet = UNet2DConditionModel.from_pretrained(tiny_base_folder / "unet")
     width, text = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.shape
     generator = torch.Generator().manual_seed(1)
@@ -48,7 +50,8 @@ def mixed(tiny_base_folder: Path, tmp_path: Path) -> Path:
     tensors |= {f"{QUERY}.hada_{w}_b": normal(3, 8) for w in ("w1", "w2")}
     tensors |= {f"{KEY}.lokr_w1": normal(2, 2), f"{KEY}.lokr_w2": normal(width // 2, text // 2)}
     tensors |= {f"{CONV}.lora_down.weight": normal(2, 8, 3, 3), f"{CONV}.lora_up.weight": normal(8, 2, 1, 1)}
-    tensors |= {f"{TEXT}.lora_down.weight": normal(2, 8), f"{TEXT}.lora_up.weight": normal(8, 2)}
+    for layer in (TEXT, ELSEWHERE):
+        tensors |= {f"{layer}.lora_down.weight": normal(2, 16), f"{layer}.lora_up.weight": normal(32, 2)}
     path = tmp_path / "mixed.safetensors"
     save_file(tensors, path)
     return path
@@ -65,11 +68,12 @@ def test_what_is_left_out_and_how_near_the_lora_is_are_told_and_kept(
     options = ("--rank", "2", "--skip-unsupported", "--json")
     finished = imported(command, mixed, tiny_base_folder, storage, *options)
     assert finished.code == 0, finished.err
-    unet = UNet2DConditionModel.from_pretrained(tiny_base_folder / "unet")
-    found = read_foreign(mixed, unet=unet, skip=UNSUPPORTED, rank=2)
+    found = read_foreign(mixed, unet=load_base_model(str(tiny_base_folder)).network, skip=UNSUPPORTED, rank=2)
     manifest = open_registry(storage).resolve("guest")
     assert published_weights(storage, "guest").digest() == found.weights.digest()
-    left_out = sorted(key for key in load_file(mixed) if key.startswith((CONV, TEXT)))
+    assert any(name.startswith("text_encoder.") for name in found.weights.layers)
+    assert manifest.text_layers == 1
+    left_out = sorted(key for key in load_file(mixed) if key.startswith((CONV, ELSEWHERE)))
     kinds = {"the text-encoder part": 2, "convolution layers larger than 1x1": 2}
     told = finished.json()
     errors = {name: one.relative_error for name, one in found.reductions.items()}
@@ -93,7 +97,7 @@ def test_what_is_left_out_and_how_near_the_lora_is_are_told_and_kept(
     assert imported(command, mixed, tiny_base_folder, storage, *options).json() == told
     assert stored_files(storage) == before, "the same file with the same settings was published twice"
     other = imported(command, mixed, tiny_base_folder, storage, "--rank", "1", "--skip-unsupported", "--json").json()
-    assert (other["rank"], other["revision"] != told["revision"]) == (1, True)
+    assert (other["reduced"]["rank"], other["revision"] != told["revision"]) == (1, True)
 
 
 def test_without_the_options_each_is_refused_with_its_remedy_and_nothing_is_published(
@@ -101,7 +105,7 @@ def test_without_the_options_each_is_refused_with_its_remedy_and_nothing_is_publ
 ) -> None:
     storage = tmp_path / "storage"
     for options, told in (
-        ((), (TEXT, "is a text-encoder part", "--unet-only")),
+        ((), (ELSEWHERE, "is a text-encoder part", "--unet-only")),
         (("--unet-only",), (CONV, "is a convolution layer larger than 1x1", "--skip-unsupported")),
         (("--skip-unsupported",), ("holds 1 LoHa layers", QUERY, "--rank")),
         (("--rank", "0", "--skip-unsupported"), ("--rank", "greater than or equal to 1")),
@@ -111,6 +115,33 @@ def test_without_the_options_each_is_refused_with_its_remedy_and_nothing_is_publ
         for words in told:
             assert words in finished.err
     assert not storage.exists() or not stored_files(storage)
+
+
+def test_a_text_encoders_part_comes_in_and_is_left_out_where_the_unet_alone_is_asked_for(
+    command: CommandLine, tiny_base_folder: Path, tmp_path: Path
+) -> None:
+    layers = {QUERY: (8, 8), TEXT: (16, 32)}
+    tensors = {f"{layer}.lora_down.weight": torch.ones(2, sizes[0]) for layer, sizes in layers.items()}
+    tensors |= {f"{layer}.lora_up.weight": torch.ones(sizes[1], 2) for layer, sizes in layers.items()}
+    save_file(tensors, tmp_path / "both.safetensors")
+    place = (tmp_path / "both.safetensors", tiny_base_folder, tmp_path / "storage")
+    whole = imported(command, *place)
+    assert "left out" not in whole.err
+    assert [name.split(".")[0] for name in published_weights(tmp_path / "storage", "guest").layers] == [
+        "down_blocks",
+        "text_encoder",
+    ]
+    assert open_registry(tmp_path / "storage").resolve("guest").training["text_encoder_layers"] == 1
+    first = open_registry(tmp_path / "storage").resolve("guest").revision
+    imported(command, *place, "--unet-only")
+    manifest = open_registry(tmp_path / "storage").resolve("guest")
+    assert manifest.revision != first, "a part of the file was taken for all of it"
+    assert manifest.training["left_out"] == sorted(key for key in tensors if key.startswith(TEXT))
+    assert "text_encoder_layers" not in manifest.training
+    assert manifest.text_layers == 0
+    assert list(published_weights(tmp_path / "storage", "guest").layers) == [
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    ]
 
 
 def test_a_file_of_another_family_is_refused_by_name_and_nothing_is_published(

@@ -38,7 +38,7 @@ def attach(
 
 def predict(bank: LoraBank, slots: Sequence[int]) -> Tensor:
     with torch.no_grad(), bank.rows(slots):
-        output: Tensor = bank.unet(*inputs(len(slots))).sample
+        output: Tensor = bank.network(*inputs(len(slots))).sample
     return output
 
 
@@ -67,7 +67,7 @@ def loss_of(output: Tensor) -> Tensor:
 
 def train(bank: LoraBank, slots: Sequence[int]) -> dict[int, list[Tensor]]:
     with bank.rows(slots):
-        loss_of(bank.unet(*inputs(len(slots))).sample).backward()
+        loss_of(bank.network(*inputs(len(slots))).sample).backward()
     found = {}
     for slot in sorted(set(slots) - {0}):
         gradients = [parameter.grad for parameter in bank.parameters(slot)]

@@ -173,19 +173,3 @@ def test_texts_of_one_length_need_no_mask() -> None:
     assert own.tolist() == [[True, True, False, False], [True] * 4]
     assert texts[0].tolist() == [[1.0] * 3] * 2 + [[0.0] * 3] * 2
     assert torch.equal(texts[1], long)
-
-
-def test_rows_behind_others_of_another_length_have_zeros_and_a_mask() -> None:
-    told = [Sizes.drawn(16, 16)] * 2
-    one, two, mixed = (
-        Conditioning.of([Text(torch.full((length, 3), float(length))) for length in lengths], told)
-        for lengths in ((2, 2), (4, 4), (2, 4))
-    )
-    assert one.followed_by(one).own_text is None
-    for first, second, lengths in ((one, two, (2, 2, 4, 4)), (two, mixed, (4, 4, 2, 4)), (mixed, one, (2, 4, 2, 2))):
-        joined = first.followed_by(second)
-        assert joined.own_text is not None
-        assert joined.own_text.sum(dim=1).tolist() == list(lengths)
-        for states, own, length in zip(joined.states, joined.own_text, lengths, strict=True):
-            assert torch.equal(states[own], torch.full((length, 3), float(length)))
-            assert not states[~own].any()

@@ -18,7 +18,7 @@ from cat_cluster.training.loop import TrainedAdapter
 
 SHORT = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2147483648 bytes.")
 ADAPTER: Any = SimpleNamespace(
-    resolved=SimpleNamespace(id="cup", training=SimpleNamespace(rank=4)),
+    resolved=SimpleNamespace(id="cup", training=SimpleNamespace(rank=4, text_encoder=None)),
     revision="r-0123456789ab",
     base=None,
     rows=1,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import UNet2DConditionModel
 
 from cat_cluster.errors import (
@@ -17,7 +18,7 @@ from cat_cluster.errors import (
     ObjectNotFoundError,
     RegistryError,
 )
-from cat_cluster.lora.formats import AdapterWeights, to_safetensors
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer, to_safetensors
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.registry.manifest import StoredObject, manifest_bytes, sha256
 from cat_cluster.registry.references import manifest_key, object_key
@@ -101,6 +102,18 @@ def test_stored_weights_of_another_rank_are_refused(
     data = to_safetensors(make_weights(rank=3), "diffusers", {})
     manifest = rewritten(registry, registry.publish(draft), draft, data)
     with pytest.raises(AdapterFormatError, match="rank 3, its manifest says 2"):
+        registry.load_weights(manifest)
+
+
+def test_stored_weights_that_change_text_encoders_behind_the_manifests_back_are_refused(
+    registry: Registry, make_draft: MakeDraft, make_weights: MakeWeights
+) -> None:
+    """The service begins a text before the weights are there, by what the manifest says."""
+    draft, weights = make_draft(), make_weights()
+    more = {"text_encoder.text_model.encoder.layers.0.mlp.fc1": LoraLayer(torch.ones(2, 16), torch.ones(32, 2))}
+    data = to_safetensors(AdapterWeights({**weights.layers, **more}), "diffusers", {})
+    manifest = rewritten(registry, registry.publish(draft), draft, data)
+    with pytest.raises(AdapterFormatError, match="change 1 layers of text encoders, its manifest says 0"):
         registry.load_weights(manifest)
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.pipeline.published_adapters import export_stack
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
+from cat_cluster.registry.file_header import FileSubject, shown_metadata
 from cat_cluster.registry.stacks import parse_member
 from cat_cluster.spec.choices import AdapterFormat
 from cat_cluster.spec.job import ConceptSpec
@@ -135,6 +136,15 @@ def test_an_exported_file_says_what_it_is(
     assert not absent & metadata.keys(), "None is not a value"
     again = export(registry, tmp_path / "again", "tea", fmt=fmt)
     assert path.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize(("own", "told"), [({"learning_rate": 5e-4}, "0.0005"), ({}, "0.002"), (None, None)])
+def test_the_rate_of_text_encoders_is_told_where_they_were_trained(
+    own: dict[str, float] | None, told: str | None
+) -> None:
+    settings = TrainingSpec.model_validate({"text_encoder": own}).model_dump(mode="json")
+    subject = FileSubject("tea@r-0123456789ab", "pocket", (("sks", "cup", 1),), settings, {})
+    assert shown_metadata([subject], AdapterWeights({}), "tea").get("ss_text_encoder_lr") == told
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,9 @@ training: {steps: true}
         (("training", "block_lr_weights"), {"up": 0}, "up has 0; write a number above 0"),
         (("training", "block_lr_weights"), {"up": float("nan")}, "write a number above 0"),
         (("training", "block_lr_weights"), 0.5, "must map blocks to factors"),
+        (("training", "text_encoder", "learning_rate"), 0, "greater than 0"),
+        (("training", "text_encoder", "learning_rat"), 1.0, "did you mean learning_rate"),
+        (("training", "text_encoder"), 0.5, "must be keys with values"),
         (("training", "ema"), 1, "less than 1"),
         (("training", "resolution"), 65, "multiple of 8"),
         (("training", "seed"), 2**63, "less than or equal"),
@@ -291,6 +294,15 @@ def test_a_learning_rate_of_adamw_is_not_taken_for_that_of_another_optimiser(fol
     load_spec(write(folder, document))
 
 
+def test_prodigy_refuses_a_rate_of_text_encoders(folder: Path) -> None:
+    document = with_value(minimal(), ("training",), {"optimizer": "prodigy", "learning_rate": 1.0})
+    document["adapters"][0]["training"] = {"text_encoder": {"learning_rate": 1.0}}
+    assert "adapters[0].training.text_encoder.learning_rate" in (found := refusal(folder, document))
+    assert "prodigy finds one step size for all layers" in found
+    document["adapters"][0]["training"] = {"text_encoder": {}}
+    assert load_spec(write(folder, document)).resolved()[0].training.text_encoder is not None
+
+
 def test_factors_on_blocks_that_are_not_adapted_or_have_no_rate_of_their_own_are_refused(folder: Path) -> None:
     document = with_value(minimal(), ("training",), {"blocks": "up", "block_lr_weights": {"up": 2.0, "down": 0.5}})
     assert "training.block_lr_weights.down" in (found := refusal(folder, document))
@@ -389,6 +401,8 @@ def test_digest_does_not_depend_on_key_order_or_how_numbers_are_written(seed: in
         (("training", "ema"), 0.99),
         (("training", "init_from"), "mug@r-0123456789ab"),
         (("training", "block_lr_weights"), {"down": 0.5}),
+        (("training", "text_encoder"), {}),
+        (("training", "text_encoder"), {"learning_rate": 0.001}),
         (("training",), {"optimizer": "prodigy", "learning_rate": 0.002}),
         (("training", "noise_offset"), 0.1),
         (("training", "aspect_buckets"), True),
@@ -425,6 +439,7 @@ def test_a_digest_of_the_time_before_there_were_decoys_is_found() -> None:
         ("optimizer", "adamw"),
         ("block_lr_weights", None),
         ("init_from", None),
+        ("text_encoder", None),
         ("aspect_buckets", False),
         ("masked_loss", False),
         ("caption_dropout", 0.0),

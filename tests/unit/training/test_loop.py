@@ -15,10 +15,11 @@ from cat_cluster.errors import CheckpointError
 from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.spec.sections import TextEncoderSpec
 from cat_cluster.store.local import LocalStore
 from cat_cluster.training.checkpoint import CheckpointStore, load_newest, tensor_names
 from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
-from cat_cluster.training.methods import initial_weights
+from cat_cluster.training.methods import initial_weights, trained_layers
 from cat_cluster.training.optimizer import state_names
 from tests.unit.training.test_step import concept, of_several_sizes, task, with_mask, with_odd_words, with_training
 
@@ -48,11 +49,16 @@ def of_each_family(request: pytest.FixtureRequest) -> BaseModel:
     return load_base_model(str(request.getfixturevalue(request.param)))
 
 
+def layers_of(base: BaseModel, one: AdapterTask) -> tuple[str, ...]:
+    """What an adapter trains: attention alone, as that is enough, and the text encoders if it asks for them."""
+    return trained_layers(base, one.training.model_copy(update={"targets": "attention"}))
+
+
 def member(
     base: BaseModel, one: AdapterTask, *, rank: int = 4, rate: float = 5e-3, clip: float | None = 1.0
 ) -> PackMember:
-    layers = adapted_layers(base.unet, "attention")
-    initial = initial_weights(base.unet, layers, rank=rank, seed=one.training.seed, draw_key=one.draw_key)
+    layers = layers_of(base, one)
+    initial = initial_weights(base.network, layers, rank=rank, seed=one.training.seed, draw_key=one.draw_key)
     optimiser = {"learning_rate": rate, "max_grad_norm": clip, "warmup_steps": 3, "steps": STEPS}
     return PackMember(with_training(one, **optimiser), initial)
 
@@ -89,6 +95,16 @@ def other_optimisers(base: BaseModel) -> list[PackMember]:
     ]
 
 
+def with_text(base: BaseModel) -> list[PackMember]:
+    """The pack with two members that train the text encoders, one of them at a rate of its own."""
+    mug, tea, plain = members(base)
+    tea, plain = (
+        replace(one, task=with_training(one.task, text_encoder=TextEncoderSpec(learning_rate=rate)))
+        for one, rate in ((tea, 8e-3), (plain, None))
+    )
+    return [mug, *(replace(one, initial=member(base, one.task, rank=one.initial.rank).initial) for one in (tea, plain))]
+
+
 def changing_captions(base: BaseModel) -> list[PackMember]:
     """The pack with captions that change, of one member drawn from a pool."""
     tagged = [
@@ -108,12 +124,13 @@ def with_tags(one: ConceptMaterial) -> ConceptMaterial:
     return replace(one, prompts=prompts, removed_prompts=removed)
 
 
-PACKS = pytest.mark.parametrize("pack", [members, other_optimisers, changing_captions])
+PACKS = pytest.mark.parametrize("pack", [members, other_optimisers, changing_captions, with_text])
 MakePack = Callable[[BaseModel], list[PackMember]]
 
 
 def train(base: BaseModel, pack: list[PackMember], **options: object) -> dict[str, TrainedAdapter]:
-    bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
+    layers = dict.fromkeys(layer for one in pack for layer in one.initial.layers)
+    bank = LoraBank.attach(base.network, slots=len(pack), rank=4, layers=list(layers))
     try:
         return {
             one.adapter_id: one
@@ -125,8 +142,7 @@ def train(base: BaseModel, pack: list[PackMember], **options: object) -> dict[st
 
 def names(base: BaseModel, pack: list[PackMember]) -> list[list[str]]:
     """The names of the tensors in the checkpoints of each adapter."""
-    own = parameter_names(adapted_layers(base.unet, "attention"))
-    return [tensor_names(own, state_names(one.task.training)) for one in pack]
+    return [tensor_names(parameter_names(layers_of(base, one.task)), state_names(one.task.training)) for one in pack]
 
 
 def relative_error(found: AdapterWeights | None, wanted: AdapterWeights | None) -> float:

@@ -54,22 +54,26 @@ class BaseSize:
     """What a base costs, in MiB.
 
     weights: of its parts in float32; judge: of the model that measures its adapters; row: what a row that has gradients
-    holds at `pixels`, its own side; lora: numbers of LoRA weights at rank 1.
+    holds at `pixels`, its own side; text: what a text does whose encoders are trained; lora, text_lora: numbers of LoRA
+    weights at rank 1, of the U-Net and of text encoders.
     """
 
     weights: float
     judge: float
     row: float
+    text: float
     pixels: int
     lora: int
+    text_lora: int
 
 
 # Rows of Stable Diffusion: the tensors that its U-Net keeps for a backward, by its shapes, and half as much again, as
-# Pocket-SD's rows have beyond theirs. Weights and numbers are counted.
-POCKET_SIZE = BaseSize(weights=23, judge=2, row=17, pixels=64, lora=21_504)
-SD15_SIZE = BaseSize(weights=4_068, judge=577, row=2_760, pixels=512, lora=374_016)
-SDXL_SIZE = BaseSize(weights=13_233, judge=577, row=19_200, pixels=1024, lora=2_659_840)
-DEFAULT_SIZE = BaseSize(weights=4_921, judge=577, row=6_200, pixels=768, lora=380_000)  # Stable Diffusion 2.1's
+# Pocket-SD's rows have beyond theirs; so of texts and text encoders. Weights and numbers are counted.
+POCKET_SIZE = BaseSize(weights=23, judge=2, row=17, text=3, pixels=64, lora=21_504, text_lora=6_912)
+SD15_SIZE = BaseSize(weights=4_068, judge=577, row=2_760, text=82, pixels=512, lora=374_016, text_lora=165_888)
+SDXL_SIZE = BaseSize(weights=13_233, judge=577, row=19_200, text=364, pixels=1024, lora=2_659_840, text_lora=889_344)
+# Stable Diffusion 2.1's.
+DEFAULT_SIZE = BaseSize(weights=4_921, judge=577, row=6_200, text=167, pixels=768, lora=380_000, text_lora=423_936)
 DEFAULT_NAME = "Stable Diffusion 2.1"
 
 
@@ -188,7 +192,9 @@ def _step_mib(adapter: ResolvedAdapter, base: BaseSize, workers: int) -> float:
     predicted = rows * (1 + (training.cat_fraction if adapter.method == "cat" else 0))
     row = base.row * ((training.resolution or base.pixels) / base.pixels) ** 2
     row *= _CHECKPOINTED if training.gradient_checkpointing else 1
-    numbers = base.lora * training.rank
+    trains_text = training.text_encoder is not None
+    row += base.text if trains_text else 0  # at most: rows with the same prompt share one
+    numbers = (base.lora + (base.text_lora if trains_text else 0)) * training.rank
     state = _LORA + _OPTIMIZER[training.optimizer] + (0 if training.ema is None else _AVERAGE)
     return _ADAPTER + predicted * row + numbers * (state + predicted * _LORA_ROW) / 2**20
 
@@ -223,7 +229,8 @@ def base_size(name: str) -> BaseSize | None:
     width = _number(channels[0] if isinstance(channels, list) and channels else None, 320)
     row = like.row * (pixels / like.pixels) ** 2 * width / 320
     weights = parameter_count(folder) * 4 / 2**20
-    return BaseSize(weights, like.judge, row, pixels, round(like.lora * width / 320))
+    lora, text_lora = (round(numbers * width / 320) for numbers in (like.lora, like.text_lora))
+    return BaseSize(weights, like.judge, row, like.text * width / 320, pixels, lora, text_lora)
 
 
 def _number(value: Any, default: int) -> int:

@@ -107,14 +107,14 @@ def test_prompts_are_remembered_up_to_a_number(codec: Codec, monkeypatch: pytest
     monkeypatch.setattr(codec_module, "CHUNKS_KEPT", 4)
     for n in range(20):
         codec.encode(Prompt(f"cup {n}")).result(SOON)
-    assert list(codec._texts) == [Prompt(f"cup {n}") for n in range(16, 20)]
+    assert [prompt for prompt, _ in codec._texts] == [Prompt(f"cup {n}") for n in range(16, 20)]
     assert not codec._prompts
     codec.encode(Prompt("x" * 32_000)).result(SOON)
     assert len(codec._texts) == 4
-    assert max(len(prompt.text) for prompt in codec._texts) < 32, "a prompt that is kept is short"
+    assert max(len(prompt.text) for prompt, _ in codec._texts) < 32, "a prompt that is kept is short"
     text = "a cup on a table in snow, " * 1200
     assert torch.equal(codec.encode(Prompt(text)).result(SOON).states, states_of(codec._base, [text])[0])
-    assert max(len(prompt.text) for prompt in codec._texts) < 500
+    assert max(len(prompt.text) for prompt, _ in codec._texts) < 500
 
 
 def test_what_is_remembered_of_prompts_is_bounded_by_their_length(
@@ -129,7 +129,7 @@ def test_what_is_remembered_of_prompts_is_bounded_by_their_length(
         assert length == (3 * 77 if prompt in long else 77)
         kept = codec._texts
         assert sum(len(text) for text in kept.values()) == codec._tokens_kept <= 6 * 77
-        seen.append(set(kept))
+        seen.append({prompt for prompt, _ in kept})
     assert seen[4:] == [
         {*short[1:], long[0]},
         {*short[1:], long[0]},

@@ -26,11 +26,22 @@ from cat_cluster.cluster.kuberay.rendering.sizes import (
     process_mib,
 )
 from cat_cluster.errors import BaseModelError, SpecError
-from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.lora.bank import adapted_layers, text_layers
+from cat_cluster.lora.layers import sizes_of as layer_sizes
 from cat_cluster.models.base_files import parameter_count
 from cat_cluster.models.base_names import base_folder
+from cat_cluster.models.network import Network
 from cat_cluster.spec.job import JobSpec, parse_spec
-from tests.support.meta_unets import SD15, SDXL, kept_by_a_row, meta_unet
+from tests.support.meta_unets import (
+    CLIP_G,
+    CLIP_L,
+    SD15,
+    SDXL,
+    kept_by_a_row,
+    kept_by_a_text,
+    meta_text_encoder,
+    meta_unet,
+)
 
 ROOT = Path(__file__).parents[5]
 GIB = 1 << 30
@@ -107,6 +118,29 @@ def test_rows_of_large_bases_are_counted_by_their_shapes(
     linears = [unet.get_submodule(name) for name in adapted_layers(unet, "attention_ff")]
     assert size.lora == sum(linear.in_features + linear.out_features for linear in linears)
     assert size.pixels == 8 * unet.config.sample_size
+
+
+@pytest.mark.parametrize(
+    ("configs", "size"), [([CLIP_L], SD15_SIZE), ([{**CLIP_L, "num_hidden_layers": 11}, CLIP_G], SDXL_SIZE)]
+)
+def test_texts_of_large_bases_are_counted_by_their_shapes(
+    configs: list[Mapping[str, Any]], size: BaseSize, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of SDXL's first encoder nothing reads the last of 12 layers, so it is not trained."""
+    assert 1.45 <= size.text / kept_by_a_text(configs, monkeypatch) <= 1.6
+    network = Network(meta_unet(SD15), [meta_text_encoder(config) for config in configs])
+    sizes_of_layers = [layer_sizes(network.get_submodule(name)) for name in text_layers(network)]
+    assert size.text_lora == sum(sum(found) for found in sizes_of_layers if found is not None)
+
+
+def test_a_job_that_trains_text_encoders_asks_for_their_memory() -> None:
+    plain, texts = (job(base=HUB, training={"rank": 64, "rows_per_concept": 8, **more}) for more in ({}, TEXTS))
+    more = worker_gib(texts) - worker_gib(plain)
+    numbers = DEFAULT_SIZE.text_lora * 64 * (8 + 8 + 12 * 8) / GIB  # weight, gradient and moments, and of each row
+    assert more == pytest.approx(1.2 * (12 * DEFAULT_SIZE.text / 1024 + numbers), abs=0.26)
+
+
+TEXTS: Mapping[str, Any] = {"text_encoder": {}}
 
 
 def test_a_base_of_sdxl_is_sized_like_one(tiny_xl_folder: Path) -> None:
