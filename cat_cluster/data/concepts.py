@@ -99,9 +99,9 @@ def load_concept(spec: ConceptSpec, cache_dir: Path | None = None, *, masked: bo
     paths = tuple(path for path in found if path not in masks)
     captions = read_captions(spec, folder, paths)
     _refuse_without_token(spec, captions.by_image)
-    examples, errors = [], _header_errors(folder, paths)
+    examples, errors = [], _header_errors(folder, found, masked=masked)
     for path in paths:
-        if path in errors:
+        if path in errors or mask_of.get(path) in errors:
             continue
         prompt = captions.by_image[path]
         try:
@@ -109,7 +109,7 @@ def load_concept(spec: ConceptSpec, cache_dir: Path | None = None, *, masked: bo
         except ConceptError as error:
             errors[path] = str(error)
     if errors:
-        lines = [errors[path] for path in paths if path in errors]
+        lines = [errors[path] for path in found if path in errors]
         raise ConceptError("\n".join([f"images: {folder} has files that cannot be used:", *lines]))
     left = tuple(sorted({*passed_over(folder, (*found, *captions.files)), *local.left_there}))
     return Concept(
@@ -150,15 +150,16 @@ def _example(spec: ConceptSpec, path: Path, prompt: str, mask: Path | None, *, m
     return Example(path, photo.digest, photo.image, prompt, remove_token(prompt, spec.token), where)
 
 
-def _header_errors(folder: Path, paths: Sequence[Path]) -> dict[Path, str]:
-    """Return what the headers of the photos are refused for, before any is decoded.
+def _header_errors(folder: Path, paths: Sequence[Path], *, masked: bool) -> dict[Path, str]:
+    """Return what the headers of the photos and masks are refused for, before any is decoded.
 
-    Raises ConceptError when all of them together would take more memory than a concept may.
+    masked: whether transparency is kept beside the colours. Raises ConceptError when all of them together would take
+    more memory than a concept may.
     """
     errors, total = {}, 0
     for path in paths:
         try:
-            total += decoded_bytes(path)
+            total += decoded_bytes(path) * (4 if masked else 3) // 3
         except ConceptError as error:
             errors[path] = str(error)
     if total > MOST_DECODED_BYTES:

@@ -28,16 +28,24 @@ class Mask:
 
 
 def masks_among(images: Sequence[Path]) -> dict[Path, Path]:
-    """Return mask -> photo of the images of a folder; one that is named as a mask of no photo is a photo."""
-    by_stem: dict[str, Path] = {}
+    """Return mask -> photo of the images of a folder; one that is named as a mask of no photo is a photo.
+
+    Raises ConceptError where a photo has two masks, or a mask two photos.
+    """
+    by_stem: dict[str, list[Path]] = {}
     for path in images:
-        by_stem.setdefault(_key(path.stem), path)
-    found = {}
+        by_stem.setdefault(_key(path.stem), []).append(path)
+    found: dict[Path, Path] = {}
     for path in images:
+        stem = _key(path.stem)
         for ending in MASK_ENDINGS:
-            photo = by_stem.get(_key(path.stem).removesuffix(ending)) if _key(path.stem).endswith(ending) else None
-            if photo is not None:
-                found[path] = photo
+            photos = by_stem.get(stem.removesuffix(ending), []) if stem.endswith(ending) else []
+            if len(photos) > 1 or any(photo in found.values() for photo in photos):
+                raise ConceptError(
+                    f"images: {shown_name(path)} is one mask of several photos, or one of several masks of "
+                    f"{shown_name(photos[0].name)}; keep one file of each"
+                )
+            found |= dict.fromkeys([path], photos[0]) if photos else {}
     return found
 
 
@@ -51,20 +59,24 @@ def refuse_masks(masks: Mapping[Path, Path]) -> None:
 
 
 def read_mask(path: Path, photo: Photo) -> Mask:
-    """Read the mask of a photo: white in black and white where the concept is.
+    """Read the mask of a photo: white in black and white, and opaque, where the concept is.
 
     Raises ConceptError that names the file when it cannot be read, has another size than the photo, is not black and
     white, or marks nothing.
     """
     read = read_photo(path)
-    if read.image.size != photo.image.size:
-        size, wanted = ("x".join(map(str, one.image.size)) for one in (read, photo))
+    if read.size != photo.size:
+        size, wanted = ("x".join(map(str, one.size)) for one in (read, photo))
         raise ConceptError(f"{path}: is a mask of {size} pixels, and its photo has {wanted}; save it in that size")
     if not is_black_and_white(read.image):
         raise ConceptError(
             f"{path}: is a mask, and not black and white; make it white where the concept is, else black"
         )
-    return _marking(path, Mask(read.image.convert("L"), read.digest))
+    marked = read.image.convert("L")
+    if read.alpha is not None:
+        marked = ImageChops.multiply(marked, read.alpha)
+    # Formats are reduced by different factors where a photo is large.
+    return _marking(path, Mask(marked.resize(photo.image.size, Image.Resampling.BOX), read.digest))
 
 
 def mask_of_alpha(path: Path, photo: Photo) -> Mask | None:

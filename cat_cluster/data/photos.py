@@ -55,11 +55,13 @@ _PHOTO_LIMITS = SizeLimits()
 class Photo:
     """One photo, upright. image: RGB in sRGB, alpha laid over white; alpha: L, None where all of it is opaque.
 
+    size: (width, height) of its file, upright; a large photo is reduced.
     digest: of what was read, the sha256 of the file's bytes, and another where an embedded profile changed the colours.
     """
 
     image: Image.Image
     alpha: Image.Image | None
+    size: tuple[int, int]
     digest: str
 
 
@@ -101,10 +103,16 @@ def read_photo(path: Path) -> Photo:
     except OSError as error:
         raise _unreadable(path, error) from error
     with _opened(path, io.BytesIO(content)) as opened:
-        profile = _profile(path, opened)
+        profile, size = _profile(path, opened), opened.size
+        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         image, alpha = _upright(path, opened, profile)
     # Of a photo in another colour space earlier versions kept latents with its colours wrong, under its plain digest.
-    return Photo(image, alpha, hashlib.sha256(content + (b"" if profile is None else b" in sRGB")).hexdigest())
+    return Photo(
+        image,
+        alpha,
+        size[::-1] if is_turned else size,
+        hashlib.sha256(content + (b"" if profile is None else b" in sRGB")).hexdigest(),
+    )
 
 
 def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, int]) -> Still:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch._dynamo
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -37,6 +38,8 @@ from cat_cluster.models.out_of_memory import memory_explained
 from cat_cluster.models.schedule import NoiseSchedule
 from cat_cluster.models.text_encoders import TextEncoders, TextModel
 from cat_cluster.models.text_limit import TextLimit
+
+MOST_SHAPES = 4096  # of the inputs of one kind of compiled block
 
 GENERAL_PROMPTS_FILE = "general_prompts.txt"
 
@@ -179,7 +182,9 @@ def compiled_blocks(unet: UNet2DConditionModel) -> Iterator[None]:
     for block in blocks:
         block.compile(dynamic=False)
     try:
-        yield
+        # Beyond torch's limits blocks run uncompiled: each size of image and number of rows is a shape.
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, accumulated_recompile_limit=MOST_SHAPES):
+            yield
     finally:
         for block in blocks:
             block._compiled_call_impl = None

@@ -26,9 +26,8 @@ def encode_prompts(
 ) -> list[Text]:
     """Return each prompt's text of n chunks; of one chunk without weights, what the encoders' `encode` returns.
 
-    limit: the base's, for this thread. bind: puts adapters into the encoders; None: the base alone. A gradient reaches
-    adapters that are trained, and nothing else. Every chunk is
-    encoded alone, and the states of its tokens are weighted:
+    limit: the base's, for this thread. bind: puts adapters into the encoders, and a gradient reaches those that are
+    trained; None: the base alone. Every chunk is encoded alone, and the states of its tokens are weighted:
 
         z' = w z,   z'' = z' mean(z) / mean(z')     (w [L, 1]: the tokens' weights, 1 for marks and padding)
 

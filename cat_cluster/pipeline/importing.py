@@ -115,7 +115,8 @@ def _described(request: ImportRequest, path: Path) -> ImportedAdapter:
 
 def _concepts(request: ImportRequest) -> tuple[Concept, ...]:
     concepts = tuple(
-        load_concept(ConceptSpec(token=token, class_noun=noun, images=str(folder), captions="template"))
+        # Photos only measure an adapter that was trained elsewhere: where they have masks, these change nothing.
+        load_concept(ConceptSpec(token=token, class_noun=noun, images=str(folder), captions="template"), masked=True)
         for token, noun, folder in zip(request.tokens, request.class_nouns, request.photos, strict=bool(request.photos))
     )
     check_tokens(concepts)

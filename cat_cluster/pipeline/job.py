@@ -230,10 +230,10 @@ def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings
         return measured_pack_size(heaviest[0].base, bank, members, shared_by=shared_by)
 
 
-def _demand(adapter: PreparedAdapter) -> tuple[bool, int, int]:
-    """What orders adapters by the memory they take: text encoders that are trained keep activations of their own."""
+def _demand(adapter: PreparedAdapter) -> tuple[int, bool, int]:
+    """What orders adapters by the memory they take: activations of rows are most of it, then those of trained texts."""
     training = adapter.resolved.training
-    return training.text_encoder is not None, training.rank, adapter.rows
+    return adapter.rows, training.text_encoder is not None, training.rank
 
 
 def train_adapters(

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from cat_cluster.spec.fields import words
 from cat_cluster.spec.yaml_file import FieldError
 
-# That trainer splits at the first underscore, and leaves out a folder without a number, or with 0, before it.
-_NAME = re.compile(r"0*([1-9][0-9]{0,8})_(.+)")
+# That trainer splits at the first underscore, and leaves out a folder without a number, or with 0, before it. Of four
+# digits a number is a year: nobody repeats photos so often.
+_NAME = re.compile(r"0*([1-9][0-9]{0,2})_(.+)")
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,8 @@ class TrainingSpec(Section):
     )
     resolution: Pixels | None = Field(
         default=None,
-        description="Side of the square crops in pixels, a multiple of 8; none means the base model's own.",
+        description="Side of the square crops in pixels, a multiple of 8 (with aspect_buckets, of the base's own step, "
+        "64 for Stable Diffusion); none means the base model's own.",
     )
     aspect_buckets: bool = Field(
         default=False,

@@ -11,14 +11,16 @@ from cat_cluster.data.draws import AdapterTask, Batch
 from cat_cluster.training.step import RowLosses
 
 CURVE_POINTS = 100
+_SUMS = 6  # of a bin: a sum and a count for each kind of loss
 
 
 @dataclass(frozen=True)
 class ConceptLoss:
-    """Mean losses of one concept's rows; cat is None where no row carried a CAT term."""
+    """Mean losses of one concept's rows; cat is None where none carried the CAT term, outside where none has a mask."""
 
     identity: float
     cat: float | None
+    outside: float | None = None
 
 
 class LossCurves:
@@ -27,7 +29,7 @@ class LossCurves:
     def __init__(self, tasks: Sequence[AdapterTask], steps: int) -> None:
         self._tasks = tasks
         self._bin = _bin_size(steps)
-        # adapter id -> token -> bin -> [identity sum, identity rows, cat sum, cat rows]
+        # adapter id -> token -> bin -> [identity sum, identity rows, cat sum, cat rows, outside sum, outside rows]
         self._sums: dict[str, dict[str, dict[int, list[float]]]] = {
             task.adapter_id: {concept.token: {} for concept in task.concepts} for task in tasks
         }
@@ -39,22 +41,27 @@ class LossCurves:
         for adapter, concept in zip(batch.adapter_B.tolist(), batch.concept_B.tolist(), strict=True):
             task = self._tasks[adapter]
             of_adapter = step_sums.setdefault(task.adapter_id, {})
-            sums_of_row.append(of_adapter.setdefault(task.concepts[concept].token, [0.0, 0.0, 0.0, 0.0]))
+            sums_of_row.append(of_adapter.setdefault(task.concepts[concept].token, [0.0] * _SUMS))
         for row, loss in enumerate(losses.identity_B.tolist()):
             sums_of_row[row][0] += loss
             sums_of_row[row][1] += 1
-        for row, loss in zip(batch.cat_row_M.tolist(), losses.cat_M.tolist(), strict=True):
-            sums_of_row[row][2] += loss
-            sums_of_row[row][3] += 1
+        held = zip(batch.cat_row_M.tolist(), losses.cat_M.tolist(), batch.outside_M.tolist(), strict=True)
+        for row, loss, outside in held:
+            place = 4 if outside else 2
+            sums_of_row[row][place] += loss
+            sums_of_row[row][place + 1] += 1
         bin_index = (step - 1) // self._bin
         for adapter_id, tokens in step_sums.items():
             for token, sums in tokens.items():
-                total = self._sums[adapter_id][token].setdefault(bin_index, [0.0, 0.0, 0.0, 0.0])
+                total = self._sums[adapter_id][token].setdefault(bin_index, [0.0] * _SUMS)
                 total[:] = [a + b for a, b in zip(total, sums, strict=True)]
         return {a: {t: _means(sums) for t, sums in tokens.items()} for a, tokens in step_sums.items()}
 
     def of(self, adapter_id: str) -> dict[str, Any]:
-        """Return the curves of an adapter: {"steps": [...], "<token>": {"identity": [...], "cat": [...]}}."""
+        """Return the curves of an adapter: {"steps": [...], "<token>": {"identity": [...], "cat": [...]}}.
+
+        Concepts with masks have "outside" too.
+        """
         return _curves(self._sums[adapter_id], self._bin)
 
     def to_json(self, adapter_id: str) -> dict[str, Any]:
@@ -76,7 +83,11 @@ def _bin_size(steps: int) -> int:
 
 
 def _sums_from(saved: Mapping[str, Any]) -> dict[str, dict[int, list[float]]]:
-    return {token: {int(i): list(sums) for i, sums in bins.items()} for token, bins in saved.items()}
+    # Checkpoints of the time before masks have no sums of what is outside them.
+    return {
+        token: {int(i): [*sums, *[0.0] * (_SUMS - len(sums))] for i, sums in bins.items()}
+        for token, bins in saved.items()
+    }
 
 
 def _curves(tokens: Mapping[str, Mapping[int, Sequence[float]]], bin_size: int) -> dict[str, Any]:
@@ -88,12 +99,15 @@ def _curves(tokens: Mapping[str, Mapping[int, Sequence[float]]], bin_size: int) 
             "identity": [_finite(mean.identity) for mean in means],
             "cat": [_finite(mean.cat) for mean in means],
         }
+        if any(mean.outside is not None for mean in means):
+            found[token]["outside"] = [_finite(mean.outside) for mean in means]
     return found
 
 
 def _means(sums: Sequence[float]) -> ConceptLoss:
-    identity, identity_rows, cat, cat_rows = sums
-    return ConceptLoss(identity / identity_rows, cat / cat_rows if cat_rows else None)
+    identity, cat, outside = (total / rows if rows else None for total, rows in zip(sums[::2], sums[1::2], strict=True))
+    assert identity is not None  # each step of a concept has rows
+    return ConceptLoss(identity, cat, outside)
 
 
 def _finite(loss: float | None) -> float | None:

@@ -47,7 +47,8 @@ def _of_one_size(members: Sequence[PackMember]) -> list[PackMember]:
 
 
 def _all_like(concept: ConceptMaterial, view: Tensor) -> ConceptMaterial:
-    return replace(concept, moments=(view,) * len(concept.moments))
+    masks = tuple(None if mask is None else torch.ones(1, *view.shape[1:]) for mask in concept.masks)
+    return replace(concept, moments=(view,) * len(concept.moments), masks=masks)
 
 
 def free_bytes(device: torch.device) -> int:

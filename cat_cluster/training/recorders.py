@@ -135,6 +135,8 @@ def _scalars(report: StepReport) -> Iterator[tuple[str, float]]:
             yield f"identity_loss/{adapter}/{token}", loss.identity
             if loss.cat is not None:
                 yield f"cat_loss/{adapter}/{token}", loss.cat
+            if loss.outside is not None:
+                yield f"outside_loss/{adapter}/{token}", loss.outside
     for adapter, scales in report.alpha_scales.items():
         for token, scale in scales.items():
             yield f"alpha_scale/{adapter}/{token}", scale

@@ -108,7 +108,7 @@ def packing(
     size: Annotated[str, typer.Option(help="pocket, or sd15 or sdxl on a GPU.")] = "pocket",
     allow_dirty: AllowDirty = False,
 ) -> None:
-    """Time 8 adapters packed, one by one, and in a plain PEFT loop; and the memory of packs (about ten minutes)."""
+    """Time adapters packed, one by one, and in a plain PEFT loop; and the memory of packs (about ten minutes)."""
     from jobs.benchmark.training.packing import SIZES, run
 
     _check("size", [size], SIZES)

@@ -18,7 +18,7 @@ import torch._dynamo
 from cat_cluster import telemetry
 from cat_cluster.errors import EngineStoppedError, OverloadedError
 from cat_cluster.lora.row_bank import RowBank
-from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.base_model import MOST_SHAPES, BaseModel
 from cat_cluster.telemetry import Metrics
 from serve.denoise.codec import own_threads
 from serve.denoise.image import EngineImage, Size
@@ -27,7 +27,6 @@ from serve.denoise.running_images import RunningImages
 logger = logging.getLogger("cat_cluster.serve")
 # Row-steps of the guaranteed share that are saved up while no probe waits: more would delay users when one comes.
 MOST_SAVED = 100.0
-MOST_SHAPES = 4096  # of the inputs of one kind of compiled block
 
 
 class DenoisingEngine:
@@ -133,7 +132,7 @@ class DenoisingEngine:
 
     def _run(self) -> None:
         own_threads(self._threads)
-        # Beyond torch's limits, which each thread has of its own, blocks run uncompiled: a bucket of a size is a shape.
+        # As compiled_blocks does for its own thread: each thread has limits of its own.
         torch._dynamo.config.recompile_limit = MOST_SHAPES
         torch._dynamo.config.accumulated_recompile_limit = MOST_SHAPES
         try:

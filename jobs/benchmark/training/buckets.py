@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from cat_cluster.data.crops import Size, bucket_of
+from cat_cluster.data.views import views_of_step
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from jobs.benchmark.random_bases import random_base
 from jobs.benchmark.record import Start, write_result
@@ -31,7 +32,7 @@ from jobs.benchmark.timing import (
 SHAPES = ((3024, 4032), (3024, 4032), (4032, 3024), (4032, 3024), (2000, 2000), (1080, 1920))
 ROWS = 4
 PACKS = {"pocket": (1, 4, 8), "sd15": (1, 4, 8), "sdxl": (1, 2)}
-STEPS = PHOTOS // 2  # in which a concept's four rows are each photo twice
+WARM_UP = STEPS = 6  # in which every size is shown
 SQUARES, LIKE, UNLIKE = "squares", "like", "unlike"
 BASES: dict[str, tuple[str, Callable[[], BaseModel], StepOptions]] = {
     "pocket": ("buckets", lambda: load_base_model("pocket"), StepOptions(joint_rows=True, fraction=0.5)),
@@ -40,7 +41,7 @@ BASES: dict[str, tuple[str, Callable[[], BaseModel], StepOptions]] = {
 }
 
 
-def run(start: Start, console: Console, size_name: str = "pocket", *, turns: int = 7) -> Path:
+def run(start: Start, console: Console, size_name: str = "pocket", *, turns: int = 5) -> Path:
     """Time steps of packs of a size on squares and on buckets, in turns, and write the result file."""
     result, load, options = BASES[size_name]
     base = load()
@@ -75,10 +76,12 @@ def compare_sizes(base: BaseModel, adapters: int, options: StepOptions, turns: i
         UNLIKE: [[shapes[n % len(shapes)]] * PHOTOS for n in range(adapters)],
     }
     times = take_turns({kind: _steps(base, options, own) for kind, own in kinds.items()}, turns)
-    shares = {kind: sum(map(pixels, own)) / sum(map(pixels, kinds[SQUARES])) for kind, own in kinds.items()}
+    shown = {kind: sum(map(_pixels_shown, own)) for kind, own in kinds.items()}
     return {
         "step_ms": {kind: timed.median * 1e3 for kind, timed in times.items()},
-        "time_per_pixel": {kind: times[kind].ratio(times[SQUARES]) / shares[kind] for kind in (LIKE, UNLIKE)},
+        "time_per_pixel": {
+            kind: times[kind].ratio(times[SQUARES]) * shown[SQUARES] / shown[kind] for kind in (LIKE, UNLIKE)
+        },
     }
 
 
@@ -92,12 +95,19 @@ def pixels(sizes: Sequence[Size]) -> int:
     return sum(size.width * size.height for size in sizes)
 
 
+def _pixels_shown(sizes: Sequence[Size]) -> int:
+    """Return the pixels of a concept's rows in the steps that are timed."""
+    shapes = [(size.height, size.width) for size in sizes]
+    views = (views_of_step((), step, ROWS, shapes) for step in range(WARM_UP, WARM_UP + STEPS))
+    return pixels([sizes[view] for own in views for view in own])
+
+
 def _steps(base: BaseModel, options: StepOptions, sizes: Sequence[Sequence[Size]]) -> Callable[[], float]:
     tasks = [concept_task(base, f"adapter-{n}", ROWS, options, own) for n, own in enumerate(sizes)]
 
     def measure() -> float:
         with pack_step(base, tasks, options) as step:
-            for _ in range(STEPS):  # text embeddings and allocations of every size
+            for _ in range(WARM_UP):  # texts and allocations of every size
                 step()
             return seconds_of(step, STEPS)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cat_cluster.data import photos
 from cat_cluster.data.concepts import Concept, load_concept, load_concepts
 from cat_cluster.data.crops import Size, crop_mask, crop_warnings
 from cat_cluster.data.latents import LatentCache
@@ -156,3 +157,51 @@ def test_people_are_told_what_masks_and_crops_leave_out(tmp_path: Path) -> None:
     assert "wide.png has more than a third cut off by the square crop, 47% at most: training.aspect_buckets" in cut
     assert "wide.png has nothing of the mask in the square crop" in empty
     assert crop_warnings("mug", concepts, TrainingSpec(aspect_buckets=True)) == ()
+
+
+def test_a_mask_may_be_white_on_transparent(tmp_path: Path) -> None:
+    """As programs that cut things out save it."""
+    photo().save(tmp_path / "a.png")
+    cut_out = Image.new("LA", (64, 48), (255, 0))
+    cut_out.paste((255, 255), (8, 8, 40, 40))
+    cut_out.save(tmp_path / "a-mask.png")
+    (example,) = read(tmp_path).examples
+    assert example.mask is not None
+    assert np.array_equal(np.asarray(example.mask.image) > 127, np.asarray(mask((8, 8, 40, 40))) > 127)
+
+
+def test_a_mask_of_a_large_photo_has_the_size_that_the_photo_is_reduced_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A JPEG is reduced by powers of two while it is decoded, a PNG by any whole number."""
+    monkeypatch.setattr(photos, "LARGEST_SHORT_SIDE", 32)
+    photo(size=(144, 96)).save(tmp_path / "a.jpg")
+    mask((0, 0, 72, 96), (144, 96)).save(tmp_path / "a-mask.png")
+    (example,) = read(tmp_path).examples
+    assert example.mask is not None
+    assert example.mask.image.size == example.image.size == (72, 48)
+    assert (np.asarray(example.mask.image)[:, :36] == 255).all()
+    assert (np.asarray(example.mask.image)[:, 36:] == 0).all()
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "a-mask.png", "a-masklabel.png"), ("a.jpg", "a.png", "a-mask.png")])
+def test_a_photo_has_one_mask_and_a_mask_one_photo(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (mask((0, 0, 9, 9)) if "mask" in name else photo()).save(tmp_path / name)
+    with pytest.raises(ConceptError, match="keep one file of each"):
+        read(tmp_path)
+
+
+def test_masks_count_in_memory_and_their_headers_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo().save(tmp_path / "a.png")
+    mask((0, 0, 9, 9)).save(tmp_path / "a-mask.png")
+    for most, fits in ((2 * 4 * 64 * 48, True), (2 * 4 * 64 * 48 - 1, False)):
+        monkeypatch.setattr("cat_cluster.data.concepts.MOST_DECODED_BYTES", most)
+        if fits:
+            read(tmp_path)
+            continue
+        with pytest.raises(ConceptError, match="GiB of memory"):
+            read(tmp_path)
+    (tmp_path / "a-mask.png").write_bytes(b"no image")
+    with pytest.raises(ConceptError, match=r"a-mask\.png: is not a readable image"):
+        read(tmp_path)

@@ -175,6 +175,7 @@ def test_a_pack_is_measured_on_a_step_whose_rows_are_all_of_the_largest_photo(
 ) -> None:
     """Of photos of two sizes a step may have one call for all rows, the most that it can take."""
     measured: list[list[PackMember]] = []
+    assert memory.measured_pack_size(base, bank, other_optimisers(base)[:2]) >= 1, "also where photos have masks"
     monkeypatch.setattr(memory, "_peak_bytes", lambda _base, _bank, pack: measured.append(list(pack)) or len(pack))
     memory.measured_pack_size(base, bank, other_optimisers(base)[:2])
     views = [view for pack in measured for one in pack for concept in one.task.concepts for view in concept.moments]

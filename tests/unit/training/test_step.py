@@ -303,6 +303,22 @@ def test_the_cat_loss_of_a_concept_counts_its_decoys(base: BaseModel) -> None:
         assert recorded[token].cat == pytest.approx(sum(found[k]) / 4, rel=1e-4)
 
 
+def test_what_is_outside_masks_is_recorded_apart(base: BaseModel) -> None:
+    """It is not 0 before training, and would be taken for drift."""
+    mug = task("mug", (with_mask(concept(base, "sks", alpha=2.0)),), rows_per_concept=4, cat_fraction=0.5)
+    batch = draw_batch([mug], 0, 1000, [True])
+    outside = batch.outside_M
+    assert (int(outside.sum()), int((~outside).sum())) == (2, 2)
+    losses = RowLosses(torch.ones(4), torch.where(outside, 7.0, 0.25))
+    curves = LossCurves([mug], 10)
+    found = curves.record(1, batch, losses)["mug"]["sks"]
+    assert (found.identity, found.cat, found.outside) == (1.0, 0.25, 7.0)
+    assert curves.of("mug")["sks"]["outside"] == [7.0]
+    earlier = LossCurves([mug], 10)
+    earlier.restore("mug", {"sks": {"0": [3.0, 3, 0.5, 2]}})
+    assert earlier.of("mug")["sks"] == {"identity": [1.0], "cat": [0.25]}
+
+
 @pytest.mark.parametrize("pooled", [False, True])
 def test_the_cat_loss_is_exactly_zero_at_the_start_in_bf16_too(base: BaseModel, pooled: bool) -> None:
     """Student and teacher round alike: both predict under autocast, in calls of equal shape."""

@@ -193,7 +193,7 @@ def _step_mib(adapter: ResolvedAdapter, base: BaseSize, workers: int) -> float:
     row = base.row * ((training.resolution or base.pixels) / base.pixels) ** 2
     row *= _CHECKPOINTED if training.gradient_checkpointing else 1
     trains_text = training.text_encoder is not None
-    row += base.text if trains_text else 0  # at most: rows with the same prompt share one
+    row += base.text * training.prompt_chunks if trains_text else 0  # at most: rows with the same prompt share one
     numbers = (base.lora + (base.text_lora if trains_text else 0)) * training.rank
     state = _LORA + _OPTIMIZER[training.optimizer] + (0 if training.ema is None else _AVERAGE)
     return _ADAPTER + predicted * row + numbers * (state + predicted * _LORA_ROW) / 2**20
