@@ -162,7 +162,7 @@ def test_a_worker_without_rows_takes_part(pair: list[dict[Any, Any]], base: Base
         assert worst(found["one row", stage], alone) <= LAW
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", gloo_pair.STAGES_OF_TEXT)
 def test_two_workers_train_text_encoders_as_the_local_loop_does(
     text_pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
 ) -> None:
@@ -177,14 +177,13 @@ def test_two_workers_train_text_encoders_as_the_local_loop_does(
     assert text_pair[0]["invalidations", stage] == 0
 
 
-@pytest.mark.parametrize("stage", gloo_pair.STAGES_OF_XL)
 def test_two_workers_train_both_text_encoders_of_sdxl_as_the_local_loop_does(
-    text_pair: list[dict[Any, Any]], folder: Path, stage: int | None
+    text_pair: list[dict[Any, Any]], folder: Path
 ) -> None:
     base = load_base_model(str(folder / "xl"))
     local = gloo_pair.weights(train(base, with_text(base), steps=gloo_pair.FEW))
     for found in text_pair:
-        assert worst(found["xl", stage], local) <= LAW
+        assert worst(found["xl"], local) <= LAW
 
 
 @pytest.fixture(scope="module")
