@@ -68,6 +68,24 @@ def stock_pipeline(folder: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
+def stock_image(pipeline: Any, row: ImageRow) -> Tensor:
+    """What a stock user gets of a pipeline, with the adapter that it has loaded and another scheduler [3, H, W]."""
+    loaded = pipeline.scheduler
+    pipeline.scheduler = stock_scheduler(row.sampler, loaded.config)
+    try:
+        images: Tensor = pipeline(
+            row.prompt,
+            negative_prompt=row.negative_prompt or None,
+            num_inference_steps=row.steps,
+            guidance_scale=row.guidance,
+            generator=torch.Generator("cpu").manual_seed(row.seed),
+            output_type="pt",
+        ).images
+    finally:
+        pipeline.scheduler = loaded  # options of one sampler must not reach the next
+    return images[0]
+
+
 def random_adapter(base: BaseModel, seed: int, rank: int = RANK) -> AdapterWeights:
     """An adapter strong enough to be seen in the image."""
     generator = torch.Generator().manual_seed(seed)

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from cat_cluster.lora.bank import adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.generate import ImageRow
-from tests.support.denoised_images import stock_scheduler
 
 # Written out, so that a layer that nobody adapts is missed.
 OF_CLIP = (
@@ -88,21 +86,3 @@ def stock_pipeline(folder: Path, *, xl: bool) -> Any:
     pipeline = (StableDiffusionXLPipeline if xl else StableDiffusionPipeline).from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def stock_image(pipeline: Any, row: ImageRow) -> Tensor:
-    """What a stock user gets of the adapter that is loaded [3, H, W]."""
-    loaded = pipeline.scheduler
-    pipeline.scheduler = stock_scheduler(row.sampler, loaded.config)
-    try:
-        images: Tensor = pipeline(
-            row.prompt,
-            negative_prompt=row.negative_prompt or None,
-            num_inference_steps=row.steps,
-            guidance_scale=row.guidance,
-            generator=torch.Generator("cpu").manual_seed(row.seed),
-            output_type="pt",
-        ).images
-    finally:
-        pipeline.scheduler = loaded
-    return images[0]

@@ -29,14 +29,8 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.prompts import encode_prompts
-from tests.support.text_adapters import (
-    diffusers_file,
-    kohya_file,
-    stock_image,
-    stock_pipeline,
-    text_paths,
-    whole_adapter,
-)
+from tests.support.denoised_images import stock_image
+from tests.support.text_adapters import diffusers_file, kohya_file, stock_pipeline, text_paths, whole_adapter
 from tests.unit.lora.test_formats import assert_same, scramble
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,7 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, save_png
 from cat_cluster.models.samplers import SAMPLERS
 from cat_cluster.spec.choices import SamplerName
-from tests.support.denoised_images import stock_scheduler
+from tests.support.denoised_images import stock_image
 from tests.support.provenance import DRAWN, said_in_xmp
 
 pytestmark = pytest.mark.slow
@@ -54,24 +54,6 @@ def base(tiny_base_folder: Path) -> BaseModel:
 def quiet(pipeline: StableDiffusionPipeline) -> StableDiffusionPipeline:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def stock_image(pipeline: StableDiffusionPipeline, row: ImageRow) -> Tensor:
-    """The image a stock user gets after swapping the scheduler [3, H, W]."""
-    loaded = pipeline.scheduler
-    pipeline.scheduler = stock_scheduler(row.sampler, loaded.config)
-    try:
-        images: Tensor = pipeline(
-            row.prompt,
-            negative_prompt=row.negative_prompt,
-            num_inference_steps=row.steps,
-            guidance_scale=row.guidance,
-            generator=torch.Generator("cpu").manual_seed(row.seed),
-            output_type="pt",
-        ).images
-    finally:
-        pipeline.scheduler = loaded
-    return images[0]
 
 
 def assert_same_image(ours: Tensor, theirs: Tensor) -> None:

@@ -25,7 +25,7 @@ from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.prompts import encode_prompts
 from cat_cluster.models.samplers import SAMPLERS
 from cat_cluster.spec.choices import SamplerName
-from tests.support.denoised_images import stock_scheduler
+from tests.support.denoised_images import stock_image
 
 PROMPTS = ["a photo of a sks cup", "", "a red cup, " * 40]
 
@@ -54,23 +54,6 @@ def stock_pipeline(folder: Path) -> StableDiffusionXLPipeline:
 def edit_config(folder: Path, part: str, **changes: Any) -> None:
     path = folder / part
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def stock_image(pipeline: StableDiffusionXLPipeline, row: ImageRow) -> Tensor:
-    loaded = pipeline.scheduler
-    pipeline.scheduler = stock_scheduler(row.sampler, loaded.config)
-    try:
-        images: Tensor = pipeline(
-            row.prompt,
-            negative_prompt=row.negative_prompt or None,
-            num_inference_steps=row.steps,
-            guidance_scale=row.guidance,
-            generator=torch.Generator("cpu").manual_seed(row.seed),
-            output_type="pt",
-        ).images
-    finally:
-        pipeline.scheduler = loaded  # options of one sampler must not reach the next
-    return images[0]
 
 
 def test_texts_are_those_of_the_stock_pipeline(base: BaseModel, stock: StableDiffusionXLPipeline) -> None:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
-from peft import LoraConfig
 from torch import Tensor
 
 from cat_cluster.data.draws import AdapterTask, draw_batch
@@ -17,7 +15,15 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.training.step import train_step
 from tests.unit.training import test_step as steps
 from tests.unit.training.test_loop import bit_equal, member, relative_error, series, train
-from tests.unit.training.test_step import concept, gradients, naive_loss, open_bank, open_engine, task, trained_weights
+from tests.unit.training.test_step import (
+    concept,
+    gradients,
+    naive_gradients,
+    open_bank,
+    open_engine,
+    task,
+    trained_weights,
+)
 
 WORDS = "in snow on grass by a red car "
 
@@ -75,19 +81,8 @@ def test_the_step_equals_a_naive_reference_whose_rows_are_each_alone(
     ours = gradients(bank, 1)
     bank.detach()
 
-    teacher = UNet2DConditionModel.from_pretrained(base.folder / "unet")
-    base.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(weights.layers)))
-    for name, layer in weights.layers.items():
-        module = base.unet.get_submodule(name)
-        module.lora_A["default"].weight.data.copy_(layer.down)
-        module.lora_B["default"].weight.data.copy_(layer.up)
     monkeypatch.setattr(steps, "states_of", states_of_chunks)
-    naive_loss(base, teacher, one, batch, None).backward()
-    theirs = [
-        getattr(base.unet.get_submodule(name), side)["default"].weight.grad
-        for name in weights.layers
-        for side in ("lora_A", "lora_B")
-    ]
+    theirs = naive_gradients(base, one, weights, batch)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-7)
 

@@ -192,6 +192,24 @@ def naive_loss(
     return total / sum(c.weight for c in one.concepts)
 
 
+def naive_gradients(
+    base: BaseModel, one: AdapterTask, weights: AdapterWeights, batch: Batch, gamma: float | None = None
+) -> list[Tensor]:
+    """The gradients of naive_loss for the weights, in PEFT's own layers; the base's U-Net has them afterwards."""
+    teacher = UNet2DConditionModel.from_pretrained(base.folder / "unet")
+    base.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(weights.layers)))
+    for name, layer in weights.layers.items():
+        module = base.unet.get_submodule(name)
+        module.lora_A["default"].weight.data.copy_(layer.down)
+        module.lora_B["default"].weight.data.copy_(layer.up)
+    naive_loss(base, teacher, one, batch, gamma).backward()
+    return [
+        getattr(base.unet.get_submodule(name), side)["default"].weight.grad
+        for name in weights.layers
+        for side in ("lora_A", "lora_B")
+    ]
+
+
 @pytest.mark.parametrize("joint_rows", [True, False])
 @pytest.mark.parametrize(
     ("kind", "gamma", "fraction", "decoys", "offset", "photos"),
@@ -228,18 +246,7 @@ def test_the_step_equals_a_naive_three_forward_reference(
     ours = gradients(bank, 1)
     bank.detach()
 
-    teacher = UNet2DConditionModel.from_pretrained(base.folder / "unet")
-    base.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(weights.layers)))
-    for name, layer in weights.layers.items():
-        module = base.unet.get_submodule(name)
-        module.lora_A["default"].weight.data.copy_(layer.down)
-        module.lora_B["default"].weight.data.copy_(layer.up)
-    naive_loss(base, teacher, one, batch, gamma).backward()
-    theirs = [
-        getattr(base.unet.get_submodule(name), side)["default"].weight.grad
-        for name in weights.layers
-        for side in ("lora_A", "lora_B")
-    ]
+    theirs = naive_gradients(base, one, weights, batch, gamma)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-7)
 
