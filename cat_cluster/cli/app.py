@@ -248,10 +248,8 @@ def spec_check(
     as_json: AsJson = False,
 ) -> None:
     """Check a job spec, its base models and photos, and print the adapters it would train. Nothing is trained."""
-    from cat_cluster.data.caption_changes import tag_warnings
-    from cat_cluster.data.concepts import folder_warnings, load_concepts
-    from cat_cluster.data.crops import crop_warnings
-    from cat_cluster.data.text_length import check_caption_lengths
+    from cat_cluster.data.concepts import load_concepts
+    from cat_cluster.data.warnings import concept_warnings
     from cat_cluster.models.base_names import check_bases
     from cat_cluster.models.text_limit import local_text_limit
     from cat_cluster.spec.job import load_spec
@@ -278,10 +276,7 @@ def spec_check(
     for adapter in adapters:
         concepts = load_concepts(adapter.id, adapter.concepts, masked=adapter.training.masked_loss)
         read[adapter.id] = [_what_was_read(one) for one in concepts]
-        warnings += crop_warnings(adapter.id, concepts, adapter.training)
-        warnings += folder_warnings(adapter.id, concepts) + tag_warnings(adapter.id, concepts, adapter.training)
-        limit = limits[adapter.base]
-        warnings += () if limit is None else check_caption_lengths(adapter.id, concepts, limit, adapter.training)
+        warnings += concept_warnings(adapter.id, concepts, adapter.training, limits[adapter.base])
     if as_json:
         print_json(
             {"adapters": [adapter.model_dump(mode="json") for adapter in adapters], "read": read, "warnings": warnings}

@@ -7,13 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cat_cluster.data.caption_changes import tag_warnings
-from cat_cluster.data.concepts import Concept, folder_warnings, has_token, load_concepts
-from cat_cluster.data.crops import crop_warnings
+from cat_cluster.data.concepts import Concept, has_token, load_concepts
 from cat_cluster.data.decoys import with_decoys
 from cat_cluster.data.draws import AdapterTask
 from cat_cluster.data.latents import LatentCache
-from cat_cluster.data.text_length import check_caption_lengths
+from cat_cluster.data.warnings import concept_warnings
 from cat_cluster.errors import ChangedJobError, CheckpointError, EvaluationError, SpecError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import is_pocket, load_judges
@@ -102,12 +100,7 @@ def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[s
         bases[resolved.base] = load_base_model(resolved.base, device=choose_device(settings.device))
     base = bases[resolved.base]
     training = resolved.training
-    warnings = (
-        *folder_warnings(resolved.id, concepts),
-        *tag_warnings(resolved.id, concepts, training),
-        *check_caption_lengths(resolved.id, concepts, base.text_limit, training),
-        *crop_warnings(resolved.id, concepts, training),
-    )
+    warnings = concept_warnings(resolved.id, concepts, training, base.text_limit)
     revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint, TRAINING_VERSION)
     adapter = PreparedAdapter(resolved, concepts, base, revision, warnings)
     if adapter.bucket_step is not None and adapter.resolution % adapter.bucket_step:
