@@ -9,7 +9,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from types import FrameType
@@ -42,22 +42,23 @@ class LogListener:
         """Write a line."""
         say(text)
 
-    def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None:
+    def pack_started(self, steps: Mapping[str, int]) -> None:
         """Say which adapters train together."""
-        say(f"training {', '.join(adapter_ids)}: {steps} steps")
+        say(f"training {', '.join(f'{adapter_id} ({own} steps)' for adapter_id, own in steps.items())}")
 
     def step(self, report: StepReport) -> None:
         """Write the step and the losses of each token, not at every step."""
-        if time.monotonic() - self._last < LINE_SECONDS and report.step not in (1, report.steps):
+        if time.monotonic() - self._last < LINE_SECONDS and not report.notable:
             return
         self._last = time.monotonic()
         losses = "; ".join(
-            f"{adapter_id} {token} identity {loss.identity:.4f}" + ("" if loss.cat is None else f" cat {loss.cat:.5f}")
+            f"{adapter_id} {report.done[adapter_id]}/{report.steps[adapter_id]} {token} identity {loss.identity:.4f}"
+            + ("" if loss.cat is None else f" cat {loss.cat:.5f}")
             for adapter_id, tokens in report.losses.items()
             for token, loss in tokens.items()
         )
         dropped = "".join(f"; dropped {adapter_id}: {reason}" for adapter_id, reason in report.dropped.items())
-        say(f"step {report.step}/{report.steps}: {losses}{dropped}")
+        say(f"{losses}{dropped}")
 
     def images(self, adapter_id: str, done: int, total: int) -> None:
         """Say when the evaluation of an adapter is done."""

@@ -295,7 +295,7 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/optimizer.py",
-        "count=self.steps_done + 1",
+        "count=self.steps_done[slot] + 1",
         "count=1",
         "training/test_optimizer.py",
     ),

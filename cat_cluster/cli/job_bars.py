@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,12 +22,12 @@ class JobBars(Bars):
         super().__init__(console)
         self._smoothed: dict[tuple[str, str], ConceptLoss] = {}
 
-    def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None:
+    def pack_started(self, steps: Mapping[str, int]) -> None:
         """Open a training bar for each adapter of the pack."""
-        if len(adapter_ids) > 1:
-            self.message(f"{len(adapter_ids)} adapters train together, in one U-Net forward per step")
-        for adapter_id in adapter_ids:
-            self._train(adapter_id, total=steps)
+        if len(steps) > 1:
+            self.message(f"{len(steps)} adapters train together, in one U-Net forward per step")
+        for adapter_id, total in steps.items():
+            self._train(adapter_id, total=total)
 
     def step(self, report: StepReport) -> None:
         """Move the training bars and show the losses of each token."""
@@ -35,7 +35,7 @@ class JobBars(Bars):
             self._train(adapter_id, detail=f"[red]dropped: {escape(reason)}")
         for adapter_id, losses in report.losses.items():
             detail = "  ".join(self._smoothed_text(adapter_id, token, loss) for token, loss in losses.items())
-            self._train(adapter_id, completed=report.step, detail=detail)
+            self._train(adapter_id, completed=report.done[adapter_id], detail=detail)
 
     def images(self, adapter_id: str, done: int, total: int) -> None:
         """Move the evaluation bar of an adapter."""

@@ -189,7 +189,7 @@ class _Driver:
             folder=self._folder,
         )
         self._packs_started += 1
-        self._listener.pack_started(spec.ids, adapters[0].resolved.training.steps)
+        self._listener.pack_started({adapter.resolved.id: adapter.resolved.training.steps for adapter in adapters})
         for adapter_id in spec.ids:
             self._writer.adapter(adapter_id, state="training")
         self._training[start_pack(spec)] = _Pack(spec, adapters)
@@ -202,7 +202,7 @@ class _Driver:
                 self._listener.step(report)
                 for adapter_id, losses in report.losses.items():
                     tokens = {token: {"identity": one.identity, "cat": one.cat} for token, one in losses.items()}
-                    self._writer.adapter(adapter_id, step=report.step, losses=tokens)
+                    self._writer.adapter(adapter_id, step=report.done[adapter_id], losses=tokens)
             elif kind == "images":
                 self._listener.images(*event)
             elif kind == "message":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -42,7 +42,7 @@ class PackMonitor:
         self._job, self._pack, self._events = job, tuple(pack), events
         self._reports = reports
         self._reported = 0.0
-        self._grids: Callable[[int], None] | None = None
+        self._grids: Callable[[Mapping[str, int]], None] | None = None
         self._folder = f"runs/{run_id}"
         self._store = store
         self._metrics = TrainingMetrics(metrics)
@@ -61,8 +61,10 @@ class PackMonitor:
             return  # where the base is sharded every worker takes part in each image
         grids = SampleGrids(base, bank)
 
-        def store_grids(step: int) -> None:
+        def store_grids(due: Mapping[str, int]) -> None:
             for slot, adapter in enumerate(self._pack, start=1):
+                if (step := due.get(adapter.resolved.id)) is None:
+                    continue
                 concepts = [(concept.token, concept.class_noun) for concept in adapter.concepts]
                 grid = grids.draw(slot, concepts, f"{adapter.resolved.id}, step {step}")
                 if not self._reports:
@@ -86,12 +88,12 @@ class PackMonitor:
             if self._tensorboard is not None:
                 self._tensorboard.step(report)
             now = time.monotonic()
-            if now - self._reported >= REPORT_SECONDS or report.step in (1, report.steps):
+            if now - self._reported >= REPORT_SECONDS or report.notable:
                 self._reported = now
                 self._events.put("step", report)
         every = self._job.monitoring.samples_every
-        if self._grids is not None and every is not None and report.step % every == 0:
-            self._grids(report.step)
+        if self._grids is not None and every is not None:
+            self._grids({adapter_id: step for adapter_id, step in report.done.items() if step % every == 0})
         if self._tensorboard is not None and report.step % self._job.cluster.checkpoint_every == 0:
             self._upload()
 
@@ -111,5 +113,4 @@ class PackMonitor:
         assert self._tensorboard is not None
         self._tensorboard.flush()
         for name, data in self._tensorboard.files().items():
-            # A folder per pack: a pack that resumes drops its later steps, and must not drop those of another.
-            self._store.put(f"{self._folder}/tensorboard/{self._pack[0].resolved.id}/{name}", data)
+            self._store.put(f"{self._folder}/tensorboard/{name}", data)

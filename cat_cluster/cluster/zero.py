@@ -30,11 +30,11 @@ class ZeroEngine:
     """One worker of a pack under DeepSpeed; the process group must be there."""
 
     def __init__(
-        self, base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool, *, stage: int
+        self, base: BaseModel, slots: Slots, saved: Sequence[SlotState | None], bf16: bool, *, stage: int
     ) -> None:
         """slots: parameters by name and settings of each slot, values in place; they are the engine's from now.
 
-        So is the U-Net. saved: what the optimiser kept of each slot of a resumed run. stage: ZeRO stage, 0 to 3.
+        So is the U-Net. saved: what the optimiser kept of each slot that goes on. stage: ZeRO stage, 0 to 3.
         """
         for _, training in slots:
             if stage > 0 and not RULES[training.optimizer].on_shards:
@@ -72,8 +72,9 @@ class ZeroEngine:
             whole = self._engine.optimizer.persistent_parameters
             whole[0].all_gather(whole)
             self._guard_norms()
-        for slot, states in enumerate(saved or ()):
-            self._restore(slot, states)
+        for slot, states in enumerate(saved):
+            if states is not None:
+                self._restore(slot, states)
 
     def predict(self, noisy_BCHW: Tensor, timestep_B: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the student's prediction [B, C, H, W]; the rows are bound to their slots by the caller."""
@@ -90,7 +91,7 @@ class ZeroEngine:
             # DeepSpeed would skip the whole step for one bad slot: its gradients were set to 0 on the way, and all
             # workers agree here that it is dropped.
             for slot in self.sum(self._not_finite.clone()).nonzero().flatten().tolist():
-                self.optimizer.drop(slot, f"gradient not finite at step {self.optimizer.steps_done}")
+                self.optimizer.drop(slot, f"gradient not finite at step {self.optimizer.steps_done[slot]}")
             self._not_finite.zero_()
         self._engine.step()
         self.optimizer.finish_step()
@@ -179,7 +180,7 @@ class ZeroEngine:
 def zero_engine(stage: int) -> EngineFactory:
     """Return the maker of engines of one ZeRO stage."""
 
-    def make(base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> ZeroEngine:
+    def make(base: BaseModel, slots: Slots, saved: Sequence[SlotState | None], bf16: bool) -> ZeroEngine:
         return ZeroEngine(base, slots, saved, bf16, stage=stage)
 
     return make

@@ -173,20 +173,20 @@ class _Row:
     terms: tuple[_Term, ...]
 
 
-def draw_batch(tasks: Sequence[AdapterTask], step: int, num_timesteps: int, active: Sequence[bool]) -> Batch:
-    """Draw the rows of one step for all active adapters of a pack.
+def draw_batch(tasks: Sequence[AdapterTask], steps: Sequence[int | None], num_timesteps: int) -> Batch:
+    """Draw the rows of one step of a pack.
 
-    tasks: the pack. step: counted from 0. num_timesteps: T of the noise schedule. active: False for adapters that
-    were dropped. Raises ValueError when no adapter is active.
+    tasks: the pack. steps: at which step each adapter is, counted from 0; None for one that trains no more.
+    num_timesteps: T of the noise schedule. Raises ValueError when no adapter trains.
     """
     rows = [
         row
-        for index, task in enumerate(tasks)
-        if active[index]
+        for index, (task, step) in enumerate(zip(tasks, steps, strict=True))
+        if step is not None
         for row in _adapter_rows(task, index, step, num_timesteps)
     ]
     if not rows:
-        raise ValueError("every adapter of the pack was dropped")
+        raise ValueError("no adapter of the pack trains any more")
     terms = [(i, term) for i, row in enumerate(rows) for term in row.terms]
     return Batch(
         adapter_B=torch.tensor([row.adapter for row in rows]),

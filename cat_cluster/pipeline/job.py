@@ -6,7 +6,7 @@ The steps of a job are functions of their own, so that `cluster/driver.py` can s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
@@ -45,8 +45,8 @@ class JobListener(Protocol):
     def message(self, text: str) -> None:
         """A line for people."""
 
-    def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None:
-        """Training of a pack begins."""
+    def pack_started(self, steps: Mapping[str, int]) -> None:
+        """Adapters begin to train together; steps: adapter id -> how many it takes in all."""
 
     def step(self, report: StepReport) -> None:
         """A step of a running pack is done."""
@@ -63,7 +63,7 @@ class Silent:
 
     def message(self, text: str) -> None: ...
 
-    def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None: ...
+    def pack_started(self, steps: Mapping[str, int]) -> None: ...
 
     def step(self, report: StepReport) -> None: ...
 
@@ -133,7 +133,7 @@ def run_job(
         else:
             keep(done)
     for pack in plan_packs(waiting, store, lambda group: pack_size(group, job, settings)):
-        listener.pack_started([adapter.resolved.id for adapter in pack], pack[0].resolved.training.steps)
+        listener.pack_started({adapter.resolved.id: adapter.resolved.training.steps for adapter in pack})
         started = time.perf_counter()
         trained = train_adapters(pack, job, store, settings, on_step=listener.step)
         seconds = time.perf_counter() - started
@@ -170,9 +170,8 @@ def plan_packs(
 ) -> list[list[PreparedAdapter]]:
     """Group adapters that can share a forward into packs of even size, at most `largest(group)` together.
 
-    Adapters of an interrupted job share a pack where they have a checkpoint of one step in common, so that nobody
-    is thrown back further than its own last checkpoints. With fewer than it would keep, the start is one of them.
-    Within a group those of like rank come together, since a bank pads all to its largest rank.
+    Within a group those of like rank come together, since a bank pads all to its largest rank, and of these those of
+    like steps, since one that ends leaves its place empty.
     Raises CheckpointError for checkpoints of a version whose checkpoints this one does not read.
     """
     groups: dict[tuple[object, ...], list[PreparedAdapter]] = {}
@@ -181,14 +180,12 @@ def plan_packs(
         groups.setdefault(_pack_key(adapter), []).append(adapter)
     packs = []
     for group in groups.values():
-        limit = largest(group)
-        resumable = {id(adapter): checkpoints_of(adapter, store).resumable() for adapter in group}
-        while group:
-            step = min(max(resumable[id(adapter)]) for adapter in group)
-            together = [adapter for adapter in group if step in resumable[id(adapter)]]
-            group = [adapter for adapter in group if step not in resumable[id(adapter)]]
-            packs += _even_parts(sorted(together, key=lambda adapter: adapter.resolved.training.rank), limit)
+        packs += _even_parts(sorted(group, key=_likeness), largest(group))
     return packs
+
+
+def _likeness(adapter: PreparedAdapter) -> tuple[int, int]:
+    return adapter.resolved.training.rank, adapter.resolved.training.steps
 
 
 def _even_parts(adapters: Sequence[PreparedAdapter], limit: int) -> list[list[PreparedAdapter]]:
@@ -202,7 +199,6 @@ def _pack_key(adapter: PreparedAdapter) -> tuple[object, ...]:
     return (
         adapter.base.fingerprint,
         adapter.resolution,
-        training.steps,
         training.targets,
         training.blocks,
         training.precision,
@@ -247,7 +243,7 @@ def train_adapters(
     make_engine: EngineFactory = TorchEngine,
     on_bank: Callable[[LoraBank], None] | None = None,
 ) -> list[TrainedAdapter]:
-    """Train the adapters of one pack together, from their last common checkpoint on.
+    """Train the adapters of one pack together, from their checkpoints on.
 
     on_checkpoint is called after each stored checkpoint with its seconds and bytes. on_bank is given the bank when it
     is open, with adapter i of the pack in slot i + 1 from the first step on. Raises OutOfMemoryError.

@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -42,6 +43,10 @@ class AdapterState:
     loss_curves: dict[str, Any] = field(default_factory=dict)
     drift_budget: list[list[float | None]] = field(default_factory=list)
     numbers: dict[str, float] = field(default_factory=dict)
+
+    def ended(self, last: int) -> bool:
+        """Say whether it trains no more: it was dropped, or has done its last step."""
+        return self.dropped is not None or self.step >= last
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,6 @@ class CheckpointStore:
         """Return the steps that have a checkpoint, oldest first; reading one may still find it damaged."""
         names = [key.rsplit("/", 1)[-1] for key in self.store.list(f"{self.prefix}/")]
         return sorted(int(name.removesuffix(".json")) for name in names if name.endswith(".json"))
-
-    def resumable(self) -> set[int]:
-        """Return the steps training can go on from: those of the checkpoints, and 0 while there are fewer than two."""
-        steps = self.steps()
-        return set(steps) if len(steps) >= KEEP_CHECKPOINTS else {0, *steps}
 
     def load(self, step: int, names: Collection[str]) -> AdapterState:
         """Return a checkpoint with the tensors `names`, as tensor_names gives them.
@@ -152,18 +152,16 @@ class CheckpointWriter:
         """Say whether a checkpoint is to be taken after `step` steps."""
         return step % self._interval == 0
 
-    def save(self, states: Sequence[AdapterState]) -> None:
-        """Copy the adapters' states and write them in the background.
+    def save(self, states: Mapping[int, AdapterState]) -> None:
+        """Copy the states of some adapters, by their place in the pack, and write them in the background.
 
         Raises StoreError when the checkpoint before could not be stored.
         """
         if self._threads is None:
             return
         self.wait()
-        copies = [_copied(state) for state in states]
-        self._writing = [
-            self._threads.submit(series.save, state) for series, state in zip(self._series, copies, strict=True)
-        ]
+        copies = {place: _copied(state) for place, state in states.items()}
+        self._writing = [self._threads.submit(self._series[place].save, state) for place, state in copies.items()]
         if self._wait_at_once:
             self.wait()
 
@@ -212,24 +210,54 @@ def _by_parameter(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]
     return found
 
 
-def load_newest(stores: Sequence[CheckpointStore], names: Sequence[Collection[str]]) -> list[AdapterState] | None:
-    """Return the states of the newest step that every adapter of a pack has whole, or None to start afresh.
+def load_newest(
+    stores: Sequence[CheckpointStore], names: Sequence[Collection[str]], ends: Sequence[int]
+) -> list[AdapterState | None]:
+    """Return where each adapter of a pack goes on; None is its start.
 
-    names: of each adapter's tensors.
-    A damaged checkpoint is skipped for the one before. Raises CheckpointError when no step is whole for all and
-    some adapter is past its first checkpoint.
+    names: of each adapter's tensors. ends: each adapter's last step.
+    Adapters that trained side by side go on at one step, the newest that all have whole, so that a resumed run ends
+    as the whole one to the bit; those that were at their end by then stay there. Where they have no step in common,
+    each goes on at its own newest.
+    A damaged checkpoint is skipped for the one before. Raises CheckpointError where an adapter has damaged ones only.
     """
-    common = set.intersection(*(set(store.steps()) for store in stores)) if stores else set()
-    damage: CheckpointError | None = None
-    for step in sorted(common, reverse=True):
-        try:
-            return [store.load(step, own) for store, own in zip(stores, names, strict=True)]
-        except CheckpointError as error:
-            damage = error
-    if damage is not None:
-        raise damage
-    if any(0 not in store.resumable() for store in stores):
-        raise CheckpointError(
-            "the adapters of this pack are at different steps: train those separately that have no checkpoint in common"
-        )
-    return None
+    kept = [_Kept(store, own) for store, own in zip(stores, names, strict=True)]
+    newest = [one.newest() for one in kept]
+    for step in sorted({0, *(step for one in kept for step in one.steps)}, reverse=True):
+        with suppress(CheckpointError):
+            return [
+                own if own is not None and own.step <= step and own.ended(end) else one.at(step)
+                for one, own, end in zip(kept, newest, ends, strict=True)
+            ]
+    return newest
+
+
+class _Kept:
+    """The checkpoints of one adapter, each read once."""
+
+    def __init__(self, store: CheckpointStore, names: Collection[str]) -> None:
+        self._store, self._names = store, names
+        self.steps = store.steps()
+        self._complete = len(self.steps) < KEEP_CHECKPOINTS  # none was removed: its start is one of them
+        self._read: dict[int, AdapterState] = {}
+
+    def newest(self) -> AdapterState | None:
+        """Return the newest whole one, None where there is none; raises CheckpointError where all are damaged."""
+        for step in reversed(self.steps):
+            try:
+                return self.at(step)
+            except CheckpointError as error:
+                damage = error
+        if self.steps:
+            raise damage
+        return None
+
+    def at(self, step: int) -> AdapterState | None:
+        """Return the one of a step, None for the start; raises CheckpointError where there is none, or no whole one."""
+        if step == 0 and self._complete:
+            return None
+        if step not in self.steps:
+            raise CheckpointError(f"there is no checkpoint {step} under {self._store.prefix}")
+        if step not in self._read:
+            self._read[step] = self._store.load(step, self._names)
+        return self._read[step]

@@ -49,7 +49,7 @@ class TrainingEngine(Protocol):
         """Return the value of each parameter of a slot and what the optimiser keeps of it, whole, by name."""
 
 
-EngineFactory: TypeAlias = Callable[[BaseModel, Slots, Sequence[SlotState] | None, bool], TrainingEngine]
+EngineFactory: TypeAlias = Callable[[BaseModel, Slots, Sequence[SlotState | None], bool], TrainingEngine]
 
 
 class TorchEngine:
@@ -57,8 +57,8 @@ class TorchEngine:
 
     joined_teacher = False
 
-    def __init__(self, base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> None:
-        """slots: parameters by name and settings of each. saved: what the optimiser kept of them in a resumed run."""
+    def __init__(self, base: BaseModel, slots: Slots, saved: Sequence[SlotState | None], bf16: bool) -> None:
+        """slots: parameters by name and settings of each. saved: what the optimiser kept of those that go on."""
         self._base = base
         self._bf16 = bf16
         self.optimizer = SlotOptimizer(slots)
@@ -66,8 +66,8 @@ class TorchEngine:
         parallel = distributed.is_available() and distributed.is_initialized()
         self.rank = distributed.get_rank() if parallel else 0
         self.world_size = distributed.get_world_size() if parallel else 1
-        for slot, states in enumerate(saved or ()):
-            for parameter, state in zip(self._slots[slot], states, strict=True):
+        for slot, states in enumerate(saved):
+            for parameter, state in zip(self._slots[slot], states, strict=True) if states is not None else ():
                 for name, kept in self.optimizer.state_of(slot, parameter).items():
                     kept.copy_(state[name])
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -42,12 +43,13 @@ class PackMember:
 class StepReport:
     """Progress after a step: losses[adapter id][token]; seconds is this step's wall time.
 
+    done, steps: how many steps each adapter that had one in this step has done of its own, and how many it will do.
     alpha_scales: adapter id -> token -> the factor a drift budget puts on alpha; adapters without one are absent.
     teacher_known, teacher_asked: predictions of the base that came from a pool, and those computed in this step.
     """
 
-    step: int
-    steps: int
+    done: Mapping[str, int]
+    steps: Mapping[str, int]
     seconds: float
     rows: int
     losses: dict[str, dict[str, ConceptLoss]]
@@ -55,6 +57,21 @@ class StepReport:
     alpha_scales: dict[str, dict[str, float]] = field(default_factory=dict)
     teacher_known: int = 0
     teacher_asked: int = 0
+
+    @property
+    def step(self) -> int:
+        """The step of the adapter that is farthest."""
+        return max(self.done.values())
+
+    @property
+    def ended(self) -> tuple[str, ...]:
+        """The adapters that train no more after this step."""
+        return tuple(name for name, done in self.done.items() if done >= self.steps[name] or name in self.dropped)
+
+    @property
+    def notable(self) -> bool:
+        """Whether it is the first step of an adapter, or the last."""
+        return 1 in self.done.values() or bool(self.ended)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,12 +101,13 @@ def train_pack(
 ) -> list[TrainedAdapter]:
     """Train every adapter of a pack in one U-Net forward per step and leave each in its slot (member i in i + 1).
 
-    The settings that shape the U-Net call are those of the first member, and all must agree on them. steps: the last
-    step, if not that of the settings. checkpoints: one series per member, or none; checkpoint_every: the most steps
-    that an interruption may cost. An interrupted run continues from the newest step that all members have and ends with
-    the same adapters, on any number of workers and with any engine. Called by all workers of a pack together; on_step
-    is called on each, checkpoints are written by the first.
-    Raises CheckpointError when there is no common step, StoreError when a checkpoint cannot be stored.
+    The settings that shape the U-Net call are those of the first member, and all must agree on them. Each adapter is
+    at a step of its own, has rows until its last, and is stored then. steps: the last step of all, if not that of
+    their settings. checkpoints: one series per member, or none; checkpoint_every: the most steps that an interruption
+    may cost. An interrupted run goes on from there (`load_newest`) and ends with the same adapters, on any number of
+    workers and with any engine. Called by all workers of a pack together; on_step is called on each, checkpoints are
+    written by the first.
+    Raises CheckpointError where an adapter's checkpoints are damaged, StoreError where one cannot be stored.
     """
     pack = _PackState.open(base, bank, members, steps, checkpoints, make_engine)
     engine, optimizer, tasks = pack.engine, pack.engine.optimizer, pack.tasks
@@ -103,17 +121,20 @@ def train_pack(
     writer = CheckpointWriter(checkpoints if engine.rank == 0 else (), checkpoint_every)
     with writer, _training_mode(base, trainings[0]):
         pool.fill(base, bank, encode_text, tasks, partial(autocast, base, bf16=trainings[0].bf16))
-        while not pack.finished:
+        for taken in count(1):
+            places = optimizer.places
+            if all(place is None for place in places):
+                break
             started = time.perf_counter()
-            active = [slot not in optimizer.dropped for slot in range(len(members))]
-            drawn = draw_batch(tasks, optimizer.steps_done, base.schedule.num_timesteps, active)
+            drawn = draw_batch(tasks, places, base.schedule.num_timesteps)
             batch = pack.drift_budget.weigh(drawn)
             parts = step_parts(batch, accumulate, engine.rank, engine.world_size, cat_apart=cat_apart)
             losses = [train_step(base, bank, encode_text, part.batch, trainings, engine, pool) for part in parts]
             engine.step()
             report = pack.record(batch, _all_losses(engine, batch, parts, losses), started)
-            if checkpoints and (writer.due(report.step) or pack.finished):
-                writer.save([pack.state(slot) for slot in range(len(members))])
+            kept = report.done if writer.due(taken) else report.ended
+            if checkpoints and kept:
+                writer.save({slot: pack.state(slot) for slot, task in enumerate(tasks) if task.adapter_id in kept})
             if on_step is not None:
                 on_step(report)
     return pack.results()
@@ -135,7 +156,6 @@ class _PackState:
     """What changes from step to step, and is saved and restored together."""
 
     tasks: list[AdapterTask]
-    steps: int
     bank: LoraBank
     engine: TrainingEngine
     loss_curves: LossCurves
@@ -158,43 +178,38 @@ class _PackState:
         tasks = [member.task for member in members]
         slots = [(own, task.training) for own, task in zip(parameters, tasks, strict=True)]
         names = [tensor_names(own, state_names(task.training)) for own, task in zip(parameters, tasks, strict=True)]
-        states = load_newest(checkpoints, names)
+        ends = [task.training.steps if steps is None else steps for task in tasks]
+        states = load_newest(checkpoints, names, ends) if checkpoints else [None] * len(tasks)
         # An engine may shard what it is given: the values must be in place before, the rest goes in with it.
-        saved = None if states is None else list(map(_restore, parameters, states))
+        saved = list(map(_restore, parameters, states))
         engine = make_engine(base, slots, saved, tasks[0].training.bf16)
+        engine.optimizer.ends = ends
         tokens = [[concept.token for concept in task.concepts] for task in tasks]
         drift_budget = DriftBudget([task.training.drift_budget for task in tasks], tokens)
-        steps = tasks[0].training.steps if steps is None else steps
-        pack = cls(tasks, steps, bank, engine, LossCurves(tasks, steps), drift_budget)
-        if states is not None:
-            dropped = {slot: state.dropped for slot, state in enumerate(states) if state.dropped is not None}
-            engine.optimizer.resume(states[0].step, dropped, [state.numbers for state in states])
-            for slot, (task, state) in enumerate(zip(tasks, states, strict=True)):
+        pack = cls(tasks, bank, engine, LossCurves(tasks, ends), drift_budget)
+        for slot, (task, state) in enumerate(zip(tasks, states, strict=True)):
+            if state is not None:
+                engine.optimizer.resume(slot, state.step, state.dropped, state.numbers)
                 pack.loss_curves.restore(task.adapter_id, state.loss_curves)
                 pack.drift_budget.restore(slot, state.drift_budget)
         return pack
 
-    @property
-    def finished(self) -> bool:
-        """True when all steps are done, or no adapter is left to train."""
-        optimizer = self.engine.optimizer
-        return optimizer.steps_done >= self.steps or len(optimizer.dropped) == len(self.tasks)
-
     def record(self, batch: Batch, losses: RowLosses, started: float) -> StepReport:
         """Record the losses of the step that was just done and return its report."""
-        done = self.engine.optimizer.steps_done
+        optimizer, trained = self.engine.optimizer, sorted(set(batch.adapter_B.tolist()))
+        done = {self.tasks[slot].adapter_id: optimizer.steps_done[slot] for slot in trained}
         recorded = self.loss_curves.record(done, batch, losses)
         for adapter, task in enumerate(self.tasks):
             self.drift_budget.update(adapter, recorded.get(task.adapter_id, {}))
         return StepReport(
-            step=done,
-            steps=self.steps,
+            done=done,
+            steps={self.tasks[slot].adapter_id: optimizer.ends[slot] for slot in trained},
             seconds=time.perf_counter() - started,
             rows=len(batch.prompts) + int((~batch.outside_M).sum()),
             losses=recorded,
-            dropped={self.tasks[slot].adapter_id: reason for slot, reason in self.engine.optimizer.dropped.items()},
+            dropped={self.tasks[slot].adapter_id: reason for slot, reason in optimizer.dropped.items()},
             alpha_scales={
-                task.adapter_id: scales for i, task in enumerate(self.tasks) if (scales := self.drift_budget.scales(i))
+                self.tasks[slot].adapter_id: scales for slot in trained if (scales := self.drift_budget.scales(slot))
             },
             teacher_known=sum(key is not None for key in batch.pool_keys),
             teacher_asked=sum(key is None for key in batch.pool_keys),
@@ -203,7 +218,7 @@ class _PackState:
     def state(self, slot: int) -> AdapterState:
         """Return all that one adapter needs to go on from here."""
         return AdapterState(
-            step=self.engine.optimizer.steps_done,
+            step=self.engine.optimizer.steps_done[slot],
             parameters=dict(
                 zip(self.bank.named_parameters(slot + 1), self.engine.slot_state(slot), strict=True),
             ),
@@ -250,8 +265,10 @@ def _training_mode(base: BaseModel, training: TrainingSpec) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _restore(parameters: Mapping[str, nn.Parameter], state: AdapterState) -> SlotState:
+def _restore(parameters: Mapping[str, nn.Parameter], state: AdapterState | None) -> SlotState | None:
     """Put a checkpoint's values into the parameters and return all that it has of them, in their order."""
+    if state is None:
+        return None
     for name, parameter in parameters.items():
         parameter.copy_(state.parameters[name]["value"])
     return [state.parameters[name] for name in parameters]

@@ -26,16 +26,20 @@ class ConceptLoss:
 class LossCurves:
     """Loss curves of a pack, kept as means over at most 100 bins of steps per concept."""
 
-    def __init__(self, tasks: Sequence[AdapterTask], steps: int) -> None:
+    def __init__(self, tasks: Sequence[AdapterTask], steps: Sequence[int]) -> None:
+        """steps: of each adapter's training."""
         self._tasks = tasks
-        self._bin = _bin_size(steps)
+        self._bins = {task.adapter_id: _bin_size(own) for task, own in zip(tasks, steps, strict=True)}
         # adapter id -> token -> bin -> [identity sum, identity rows, cat sum, cat rows, outside sum, outside rows]
         self._sums: dict[str, dict[str, dict[int, list[float]]]] = {
             task.adapter_id: {concept.token: {} for concept in task.concepts} for task in tasks
         }
 
-    def record(self, step: int, batch: Batch, losses: RowLosses) -> dict[str, dict[str, ConceptLoss]]:
-        """Add the losses of a step and return this step's means per adapter and token."""
+    def record(self, done: Mapping[str, int], batch: Batch, losses: RowLosses) -> dict[str, dict[str, ConceptLoss]]:
+        """Add the losses of a step and return this step's means per adapter and token.
+
+        done: adapter id -> its steps with this one.
+        """
         step_sums: dict[str, dict[str, list[float]]] = {}
         sums_of_row = []
         for adapter, concept in zip(batch.adapter_B.tolist(), batch.concept_B.tolist(), strict=True):
@@ -50,8 +54,8 @@ class LossCurves:
             place = 4 if outside else 2
             sums_of_row[row][place] += loss
             sums_of_row[row][place + 1] += 1
-        bin_index = (step - 1) // self._bin
         for adapter_id, tokens in step_sums.items():
+            bin_index = (done[adapter_id] - 1) // self._bins[adapter_id]
             for token, sums in tokens.items():
                 total = self._sums[adapter_id][token].setdefault(bin_index, [0.0] * _SUMS)
                 total[:] = [a + b for a, b in zip(total, sums, strict=True)]
@@ -62,7 +66,7 @@ class LossCurves:
 
         Concepts with masks have "outside" too.
         """
-        return _curves(self._sums[adapter_id], self._bin)
+        return _curves(self._sums[adapter_id], self._bins[adapter_id])
 
     def to_json(self, adapter_id: str) -> dict[str, Any]:
         """Return an adapter's sums as JSON for its checkpoint."""

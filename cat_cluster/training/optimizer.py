@@ -56,7 +56,8 @@ class SlotOptimizer(torch.optim.Optimizer):
     """Moves each slot by its own rule; clips a slot by its own norm and drops one whose gradient is not finite.
 
     slots: the parameters by name and the settings of each. A dropped slot is never updated again and its reason is
-    kept in `dropped`; the other slots do the same arithmetic as if they were alone. An engine that shards the
+    kept in `dropped`; the other slots do the same arithmetic as if they were alone. Each slot is at a step of its own
+    (`steps_done`) and is not updated beyond its last (`ends`). An engine that shards the
     groups puts its shards in the place of their parameters and gives `sum_over_shards` and, of a slot whose learning
     rate is not one, in `runs` how many elements of the shard have which factor; whoever takes steps calls
     `step` (once, or once per group) and then `finish_step`. numbers: what the rule keeps of each slot as a whole.
@@ -77,8 +78,10 @@ class SlotOptimizer(torch.optim.Optimizer):
             for name, parameter in parameters.items()
         }
         self.runs: dict[int, list[tuple[int, float]]] = {}
-        self.steps_done = 0
+        self.steps_done = [0] * len(slots)
+        self.ends = [training.steps for training in self._trainings]
         self.dropped: dict[int, str] = {}
+        self._dropped_before: frozenset[int] = frozenset()
         self.sum_over_shards: Callable[[Tensor], Tensor] | None = None
 
     @torch.no_grad()
@@ -87,12 +90,24 @@ class SlotOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("SlotOptimizer takes no closure: compute the gradients before step()")
         for group in self.param_groups:
-            if group["slot"] not in self.dropped:
+            if self.trains(group["slot"]):
                 self._step_slot(group["slot"], group)
 
     def finish_step(self) -> None:
-        """Count the step: every group has been updated."""
-        self.steps_done += 1
+        """Count the step of each slot that had one, also of those that it dropped: every group has been updated."""
+        for slot, (done, end) in enumerate(zip(self.steps_done, self.ends, strict=True)):
+            if done < end and slot not in self._dropped_before:
+                self.steps_done[slot] = done + 1
+        self._dropped_before = frozenset(self.dropped)
+
+    def trains(self, slot: int) -> bool:
+        """Say whether a slot is updated in the next step: it was not dropped and is not at its end."""
+        return slot not in self.dropped and self.steps_done[slot] < self.ends[slot]
+
+    @property
+    def places(self) -> list[int | None]:
+        """The step that each slot is at, from 0; None for one that trains no more."""
+        return [done if self.trains(slot) else None for slot, done in enumerate(self.steps_done)]
 
     def drop(self, slot: int, reason: str) -> None:
         """Stop updating a slot for good and keep the reason."""
@@ -105,12 +120,12 @@ class SlotOptimizer(torch.optim.Optimizer):
         gradients = [p.grad for p in parameters]
         norm = self._norm(gradients)
         if not math.isfinite(norm):
-            self.drop(slot, f"gradient not finite at step {self.steps_done}")
+            self.drop(slot, f"gradient not finite at step {self.steps_done[slot]}")
             return
         training = self._trainings[slot]
         if training.max_grad_norm is not None and norm > training.max_grad_norm:
             gradients = list(torch._foreach_mul(gradients, training.max_grad_norm / norm))
-        group["lr"] = learning_rate_at(training, self.steps_done)
+        group["lr"] = learning_rate_at(training, self.steps_done[slot])
         values: list[Tensor] = list(parameters)
         states = [self.state_of(slot, parameter) for parameter in parameters]
         factors = [self._factors.get(parameter, 1.0) for parameter in parameters]
@@ -122,7 +137,7 @@ class SlotOptimizer(torch.optim.Optimizer):
             states=states,
             rates=[group["lr"] * factor for factor in factors],
             weight_decay=training.weight_decay,
-            count=self.steps_done + 1,
+            count=self.steps_done[slot] + 1,
             numbers=self.numbers[slot],
             total=self._total,
         )
@@ -150,15 +165,16 @@ class SlotOptimizer(torch.optim.Optimizer):
                 state["average"] = parameter.detach().clone(memory_format=torch.preserve_format)
         return state
 
-    def resume(self, steps_done: int, dropped: Mapping[int, str], numbers: Sequence[Mapping[str, float]]) -> None:
-        """Continue after `steps_done` steps with the slots that were dropped and the numbers kept of each.
+    def resume(self, slot: int, steps_done: int, dropped: str | None, numbers: Mapping[str, float]) -> None:
+        """Go on with a slot after `steps_done` steps, unless it was dropped, with the numbers that were kept of it.
 
         The tensors are the engine's to set. Numbers that are not given are as the rule begins.
         """
-        self.steps_done = steps_done
-        self.dropped = dict(dropped)
-        for own, kept in zip(self.numbers, numbers, strict=True):
-            own.update(kept)
+        self.steps_done[slot] = steps_done
+        if dropped is not None:
+            self.dropped[slot] = dropped
+            self._dropped_before |= {slot}
+        self.numbers[slot].update(numbers)
 
 
 def _cut(

@@ -62,84 +62,84 @@ class TrainingMetrics:
 
 
 class TensorBoardRecorder:
-    """Writes TensorBoard event files: losses and alpha scales per adapter and token, speed, and sample images.
+    """Writes TensorBoard event files: losses and alpha scales per token, speed, and sample images.
 
-    Each run of the loop writes a file of its own, which first discards all steps from its own first one on: after a
-    resume TensorBoard shows every step once, as it was last done, as long as all files are in one folder.
+    Each adapter is a run of TensorBoard, a subfolder of its name, over its own steps. Each run of the loop writes files
+    of its own, which first discard all steps from their own first one on: after a resume TensorBoard shows every step
+    once, as it was last done, as long as an adapter's files are in one folder.
     """
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is made at once, and a file in it with the first step or image.
+        """`folder` is made at once, and a file in it with an adapter's first step or image.
 
         This and all that writes raise OutputError when the place cannot be written or its disk is full; what was
         still in memory is then lost, and the next step begins another file.
         """
         self._folder = folder
-        self._open_writer: SummaryWriter | None = None
+        self._open_writers: dict[str, SummaryWriter] = {}
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
 
     def step(self, report: StepReport) -> None:
-        """Add the values of a step to the curves."""
+        """Add the values of a step to the curves of the adapters that had it."""
         with self._writing():
-            writer = self._writer(report.step)
-            for tag, value in _scalars(report):
-                writer.add_scalar(tag, value, report.step)
+            for adapter_id, step in report.done.items():
+                writer = self._writer(adapter_id, step)
+                for tag, value in _scalars(report, adapter_id):
+                    writer.add_scalar(tag, value, step)
 
     def images(self, adapter_id: str, step: int, image: Image.Image) -> None:
         """Add a picture of an adapter after `step` steps."""
         pixels = np.asarray(image.convert("RGB"))
         with self._writing():
-            self._writer(step).add_image(f"samples/{adapter_id}", pixels, step, dataformats="HWC")
+            self._writer(adapter_id, step).add_image("samples", pixels, step, dataformats="HWC")
 
     def flush(self) -> None:
-        """Write what is still in memory to the file."""
-        if self._open_writer is not None:
-            with self._writing():
-                self._open_writer.flush()
+        """Write what is still in memory to the files."""
+        with self._writing():
+            for writer in self._open_writers.values():
+                writer.flush()
 
     def close(self) -> None:
-        """Finish the file; a later step begins another one."""
-        writer, self._open_writer = self._open_writer, None
-        if writer is not None:
-            with self._writing():
+        """Finish the files; a later step begins another one."""
+        writers, self._open_writers = self._open_writers, {}
+        with self._writing():
+            for writer in writers.values():
                 writer.close()
 
     def files(self) -> dict[str, bytes]:
-        """Return every event file of the folder by name, this run's with all that was recorded so far."""
+        """Return every event file as `<adapter id>/<name>`, those of this run with all that was recorded so far."""
         self.flush()
-        return {path.name: path.read_bytes() for path in sorted(self._folder.glob("events.out.tfevents.*"))}
+        found = sorted(self._folder.glob("*/events.out.tfevents.*"))
+        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in found}
 
-    def _writer(self, first_step: int) -> SummaryWriter:
-        if self._open_writer is None:
+    def _writer(self, adapter_id: str, first_step: int) -> SummaryWriter:
+        if adapter_id not in self._open_writers:
             # Imported here: only a job that asks for TensorBoard pays for loading it.
             from torch.utils.tensorboard import SummaryWriter
 
-            self._open_writer = SummaryWriter(str(self._folder), purge_step=first_step)
-        return self._open_writer
+            self._open_writers[adapter_id] = SummaryWriter(str(self._folder / adapter_id), purge_step=first_step)
+        return self._open_writers[adapter_id]
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self._open_writer = None  # it has given up; the next step begins another file
+            self._open_writers = {}  # one has given up; the next step begins other files
             message = f"TensorBoard files: {write_failure(self._folder, error)}"
             raise OutputError(f"{message}, or set monitoring.tensorboard to false") from error
 
 
-def _scalars(report: StepReport) -> Iterator[tuple[str, float]]:
-    # TensorBoard puts what has the same first word side by side: a loss of all adapters, not all curves of one.
-    for adapter, tokens in report.losses.items():
-        for token, loss in tokens.items():
-            yield f"identity_loss/{adapter}/{token}", loss.identity
-            if loss.cat is not None:
-                yield f"cat_loss/{adapter}/{token}", loss.cat
-            if loss.outside is not None:
-                yield f"outside_loss/{adapter}/{token}", loss.outside
-    for adapter, scales in report.alpha_scales.items():
-        for token, scale in scales.items():
-            yield f"alpha_scale/{adapter}/{token}", scale
+def _scalars(report: StepReport, adapter_id: str) -> Iterator[tuple[str, float]]:
+    for token, loss in report.losses[adapter_id].items():
+        yield f"identity_loss/{token}", loss.identity
+        if loss.cat is not None:
+            yield f"cat_loss/{token}", loss.cat
+        if loss.outside is not None:
+            yield f"outside_loss/{token}", loss.outside
+    for token, scale in report.alpha_scales.get(adapter_id, {}).items():
+        yield f"alpha_scale/{token}", scale
     if report.seconds > 0.0:
         yield "speed/steps_per_second", 1.0 / report.seconds
         yield "speed/rows_per_second", report.rows / report.seconds

@@ -97,14 +97,14 @@ def pack_step(
         for slot, task in enumerate(tasks, start=1):
             bank.new_trainable(slot, initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=task.draw_key))
         slots = [(bank.named_parameters(slot), task.training) for slot, task in enumerate(tasks, start=1)]
-        engine = TorchEngine(base, slots, None, options.bf16)
+        engine = TorchEngine(base, slots, [None] * len(slots), options.bf16)
         trainings = [task.training for task in tasks]
         encode, steps = TextCache(base), count()
         pool = TeacherPool() if pool is None else pool
         pool.fill(base, bank, encode, tasks, partial(autocast, base, bf16=options.bf16))
 
         def step() -> None:
-            batch = draw_batch(tasks, next(steps), base.schedule.num_timesteps, [True] * len(tasks))
+            batch = draw_batch(tasks, [next(steps)] * len(tasks), base.schedule.num_timesteps)
             for part in step_parts(batch, [training.accumulate for training in trainings], 0, 1):
                 train_step(base, bank, encode, part.batch, trainings, engine, pool)
             engine.step()

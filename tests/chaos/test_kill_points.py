@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -41,7 +41,7 @@ class StepLog:
     def message(self, text: str) -> None:
         """Not kept."""
 
-    def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None:
+    def pack_started(self, steps: Mapping[str, int]) -> None:
         """A pack that needs no more steps has begun too."""
         os.write(self._file, b"begin\n")
 

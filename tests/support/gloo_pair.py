@@ -58,7 +58,7 @@ def gradients(base: BaseModel, pack: list[PackMember], make: EngineFactory) -> d
     """The whole gradient of the first step: AdamW's mean after it is (1 - beta_1) times the unclipped gradient."""
     found: dict[str, list[torch.Tensor]] = {}
 
-    def remember(base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> Any:
+    def remember(base: BaseModel, slots: Slots, saved: Sequence[SlotState | None], bf16: bool) -> Any:
         made = make(
             base, [(p, training.model_copy(update={"max_grad_norm": None})) for p, training in slots], saved, bf16
         )
@@ -208,14 +208,14 @@ def _note(seen: list[int], report: StepReport) -> None:
     seen.append(report.step)
 
 
-def _changing_calls(base: BaseModel, slots: Slots, saved: Sequence[SlotState] | None, bf16: bool) -> Any:
+def _changing_calls(base: BaseModel, slots: Slots, saved: Sequence[SlotState | None], bf16: bool) -> Any:
     """ZeRO-3 with the teacher in a call of its own after three steps: a control, to see that the count counts."""
     made: Any = engine(3)(base, slots, saved, bf16)
     step = made.step
 
     def step_and_change() -> None:
         step()
-        made.joined_teacher = made.optimizer.steps_done < 3
+        made.joined_teacher = made.optimizer.steps_done[0] < 3
 
     made.step = step_and_change
     return made

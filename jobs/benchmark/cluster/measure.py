@@ -128,7 +128,7 @@ def measure_checkpoints(console: Console) -> dict[str, Any]:
                 step()
                 done += 1
                 if saving and writer.due(number):
-                    writer.save([AdapterState(done, state) for state in states])
+                    writer.save({place: AdapterState(done, state) for place, state in enumerate(states)})
             return time.perf_counter() - started
 
         with writer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from cat_cluster.cluster.driver import run_on_ray
@@ -23,7 +23,7 @@ class StepTimes:
     def message(self, text: str) -> None:
         """Not kept."""
 
-    def pack_started(self, adapter_ids: Sequence[str], steps: int) -> None:
+    def pack_started(self, steps: Mapping[str, int]) -> None:
         """Not kept."""
 
     def step(self, report: StepReport) -> None:

@@ -16,7 +16,7 @@ def test_progress_shows_steps_losses_per_token_and_outcomes() -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=140, force_terminal=False)
     with JobBars(console) as listener:
-        listener.pack_started(["mug", "tea"], 10)
+        listener.pack_started({"mug": 10, "tea": 20})
         for step in range(1, 11):
             losses = {
                 "mug": {"sks": ConceptLoss(0.25, 0.002)},
@@ -25,7 +25,8 @@ def test_progress_shows_steps_losses_per_token_and_outcomes() -> None:
             if step > 5:
                 del losses["tea"]
             dropped = {"tea": "gradient not finite at step 5"} if step > 5 else {}
-            listener.step(StepReport(step, 10, 0.1, 8, losses, dropped))
+            done = {"mug": step, "tea": 10 + step}
+            listener.step(StepReport(done, {"mug": 10, "tea": 20}, 0.1, 8, losses, dropped))
         listener.images("mug", 3, 4)
         listener.finished(AdapterResult("mug", "r-0123456789ab", "published"))
         listener.finished(AdapterResult("tea", "r-ba9876543210", "failed", reason="gradient [x] not finite"))
@@ -33,6 +34,7 @@ def test_progress_shows_steps_losses_per_token_and_outcomes() -> None:
     assert "2 adapters train together" in text
     assert "sks identity 0.2500 cat 0.00200" in text
     assert "10/10" in text
+    assert "15/20" in text
     assert "3/4" in text
     assert "dropped: gradient not finite at step 5" in text
     assert "published mug r-0123456789ab" in text

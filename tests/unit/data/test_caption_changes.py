@@ -55,7 +55,7 @@ def task(adapter_id: str = "mug", concepts: tuple[ConceptMaterial, ...] = (), **
 
 
 def drawn(one: AdapterTask, steps: int = 20) -> list[Batch]:
-    return [draw_batch([one], step, 1000, [True]) for step in range(steps)]
+    return [draw_batch([one], [step], 1000) for step in range(steps)]
 
 
 def changed(seed: int, caption: str = CAPTION, noun: str = "cup", **changes: object) -> str:
@@ -168,8 +168,8 @@ def test_changes_do_not_depend_on_the_pack_or_on_what_was_drawn_before(pool: dic
     mug = task(caption_dropout=0.3, tag_dropout=0.3, shuffle_tags=True, **pool)
     tea = task("tea", (material("zwx"), material("ohwx")), shuffle_tags=True)
     for step in (9, 0, 4):
-        alone = draw_batch([mug], step, 1000, [True])
-        packed = draw_batch([tea, mug], step, 1000, [True, True])
+        alone = draw_batch([mug], [step], 1000)
+        packed = draw_batch([tea, mug], [step, step], 1000)
         rows = (packed.adapter_B == 1).nonzero().flatten().tolist()
         assert alone.prompts == tuple(packed.prompts[row] for row in rows)
         assert alone.prior_prompts == packed.prior_prompts[-len(alone.prior_prompts) :]

@@ -66,24 +66,23 @@ def rows_of(batch: Batch, adapter: int) -> list[tuple[object, ...]]:
 def test_rows_do_not_depend_on_the_pack_or_on_dropped_neighbours() -> None:
     mug, tea = task("mug"), task("tea", (concept("zwx"), concept("ohwx", alpha=3.0)), cat_fraction=0.5)
     for step in (0, 7):
-        alone = rows_of(draw_batch([mug], step, 1000, [True]), 0)
-        assert alone == rows_of(draw_batch([tea, mug], step, 1000, [True, True]), 1)
-        assert alone == rows_of(draw_batch([tea, mug], step, 1000, [False, True]), 1)
+        alone = rows_of(draw_batch([mug], [step], 1000), 0)
+        assert alone == rows_of(draw_batch([tea, mug], [step, step], 1000), 1)
+        assert alone == rows_of(draw_batch([tea, mug], [None, step], 1000), 1)
 
 
 def test_another_step_seed_or_draw_key_gives_other_draws() -> None:
-    first = draw_batch([task()], 0, 1000, [True]).noise[0]
+    first = draw_batch([task()], [0], 1000).noise[0]
     for other in (task(seed=1), task(draw_key="other")):
-        assert not torch.equal(first, draw_batch([other], 0, 1000, [True]).noise[0])
-    assert not torch.equal(first, draw_batch([task()], 1, 1000, [True]).noise[0])
+        assert not torch.equal(first, draw_batch([other], [0], 1000).noise[0])
+    assert not torch.equal(first, draw_batch([task()], [1], 1000).noise[0])
 
 
 @pytest.mark.parametrize("pool", [{}, {"teacher": "pool", "pool_size": 6}])
 def test_a_noise_offset_shifts_each_channel_by_a_draw_of_its_own(pool: dict[str, object]) -> None:
     """Oracle: crosslabs' formula, noise + offset * randn(B, C, 1, 1), its draw found in a run with another offset."""
     plain, small, large = (
-        draw_batch([task(noise_offset=offset, rows_per_concept=40, **pool)], 2, 1000, [True])
-        for offset in (0.0, 0.1, 0.5)
+        draw_batch([task(noise_offset=offset, rows_per_concept=40, **pool)], [2], 1000) for offset in (0.0, 0.1, 0.5)
     )
     plain_noise, small_noise, large_noise = (torch.stack(one.noise) for one in (plain, small, large))
     shift = (large_noise - plain_noise) / 0.5
@@ -112,7 +111,7 @@ def test_entries_of_pools_with_another_noise_offset_are_others() -> None:
 
 def test_two_adapters_with_one_draw_key_see_equal_rows() -> None:
     pair = [task("cat", draw_key="pair"), task("lora", (concept("sks", alpha=0.0),), draw_key="pair")]
-    batch = draw_batch(pair, 3, 1000, [True, True])
+    batch = draw_batch(pair, [3, 3], 1000)
     assert [row[:-1] for row in rows_of(batch, 0)] == [row[:-1] for row in rows_of(batch, 1)]
     assert all(row[-1] is None for row in rows_of(batch, 1))
 
@@ -121,14 +120,14 @@ def test_two_adapters_with_one_draw_key_have_their_cat_term_on_the_same_rows() -
     changes = {"draw_key": "pair", "cat_fraction": 0.25, "rows_per_concept": 4}
     pair = [task("one", **changes), task("two", **changes)]
     for step in range(6):
-        batch = draw_batch(pair, step, 1000, [True, True])
+        batch = draw_batch(pair, [step, step], 1000)
         assert rows_of(batch, 0) == rows_of(batch, 1)
 
 
 def test_row_weights_add_up_to_the_loss_of_the_design() -> None:
     """sum_k weight_k (identity_k + alpha_k cat_k) / sum_k weight_k, each term a mean over the concept's rows."""
     concepts = (concept("sks", weight=3.0, alpha=2.0), concept("zwx", weight=1.0, alpha=0.5))
-    batch = draw_batch([task(concepts=concepts)], 0, 1000, [True])
+    batch = draw_batch([task(concepts=concepts)], [0], 1000)
     for k, (share, alpha) in enumerate([(0.75, 2.0), (0.25, 0.5)]):
         assert batch.identity_weight_B[batch.concept_B == k].sum().item() == pytest.approx(share)
         cat = batch.concept_B[batch.cat_row_M] == k
@@ -141,7 +140,7 @@ def test_cat_fraction_takes_exactly_its_share_of_rows(fraction: float, rows: int
     concepts = (concept("sks"), concept("zwx", alpha=0.0), concept("ohwx"))
     one, candidates, taken = task(concepts=concepts, cat_fraction=fraction, rows_per_concept=rows), 2 * rows, 0
     for step in range(12):
-        batch = draw_batch([one], step, 1000, [True])
+        batch = draw_batch([one], [step], 1000)
         count = len(batch.cat_row_M)
         assert count in (math.floor(fraction * candidates), math.ceil(fraction * candidates - 1e-6))
         assert len(batch.prior_prompts) == count
@@ -154,14 +153,14 @@ def test_cat_fraction_takes_exactly_its_share_of_rows(fraction: float, rows: int
 
 def test_half_of_one_row_is_every_second_step() -> None:
     one = task(cat_fraction=0.5, rows_per_concept=1)
-    assert [len(draw_batch([one], step, 1000, [True]).prior_prompts) for step in range(6)] == [0, 1, 0, 1, 0, 1]
+    assert [len(draw_batch([one], [step], 1000).prior_prompts) for step in range(6)] == [0, 1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "high_noise", "low_noise"])
 def test_an_alpha_schedule_moves_alpha_over_timesteps_and_keeps_its_mean(schedule: AlphaSchedule) -> None:
     weights, timesteps = [], []
     for step in range(200):
-        batch = draw_batch([task(alpha_schedule=schedule)], step, 1000, [True])
+        batch = draw_batch([task(alpha_schedule=schedule)], [step], 1000)
         weights += (batch.cat_weight_M / batch.identity_weight_B).tolist()
         timesteps += batch.timestep_B.tolist()
     expected = {"constant": [1.0] * 800, "high_noise": [(t + 0.5) / 500 for t in timesteps]}
@@ -171,7 +170,7 @@ def test_an_alpha_schedule_moves_alpha_over_timesteps_and_keeps_its_mean(schedul
 
 
 def test_alpha_zero_draws_no_prior_rows() -> None:
-    batch = draw_batch([task(concepts=(concept("sks", alpha=0.0),))], 0, 1000, [True])
+    batch = draw_batch([task(concepts=(concept("sks", alpha=0.0),))], [0], 1000)
     assert batch.prior_prompts == ()
     assert len(batch.cat_row_M) == 0
 
@@ -180,7 +179,7 @@ def test_every_view_is_seen_equally_often_and_timesteps_cover_the_schedule() -> 
     shown: list[str] = []
     timesteps = []
     for step in range(30):
-        batch = draw_batch([task(rows_per_concept=2)], step, 1000, [True])
+        batch = draw_batch([task(rows_per_concept=2)], [step], 1000)
         timesteps += batch.timestep_B.tolist()
         shown += batch.prompts
     seen = {prompt: shown.count(prompt) for prompt in shown}
@@ -204,7 +203,7 @@ def test_every_view_is_seen_equally_often_and_timesteps_cover_the_schedule() -> 
 def test_prior_prompts_follow_their_mode(mode: str, expected: dict[str, float]) -> None:
     counts: dict[str, int] = {}
     for step in range(100):
-        for prompt in draw_batch([task(prior_prompt=mode, rows_per_concept=8)], step, 1000, [True]).prior_prompts:
+        for prompt in draw_batch([task(prior_prompt=mode, rows_per_concept=8)], [step], 1000).prior_prompts:
             kind = {"": "empty", "a photo of a cup": "class"}.get(prompt, "removed" if "cup" in prompt else "general")
             counts[kind] = counts.get(kind, 0) + 1
     assert {kind: count / 800 for kind, count in counts.items()} == pytest.approx(expected, abs=0.06)
@@ -231,7 +230,7 @@ def test_decoys_are_their_share_of_the_prior_prompts_and_of_the_photo_itself(
     words: set[str] = set()
     replaced: set[str] = set()
     for step in range(100):
-        without, some, most = (draw_batch([variant], step, 1000, [True]) for variant in (plain, decoyed, more))
+        without, some, most = (draw_batch([variant], [step], 1000) for variant in (plain, decoyed, more))
         assert [row[:-1] for row in rows_of(without, 0)] == [row[:-1] for row in rows_of(some, 0)]
         for prompt, before, next_share, caption in zip(
             some.prior_prompts, without.prior_prompts, most.prior_prompts, some.prompts, strict=True
@@ -258,10 +257,10 @@ def test_decoys_do_not_depend_on_the_pack_or_on_what_was_drawn_before() -> None:
     tea = task("tea", (concept("zwx"), concept("ohwx", alpha=3.0)), cat_fraction=0.5, decoy_fraction=0.7)
     seen = set()
     for step in (9, 0, 4):
-        alone = rows_of(draw_batch([mug], step, 1000, [True]), 0)
-        assert alone == rows_of(draw_batch([tea, mug], step, 1000, [True, True]), 1)
-        assert alone == rows_of(draw_batch([mug, tea], step, 1000, [True, False]), 0)
-        seen.update(kind_of(prompt) for prompt in draw_batch([mug], step, 1000, [True]).prior_prompts)
+        alone = rows_of(draw_batch([mug], [step], 1000), 0)
+        assert alone == rows_of(draw_batch([tea, mug], [step, step], 1000), 1)
+        assert alone == rows_of(draw_batch([mug, tea], [step, None], 1000), 0)
+        seen.update(kind_of(prompt) for prompt in draw_batch([mug], [step], 1000).prior_prompts)
     assert seen == {"odd", "other", "prior"}
 
 
@@ -277,14 +276,14 @@ def test_decoy_rows_without_decoys_are_refused_and_plain_lora_needs_none() -> No
     with pytest.raises(ValueError, match="mug: decoy_fraction needs decoys, and concept 'sks' has none"):
         task(concepts=(bare,), decoy_fraction=0.5)
     lora = task(concepts=(dataclasses.replace(bare, alpha=0.0),), decoy_fraction=0.5)
-    assert draw_batch([lora], 0, 1000, [True]).prior_prompts == ()
+    assert draw_batch([lora], [0], 1000).prior_prompts == ()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])
 def test_workers_share_the_rows_of_a_step(workers: int) -> None:
     """Each row, with its CAT term, is one worker's; terms are shared evenly, and weights are the whole batch's."""
     tasks = [task("mug", rows_per_concept=3, cat_fraction=0.5), task("tea", (concept("zwx"),), rows_per_concept=2)]
-    batch = draw_batch(tasks, 1, 1000, [True, True])
+    batch = draw_batch(tasks, [1, 1], 1000)
     whole = rows_of(batch, 0) + rows_of(batch, 1)
     shards = [shard_batch(batch, rank, workers) for rank in range(workers)]
     assert sorted(row for one in shards for row in one.rows_B.tolist()) == list(range(len(whole)))
@@ -301,7 +300,7 @@ def test_workers_share_the_rows_of_a_step(workers: int) -> None:
 
 def test_a_pack_without_active_adapters_is_refused() -> None:
     with pytest.raises(ValueError, match="every adapter of the pack was dropped"):
-        draw_batch([task()], 0, 1000, [False])
+        draw_batch([task()], [None], 1000)
 
 
 def test_material_is_immutable() -> None:

@@ -33,7 +33,7 @@ def drawn(*accumulate: int, rows: int = 2, fraction: float = 0.5) -> Batch:
         )
         for n, calls in enumerate(accumulate)
     ]
-    return draw_batch(tasks, 3, 1000, [True] * len(tasks))
+    return draw_batch(tasks, [3] * len(tasks), 1000)
 
 
 @given(

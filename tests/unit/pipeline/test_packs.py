@@ -23,7 +23,7 @@ from cat_cluster.training import pack_size as memory
 from cat_cluster.training.loop import PackMember
 from tests.unit.training.test_loop import members, other_optimisers
 
-RANKS, STEPS, BASES = (8, 2, 4, 16), (30, 20), ("one", "other")
+RANKS, PRECISIONS, BASES = (8, 2, 4, 16), ("fp32", "bf16"), ("one", "other")
 MEGABYTE = 2**20
 
 
@@ -44,14 +44,14 @@ def prepared(job: JobSpec) -> list[PreparedAdapter]:
 
 @pytest.fixture
 def fifty() -> list[PreparedAdapter]:
-    """Two bases, two numbers of steps, four ranks, in no order."""
+    """Two bases, two precisions, four ranks, in no order."""
     return prepared(
         job_of(
             [
                 {
                     "id": f"a-{n}",
                     "base": BASES[n % 3 % 2],
-                    "training": {"rank": RANKS[n % 4], "steps": STEPS[n % 7 % 2]},
+                    "training": {"rank": RANKS[n % 4], "precision": PRECISIONS[n % 7 % 2]},
                 }
                 for n in range(50)
             ]
@@ -59,15 +59,15 @@ def fifty() -> list[PreparedAdapter]:
     )
 
 
-def kind(adapter: PreparedAdapter) -> tuple[str, int]:
-    return adapter.base.fingerprint, adapter.resolved.training.steps
+def kind(adapter: PreparedAdapter) -> tuple[str, str]:
+    return adapter.base.fingerprint, adapter.resolved.training.precision
 
 
 @pytest.mark.parametrize("limit", [1, 3, 8, 32, 50])
-def test_packs_are_even_and_of_one_base_and_one_number_of_steps(
+def test_packs_are_even_and_of_one_base_and_one_precision(
     fifty: list[PreparedAdapter], tmp_path: Path, limit: int
 ) -> None:
-    asked: list[tuple[str, int]] = []
+    asked: list[tuple[str, str]] = []
 
     def largest(group: Sequence[PreparedAdapter]) -> int:
         asked.append(kind(group[0]))
@@ -94,14 +94,11 @@ def test_adapters_of_like_rank_come_together(fifty: list[PreparedAdapter], tmp_p
         assert ranks == sorted(ranks)
 
 
-def test_adapters_of_an_interrupted_job_meet_at_a_step_they_have_in_common(tmp_path: Path) -> None:
-    store = LocalStore(tmp_path)
-    adapters = prepared(job_of([{"id": name, "training": {"steps": 20}} for name in ("new", "late", "early", "both")]))
-    for name, steps in {"late": (12, 18), "early": (6, 12), "both": (12, 18)}.items():
-        for step in steps:
-            store.put(f"checkpoints/{name}/r-{name}/{step:08d}.json", b"{}")
-    packs = plan_packs(adapters, store, lambda _: 8)
-    assert sorted(sorted(one.resolved.id for one in pack) for pack in packs) == [["both", "early", "late"], ["new"]]
+def test_adapters_of_like_steps_come_together(tmp_path: Path) -> None:
+    steps = {"long": 400, "short": 100, "longer": 500, "middle": 200}
+    adapters = prepared(job_of([{"id": name, "training": {"steps": own}} for name, own in steps.items()]))
+    packs = plan_packs(adapters, LocalStore(tmp_path), lambda _: 2)
+    assert [[one.resolved.id for one in pack] for pack in packs] == [["short", "middle"], ["long", "longer"]]
 
 
 def test_checkpoints_of_an_earlier_version_are_refused_by_name(tmp_path: Path) -> None:
@@ -129,7 +126,9 @@ def test_what_cannot_share_a_forward_is_kept_apart(tmp_path: Path) -> None:
     apart = prepared(job_of([{"id": f"a-{n}", "training": change} for n, change in enumerate(changes)]))
     assert [len(pack) for pack in plan_packs(apart, LocalStore(tmp_path), lambda _: 8)] == [1] * len(changes)
     # These are each adapter's own business.
-    mixed: list[dict[str, Any]] = [{}, {"rank": 2}, {"learning_rate": 0.1}, {"rows_per_concept": 1}, {"accumulate": 2}]
+    mixed: list[dict[str, Any]] = [
+        *({}, {"rank": 2}, {"learning_rate": 0.1}, {"rows_per_concept": 1}, {"accumulate": 2}, {"steps": 40}),
+    ]
     together = prepared(job_of([{"id": f"b-{n}", "training": change} for n, change in enumerate(mixed)]))
     assert [len(pack) for pack in plan_packs(together, LocalStore(tmp_path), lambda _: 8)] == [len(mixed)]
 

@@ -49,8 +49,8 @@ def test_it_is_published_with_its_text_layers_also_from_a_pack_with_others(place
     packs: list[list[str]] = []
 
     class Told:
-        def pack_started(self, adapter_ids: list[str], steps: int) -> None:
-            packs.append(list(adapter_ids))
+        def pack_started(self, steps: dict[str, int]) -> None:
+            packs.append(list(steps))
 
         def __getattr__(self, name: str) -> Any:
             return lambda *_: None

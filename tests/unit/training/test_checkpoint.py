@@ -17,7 +17,7 @@ from cat_cluster.errors import CheckpointError
 from cat_cluster.lora.bank import adapted_layers, parameter_names
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.store.local import LocalStore
-from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, tensor_names
+from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest, tensor_names
 from cat_cluster.training.loop import StepReport
 from tests.unit.training.test_loop import STEPS, Killed, bit_equal, member, names, series, train
 from tests.unit.training.test_step import concept, task
@@ -94,7 +94,7 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_taken(tmp_path: Path) -> 
     checkpoints = SlowSeries(LocalStore(tmp_path), "checkpoints/mug", "run")
     state = one_state(5, torch.zeros(3))
     with CheckpointWriter([checkpoints], 100) as writer:
-        writer.save([state])
+        writer.save({0: state})
         for tensor in state.parameters["layer.lora_A"].values():
             tensor.fill_(7.0)
         go_on.set()
@@ -130,14 +130,42 @@ def test_a_marker_is_written_after_its_tensors(tmp_path: Path) -> None:
     assert written == ["safetensors", "json"]
 
 
-def test_the_newest_two_are_kept_and_once_there_are_two_training_goes_on_from_them(tmp_path: Path) -> None:
-    """The start is no place to go on from any more: the first checkpoint may have been removed for the third."""
+def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     checkpoints = CheckpointStore(LocalStore(tmp_path), "checkpoints/mug", "run")
-    seen = [(checkpoints.steps(), checkpoints.resumable())]
+    seen = [checkpoints.steps()]
     for step in (5, 10, 15):
         checkpoints.save(one_state(step, torch.zeros(3)))
-        seen.append((checkpoints.steps(), checkpoints.resumable()))
-    assert seen == [([], {0}), ([5], {0, 5}), ([5, 10], {5, 10}), ([10, 15], {10, 15})]
+        seen.append(checkpoints.steps())
+    assert seen == [[], [5], [5, 10], [10, 15]]
+
+
+DROPPED = -1
+
+
+@pytest.mark.parametrize(
+    ("kept", "wanted"),
+    [
+        pytest.param([(10, 15), (10, 15)], [15, 15], id="the newest of all"),
+        pytest.param([(10, 15), (5, 10)], [10, 10], id="a crash between two writes"),
+        pytest.param([(5,), ()], [0, 0], id="a crash between the first two writes"),
+        pytest.param([(15, 20), (10, 12)], [20, 12], id="one ended before"),
+        pytest.param([(15, 20), (5, 10)], [20, 10], id="at steps of their own"),
+        pytest.param([(15, 20), ()], [20, 0], id="one that is new"),
+        pytest.param([(15, 20), (3, DROPPED)], [20, DROPPED], id="one was dropped before"),
+        pytest.param([(15,), (10, 12)], [15, 12], id="one ended and one had a single write"),
+        pytest.param([(), ()], [0, 0], id="none yet"),
+    ],
+)
+def test_where_a_pack_goes_on(tmp_path: Path, kept: list[tuple[int, ...]], wanted: list[int]) -> None:
+    """The first takes 30 steps, the second 12. Adapters that went side by side go on side by side."""
+    stores = [CheckpointStore(LocalStore(tmp_path), f"checkpoints/{n}", "run") for n in range(2)]
+    for store, steps in zip(stores, kept, strict=True):
+        for step in steps:
+            state = one_state(abs(step) if step != DROPPED else 4, torch.zeros(3))
+            store.save(replace(state, dropped="NaN" if step == DROPPED else None))
+    wanted_names = tensor_names(["layer.lora_A"], ["mean", "square"])
+    found = load_newest(stores, [wanted_names] * 2, [30, 12])
+    assert [0 if one is None else DROPPED if one.dropped else one.step for one in found] == wanted
 
 
 def test_the_order_in_a_file_means_nothing(base: BaseModel, tmp_path: Path) -> None:

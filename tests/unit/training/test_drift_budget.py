@@ -59,7 +59,7 @@ def test_a_restored_budget_goes_on_with_its_running_means() -> None:
 
 def test_only_rows_of_concepts_with_a_budget_are_weighed(base: BaseModel) -> None:
     pair = [task("mug", (concept(base, "sks", alpha=2.0),)), task("tea", (concept(base, "zwx", alpha=2.0),))]
-    batch = draw_batch(pair, 0, 1000, [True, True])
+    batch = draw_batch(pair, [0, 0], 1000)
     budget = DriftBudget([None, 0.01], [["sks"], ["zwx"]])
     budget.restore(1, [[4.0, 0.3, 0.1]])
     weighed = budget.weigh(batch).cat_weight_M / batch.cat_weight_M

@@ -73,7 +73,7 @@ def test_the_step_equals_a_naive_reference_whose_rows_are_each_alone(
 ) -> None:
     """No row of the reference is padded or masked, and each of its chunks is encoded by itself."""
     one, weights = long_task(base, joint_rows=joint_rows), trained_weights(base, 4, seed=1)
-    batch = draw_batch([one], 2, 1000, [True])
+    batch = draw_batch([one], [2], 1000)
     lengths = {len(text) for text in TextCache(base, chunks=3)(batch.prompts + batch.prior_prompts)}
     assert lengths == {77, 2 * 77, 3 * 77}
     bank = open_bank(base, [weights])
@@ -91,7 +91,7 @@ def test_the_cat_loss_of_long_captions_is_nothing_at_the_start(base: BaseModel) 
     """Student and teacher read the same text of a row, however long those beside it are."""
     one = long_task(base)
     bank = open_bank(base, [member(base, one).initial])
-    batch = draw_batch([one], 2, 1000, [True])
+    batch = draw_batch([one], [2], 1000)
     losses = train_step(base, bank, TextCache(base, chunks=3), batch, [one.training], open_engine(base, bank))
     assert losses.cat_M.max() < 1e-10 * losses.identity_B.mean()
 

@@ -25,7 +25,7 @@ from tests.unit.training.test_step import concept, of_several_sizes, task, with_
 
 pytestmark = pytest.mark.slow
 
-STEPS, CHECKPOINT_EVERY = 20, 6
+STEPS, SHORT, CHECKPOINT_EVERY = 20, 16, 6
 
 
 def series(folder: Path, pack: list[PackMember]) -> list[CheckpointStore]:
@@ -55,15 +55,22 @@ def layers_of(base: BaseModel, one: AdapterTask) -> tuple[str, ...]:
 
 
 def member(
-    base: BaseModel, one: AdapterTask, *, rank: int = 4, rate: float = 5e-3, clip: float | None = 1.0
+    base: BaseModel,
+    one: AdapterTask,
+    *,
+    rank: int = 4,
+    rate: float = 5e-3,
+    clip: float | None = 1.0,
+    steps: int = STEPS,
 ) -> PackMember:
     layers = layers_of(base, one)
     initial = initial_weights(base.network, layers, rank=rank, seed=one.training.seed, draw_key=one.draw_key)
-    optimiser = {"learning_rate": rate, "max_grad_norm": clip, "warmup_steps": 3, "steps": STEPS}
+    optimiser = {"learning_rate": rate, "max_grad_norm": clip, "warmup_steps": 3, "steps": steps}
     return PackMember(with_training(one, **optimiser), initial)
 
 
 def members(base: BaseModel) -> list[PackMember]:
+    """A pack of three; the last takes fewer steps than the others."""
     joint = with_odd_words(
         base,
         concept(base, "zwx", alpha=1.0, class_noun="fish"),
@@ -73,7 +80,11 @@ def members(base: BaseModel) -> list[PackMember]:
         member(base, task("mug", (concept(base, "sks", alpha=5.0),), block_lr_weights={"down": 0.5, "up": 2.0})),
         member(base, task("tea", joint, cat_fraction=0.5, decoy_fraction=0.6, accumulate=2), rank=2, rate=2e-3),
         member(
-            base, task("plain", (concept(base, "sks", alpha=0.0),), rows_per_concept=3, ema=0.9), rate=1e-2, clip=None
+            base,
+            task("plain", (concept(base, "sks", alpha=0.0),), rows_per_concept=3, ema=0.9),
+            rate=1e-2,
+            clip=None,
+            steps=SHORT,
         ),
     ]
 
@@ -297,13 +308,30 @@ def test_reports_carry_losses_per_token(base: BaseModel) -> None:
     reports: list[StepReport] = []
     result = train(base, members(base), on_step=reports.append)
     assert [report.step for report in reports] == list(range(1, STEPS + 1))
-    last = reports[-1].losses
+    assert set(reports[-1].losses) == {"mug", "tea"}
+    last = reports[SHORT - 1].losses
     assert set(last) == {"mug", "tea", "plain"}
     assert set(last["tea"]) == {"zwx", "ohwx"}
     assert last["plain"]["sks"].cat is None
     curves = result["tea"].history
     assert curves["steps"] == list(range(1, STEPS + 1))
     assert len(curves["ohwx"]["identity"]) == STEPS
+
+
+def test_an_adapter_that_is_done_has_no_more_rows(base: BaseModel) -> None:
+    reports: list[StepReport] = []
+    result = train(base, members(base), on_step=reports.append)
+    assert [dict(one.done) for one in reports] == [
+        *({"mug": n, "tea": n, "plain": n} for n in range(1, SHORT + 1)),
+        *({"mug": n, "tea": n} for n in range(SHORT + 1, STEPS + 1)),
+    ]
+    assert [(n, one.ended) for n, one in enumerate(reports, 1) if one.ended] == [
+        (SHORT, ("plain",)),
+        (STEPS, ("mug", "tea")),
+    ]
+    assert reports[0].steps == {"mug": STEPS, "tea": STEPS, "plain": SHORT}
+    assert reports[SHORT].rows == reports[0].rows - 3
+    assert result["plain"].history["steps"] == list(range(1, SHORT + 1))
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
@@ -314,9 +342,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(base: BaseModel,
     data = bytearray(newest.read_bytes())
     data[len(data) // 2] ^= 0xFF
     newest.write_bytes(bytes(data if damage == "flip" else data[: len(data) // 2]))
-    states = load_newest(checkpoints, names(base, members(base)))
-    assert states is not None
-    assert [state.step for state in states] == [18, 18, 18]
+    states = load_newest(checkpoints, names(base, members(base)), [STEPS, STEPS, SHORT])
+    assert [None if state is None else state.step for state in states] == [18, 18, SHORT]
     resumed = train(base, members(base), checkpoints=checkpoints)
     assert bit_equal(resumed["mug"].weights, whole["mug"].weights)
 
@@ -337,17 +364,33 @@ def test_an_adapter_resumes_in_other_company(base: BaseModel, tmp_path: Path) ->
     assert relative_error(alone["tea"].weights, train(base, [members(base)[1]])["tea"].weights) <= 1e-3
 
 
-def test_checkpoints_that_do_not_belong_together_are_refused(base: BaseModel, tmp_path: Path) -> None:
+def test_an_adapter_joins_others_that_are_further(base: BaseModel, tmp_path: Path) -> None:
+    """The others go on from their checkpoints; the one that is new takes all of its steps, and no adapter notices."""
+    whole, pack = train(base, members(base)), members(base)
+    checkpoints = series(tmp_path, pack)
+
+    def die(report: StepReport) -> None:
+        if report.step == 13:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(base, [pack[0], pack[2]], checkpoints=[checkpoints[0], checkpoints[2]], on_step=die)
+    reports: list[StepReport] = []
+    found = train(base, members(base), checkpoints=checkpoints, on_step=reports.append)
+    assert reports[0].done == {"mug": 13, "tea": 1, "plain": 13}
+    assert [report.done.get("tea") for report in reports] == list(range(1, STEPS + 1))
+    for adapter_id, adapter in whole.items():
+        assert relative_error(found[adapter_id].weights, adapter.weights) <= 1e-3
+        assert found[adapter_id].history["steps"] == adapter.history["steps"]
+
+
+def test_checkpoints_of_another_run_are_refused(base: BaseModel, tmp_path: Path) -> None:
     pack = members(base)
     checkpoints = series(tmp_path, pack)
-    assert load_newest(checkpoints, names(base, members(base))) is None
     train(base, pack, checkpoints=checkpoints)
-    assert [one.steps() for one in checkpoints] == [[18, 20]] * 3
+    assert [one.steps() for one in checkpoints] == [[18, 20], [18, 20], [15, SHORT]]
     with pytest.raises(CheckpointError, match="belongs to another run"):
         replace(checkpoints[0], run="other").load(20, names(base, pack)[0])
-    checkpoints[1].clear()
-    with pytest.raises(CheckpointError, match="different steps"):
-        train(base, pack, checkpoints=checkpoints)
     for one in checkpoints:
         one.clear()
     assert LocalStore(tmp_path).list("") == []

@@ -175,7 +175,7 @@ def test_restore_continues_bit_for_bit() -> None:
     for step in range(8):
         if step == 4:
             saved = [(p.detach().clone(), {k: v.clone() for k, v in whole.state_of(0, p).items()}) for p in first]
-            resumed.resume(4, {}, [{}])
+            resumed.resume(0, 4, None, {})
             for parameter, (value, state) in zip(second, saved, strict=True):
                 parameter.data.copy_(value)
                 for name, kept in resumed.state_of(0, parameter).items():

@@ -20,7 +20,7 @@ from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
 from cat_cluster.training.recorders import TensorBoardRecorder, TrainingMetrics
 from tests.support.tiny_jobs import largest_file
-from tests.unit.training.test_loop import STEPS, members, train
+from tests.unit.training.test_loop import SHORT, STEPS, members, train
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +35,8 @@ def report(step: int, *, loss: float = 0.5, attempt: float = 0.0) -> StepReport:
         "mug": {"sks": ConceptLoss(loss, 0.25)},
         "tea": {"zwx": ConceptLoss(attempt, None), "<shs>": ConceptLoss(0.125, 0.75)},
     }
-    return StepReport(step, 20, 0.5, 6, losses, {}, {"mug": {"sks": 2.0}})
+    done, steps = {"mug": step, "tea": step + 3}, {"mug": 20, "tea": 23}
+    return StepReport(done, steps, 0.5, 6, losses, {}, {"mug": {"sks": 2.0}})
 
 
 def curves(folder: Path) -> EventAccumulator:
@@ -86,15 +87,16 @@ def test_tensorboard_shows_what_the_loop_reports(base: BaseModel, tmp_path: Path
     reports: list[StepReport] = []
     train(base, members(base), on_step=lambda one: (recorder.step(one), reports.append(one)))
     recorder.close()
+    speed = {"speed/steps_per_second", "speed/rows_per_second"}
     wanted = {
-        *(f"{loss}/{of}" for loss in ("identity_loss", "cat_loss") for of in ("mug/sks", "tea/zwx", "tea/ohwx")),
-        "identity_loss/plain/sks",
-        "speed/steps_per_second",
-        "speed/rows_per_second",
+        "mug": {"identity_loss/sks", "cat_loss/sks", *speed},
+        "tea": {f"{loss}/{token}" for loss in ("identity_loss", "cat_loss") for token in ("zwx", "ohwx")} | speed,
+        "plain": {"identity_loss/sks", *speed},
     }
-    assert set(curves(tmp_path).Tags()["scalars"]) == wanted
-    shown = curve(tmp_path, "identity_loss/tea/ohwx")
+    assert {path.name: set(curves(path).Tags()["scalars"]) for path in tmp_path.iterdir()} == wanted
+    shown = curve(tmp_path / "tea", "identity_loss/ohwx")
     assert shown == [(one.step, pytest.approx(one.losses["tea"]["ohwx"].identity)) for one in reports]
+    assert [step for step, _ in curve(tmp_path / "plain", "identity_loss/sks")] == list(range(1, SHORT + 1))
 
 
 def test_scales_speed_and_tokens_of_any_letters_are_kept(tmp_path: Path) -> None:
@@ -102,10 +104,10 @@ def test_scales_speed_and_tokens_of_any_letters_are_kept(tmp_path: Path) -> None
     recorder.step(report(1))
     recorder.flush()
     folder = tmp_path / "made" / "here"
-    assert curve(folder, "alpha_scale/mug/sks") == [(1, 2.0)]
-    assert curve(folder, "cat_loss/tea/<shs>") == [(1, 0.75)]
-    assert curve(folder, "speed/steps_per_second") == [(1, 2.0)]
-    assert curve(folder, "speed/rows_per_second") == [(1, 12.0)]
+    assert curve(folder / "mug", "alpha_scale/sks") == [(1, 2.0)]
+    assert curve(folder / "tea", "cat_loss/<shs>") == [(4, 0.75)], "over its own steps"
+    assert curve(folder / "mug", "speed/steps_per_second") == [(1, 2.0)]
+    assert curve(folder / "tea", "speed/rows_per_second") == [(4, 12.0)]
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["same-folder", "fetched-from-the-store"])
@@ -124,15 +126,16 @@ def test_after_a_resume_every_step_is_shown_once(tmp_path: Path, elsewhere: bool
         resumed.step(report(step, attempt=2.0))
     resumed.images("mug", 9, Image.new("RGB", (8, 8), "blue"))
     uploaded |= resumed.files()
-    assert len(uploaded) == 2
+    assert len(uploaded) == 2 * 2
     assert all(check_key(f"runs/cup/tensorboard/{name}") for name in uploaded)
     shown = tmp_path / "shown"
     shown.mkdir()
     for name, data in uploaded.items():
+        (shown / name).parent.mkdir(exist_ok=True)
         (shown / name).write_bytes(data)
     wanted = [(step, 1.0) for step in range(1, 6)] + [(step, 2.0) for step in range(6, 13)]
-    assert curve(shown, "identity_loss/tea/zwx") == wanted
-    assert [event.step for event in curves(shown).Images("samples/mug")] == [3, 9]
+    assert curve(shown / "tea", "identity_loss/zwx") == [(step + 3, value) for step, value in wanted]
+    assert [event.step for event in curves(shown / "mug").Images("samples")] == [3, 9]
 
 
 def test_files_hold_all_that_was_recorded_so_far(tmp_path: Path) -> None:
@@ -141,15 +144,15 @@ def test_files_hold_all_that_was_recorded_so_far(tmp_path: Path) -> None:
     recorder.flush()
     recorder.close()
     recorder.step(report(1))
-    (one,) = recorder.files().items()
+    one = recorder.files()
     recorder.step(report(2))
-    (two,) = recorder.files().items()
-    assert one[0] == two[0]
-    assert two[1].startswith(one[1])
-    assert len(two[1]) > len(one[1])
+    two = recorder.files()
+    assert [name.partition("/")[0] for name in one] == ["mug", "tea"]
+    assert list(one) == list(two)
+    assert all(two[name].startswith(data) and len(two[name]) > len(data) for name, data in one.items())
     recorder.close()
     recorder.close()
-    assert recorder.files() == dict([two])
+    assert recorder.files() == two
 
 
 def test_a_picture_is_kept_as_it_is(tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def test_a_picture_is_kept_as_it_is(tmp_path: Path) -> None:
     recorder = TensorBoardRecorder(tmp_path)
     recorder.images("mug", 4, Image.fromarray(pixels))
     recorder.close()
-    (event,) = curves(tmp_path).Images("samples/mug")
+    (event,) = curves(tmp_path / "mug").Images("samples")
     assert (event.step, event.width, event.height) == (4, 20, 30)
     (tmp_path / "shown.png").write_bytes(event.encoded_image_string)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "shown.png")), pixels)
@@ -183,7 +186,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
         go_on()
     recorder.step(report(200))
     recorder.close()
-    steps = [step for step, _ in curve(tmp_path / "small", "alpha_scale/mug/sks")]
+    steps = [step for step, _ in curve(tmp_path / "small" / "mug", "alpha_scale/sks")]
     assert (steps[0], steps[-1]) == (1, 200)
 
 

@@ -240,7 +240,7 @@ def test_the_step_equals_a_naive_three_forward_reference(
     concepts = with_odd_words(base, first, concept(base, "zwx", alpha=0.7, class_noun="fish"))
     one = task("tea", concepts, cat_fraction=fraction, decoy_fraction=decoys, noise_offset=offset)
     weights = trained_weights(base, 4, seed=1)
-    batch = draw_batch([one], 5, 1000, [True])
+    batch = draw_batch([one], [5], 1000)
     bank = open_bank(base, [weights])
     run(base, bank, batch, min_snr_gamma=gamma, joint_rows=joint_rows)
     ours = gradients(bank, 1)
@@ -255,7 +255,7 @@ def test_cat_loss_and_gradient_are_exactly_zero_at_the_start(base: BaseModel) ->
     """Student and teacher ride in calls of equal shape here, so equality is to the bit."""
     layers = adapted_layers(base.unet, "attention")
     bank = open_bank(base, [initial_weights(base.unet, layers, rank=4, seed=0, draw_key="mug")])
-    full = draw_batch([task("mug", (concept(base, "sks", alpha=5.0),))], 0, 1000, [True])
+    full = draw_batch([task("mug", (concept(base, "sks", alpha=5.0),))], [0], 1000)
     object.__setattr__(full, "identity_weight_B", torch.zeros_like(full.identity_weight_B))
     losses = run(base, bank, full, joint_rows=False)
     assert len(losses.cat_M) == 2
@@ -269,7 +269,7 @@ def test_the_loss_of_decoy_rows_is_exactly_zero_at_the_start(base: BaseModel) ->
     bank = open_bank(base, [initial_weights(base.unet, layers, rank=4, seed=0, draw_key="tea")])
     pair = concept(base, "sks", alpha=5.0), concept(base, "zwx", alpha=5.0, class_noun="fish")
     tea = task("tea", with_odd_words(base, *pair), rows_per_concept=8, decoy_fraction=0.99)
-    batch = draw_batch([tea], 0, 1000, [True])
+    batch = draw_batch([tea], [0], 1000)
     decoys = {
         plain_replacement(caption, one.token, word)
         for one in tea.concepts
@@ -289,9 +289,9 @@ def test_the_cat_loss_of_a_concept_counts_its_decoys(base: BaseModel) -> None:
     pair = concept(base, "sks", alpha=2.0), concept(base, "zwx", alpha=0.7, class_noun="fish")
     tea = task("tea", with_odd_words(base, *pair), rows_per_concept=4, decoy_fraction=0.6)
     bank = open_bank(base, [trained_weights(base, 4, seed=1)])
-    batch = draw_batch([tea], 1, 1000, [True])
+    batch = draw_batch([tea], [1], 1000)
     losses = run(base, bank, batch)
-    recorded = LossCurves([tea], 10).record(1, batch, losses)["tea"]
+    recorded = LossCurves([tea], [10]).record(1, batch, losses)["tea"]
     latents = base.sample_latents(torch.stack(batch.moments), torch.stack(batch.posterior_noise))
     noisy = base.schedule.add_noise(latents, torch.stack(batch.noise), batch.timestep_B)
     found: dict[int, list[float]] = {0: [], 1: []}
@@ -313,15 +313,15 @@ def test_the_cat_loss_of_a_concept_counts_its_decoys(base: BaseModel) -> None:
 def test_what_is_outside_masks_is_recorded_apart(base: BaseModel) -> None:
     """It is not 0 before training, and would be taken for drift."""
     mug = task("mug", (with_mask(concept(base, "sks", alpha=2.0)),), rows_per_concept=4, cat_fraction=0.5)
-    batch = draw_batch([mug], 0, 1000, [True])
+    batch = draw_batch([mug], [0], 1000)
     outside = batch.outside_M
     assert (int(outside.sum()), int((~outside).sum())) == (2, 2)
     losses = RowLosses(torch.ones(4), torch.where(outside, 7.0, 0.25))
-    curves = LossCurves([mug], 10)
+    curves = LossCurves([mug], [10])
     found = curves.record(1, batch, losses)["mug"]["sks"]
     assert (found.identity, found.cat, found.outside) == (1.0, 0.25, 7.0)
     assert curves.of("mug")["sks"]["outside"] == [7.0]
-    earlier = LossCurves([mug], 10)
+    earlier = LossCurves([mug], [10])
     earlier.restore("mug", {"sks": {"0": [3.0, 3, 0.5, 2]}})
     assert earlier.of("mug")["sks"] == {"identity": [1.0], "cat": [0.25]}
 
@@ -333,7 +333,7 @@ def test_the_cat_loss_is_exactly_zero_at_the_start_in_bf16_too(base: BaseModel, 
     bank = open_bank(base, [initial_weights(base.unet, layers, rank=4, seed=0, draw_key="mug")])
     changes = {"teacher": "pool", "pool_size": 1} if pooled else {}
     mug = task("mug", (concept(base, "sks", alpha=5.0),), precision="bf16", joint_rows=False, **changes)
-    batch, pool = draw_batch([mug], 0, 1000, [True]), TeacherPool()
+    batch, pool = draw_batch([mug], [0], 1000), TeacherPool()
     pool.fill(base, bank, TextCache(base), [mug], lambda: autocast(base, bf16=True))
     engine = open_engine(base, bank, bf16=True)
     losses = train_step(base, bank, TextCache(base), batch, [mug.training], engine, pool)
@@ -344,7 +344,7 @@ def test_the_cat_loss_is_exactly_zero_at_the_start_in_bf16_too(base: BaseModel, 
 def test_the_teacher_builds_no_graph(base: BaseModel) -> None:
     """Its activations would be kept for a backward that never comes."""
     bank = open_bank(base, [trained_weights(base, 4, seed=1)])
-    batch = draw_batch([task("mug", (concept(base, "sks", alpha=5.0),))], 0, 1000, [True])
+    batch = draw_batch([task("mug", (concept(base, "sks", alpha=5.0),))], [0], 1000)
     modes: list[bool] = []
     base.unet.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
     run(base, bank, batch)
@@ -359,12 +359,12 @@ def test_each_cat_row_is_bound_to_its_own_adapter(base: BaseModel) -> None:
     ]
     weights = [trained_weights(base, 4, seed=1), trained_weights(base, 4, seed=2)]
     bank = open_bank(base, weights)
-    run(base, bank, draw_batch(pair, 0, 1000, [True, True]))
+    run(base, bank, draw_batch(pair, [0, 0], 1000))
     packed = [gradients(bank, 1), gradients(bank, 2)]
     bank.detach()
     for one, own, expected in zip(pair, weights, packed, strict=True):
         bank = open_bank(base, [own])
-        run(base, bank, draw_batch([one], 0, 1000, [True]))
+        run(base, bank, draw_batch([one], [0], 1000))
         for ours, alone in zip(expected, gradients(bank, 1), strict=True):
             torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-7)
         bank.detach()
@@ -374,7 +374,7 @@ def test_each_cat_row_is_bound_to_its_own_adapter(base: BaseModel) -> None:
 def test_alpha_zero_is_plain_lora_to_the_bit(base: BaseModel, joint_rows: bool) -> None:
     weights = trained_weights(base, 4, seed=2)
     bank = open_bank(base, [weights])
-    batch = draw_batch([task("mug", (concept(base, "sks", alpha=0.0),))], 0, 1000, [True])
+    batch = draw_batch([task("mug", (concept(base, "sks", alpha=0.0),))], [0], 1000)
     losses = run(base, bank, batch, joint_rows=joint_rows)
     ours = gradients(bank, 1)
     assert len(losses.cat_M) == 0
@@ -401,7 +401,7 @@ def test_a_poisoned_adapter_leaves_its_neighbours_gradient_unchanged(base: BaseM
     found = []
     for factor in (1.0, poison):
         bank = open_bank(base, weights)
-        batch = draw_batch([good, bad], 0, 1000, [True, True])
+        batch = draw_batch([good, bad], [0, 0], 1000)
         of_bad = (batch.adapter_B == 1).tolist()
         moments = tuple(view * factor if bad else view for view, bad in zip(batch.moments, of_bad, strict=True))
         run(base, bank, replace(batch, moments=moments))
@@ -413,7 +413,7 @@ def test_a_poisoned_adapter_leaves_its_neighbours_gradient_unchanged(base: BaseM
 
 def test_gradient_checkpointing_and_bf16_are_the_same_step_up_to_rounding(base: BaseModel) -> None:
     one = task("mug", (concept(base, "sks", alpha=2.0),))
-    batch = draw_batch([one], 0, 1000, [True])
+    batch = draw_batch([one], [0], 1000)
     found: dict[str, list[Tensor]] = {}
     for name in ("plain", "checkpointed", "bf16"):
         bank = open_bank(base, [trained_weights(base, 4, seed=1)])

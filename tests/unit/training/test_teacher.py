@@ -58,7 +58,7 @@ def test_a_step_from_the_pool_is_the_step_that_asks_the_teacher(base: BaseModel,
     for keys in (True, False):
         bank = open_bank(base, [trained_weights(base, 4, seed=1)])
         pool = filled(base, bank, tea)
-        batch = draw_batch([tea], 5, 1000, [True])
+        batch = draw_batch([tea], [5], 1000)
         assert all(batch.pool_keys)
         if not keys:
             batch = replace(batch, pool_keys=(None,) * len(batch.pool_keys))
@@ -102,7 +102,7 @@ def test_entries_are_those_that_rows_are_drawn_from(base: BaseModel, masked: boo
     assert prompts.count(photos.removed_prompts[1]) == len(entries) - 2 * 5 == (5 if masked else 0)
     seen = set()
     for step in range(40):
-        batch = draw_batch([mug], step, 1000, [True])
+        batch = draw_batch([mug], [step], 1000)
         for row, key, prompt in zip(batch.cat_row_M.tolist(), batch.pool_keys, batch.prior_prompts, strict=True):
             assert key is not None
             seen.add(key)

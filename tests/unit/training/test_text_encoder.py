@@ -143,7 +143,7 @@ def two_concepts(base: BaseModel, **changes: Any) -> AdapterTask:
 @pytest.mark.parametrize("joint_rows", [True, False])
 def test_the_step_is_pefts_with_a_teacher_that_reads_bare_texts(base: BaseModel, joint_rows: bool) -> None:
     one, weights = two_concepts(base), moved_weights(base, 1)
-    drawn = (draw_batch([one], step, 1000, [True]) for step in range(100))
+    drawn = (draw_batch([one], [step], 1000) for step in range(100))
     batch = next(batch for batch in drawn if "" in batch.prior_prompts)  # which is what SDXL has zeros for
     bank = open_bank(base, [weights])
     run(base, bank, batch, joint_rows=joint_rows)
@@ -161,7 +161,7 @@ def test_the_step_is_pefts_with_a_teacher_that_reads_bare_texts(base: BaseModel,
 def test_at_the_start_the_cat_loss_is_rounding_alone(base: BaseModel) -> None:
     layers = trained_layers(base, TEXT)
     bank = open_bank(base, [initial_weights(base.network, layers, rank=4, seed=0, draw_key="tea")])
-    losses = run(base, bank, draw_batch([two_concepts(base)], 0, 1000, [True]))
+    losses = run(base, bank, draw_batch([two_concepts(base)], [0], 1000))
     assert len(losses.cat_M) == 4
     assert losses.cat_M.max() <= 1e-10 * losses.identity_B.min()
 
@@ -173,7 +173,7 @@ def test_a_neighbour_that_leaves_texts_alone_reads_those_that_are_kept(
     pair = [two_concepts(base), task("plain", (concept(base, "ohwx", alpha=2.0),))]
     bare = TEXT.model_copy(update={"text_encoder": None})
     weights = [moved_weights(base, 1), moved_weights(base, 2, bare)]
-    batch = draw_batch(pair, 1, 1000, [True, True])
+    batch = draw_batch(pair, [1, 1], 1000)
     encoded: list[int] = []
     encode = TextEncoders.encode_chunks
 
@@ -194,7 +194,7 @@ def test_a_neighbour_that_leaves_texts_alone_reads_those_that_are_kept(
     bank.detach()
     for one, own_weights, expected in zip(pair, weights, packed, strict=True):
         bank = open_bank(base, [own_weights])
-        run(base, bank, draw_batch([one], 1, 1000, [True]))
+        run(base, bank, draw_batch([one], [1], 1000))
         for ours, alone in zip(expected, gradients(bank, 1), strict=True):
             torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-7)
         bank.detach()
@@ -218,7 +218,7 @@ def test_captions_of_several_chunks_are_read_through_the_adapter(base: BaseModel
 def test_the_pool_holds_what_the_base_predicts_of_bare_texts(base: BaseModel) -> None:
     """A step with the pooled teacher is one with the teacher online, also once the adapter has moved."""
     one = two_concepts(base, teacher="pool", pool_size=2)
-    batch, weights = draw_batch([one], 3, 1000, [True]), moved_weights(base, 3)
+    batch, weights = draw_batch([one], [3], 1000), moved_weights(base, 3)
     assert all(key is not None for key in batch.pool_keys)
     found = []
     for online in (False, True):
@@ -236,7 +236,7 @@ def test_the_pool_holds_what_the_base_predicts_of_bare_texts(base: BaseModel) ->
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_texts_are_encoded_in_fp32_and_activations_may_be_computed_again(base: BaseModel, precision: str) -> None:
     one = two_concepts(base)
-    batch, seen, found = draw_batch([one], 0, 1000, [True]), [], []
+    batch, seen, found = draw_batch([one], [0], 1000), [], []
     hook = base.text_encoders.models[0].register_forward_hook(lambda *args: seen.append(args[2][0].dtype))
     for checkpointed in (False, True):
         bank = open_bank(base, [moved_weights(base, 1)])

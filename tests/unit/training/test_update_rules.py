@@ -88,7 +88,7 @@ def test_a_resumed_slot_goes_on_to_the_bit(name: OptimizerName) -> None:
     whole, resumed = (optimizer_of((slot, setting(name, ema=0.9))) for slot in (first, second))
     for step in range(30):
         if step == 14:
-            resumed.resume(14, {}, [dict(whole.numbers[0])])
+            resumed.resume(0, 14, None, whole.numbers[0])
             for parameter, own in zip(second, first, strict=True):
                 parameter.data.copy_(own)
                 state = whole.state_of(0, own)
