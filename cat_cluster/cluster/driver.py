@@ -103,6 +103,7 @@ class _Driver:
         self._training: dict[Any, _Pack] = {}  # by the references of their tasks, as are the evaluations
         self._evaluating: dict[Any, tuple[PreparedAdapter, float]] = {}
         self._retries: Counter[str] = Counter()  # of evaluations, by adapter
+        self._early: set[str] = set()  # adapters that were trained while others of their pack went on
         self._packs_started = 0
         self._checked = time.monotonic()
         self._metrics = telemetry.Metrics(RayBackend())
@@ -203,12 +204,30 @@ class _Driver:
                 for adapter_id, losses in report.losses.items():
                     tokens = {token: {"identity": one.identity, "cat": one.cat} for token, one in losses.items()}
                     self._writer.adapter(adapter_id, step=report.done[adapter_id], losses=tokens)
+                self._end_early(report.ended)
             elif kind == "images":
                 self._listener.images(*event)
             elif kind == "message":
                 self._listener.message(*event)
             elif kind == "failed":
                 self._fail(*event)
+
+    def _end_early(self, adapter_ids: Sequence[str]) -> None:
+        """Evaluate adapters that are trained while others of their pack go on.
+
+        Their checkpoints stay until those have ended: workers that start again see by them what is trained.
+        """
+        for pack in self._training.values():
+            left = self._left(pack)
+            ended = [adapter for adapter_id, adapter in left.items() if adapter_id in adapter_ids]
+            for adapter in ended if len(ended) < len(left) else ():
+                self._early.add(adapter.resolved.id)
+                self._evaluate(adapter, time.perf_counter() - pack.started)
+
+    def _left(self, pack: _Pack) -> dict[str, PreparedAdapter]:
+        """The adapters of a pack that have no result and are not on their way to it."""
+        ended = {*self._results, *self._early}
+        return {one.resolved.id: one for one in pack.adapters if one.resolved.id not in ended}
 
     def _end_pack(self, task: Any) -> None:
         """Start evaluating the trained adapters of a pack, or split a pack that failed."""
@@ -225,7 +244,9 @@ class _Driver:
         except ray.exceptions.RayError as error:
             failure = failure_of(error, adapters=len(pack.adapters))
         seconds = time.perf_counter() - pack.started
-        left = [adapter for adapter in pack.adapters if adapter.resolved.id not in self._results]
+        for adapter in pack.adapters:
+            self._remove_checkpoints(adapter)
+        left = list(self._left(pack).values())
         if failure is None:
             for adapter in left:
                 self._evaluate(adapter, seconds)
@@ -245,7 +266,7 @@ class _Driver:
         self._update_metrics()
 
     def _evaluate(self, adapter: PreparedAdapter, seconds: float) -> None:
-        """Start evaluating a trained adapter. seconds: how long its pack trained."""
+        """Start evaluating a trained adapter. seconds: how long it trained with its pack."""
         self._writer.adapter(adapter.resolved.id, state="evaluating")
         task = evaluate_on_ray(
             adapter,
@@ -255,14 +276,27 @@ class _Driver:
             seconds=seconds,
             events=self._events,
             on_gpus=self._size.on_gpus,
+            keep_checkpoints=self._are_needed(adapter),
         )
         self._evaluating[task] = (adapter, seconds)
+
+    def _are_needed(self, adapter: PreparedAdapter) -> bool:
+        """Whether the pack of a trained adapter goes on, so that its workers may look for its checkpoints."""
+        return any(adapter.resolved.id in pack.spec.ids for pack in self._training.values())
+
+    def _remove_checkpoints(self, adapter: PreparedAdapter) -> None:
+        """Remove what was kept of an adapter that ended early, if it is published and its pack has ended."""
+        result = self._results.get(adapter.resolved.id)
+        published = result is not None and result.outcome != "failed"
+        if adapter.resolved.id in self._early and published and not self._are_needed(adapter):
+            checkpoints_of(adapter, self._registry.store).clear()
 
     def _end_evaluation(self, task: Any) -> None:
         """Keep the result of an evaluation, or start it again where its process or machine was lost."""
         adapter, seconds = self._evaluating.pop(task)
         try:
             self._keep(ray.get(task))
+            self._remove_checkpoints(adapter)
         except ray.exceptions.RayError as error:
             self._attempt.check()
             failure, adapter_id = failure_of(error, "evaluation"), adapter.resolved.id

@@ -51,15 +51,17 @@ def evaluate_on_ray(
     seconds: float,
     events: EventQueue,
     on_gpus: bool,
+    keep_checkpoints: bool,
 ) -> Any:
     """Start evaluating and publishing a trained adapter; return the reference of its AdapterResult.
 
-    seconds: how long its pack trained. Ray does not try it again, as for want of memory it would do so without end.
+    seconds: how long it trained with its pack. keep_checkpoints: also when it is published. Ray does not try it again,
+    as for want of memory it would do so without end.
     """
     task = ray.remote(_evaluate).options(
         num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=0, name=f"evaluate {adapter.resolved.id}"
     )
-    return task.remote(adapter.resolved, adapter.revision, storage, run_id, attempt, seconds, events)
+    return task.remote(adapter.resolved, adapter.revision, storage, run_id, attempt, seconds, events, keep_checkpoints)
 
 
 def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, shared_by: int) -> int:
@@ -81,6 +83,7 @@ def _evaluate(
     attempt: int,
     seconds: float,
     events: EventQueue,
+    keep_checkpoints: bool,
 ) -> AdapterResult:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()  # bars for files that load in a moment would fill the job's log
@@ -98,7 +101,13 @@ def _evaluate(
     try:
         adapter = _cache.prepare(resolved, revision)
         result = finish_adapter(
-            adapter, trained_adapter(adapter, store), Registry(store), seconds, on_images, _cache.memory
+            adapter,
+            trained_adapter(adapter, store),
+            Registry(store),
+            seconds,
+            on_images,
+            _cache.memory,
+            keep_checkpoints=keep_checkpoints,
         )
     except CatClusterError as error:
         result = AdapterResult.failed(resolved.id, revision, error)

@@ -274,10 +274,12 @@ def finish_adapter(
     seconds: float,
     on_images: Callable[[str, int, int], None],
     memory: EvaluationMemory,
+    *,
+    keep_checkpoints: bool = False,
 ) -> AdapterResult:
-    """Measure a trained adapter, check its gates and publish it; seconds: how long its pack trained.
+    """Measure a trained adapter, check its gates and publish it; seconds: how long it trained with its pack.
 
-    memory: what measuring other adapters of the same base has found already.
+    memory: what measuring other adapters of the same base has found already. keep_checkpoints: do not remove them.
 
     An adapter that cannot be measured or stored has failed, and its checkpoints stay: the same job again measures
     and publishes it without training.
@@ -285,7 +287,8 @@ def finish_adapter(
     try:
         with memory_explained():
             result = _finish(adapter, trained, registry, seconds, on_images, memory)
-        checkpoints_of(adapter, registry.store).clear()
+        if not keep_checkpoints:
+            checkpoints_of(adapter, registry.store).clear()
     except CatClusterError as error:
         result = AdapterResult.failed(adapter.resolved.id, adapter.revision, error)
     return result

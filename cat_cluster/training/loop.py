@@ -102,11 +102,11 @@ def train_pack(
     """Train every adapter of a pack in one U-Net forward per step and leave each in its slot (member i in i + 1).
 
     The settings that shape the U-Net call are those of the first member, and all must agree on them. Each adapter is
-    at a step of its own, has rows until its last, and is stored then. steps: the last step of all, if not that of
-    their settings. checkpoints: one series per member, or none; checkpoint_every: the most steps that an interruption
-    may cost. An interrupted run goes on from there (`load_newest`) and ends with the same adapters, on any number of
-    workers and with any engine. Called by all workers of a pack together; on_step is called on each, checkpoints are
-    written by the first.
+    at a step of its own and has rows until its last; when `on_step` is told of that one, it is stored. steps: the last
+    step of all, if not that of their settings. checkpoints: one series per member, or none; checkpoint_every: the most
+    steps that an interruption may cost. An interrupted run goes on from there (`load_newest`) and ends with the same
+    adapters, on any number of workers and with any engine. Called by all workers of a pack together; on_step is called
+    on each, checkpoints are written by the first.
     Raises CheckpointError where an adapter's checkpoints are damaged, StoreError where one cannot be stored.
     """
     pack = _PackState.open(base, bank, members, steps, checkpoints, make_engine)
@@ -135,6 +135,8 @@ def train_pack(
             kept = report.done if writer.due(taken) else report.ended
             if checkpoints and kept:
                 writer.save({slot: pack.state(slot) for slot, task in enumerate(tasks) if task.adapter_id in kept})
+                if report.ended:
+                    writer.wait()  # whoever hears of an end finds the last checkpoint
             if on_step is not None:
                 on_step(report)
     return pack.results()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,27 +22,31 @@ from cat_cluster.pipeline.job import AdapterResult
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, parse_spec
 from cat_cluster.store import open_store
+from cat_cluster.training.loop import StepReport
 
 Outcome = CatClusterError | Exception | None
 SHORT = OutOfMemoryError("out of memory")
 
 
 class Cluster:
-    """Tasks that end at once: `fails` says with what a pack or an evaluation does.
+    """Tasks that end at once, the oldest pack first: `fails` says with what a pack or an evaluation does.
 
-    started: every task; threads: how many a worker of each pack may use.
+    started: every task; threads: how many a worker of each pack may use; kept: whose checkpoints an evaluation keeps.
     """
 
     def __init__(self, fails: Callable[[str, tuple[str, ...]], Outcome]) -> None:
         self.fails = fails
         self.started: list[str] = []
         self.threads: list[int] = []
+        self.kept: list[str] = []
 
     def start_pack(self, spec: Any) -> Any:
         self.threads.append(spec.threads)
         return self._start("train", tuple(spec.ids))
 
-    def evaluate(self, adapter: Any, **_: Any) -> Any:
+    def evaluate(self, adapter: Any, *, keep_checkpoints: bool, **_: Any) -> Any:
+        if keep_checkpoints:
+            self.kept.append(adapter.resolved.id)
         return self._start("evaluate", (adapter.resolved.id,))
 
     def get(self, task: Any) -> Any:
@@ -72,6 +77,8 @@ def drive(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Drive:
         *,
         side_by_side: int = 1,
         threads: list[int] | None = None,
+        events: Sequence[tuple[Any, ...]] = (),
+        kept: list[str] | None = None,
     ) -> tuple[dict[str, AdapterResult], list[str], RunProgress]:
         names = [name for pack in packs for name in pack]
         job = job_of(names)
@@ -80,12 +87,15 @@ def drive(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Drive:
             monkeypatch.setattr(driver_module, name, stand_in)
         for name, stand_in in {"get": cluster.get, "wait": cluster.wait, "cancel": lambda *_, **__: None}.items():
             monkeypatch.setattr(driver_module.ray, name, stand_in)
-        monkeypatch.setattr(driver_module.EventQueue, "start", lambda: SimpleNamespace(take=list))
+        sent = [list(events)]
+        queue = SimpleNamespace(take=lambda: sent.pop() if sent else [])
+        monkeypatch.setattr(driver_module.EventQueue, "start", lambda: queue)
         monkeypatch.setattr(driver_module.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
         adapters = {name: prepared(name) for name in names}
         attempt = Run(open_store(tmp_path / "store"), "run-0123456789ab").claim()
         progress = RunProgress.begin(attempt.run.run_id, job, state="running", attempt=attempt.number)
-        listener = SimpleNamespace(message=lambda _: None, pack_started=lambda *_: None, finished=lambda _: None)
+        nothing = {name: lambda *_: None for name in ("message", "pack_started", "step", "finished")}
+        listener = SimpleNamespace(**nothing)
         with ProgressWriter(attempt, progress, interval=30) as writer:
             size = ClusterSize(float(side_by_side), 0.0)
             one = driver_module._Driver(job, listener, attempt, writer, size, str(tmp_path))  # type: ignore[arg-type]
@@ -95,6 +105,8 @@ def drive(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Drive:
             results = one.run(list(adapters.values()))
         if threads is not None:
             threads += cluster.threads
+        if kept is not None:
+            kept += cluster.kept
         return {result.adapter_id: result for result in results}, cluster.started, attempt.run.progress()
 
     return run
@@ -146,6 +158,37 @@ def test_packs_side_by_side_share_the_cpus(drive: Drive) -> None:
         threads: list[int] = []
         drive([[f"cup-{n}"] for n in range(packs)], always({}), side_by_side=4, threads=threads)
         assert threads == expected
+
+
+@pytest.mark.parametrize("failure", [None, SHORT])
+def test_one_that_is_trained_before_the_rest_of_its_pack_is_evaluated_at_once(
+    drive: Drive, tmp_path: Path, failure: Outcome
+) -> None:
+    """Its checkpoints, by which workers that start again see that it is trained, stay as long as its pack."""
+    store = open_store(tmp_path / "store")
+    for name in ("cup", "mug", "jar"):
+        store.put(f"checkpoints/{name}/r-0123456789ab/00000009.json", b"{}")
+    done, steps = {"cup": 9, "mug": 9, "jar": 9}, {"cup": 9, "mug": 20, "jar": 20}
+    report = StepReport(done, steps, 0.1, 3, {name: {} for name in done}, {})
+    kept: list[str] = []
+    results, started, _ = drive(
+        [["cup", "mug", "jar"]], always({"train cup mug jar": failure}), events=[("step", report)] * 2, kept=kept
+    )
+    rest = ["train mug", "train jar"] if failure else []
+    assert sorted(started) == sorted(["train cup mug jar", *rest, *(f"evaluate {name}" for name in results)])
+    assert started[:2] == ["train cup mug jar", "evaluate cup"]
+    assert kept == ["cup"]
+    assert {result.outcome for result in results.values()} == {"published"}
+    assert store.list("checkpoints/cup/") == []
+    assert len(store.list("checkpoints/")) == 2, "the evaluations of the others remove theirs"
+
+
+def test_the_last_of_a_pack_to_end_is_evaluated_when_the_pack_has_ended(drive: Drive) -> None:
+    report = StepReport({"cup": 9, "mug": 9}, {"cup": 9, "mug": 9}, 0.1, 2, {"cup": {}, "mug": {}}, {})
+    kept: list[str] = []
+    _, started, _ = drive([["cup", "mug"]], always({}), events=[("step", report)], kept=kept)
+    assert started == ["train cup mug", "evaluate cup", "evaluate mug"]
+    assert kept == []
 
 
 def test_one_alone_that_runs_out_of_memory_has_failed(drive: Drive) -> None:
