@@ -167,8 +167,22 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/checkpoint.py",
-        "len(steps) >= KEEP_CHECKPOINTS",
-        "len(steps) > KEEP_CHECKPOINTS",
+        "len(self.steps) < KEEP_CHECKPOINTS",
+        "len(self.steps) <= KEEP_CHECKPOINTS",
+        "training/test_checkpoint.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/checkpoint.py",
+        "own.step <= step and own.ended(end)",
+        "own.ended(end)",
+        "training/test_checkpoint.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/checkpoint.py",
+        "own.step <= step and own.ended(end)",
+        "False",
         "training/test_checkpoint.py",
     ),
     Mutant(
@@ -309,9 +323,16 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/optimizer.py",
-        "own.update(kept)",
+        "self.numbers[slot].update(numbers)",
         "pass",
         "training/test_update_rules.py",
+    ),
+    Mutant(
+        "training",
+        "cat_cluster/training/optimizer.py",
+        "self.steps_done[slot] < self.ends[slot]",
+        "True",
+        "training/test_loop.py",
     ),
     Mutant(
         "training",
