@@ -97,7 +97,7 @@ def pack_step(
         for slot, task in enumerate(tasks, start=1):
             bank.new_trainable(slot, initial_weights(base.unet, layers, rank=RANK, seed=0, draw_key=task.draw_key))
         slots = [(bank.named_parameters(slot), task.training) for slot, task in enumerate(tasks, start=1)]
-        engine = TorchEngine(base, slots, [None] * len(slots), options.bf16)
+        engine = TorchEngine(base, slots, (), options.bf16)
         trainings = [task.training for task in tasks]
         encode, steps = TextCache(base), count()
         pool = TeacherPool() if pool is None else pool

@@ -299,7 +299,7 @@ def test_workers_share_the_rows_of_a_step(workers: int) -> None:
 
 
 def test_a_pack_without_active_adapters_is_refused() -> None:
-    with pytest.raises(ValueError, match="every adapter of the pack was dropped"):
+    with pytest.raises(ValueError, match="no adapter of the pack trains any more"):
         draw_batch([task()], [None], 1000)
 
 

@@ -119,7 +119,7 @@ def open_bank(base: BaseModel, weights: list[AdapterWeights], rank: int = 4) -> 
 def open_engine(base: BaseModel, bank: LoraBank, *, bf16: bool = False) -> TorchEngine:
     training = TrainingSpec(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=None, lr_schedule="constant", steps=10)
     slots = [(bank.named_parameters(slot), training) for slot in range(1, bank.slots + 1)]
-    return TorchEngine(base, slots, None, bf16)
+    return TorchEngine(base, slots, (), bf16)
 
 
 def gradients(bank: LoraBank, slot: int) -> list[Tensor]:
@@ -291,7 +291,7 @@ def test_the_cat_loss_of_a_concept_counts_its_decoys(base: BaseModel) -> None:
     bank = open_bank(base, [trained_weights(base, 4, seed=1)])
     batch = draw_batch([tea], [1], 1000)
     losses = run(base, bank, batch)
-    recorded = LossCurves([tea], [10]).record(1, batch, losses)["tea"]
+    recorded = LossCurves([tea], [10]).record({"tea": 1}, batch, losses)["tea"]
     latents = base.sample_latents(torch.stack(batch.moments), torch.stack(batch.posterior_noise))
     noisy = base.schedule.add_noise(latents, torch.stack(batch.noise), batch.timestep_B)
     found: dict[int, list[float]] = {0: [], 1: []}
@@ -318,7 +318,7 @@ def test_what_is_outside_masks_is_recorded_apart(base: BaseModel) -> None:
     assert (int(outside.sum()), int((~outside).sum())) == (2, 2)
     losses = RowLosses(torch.ones(4), torch.where(outside, 7.0, 0.25))
     curves = LossCurves([mug], [10])
-    found = curves.record(1, batch, losses)["mug"]["sks"]
+    found = curves.record({"mug": 1}, batch, losses)["mug"]["sks"]
     assert (found.identity, found.cat, found.outside) == (1.0, 0.25, 7.0)
     assert curves.of("mug")["sks"]["outside"] == [7.0]
     earlier = LossCurves([mug], [10])

@@ -64,7 +64,7 @@ def open_bank(base: BaseModel, weights: Sequence[AdapterWeights]) -> LoraBank:
 def run(base: BaseModel, bank: LoraBank, batch: Batch, pool: TeacherPool | None = None, **changes: Any) -> RowLosses:
     trainings = [TEXT.model_copy(update=changes)] * bank.slots
     slots = [(bank.named_parameters(slot), trainings[0]) for slot in range(1, bank.slots + 1)]
-    engine = TorchEngine(base, slots, None, trainings[0].bf16)
+    engine = TorchEngine(base, slots, (), trainings[0].bf16)
     return train_step(base, bank, TextCache(base), batch, trainings, engine, pool)
 
 
@@ -185,7 +185,7 @@ def test_a_neighbour_that_leaves_texts_alone_reads_those_that_are_kept(
     texts([*batch.prompts, *batch.prior_prompts])
     monkeypatch.setattr(TextEncoders, "encode_chunks", watched)
     slots = [(bank.named_parameters(slot), TEXT) for slot in (1, 2)]
-    train_step(base, bank, texts, batch, [TEXT, bare], TorchEngine(base, slots, None, False))
+    train_step(base, bank, texts, batch, [TEXT, bare], TorchEngine(base, slots, (), False))
     own = [i for i, adapter in enumerate(batch.adapter_B.tolist()) if adapter == 0]
     priors = zip(batch.cat_row_M.tolist(), batch.prior_prompts, strict=True)
     prior = {prompt for row, prompt in priors if row in own}
@@ -265,7 +265,7 @@ def test_text_layers_have_a_learning_rate_of_their_own(tiny_base_folder: Path) -
     weights = moved_weights(base, 1)
     bank = open_bank(base, [weights])
     parameters = bank.named_parameters(1)
-    engine = TorchEngine(base, [(parameters, training)], None, False)
+    engine = TorchEngine(base, [(parameters, training)], (), False)
     theirs = {name: nn.Parameter(value.detach().clone()) for name, value in parameters.items()}
     groups = [
         {"params": [p for n, p in theirs.items() if n.startswith("text_encoder") == of_text], "lr": rate}
