@@ -160,7 +160,7 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/loop.py",
-        "TextCache(base, trainings[0].prompt_chunks, most)",
+        "TextCache(base, self._shape.prompt_chunks, most)",
         "TextCache(base, 1, most)",
         "training/test_long_captions.py",
     ),
@@ -309,7 +309,7 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/optimizer.py",
-        "count=self.steps_done[slot] + 1",
+        "count=slot.steps_done + 1",
         "count=1",
         "training/test_optimizer.py",
     ),
@@ -323,14 +323,14 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/optimizer.py",
-        "self.numbers[slot].update(numbers)",
+        "own.numbers.update(numbers)",
         "pass",
         "training/test_update_rules.py",
     ),
     Mutant(
         "training",
         "cat_cluster/training/optimizer.py",
-        "self.steps_done[slot] < self.ends[slot]",
+        "self.steps_done < self.end",
         "True",
         "training/test_loop.py",
     ),
@@ -358,8 +358,8 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/step.py",
-        "    slot = batch.adapter_B + 1",
-        "    slot = torch.ones_like(batch.adapter_B)",
+        "slot_B = batch.adapter_B + 1 if slots is None",
+        "slot_B = torch.ones_like(batch.adapter_B) if slots is None",
         "training/test_step.py",
     ),
     Mutant(

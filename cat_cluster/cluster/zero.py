@@ -91,7 +91,7 @@ class ZeroEngine:
             # DeepSpeed would skip the whole step for one bad slot: its gradients were set to 0 on the way, and all
             # workers agree here that it is dropped.
             for slot in self.sum(self._not_finite.clone()).nonzero().flatten().tolist():
-                self.optimizer.drop(slot, f"gradient not finite at step {self.optimizer.steps_done[slot]}")
+                self.optimizer.drop(slot)
             self._not_finite.zero_()
         self._engine.step()
         self.optimizer.finish_step()
@@ -106,6 +106,10 @@ class ZeroEngine:
         found = {"value": [parameter.detach() for parameter in self._slots[slot]]}
         found |= {name: self._whole(slot, name) for name in self._names[slot]}
         return [dict(zip(found, tensors, strict=True)) for tensors in zip(*found.values(), strict=True)]
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks out of the U-Net; at stage 3 it stays sharded for the next engine."""
+        self._engine.destroy()
 
     def _whole(self, slot: int, name: str) -> list[Tensor]:
         """Gather what the optimiser keeps under a name of every parameter of a slot from all workers."""

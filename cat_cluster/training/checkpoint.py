@@ -140,28 +140,25 @@ class CheckpointWriter:
     any moment the newest stored one is at most `checkpoint_every` steps old.
     """
 
-    def __init__(self, series: Sequence[CheckpointStore], checkpoint_every: int) -> None:
-        """series: one per adapter; none where this worker writes nothing. checkpoint_every: in steps."""
-        self._series = tuple(series)
+    def __init__(self, checkpoint_every: int) -> None:
+        """checkpoint_every: in steps."""
         self._interval = max(1, checkpoint_every // 2)
         self._wait_at_once = checkpoint_every == 1
-        self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="checkpoint") if self._series else None
+        self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="checkpoint")  # none starts before it is used
         self._writing: list[Future[None]] = []
 
     def due(self, step: int) -> bool:
         """Say whether a checkpoint is to be taken after `step` steps."""
         return step % self._interval == 0
 
-    def save(self, states: Mapping[int, AdapterState]) -> None:
-        """Copy the states of some adapters, by their place in the pack, and write them in the background.
+    def save(self, states: Sequence[tuple[CheckpointStore, AdapterState]]) -> None:
+        """Copy the states of some adapters and write each to its series in the background.
 
         Raises StoreError when the checkpoint before could not be stored.
         """
-        if self._threads is None:
-            return
         self.wait()
-        copies = {place: _copied(state) for place, state in states.items()}
-        self._writing = [self._threads.submit(self._series[place].save, state) for place, state in copies.items()]
+        copies = [(series, _copied(state)) for series, state in states]
+        self._writing = [self._threads.submit(series.save, state) for series, state in copies]
         if self._wait_at_once:
             self.wait()
 
@@ -182,8 +179,7 @@ class CheckpointWriter:
             if error is None:
                 self.wait()
         finally:
-            if self._threads is not None:
-                self._threads.shutdown(wait=True)
+            self._threads.shutdown(wait=True)
 
 
 def _copied(state: AdapterState) -> AdapterState:

@@ -26,7 +26,7 @@ class DriftBudgetState:
 
 
 class DriftBudget:
-    """The factors on alpha of every concept of a pack whose adapter has a drift budget.
+    """The factors on alpha of the concepts of an adapter that has a drift budget; 1 of one that has none.
 
     After each step, with running means of the losses and budget b:
 
@@ -36,45 +36,49 @@ class DriftBudget:
     depends on the concept's own losses alone, so neither the pack nor an interruption changes it.
     """
 
-    def __init__(self, budgets: Sequence[float | None], tokens: Sequence[Sequence[str]]) -> None:
-        """budgets: one per adapter, None = alpha stays as it is. tokens: of each adapter's concepts."""
-        self._budgets = tuple(budgets)
-        self._tokens = tuple(tuple(own) for own in tokens)
-        self._states = [[DriftBudgetState() for _ in own] for own in self._tokens]
+    def __init__(self, budget: float | None, tokens: Sequence[str]) -> None:
+        """budget: None = alpha stays as it is. tokens: of the adapter's concepts."""
+        self._budget, self._tokens = budget, tuple(tokens)
+        self._states = [DriftBudgetState() for _ in tokens]
 
-    def weigh(self, batch: Batch) -> Batch:
-        """Return the batch with the factors on the weights of its CAT rows; the batch itself where nothing changes."""
-        if all(budget is None for budget in self._budgets) or not batch.prior_prompts:
-            return batch
-        rows = batch.cat_row_M.tolist()
-        scale = [self._states[int(batch.adapter_B[row])][int(batch.concept_B[row])].scale for row in rows]
-        return replace(batch, cat_weight_M=batch.cat_weight_M * torch.tensor(scale))
-
-    def update(self, adapter: int, losses: Mapping[str, ConceptLoss]) -> None:
-        """Adjust the factors of one adapter by the mean losses of its concepts in this step."""
-        budget = self._budgets[adapter]
-        if budget is None:
+    def update(self, losses: Mapping[str, ConceptLoss]) -> None:
+        """Adjust the factors by the mean losses of the concepts in this step."""
+        if self._budget is None:
             return
-        for concept, token in enumerate(self._tokens[adapter]):
+        for concept, token in enumerate(self._tokens):
             if token in losses:
-                self._states[adapter][concept] = _adjusted(self._states[adapter][concept], losses[token], budget)
+                self._states[concept] = _adjusted(self._states[concept], losses[token], self._budget)
 
-    def scales(self, adapter: int) -> dict[str, float]:
-        """Return the factor of each token of an adapter with a budget; empty without one."""
-        if self._budgets[adapter] is None:
+    def factor(self, concept: int) -> float:
+        """Return the factor of a concept, by its place in the adapter."""
+        return self._states[concept].scale
+
+    def scales(self) -> dict[str, float]:
+        """Return the factor of each token; empty without a budget."""
+        if self._budget is None:
             return {}
-        return {token: s.scale for token, s in zip(self._tokens[adapter], self._states[adapter], strict=True)}
+        return {token: state.scale for token, state in zip(self._tokens, self._states, strict=True)}
 
-    def to_json(self, adapter: int) -> list[list[float | None]]:
-        """Return an adapter's states as JSON for its checkpoint; empty without a budget."""
-        if self._budgets[adapter] is None:
-            return []
-        return [[state.scale, state.identity, state.cat] for state in self._states[adapter]]
+    def to_json(self) -> list[list[float | None]]:
+        """Return the states as JSON for a checkpoint; empty without a budget."""
+        return [] if self._budget is None else [[state.scale, state.identity, state.cat] for state in self._states]
 
-    def restore(self, adapter: int, saved: Sequence[Sequence[float | None]]) -> None:
+    def restore(self, saved: Sequence[Sequence[float | None]]) -> None:
         """Continue from the states of a checkpoint."""
         if saved:
-            self._states[adapter] = [DriftBudgetState(scale or 1.0, identity, cat) for scale, identity, cat in saved]
+            self._states = [DriftBudgetState(scale or 1.0, identity, cat) for scale, identity, cat in saved]
+
+
+def weigh(batch: Batch, budgets: Sequence[DriftBudget]) -> Batch:
+    """Return the batch with the factors on the weights of its CAT rows; the batch itself where nothing changes.
+
+    budgets: of the batch's adapters.
+    """
+    if not any(budget.scales() for budget in budgets) or not batch.prior_prompts:
+        return batch
+    rows = batch.cat_row_M.tolist()
+    scale = [budgets[int(batch.adapter_B[row])].factor(int(batch.concept_B[row])) for row in rows]
+    return replace(batch, cat_weight_M=batch.cat_weight_M * torch.tensor(scale))
 
 
 def _adjusted(state: DriftBudgetState, loss: ConceptLoss, budget: float) -> DriftBudgetState:

@@ -48,6 +48,9 @@ class TrainingEngine(Protocol):
     def slot_state(self, slot: int) -> SlotState:
         """Return the value of each parameter of a slot and what the optimiser keeps of it, whole, by name."""
 
+    def close(self) -> None:
+        """Let go of the U-Net and the parameters, so that another engine may have them."""
+
 
 EngineFactory: TypeAlias = Callable[[BaseModel, Slots, Sequence[SlotState | None], bool], TrainingEngine]
 
@@ -103,6 +106,9 @@ class TorchEngine:
     def slot_state(self, slot: int) -> SlotState:
         """Return the value of each parameter of a slot and what the optimiser keeps of it, by name."""
         return [{"value": p.detach(), **self.optimizer.state_of(slot, p)} for p in self._slots[slot]]
+
+    def close(self) -> None:
+        """It has put nothing into the U-Net."""
 
 
 def autocast(base: BaseModel, *, bf16: bool) -> AbstractContextManager[object]:

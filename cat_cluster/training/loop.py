@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import count
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -16,15 +16,15 @@ from torch import nn
 from cat_cluster.data.draws import AdapterTask, Batch, draw_batch
 from cat_cluster.data.latents import TextCache
 from cat_cluster.data.parts import Shard, step_parts
-from cat_cluster.lora.bank import LoraBank, weights_of
+from cat_cluster.lora.bank import LoraBank, parameter_names, weights_of
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, compiled_blocks
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest, tensor_names
-from cat_cluster.training.drift_budget import DriftBudget
+from cat_cluster.training.drift_budget import DriftBudget, weigh
 from cat_cluster.training.engine import EngineFactory, SlotState, TorchEngine, TrainingEngine, autocast
-from cat_cluster.training.loss_curves import ConceptLoss, LossCurves
-from cat_cluster.training.optimizer import state_names
+from cat_cluster.training.loss_curves import ConceptLoss, LossCurves, step_sums
+from cat_cluster.training.optimizer import Slot, state_names
 from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
 
@@ -99,47 +99,263 @@ def train_pack(
     on_step: Callable[[StepReport], None] | None = None,
     make_engine: EngineFactory = TorchEngine,
 ) -> list[TrainedAdapter]:
-    """Train every adapter of a pack in one U-Net forward per step and leave each in its slot (member i in i + 1).
+    """Train every adapter of a pack to its end and leave each in its slot (member i in i + 1).
 
-    The settings that shape the U-Net call are those of the first member, and all must agree on them. Each adapter is
-    at a step of its own and has rows until its last; when `on_step` is told of that one, it is stored. steps: the last
-    step of all, if not that of their settings. checkpoints: one series per member, or none; checkpoint_every: the most
-    steps that an interruption may cost. An interrupted run goes on from there (`load_newest`) and ends with the same
-    adapters, on any number of workers and with any engine. Called by all workers of a pack together; on_step is called
-    on each, checkpoints are written by the first.
-    Raises CheckpointError where an adapter's checkpoints are damaged, StoreError where one cannot be stored.
+    steps: the last step of all, if not that of their settings. checkpoints: one series per member, or none;
+    checkpoint_every: the most steps that an interruption may cost. An interrupted run goes on from there
+    (`load_newest`) and ends with the same adapters, on any number of workers and with any engine. Called by all workers
+    of a pack together; on_step is called on each.
+    Raises as `Pack` does.
     """
-    pack = _PackState.open(base, bank, members, steps, checkpoints, make_engine)
-    engine, optimizer, tasks = pack.engine, pack.engine.optimizer, pack.tasks
-    trainings = [task.training for task in tasks]
-    accumulate = [training.accumulate for training in trainings]
-    # Captions that change are new texts in every step; a chunk is 0.24 MB in Stable Diffusion 1, 0.63 MB in XL.
-    changing = any(training.changes_captions for training in trainings)
-    most = KEPT_CHUNKS // trainings[0].prompt_chunks if changing else None
-    encode_text, pool = TextCache(base, trainings[0].prompt_chunks, most), TeacherPool()
-    cat_apart = not trainings[0].joint_rows and not engine.joined_teacher
-    writer = CheckpointWriter(checkpoints if engine.rank == 0 else (), checkpoint_every)
-    with writer, _training_mode(base, trainings[0]):
-        pool.fill(base, bank, encode_text, tasks, partial(autocast, base, bf16=trainings[0].bf16))
-        for taken in count(1):
-            places = optimizer.places
-            if all(place is None for place in places):
-                break
-            started = time.perf_counter()
-            drawn = draw_batch(tasks, places, base.schedule.num_timesteps)
-            batch = pack.drift_budget.weigh(drawn)
-            parts = step_parts(batch, accumulate, engine.rank, engine.world_size, cat_apart=cat_apart)
-            losses = [train_step(base, bank, encode_text, part.batch, trainings, engine, pool) for part in parts]
-            engine.step()
-            report = pack.record(batch, _all_losses(engine, batch, parts, losses), started)
-            kept = report.done if writer.due(taken) else report.ended
-            if checkpoints and kept:
-                writer.save({slot: pack.state(slot) for slot, task in enumerate(tasks) if task.adapter_id in kept})
-                if report.ended:
-                    writer.wait()  # whoever hears of an end finds the last checkpoint
+    pack = Pack(
+        base,
+        bank,
+        members,
+        ends=None if steps is None else [steps] * len(members),
+        checkpoints=checkpoints,
+        checkpoint_every=checkpoint_every,
+        make_engine=make_engine,
+    )
+    with pack:
+        while pack.training:
+            report = pack.step()
             if on_step is not None:
                 on_step(report)
-    return pack.results()
+    return [pack.result(member.task.adapter_id) for member in members]
+
+
+class Pack:
+    """Adapters that train in one U-Net forward per step, each at a step of its own; between two steps they come and go.
+
+    The settings that shape the U-Net call are those of the first member, and all must agree on them. An adapter has
+    rows until its last step; when `step` tells of that one, it is stored. A context manager, inside of which steps are
+    taken and which ends with all checkpoints stored. All workers of a pack make the same calls; the first writes.
+    Raises CheckpointError where an adapter's checkpoints are damaged, StoreError where one cannot be stored.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        bank: LoraBank,
+        members: Sequence[PackMember],
+        *,
+        ends: Sequence[int] | None = None,
+        checkpoints: Sequence[CheckpointStore] = (),
+        checkpoint_every: int = 50,
+        make_engine: EngineFactory = TorchEngine,
+    ) -> None:
+        """Start every member in its slot, member i in i + 1, or where its newest checkpoint left it.
+
+        ends: their last steps, if not those of their settings.
+        """
+        self._base, self._bank, self._make_engine = base, bank, make_engine
+        self._shape = members[0].task.training
+        ends = [member.task.training.steps for member in members] if ends is None else ends
+        series: Sequence[CheckpointStore | None] = checkpoints or [None] * len(members)
+        seats = [_Seat.of(*one) for one in zip(range(1, len(members) + 1), members, series, ends, strict=True)]
+        states: Sequence[AdapterState | None] = [None] * len(members)
+        if checkpoints:
+            states = load_newest(checkpoints, [seat.tensor_names() for seat in seats], ends)
+        self._open(list(zip(seats, states, strict=True)))
+        # Captions that change are new texts in every step; a chunk is 0.24 MB in Stable Diffusion 1, 0.63 MB in XL.
+        changing = any(member.task.training.changes_captions for member in members)
+        most = KEPT_CHUNKS // self._shape.prompt_chunks if changing else None
+        self._encode_text, self._pool = TextCache(base, self._shape.prompt_chunks, most), TeacherPool()
+        self._writer, self._taken = CheckpointWriter(checkpoint_every), 0
+        self._inside = ExitStack()
+        self._fill_pool([member.task for member in members])
+
+    def _open(self, seats: Sequence[tuple[_Seat, AdapterState | None]]) -> None:
+        """Begin with an engine that has these seats, each at its state or at its start."""
+        for seat, _ in seats:
+            self._bank.new_trainable(seat.slot, seat.initial)
+        parameters = [self._bank.named_parameters(seat.slot) for seat, _ in seats]
+        # An engine may shard what it is given: the values must be in place before, the rest goes in with it.
+        saved = [_restore(own, state) for own, (_, state) in zip(parameters, seats, strict=True)]
+        slots = [(own, seat.task.training) for own, (seat, _) in zip(parameters, seats, strict=True)]
+        self._engine = self._make_engine(self._base, slots, saved, self._shape.bf16)
+        self._seats = {}
+        for place, (seat, state) in enumerate(seats):
+            optimizer = self._engine.optimizer
+            optimizer.slots[place].end = seat.end
+            if state is not None:
+                optimizer.resume(place, state.step, state.dropped, state.numbers)
+                seat.curves.restore(state.loss_curves)
+                seat.budget.restore(state.drift_budget)
+            self._seats[seat.task.adapter_id] = replace(seat, place=place)
+
+    def __enter__(self) -> Self:
+        self._inside.enter_context(self._writer)
+        self._inside.enter_context(_training_mode(self._base, self._shape))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inside.__exit__(kind, error, trace)
+
+    @property
+    def training(self) -> tuple[str, ...]:
+        """The adapters that have a step to take."""
+        return tuple(name for name, seat in self._seats.items() if self._slot(seat).trains)
+
+    def join(self, member: PackMember, checkpoints: CheckpointStore | None = None) -> None:
+        """Take an adapter in, at its start or where its newest checkpoint left it.
+
+        Raises ValueError where no slot of the bank is free, or where it is there already.
+        """
+        adapter_id, taken = member.task.adapter_id, {seat.slot for seat in self._seats.values()}
+        slot = next((slot for slot in range(1, self._bank.slots + 1) if slot not in taken), None)
+        if adapter_id in self._seats or slot is None:
+            why = "it is there already" if adapter_id in self._seats else "no slot is free"
+            raise ValueError(f"{adapter_id} cannot join: {why}")
+        seat = _Seat.of(slot, member, checkpoints, member.task.training.steps)
+        state = None
+        if checkpoints is not None:
+            [state] = load_newest([checkpoints], [seat.tensor_names()], [seat.end])
+        self._change([*self._now(), (seat, state)])
+        self._fill_pool([member.task])
+
+    def leave(self, adapter_id: str) -> TrainedAdapter:
+        """Let an adapter go and return what it is by now; its slot is free. One that is to go on is stored before.
+
+        Raises ValueError for the last one: end the pack instead.
+        """
+        if len(self._seats) == 1:
+            raise ValueError(f"{adapter_id} is the last of its pack: end the pack")
+        if self._slot(self._seats[adapter_id]).trains:
+            self._save([adapter_id])
+            self._writer.wait()
+        result = self.result(adapter_id)
+        seat = self._seats[adapter_id]
+        self._change([(own, state) for own, state in self._now() if own is not seat])
+        self._bank.clear(seat.slot)
+        return result
+
+    def _now(self) -> list[tuple[_Seat, AdapterState | None]]:
+        return [(seat, self._state(seat)) for seat in self._seats.values()]
+
+    def _change(self, seats: Sequence[tuple[_Seat, AdapterState | None]]) -> None:
+        """Go on with other adapters: an engine of its own for each set of them, as DeepSpeed takes no other way."""
+        self._engine.close()
+        self._open(seats)
+
+    def step(self) -> StepReport:
+        """Take one step with every adapter that trains, and store what is due.
+
+        Raises ValueError where none trains.
+        """
+        started = time.perf_counter()
+        seats = [seat for seat in self._seats.values() if self._slot(seat).trains]
+        tasks, slots = [seat.task for seat in seats], [self._slot(seat) for seat in seats]
+        trainings = [task.training for task in tasks]
+        drawn = draw_batch(tasks, [slot.steps_done for slot in slots], self._base.schedule.num_timesteps)
+        batch = weigh(drawn, [seat.budget for seat in seats])
+        engine, in_bank = self._engine, [seat.slot for seat in seats]
+        parts = step_parts(
+            batch,
+            [training.accumulate for training in trainings],
+            engine.rank,
+            engine.world_size,
+            cat_apart=not self._shape.joint_rows and not engine.joined_teacher,
+        )
+        losses = [
+            train_step(
+                self._base, self._bank, self._encode_text, part.batch, trainings, engine, self._pool, slots=in_bank
+            )
+            for part in parts
+        ]
+        engine.step()
+        sums = step_sums(tasks, batch, _all_losses(engine, batch, parts, losses))
+        recorded = {}
+        for seat, slot, own in zip(seats, slots, sums, strict=True):
+            recorded[seat.task.adapter_id] = means = seat.curves.record(slot.steps_done, own)
+            seat.budget.update(means)
+        report = StepReport(
+            done={seat.task.adapter_id: slot.steps_done for seat, slot in zip(seats, slots, strict=True)},
+            steps={seat.task.adapter_id: slot.end for seat, slot in zip(seats, slots, strict=True)},
+            seconds=time.perf_counter() - started,
+            rows=len(batch.prompts) + int((~batch.outside_M).sum()),
+            losses=recorded,
+            dropped={
+                name: slot.dropped
+                for name, seat in self._seats.items()
+                if (slot := self._slot(seat)).dropped is not None
+            },
+            alpha_scales={seat.task.adapter_id: scales for seat in seats if (scales := seat.budget.scales())},
+            teacher_known=sum(key is not None for key in batch.pool_keys),
+            teacher_asked=sum(key is None for key in batch.pool_keys),
+        )
+        self._taken += 1
+        self._save(list(report.done) if self._writer.due(self._taken) else report.ended)
+        if report.ended:
+            self._writer.wait()  # whoever hears of an end finds the last checkpoint
+        return report
+
+    def result(self, adapter_id: str) -> TrainedAdapter:
+        """Return an adapter's weights as they are, or why it was dropped."""
+        seat = self._seats[adapter_id]
+        dropped = self._slot(seat).dropped
+        weights = None if dropped is not None else self._weights(seat)
+        return TrainedAdapter(adapter_id, weights, dropped, seat.curves.curves())
+
+    def _slot(self, seat: _Seat) -> Slot:
+        return self._engine.optimizer.slots[seat.place]
+
+    def _fill_pool(self, tasks: Sequence[AdapterTask]) -> None:
+        arithmetic = partial(autocast, self._base, bf16=self._shape.bf16)
+        self._pool.fill(self._base, self._bank, self._encode_text, tasks, arithmetic)
+
+    def _save(self, adapter_ids: Sequence[str]) -> None:
+        """Store adapters as they are. Every worker has a part in each state; the first writes them."""
+        seats = [self._seats[adapter_id] for adapter_id in adapter_ids]
+        states = [(seat.series, self._state(seat)) for seat in seats if seat.series is not None]
+        if states and self._engine.rank == 0:
+            self._writer.save(states)
+
+    def _state(self, seat: _Seat) -> AdapterState:
+        """Return all that an adapter needs to go on from here."""
+        slot = self._slot(seat)
+        parameters = self._bank.named_parameters(seat.slot)
+        return AdapterState(
+            step=slot.steps_done,
+            parameters=dict(zip(parameters, self._engine.slot_state(seat.place), strict=True)),
+            dropped=slot.dropped,
+            loss_curves=seat.curves.to_json(),
+            drift_budget=seat.budget.to_json(),
+            numbers=dict(slot.numbers),
+        )
+
+    def _weights(self, seat: _Seat) -> AdapterWeights:
+        if seat.task.training.ema is None:
+            return self._bank.export(seat.slot)
+        states = zip(self._bank.named_parameters(seat.slot), self._engine.slot_state(seat.place), strict=True)
+        return weights_of({name: state["average"] for name, state in states})
+
+
+@dataclass(frozen=True, eq=False)
+class _Seat:
+    """An adapter in a pack. slot: of the bank; place: among those of the engine; end: its last step."""
+
+    slot: int
+    task: AdapterTask
+    initial: AdapterWeights
+    series: CheckpointStore | None
+    end: int
+    curves: LossCurves
+    budget: DriftBudget
+    place: int = 0
+
+    @classmethod
+    def of(cls, slot: int, member: PackMember, series: CheckpointStore | None, end: int) -> _Seat:
+        """Return the seat of an adapter that has taken no step."""
+        task, tokens = member.task, [concept.token for concept in member.task.concepts]
+        budget = DriftBudget(task.training.drift_budget, tokens)
+        return cls(slot, task, member.initial, series, end, LossCurves(tokens, end), budget)
+
+    def tensor_names(self) -> list[str]:
+        """Return the names of the tensors in its checkpoints."""
+        return tensor_names(parameter_names(self.initial.layers), state_names(self.task.training))
 
 
 def _all_losses(engine: TrainingEngine, batch: Batch, parts: Sequence[Shard], losses: Sequence[RowLosses]) -> RowLosses:
@@ -151,103 +367,6 @@ def _all_losses(engine: TrainingEngine, batch: Batch, parts: Sequence[Shard], lo
         values[places] = torch.cat([own.identity_B[: len(part.rows_B)], own.cat_M[: len(part.cat_M)]])
     values = engine.sum(values).cpu()
     return RowLosses(identity_B=values[:count], cat_M=values[count:])
-
-
-@dataclass(frozen=True, eq=False)
-class _PackState:
-    """What changes from step to step, and is saved and restored together."""
-
-    tasks: list[AdapterTask]
-    bank: LoraBank
-    engine: TrainingEngine
-    loss_curves: LossCurves
-    drift_budget: DriftBudget
-
-    @classmethod
-    def open(
-        cls,
-        base: BaseModel,
-        bank: LoraBank,
-        members: Sequence[PackMember],
-        steps: int | None,
-        checkpoints: Sequence[CheckpointStore],
-        make_engine: EngineFactory,
-    ) -> _PackState:
-        """Start every member in its slot, or where its newest common checkpoint left it."""
-        for slot, member in enumerate(members, start=1):
-            bank.new_trainable(slot, member.initial)
-        parameters = [bank.named_parameters(slot + 1) for slot in range(len(members))]
-        tasks = [member.task for member in members]
-        slots = [(own, task.training) for own, task in zip(parameters, tasks, strict=True)]
-        names = [tensor_names(own, state_names(task.training)) for own, task in zip(parameters, tasks, strict=True)]
-        ends = [task.training.steps if steps is None else steps for task in tasks]
-        states = load_newest(checkpoints, names, ends) if checkpoints else [None] * len(tasks)
-        # An engine may shard what it is given: the values must be in place before, the rest goes in with it.
-        saved = list(map(_restore, parameters, states))
-        engine = make_engine(base, slots, saved, tasks[0].training.bf16)
-        engine.optimizer.ends = ends
-        tokens = [[concept.token for concept in task.concepts] for task in tasks]
-        drift_budget = DriftBudget([task.training.drift_budget for task in tasks], tokens)
-        pack = cls(tasks, bank, engine, LossCurves(tasks, ends), drift_budget)
-        for slot, (task, state) in enumerate(zip(tasks, states, strict=True)):
-            if state is not None:
-                engine.optimizer.resume(slot, state.step, state.dropped, state.numbers)
-                pack.loss_curves.restore(task.adapter_id, state.loss_curves)
-                pack.drift_budget.restore(slot, state.drift_budget)
-        return pack
-
-    def record(self, batch: Batch, losses: RowLosses, started: float) -> StepReport:
-        """Record the losses of the step that was just done and return its report."""
-        optimizer, trained = self.engine.optimizer, sorted(set(batch.adapter_B.tolist()))
-        done = {self.tasks[slot].adapter_id: optimizer.steps_done[slot] for slot in trained}
-        recorded = self.loss_curves.record(done, batch, losses)
-        for adapter, task in enumerate(self.tasks):
-            self.drift_budget.update(adapter, recorded.get(task.adapter_id, {}))
-        return StepReport(
-            done=done,
-            steps={self.tasks[slot].adapter_id: optimizer.ends[slot] for slot in trained},
-            seconds=time.perf_counter() - started,
-            rows=len(batch.prompts) + int((~batch.outside_M).sum()),
-            losses=recorded,
-            dropped={self.tasks[slot].adapter_id: reason for slot, reason in optimizer.dropped.items()},
-            alpha_scales={
-                self.tasks[slot].adapter_id: scales for slot in trained if (scales := self.drift_budget.scales(slot))
-            },
-            teacher_known=sum(key is not None for key in batch.pool_keys),
-            teacher_asked=sum(key is None for key in batch.pool_keys),
-        )
-
-    def state(self, slot: int) -> AdapterState:
-        """Return all that one adapter needs to go on from here."""
-        return AdapterState(
-            step=self.engine.optimizer.steps_done[slot],
-            parameters=dict(
-                zip(self.bank.named_parameters(slot + 1), self.engine.slot_state(slot), strict=True),
-            ),
-            dropped=self.engine.optimizer.dropped.get(slot),
-            loss_curves=self.loss_curves.to_json(self.tasks[slot].adapter_id),
-            drift_budget=self.drift_budget.to_json(slot),
-            numbers=dict(self.engine.optimizer.numbers[slot]),
-        )
-
-    def results(self) -> list[TrainedAdapter]:
-        """Return each adapter's weights, or why it was dropped."""
-        dropped = self.engine.optimizer.dropped
-        return [
-            TrainedAdapter(
-                adapter_id=task.adapter_id,
-                weights=None if slot in dropped else self._weights(slot),
-                dropped=dropped.get(slot),
-                history=self.loss_curves.of(task.adapter_id),
-            )
-            for slot, task in enumerate(self.tasks)
-        ]
-
-    def _weights(self, slot: int) -> AdapterWeights:
-        if self.tasks[slot].training.ema is None:
-            return self.bank.export(slot + 1)
-        states = zip(self.bank.named_parameters(slot + 1), self.engine.slot_state(slot), strict=True)
-        return weights_of({name: state["average"] for name, state in states})
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Loss curves of a pack: means per adapter and concept over bins of steps."""
+"""Loss curves of an adapter: means per concept over bins of its steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,61 +24,54 @@ class ConceptLoss:
 
 
 class LossCurves:
-    """Loss curves of a pack, kept as means over at most 100 bins of steps per concept."""
+    """Loss curves of one adapter, kept as means over at most 100 bins of its steps per concept."""
 
-    def __init__(self, tasks: Sequence[AdapterTask], steps: Sequence[int]) -> None:
-        """steps: of each adapter's training."""
-        self._tasks = tasks
-        self._bins = {task.adapter_id: _bin_size(own) for task, own in zip(tasks, steps, strict=True)}
-        # adapter id -> token -> bin -> [identity sum, identity rows, cat sum, cat rows, outside sum, outside rows]
-        self._sums: dict[str, dict[str, dict[int, list[float]]]] = {
-            task.adapter_id: {concept.token: {} for concept in task.concepts} for task in tasks
-        }
+    def __init__(self, tokens: Iterable[str], steps: int) -> None:
+        """tokens: of its concepts. steps: of its whole training."""
+        self._bin = _bin_size(steps)
+        # token -> bin -> [identity sum, identity rows, cat sum, cat rows, outside sum, outside rows]
+        self._sums: dict[str, dict[int, list[float]]] = {token: {} for token in tokens}
 
-    def record(self, done: Mapping[str, int], batch: Batch, losses: RowLosses) -> dict[str, dict[str, ConceptLoss]]:
-        """Add the losses of a step and return this step's means per adapter and token.
+    def record(self, step: int, sums: Mapping[str, Sequence[float]]) -> dict[str, ConceptLoss]:
+        """Add the sums of a step, counted from 1, and return its means per token."""
+        for token, own in sums.items():
+            total = self._sums[token].setdefault((step - 1) // self._bin, [0.0] * _SUMS)
+            total[:] = [a + b for a, b in zip(total, own, strict=True)]
+        return {token: _means(own) for token, own in sums.items()}
 
-        done: adapter id -> its steps with this one.
-        """
-        step_sums: dict[str, dict[str, list[float]]] = {}
-        sums_of_row = []
-        for adapter, concept in zip(batch.adapter_B.tolist(), batch.concept_B.tolist(), strict=True):
-            task = self._tasks[adapter]
-            of_adapter = step_sums.setdefault(task.adapter_id, {})
-            sums_of_row.append(of_adapter.setdefault(task.concepts[concept].token, [0.0] * _SUMS))
-        for row, loss in enumerate(losses.identity_B.tolist()):
-            sums_of_row[row][0] += loss
-            sums_of_row[row][1] += 1
-        held = zip(batch.cat_row_M.tolist(), losses.cat_M.tolist(), batch.outside_M.tolist(), strict=True)
-        for row, loss, outside in held:
-            place = 4 if outside else 2
-            sums_of_row[row][place] += loss
-            sums_of_row[row][place + 1] += 1
-        for adapter_id, tokens in step_sums.items():
-            bin_index = (done[adapter_id] - 1) // self._bins[adapter_id]
-            for token, sums in tokens.items():
-                total = self._sums[adapter_id][token].setdefault(bin_index, [0.0] * _SUMS)
-                total[:] = [a + b for a, b in zip(total, sums, strict=True)]
-        return {a: {t: _means(sums) for t, sums in tokens.items()} for a, tokens in step_sums.items()}
+    def to_json(self) -> dict[str, Any]:
+        """Return the sums as JSON for a checkpoint."""
+        return {token: {str(i): sums for i, sums in bins.items()} for token, bins in self._sums.items()}
 
-    def of(self, adapter_id: str) -> dict[str, Any]:
-        """Return the curves of an adapter: {"steps": [...], "<token>": {"identity": [...], "cat": [...]}}.
-
-        Concepts with masks have "outside" too.
-        """
-        return _curves(self._sums[adapter_id], self._bins[adapter_id])
-
-    def to_json(self, adapter_id: str) -> dict[str, Any]:
-        """Return an adapter's sums as JSON for its checkpoint."""
-        return {t: {str(i): sums for i, sums in bins.items()} for t, bins in self._sums[adapter_id].items()}
-
-    def restore(self, adapter_id: str, saved: Mapping[str, Any]) -> None:
+    def restore(self, saved: Mapping[str, Any]) -> None:
         """Continue from the sums of a checkpoint."""
-        self._sums[adapter_id] = _sums_from(saved)
+        self._sums = _sums_from(saved)
+
+    def curves(self) -> dict[str, Any]:
+        """Return {"steps": [...], "<token>": {"identity": [...], "cat": [...]}}; concepts with masks have "outside"."""
+        return _curves(self._sums, self._bin)
+
+
+def step_sums(tasks: Sequence[AdapterTask], batch: Batch, losses: RowLosses) -> list[dict[str, list[float]]]:
+    """Return, for each adapter of a batch, token -> sums and counts of its rows' losses, as `record` takes them."""
+    found: list[dict[str, list[float]]] = [{} for _ in tasks]
+    sums_of_row = []
+    for adapter, concept in zip(batch.adapter_B.tolist(), batch.concept_B.tolist(), strict=True):
+        token = tasks[adapter].concepts[concept].token
+        sums_of_row.append(found[adapter].setdefault(token, [0.0] * _SUMS))
+    for row, loss in enumerate(losses.identity_B.tolist()):
+        sums_of_row[row][0] += loss
+        sums_of_row[row][1] += 1
+    held = zip(batch.cat_row_M.tolist(), losses.cat_M.tolist(), batch.outside_M.tolist(), strict=True)
+    for row, loss, outside in held:
+        place = 4 if outside else 2
+        sums_of_row[row][place] += loss
+        sums_of_row[row][place + 1] += 1
+    return found
 
 
 def curves(saved: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """Return the curves, as `LossCurves.of` does, of the sums that a checkpoint of a run of `steps` steps holds."""
+    """Return the curves, as `LossCurves.curves` does, of the sums that a checkpoint of a run of `steps` steps holds."""
     return _curves(_sums_from(saved), _bin_size(steps))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,96 +53,107 @@ def rate_factor(training: TrainingSpec, parameter: str) -> float:
     return next((factor for name, factor in (training.block_lr_weights or {}).items() if name == group), 1.0)
 
 
+@dataclass(eq=False)
+class Slot:
+    """An adapter as the optimiser has it, beside its tensors; it is not updated beyond its step `end`.
+
+    numbers: what the rule keeps of the adapter as a whole. dropped: why it is given up.
+    """
+
+    training: TrainingSpec
+    end: int
+    numbers: dict[str, float]
+    steps_done: int = 0
+    dropped: str | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether it is updated in the next step."""
+        return self.dropped is None and self.steps_done < self.end
+
+
 class SlotOptimizer(torch.optim.Optimizer):
     """Moves each slot by its own rule; clips a slot by its own norm and drops one whose gradient is not finite.
 
-    slots: the parameters by name and the settings of each. A dropped slot is never updated again and its reason is
-    kept in `dropped`; the other slots do the same arithmetic as if they were alone. Each slot is at a step of its own
-    (`steps_done`) and is not updated beyond its last (`ends`). An engine that shards the
+    Each slot is at a step of its own. A dropped slot is never updated again, and the other slots do the same arithmetic
+    as if they were alone. An engine that shards the
     groups puts its shards in the place of their parameters and gives `sum_over_shards` and, of a slot whose learning
     rate is not one, in `runs` how many elements of the shard have which factor; whoever takes steps calls
-    `step` (once, or once per group) and then `finish_step`. numbers: what the rule keeps of each slot as a whole.
+    `step` (once, or once per group) and then `finish_step`.
     """
 
     def __init__(self, slots: Sequence[tuple[Mapping[str, nn.Parameter], TrainingSpec]]) -> None:
-        groups = [
-            {"params": list(parameters.values()), "lr": training.learning_rate, "slot": slot}
-            for slot, (parameters, training) in enumerate(slots)
-        ]
-        super().__init__(groups, {"lr": 0.0})
-        self._trainings = [training for _, training in slots]
-        self._rules = [RULES[training.optimizer] for _, training in slots]
-        self.numbers = [rule.new_numbers() for rule in self._rules]
+        """slots: the parameters by name and the settings of slots 0, 1, ..."""
+        self.slots = [Slot(training, training.steps, RULES[training.optimizer].new_numbers()) for _, training in slots]
         self._factors = {
             parameter: rate_factor(training, name)
             for parameters, training in slots
             for name, parameter in parameters.items()
         }
+        self._counted: frozenset[int] = frozenset()  # dropped slots whose last step is counted
         self.runs: dict[int, list[tuple[int, float]]] = {}
-        self.steps_done = [0] * len(slots)
-        self.ends = [training.steps for training in self._trainings]
-        self.dropped: dict[int, str] = {}
-        self._dropped_before: frozenset[int] = frozenset()
         self.sum_over_shards: Callable[[Tensor], Tensor] | None = None
+        groups = [
+            {"params": list(parameters.values()), "lr": training.learning_rate, "slot": slot}
+            for slot, (parameters, training) in enumerate(slots)
+        ]
+        super().__init__(groups, {"lr": 0.0})
+
+    @property
+    def dropped(self) -> dict[int, str]:
+        """Why each dropped slot is given up."""
+        return {number: slot.dropped for number, slot in enumerate(self.slots) if slot.dropped is not None}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update the active slots among the present groups; a closure is not supported."""
+        """Update the slots that train among the present groups; a closure is not supported."""
         if closure is not None:
             raise ValueError("SlotOptimizer takes no closure: compute the gradients before step()")
         for group in self.param_groups:
-            if self.trains(group["slot"]):
+            if self.slots[group["slot"]].trains:
                 self._step_slot(group["slot"], group)
 
     def finish_step(self) -> None:
         """Count the step of each slot that had one, also of those that it dropped: every group has been updated."""
-        for slot, (done, end) in enumerate(zip(self.steps_done, self.ends, strict=True)):
-            if done < end and slot not in self._dropped_before:
-                self.steps_done[slot] = done + 1
-        self._dropped_before = frozenset(self.dropped)
+        for number, slot in enumerate(self.slots):
+            if slot.steps_done < slot.end and number not in self._counted:
+                slot.steps_done += 1
+        self._counted = frozenset(self.dropped)
 
-    def trains(self, slot: int) -> bool:
-        """Say whether a slot is updated in the next step: it was not dropped and is not at its end."""
-        return slot not in self.dropped and self.steps_done[slot] < self.ends[slot]
+    def drop(self, slot: int) -> None:
+        """Stop updating a slot for good, since its gradient is not finite."""
+        own = self.slots[slot]
+        if own.dropped is None:
+            own.dropped = f"gradient not finite at step {own.steps_done}"
 
-    @property
-    def places(self) -> list[int | None]:
-        """The step that each slot is at, from 0; None for one that trains no more."""
-        return [done if self.trains(slot) else None for slot, done in enumerate(self.steps_done)]
-
-    def drop(self, slot: int, reason: str) -> None:
-        """Stop updating a slot for good and keep the reason."""
-        self.dropped.setdefault(slot, reason)
-
-    def _step_slot(self, slot: int, group: dict[str, Any]) -> None:
+    def _step_slot(self, number: int, group: dict[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None]
         if not parameters:
             return
-        gradients = [p.grad for p in parameters]
-        norm = self._norm(gradients)
+        slot, gradients = self.slots[number], [p.grad for p in parameters]
+        training, norm = slot.training, self._norm(gradients)
         if not math.isfinite(norm):
-            self.drop(slot, f"gradient not finite at step {self.steps_done[slot]}")
+            self.drop(number)
             return
-        training = self._trainings[slot]
         if training.max_grad_norm is not None and norm > training.max_grad_norm:
             gradients = list(torch._foreach_mul(gradients, training.max_grad_norm / norm))
-        group["lr"] = learning_rate_at(training, self.steps_done[slot])
+        group["lr"] = learning_rate_at(training, slot.steps_done)
         values: list[Tensor] = list(parameters)
-        states = [self.state_of(slot, parameter) for parameter in parameters]
+        states = [self.state_of(number, parameter) for parameter in parameters]
         factors = [self._factors.get(parameter, 1.0) for parameter in parameters]
-        if slot in self.runs:
-            values, gradients, states, factors = _cut(self.runs[slot], values[0], gradients[0], states[0])
+        if number in self.runs:
+            values, gradients, states, factors = _cut(self.runs[number], values[0], gradients[0], states[0])
         step = SlotStep(
             values=values,
             gradients=gradients,
             states=states,
             rates=[group["lr"] * factor for factor in factors],
             weight_decay=training.weight_decay,
-            count=self.steps_done[slot] + 1,
-            numbers=self.numbers[slot],
+            count=slot.steps_done + 1,
+            numbers=slot.numbers,
             total=self._total,
         )
-        self._rules[slot].update(step)
+        RULES[training.optimizer].update(step)
         if training.ema is not None:
             decay = average_decay(training.ema, step.count)
             torch._foreach_lerp_(step.kept("average"), values, 1.0 - decay)
@@ -160,8 +172,9 @@ class SlotOptimizer(torch.optim.Optimizer):
         """
         state: dict[str, Tensor] = self.state[parameter]
         if not state:
-            state.update(self._rules[slot].new_state(parameter.detach()))
-            if self._trainings[slot].ema is not None:
+            training = self.slots[slot].training
+            state.update(RULES[training.optimizer].new_state(parameter.detach()))
+            if training.ema is not None:
                 state["average"] = parameter.detach().clone(memory_format=torch.preserve_format)
         return state
 
@@ -170,11 +183,10 @@ class SlotOptimizer(torch.optim.Optimizer):
 
         The tensors are the engine's to set. Numbers that are not given are as the rule begins.
         """
-        self.steps_done[slot] = steps_done
-        if dropped is not None:
-            self.dropped[slot] = dropped
-            self._dropped_before |= {slot}
-        self.numbers[slot].update(numbers)
+        own = self.slots[slot]
+        own.steps_done, own.dropped = steps_done, dropped
+        own.numbers.update(numbers)
+        self._counted = frozenset(self.dropped)
 
 
 def _cut(

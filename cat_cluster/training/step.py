@@ -101,19 +101,23 @@ def train_step(
     trainings: Sequence[TrainingSpec],
     engine: TrainingEngine,
     pool: TeacherPool | None = None,
+    *,
+    slots: Sequence[int] | None = None,
 ) -> RowLosses:
     """Add this batch's gradient of the pack loss to the bank's parameters and return the loss of each of its terms.
 
-    The rows of the batch are of one size. trainings: the settings of each adapter of the pack. The [y_T; y] rows ride
-    in one U-Net call or, without joint_rows, in two at half the activation memory. The rows of adapter a are bound to
-    slot a + 1 and read its texts, the teacher's rows to slot 0 and the base's texts: in a call before the student's, or
-    in the same one with their output detached, as the engine wants it. Rows that were drawn from a pool take the
-    teacher's prediction from there: `pool` must have been filled with their tasks.
+    The rows of the batch are of one size. trainings, slots: the settings of each adapter of the batch and its slot in
+    the bank; None: 1, 2, .... The [y_T; y] rows ride in one U-Net call or, without joint_rows, in two at half the
+    activation memory. The rows of an adapter are bound to its slot and read its texts, the teacher's rows to slot 0 and
+    the base's texts: in a call before the student's, or in the same one with their output detached, as the engine wants
+    it. Rows that were drawn from a pool take the teacher's prediction from there: `pool` must have been filled with
+    their tasks.
     """
     # What is outside a mask is held by the prediction of its identity row, and goes with it.
     order = torch.argsort((~batch.outside_M).long(), stable=True)
     read = RowTexts(base, bank, encode_text, trainings[0].prompt_chunks, alike=engine.world_size > 1)
-    inputs = _inputs(base, bank, read, batch, trainings, pool or TeacherPool(), order, engine.joined_teacher)
+    slot_B = batch.adapter_B + 1 if slots is None else torch.tensor(slots)[batch.adapter_B]
+    inputs = _inputs(base, bank, read, batch, slot_B, trainings, pool or TeacherPool(), order, engine.joined_teacher)
     count = len(batch.prompts)
     parts = [(slice(0, None), slice(0, None))]
     if not trainings[0].joint_rows and not engine.joined_teacher and len(inputs.rows) > count:
@@ -146,6 +150,7 @@ def _inputs(
     bank: LoraBank,
     read: RowTexts,
     batch: Batch,
+    slot: Tensor,
     trainings: Sequence[TrainingSpec],
     pool: TeacherPool,
     order: Tensor,
@@ -160,7 +165,6 @@ def _inputs(
     latents = base.sample_latents(moments, posterior_noise)
     noisy = base.schedule.add_noise(latents, noise, timestep)
     target = base.schedule.target(latents, noise, timestep)
-    slot = batch.adapter_B + 1
     identity = _Rows(noisy, timestep, read(batch.prompts, slot), list(batch.sizes), slot)
     count, held = len(identity), len(identity) + int(batch.outside_M.sum())
     row, weight, weight_in_loss = torch.arange(count), _loss_weight(base, batch, trainings), batch.identity_weight_B

@@ -96,6 +96,16 @@ def test_two_workers_give_the_adapters_of_the_local_loop(
         assert worst(found["trained", stage], local) <= LAW
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_that_come_and_go_on_two_workers_are_the_ones_trained_alone(
+    pair: list[dict[Any, Any]], base: BaseModel, stage: int | None
+) -> None:
+    alone = [train(base, [one])[one.task.adapter_id] for one in gloo_pair.few_steps(base)]
+    wanted = gloo_pair.weights({one.adapter_id: one for one in alone})
+    for found in pair:
+        assert worst(found["joined", stage], wanted) <= LAW
+
+
 @pytest.fixture(scope="module")
 def local_xl(folder: Path) -> dict[str, Any]:
     base = load_base_model(str(folder / "xl"))

@@ -23,7 +23,7 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.spec.sections import TextEncoderSpec
 from cat_cluster.training.engine import EngineFactory, Slots, SlotState, TorchEngine
-from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.loop import Pack, PackMember, StepReport, TrainedAdapter, train_pack
 from tests.unit.training.test_loop import STEPS, Killed, member, members, other_optimisers, series, train, with_text
 from tests.unit.training.test_step import concept, task, with_training
 
@@ -132,6 +132,8 @@ def try_laws(folder: Path) -> dict[str, Any]:
         results["poisoned", stage] = weights(train(base, poisoned(base), steps=FEW, make_engine=make))
         base = fresh()
         results["one row", stage] = weights(train(base, one_row(base), steps=FEW, make_engine=make))
+        base = fresh()
+        results["joined", stage] = weights(come_and_go(base, folder / f"joined-{stage}", make))
     for stage in STAGES_OF_XL:
         base = fresh("xl")
         results["xl", stage] = weights(train(base, members(base), steps=FEW, make_engine=engine(stage)))
@@ -149,6 +151,31 @@ def try_laws(folder: Path) -> dict[str, Any]:
         train_pack(base, bank, pack, steps=6, make_engine=_changing_calls)
     results["control"] = len(lines)
     return results
+
+
+def few_steps(base: BaseModel) -> list[PackMember]:
+    """Two adapters of as many steps as are needed to see a difference."""
+    return [replace(one, task=with_training(one.task, steps=FEW)) for one in members(base)[:2]]
+
+
+def come_and_go(base: BaseModel, folder: Path, make: EngineFactory) -> dict[str, TrainedAdapter]:
+    """The second joins after two steps of the first, which is then parked for two steps."""
+    first, second = few_steps(base)
+    [stored] = series(folder, [first])
+    layers = adapted_layers(base.unet, "attention")
+    bank = LoraBank.attach(base.unet, slots=2, rank=4, layers=layers)
+    with Pack(base, bank, [first], checkpoints=[stored], make_engine=make) as pack:
+        for step in range(1, FEW + 5):
+            if step == 3:
+                pack.join(second)
+            if step == 4:
+                pack.leave(first.task.adapter_id)
+                distributed.barrier()  # until the other worker has stored it
+            if step == 6:
+                pack.join(first, stored)
+            if pack.training:
+                pack.step()
+        return {one.task.adapter_id: pack.result(one.task.adapter_id) for one in (first, second)}
 
 
 def sparse_text(base: BaseModel) -> list[PackMember]:
@@ -215,7 +242,7 @@ def _changing_calls(base: BaseModel, slots: Slots, saved: Sequence[SlotState | N
 
     def step_and_change() -> None:
         step()
-        made.joined_teacher = made.optimizer.steps_done[0] < 3
+        made.joined_teacher = made.optimizer.slots[0].steps_done < 3
 
     made.step = step_and_change
     return made

@@ -118,7 +118,7 @@ def measure_checkpoints(console: Console) -> dict[str, Any]:
         store = open_store(storage or folder)
         series = [CheckpointStore(store, f"checkpoints/benchmark/{task.adapter_id}", task.adapter_id) for task in tasks]
         states = checkpoint_states(base)
-        writer = CheckpointWriter(series, CHECKPOINT_EVERY)
+        writer = CheckpointWriter(CHECKPOINT_EVERY)
         done = 0
 
         def train(saving: bool) -> float:
@@ -128,7 +128,7 @@ def measure_checkpoints(console: Console) -> dict[str, Any]:
                 step()
                 done += 1
                 if saving and writer.due(number):
-                    writer.save({place: AdapterState(done, state) for place, state in enumerate(states)})
+                    writer.save([(one, AdapterState(done, state)) for one, state in zip(series, states, strict=True)])
             return time.perf_counter() - started
 
         with writer:

@@ -93,8 +93,8 @@ def test_a_checkpoint_holds_what_was_there_when_it_was_taken(tmp_path: Path) -> 
 
     checkpoints = SlowSeries(LocalStore(tmp_path), "checkpoints/mug", "run")
     state = one_state(5, torch.zeros(3))
-    with CheckpointWriter([checkpoints], 100) as writer:
-        writer.save({0: state})
+    with CheckpointWriter(100) as writer:
+        writer.save([(checkpoints, state)])
         for tensor in state.parameters["layer.lora_A"].values():
             tensor.fill_(7.0)
         go_on.set()

@@ -10,7 +10,7 @@ import pytest
 
 from cat_cluster.data.draws import draw_batch
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.training.drift_budget import LARGEST_SCALE, DriftBudget
+from cat_cluster.training.drift_budget import LARGEST_SCALE, DriftBudget, weigh
 from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
 from tests.unit.training.test_loop import Killed, bit_equal, member, series, train
@@ -27,45 +27,45 @@ def base(tiny_base_folder: Path) -> BaseModel:
 @pytest.mark.parametrize("start", [0.002, 0.2])
 def test_alpha_settles_where_the_cat_loss_keeps_to_its_share(start: float) -> None:
     """A system whose CAT loss falls as 1 / scale, which is the closed form's: scale = start / (budget identity)."""
-    budget = DriftBudget([0.05], [["sks"]])
+    budget = DriftBudget(0.05, ["sks"])
     for _ in range(600):
-        scale = budget.scales(0)["sks"]
-        budget.update(0, {"sks": ConceptLoss(identity=0.4, cat=start / scale)})
-    assert budget.scales(0)["sks"] == pytest.approx(start / (0.05 * 0.4), rel=0.02)
+        scale = budget.scales()["sks"]
+        budget.update({"sks": ConceptLoss(identity=0.4, cat=start / scale)})
+    assert budget.scales()["sks"] == pytest.approx(start / (0.05 * 0.4), rel=0.02)
 
 
 def test_the_factor_stays_within_its_limits_and_ignores_what_is_not_finite() -> None:
-    budget = DriftBudget([0.05, None], [["sks"], ["zwx"]])
+    budget = DriftBudget(0.05, ["sks"])
     for loss in (ConceptLoss(0.4, None), ConceptLoss(float("nan"), 0.1), ConceptLoss(0.4, float("inf"))):
-        budget.update(0, {"sks": loss})
-    assert budget.scales(0) == {"sks": 1.0}
+        budget.update({"sks": loss})
+    assert budget.scales() == {"sks": 1.0}
     for cat, limit in ((1e3, LARGEST_SCALE), (0.0, 1 / LARGEST_SCALE)):
         for _ in range(400):
-            budget.update(0, {"sks": ConceptLoss(0.4, cat)})
-        assert budget.scales(0)["sks"] == pytest.approx(limit)
-    budget.update(1, {"zwx": ConceptLoss(0.4, 1.0)})
-    assert budget.scales(1) == {}
+            budget.update({"sks": ConceptLoss(0.4, cat)})
+        assert budget.scales()["sks"] == pytest.approx(limit)
+    without = DriftBudget(None, ["zwx"])
+    without.update({"zwx": ConceptLoss(0.4, 1.0)})
+    assert (without.scales(), without.factor(0), without.to_json()) == ({}, 1.0, [])
 
 
 def test_a_restored_budget_goes_on_with_its_running_means() -> None:
-    whole, restored = DriftBudget([0.05], [["sks"]]), DriftBudget([0.05], [["sks"]])
+    whole, restored = DriftBudget(0.05, ["sks"]), DriftBudget(0.05, ["sks"])
     for step in range(5):
-        whole.update(0, {"sks": ConceptLoss(0.4, 0.1 * step)})
-    restored.restore(0, json.loads(json.dumps(whole.to_json(0))))
+        whole.update({"sks": ConceptLoss(0.4, 0.1 * step)})
+    restored.restore(json.loads(json.dumps(whole.to_json())))
     for one in (whole, restored):
-        one.update(0, {"sks": ConceptLoss(0.2, 0.001)})
-    assert restored.to_json(0) == whole.to_json(0)
+        one.update({"sks": ConceptLoss(0.2, 0.001)})
+    assert restored.to_json() == whole.to_json()
 
 
 def test_only_rows_of_concepts_with_a_budget_are_weighed(base: BaseModel) -> None:
     pair = [task("mug", (concept(base, "sks", alpha=2.0),)), task("tea", (concept(base, "zwx", alpha=2.0),))]
     batch = draw_batch(pair, [0, 0], 1000)
-    budget = DriftBudget([None, 0.01], [["sks"], ["zwx"]])
-    budget.restore(1, [[4.0, 0.3, 0.1]])
-    weighed = budget.weigh(batch).cat_weight_M / batch.cat_weight_M
+    without, budget = DriftBudget(None, ["sks"]), DriftBudget(0.01, ["zwx"])
+    budget.restore([[4.0, 0.3, 0.1]])
+    weighed = weigh(batch, [without, budget]).cat_weight_M / batch.cat_weight_M
     assert weighed.tolist() == [1.0, 1.0, 4.0, 4.0]
-    untouched = DriftBudget([None, None], [["sks"], ["zwx"]])
-    assert untouched.weigh(batch) is batch
+    assert weigh(batch, [without, without]) is batch
 
 
 def test_a_budget_acts_in_training_and_survives_an_interruption(base: BaseModel, tmp_path: Path) -> None:

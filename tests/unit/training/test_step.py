@@ -24,7 +24,7 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.conditioning import Sizes
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.training.engine import TorchEngine, autocast
-from cat_cluster.training.loss_curves import LossCurves
+from cat_cluster.training.loss_curves import LossCurves, step_sums
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
@@ -291,7 +291,8 @@ def test_the_cat_loss_of_a_concept_counts_its_decoys(base: BaseModel) -> None:
     bank = open_bank(base, [trained_weights(base, 4, seed=1)])
     batch = draw_batch([tea], [1], 1000)
     losses = run(base, bank, batch)
-    recorded = LossCurves([tea], [10]).record({"tea": 1}, batch, losses)["tea"]
+    [sums] = step_sums([tea], batch, losses)
+    recorded = LossCurves(sums, 10).record(1, sums)
     latents = base.sample_latents(torch.stack(batch.moments), torch.stack(batch.posterior_noise))
     noisy = base.schedule.add_noise(latents, torch.stack(batch.noise), batch.timestep_B)
     found: dict[int, list[float]] = {0: [], 1: []}
@@ -317,13 +318,13 @@ def test_what_is_outside_masks_is_recorded_apart(base: BaseModel) -> None:
     outside = batch.outside_M
     assert (int(outside.sum()), int((~outside).sum())) == (2, 2)
     losses = RowLosses(torch.ones(4), torch.where(outside, 7.0, 0.25))
-    curves = LossCurves([mug], [10])
-    found = curves.record({"mug": 1}, batch, losses)["mug"]["sks"]
+    curves = LossCurves(["sks"], 10)
+    found = curves.record(1, step_sums([mug], batch, losses)[0])["sks"]
     assert (found.identity, found.cat, found.outside) == (1.0, 0.25, 7.0)
-    assert curves.of("mug")["sks"]["outside"] == [7.0]
-    earlier = LossCurves([mug], [10])
-    earlier.restore("mug", {"sks": {"0": [3.0, 3, 0.5, 2]}})
-    assert earlier.of("mug")["sks"] == {"identity": [1.0], "cat": [0.25]}
+    assert curves.curves()["sks"]["outside"] == [7.0]
+    earlier = LossCurves(["sks"], 10)
+    earlier.restore({"sks": {"0": [3.0, 3, 0.5, 2]}})
+    assert earlier.curves()["sks"] == {"identity": [1.0], "cat": [0.25]}
 
 
 @pytest.mark.parametrize("pooled", [False, True])

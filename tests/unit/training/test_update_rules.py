@@ -78,8 +78,8 @@ def test_each_slot_is_the_librarys_optimiser_alone(
     for name in RULES:
         for a, b in zip(slots[name], twins[name], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert ours.numbers[2]["d"] == pytest.approx(theirs["prodigy"].param_groups[0]["d"], rel=1e-5)
-    assert ours.numbers[2]["d"] > 1e-4, "the step size grew a hundredfold"
+    assert ours.slots[2].numbers["d"] == pytest.approx(theirs["prodigy"].param_groups[0]["d"], rel=1e-5)
+    assert ours.slots[2].numbers["d"] > 1e-4, "the step size grew a hundredfold"
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -88,7 +88,7 @@ def test_a_resumed_slot_goes_on_to_the_bit(name: OptimizerName) -> None:
     whole, resumed = (optimizer_of((slot, setting(name, ema=0.9))) for slot in (first, second))
     for step in range(30):
         if step == 14:
-            resumed.resume(0, 14, None, whole.numbers[0])
+            resumed.resume(0, 14, None, whole.slots[0].numbers)
             for parameter, own in zip(second, first, strict=True):
                 parameter.data.copy_(own)
                 state = whole.state_of(0, own)
@@ -101,7 +101,7 @@ def test_a_resumed_slot_goes_on_to_the_bit(name: OptimizerName) -> None:
         pull(first, step)
         take_step(whole)
     assert equal(first, second)
-    assert whole.numbers == resumed.numbers
+    assert whole.slots[0].numbers == resumed.slots[0].numbers
 
 
 @pytest.mark.parametrize("bad", RULES)
@@ -118,13 +118,13 @@ def test_a_dropped_slot_is_left_alone_and_its_neighbour_does_not_notice(
             pull(slot, step)
         if step == 4:
             slots[1][1].grad[1, 2] = float("nan")  # type: ignore[index]
-            frozen = [[p.detach().clone() for p in slots[1]], dict(ours.numbers[1])]
+            frozen = [[p.detach().clone() for p in slots[1]], dict(ours.slots[1].numbers)]
         take_step(ours)
         take_step(twin)
     assert ours.dropped == {1: "gradient not finite at step 4"}
     assert equal(slots[0], alone)
     assert equal(slots[1], frozen[0])
-    assert ours.numbers[1] == frozen[1]
+    assert ours.slots[1].numbers == frozen[1]
 
 
 def test_prodigy_without_a_gradient_does_not_divide_by_zero() -> None:

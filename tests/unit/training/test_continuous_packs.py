@@ -1,0 +1,127 @@
+"""Adapters that join and leave a pack between two steps become what they would have become alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cat_cluster.lora.bank import LoraBank
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.training.loop import Pack, PackMember
+from tests.unit.training.test_loop import (
+    SHORT,
+    STEPS,
+    MakePack,
+    bit_equal,
+    members,
+    other_optimisers,
+    relative_error,
+    series,
+    train,
+    with_text,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def base(tiny_base_folder: Path) -> BaseModel:
+    return load_base_model(str(tiny_base_folder))
+
+
+@pytest.fixture(params=["tiny_base_folder", "tiny_xl_folder"])
+def of_each_family(request: pytest.FixtureRequest) -> BaseModel:
+    return load_base_model(str(request.getfixturevalue(request.param)))
+
+
+@contextmanager
+def pack_of(base: BaseModel, known: list[PackMember], first: PackMember, **options: Any) -> Iterator[Pack]:
+    """A pack of two slots, in which any of the known adapters may train."""
+    layers = dict.fromkeys(layer for one in known for layer in one.initial.layers)
+    bank = LoraBank.attach(base.network, slots=2, rank=4, layers=list(layers))
+    try:
+        with Pack(base, bank, [first], **options) as pack:
+            yield pack
+    finally:
+        bank.detach()
+
+
+@pytest.mark.parametrize("pack", [members, other_optimisers, with_text])
+def test_adapters_that_come_and_go_are_the_ones_trained_alone(
+    of_each_family: BaseModel, tmp_path: Path, pack: MakePack
+) -> None:
+    """Mug is parked at its third step and again at its eighth; tea and plain come while others train, and end."""
+    base = of_each_family
+    wanted = {one.task.adapter_id: train(base, [one])[one.task.adapter_id] for one in pack(base)}
+    known = {one.task.adapter_id: one for one in pack(base)}
+    stores = {name: series(tmp_path, [one])[0] for name, one in known.items()}
+    found, done = {}, []
+    with pack_of(base, list(known.values()), known["mug"], checkpoints=[stores["mug"]]) as running:
+
+        def steps(count: int) -> None:
+            done.extend(dict(running.step().done) for _ in range(count))
+
+        def join(name: str) -> None:
+            running.join(known[name], stores[name])
+
+        steps(2)
+        join("tea")
+        steps(1)
+        assert not bit_equal(running.leave("mug").weights, wanted["mug"].weights)
+        steps(2)
+        join("mug")
+        steps(5)
+        running.leave("mug")
+        join("plain")
+        steps(SHORT)
+        assert running.training == ()
+        found |= {name: running.leave(name) for name in ("plain",)}
+        join("mug")
+        found["tea"] = running.leave("tea")
+        while running.training:
+            steps(1)
+        found["mug"] = running.result("mug")
+    assert [one["mug"] for one in done if "mug" in one] == list(range(1, STEPS + 1))
+    assert [one["tea"] for one in done if "tea" in one] == list(range(1, STEPS + 1))
+    assert stores["plain"].steps()[-1] == SHORT
+    for name, adapter in wanted.items():
+        assert relative_error(found[name].weights, adapter.weights) <= 1e-3
+        assert found[name].history["steps"] == adapter.history["steps"]
+
+
+def test_who_comes_or_goes_changes_nothing_of_the_others(base: BaseModel, tmp_path: Path) -> None:
+    mug, tea, plain = other_optimisers(base)
+    store = series(tmp_path, [mug])[0]
+    with pack_of(base, [mug, tea, plain], mug, checkpoints=[store]) as running:
+        for _ in range(3):
+            running.step()
+        before = running.result("mug")
+        running.join(tea)
+        assert bit_equal(running.result("mug").weights, before.weights)
+        running.leave("tea")
+        after = running.result("mug")
+        assert bit_equal(after.weights, before.weights)
+        assert after.history == before.history
+        for _ in range(5):
+            running.step()
+        company = running.result("mug").weights
+    with pack_of(base, [mug, tea, plain], mug) as alone:
+        for _ in range(8):
+            alone.step()
+        assert bit_equal(alone.result("mug").weights, company)
+
+
+def test_who_cannot_join_or_leave_is_told_why(base: BaseModel) -> None:
+    mug, tea, plain = members(base)
+    with pack_of(base, [mug, tea, plain], mug) as running:
+        with pytest.raises(ValueError, match="mug is the last of its pack"):
+            running.leave("mug")
+        running.join(tea)
+        with pytest.raises(ValueError, match="tea cannot join: it is there already"):
+            running.join(tea)
+        with pytest.raises(ValueError, match="plain cannot join: no slot is free"):
+            running.join(plain)
