@@ -13,7 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from cat_cluster.errors import BaseModelError, HubError
 from cat_cluster.models.base_files import CONFIG_PATTERNS, VARIANTS, check_complete, check_family, weight_patterns
 from cat_cluster.models.s3_base import S3_SCHEME, check_s3_base, fetch_s3_base
-from cat_cluster.models.single_file import read_checkpoint, unpacked
+from cat_cluster.models.single_file import PICKLED, not_read, read_checkpoint, unpacked
 from cat_cluster.spec.job import ResolvedAdapter
 
 POCKET = "pocket"
@@ -117,13 +117,15 @@ def _own_path(name: str) -> Path | None:
     """Return the folder or file that a name means, None for S3 and the hub; BaseModelError for what is none of them."""
     if not name.strip():
         raise BaseModelError(f"the base has no name: {_CHOICES}.")
-    if name.startswith(S3_SCHEME):
-        return None
-    if "://" in name:
+    if "://" in name and not name.startswith(S3_SCHEME):
         raise BaseModelError(f"base {name!r} is an address, which is not opened: {_CHOICES}.")
     path = Path(name).expanduser()
-    if path.exists():
+    if not name.startswith(S3_SCHEME) and path.exists():
         return path
+    if name.rstrip("/").lower().endswith(PICKLED):  # in S3, on the hub, or not there at all
+        raise not_read(name)
+    if name.startswith(S3_SCHEME):
+        return None
     is_file = name.lower().endswith(".safetensors")  # which no hub id does
     if name.startswith((".", "~")) or not (_HUB_FILE if is_file else _HUB_ID).fullmatch(name):
         raise BaseModelError(f"base {name!r} is neither a folder nor a file: {_CHOICES}.")
