@@ -10,7 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from cat_cluster.cli.app import app
-from cat_cluster.errors import AdapterNotFoundError, SpecError
+from cat_cluster.errors import AdapterNotFoundError, BaseModelError, SpecError
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.registry import AdapterDraft, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
@@ -85,6 +85,19 @@ def test_spec_check_says_from_which_revision_an_adapter_is_trained_on(tmp_path: 
     assert f"300 steps, from {manifest.name}\n" in result.stderr
     assert isinstance(check("mug", manifest.rank + 1).exception, SpecError)
     assert isinstance(check("mugg", manifest.rank).exception, AdapterNotFoundError)
+
+
+def test_a_wrong_base_is_told_before_the_registry_and_the_photos_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "base" / "transformer").mkdir(parents=True)
+    for name in ("cup", "fish"):
+        (tmp_path / name).mkdir()  # without photos
+    (tmp_path / "spec.yaml").write_text(f"{SPEC}base: ./base\ntraining: {{init_from: nobody}}\n")
+    result = CliRunner().invoke(
+        app, ["spec", "check", str(tmp_path / "spec.yaml"), "--storage", str(tmp_path / "nowhere" / "store")]
+    )
+    assert isinstance(result.exception, BaseModelError)
+    assert "base of adapter pair" in str(result.exception)
+    assert "Stable Diffusion 3 or Flux is not supported" in str(result.exception)
 
 
 def test_spec_check_counts_masks_and_says_what_square_crops_cut_off(tmp_path: Path) -> None:
