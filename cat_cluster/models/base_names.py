@@ -59,6 +59,17 @@ def local_base(name: str) -> Path | None:
     return unpacked(found) if found is not None and found.is_file() else found
 
 
+def cached_file(name: str) -> Path | None:
+    """Return the local hub cache's copy of a checkpoint on the hub; None where it has none, and for other names."""
+    file = _HUB_FILE.fullmatch(name)
+    if file is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, EntryNotFoundError):
+        found = Path(snapshot_download(file[1], local_files_only=True, allow_patterns=[file[2]])) / file[2]
+        return found if found.is_file() else None
+    return None
+
+
 def check_bases(adapters: Sequence[ResolvedAdapter]) -> dict[str, str]:
     """Check the bases of a job; return why some cannot be checked here, by name. BaseModelError names the adapter."""
     away = {}
@@ -154,12 +165,8 @@ def _hub_path(name: str) -> Path:
 
 def _cached(name: str) -> Path | None:
     """Return what the local cache has of a hub id, or a file of one, None unless it is complete."""
-    file = _HUB_FILE.fullmatch(name)
-    if file is not None:
-        with contextlib.suppress(OSError, ValueError, EntryNotFoundError):
-            found = Path(snapshot_download(file[1], local_files_only=True, allow_patterns=[file[2]])) / file[2]
-            return found if found.is_file() else None
-        return None
+    if _HUB_FILE.fullmatch(name):
+        return cached_file(name)
     for infix in VARIANTS:
         patterns = [*CONFIG_PATTERNS, *weight_patterns(infix)]  # what is not needed may be missing
         with contextlib.suppress(OSError, ValueError, EntryNotFoundError, BaseModelError):
