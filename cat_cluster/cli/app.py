@@ -160,7 +160,9 @@ app.command()(generate)
 
 
 @base_app.command("path")
-def base_path(name: Annotated[str, typer.Argument(help="pocket, a diffusers folder, or a hub id.")]) -> None:
+def base_path(
+    name: Annotated[str, typer.Argument(help="pocket, a diffusers folder or .safetensors checkpoint, or a hub id.")],
+) -> None:
     """Print the diffusers folder of a base model."""
     from cat_cluster.models.base_names import base_folder
 

@@ -137,7 +137,7 @@ class BaseModel:
 
 
 def load_base_model(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> BaseModel:
-    """Load a base by name: "pocket", a diffusers folder, or a hub id; weights of any dtype are cast to `dtype`.
+    """Load a base by a name that `base_folder` takes; weights of any dtype are cast to `dtype`.
 
     A VAE whose config says that float16 is too small for it (SDXL's) is kept in float32 there. Raises BaseModelError,
     naming the file and the remedy, for other families (SD3, Flux, refiners, inpainting), a missing part, pickled
