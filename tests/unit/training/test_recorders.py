@@ -32,7 +32,7 @@ def base(tiny_base_folder: Path) -> BaseModel:
 
 def report(step: int, *, loss: float = 0.5, attempt: float = 0.0) -> StepReport:
     losses = {
-        "mug": {"sks": ConceptLoss(loss, 0.25)},
+        "mug": {"sks": ConceptLoss(loss, 0.25, outside=1.5)},
         "tea": {"zwx": ConceptLoss(attempt, None), "<shs>": ConceptLoss(0.125, 0.75)},
     }
     return StepReport(step, 20, 0.5, 6, losses, {}, {"mug": {"sks": 2.0}})
@@ -104,6 +104,7 @@ def test_scales_speed_and_tokens_of_any_letters_are_kept(tmp_path: Path) -> None
     folder = tmp_path / "made" / "here"
     assert curve(folder, "alpha_scale/mug/sks") == [(1, 2.0)]
     assert curve(folder, "cat_loss/tea/<shs>") == [(1, 0.75)]
+    assert curve(folder, "outside_loss/mug/sks") == [(1, 1.5)]
     assert curve(folder, "speed/steps_per_second") == [(1, 2.0)]
     assert curve(folder, "speed/rows_per_second") == [(1, 12.0)]
 
