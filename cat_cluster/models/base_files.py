@@ -101,6 +101,15 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
     return config
 
 
+def size_unit(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+    """Return what the sides of an image must be multiples of, in pixels, for every level of the U-Net to halve them.
+
+    unet, vae: their configs; what these leave out is as diffusers has it.
+    """
+    halvings = len(vae.get("block_out_channels", (64,))) - 1 + len(unet.get("down_block_types", range(4))) - 1
+    return 1 << halvings
+
+
 def zeros_without_text(folder: Path) -> bool:
     """Return whether guidance starts from zeros where there is no negative prompt, which SDXL alone may do.
 

@@ -26,6 +26,7 @@ from cat_cluster.models.base_files import (
     check_family,
     family_of,
     read_config,
+    size_unit,
     text_components,
     tokenizer_components,
     weight_files,
@@ -93,7 +94,7 @@ class BaseModel:
     @property
     def size_unit(self) -> int:
         """What the sides of an image must be multiples of, in pixels, for every level of the U-Net to halve them."""
-        return self.pixels_per_latent << (len(self.unet.config.down_block_types) - 1)
+        return size_unit(self.unet.config, self.vae.config)
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
