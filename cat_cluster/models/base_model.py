@@ -25,6 +25,7 @@ from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import (
     check_family,
     family_of,
+    landscape,
     read_config,
     size_unit,
     text_components,
@@ -95,6 +96,12 @@ class BaseModel:
     def size_unit(self) -> int:
         """What the sides of an image must be multiples of, in pixels, for every level of the U-Net to halve them."""
         return size_unit(self.unet.config, self.vae.config)
+
+    @property
+    def landscape(self) -> tuple[int, int]:
+        """Width and height of landscape images that the base draws well, in pixels."""
+        is_sdxl = len(self.text_encoders.models) > 1
+        return landscape(self.resolution, self.size_unit, of_equal_area=is_sdxl)
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
