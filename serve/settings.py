@@ -79,7 +79,11 @@ class ServeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    base: str = Field(default="pocket", description="Base model: pocket, a diffusers folder, or a hub id.")
+    base: str = Field(
+        default="pocket",
+        description="Base model: pocket, a diffusers folder or .safetensors checkpoint, here or under s3://, or a hub "
+        "id.",
+    )
     storage: str = Field(default="./cat-storage", description="Registry: a folder or an s3:// address.")
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]+)?)$", description="Device of the engine.")
     precision: Literal["auto", Precision] = Field(

@@ -160,7 +160,9 @@ app.command()(generate)
 
 
 @base_app.command("path")
-def base_path(name: Annotated[str, typer.Argument(help="pocket, a diffusers folder, or a hub id.")]) -> None:
+def base_path(
+    name: Annotated[str, typer.Argument(help="pocket, a diffusers folder or .safetensors checkpoint, or a hub id.")],
+) -> None:
     """Print the diffusers folder of a base model."""
     from cat_cluster.models.base_names import base_folder
 
@@ -256,15 +258,15 @@ def spec_check(
 
     job = load_spec(spec)
     adapters = job.resolved()
+    try:
+        away = check_bases(adapters)
+    except BaseModelError as error:
+        raise BaseModelError(f"{spec}: {error}") from error
     if any(adapter.training.init_from is not None for adapter in adapters):
         from cat_cluster.pipeline.start import with_pinned_start
 
         registry = open_registry(storage or job.storage)
         adapters = tuple(with_pinned_start(adapter, registry) for adapter in adapters)
-    try:
-        away = check_bases(adapters)
-    except BaseModelError as error:
-        raise BaseModelError(f"{spec}: {error}") from error
     limits = {adapter.base: local_text_limit(adapter.base) for adapter in adapters}
     read: dict[str, list[dict[str, Any]]] = {}
     warnings = [

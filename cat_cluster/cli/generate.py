@@ -110,6 +110,9 @@ def generate(
     members = [parse_member(name) for name in (*(adapter or ()), *tags)]
     of_adapters, of_edit = (1.0 if strength is None else strength, None) if image is None else (1.0, strength)
     stack = [replace(member, strength=of_adapters * member.strength) for member in members]
+    for option, given in (("--strength", of_adapters != 1.0), ("--gate", gate)):
+        if given and not stack:
+            people.print(f"warning: {option} changes nothing: the base model alone has no adapter", soft_wrap=True)
     request = DrawRequest(
         text,
         stack,

@@ -29,7 +29,12 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than loopback need $CAT_API_KEYS.")
     ] = "127.0.0.1",
-    base: Annotated[str | None, typer.Option(help="Base model: pocket, a diffusers folder, or a hub id.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model: pocket, a diffusers folder or .safetensors checkpoint, here or under s3://, or a hub id."
+        ),
+    ] = None,
     slots: Annotated[int | None, typer.Option(min=1, max=10_000, help="Adapters held on the device at once.")] = None,
     max_rows: Annotated[int | None, typer.Option(min=2, max=10_000, help="Most U-Net rows in one call.")] = None,
     policy: Annotated[DriftPolicy | None, typer.Option(help="What a drift alarm does.")] = None,

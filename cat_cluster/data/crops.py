@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cat_cluster.data.concepts import Concept, Example
 from cat_cluster.data.keys import keyed_generator
+from cat_cluster.data.photos import LEAST_SIDE
 from cat_cluster.models.conditioning import Sizes
 from cat_cluster.spec.characters import shown_name
 from cat_cluster.spec.sections import TrainingSpec
@@ -70,25 +71,27 @@ def crop_warnings(adapter_id: str, concepts: Sequence[Concept], training: Traini
 def _warnings(examples: Sequence[Example], training: TrainingSpec) -> Iterator[str]:
     if training.masked_loss and (bare := [one for one in examples if one.mask is None]):
         yield f"{_named(bare)} no mask, so all of the picture counts as the concept"
-    if training.aspect_buckets:
-        return
-    square = Size.square(1)
-    if cut := [one for one in examples if share_cut(Size(*one.image.size), square) > MOST_CUT]:
-        most = max(share_cut(Size(*one.image.size), square) for one in cut)
+    lost = [share_cut(Size(*one.image.size), Size.square(1)) for one in examples]
+    if not training.aspect_buckets and max(lost, default=0.0) > MOST_CUT:
+        cut = [one for one, share in zip(examples, lost, strict=True) if share > MOST_CUT]
         yield (
-            f"{_named(cut)} more than a third cut off by the square crop, {most:.0%} at most: training.aspect_buckets: "
-            "true crops to a photo's own shape"
+            f"{_named(cut)} more than a third cut off by the square crop, {max(lost):.0%} at most: "
+            "training.aspect_buckets: true crops to a photo's own shape"
         )
-    if empty := [one for one in examples if one.mask is not None and not _holds_concept(one)]:
-        yield (
-            f"{_named(empty)} nothing of the mask in the square crop, so nothing is learned there: crop the photo, or "
-            "set training.aspect_buckets to true"
-        )
+    where, remedy = "the square crop", "crop the photo, or set training.aspect_buckets to true"
+    if training.crops_per_image > 1:
+        where, remedy = "one of its crops", "lower training.crops_per_image, or crop the photo around the concept"
+    if missed := [one for one in examples if _misses_mask(one, training)]:
+        yield f"{_named(missed)} nothing of the mask in {where}, so nothing is learned there: {remedy}"
 
 
-def _holds_concept(example: Example) -> bool:
-    mask = crop_mask(example, 0, Size.square(64), 1)
-    return mask is None or bool(mask.any())
+def _misses_mask(example: Example, training: TrainingSpec) -> bool:
+    if example.mask is None:
+        return False
+    # A bucket has nearly the photo's own shape, and which it is depends on the base.
+    shape = Size(*example.image.size) if training.aspect_buckets else Size.square(LEAST_SIDE)
+    boxes = [_box(example, crop, shape) for crop in range(training.crops_per_image)]
+    return any(example.mask.image.crop(box).getbbox() is None for box in boxes)
 
 
 def _named(examples: Sequence[Example]) -> str:

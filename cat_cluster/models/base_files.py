@@ -101,6 +101,27 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
     return config
 
 
+def size_unit(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+    """Return what the sides of an image must be multiples of, in pixels, for every level of the U-Net to halve them.
+
+    unet, vae: their configs; what these leave out is as diffusers has it.
+    """
+    halvings = len(vae.get("block_out_channels", (64,))) - 1 + len(unet.get("down_block_types", range(4))) - 1
+    return 1 << halvings
+
+
+def landscape(side: int, unit: int, *, of_equal_area: bool) -> tuple[int, int]:
+    """Return width and height, about 3:2, of the landscape images of a base whose own are squares of `side` pixels.
+
+    unit: its size_unit. of_equal_area: whether it was trained on shapes of as many pixels as that square, as SDXL was
+    (arXiv 2307.01952, section 2.3); else the square is made wider.
+    """
+    if not of_equal_area:
+        return side * 3 // 2 // unit * unit, side
+    height = max(unit, int(side * (2 / 3) ** 0.5) // unit * unit)
+    return side * side // height // unit * unit, height
+
+
 def zeros_without_text(folder: Path) -> bool:
     """Return whether guidance starts from zeros where there is no negative prompt, which SDXL alone may do.
 

@@ -25,7 +25,9 @@ from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_files import (
     check_family,
     family_of,
+    landscape,
     read_config,
+    size_unit,
     text_components,
     tokenizer_components,
     weight_files,
@@ -93,7 +95,13 @@ class BaseModel:
     @property
     def size_unit(self) -> int:
         """What the sides of an image must be multiples of, in pixels, for every level of the U-Net to halve them."""
-        return self.pixels_per_latent << (len(self.unet.config.down_block_types) - 1)
+        return size_unit(self.unet.config, self.vae.config)
+
+    @property
+    def landscape(self) -> tuple[int, int]:
+        """Width and height of landscape images that the base draws well, in pixels."""
+        is_sdxl = len(self.text_encoders.models) > 1
+        return landscape(self.resolution, self.size_unit, of_equal_area=is_sdxl)
 
     @property
     def tokenizer(self) -> CLIPTokenizer:
@@ -137,7 +145,7 @@ class BaseModel:
 
 
 def load_base_model(name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> BaseModel:
-    """Load a base by name: "pocket", a diffusers folder, or a hub id; weights of any dtype are cast to `dtype`.
+    """Load a base by a name that `base_folder` takes; weights of any dtype are cast to `dtype`.
 
     A VAE whose config says that float16 is too small for it (SDXL's) is kept in float32 there. Raises BaseModelError,
     naming the file and the remedy, for other families (SD3, Flux, refiners, inpainting), a missing part, pickled

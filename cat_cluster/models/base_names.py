@@ -10,10 +10,18 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from cat_cluster.errors import BaseModelError, HubError
-from cat_cluster.models.base_files import CONFIG_PATTERNS, VARIANTS, check_complete, check_family, weight_patterns
+from cat_cluster.errors import BaseModelError, HubError, SpecError
+from cat_cluster.models.base_files import (
+    CONFIG_PATTERNS,
+    VARIANTS,
+    check_complete,
+    check_family,
+    read_config,
+    size_unit,
+    weight_patterns,
+)
 from cat_cluster.models.s3_base import S3_SCHEME, check_s3_base, fetch_s3_base
-from cat_cluster.models.single_file import read_checkpoint, unpacked
+from cat_cluster.models.single_file import FAMILIES, PICKLED, not_read, read_checkpoint, unpacked
 from cat_cluster.spec.job import ResolvedAdapter
 
 POCKET = "pocket"
@@ -59,8 +67,22 @@ def local_base(name: str) -> Path | None:
     return unpacked(found) if found is not None and found.is_file() else found
 
 
+def cached_file(name: str) -> Path | None:
+    """Return the local hub cache's copy of a checkpoint on the hub; None where it has none, and for other names."""
+    file = _HUB_FILE.fullmatch(name)
+    if file is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, EntryNotFoundError):
+        found = Path(snapshot_download(file[1], local_files_only=True, allow_patterns=[file[2]])) / file[2]
+        return found if found.is_file() else None
+    return None
+
+
 def check_bases(adapters: Sequence[ResolvedAdapter]) -> dict[str, str]:
-    """Check the bases of a job; return why some cannot be checked here, by name. BaseModelError names the adapter."""
+    """Check the bases of a job; return why some cannot be checked here, by name.
+
+    Raises BaseModelError that names the adapter, SpecError as check_buckets.
+    """
     away = {}
     for name in dict.fromkeys(adapter.base for adapter in adapters):
         try:
@@ -70,7 +92,25 @@ def check_bases(adapters: Sequence[ResolvedAdapter]) -> dict[str, str]:
             raise BaseModelError(f"base of adapter {of}: {error}") from error
         if unchecked is not None:
             away[name] = unchecked
+        configs = _local_configs(name) if unchecked is None else None
+        if configs is not None:
+            step = size_unit(*(read_config(configs, part) for part in ("unet", "vae")))
+            for adapter in adapters:
+                if adapter.base == name and adapter.training.resolution is not None:
+                    check_buckets(adapter, adapter.training.resolution, step)
     return away
+
+
+def check_buckets(adapter: ResolvedAdapter, resolution: int, step: int) -> None:
+    """Raise SpecError where `resolution` has no aspect buckets, if an adapter's photos are cropped to them.
+
+    step: what the sides of buckets are multiples of, in pixels, the base's size_unit.
+    """
+    if adapter.training.aspect_buckets and resolution % step:
+        raise SpecError(
+            f"training.resolution: {resolution} is not a multiple of {step}, as the sides of the aspect buckets of "
+            f"base {adapter.base!r} are; choose one that is, or leave aspect_buckets out (adapter {adapter.id})"
+        )
 
 
 def check_base(name: str) -> str | None:
@@ -104,6 +144,19 @@ def check_base(name: str) -> str | None:
     return None
 
 
+def _local_configs(name: str) -> Path | None:
+    """Return a folder with the configs of a base, where this machine has them: after check_base all but those of S3."""
+    if name == POCKET:
+        return _pocket()
+    found = _own_path(name)
+    if found is None and not name.startswith(S3_SCHEME):
+        found = cached_file(name)
+        if found is None:
+            with contextlib.suppress(OSError, ValueError, EntryNotFoundError):
+                found = Path(snapshot_download(name, local_files_only=True, allow_patterns=list(CONFIG_PATTERNS)))
+    return FAMILIES / read_checkpoint(found).kind if found is not None and found.is_file() else found
+
+
 def _pocket() -> Path:
     folder = Path(__file__).parent / "pocket" / "weights"
     if not folder.is_dir():
@@ -117,13 +170,15 @@ def _own_path(name: str) -> Path | None:
     """Return the folder or file that a name means, None for S3 and the hub; BaseModelError for what is none of them."""
     if not name.strip():
         raise BaseModelError(f"the base has no name: {_CHOICES}.")
-    if name.startswith(S3_SCHEME):
-        return None
-    if "://" in name:
+    if "://" in name and not name.startswith(S3_SCHEME):
         raise BaseModelError(f"base {name!r} is an address, which is not opened: {_CHOICES}.")
     path = Path(name).expanduser()
-    if path.exists():
+    if not name.startswith(S3_SCHEME) and path.exists():
         return path
+    if name.rstrip("/").lower().endswith(PICKLED):  # in S3, on the hub, or not there at all
+        raise not_read(name)
+    if name.startswith(S3_SCHEME):
+        return None
     is_file = name.lower().endswith(".safetensors")  # which no hub id does
     if name.startswith((".", "~")) or not (_HUB_FILE if is_file else _HUB_ID).fullmatch(name):
         raise BaseModelError(f"base {name!r} is neither a folder nor a file: {_CHOICES}.")
@@ -152,12 +207,8 @@ def _hub_path(name: str) -> Path:
 
 def _cached(name: str) -> Path | None:
     """Return what the local cache has of a hub id, or a file of one, None unless it is complete."""
-    file = _HUB_FILE.fullmatch(name)
-    if file is not None:
-        with contextlib.suppress(OSError, ValueError, EntryNotFoundError):
-            found = Path(snapshot_download(file[1], local_files_only=True, allow_patterns=[file[2]])) / file[2]
-            return found if found.is_file() else None
-        return None
+    if _HUB_FILE.fullmatch(name):
+        return cached_file(name)
     for infix in VARIANTS:
         patterns = [*CONFIG_PATTERNS, *weight_patterns(infix)]  # what is not needed may be missing
         with contextlib.suppress(OSError, ValueError, EntryNotFoundError, BaseModelError):

@@ -24,6 +24,7 @@ from cat_cluster.settings import load_settings
 
 Kind = Literal["sd1", "sd2", "sdxl"]
 FAMILIES = Path(__file__).parent / "families"
+PICKLED = (".ckpt", ".pt", ".pth", ".bin")  # how the names of checkpoints end that are pickles
 _SUPPORTED = "use a text-to-image checkpoint of Stable Diffusion 1.x, 2.x or XL"
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _TEXT: Mapping[Kind, tuple[str, ...]] = {
@@ -73,11 +74,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises BaseModelError for another family, a missing part, and a file of Stable Diffusion 2.x that does not tell.
     """
     if path.suffix.lower() != ".safetensors":
-        raise BaseModelError(
-            f"base {path} is no .safetensors file, and pickled ones (.ckpt, .pt, .bin) are never read: convert it "
-            "once, in a place where you trust it, with "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
-        )
+        raise not_read(str(path))
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -85,6 +82,16 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except (OSError, SafetensorError) as error:
         raise BaseModelError(f"{path} is damaged ({error}); download the base again.") from error
     return _checkpoint(str(path), head, path.with_suffix(".yaml"))
+
+
+def not_read(name: str) -> BaseModelError:
+    """Return the error for a file that is no .safetensors one, wherever it lies: how to convert it."""
+    return BaseModelError(
+        f"base {name} is no .safetensors file, and pickled ones ({', '.join(PICKLED)}) are never read: convert it "
+        "once, in a place where you trust it, with "
+        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER), of an XL with "
+        "StableDiffusionXLPipeline."
+    )
 
 
 def check_head(name: str, data: bytes, beside: Path) -> None:

@@ -19,6 +19,7 @@ from cat_cluster.evaluation.prompts import DECOYS, evaluation_prompts, fill
 from cat_cluster.lora.bank import LoraBank, parameter_names, weights_of
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_names import check_buckets
 from cat_cluster.models.device import choose_device
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.pipeline.publish import image_digests
@@ -103,12 +104,7 @@ def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[s
     warnings = concept_warnings(resolved.id, concepts, training, base.text_limit)
     revision = revision_of(resolved.id, resolved, image_digests(concepts), base.fingerprint, TRAINING_VERSION)
     adapter = PreparedAdapter(resolved, concepts, base, revision, warnings)
-    if adapter.bucket_step is not None and adapter.resolution % adapter.bucket_step:
-        raise SpecError(
-            f"training.resolution: {adapter.resolution} is not a multiple of {adapter.bucket_step}, as the sides of "
-            f"the aspect buckets of base {resolved.base!r} are; choose one that is, or leave aspect_buckets out "
-            f"(adapter {resolved.id})"
-        )
+    check_buckets(resolved, adapter.resolution, base.size_unit)
     return adapter
 
 

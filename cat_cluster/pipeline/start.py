@@ -11,7 +11,7 @@ from cat_cluster.lora.layers import in_text_encoder
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import Registry
 from cat_cluster.spec.job import ResolvedAdapter
-from cat_cluster.spec.sections import TrainingSpec
+from cat_cluster.spec.sections import TextEncoderSpec, TrainingSpec
 from cat_cluster.training.methods import trained_layers
 
 
@@ -53,12 +53,14 @@ def start_weights(resolved: ResolvedAdapter, base: BaseModel, registry: Registry
         weights = registry.load_weights(manifest, base_fingerprints=base.fingerprints, unet=base.network)
     except (AdapterMismatchError, RegistryError) as error:
         raise type(error)(f"{_field(resolved)}: {error}") from error
+    # Files of kohya's trainer have the last layer of SDXL's first text encoder, of which nothing is ever read.
+    unread = base.text_encoders.unread
+    weights = AdapterWeights({name: one for name, one in weights.layers.items() if not name.startswith(unread)})
     adapted = set(trained_layers(base, training))
     foreign = next((layer for layer in weights.layers if layer not in adapted), None)
     if foreign is not None:
         raise AdapterMismatchError(
-            f"{_field(resolved)}: {manifest.name} changes {foreign}, which {_left_out_by(training, foreign)}: adapt "
-            "more, or start from another adapter"
+            f"{_field(resolved)}: {manifest.name} changes {foreign}, which {_left_out(base, training, foreign)}"
         )
     return weights
 
@@ -70,10 +72,17 @@ def start_record(resolved: ResolvedAdapter, weights: AdapterWeights, start: Adap
     return {"init_from": {"adapter": resolved.training.init_from, "distance": relative_distance(weights, start)}}
 
 
-def _left_out_by(training: TrainingSpec, layer: str) -> str:
+def _left_out(base: BaseModel, training: TrainingSpec, layer: str) -> str:
+    """Say why training does not adapt a layer, and what to do."""
+    all_of_it: dict[str, object] = {"targets": "attention_ff", "blocks": "all", "text_encoder": TextEncoderSpec()}
+    if layer not in trained_layers(base, training.model_copy(update=all_of_it)):
+        return (
+            "no training adapts, as of convolutions and layers outside of attention blocks: start from another adapter"
+        )
+    by = f"targets: {training.targets} and blocks: {training.blocks} leave out"
     if in_text_encoder(layer):
-        return "training without text_encoder leaves out"
-    return f"targets: {training.targets} and blocks: {training.blocks} leave out"
+        by = "training without text_encoder leaves out"
+    return f"{by}: adapt more, or start from another adapter"
 
 
 def _field(resolved: ResolvedAdapter) -> str:

@@ -199,7 +199,9 @@ class JobSpec(Section):
 
     name: Annotated[Text, Field(max_length=100)] = Field(description="Name of the job, for people.")
     base: NameOrFolder = Field(
-        default="pocket", description="Base model: pocket, a diffusers folder, a .safetensors checkpoint or a hub id."
+        default="pocket",
+        description="Base model: pocket, a diffusers folder or .safetensors checkpoint, here or under s3://, or a hub "
+        "id.",
     )
     method: Method = Field(default="cat", description="Training method: cat, or lora for plain LoRA.")
     adapters: OneOrMore[AdapterSpec] = Field(description="Adapters to train, each id once.")

@@ -18,14 +18,14 @@ Pixels = tuple[int, int]
 
 
 def parse_sizes(sizes: Sequence[str] | None, base: BaseModel) -> tuple[Pixels, ...]:
-    """Return (width, height) of each size, the base's own first; None: its own, landscape and portrait (3:2).
+    """Return (width, height) of each size, the base's own first; None: its own, landscape and portrait.
 
     Raises SpecError for a size that this base's U-Net cannot halve down to its lowest level.
     """
     side, unit = base.resolution, base.size_unit
     if sizes is None:
-        longer = side * 3 // 2 // unit * unit
-        return tuple(dict.fromkeys([(side, side), (longer, side), (side, longer)]))
+        width, height = base.landscape
+        return tuple(dict.fromkeys([(side, side), (width, height), (height, width)]))
     found = [parse_size(size) for size in sizes]
     for width, height in found:
         if width % unit or height % unit:

@@ -40,6 +40,7 @@ OF_OTHERS = {
     *("out/demo/report.html", "out/demo/report.json", "out/demo/stacks.png"),
     *("work/progress.jsonl", "text_encoder_2/", "tokenizer_2/"),  # of `pocket pretrain`
     *("draw_photos.py", "program.py", "photos/spotted-cup"),
+    *("models/anime", "models/anime.safetensors", "owner/name", "owner/name/anime.safetensors"),  # bases of a reader's
     *("openai/clip-vit-base-patch32", "stable-diffusion-v1-5/stable-diffusion-v1-5", "utils/eval_utils.py"),
     *("aliases/", "inputs/", "objects/", "quarantine/", "runs/", "checkpoints/", "probes/"),  # keys of the store
     *("serve.batch", "serve.multiplexed"),  # Ray's

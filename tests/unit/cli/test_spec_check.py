@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 from cat_cluster.cli.app import app
-from cat_cluster.errors import AdapterNotFoundError, SpecError
+from cat_cluster.errors import AdapterNotFoundError, BaseModelError, SpecError
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.registry import AdapterDraft, Registry
 from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store.local import LocalStore
+from tests.support.ldm_files import write_checkpoint
 
 SPEC = """
 name: two
@@ -85,6 +87,43 @@ def test_spec_check_says_from_which_revision_an_adapter_is_trained_on(tmp_path: 
     assert f"300 steps, from {manifest.name}\n" in result.stderr
     assert isinstance(check("mug", manifest.rank + 1).exception, SpecError)
     assert isinstance(check("mugg", manifest.rank).exception, AdapterNotFoundError)
+
+
+def test_a_wrong_base_is_told_before_the_registry_and_the_photos_are_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "base" / "transformer").mkdir(parents=True)
+    for name in ("cup", "fish"):
+        (tmp_path / name).mkdir()  # without photos
+    (tmp_path / "spec.yaml").write_text(f"{SPEC}base: ./base\ntraining: {{init_from: nobody}}\n")
+    result = CliRunner().invoke(
+        app, ["spec", "check", str(tmp_path / "spec.yaml"), "--storage", str(tmp_path / "nowhere" / "store")]
+    )
+    assert isinstance(result.exception, BaseModelError)
+    assert "base of adapter pair" in str(result.exception)
+    assert "Stable Diffusion 3 or Flux is not supported" in str(result.exception)
+
+
+def test_a_resolution_without_buckets_is_told_without_unpacking_the_base(
+    tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the configs of the file's family, which are of full size: sides of Stable Diffusion's are in steps of 64."""
+    monkeypatch.setenv("CAT_CACHE_DIR", str(tmp_path / "cache"))
+    write_checkpoint(tiny_base_folder, tmp_path / "anime.safetensors")
+    for name in ("cup/0.png", "fish/0.png"):
+        (tmp_path / name).parent.mkdir()
+        Image.new("RGB", (40, 40), "red").save(tmp_path / name)
+
+    def check(training: str) -> Result:
+        (tmp_path / "spec.yaml").write_text(f"{SPEC}base: anime.safetensors\ntraining: {{{training}}}\n")
+        return CliRunner().invoke(app, ["spec", "check", str(tmp_path / "spec.yaml")])
+
+    refused = check("aspect_buckets: true, resolution: 520").exception
+    assert isinstance(refused, SpecError)
+    assert str(refused).startswith(
+        "training.resolution: 520 is not a multiple of 64, as the sides of the aspect buckets"
+    )
+    for fits in ("aspect_buckets: true, resolution: 576", "resolution: 520", "aspect_buckets: true"):
+        assert check(fits).exit_code == 0
+    assert not (tmp_path / "cache" / "bases").exists()
 
 
 def test_spec_check_counts_masks_and_says_what_square_crops_cut_off(tmp_path: Path) -> None:

@@ -167,3 +167,14 @@ def test_a_name_in_the_prompt_that_is_no_adapter_is_refused(command: CommandLine
     for tag, told in (("<lora:nobody:1>", "nobody"), ("<lora:My Cup>", "'My Cup'"), ("<lora:cup:a>", "'cup:a'")):
         options = ("--prompt", f"a {tag} cup", "--out", tmp_path / "a.png", "--storage", shop.registry.store.url)
         assert_refused(command("generate", *options), told)
+
+
+def test_what_asks_for_less_of_no_adapter_is_said_to_change_nothing(
+    command: CommandLine, tiny_base_folder: Path, tmp_path: Path
+) -> None:
+    settings = ("--prompt", PROMPT, "--steps", "1", "--base", tiny_base_folder, "--out", tmp_path / "a.png")
+    finished = command("generate", *settings, "--strength", "0.5", "--gate")
+    assert finished.code == 0, finished.err
+    for option in ("--strength", "--gate"):
+        assert f"warning: {option} changes nothing: the base model alone has no adapter" in finished.err
+    assert "warning" not in command("generate", *settings).err

@@ -159,6 +159,22 @@ def test_people_are_told_what_masks_and_crops_leave_out(tmp_path: Path) -> None:
     assert crop_warnings("mug", concepts, TrainingSpec(aspect_buckets=True)) == ()
 
 
+@pytest.mark.parametrize("buckets", [False, True])
+def test_people_are_told_of_a_mask_that_a_further_crop_misses(tmp_path: Path, buckets: bool) -> None:
+    """Oracle: the masks that are trained on, at the photo's own shape, which is that of a bucket here."""
+    photo(size=(60, 60)).save(tmp_path / "a.png")
+    mask((0, 0, 3, 3), (60, 60)).save(tmp_path / "a-mask.png")
+    concepts = load_concepts("mug", [ConceptSpec(token="sks", class_noun="cup", images=str(tmp_path))], masked=True)
+    [example] = concepts[0].examples
+    held = [crop_mask(example, crop, Size.square(60), 1) for crop in (0, 1)]
+    assert [bool(one.any()) for one in held if one is not None] == [True, False], "draw another mask"
+    for crops, told in ((1, False), (2, True)):
+        warnings = crop_warnings(
+            "mug", concepts, MASKED.model_copy(update={"crops_per_image": crops, "aspect_buckets": buckets})
+        )
+        assert [("a.png has nothing of the mask in one of its crops" in one) for one in warnings] == [True] * told
+
+
 def test_a_mask_may_be_white_on_transparent(tmp_path: Path) -> None:
     """As programs that cut things out save it."""
     photo().save(tmp_path / "a.png")

@@ -21,6 +21,7 @@ from cat_cluster.models.base_files import parameter_count
 from cat_cluster.models.base_names import base_folder, check_base, local_base
 from cat_cluster.models.fingerprint import fingerprints
 from cat_cluster.models.text_limit import local_text_limit
+from tests.support.ldm_files import write_checkpoint
 
 COMMIT = "b" * 40
 NAME = "someone/tiny"
@@ -192,3 +193,17 @@ def test_a_file_of_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         check_base(name)
     with pytest.raises(HubError, match=r"has no file v3/model\.safetensors"):
         base_folder(f"{NAME}/v3/model.safetensors")
+
+
+def test_captions_are_held_to_the_limit_of_a_file_of_the_hub_that_was_fetched(
+    hub: Hub, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cat_cluster.models.base_names.unpacked", lambda path: path.parent)
+    write_checkpoint(tiny_base_folder, hub.folder / "model.safetensors")
+    name = f"{NAME}/model.safetensors"
+    assert local_text_limit(name) is None
+    assert hub.sent == []
+    base_folder(name)
+    limit = local_text_limit(name)
+    assert limit is not None
+    assert limit.tokens == 77

@@ -12,6 +12,8 @@ from diffusers import (
     DDIMScheduler,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
 )
 from PIL import Image
 from torch import Tensor
@@ -37,13 +39,19 @@ class Stock:
     """The two stock pipelines of a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._plain = StableDiffusionImg2ImgPipeline.from_pretrained(folder, safety_checker=None)
-        self._masked = StableDiffusionInpaintPipeline(**self._plain.components, requires_safety_checker=False)
+        self._plain: Any
+        self._masked: Any
+        if (folder / "text_encoder_2").is_dir():
+            self._plain = StableDiffusionXLImg2ImgPipeline.from_pretrained(folder)
+            self._masked = StableDiffusionXLInpaintPipeline(**self._plain.components)
+        else:
+            self._plain = StableDiffusionImg2ImgPipeline.from_pretrained(folder, safety_checker=None)
+            self._masked = StableDiffusionInpaintPipeline(**self._plain.components, requires_safety_checker=False)
 
     def image(self, row: ImageRow, photo: Image.Image, mask: Image.Image | None) -> Tensor:
         """The image [3, H, W] that a stock user gets of a row, its photo and its mask (white is edited)."""
         assert row.source is not None
-        pipeline: Any = self._plain if mask is None else self._masked
+        pipeline = self._plain if mask is None else self._masked
         pipeline.set_progress_bar_config(disable=True)
         loaded = pipeline.scheduler
         pipeline.scheduler = stock_scheduler(row.sampler, loaded.config)
@@ -53,7 +61,7 @@ class Stock:
                 row.prompt,
                 image=photo,
                 strength=row.source.strength,
-                negative_prompt=row.negative_prompt,
+                negative_prompt=row.negative_prompt or None,
                 num_inference_steps=row.steps,
                 guidance_scale=row.guidance,
                 generator=torch.Generator("cpu").manual_seed(row.seed),
@@ -116,6 +124,28 @@ def test_v_prediction_bases(tiny_base_v_folder: Path, sampler: SamplerName, mask
     row = ImageRow("a red cup", 5, steps=8, sampler=sampler, source=source(picture, mask, 0.6))
     ours = generate(load_base_model(str(tiny_base_v_folder)), None, [row])[0]
     assert_same(ours, Stock(tiny_base_v_folder).image(row, picture, mask))
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_sdxl(tiny_xl_folder: Path, sampler: SamplerName, masked: bool, strength: float) -> None:
+    """Without a negative prompt guidance starts from zeros; the sizes that the U-Net is told are the picture's."""
+    picture, mask = photo(16, 2), half(16) if masked else None
+    row = ImageRow("a red cup", 9, steps=8, sampler=sampler, source=source(picture, mask, strength))
+    ours = generate(load_base_model(str(tiny_xl_folder)), None, [row])[0]
+    assert_same(ours, Stock(tiny_xl_folder).image(row, picture, mask))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m"])
+def test_sdxl_with_v_prediction_and_zero_terminal_snr(
+    tiny_xl_v_folder: Path, sampler: SamplerName, masked: bool
+) -> None:
+    picture, mask = photo(16, 2), half(16) if masked else None
+    row = ImageRow("a cup", 9, steps=8, sampler=sampler, negative_prompt="red", source=source(picture, mask, 0.6))
+    ours = generate(load_base_model(str(tiny_xl_v_folder)), None, [row])[0]
+    assert_same(ours, Stock(tiny_xl_v_folder).image(row, picture, mask))
 
 
 def test_pocket_sd() -> None:

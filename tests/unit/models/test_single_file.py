@@ -21,7 +21,7 @@ from cat_cluster.errors import BaseModelError, OutputError
 from cat_cluster.models import single_file
 from cat_cluster.models.base_files import check_family
 from cat_cluster.models.base_model import load_base_model
-from cat_cluster.models.base_names import base_folder, check_base
+from cat_cluster.models.base_names import base_folder, check_base, local_base
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.single_file import Checkpoint, read_checkpoint, tokenizer_folder, unpacked
 from cat_cluster.models.text_limit import local_text_limit
@@ -328,6 +328,17 @@ def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(b"\x80\x02")
         with pytest.raises(BaseModelError, match=r"from_single_file\(FILE\)\.save_pretrained\(FOLDER\)"):
             check_base(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["s3://bucket/bases/anime.ckpt", "s3://bucket/anime.CKPT", "owner/repository/v2/anime.ckpt", "models/anime.pt"],
+)
+def test_pickles_elsewhere_are_refused_alike_before_anything_is_asked_for_them(name: str) -> None:
+    """In S3, on the hub, and where there is no such file; without a server and without the hub."""
+    for refuses in (check_base, base_folder, local_base):
+        with pytest.raises(BaseModelError, match=rf"{name} .*from_single_file\(FILE\)\.save_pretrained\(FOLDER\)"):
+            refuses(name)
 
 
 def test_damage_is_named(files: dict[str, Path], folders: dict[str, Path], tmp_path: Path) -> None:

@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from cat_cluster.errors import AdapterMismatchError, AdapterNotFoundError, SpecError
-from cat_cluster.lora.bank import LoraBank, adapted_layers
-from cat_cluster.lora.formats import AdapterWeights
+from cat_cluster.lora.bank import LoraBank, adapted_layers, served_layers
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer, write_adapter
 from cat_cluster.models.base_model import load_base_model
-from cat_cluster.pipeline.job import AdapterResult, run_job
+from cat_cluster.pipeline.importing import ImportRequest, import_adapter
+from cat_cluster.pipeline.job import AdapterResult, Silent, run_job
 from cat_cluster.pipeline.prepare import open_bank, pack_member, prepare
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.settings import Settings
@@ -145,6 +146,22 @@ def test_a_start_that_does_not_fit_is_refused_by_name_before_anything_is_trained
     with pytest.raises(AdapterMismatchError, match=r"init_from of adapter second: .* was trained on base"):
         place.train("second", init_from="first")
     assert [one.adapter_id for one in place.registry.list()] == ["first"]
+
+
+def test_an_imported_start_with_layers_that_no_training_adapts_is_told_so(place: Place) -> None:
+    """As the files of kohya's trainer for Stable Diffusion 1.x have them: the convolutions around attention."""
+    base = load_base_model(str(place.base))
+    convolution = next(name for name in served_layers(base.unet, "attention_ff") if name.endswith("proj_in"))
+    width = base.unet.get_submodule(convolution).in_channels
+    layer = LoraLayer(torch.ones(2, int(width)), torch.ones(int(width), 2), convolution=True)
+    path = write_adapter(AdapterWeights({convolution: layer}), place.folder, "diffusers", adapter_id="x", metadata={})
+    import_adapter(
+        ImportRequest(path, "guest", ["sks"], ["cup"], base=str(place.base)), place.registry, "cpu", Silent()
+    )
+    with pytest.raises(
+        AdapterMismatchError, match=rf"changes {convolution}, which no training adapts, .* convolutions"
+    ):
+        place.train("second", init_from="guest", targets="attention_ff")
 
 
 def test_a_bank_begins_with_the_start(place: Place) -> None:

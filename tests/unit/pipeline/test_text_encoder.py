@@ -14,12 +14,13 @@ from cat_cluster.evaluation.fisher import fisher_drift
 from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.pipeline.job import run_job
+from cat_cluster.pipeline.importing import ImportRequest, import_adapter
+from cat_cluster.pipeline.job import Silent, run_job
 from cat_cluster.pipeline.prepare import checkpoints_of, prepare, trained_adapter
 from cat_cluster.pipeline.published_adapters import export_stack
 from cat_cluster.registry.stacks import parse_member
 from cat_cluster.spec.job import JobSpec
-from tests.support.text_adapters import text_paths, whole_adapter
+from tests.support.text_adapters import kohya_file, text_paths, whole_adapter
 from tests.unit.pipeline.test_start import Place, manifest_of, products
 
 pytestmark = pytest.mark.slow
@@ -100,6 +101,23 @@ def test_training_goes_on_from_text_layers_and_refuses_to_lose_them(place: Place
     later = manifest_of(place.train("later", init_from="bare", text_encoder={"learning_rate": 1e-12}))
     assert later.training["text_encoder_layers"]
     assert all(product.abs().max() < 1e-9 for product in products(of_text(place.weights(later))).values())
+
+
+def test_training_goes_on_from_a_file_of_kohyas_trainer(place: Place, tmp_path: Path) -> None:
+    """It has every layer of every text encoder; of SDXL's first one nothing reads the last, which stays behind."""
+    base = load_base_model(str(place.base))
+    file = kohya_file(whole_adapter(base, 1, rank=2), tmp_path / "x.safetensors", xl=len(base.text_encoders.models) > 1)
+    guest = import_adapter(
+        ImportRequest(file, "guest", ["sks"], ["cup"], base=str(place.base)), place.registry, "cpu", Silent()
+    )
+    rates = {"learning_rate": 1e-12, "text_encoder": {"learning_rate": 1e-12}}
+    later = manifest_of(place.train("later", init_from="guest", targets="attention_ff", **rates))
+    start, found = (products(place.weights(one)) for one in (guest, later))
+    assert set(start) == {*adapted_layers(base.unet, "attention_ff"), *text_paths(base)}
+    assert set(found) == {*adapted_layers(base.unet, "attention_ff"), *trained_text_paths(base)}
+    for name, product in found.items():
+        torch.testing.assert_close(product, start[name], rtol=1e-4, atol=1e-7)
+    assert later.training["init_from"]["distance"] < 1e-4
 
 
 def test_it_is_exported_under_the_names_of_its_base(place: Place, tmp_path: Path) -> None:

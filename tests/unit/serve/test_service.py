@@ -152,7 +152,7 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop_of_eac
     ]
 
     async def main() -> list[list[Event]]:
-        async with open_service(shop) as service:
+        async with open_service(shop, sizes=("24x16",)) as service:
             return await asyncio.gather(*(events(service, call) for call in calls))
 
     answers = asyncio.run(main())

@@ -229,6 +229,25 @@ def test_a_member_that_is_deleted_or_moved_while_rows_run_harms_no_image(shop: S
     run(main)
 
 
+def test_a_member_that_is_quarantined_while_rows_run_harms_no_image(shop: Shop) -> None:
+    sick = shop.publish("sick", 50)
+
+    async def main() -> None:
+        async with open_service(shop, **WIDE, alias_ttl_s=0.0) as service:
+            call = replace(PAIR, adapters=stack("cup", "sick"), steps=40)
+            whole = one_picture(await events(service, call))
+            stream = service.generate(replace(call, progress=True))
+            begun = [await anext(stream), await anext(stream)]
+            shop.registry.quarantine("sick", sick.revision, "drift")
+            refused = failure_of(await events(service, call))
+            rest = [event async for event in stream]
+            assert isinstance(begun[0], Accepted)
+            assert (refused.kind, refused.message.partition(" ")[0]) == ("QuarantinedError", sick.name)
+            assert closest(one_picture(rest), whole) <= LEVELS
+
+    run(main)
+
+
 def test_a_quarantined_member_falls_back_or_refuses_the_stack(shop: Shop) -> None:
     old, new = shop.publish("ailing", 40), shop.publish("ailing", 41)
     shop.registry.quarantine("ailing", new.revision, "drift")

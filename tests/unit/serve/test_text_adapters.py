@@ -28,7 +28,7 @@ from tests.unit.serve.test_stacks import Nobody
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
 
-ROOM: dict[str, Any] = {"max_rank": 9, "slots": 3, "max_rows": 16}
+ROOM: dict[str, Any] = {"max_rank": 9, "slots": 3, "max_rows": 16, "sizes": ("24x16", "16x24")}
 CALLS = [
     CUP,  # U-Net and text encoders
     replace(CUP, adapters=stack("words:0.75"), negative_prompt="red"),  # text encoders alone

@@ -32,7 +32,7 @@ def base(tiny_base_folder: Path) -> BaseModel:
 
 def report(step: int, *, loss: float = 0.5, attempt: float = 0.0) -> StepReport:
     losses = {
-        "mug": {"sks": ConceptLoss(loss, 0.25)},
+        "mug": {"sks": ConceptLoss(loss, 0.25, outside=1.5)},
         "tea": {"zwx": ConceptLoss(attempt, None), "<shs>": ConceptLoss(0.125, 0.75)},
     }
     done, steps = {"mug": step, "tea": step + 3}, {"mug": 20, "tea": 23}
@@ -108,6 +108,7 @@ def test_scales_speed_and_tokens_of_any_letters_are_kept(tmp_path: Path) -> None
     assert curve(folder / "tea", "cat_loss/<shs>") == [(4, 0.75)], "over its own steps"
     assert curve(folder / "mug", "speed/steps_per_second") == [(1, 2.0)]
     assert curve(folder / "tea", "speed/rows_per_second") == [(4, 12.0)]
+    assert curve(folder / "mug", "outside_loss/sks") == [(1, 1.5)]
 
 
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["same-folder", "fetched-from-the-store"])

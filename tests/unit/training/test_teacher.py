@@ -71,6 +71,34 @@ def test_a_step_from_the_pool_is_the_step_that_asks_the_teacher(base: BaseModel,
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_where_the_teacher_rides_in_the_students_call_the_pool_answers_for_its_rows(
+    base: BaseModel, masked: bool
+) -> None:
+    """As at ZeRO 3. Oracle: the teacher in a call of its own, asked about every row; here about every second one."""
+    first = concept(base, "sks", alpha=2.0)
+    tea = task("tea", (with_mask(first) if masked else first,), rows_per_concept=4, teacher="pool", pool_size=3)
+    found, asked = [], list[int]()
+    for joined in (True, False):
+        bank = open_bank(base, [trained_weights(base, 4, seed=1)])
+        pool, engine = filled(base, bank, tea), open_engine(base, bank)
+        engine.joined_teacher = joined
+        batch = draw_batch([tea], 5, 1000, [True])
+        keys = [key if joined and place % 2 else None for place, key in enumerate(batch.pool_keys)]
+        hook = base.unet.register_forward_hook(lambda _, inputs, __: asked.append(len(inputs[0])))
+        losses = train_step(
+            base, bank, TextCache(base), replace(batch, pool_keys=tuple(keys)), [tea.training], engine, pool
+        )
+        hook.remove()
+        found.append((losses.cat_M, gradients(bank, 1)))
+        bank.detach()
+    students, terms = 4 + int((~batch.outside_M).sum()), len(batch.outside_M)
+    assert asked == [students + terms - terms // 2, terms, students]
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-8)
+    for ours, theirs in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
+
+
 @pytest.mark.slow
 def test_the_base_is_asked_once_about_each_entry_and_never_in_a_step(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch
