@@ -104,8 +104,8 @@ def read_photo(path: Path) -> Photo:
         raise _unreadable(path, error) from error
     with _opened(path, io.BytesIO(content)) as opened:
         profile, size = _profile(path, opened), opened.size
-        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         image, alpha = _upright(path, opened, profile)
+        is_turned = _lies_on_its_side(opened)
     # Of a photo in another colour space earlier versions kept latents with its colours wrong, under its plain digest.
     return Photo(
         image,
@@ -133,7 +133,7 @@ def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, i
         # A JPEG is decoded at a half, a quarter or an eighth; twice the size is left to scale, whichever way it lies.
         _draft(opened, (2 * max(size), 2 * max(size)))
         opened.load()
-        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        is_turned = _lies_on_its_side(opened)
         image = _resizable(path, opened)
         is_opaque = not image.has_transparency_data or image.getchannel("A").getextrema() == (255, 255)
         image = ImageOps.exif_transpose(_fitted(image, size[::-1] if is_turned else size))
@@ -273,6 +273,14 @@ def _explained_profile(path: Path) -> Iterator[None]:
         raise ConceptError(
             f"{path}: its colour profile cannot be used ({error}): save it again in sRGB, or without a profile"
         ) from error
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    """Say whether a photo that has been loaded is yet to be turned by 90 degrees.
+
+    Loading turns a TIFF. What else a file may hold as its orientation turns nothing.
+    """
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def _upright(path: Path, image: Image.Image, profile: ColourProfile | None) -> tuple[Image.Image, Image.Image | None]:

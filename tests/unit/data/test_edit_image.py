@@ -153,6 +153,23 @@ def test_every_turn_is_undone_once(kind: str, mode: str, orientation: int) -> No
     assert read.notes[0].startswith(f"image: {upright.width}x{upright.height} pixels, scaled and cropped")
 
 
+def orientation(kind: int, value: bytes) -> bytes:
+    """EXIF with one entry, the orientation, of a kind of TIFF's: 2 text, 3 a number."""
+    entry = struct.pack("<HHHI", 1, 0x0112, kind, 1) + value.ljust(4, b"\0")
+    return b"Exif\0\0II*\0\x08\0\0\0" + entry + b"\0" * 4
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize(
+    "exif", [*(orientation(3, bytes([value])) for value in (0, 9, 255)), orientation(2, b"6")], ids=str
+)
+def test_an_orientation_that_means_nothing_turns_nothing(kind: str, exif: bytes) -> None:
+    options = {"quality": 95} if kind == "jpeg" else {"lossless": True}
+    read = read_edit_image(saved(picture(64, 32), kind, exif=exif, **options), None, (64, 32))
+    assert np.abs(read.pixels.astype(int) - np.asarray(picture(64, 32))).max() <= 8
+    assert read.notes == ()
+
+
 PEAK = """
 import io, sys
 from pathlib import Path
