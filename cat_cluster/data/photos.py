@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
@@ -37,6 +38,10 @@ MOST_DECODED_BYTES = 4 * 2**30  # of all photos of a concept as they are kept in
 LARGEST_SHORT_SIDE = 2048
 # Without the list Pillow would also try what is no photo, such as PostScript, which it hands to another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "QOI")
+# A scan of a progressive JPEG may have 33 bytes and be computed over every pixel: 16 MB of them take ten minutes.
+_MOST_SCANS = 100  # programs write about ten
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # of a JPEG, but for those within a scan
+_END, _SCAN = 0xD9, 0xDA
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -130,6 +135,8 @@ def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, i
         if opened.format == "JPEG2000" and 2 * sent[0] * sent[1] > limits.most_pixels:  # decoded to 32 bits a channel
             megapixels = limits.most_pixels // (2 * 10**6)
             raise ConceptError(f"{path}: has more than {megapixels} megapixels in JPEG 2000; save it as PNG or JPEG")
+        if opened.format in ("JPEG", "MPO") and _has_many_scans(content):
+            raise ConceptError(f"{path}: has more than {_MOST_SCANS} scans; save it as a JPEG anew, or as PNG")
         # A JPEG is decoded at a half, a quarter or an eighth; twice the size is left to scale, whichever way it lies.
         _draft(opened, (2 * max(size), 2 * max(size)))
         opened.load()
@@ -249,6 +256,18 @@ def _draft(image: Image.Image, size: tuple[int, int]) -> None:
     """
     if image.format in ("JPEG", "MPO"):
         image.draft(None, size)
+
+
+def _has_many_scans(jpeg: bytes) -> bool:
+    """Say whether a JPEG has more scans than are read, up to its end, behind which a phone may put anything."""
+    place, scans = 0, 0
+    while (
+        scans <= _MOST_SCANS and (marker := _MARKER.search(jpeg, place)) is not None and jpeg[marker.end() - 1] != _END
+    ):
+        scans += jpeg[marker.end() - 1] == _SCAN
+        length = int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
+        place = marker.end() + (length if place else 0)  # the first marker is that of the start, alone
+    return scans > _MOST_SCANS
 
 
 def _reduction(image: Image.Image) -> int:

@@ -266,6 +266,22 @@ def test_what_is_no_still_picture_is_refused_by_its_field(content: bytes, said: 
     assert said in told
 
 
+def scans(count: int) -> bytes:
+    """A progressive JPEG with one of its scans repeated, and bytes behind its end that look like more of them."""
+    whole = saved(picture(), "jpeg", progressive=True)
+    start, end = (whole.index(b"\xff\xda", place) for place in (0, whole.index(b"\xff\xda") + 2))
+    there = whole.count(b"\xff\xda")
+    return whole[:start] + whole[start:end] * (count - there + 1) + whole[end:] + b"\xff\xda\x00\x02" * 500
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    """Each has a few bytes and is computed over every pixel: one file would keep all others from being read."""
+    read = read_edit_image(scans(100), None, SIZE)
+    assert np.abs(read.pixels.astype(int) - np.asarray(picture())).mean() < 8
+    assert refusal(scans(101)) == "image: has more than 100 scans; save it as a JPEG anew, or as PNG"
+    assert refusal(saved(picture()), scans(101)).startswith("mask: has more than 100 scans")
+
+
 def test_a_phones_picture_with_smaller_copies_behind_it_is_read() -> None:
     photo = saved(picture(), "mpo", save_all=True, append_images=[picture(16, 16)])
     assert read_edit_image(photo, None, SIZE).mask is None
