@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -74,11 +74,13 @@ class Photo:
 class Still:
     """One picture, upright. sent: (width, height) of its file; pixels: RGB in sRGB, alpha laid over white, scaled to
     cover the size that was asked for and cropped to its middle; alpha: L, 255 is opaque, None where all of it is.
+    least_alpha: the least of the file, 255 where all of it is opaque.
     """
 
     sent: tuple[int, int]
     pixels: Image.Image
     alpha: Image.Image | None
+    least_alpha: int
 
 
 def decoded_bytes(path: Path) -> int:
@@ -142,10 +144,10 @@ def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, i
         opened.load()
         is_turned = _lies_on_its_side(opened)
         image = _resizable(path, opened)
-        is_opaque = not image.has_transparency_data or image.getchannel("A").getextrema() == (255, 255)
+        least = cast(int, image.getchannel("A").getextrema()[0]) if image.has_transparency_data else 255
         image = ImageOps.exif_transpose(_fitted(image, size[::-1] if is_turned else size))
-        alpha = None if is_opaque else image.getchannel("A")
-        return Still(sent[::-1] if is_turned else sent, _rgb(path, image, profile), alpha)
+        alpha = None if least == 255 else image.getchannel("A")
+        return Still(sent[::-1] if is_turned else sent, _rgb(path, image, profile), alpha, least)
 
 
 def opens_as_image(path: Path) -> bool:

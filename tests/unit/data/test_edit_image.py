@@ -96,6 +96,35 @@ def test_an_image_without_a_mask_is_edited_where_it_is_transparent() -> None:
     assert with_mask.notes == ("image: its transparent areas are laid over white, since there is a mask",)
 
 
+def with_alpha(image: Image.Image, alpha: int, box: tuple[int, int, int, int] | None = None) -> bytes:
+    """An image with this alpha everywhere, or in a box alone."""
+    levels = Image.new("L", image.size, alpha if box is None else 255)
+    if box is not None:
+        levels.paste(alpha, box)
+    image.putalpha(levels)
+    return saved(image)
+
+
+@pytest.mark.parametrize("box", [None, (5, 5, 6, 6)])
+@pytest.mark.parametrize("alpha", [128, 254])
+def test_what_is_half_opaque_is_not_transparent(alpha: int, box: tuple[int, int, int, int] | None) -> None:
+    """Programs leave a pixel of alpha 254 in pictures that nobody calls transparent."""
+    read = read_edit_image(with_alpha(picture(), alpha, box), None, SIZE)
+    assert read.mask is None
+    assert read.notes == ("image: is laid over white and edited whole, since none of it is more than half transparent",)
+    masked = read_edit_image(saved(picture()), with_alpha(black_and_white("RGB"), alpha, box), SIZE)
+    assert left_quarter(masked), "its colours tell"
+
+
+def test_transparent_areas_that_vanish_are_refused() -> None:
+    """Nobody asked for all of the picture."""
+    one = (5, 5, 6, 6)
+    told = refusal(with_alpha(picture(320, 320), 0, one))
+    assert told.startswith("image: its transparent areas, which are what is edited, are too small")
+    white = Image.new("RGB", (320, 320), "white")
+    assert refusal(saved(picture(320, 320)), with_alpha(white, 0, one)).startswith("mask: marks nothing to edit")
+
+
 def test_another_size_covers_and_keeps_the_middle_of_image_and_mask_alike() -> None:
     wide, size = picture(128, 64), (128, 64)
     marks = Image.new("L", size, 0)
