@@ -74,6 +74,7 @@ class ImagePlan:
         table = sampler_table(call.sampler, parts.base.schedule, call.steps)
         source = None if call.edit is None else _source(call.edit, width, height)
         if source is not None:
+            source.check_mask(unit)
             table = edit_table(table, call.steps, source.strength)
         manifests = tuple(one.manifest for one in found)
         told, shortened = fitting_prompts(call, _names(manifests, parts.base.name), _digests(manifests))

@@ -193,7 +193,9 @@ def _source(image: bytes, request: DrawRequest, base: BaseModel, listener: DrawL
     for note in read.notes:
         listener.message(f"note: {note}")
     strength = edit_strength(request.edit_strength, masked=read.mask is not None)
-    return EditSource.of(read.pixels, read.mask, strength)
+    source = EditSource.of(read.pixels, read.mask, strength)
+    source.check_mask(base.pixels_per_latent)
+    return source
 
 
 def open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, strength: float = 1.0) -> LoraBank:
