@@ -213,7 +213,7 @@ class UncheckedImageError(ServingError):
     """The safety checker failed, and an image that it has not checked is kept back."""
 
 
-class NotFiniteError(ServingError):
+class NotFiniteError(CatClusterError):
     """An image is not finite: what was asked of base and adapters together is more than their numbers hold."""
 
 

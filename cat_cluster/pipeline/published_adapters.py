@@ -12,7 +12,7 @@ from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.data.edit_image import read_edit_image
 from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
-from cat_cluster.errors import AdapterMismatchError, BaseModelError, EvaluationError, SpecError
+from cat_cluster.errors import AdapterMismatchError, BaseModelError, EvaluationError, NotFiniteError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
@@ -115,7 +115,7 @@ def draw_images(
 
     Raises SpecError for a text with control characters, which neither the tokenizer nor the PNG has a place for, or
     with a weight that cannot be, or an image, a mask or a strength that cannot be used, RegistryError for an adapter
-    named twice.
+    named twice, NotFiniteError for an image that would show nothing.
     """
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         if (control := control_character(text)) is not None:
@@ -158,6 +158,8 @@ def draw_images(
     name = stack_name(manifest.name for manifest in manifests) or base.name
     strength = stack_name(str(strength) for _, strength in opened) or "1.0"
     images = generate(base, bank, rows, on_progress=lambda done, total: listener.images(name, done, total))
+    if not bool(images.isfinite().all()):
+        raise NotFiniteError("the image is not finite: lower the strength or the guidance, or use another adapter")
     paths = []
     for i, (row, image) in enumerate(zip(rows, images, strict=True)):
         path = out if request.count == 1 else out.with_stem(f"{out.stem}-{i}")

@@ -167,3 +167,11 @@ def test_a_name_in_the_prompt_that_is_no_adapter_is_refused(command: CommandLine
     for tag, told in (("<lora:nobody:1>", "nobody"), ("<lora:My Cup>", "'My Cup'"), ("<lora:cup:a>", "'cup:a'")):
         options = ("--prompt", f"a {tag} cup", "--out", tmp_path / "a.png", "--storage", shop.registry.store.url)
         assert_refused(command("generate", *options), told)
+
+
+def test_an_image_that_is_not_finite_is_not_written(command: CommandLine, shop: Shop, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    settings = ("--prompt", PROMPT, "--steps", "1", "--base", shop.folder, "--out", out, "--count", "2")
+    finished = command("generate", *settings, "--storage", shop.registry.store.url, "--adapter", "cup:1e36")
+    assert_refused(finished, "the image is not finite", "lower the strength or the guidance")
+    assert not list(tmp_path.iterdir())
