@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +22,9 @@ from cat_cluster.cli.values import png_file, read_file
 from cat_cluster.models.prompt_weights import PROMPT_CHUNKS
 from cat_cluster.spec.choices import SamplerName, Weighting
 from cat_cluster.spec.fields import MOST_CHUNKS
+
+if TYPE_CHECKING:
+    from cat_cluster.pipeline.published_adapters import DrawRequest
 
 PromptText = Annotated[
     str,
@@ -128,6 +132,18 @@ def generate(
         edit_strength=of_edit,
     )
     with progress() as listener:
+        for option in _without_meaning(request, of_adapters):
+            listener.message(f"warning: {option}: the base model alone has no adapter")
         paths = draw_images(request, out, open_registry(storage) if stack else None, device(), listener)
     for path in paths:
         people.print(f"wrote {path}")
+
+
+def _without_meaning(request: DrawRequest, strength: float) -> Iterator[str]:
+    """Yield the options that were given and change nothing; strength: the one of all adapters."""
+    if request.adapters:
+        return
+    if strength != 1.0:
+        yield "strength"
+    if request.gate:
+        yield "gate"

@@ -169,6 +169,17 @@ def test_a_name_in_the_prompt_that_is_no_adapter_is_refused(command: CommandLine
         assert_refused(command("generate", *options), told)
 
 
+def test_what_changes_nothing_without_an_adapter_is_said(command: CommandLine, shop: Shop, tmp_path: Path) -> None:
+    settings = ("--prompt", "a cup", "--steps", "1", "--base", shop.folder, "--out", tmp_path / "a.png")
+    more = ("--storage", shop.registry.store.url)
+    finished = command("generate", *settings, *more, "--strength", "0.5", "--gate")
+    assert finished.code == 0, finished.err
+    assert "warning: strength: the base model alone has no adapter" in finished.err
+    assert "warning: gate: the base model alone has no adapter" in finished.err
+    for given in ((), ("--adapter", "cup", "--strength", "0.5", "--gate"), ("--strength", "1")):
+        assert "has no adapter" not in command("generate", *settings, *more, *given).err
+
+
 def test_an_image_that_is_not_finite_is_not_written(command: CommandLine, shop: Shop, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
     settings = ("--prompt", PROMPT, "--steps", "1", "--base", shop.folder, "--out", out, "--count", "2")
