@@ -149,6 +149,7 @@ def test_an_exported_adapter_of_full_strength_is_what_was_published(
         (("cup+mug",), "'cup+mug' is not an adapter id"),
         (("cup", "nobody"), "nobody"),
         (("cup", "foreign"), "foreign@"),
+        (("cup", "mug:1e40"), "is not finite at strength 1e+40: lower the strength"),
     ],
 )
 def test_what_cannot_be_a_stack_is_refused(
