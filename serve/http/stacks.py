@@ -25,6 +25,7 @@ from serve.settings import ServeSettings
 
 _OF_ADAPTERS = (AdapterFormatError, AdapterMismatchError, ConflictError, QuarantinedError)
 _OF_SEVERAL = re.compile(r"\S+\+\S")  # at the start of a message about a stack: its name
+_OF_ONE = re.compile(r"(?:(?:the )?weights of )?([a-z0-9-]+)@")  # at that of one about a revision: its id
 _MISSING = re.compile(
     r"(?:no adapter ')?([a-z0-9-]+)@"
 )  # at the start of a message about one that is not there: its id
@@ -82,9 +83,9 @@ class RequestedStack:
         message = str(error)
         field = self.fields[-1].partition(".")[0]
         if _OF_SEVERAL.match(message) is None:
-            about = message.partition("@")[0]
+            about = _OF_ONE.match(message)
             ids = [member.reference.adapter_id for member in self.members]
-            field = self.fields[ids.index(about)] if about in ids else field
+            field = self.fields[ids.index(about[1])] if about is not None and about[1] in ids else field
         return _with_field(error, field)
 
 
