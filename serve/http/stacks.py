@@ -13,6 +13,8 @@ from cat_cluster.errors import (
     AdapterNotFoundError,
     CatClusterError,
     ConflictError,
+    ObjectNotFoundError,
+    ObjectUnreadableError,
     QuarantinedError,
     RegistryError,
     SpecError,
@@ -24,6 +26,7 @@ from serve.http.schema import MAX_STRENGTH, DrawingRequest, ImageRequest
 from serve.settings import ServeSettings
 
 _OF_ADAPTERS = (AdapterFormatError, AdapterMismatchError, ConflictError, QuarantinedError)
+_OF_FILES = (ObjectNotFoundError, ObjectUnreadableError)
 _OF_SEVERAL = re.compile(r"\S+\+\S")  # at the start of a message about a stack: its name
 _OF_ONE = re.compile(r"(?:(?:the )?weights of )?([a-z0-9-]+)@")  # at that of one about a revision: its id
 _MISSING = re.compile(
@@ -78,15 +81,19 @@ class RequestedStack:
 
     def blamed(self, error: Exception) -> Exception:
         """Return an error of the engine, and where it is about adapters, with the field that names them before it."""
-        if not isinstance(error, _OF_ADAPTERS) or not self.members:
+        if not isinstance(error, (*_OF_ADAPTERS, *_OF_FILES)) or not self.members:
             return error
-        message = str(error)
-        field = self.fields[-1].partition(".")[0]
+        message, place = str(error), -1
         if _OF_SEVERAL.match(message) is None:
             about = _OF_ONE.match(message)
             ids = [member.reference.adapter_id for member in self.members]
-            field = self.fields[ids.index(about[1])] if about is not None and about[1] in ids else field
-        return _with_field(error, field)
+            place = ids.index(about[1]) if about is not None and about[1] in ids else -1
+        if isinstance(error, _OF_FILES):  # its message has the store's name
+            which = "one of the adapters" if place < 0 else str(self.members[place].reference)
+            error = AdapterFormatError(
+                f"a stored file of {which} is missing or cannot be read; `cat-cluster adapters verify` says which"
+            )
+        return _with_field(error, self.fields[-1].partition(".")[0] if place < 0 else self.fields[place])
 
 
 def _named(body: DrawingRequest, base: str) -> Iterator[tuple[str, StackMember]]:
