@@ -25,10 +25,13 @@ from serve.http.registry_listing import RegistryListing, parse_model
 from serve.http.schema import MAX_STRENGTH, DrawingRequest, ImageRequest
 from serve.settings import ServeSettings
 
-_OF_ADAPTERS = (AdapterFormatError, AdapterMismatchError, ConflictError, QuarantinedError)
+# Errors that http_errors says to be about `model`, unless their message begins with another field.
+_OF_MODEL = (AdapterFormatError, AdapterMismatchError, AdapterNotFoundError, QuarantinedError)
+_OF_ADAPTERS = (*_OF_MODEL, ConflictError, RegistryError)
 _OF_FILES = (ObjectNotFoundError, ObjectUnreadableError)
 _OF_SEVERAL = re.compile(r"\S+\+\S")  # at the start of a message about a stack: its name
-_OF_ONE = re.compile(r"(?:(?:the )?weights of )?([a-z0-9-]+)@")  # at that of one about a revision: its id
+# In one about a revision: its id, at the start, or in the name of what is damaged.
+_OF_ONE = re.compile(r"(?:(?:the )?[a-z]+ of )?([a-z0-9-]+)@|the [a-z ]+ (?:adapters|aliases)/([a-z0-9-]+)/")
 _MISSING = re.compile(
     r"(?:no adapter ')?([a-z0-9-]+)@"
 )  # at the start of a message about one that is not there: its id
@@ -87,7 +90,8 @@ class RequestedStack:
         if _OF_SEVERAL.match(message) is None:
             about = _OF_ONE.match(message)
             ids = [member.reference.adapter_id for member in self.members]
-            place = ids.index(about[1]) if about is not None and about[1] in ids else -1
+            found = None if about is None else about[1] or about[2]
+            place = ids.index(found) if found in ids else -1
         if isinstance(error, _OF_FILES):  # its message has the store's name
             which = "one of the adapters" if place < 0 else str(self.members[place].reference)
             error = AdapterFormatError(
@@ -141,6 +145,6 @@ def _check_number(fields: tuple[str, ...], settings: ServeSettings) -> None:
 
 def _with_field(error: CatClusterError, field: str) -> CatClusterError:
     """Return an error with the field before its message; `model` is what most of them are about anyway."""
-    if field == "model" and not isinstance(error, ConflictError):
+    if field == "model" and isinstance(error, _OF_MODEL):
         return error
     return type(error)(f"{field}: {error}")
