@@ -274,6 +274,27 @@ def test_a_protocol_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch
         open_tracer("engine")
 
 
+@pytest.mark.parametrize(
+    "given", ["localhost:4318", "collector", "grpc://collector:4317", " ", "http://", "http:/collector", "http://a:b"]
+)
+def test_an_endpoint_that_is_no_address_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """Of OTLP over gRPC an address has no scheme; the exporter would fail with every batch, where nobody looks."""
+    for variable in ENDPOINTS:
+        monkeypatch.setenv(variable, given)
+        with pytest.raises(SpecError, match=rf"^{variable}: .* as in http://localhost:4318$"):
+            open_tracer("test")
+        monkeypatch.delenv(variable)
+
+
+def test_the_log_has_no_password_of_the_collector(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://me:secret@127.0.0.1:9/otlp?token=secret")
+    with caplog.at_level("INFO", "cat_cluster.serve"):
+        open_tracer("test").close()
+    assert [record.getMessage() for record in caplog.records] == ["traces are sent to https://127.0.0.1:9/otlp"]
+
+
 def test_without_the_extra_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENDPOINT, "http://127.0.0.1:4318")
     monkeypatch.delitem(sys.modules, "serve.recorded_spans", raising=False)
