@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.data.edit_image import read_edit_image
 from cat_cluster.data.prompt_syntax import syntax_notes
@@ -157,9 +159,7 @@ def draw_images(
     rows = [replace(first, seed=request.seed + i) for i in range(request.count)]
     name = stack_name(manifest.name for manifest in manifests) or base.name
     strength = stack_name(str(strength) for _, strength in opened) or "1.0"
-    images = generate(base, bank, rows, on_progress=lambda done, total: listener.images(name, done, total))
-    if not bool(images.isfinite().all()):
-        raise NotFiniteError("the image is not finite: lower the strength or the guidance, or use another adapter")
+    images = _finite(generate(base, bank, rows, on_progress=lambda done, total: listener.images(name, done, total)))
     paths = []
     for i, (row, image) in enumerate(zip(rows, images, strict=True)):
         path = out if request.count == 1 else out.with_stem(f"{out.stem}-{i}")
@@ -170,6 +170,13 @@ def draw_images(
         save_png(image, path, {**parameters, "model": name, "strength": strength}, edited=source is not None)
         paths.append(path)
     return paths
+
+
+def _finite(images: Tensor) -> Tensor:
+    """Return the images; NotFiniteError where a file would show nothing of one."""
+    if not bool(images.isfinite().all()):
+        raise NotFiniteError("the image is not finite: lower the strength or the guidance, or use another adapter")
+    return images
 
 
 def _notes(row: ImageRow, base: BaseModel, tokens: Sequence[str]) -> Iterator[str]:
