@@ -213,5 +213,9 @@ class UncheckedImageError(ServingError):
     """The safety checker failed, and an image that it has not checked is kept back."""
 
 
+class NotFiniteError(CatClusterError):
+    """An image is not finite: what was asked of base and adapters together is more than their numbers hold."""
+
+
 class EngineStoppedError(ServingError):
     """The engine is stopping or has failed; another replica, or a restart, will answer."""

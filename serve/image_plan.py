@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from cat_cluster.errors import BaseModelError, SpecError
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.edit import EditSource, edit_table
 from cat_cluster.models.samplers import SamplerTable, sampler_table
@@ -71,9 +73,10 @@ class ImagePlan:
         """
         width, height = chosen_size(call.size, parts.sizes)
         unit = parts.base.pixels_per_latent
-        table = sampler_table(call.sampler, parts.base.schedule, call.steps)
+        table = _table(call, parts.base)
         source = None if call.edit is None else _source(call.edit, width, height)
         if source is not None:
+            source.check_mask(unit)
             table = edit_table(table, call.steps, source.strength)
         manifests = tuple(one.manifest for one in found)
         told, shortened = fitting_prompts(call, _names(manifests, parts.base.name), _digests(manifests))
@@ -107,6 +110,16 @@ class ImagePlan:
     def metadata(self, seed: int) -> dict[str, str]:
         """What an image's file says of it."""
         return image_metadata(self.told, seed, _names(self.manifests, self.base_name), _digests(self.manifests))
+
+
+def _table(call: ImageCall, base: BaseModel) -> SamplerTable:
+    """Return the table of a call's sampler; SpecError names the field of a request that is to blame."""
+    try:
+        return sampler_table(call.sampler, base.schedule, call.steps)
+    except BaseModelError as error:  # the base's config has an option that another sampler may know
+        raise SpecError(f"sampler: {error}") from error
+    except SpecError as error:
+        raise SpecError(re.sub("^steps:", "num_inference_steps:", str(error))) from error
 
 
 def _source(edit: Edit, width: int, height: int) -> EditSource:

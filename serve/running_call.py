@@ -21,6 +21,7 @@ from cat_cluster.errors import (
     CatClusterError,
     DeadlineError,
     EngineStoppedError,
+    NotFiniteError,
     ServingError,
 )
 from cat_cluster.lora.row_bank import RowAdapter
@@ -109,6 +110,8 @@ class RunningCall:
 
     def fail(self, index: int, error: CatClusterError) -> None:
         """On the event loop: the call ends with the error of one image."""
+        if type(error) in (ServingError, NotFiniteError):  # faults: of most of them clients are told an id alone
+            logger.error("%s: an image of %s: %s", self._plan.call.request_id, self._plan.model, error)
         self._spans[index].fail(type(error).__name__)
         self._count(error)
         self._queue.put_nowait(error)

@@ -15,6 +15,7 @@ from asyncio import CancelledError, Future
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from cat_cluster.errors import SpecError, needs_extra
 
@@ -24,6 +25,7 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 _PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 _PROTOCOL = "http/protobuf"
 SERVICE = "cat-cluster"
+_SHOWN = 80  # characters of a value in a message
 
 Attribute = str | int | float | bool | Sequence[str]
 Attributes = Mapping[str, Attribute]
@@ -96,7 +98,7 @@ def open_tracer(process: str) -> Tracer:
     """Return the tracer of this process, an `ingress` or `engine`; one that records nothing without an endpoint.
 
     Raises MissingExtraError where an endpoint is set without the extra `otel`, SpecError for a protocol or a value that
-    the exporter does not have.
+    the exporter does not have, and for an endpoint that is no address.
     """
     variable = next((name for name in ENDPOINTS if os.environ.get(name)), None)
     is_off = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
@@ -108,14 +110,34 @@ def open_tracer(process: str) -> Tracer:
             f"{protocol}: {os.environ[protocol]} is not there: set {_PROTOCOL}, and in {variable} the collector's port "
             "for it (4318)"
         )
+    shown = _checked_address(variable)
     with needs_extra("otel", f"sending traces ({variable})", ", or set OTEL_TRACES_EXPORTER=none"):
         from serve.recorded_spans import RecordingTracer
     try:
         tracer = RecordingTracer(process)
     except ValueError as error:  # from the SDK, over a variable of the environment
         raise SpecError(f"OTEL_*: OpenTelemetry does not start with the environment's variables: {error}") from error
-    logger.info("traces are sent to %s", os.environ[variable])
+    logger.info("traces are sent to %s", shown)
     return tracer
+
+
+def _checked_address(variable: str) -> str:
+    """Return the address of the collector without a password or token in it; SpecError for what is none.
+
+    The exporter takes any text, and fails with every batch of spans, in the log of a worker.
+    """
+    given = os.environ[variable].strip()
+    try:
+        parts = urlsplit(given)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port, or the brackets of an IPv6 address
+        is_address = False
+    if not is_address:
+        raise SpecError(
+            f"{variable}: {given[:_SHOWN]!r} is no address of a collector: write http:// or https:// before its host, "
+            "as in http://localhost:4318"
+        )
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def monotonic_ns(at: float) -> int:

@@ -33,8 +33,8 @@ def read_edit_image(image: bytes, mask: bytes | None, size: tuple[int, int]) -> 
     """Read the files of an image and its mask, scaled to cover `size` (width, height) and cropped to its middle.
 
     The mask marks what is edited: by transparent areas, as OpenAI has it, or, where none of it is transparent, by white
-    in black and white. Without a mask the image's own transparent areas are it. Raises SpecError that begins with
-    `image:` or `mask:`.
+    in black and white. Without a mask the image's own transparent areas are it. What is at least half opaque is not
+    transparent. Raises SpecError that begins with `image:` or `mask:`.
     """
     read = _read("image", image, size)
     notes = []
@@ -46,13 +46,19 @@ def read_edit_image(image: bytes, mask: bytes | None, size: tuple[int, int]) -> 
         marks = _marks(_read("mask", mask, size), read.sent)
         if read.alpha is not None:
             notes.append("image: its transparent areas are laid over white, since there is a mask")
-    elif read.alpha is not None:
+    elif read.alpha is not None and read.least_alpha < _HALF:
         marks = ImageChops.invert(read.alpha)
         notes.append("image: its transparent areas are what is edited, since there is no mask")
+    elif read.alpha is not None:
+        notes.append("image: is laid over white and edited whole, since none of it is more than half transparent")
     edited = None if marks is None else np.asarray(marks) >= _HALF
     if edited is not None and not edited.any():
-        field = "image" if mask is None else "mask"
-        raise SpecError(f"{field}: marks nothing to edit; make areas transparent, or white in a black and white mask")
+        if mask is not None:
+            raise SpecError("mask: marks nothing to edit; make areas transparent, or white in a black and white mask")
+        raise SpecError(
+            "image: its transparent areas, which are what is edited, are too small; make them larger, or save it "
+            "without transparency to edit all of it"
+        )
     return EditImage(np.asarray(read.pixels), edited, tuple(notes))
 
 
@@ -69,7 +75,7 @@ def _marks(mask: Still, sent: tuple[int, int]) -> Image.Image:
         raise SpecError(
             f"mask: is {mask.sent[0]}x{mask.sent[1]} pixels and the image {sent[0]}x{sent[1]}; send them of one size"
         )
-    if mask.alpha is not None:
+    if mask.alpha is not None and mask.least_alpha < _HALF:
         return ImageChops.invert(mask.alpha)
     if not is_black_and_white(mask.pixels):
         raise SpecError(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -37,6 +38,10 @@ MOST_DECODED_BYTES = 4 * 2**30  # of all photos of a concept as they are kept in
 LARGEST_SHORT_SIDE = 2048
 # Without the list Pillow would also try what is no photo, such as PostScript, which it hands to another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "QOI")
+# A scan of a progressive JPEG may have 33 bytes and be computed over every pixel: 16 MB of them take ten minutes.
+_MOST_SCANS = 100  # programs write about ten
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # of a JPEG, but for those within a scan
+_END, _SCAN = 0xD9, 0xDA
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
 
@@ -69,11 +74,13 @@ class Photo:
 class Still:
     """One picture, upright. sent: (width, height) of its file; pixels: RGB in sRGB, alpha laid over white, scaled to
     cover the size that was asked for and cropped to its middle; alpha: L, 255 is opaque, None where all of it is.
+    least_alpha: the least of the file, 255 where all of it is opaque.
     """
 
     sent: tuple[int, int]
     pixels: Image.Image
     alpha: Image.Image | None
+    least_alpha: int
 
 
 def decoded_bytes(path: Path) -> int:
@@ -104,8 +111,8 @@ def read_photo(path: Path) -> Photo:
         raise _unreadable(path, error) from error
     with _opened(path, io.BytesIO(content)) as opened:
         profile, size = _profile(path, opened), opened.size
-        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         image, alpha = _upright(path, opened, profile)
+        is_turned = _lies_on_its_side(opened)
     # Of a photo in another colour space earlier versions kept latents with its colours wrong, under its plain digest.
     return Photo(
         image,
@@ -130,15 +137,17 @@ def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, i
         if opened.format == "JPEG2000" and 2 * sent[0] * sent[1] > limits.most_pixels:  # decoded to 32 bits a channel
             megapixels = limits.most_pixels // (2 * 10**6)
             raise ConceptError(f"{path}: has more than {megapixels} megapixels in JPEG 2000; save it as PNG or JPEG")
+        if opened.format in ("JPEG", "MPO") and _has_many_scans(content):
+            raise ConceptError(f"{path}: has more than {_MOST_SCANS} scans; save it as a JPEG anew, or as PNG")
         # A JPEG is decoded at a half, a quarter or an eighth; twice the size is left to scale, whichever way it lies.
         _draft(opened, (2 * max(size), 2 * max(size)))
         opened.load()
-        is_turned = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        is_turned = _lies_on_its_side(opened)
         image = _resizable(path, opened)
-        is_opaque = not image.has_transparency_data or image.getchannel("A").getextrema() == (255, 255)
+        least = cast(int, image.getchannel("A").getextrema()[0]) if image.has_transparency_data else 255
         image = ImageOps.exif_transpose(_fitted(image, size[::-1] if is_turned else size))
-        alpha = None if is_opaque else image.getchannel("A")
-        return Still(sent[::-1] if is_turned else sent, _rgb(path, image, profile), alpha)
+        alpha = None if least == 255 else image.getchannel("A")
+        return Still(sent[::-1] if is_turned else sent, _rgb(path, image, profile), alpha, least)
 
 
 def opens_as_image(path: Path) -> bool:
@@ -251,6 +260,18 @@ def _draft(image: Image.Image, size: tuple[int, int]) -> None:
         image.draft(None, size)
 
 
+def _has_many_scans(jpeg: bytes) -> bool:
+    """Say whether a JPEG has more scans than are read, up to its end, behind which a phone may put anything."""
+    place, scans = 0, 0
+    while (
+        scans <= _MOST_SCANS and (marker := _MARKER.search(jpeg, place)) is not None and jpeg[marker.end() - 1] != _END
+    ):
+        scans += jpeg[marker.end() - 1] == _SCAN
+        length = int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")
+        place = marker.end() + (length if place else 0)  # the first marker is that of the start, alone
+    return scans > _MOST_SCANS
+
+
 def _reduction(image: Image.Image) -> int:
     return max(1, min(image.size) // LARGEST_SHORT_SIDE)
 
@@ -273,6 +294,14 @@ def _explained_profile(path: Path) -> Iterator[None]:
         raise ConceptError(
             f"{path}: its colour profile cannot be used ({error}): save it again in sRGB, or without a profile"
         ) from error
+
+
+def _lies_on_its_side(image: Image.Image) -> bool:
+    """Say whether a photo that has been loaded is yet to be turned by 90 degrees.
+
+    Loading turns a TIFF. What else a file may hold as its orientation turns nothing.
+    """
+    return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def _upright(path: Path, image: Image.Image, profile: ColourProfile | None) -> tuple[Image.Image, Image.Image | None]:

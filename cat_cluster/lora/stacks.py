@@ -6,20 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
-from cat_cluster.errors import AdapterMismatchError
+from cat_cluster.errors import AdapterFormatError, AdapterMismatchError
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 
 
 def stack_weights(adapters: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
     """Return adapters, each at its strength, as one: concatenated along the rank, which is the sum of their ranks.
 
-    Each up is multiplied by its strength. Raises AdapterMismatchError, naming the layer, where two do not take the same
-    sizes.
+    Each up is multiplied by its strength. Raises, naming the layer, AdapterMismatchError where two do not take the same
+    sizes, and AdapterFormatError where a strength is more than its numbers hold.
     """
     parts: dict[str, list[LoraLayer]] = {}
     for weights, strength in adapters:
         for name, layer in weights.layers.items():
-            parts.setdefault(name, []).append(LoraLayer(layer.down, layer.up * strength, layer.convolution))
+            up = layer.up * strength
+            if not bool(up.isfinite().all()):
+                raise AdapterFormatError(f"layer {name} is not finite at strength {strength:g}: lower the strength")
+            parts.setdefault(name, []).append(LoraLayer(layer.down, up, layer.convolution))
     return AdapterWeights({name: _side_by_side(name, layers) for name, layers in parts.items()})
 
 

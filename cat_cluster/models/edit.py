@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cat_cluster.errors import SpecError
 from cat_cluster.models.edit_steps import steps_made
 from cat_cluster.models.samplers import SamplerTable
 
@@ -33,6 +34,17 @@ class EditSource:
         """Return the source of an image, uint8 [H, W, 3], and its mask, bool [H, W]."""
         levels = torch.from_numpy(pixels.astype(np.float32)).movedim(-1, 0)
         return cls(levels / 255.0 * 2.0 - 1.0, None if mask is None else torch.from_numpy(mask.copy()), strength)
+
+    def check_mask(self, unit: int) -> None:
+        """Raise SpecError for a mask of which nothing is left in latents of `unit` pixels a side.
+
+        A latent is edited where the first of its pixels is, as start_from_image has it.
+        """
+        if self.mask is not None and not bool(self.mask[::unit, ::unit].any()):
+            raise SpecError(
+                "mask: what it marks, or the image by its transparent areas, is too small to be edited: of each "
+                f"{unit}x{unit} pixels the one at the top left counts, and none of these is marked; mark a larger area"
+            )
 
 
 @dataclass(frozen=True, eq=False)

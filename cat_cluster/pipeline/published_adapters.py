@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.data.edit_image import read_edit_image
 from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
-from cat_cluster.errors import AdapterMismatchError, BaseModelError, EvaluationError, SpecError
+from cat_cluster.errors import AdapterMismatchError, BaseModelError, EvaluationError, NotFiniteError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.bank import LoraBank
@@ -115,7 +117,7 @@ def draw_images(
 
     Raises SpecError for a text with control characters, which neither the tokenizer nor the PNG has a place for, or
     with a weight that cannot be, or an image, a mask or a strength that cannot be used, RegistryError for an adapter
-    named twice.
+    named twice, NotFiniteError for an image that would show nothing.
     """
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         if (control := control_character(text)) is not None:
@@ -157,7 +159,7 @@ def draw_images(
     rows = [replace(first, seed=request.seed + i) for i in range(request.count)]
     name = stack_name(manifest.name for manifest in manifests) or base.name
     strength = stack_name(str(strength) for _, strength in opened) or "1.0"
-    images = generate(base, bank, rows, on_progress=lambda done, total: listener.images(name, done, total))
+    images = _finite(generate(base, bank, rows, on_progress=lambda done, total: listener.images(name, done, total)))
     paths = []
     for i, (row, image) in enumerate(zip(rows, images, strict=True)):
         path = out if request.count == 1 else out.with_stem(f"{out.stem}-{i}")
@@ -168,6 +170,13 @@ def draw_images(
         save_png(image, path, {**parameters, "model": name, "strength": strength}, edited=source is not None)
         paths.append(path)
     return paths
+
+
+def _finite(images: Tensor) -> Tensor:
+    """Return the images; NotFiniteError where a file would show nothing of one."""
+    if not bool(images.isfinite().all()):
+        raise NotFiniteError("the image is not finite: lower the strength or the guidance, or use another adapter")
+    return images
 
 
 def _notes(row: ImageRow, base: BaseModel, tokens: Sequence[str]) -> Iterator[str]:
@@ -193,7 +202,9 @@ def _source(image: bytes, request: DrawRequest, base: BaseModel, listener: DrawL
     for note in read.notes:
         listener.message(f"note: {note}")
     strength = edit_strength(request.edit_strength, masked=read.mask is not None)
-    return EditSource.of(read.pixels, read.mask, strength)
+    source = EditSource.of(read.pixels, read.mask, strength)
+    source.check_mask(base.pixels_per_latent)
+    return source
 
 
 def open_adapter(registry: Registry, manifest: Manifest, base: BaseModel, *, strength: float = 1.0) -> LoraBank:

@@ -115,9 +115,13 @@ class Loader:
             data = self._registry.store.get(key) if found is None else found
             return data
 
-        weights = self._registry.load_weights(
-            manifest, base_fingerprints=self._base_fingerprints, unet=self._network, fetch=fetch
-        )
-        with torch.inference_mode():
-            vector = self._pack(weights).to(self._dtype).contiguous()
-            return Loaded(vector.pin_memory() if self._page_locked else vector, tier, data)
+        try:
+            weights = self._registry.load_weights(
+                manifest, base_fingerprints=self._base_fingerprints, unet=self._network, fetch=fetch
+            )
+            with torch.inference_mode():
+                vector = self._pack(weights).to(self._dtype).contiguous()
+                return Loaded(vector.pin_memory() if self._page_locked else vector, tier, data)
+        except AdapterMismatchError as error:  # it may be one of several on an image
+            named = manifest.name in str(error)
+            raise AdapterMismatchError(str(error) if named else f"{manifest.name}: {error}") from error

@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from cat_cluster.data.prompt_syntax import syntax_notes
 from cat_cluster.data.text_length import cut_notes
-from cat_cluster.errors import EngineStoppedError, ServingError
+from cat_cluster.errors import EngineStoppedError, NotFiniteError, ServingError
 from cat_cluster.lora.row_bank import RowAdapter
 from cat_cluster.lora.text_bank import TextBank
 from cat_cluster.models.base_model import BaseModel
@@ -143,7 +143,7 @@ class Codec:
         return future
 
     def decode(self, latents: Tensor) -> Future[Tensor]:
-        """Return the image [3, H, W] in [0, 1] of latents [C, h, w], on the CPU; ServingError when it is not finite.
+        """Return the image [3, H, W] in [0, 1] of latents [C, h, w], on the CPU; NotFiniteError when it is not finite.
 
         The latents must have been computed, not only enqueued on a GPU's stream.
         """
@@ -323,7 +323,7 @@ def _settle(jobs: list[_Job[A, R]], compute: Callable[[list[_Job[A, R]]], list[R
             job.future.set_result(result)
         else:
             job.future.set_exception(
-                ServingError("the image is not finite: lower the strength or the guidance, or use another adapter")
+                NotFiniteError("the image is not finite: lower the strength or the guidance, or use another adapter")
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,11 +17,12 @@ from cat_cluster.models.edit_steps import edit_strength, steps_made
 from serve.calls import Edit
 from serve.http.forms import Part, boundary_of, read_parts, refused_part
 from serve.http.http_errors import HttpError
-from serve.http.routes import StrictRequest, caller_of, ingress_of
+from serve.http.routes import StrictRequest, caller_of, ingress_of, strict_json
 from serve.http.schema import EditRequest
 from serve.http.streams import GRACE_S, cancelled_on_disconnect
 
 _IMAGE_NAMES = {"image": "image", "image[]": "image", "mask": "mask"}  # OpenAI's client sends a list as image[]
+_A_STACK = 'send a list such as [{"model": "cup", "strength": 0.7}]'
 # One at a time: a picture takes far more memory while it is read than its file.
 _READING = ThreadPoolExecutor(1, "uploads")
 
@@ -139,9 +139,11 @@ def _add_file(files: dict[str, bytes], part: Part) -> None:
 
 def _from_json(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise _bad_adapters('is no JSON; send a list such as [{"model": "cup", "strength": 0.7}]') from None
+        return strict_json(text)
+    except RecursionError:
+        raise _bad_adapters(f"is nested too deeply; {_A_STACK}") from None
+    except ValueError as error:
+        raise _bad_adapters(f"is no JSON ({error}); {_A_STACK}") from None
 
 
 def _from_brackets(model: Sequence[str], strength: Sequence[str]) -> list[dict[str, str]]:

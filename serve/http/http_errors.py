@@ -50,6 +50,8 @@ KINDS: Mapping[type[BaseException], ErrorKind] = {
     errors.AdapterMismatchError: ErrorKind(422, INVALID, "model_mismatch"),
     errors.AdapterFormatError: ErrorKind(422, INVALID, "model_damaged"),
     errors.EvaluationError: ErrorKind(422, INVALID, "model_not_measurable"),
+    # The same request is as much again: no client tries a 422 again.
+    errors.NotFiniteError: ErrorKind(422, INVALID, "image_not_finite"),
     # As OpenAI's own moderation does: no client tries a 400 again, and the same request draws the same image.
     errors.FlaggedImageError: ErrorKind(400, INVALID, "content_flagged"),
     errors.UncheckedImageError: ErrorKind(500, SERVER, "content_not_checked"),
@@ -80,7 +82,7 @@ _MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
     413: ("The body is too large.", "the body is larger than 524288 bytes", "body_too_large", None),
     415: ("The body is not of the route's content type.", "send Content-Type: application/json", "not_json", None),
     422: (
-        "The adapter does not fit this base, or is damaged.",
+        "The adapter does not fit this base, or is damaged; or the image is not finite.",
         "cup was trained on another",
         "model_mismatch",
         "model",

@@ -108,9 +108,7 @@ class StrictRequest(Request):
     async def json(self) -> Any:
         """Return the body's value; 400 for NaN, a name twice, nesting without end, or anything that is not JSON."""
         try:
-            return json.loads(
-                (await self.body()).decode(), parse_constant=_refuse_constant, object_pairs_hook=_once_each
-            )
+            return strict_json((await self.body()).decode())
         except RecursionError:
             raise HttpError(400, "the body is nested too deeply", "invalid_json") from None
         except ValueError as error:
@@ -135,6 +133,11 @@ class KeyedRoute(APIRoute):
             return await handle(StrictRequest(request.scope, request.receive))
 
         return keyed
+
+
+def strict_json(text: str) -> Any:
+    """Return the value of a JSON text; ValueError for NaN and for a name twice too, RecursionError when too deep."""
+    return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_once_each)
 
 
 def _announced(length: str) -> int:

@@ -13,6 +13,8 @@ from cat_cluster.errors import (
     AdapterNotFoundError,
     CatClusterError,
     ConflictError,
+    ObjectNotFoundError,
+    ObjectUnreadableError,
     QuarantinedError,
     RegistryError,
     SpecError,
@@ -23,8 +25,13 @@ from serve.http.registry_listing import RegistryListing, parse_model
 from serve.http.schema import MAX_STRENGTH, DrawingRequest, ImageRequest
 from serve.settings import ServeSettings
 
-_OF_ADAPTERS = (AdapterFormatError, AdapterMismatchError, ConflictError, QuarantinedError)
+# Errors that http_errors says to be about `model`, unless their message begins with another field.
+_OF_MODEL = (AdapterFormatError, AdapterMismatchError, AdapterNotFoundError, QuarantinedError)
+_OF_ADAPTERS = (*_OF_MODEL, ConflictError, RegistryError)
+_OF_FILES = (ObjectNotFoundError, ObjectUnreadableError)
 _OF_SEVERAL = re.compile(r"\S+\+\S")  # at the start of a message about a stack: its name
+# In one about a revision: its id, at the start, or in the name of what is damaged.
+_OF_ONE = re.compile(r"(?:(?:the )?[a-z]+ of )?([a-z0-9-]+)@|the [a-z ]+ (?:adapters|aliases)/([a-z0-9-]+)/")
 _MISSING = re.compile(
     r"(?:no adapter ')?([a-z0-9-]+)@"
 )  # at the start of a message about one that is not there: its id
@@ -77,15 +84,20 @@ class RequestedStack:
 
     def blamed(self, error: Exception) -> Exception:
         """Return an error of the engine, and where it is about adapters, with the field that names them before it."""
-        if not isinstance(error, _OF_ADAPTERS) or not self.members:
+        if not isinstance(error, (*_OF_ADAPTERS, *_OF_FILES)) or not self.members:
             return error
-        message = str(error)
-        field = self.fields[-1].partition(".")[0]
+        message, place = str(error), -1
         if _OF_SEVERAL.match(message) is None:
-            about = message.partition("@")[0]
+            about = _OF_ONE.match(message)
             ids = [member.reference.adapter_id for member in self.members]
-            field = self.fields[ids.index(about)] if about in ids else field
-        return _with_field(error, field)
+            found = None if about is None else about[1] or about[2]
+            place = ids.index(found) if found in ids else -1
+        if isinstance(error, _OF_FILES):  # its message has the store's name
+            which = "one of the adapters" if place < 0 else str(self.members[place].reference)
+            error = AdapterFormatError(
+                f"a stored file of {which} is missing or cannot be read; `cat-cluster adapters verify` says which"
+            )
+        return _with_field(error, self.fields[-1].partition(".")[0] if place < 0 else self.fields[place])
 
 
 def _named(body: DrawingRequest, base: str) -> Iterator[tuple[str, StackMember]]:
@@ -133,6 +145,6 @@ def _check_number(fields: tuple[str, ...], settings: ServeSettings) -> None:
 
 def _with_field(error: CatClusterError, field: str) -> CatClusterError:
     """Return an error with the field before its message; `model` is what most of them are about anyway."""
-    if field == "model" and not isinstance(error, ConflictError):
+    if field == "model" and isinstance(error, _OF_MODEL):
         return error
     return type(error)(f"{field}: {error}")

@@ -136,3 +136,15 @@ def test_a_mask_that_marks_nothing_is_refused(command: CommandLine, tiny_base_fo
     out = photo.with_name("out.png")
     assert_refused(command(*words(tiny_base_folder, out, "--image", photo, "--mask", photo)), "has no transparent area")
     assert not out.exists()
+
+
+def test_a_mask_that_is_too_small_is_refused(
+    command: CommandLine, tiny_base_folder: Path, photo: Path, mask: Path
+) -> None:
+    marks = Image.new("L", (SIDE, SIDE), 0)
+    marks.putpixel((5, 5), 255)
+    marks.save(mask)
+    out = photo.with_name("out.png")
+    finished = command(*words(tiny_base_folder, out, "--image", photo, "--mask", mask))
+    assert_refused(finished, "mask: what it marks", "is too small to be edited", "mark a larger area")
+    assert not out.exists()

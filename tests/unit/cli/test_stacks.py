@@ -149,6 +149,7 @@ def test_an_exported_adapter_of_full_strength_is_what_was_published(
         (("cup+mug",), "'cup+mug' is not an adapter id"),
         (("cup", "nobody"), "nobody"),
         (("cup", "foreign"), "foreign@"),
+        (("cup", "mug:1e40"), "is not finite at strength 1e+40: lower the strength"),
     ],
 )
 def test_what_cannot_be_a_stack_is_refused(
@@ -178,3 +179,11 @@ def test_what_asks_for_less_of_no_adapter_is_said_to_change_nothing(
     for option in ("--strength", "--gate"):
         assert f"warning: {option} changes nothing: the base model alone has no adapter" in finished.err
     assert "warning" not in command("generate", *settings).err
+
+
+def test_an_image_that_is_not_finite_is_not_written(command: CommandLine, shop: Shop, tmp_path: Path) -> None:
+    out = tmp_path / "a.png"
+    settings = ("--prompt", PROMPT, "--steps", "1", "--base", shop.folder, "--out", out, "--count", "2")
+    finished = command("generate", *settings, "--storage", shop.registry.store.url, "--adapter", "cup:1e36")
+    assert_refused(finished, "the image is not finite", "lower the strength or the guidance")
+    assert not list(tmp_path.iterdir())

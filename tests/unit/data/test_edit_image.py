@@ -96,6 +96,35 @@ def test_an_image_without_a_mask_is_edited_where_it_is_transparent() -> None:
     assert with_mask.notes == ("image: its transparent areas are laid over white, since there is a mask",)
 
 
+def with_alpha(image: Image.Image, alpha: int, box: tuple[int, int, int, int] | None = None) -> bytes:
+    """An image with this alpha everywhere, or in a box alone."""
+    levels = Image.new("L", image.size, alpha if box is None else 255)
+    if box is not None:
+        levels.paste(alpha, box)
+    image.putalpha(levels)
+    return saved(image)
+
+
+@pytest.mark.parametrize("box", [None, (5, 5, 6, 6)])
+@pytest.mark.parametrize("alpha", [128, 254])
+def test_what_is_half_opaque_is_not_transparent(alpha: int, box: tuple[int, int, int, int] | None) -> None:
+    """Programs leave a pixel of alpha 254 in pictures that nobody calls transparent."""
+    read = read_edit_image(with_alpha(picture(), alpha, box), None, SIZE)
+    assert read.mask is None
+    assert read.notes == ("image: is laid over white and edited whole, since none of it is more than half transparent",)
+    masked = read_edit_image(saved(picture()), with_alpha(black_and_white("RGB"), alpha, box), SIZE)
+    assert left_quarter(masked), "its colours tell"
+
+
+def test_transparent_areas_that_vanish_are_refused() -> None:
+    """Nobody asked for all of the picture."""
+    one = (5, 5, 6, 6)
+    told = refusal(with_alpha(picture(320, 320), 0, one))
+    assert told.startswith("image: its transparent areas, which are what is edited, are too small")
+    white = Image.new("RGB", (320, 320), "white")
+    assert refusal(saved(picture(320, 320)), with_alpha(white, 0, one)).startswith("mask: marks nothing to edit")
+
+
 def test_another_size_covers_and_keeps_the_middle_of_image_and_mask_alike() -> None:
     wide, size = picture(128, 64), (128, 64)
     marks = Image.new("L", size, 0)
@@ -151,6 +180,23 @@ def test_every_turn_is_undone_once(kind: str, mode: str, orientation: int) -> No
     expected = Image.alpha_composite(Image.new("RGBA", (64, 32), "white"), theirs).convert("RGB")
     assert np.abs(read.pixels.astype(int) - np.asarray(expected)).max() <= 2
     assert read.notes[0].startswith(f"image: {upright.width}x{upright.height} pixels, scaled and cropped")
+
+
+def orientation(kind: int, value: bytes) -> bytes:
+    """EXIF with one entry, the orientation, of a kind of TIFF's: 2 text, 3 a number."""
+    entry = struct.pack("<HHHI", 1, 0x0112, kind, 1) + value.ljust(4, b"\0")
+    return b"Exif\0\0II*\0\x08\0\0\0" + entry + b"\0" * 4
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "webp"])
+@pytest.mark.parametrize(
+    "exif", [*(orientation(3, bytes([value])) for value in (0, 9, 255)), orientation(2, b"6")], ids=str
+)
+def test_an_orientation_that_means_nothing_turns_nothing(kind: str, exif: bytes) -> None:
+    options = {"quality": 95} if kind == "jpeg" else {"lossless": True}
+    read = read_edit_image(saved(picture(64, 32), kind, exif=exif, **options), None, (64, 32))
+    assert np.abs(read.pixels.astype(int) - np.asarray(picture(64, 32))).max() <= 8
+    assert read.notes == ()
 
 
 PEAK = """
@@ -247,6 +293,22 @@ def test_what_is_no_still_picture_is_refused_by_its_field(content: bytes, said: 
     told = refusal(saved(picture()), content)
     assert told.startswith("mask: ")
     assert said in told
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG with one of its scans repeated, and bytes behind its end that look like more of them."""
+    whole = saved(picture(), "jpeg", progressive=True)
+    start, end = (whole.index(b"\xff\xda", place) for place in (0, whole.index(b"\xff\xda") + 2))
+    there = whole.count(b"\xff\xda")
+    return whole[:start] + whole[start:end] * (count - there + 1) + whole[end:] + b"\xff\xda\x00\x02" * 500
+
+
+def test_a_jpeg_of_very_many_scans_is_refused() -> None:
+    """Each has a few bytes and is computed over every pixel: one file would keep all others from being read."""
+    read = read_edit_image(scans(100), None, SIZE)
+    assert np.abs(read.pixels.astype(int) - np.asarray(picture())).mean() < 8
+    assert refusal(scans(101)) == "image: has more than 100 scans; save it as a JPEG anew, or as PNG"
+    assert refusal(saved(picture()), scans(101)).startswith("mask: has more than 100 scans")
 
 
 def test_a_phones_picture_with_smaller_copies_behind_it_is_read() -> None:

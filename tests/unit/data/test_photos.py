@@ -99,7 +99,9 @@ def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored.save(tmp_path / name, exif=exif)
-    image = read_photo(tmp_path / name).image
+    read = read_photo(tmp_path / name)
+    image = read.image
+    assert read.size == image.size
     # Where the first row and first column of the stored image are seen, from the EXIF standard.
     left = orientation in (1, 4, 5, 8)
     top = orientation in (1, 2, 5, 6)
@@ -109,6 +111,16 @@ def test_exif_orientation_is_applied(tmp_path: Path, name: str, orientation: int
     grey = np.asarray(image.convert("L"))
     assert grey[corner[1], corner[0]] > 200
     assert grey[opposite[1], opposite[0]] < 50
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
+def test_an_orientation_that_means_nothing_turns_nothing(tmp_path: Path, name: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo(size=(64, 48)).save(tmp_path / name, exif=exif)
+    read = read_photo(tmp_path / name)
+    assert read.size == read.image.size == (64, 48)
 
 
 def test_the_first_frame_of_an_animation_is_taken(tmp_path: Path) -> None:

@@ -117,6 +117,26 @@ def test_an_edit_is_the_stock_pipelines(
     assert_same(generate(base, None, [row])[0], stock.image(row, picture, mask))
 
 
+@pytest.mark.parametrize(("place", "edits"), [((4, 6), True), ((5, 6), False), ((4, 7), False), ((15, 15), False)])
+def test_a_mask_of_which_no_latent_is_left_is_refused(
+    base: BaseModel, stock: Stock, place: tuple[int, int], edits: bool
+) -> None:
+    """One pixel is marked. The stock pipeline draws the same of any prompt then, and says nothing."""
+    marks = np.zeros((16, 16), np.uint8)
+    marks[place] = 255
+    own = source(photo(16), Image.fromarray(marks), 1.0)
+    red, green = (
+        stock.image(ImageRow(prompt, 3, steps=4, source=own), photo(16), Image.fromarray(marks))
+        for prompt in ("a red cup", "a green fish")
+    )
+    assert (red - green).abs().max() > TOLERANCE if edits else torch.equal(red, green)
+    if edits:
+        own.check_mask(base.pixels_per_latent)
+        return
+    with pytest.raises(SpecError, match=r"mask: what it marks, .* of each 2x2 pixels the one at the top left counts"):
+        own.check_mask(base.pixels_per_latent)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_v_prediction_bases(tiny_base_v_folder: Path, sampler: SamplerName, masked: bool) -> None:

@@ -173,6 +173,11 @@ def test_an_edit_makes_its_share_of_the_steps_and_says_so(shop: Shop) -> None:
                 failed = failure_of(await events(service, replace(call, edit=edit(photo(), None, wrong))))
                 assert (failed.kind, failed.message.startswith("strength: ")) == ("SpecError", True)
                 assert said in failed.message
+            marks = Image.new("L", (SIDE, SIDE), 0)
+            marks.putpixel((5, 5), 255)
+            failed = failure_of(await events(service, replace(call, edit=edit(photo(), marks, 1.0))))
+            assert failed.kind == "SpecError"
+            assert failed.message.startswith("mask: what it marks")
 
     run(main)
 

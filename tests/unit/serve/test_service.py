@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from cat_cluster.lora.formats import write_adapter
 from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
 from serve.calls import Accepted, Event, FileFormat, Finished, Preview, Progress
 from serve.probes.revision_monitor import DriftStatus
-from tests.support.services import CUP, LEVELS, Shop, events, open_service, pictures, pixels, run, stack
+from tests.support.services import CUP, LEVELS, Shop, events, failure_of, open_service, pictures, pixels, run, stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
 
@@ -59,6 +60,25 @@ def test_an_answer_says_that_there_are_fewer_previews_than_were_asked_for(shop: 
                 found = await events(service, replace(CUP, steps=steps, previews=previews))
                 assert isinstance(found[0], Accepted)
                 assert found[0].note == note
+
+    run(main)
+
+
+def test_a_sampler_that_cannot_draw_is_refused_by_the_field(shop: Shop) -> None:
+    """Whether it cannot make as many steps, or the base's own scheduler has an option that it does not know."""
+
+    async def main() -> None:
+        async with open_service(shop) as service:
+            found = failure_of(await events(service, replace(CUP, sampler="lcm", steps=51)))
+            assert found.kind == "SpecError"
+            assert found.message.startswith("num_inference_steps: sampler 'lcm' makes at most the 50 steps")
+            options: Any = service.base.schedule.scheduler_config
+            options["use_karras_sigmas"] = True
+            found = failure_of(await events(service, replace(CUP, sampler="euler")))
+            assert found.kind == "SpecError"
+            assert found.message.startswith("sampler: use_karras_sigmas is True in ")
+            assert found.message.endswith("or lcm.")
+            assert len(pictures(await events(service, replace(CUP, sampler="euler_karras")))) == 1
 
     run(main)
 

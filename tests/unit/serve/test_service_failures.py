@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_errors_end_a_call_and_only_that(shop: Shop, monkeypatch: pytest.MonkeyP
     bad = {
         "AdapterNotFoundError": replace(CUP, adapters=stack("nobody")),
         "AdapterMismatchError": replace(CUP, adapters=stack("foreign")),
-        "ServingError": replace(CUP, adapters=stack("wild")),
+        "NotFiniteError": replace(CUP, adapters=stack("wild")),
         "SpecError": replace(CUP, size=(17, 16)),
         "OverloadedError": replace(CUP, count=10_000),
         "DeadlineError": replace(CUP, steps=100, deadline_s=0.001),
@@ -49,6 +50,25 @@ def test_errors_end_a_call_and_only_that(shop: Shop, monkeypatch: pytest.MonkeyP
             assert failure_of(await events(service, replace(CUP, seed=2**64))).kind == "ServingError"
 
     run(main)
+
+
+def test_the_log_has_what_clients_are_not_told(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a fault they get the id alone, by which it is found."""
+    wild, fault = (
+        replace(CUP, request_id="wild", adapters=stack("wild")),
+        replace(CUP, request_id="fault", seed=2**64),
+    )
+
+    async def main() -> None:
+        async with open_service(shop) as service:
+            for call in (wild, fault, replace(CUP, request_id="late", steps=100, deadline_s=0.001)):
+                failure_of(await events(service, call))
+
+    run(main)
+    told = [line for line in map(logging.LogRecord.getMessage, caplog.records) if ": an image of " in line]
+    assert told[0].startswith(f"wild: an image of {shop.registry.resolve('wild').name}: the image is not finite")
+    assert told[1].startswith(f"fault: an image of {shop.registry.resolve('cup').name}: the image could not be started")
+    assert len(told) == 2
 
 
 def test_a_damaged_adapter_is_named(shop: Shop) -> None:

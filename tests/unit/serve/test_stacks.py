@@ -15,7 +15,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 
-from cat_cluster.lora.formats import write_adapter
+from cat_cluster.lora.formats import AdapterWeights, LoraLayer, write_adapter
+from cat_cluster.lora.layers import sizes_of
 from cat_cluster.models.generate import ImageRow, generate, image_array
 from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
 from cat_cluster.registry import Manifest
@@ -302,5 +303,21 @@ def test_the_drift_of_a_stack_is_that_of_its_worst_member(shop: Shop, states: di
             await events(service, replace(CUP, steps=1))
             assert prober.offered == ["cup"], "an image of several adapters says nothing about one of them"
             service.prober = None
+
+    run(main)
+
+
+def test_of_several_the_one_that_does_not_fit_is_named(shop: Shop) -> None:
+    """A layer that is not served, which only an import can bring, is seen when the weights are there."""
+    inputs, outputs = sizes_of(shop.base.unet.time_embedding.linear_1) or (0, 0)
+    layer = LoraLayer(torch.ones(1, inputs), torch.ones(outputs, 1))
+    odd = shop.publish("odd", 7, weights=AdapterWeights({"time_embedding.linear_1": layer}))
+
+    async def main() -> None:
+        async with open_service(shop, **WIDE) as service:
+            for names in (("odd",), ("cup", "odd")):
+                found = failure_of(await events(service, replace(CUP, adapters=stack(*names))))
+                assert found.kind == "AdapterMismatchError"
+                assert found.message.startswith(f"{odd.name}: the adapter changes layer time_embedding.linear_1")
 
     run(main)

@@ -187,13 +187,13 @@ def test_the_image_that_fails_is_marked_and_its_neighbours_are_not(
     shop = furnish(tiny_base_folder, tmp_path / "storage")
     with traced(shop) as live, live.http() as http:
         monkeypatch.setattr(running_call, "start_from_noise", start)
-        for seed in (5, 15):
+        for seed, status in ((5, 422), (15, 500)):
             request = {"model": "cup", "prompt": PROMPT, "n": 2, "num_inference_steps": 3, "seed": seed}
-            assert http.post(PATH, json=request).status_code == 500
+            assert http.post(PATH, json=request).status_code == status
         live.await_idle()
-    for seed in (6, 16):
+    for seed, kind in ((6, "NotFiniteError"), (16, "ServingError")):
         (span,) = (span for span in named(collector.spans, "image") if span.attributes["cat.seed"] == str(seed))
-        assert (span.failed, span.attributes["error.type"]) == (True, "ServingError")
+        assert (span.failed, span.attributes["error.type"]) == (True, kind)
         (span,) = (span for span in named(collector.spans, "image") if span.attributes["cat.seed"] == str(seed - 1))
         assert not span.failed
     assert all(span.failed for span in collector.spans if span.name.startswith("generate_content"))
@@ -272,6 +272,27 @@ def test_a_protocol_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc")
     with pytest.raises(SpecError, match=r"^OTEL_EXPORTER_OTLP_PROTOCOL: grpc .* set http/protobuf, .* \(4318\)$"):
         open_tracer("engine")
+
+
+@pytest.mark.parametrize(
+    "given", ["localhost:4318", "collector", "grpc://collector:4317", " ", "http://", "http:/collector", "http://a:b"]
+)
+def test_an_endpoint_that_is_no_address_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """Of OTLP over gRPC an address has no scheme; the exporter would fail with every batch, where nobody looks."""
+    for variable in ENDPOINTS:
+        monkeypatch.setenv(variable, given)
+        with pytest.raises(SpecError, match=rf"^{variable}: .* as in http://localhost:4318$"):
+            open_tracer("test")
+        monkeypatch.delenv(variable)
+
+
+def test_the_log_has_no_password_of_the_collector(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "https://me:secret@127.0.0.1:9/otlp?token=secret")
+    with caplog.at_level("INFO", "cat_cluster.serve"):
+        open_tracer("test").close()
+    assert [record.getMessage() for record in caplog.records] == ["traces are sent to https://127.0.0.1:9/otlp"]
 
 
 def test_without_the_extra_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:

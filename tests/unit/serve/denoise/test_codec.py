@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cat_cluster.errors import EngineStoppedError, ServingError
+from cat_cluster.errors import EngineStoppedError, NotFiniteError
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.text_encoders import States, TextEncoders
@@ -161,7 +161,7 @@ def test_one_that_fails_or_is_not_finite_fails_alone(
     held.go()
     assert good.result(SOON).isfinite().all()
     assert last.result(SOON).isfinite().all()
-    with pytest.raises(ServingError, match="not finite"):
+    with pytest.raises(NotFiniteError, match="not finite"):
         nan.result(SOON)
     with pytest.raises(MemoryError):
         bad.result(SOON)

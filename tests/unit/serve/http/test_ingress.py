@@ -90,6 +90,7 @@ FAILURES = [
     ("QuarantinedError", 409, "model_quarantined"),
     ("AdapterMismatchError", 422, "model_mismatch"),
     ("AdapterFormatError", 422, "model_damaged"),
+    ("NotFiniteError", 422, "image_not_finite"),
     ("CancelledRequestError", 499, "request_cancelled"),
     ("BaseModelError", 500, "internal_error"),
     ("KeyError", 500, "internal_error"),

@@ -179,6 +179,22 @@ OF_THE_ENGINE: list[tuple[errors.CatClusterError, dict[str, Any], int, str, str]
     (errors.QuarantinedError(f"cup@{R} is quarantined"), {"model": "cup", "prompt": "<lora:mug>"}, 409,
      "model_quarantined", "model"),
     (errors.AdapterFormatError("weights of ..."), {"adapters": [{"model": "cup"}]}, 422, "model_damaged", "adapters"),
+    (errors.AdapterFormatError(f"weights of mug@{R} have rank 3, its manifest says 2"),
+     {"adapters": [{"model": "cup"}, {"model": "mug"}]}, 422, "model_damaged", "adapters.1.model"),
+    (errors.RegistryError(f"the manifest adapters/mug/{R}/manifest.json is damaged"),
+     {"adapters": [{"model": "cup"}, {"model": "mug"}]}, 400, "invalid_reference", "adapters.1.model"),
+    (errors.RegistryError("the alias record aliases/mug/prod/00000002.json is damaged"),
+     {"model": "cup", "prompt": "<lora:mug@prod>"}, 400, "invalid_reference", "prompt"),
+    (errors.RegistryError(f"the spec of mug@{R} cannot be read"), {"model": "cup+mug"}, 400, "invalid_reference",
+     "model"),
+    (errors.ObjectNotFoundError(f"weights of mug@{R} is missing from /secret"),
+     {"adapters": [{"model": "cup"}, {"model": "mug"}]}, 422, "model_damaged", "adapters.1.model"),
+    (errors.ObjectUnreadableError("objects/abc in storage /secret is damaged"),
+     {"adapters": [{"model": "cup"}, {"model": "mug"}]}, 422, "model_damaged", "adapters"),
+    (errors.ObjectNotFoundError(f"weights of mug@{R} is missing from /secret"), {"model": "mug"}, 422, "model_damaged",
+     "model"),
+    (errors.AdapterMismatchError(f"the weights of mug@{R} have 9 bytes"), {"model": "cup", "prompt": "<lora:mug>"}, 422,
+     "model_mismatch", "prompt"),
     (errors.ConflictError(f"cup@{R}+mug@{R} needs 2 slots"), {"model": "cup+mug"}, 409, "conflict", "model"),
     (errors.ConflictError(f"cup@{R}+mug@{R} needs 2 slots"), {"adapters": [{"model": "cup"}, {"model": "mug"}]}, 409,
      "conflict", "adapters"),
@@ -205,7 +221,7 @@ def test_the_engines_errors_name_the_field_that_names_the_adapter(
     engine.script = failing(error)
     told = assert_refused(ask(http, **fields), status, code, param)["message"]
     assert "/secret" not in told
-    assert "cup" in told or "weights" in told or "size" in told or "mug" in told
+    assert "cup" in told or "weights" in told or "size" in told or "mug" in told or "one of the adapters" in told
 
 
 @pytest.mark.parametrize(
