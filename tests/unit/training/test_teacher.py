@@ -83,7 +83,7 @@ def test_where_the_teacher_rides_in_the_students_call_the_pool_answers_for_its_r
         bank = open_bank(base, [trained_weights(base, 4, seed=1)])
         pool, engine = filled(base, bank, tea), open_engine(base, bank)
         engine.joined_teacher = joined
-        batch = draw_batch([tea], 5, 1000, [True])
+        batch = draw_batch([tea], [5], 1000)
         keys = [key if joined and place % 2 else None for place, key in enumerate(batch.pool_keys)]
         hook = base.unet.register_forward_hook(lambda _, inputs, __: asked.append(len(inputs[0])))
         losses = train_step(
