@@ -121,6 +121,11 @@ class IngressReplica:
             tracer=self._tracer,
         )
 
+    async def __del__(self) -> None:
+        """Called by Ray Serve after the requests in flight are done; the last spans are sent before it ends."""
+        if hasattr(self, "_tracer"):
+            await asyncio.to_thread(self._tracer.close)
+
 
 def build(args: Mapping[str, Any]) -> ray_serve.Application:
     """Return the application for the `args` of a Serve config file; see Deployment. Raises SpecError."""

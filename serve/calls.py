@@ -86,9 +86,11 @@ class ImageCall:
         Adapters that the gate leaves out are not among them, and stay as they are.
         """
         try:
-            revisions = {revision.adapter_id: revision for revision in parse_stack(model)} if self.adapters else {}
-        except RegistryError:  # the base's name: the gate left all of them out
-            return self
+            named = parse_stack(model) if self.adapters else ()
+        except RegistryError:
+            return self  # the name of the base: the gate left all of them out
+        # That name may be an adapter's id too, without a revision.
+        revisions = {one.adapter_id: one for one in named if one.revision is not None}
         return replace(
             self,
             adapters=tuple(

@@ -89,5 +89,7 @@ def test_a_call_that_is_sent_again_keeps_the_revisions_it_had() -> None:
     assert call.pinned("cup@r-0123456789ab").adapters == stack("cup@r-0123456789ab:0.75", "fish@prod")
     assert call.pinned("stable-diffusion-v1-5/stable-diffusion-v1-5") == call
     assert call.pinned("pocket") == call
+    of_its_name = replace(call, adapters=stack("pocket@prod"))
+    assert of_its_name.pinned("pocket") == of_its_name
     both = call.pinned("cup@r-0123456789ab+fish@r-ba9876543210")
     assert both.adapters == stack("cup@r-0123456789ab:0.75", "fish@r-ba9876543210")
