@@ -242,7 +242,7 @@ def test_what_listens_beyond_this_machine_wants_keys(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(app, "_listens_at", lambda: str(yaml.safe_load(CONFIG.read_text())["http_options"]["host"]))
 
     class Replica(app.IngressReplica):  # type: ignore[misc]
-        def __del__(self) -> None:
+        def __del__(self) -> None:  # type: ignore[override]
             """Ray's is for Ray alone."""
 
     def start() -> None:
