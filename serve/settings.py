@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cat_cluster.models.prompt_weights import PROMPT_CHUNKS
-from cat_cluster.spec.choices import DriftPolicy, Precision, Targets, Weighting
+from cat_cluster.spec.choices import DriftPolicy, Precision, ServedTargets, Weighting
 from cat_cluster.spec.fields import MOST_CHUNKS
 
 
@@ -105,7 +105,10 @@ class ServeSettings(BaseModel):
         default=32, ge=1, le=256, description="Largest rank of an adapter, or of the adapters of one image together."
     )
     max_stack: int = Field(default=8, ge=1, le=MAX_STACK, description="Most adapters of one image.")
-    targets: Targets = Field(default="attention_ff", description="Layers that adapters may change.")
+    targets: ServedTargets = Field(
+        default="all",
+        description="Layers of the U-Net that adapters may change; all: every linear layer and 1x1 convolution.",
+    )
     host_mib: int = Field(default=1024, ge=1, description="MiB of adapters kept in host memory.")
     disk_cache: Path | None = Field(default=None, description="Folder of downloaded adapters; none: no disk tier.")
     disk_mib: int = Field(default=4096, ge=1, description="MiB of adapters kept in the disk cache.")

@@ -182,12 +182,6 @@ def _print_notes(training: Mapping[str, Any]) -> None:
             f"({reduced['worst_layer']}); each layer's is in the manifest",
             soft_wrap=True,
         )
-    if outside := training.get("outside_attention"):
-        people.print(
-            f"layers outside of attention blocks: {len(outside)}, the first {outside[0]}; `generate` draws with them, "
-            "the service refuses the adapter",
-            soft_wrap=True,
-        )
 
 
 @adapters_app.command("alias")

@@ -17,7 +17,7 @@ from torch.nn import functional
 from cat_cluster.errors import AdapterMismatchError
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.lora.layers import change_of_pixels, in_text_encoder, is_convolution, sizes_of
-from cat_cluster.spec.choices import Blocks, Targets
+from cat_cluster.spec.choices import Blocks, ServedTargets, Targets
 
 TARGETS: Mapping[Targets, tuple[str, ...]] = {
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -66,18 +66,22 @@ def served_text_layers(network: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, _ in network.named_modules() if in_text_encoder(name) and name.endswith(ends))
 
 
-def served_layers(unet: nn.Module, targets: Targets) -> tuple[str, ...]:
-    """Return what `adapted_layers` does and the 1x1 convolutions of that name, which imported adapters may change."""
-    linears = set(adapted_layers(unet, targets))
+def served_layers(unet: nn.Module, targets: ServedTargets) -> tuple[str, ...]:
+    """Return what `adapted_layers` does and the 1x1 convolutions of that name, which imported adapters may change.
+
+    all: every linear and 1x1 convolution of the U-Net.
+    """
+    linears = set(adapted_layers(unet, "attention_ff" if targets == "all" else targets))
     return tuple(
         name
         for name, module in unet.named_modules()
         if name in linears
         or (
-            ".attentions." in name
-            and name.endswith(TARGETS[targets])
-            and isinstance(module, nn.Conv2d)
-            and sizes_of(module) is not None
+            sizes_of(module) is not None
+            and (
+                targets == "all"
+                or (".attentions." in name and name.endswith(TARGETS[targets]) and isinstance(module, nn.Conv2d))
+            )
         )
     )
 

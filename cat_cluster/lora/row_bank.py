@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from cat_cluster.errors import AdapterMismatchError
-from cat_cluster.lora.bank import replace_module
+from cat_cluster.lora.bank import TARGETS, replace_module
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.lora.layers import change_of_pixels, is_convolution, sizes_of
 
@@ -38,6 +38,8 @@ class RowAdapter:
 class AdapterLayout:
     """Where the factors of each layer lie in an adapter's flat vector [F]: every down [R, in], then every up [out, R].
 
+    rare: the layers of a U-Net that no training adapts, and only imported adapters change.
+
     Ranks below R are padded with zeros, and layers that an adapter does not change are zero. Layers of one size lie
     side by side, so that a range of ranks is copied for all of them at once.
     """
@@ -48,7 +50,11 @@ class AdapterLayout:
         self.shapes: dict[str, tuple[int, int]] = {}
         self._down_at: dict[str, int] = {}
         self._up_at: dict[str, int] = {}
-        self.convolutions = frozenset(name for name in layers if is_convolution(network.get_submodule(name)))
+        self.rare = frozenset(
+            name
+            for name in layers
+            if is_convolution(network.get_submodule(name)) or not name.endswith(TARGETS["attention_ff"])
+        )
         for name in layers:
             sizes = sizes_of(network.get_submodule(name))
             if sizes is None:
@@ -74,7 +80,7 @@ class AdapterLayout:
         for name, layer in weights.layers.items():
             if name not in self.shapes:
                 raise AdapterMismatchError(
-                    f"the adapter changes layer {name}, which the service does not adapt: set targets to attention_ff, "
+                    f"the adapter changes layer {name}, which the service does not adapt: set targets to all, "
                     "or use the base it was made for"
                 )
             found = (layer.down.shape[1], layer.up.shape[0])
@@ -111,9 +117,9 @@ class AdapterLayout:
                     row[:, :, place].copy_(flat[:, :, own]).mul_(adapter.strength)
             taken += adapter.rank
 
-    def changes_convolutions(self, flat_F: Tensor) -> bool:
-        """Say whether an adapter changes any convolution: only imported ones do."""
-        ups = [self.factors(flat_F.unsqueeze(0), name)[1].any() for name in self.convolutions]
+    def changes_rare(self, flat_F: Tensor) -> bool:
+        """Say whether an adapter changes any of the rare layers."""
+        ups = [self.factors(flat_F.unsqueeze(0), name)[1].any() for name in self.rare]
         return bool(ups) and bool(torch.stack(ups).any())
 
     def factors(self, flat_BF: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -157,7 +163,7 @@ class _RowLayer(nn.Module):
         self.kept: Tensor | None = None
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        """Return the output [B, T, out] of rows x [B, T, in]; of a convolution, [B, out, H, W] of [B, in, H, W]."""
+        """Return the output [B, T, out] of rows x [B, T, in], [B, out] of [B, in]; of a convolution [B, out, H, W]."""
         if self.kept is not None:
             return self.kept
         output: Tensor = self.base(x_BTI)
@@ -167,6 +173,8 @@ class _RowLayer(nn.Module):
         if x_BTI.ndim == 4:
             # Begins with the output, so that it keeps its memory layout, and base rows their bits.
             return output + change_of_pixels(x_BTI, down_BRI, up_BOR)
+        if x_BTI.ndim == 2:
+            return torch.baddbmm(output[:, None], torch.bmm(x_BTI[:, None], down_BRI.mT), up_BOR.mT)[:, 0]
         # One product per row, whatever its neighbours hold: a row's arithmetic must not depend on them.
         return output.baddbmm_(torch.bmm(x_BTI, down_BRI.mT), up_BOR.mT)
 
@@ -211,7 +219,7 @@ class RowBlock:
         like = bank._like
         self._flat_BF = like.new_zeros((rows, bank.layout.size))
         self._adapted = [False] * rows
-        self._with_convolutions = [False] * rows
+        self._with_rare = [False] * rows
         self._text_length = text_length
         self._kept = {
             name: like.new_zeros((rows, text_length, bank._modules[name].base.out_features)) for name in bank.text_side
@@ -246,9 +254,9 @@ class RowBlock:
             layout.stack(self._flat_BF[first], adapters)
         else:
             self._flat_BF[first].zero_()
-        with_convolutions = any(layout.changes_convolutions(adapter.flat) for adapter in adapters)
+        with_rare = any(layout.changes_rare(adapter.flat) for adapter in adapters)
         for row in rows:
-            self._adapted[row], self._with_convolutions[row] = bool(adapters), with_convolutions
+            self._adapted[row], self._with_rare[row] = bool(adapters), with_rare
             if row != first:
                 self._flat_BF[row].copy_(self._flat_BF[first])
         for length in dict.fromkeys(lengths):
@@ -267,7 +275,7 @@ class RowBlock:
         """Let row `target` be what row `source` is; `source` is free then."""
         self._flat_BF[target].copy_(self._flat_BF[source])
         self._adapted[target] = self._adapted[source]
-        self._with_convolutions[target] = self._with_convolutions[source]
+        self._with_rare[target] = self._with_rare[source]
         for kept_BLO in self._kept.values():
             kept_BLO[target].copy_(kept_BLO[source])
         self.clear(source)
@@ -280,7 +288,7 @@ class RowBlock:
         """Make a row a base row."""
         if self._adapted[row]:
             self._flat_BF[row].zero_()
-            self._adapted[row] = self._with_convolutions[row] = False
+            self._adapted[row] = self._with_rare[row] = False
 
     @contextmanager
     def call(self, count: int) -> Iterator[None]:
@@ -290,8 +298,8 @@ class RowBlock:
             flat = self._flat_BF[:count]
             shapes = self._bank.layout.shapes
             self._views[count] = {name: self._bank.layout.factors(flat, name) for name in shapes if name not in kept}
-        adapted, idle = any(self._adapted[:count]), self._bank.layout.convolutions
-        if any(self._with_convolutions[:count]):
+        adapted, idle = any(self._adapted[:count]), self._bank.layout.rare
+        if any(self._with_rare[:count]):
             idle = frozenset()
         try:
             for name, kept_BLO in kept.items():

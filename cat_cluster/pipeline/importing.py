@@ -14,7 +14,7 @@ from cat_cluster.data.concepts import Concept, check_tokens, load_concept
 from cat_cluster.errors import AdapterFormatError, SpecError
 from cat_cluster.evaluation.evaluate import Evaluator
 from cat_cluster.evaluation.results import Evaluation
-from cat_cluster.lora.bank import LoraBank, served_layers, served_text_layers
+from cat_cluster.lora.bank import LoraBank
 from cat_cluster.lora.formats import TEXT_ENCODER, UNSUPPORTED, AdapterWeights, find_weights, read_foreign
 from cat_cluster.lora.reduction import report
 from cat_cluster.models.base_model import BaseModel, load_base_model
@@ -72,9 +72,6 @@ def import_adapter(request: ImportRequest, registry: Registry, device: str, list
         training |= {"left_out": found.left_out.names, "left_out_kinds": found.left_out.counts}
     if request.rank is not None:
         training["reduced"] = report(found.reductions, request.rank)
-    served = {*served_layers(base.unet, "attention_ff"), *served_text_layers(base.network)}
-    if outside := sorted(set(found.weights.layers) - served):
-        training["outside_attention"] = outside
     draft = adapter_draft(imported, base, concepts, found.weights, evaluation, training=training)
     return registry.publish(draft)
 

@@ -18,6 +18,7 @@ SamplerName = Literal[
 ]
 Weighting = Literal["none", "a1111"]
 Targets = Literal["attention", "cross_attention", "attention_ff"]
+ServedTargets = Literal[Targets, "all"]
 Blocks = Literal["all", "mid_up", "up"]
 BlockGroup = Literal["down", "mid", "up"]
 PriorPrompt = Literal["token_removed", "class_noun", "empty", "mixture"]

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cat_cluster.lora.bank import adapted_layers
+from cat_cluster.lora.bank import adapted_layers, served_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel
 
@@ -37,19 +37,30 @@ def text_paths(base: BaseModel) -> list[str]:
 
 
 def whole_adapter(
-    base: BaseModel, seed: int = 0, *, rank: int = 4, unet: bool = True, text: float = 0.3
+    base: BaseModel, seed: int = 0, *, rank: int = 4, unet: bool = True, text: float = 0.3, everywhere: bool = False
 ) -> AdapterWeights:
-    """Random values in every layer that kohya's trainer adapts; `text`: the size of ups in text encoders, 0: none."""
+    """Random values in every layer that kohya's trainer adapts; `text`: the size of ups in text encoders, 0: none.
+
+    everywhere: in all linears of the U-Net, as ai-toolkit does.
+    """
     generator = torch.Generator().manual_seed(seed)
     names = list(adapted_layers(base.unet, "attention_ff")) if unet else []
+    if everywhere:
+        names = [name for name in served_layers(base.unet, "all") if isinstance(linear(base.unet, name), nn.Linear)]
     layers = {}
     for name in [*names, *(text_paths(base) if text else [])]:
-        module, size = base.network.get_submodule(name), text if name.startswith("text_encoder") else 0.3
-        module = getattr(module, "base", module)
+        module, size = linear(base.network, name), text if name.startswith("text_encoder") else 0.3
         assert isinstance(module, nn.Linear)
         down = torch.randn(rank, module.in_features, generator=generator) * module.in_features**-0.5
         layers[name] = LoraLayer(down, size * torch.randn(module.out_features, rank, generator=generator))
     return AdapterWeights(layers)
+
+
+def linear(network: nn.Module, name: str) -> nn.Module:
+    """The module of a layer, also where a bank has its place."""
+    module = network.get_submodule(name)
+    found: nn.Module = getattr(module, "base", module)
+    return found
 
 
 def kohya_file(weights: AdapterWeights, path: Path, *, xl: bool, alpha: float | None = None) -> Path:

@@ -109,7 +109,7 @@ def _swap_idle(bench: Workbench) -> dict[str, float]:
 
 def _layout(bench: Workbench, rank: int) -> AdapterLayout:
     unet = bench.load().unet
-    return AdapterLayout(unet, served_layers(unet, TARGETS), rank)
+    return AdapterLayout(unet, served_layers(unet, "all"), rank)
 
 
 def measure_probes(bench: Workbench) -> dict[str, Any]:

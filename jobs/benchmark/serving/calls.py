@@ -18,7 +18,6 @@ from cat_cluster.models.conditioning import Conditioning, Sizes
 from cat_cluster.models.image_start import start_from_noise
 from cat_cluster.models.samplers import sampler_table
 from jobs.benchmark.serving.baselines import PeftLoop
-from jobs.benchmark.serving.random_models import TARGETS
 from jobs.benchmark.serving.workbench import GUIDANCE, Request, Workbench, take_turns_for
 from jobs.benchmark.timing import RANK, seconds_of, synchronise
 from serve.denoise.rows import ImageRows, Rows
@@ -96,7 +95,7 @@ def banked(bench: Workbench, cleanup: ExitStack, rank: int) -> tuple[BaseModel, 
 
 def attached(bench: Workbench, cleanup: ExitStack, base: BaseModel, rank: int) -> tuple[BaseModel, RowBank]:
     """Return a base and the bank of this rank that is put in it."""
-    bank = RowBank(base.unet, AdapterLayout(base.unet, served_layers(base.unet, TARGETS), rank))
+    bank = RowBank(base.unet, AdapterLayout(base.unet, served_layers(base.unet, "all"), rank))
     cleanup.callback(bank.detach)
     if bench.compile:
         cleanup.enter_context(compiled_blocks(base.unet))

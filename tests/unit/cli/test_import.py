@@ -173,20 +173,6 @@ def test_left_out_is_an_empty_list_where_there_was_nothing(
     assert_refused(refused, "no LoHa or LoKr layers, which --rank is for: leave it out")
 
 
-def test_layers_that_the_service_does_not_adapt_are_told(
-    command: CommandLine, tiny_base_folder: Path, tmp_path: Path
-) -> None:
-    layer = "lora_unet_mid_block_resnets_0_time_emb_proj"
-    unet = UNet2DConditionModel.from_pretrained(tiny_base_folder / "unet")
-    outputs, inputs = unet.mid_block.resnets[0].time_emb_proj.weight.shape
-    tensors = {f"{layer}.lora_down.weight": torch.ones(2, inputs), f"{layer}.lora_up.weight": torch.ones(outputs, 2)}
-    save_file(tensors, tmp_path / "whole.safetensors")
-    finished = imported(command, tmp_path / "whole.safetensors", tiny_base_folder, tmp_path / "storage")
-    assert "layers outside of attention blocks: 1, the first mid_block.resnets.0.time_emb_proj" in finished.err
-    manifest = open_registry(tmp_path / "storage").resolve("guest")
-    assert manifest.training["outside_attention"] == ["mid_block.resnets.0.time_emb_proj"]
-
-
 def test_a_base_that_is_named_by_a_relative_path_is_found_from_other_folders(
     command: CommandLine, tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,15 +92,18 @@ def test_pack_and_factors_are_inverse(unet: UNet2DConditionModel, make_weights: 
     assert torch.equal(touched, torch.ones_like(touched)), "parts overlap, or leave a gap"
 
 
-def test_1x1_convolutions_are_linears_at_each_pixel(
-    one_unet: UNet2DConditionModel, make_weights: WeightsFactory
+@pytest.mark.parametrize("targets", ["attention_ff", "all"])
+def test_1x1_convolutions_and_layers_outside_attention_are_pefts(
+    one_unet: UNet2DConditionModel, make_weights: WeightsFactory, targets: str
 ) -> None:
-    weights = make_weights(one_unet, ranks=(2, 4), targets="attention_ff", convolutions=True)
+    weights = make_weights(one_unet, ranks=(2, 4), targets=targets, convolutions=True)
     assert any(layer.convolution for layer in weights.layers.values())
+    outside = {"time_embedding.linear_1", "mid_block.resnets.0.time_emb_proj", "up_blocks.0.resnets.0.conv_shortcut"}
+    assert (outside <= set(weights.layers)) == (targets == "all")
     x, t, text = inputs(2)
     bare = one_unet(x, t, text).sample
     expected = with_peft(one_unet, weights)(x, t, text).sample
-    with attached(one_unet) as bank:
+    with attached(one_unet, targets) as bank:
         block = bank.block(2, text.shape[1])
         bind_all(bank, block, [weights, None], [1.0, 1.0])
         found = predict(bank, block, 2)
@@ -125,7 +128,7 @@ def test_convolutions_cost_nothing_unless_an_adapter_in_the_call_changes_them(
     plain = make_weights(one_unet, ranks=(2,), targets="attention_ff")
     imported = make_weights(one_unet, ranks=(2,), targets="attention_ff", convolutions=True)
     with attached(one_unet) as bank:
-        convolutions, block = len(bank.layout.convolutions), bank.block(3, inputs(1)[2].shape[1])
+        convolutions, block = len(bank.layout.rare), bank.block(3, inputs(1)[2].shape[1])
         bind_all(bank, block, [plain, None, imported], [1.0, 1.0, 1.0])
         alone = predict(bank, block, 2)
         assert asked == []

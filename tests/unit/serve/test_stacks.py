@@ -308,13 +308,13 @@ def test_the_drift_of_a_stack_is_that_of_its_worst_member(shop: Shop, states: di
 
 
 def test_of_several_the_one_that_does_not_fit_is_named(shop: Shop) -> None:
-    """A layer that is not served, which only an import can bring, is seen when the weights are there."""
+    """A layer that is not served is seen when the weights are there."""
     inputs, outputs = sizes_of(shop.base.unet.time_embedding.linear_1) or (0, 0)
     layer = LoraLayer(torch.ones(1, inputs), torch.ones(outputs, 1))
     odd = shop.publish("odd", 7, weights=AdapterWeights({"time_embedding.linear_1": layer}))
 
     async def main() -> None:
-        async with open_service(shop, **WIDE) as service:
+        async with open_service(shop, **WIDE, targets="attention_ff") as service:
             for names in (("odd",), ("cup", "odd")):
                 found = failure_of(await events(service, replace(CUP, adapters=stack(*names))))
                 assert found.kind == "AdapterMismatchError"

@@ -32,7 +32,7 @@ ROOM: dict[str, Any] = {"max_rank": 9, "slots": 3, "max_rows": 16, "sizes": ("24
 CALLS = [
     CUP,  # U-Net and text encoders
     replace(CUP, adapters=stack("words:0.75"), negative_prompt="red"),  # text encoders alone
-    replace(CUP, adapters=stack("plain")),  # U-Net alone
+    replace(CUP, adapters=stack("plain")),  # U-Net alone, in all of its linears
     replace(CUP, adapters=()),
     replace(CUP, adapters=stack("cup:0.5", "plain", "words:0.25"), guidance=1.0),
     replace(CUP, adapters=stack("words", "cup"), size=(24, 16), seed=5),
@@ -54,7 +54,7 @@ def made(shop: Shop, name: str) -> AdapterWeights:
     return {
         "cup": lambda: whole_adapter(shop.base, 1, rank=3),
         "words": lambda: whole_adapter(shop.base, 2, rank=2, unet=False, text=0.5),
-        "plain": lambda: whole_adapter(shop.base, 3, rank=3, text=0.0),
+        "plain": lambda: whole_adapter(shop.base, 3, rank=3, text=0.0, everywhere=True),
     }[name]()
 
 
