@@ -33,6 +33,7 @@ from jobs.benchmark.serving.measure import PARTS, Size
 from jobs.benchmark.serving.rates import busy_rate
 from jobs.benchmark.serving.verdicts import verdicts
 from jobs.benchmark.serving.workbench import Numbering, Request, Scale, take_turns_for
+from serve.settings import ServeSettings
 from tests.support.adder import Adder
 
 TINY = Scale(
@@ -194,7 +195,7 @@ def test_the_page_calls_a_missed_figure_missed(result: dict[str, Any], tmp_path:
 
 def test_the_bank_that_is_measured_has_the_layers_of_the_service(tiny_base_folder: Path) -> None:
     base = load_base_model(str(tiny_base_folder))
-    layers = served_layers(base.unet, "attention_ff")
+    layers = served_layers(base.unet, ServeSettings().targets)
     assert len(layers) > len(adapted_layers(base.unet, "attention_ff"))
     bench: Any = SimpleNamespace(load=lambda: base, compile=False)
     with ExitStack() as cleanup:
