@@ -285,10 +285,10 @@ class _Driver:
         return any(adapter.resolved.id in pack.spec.ids for pack in self._training.values())
 
     def _remove_checkpoints(self, adapter: PreparedAdapter) -> None:
-        """Remove what was kept of an adapter that ended early, if it is published and its pack has ended."""
+        """Remove what was kept of an adapter that ended early, if nothing goes on from it and its pack has ended."""
         result = self._results.get(adapter.resolved.id)
-        published = result is not None and result.outcome != "failed"
-        if adapter.resolved.id in self._early and published and not self._are_needed(adapter):
+        is_done = result is not None and (result.outcome != "failed" or result.dropped)
+        if adapter.resolved.id in self._early and is_done and not self._are_needed(adapter):
             checkpoints_of(adapter, self._registry.store).clear()
 
     def _end_evaluation(self, task: Any) -> None:

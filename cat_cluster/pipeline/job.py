@@ -76,8 +76,8 @@ class Silent:
 class AdapterResult:
     """What became of one adapter of a job.
 
-    reason: why it failed or was rejected; permanent: whether the same job would fail again; evaluation: None unless
-    measured in this run.
+    reason: why it failed or was rejected; permanent: whether the same job would fail again; dropped: whether training
+    gave it up; evaluation: None unless measured in this run.
     """
 
     adapter_id: str
@@ -87,6 +87,7 @@ class AdapterResult:
     manifest: Manifest | None = None
     evaluation: Evaluation | None = None
     permanent: bool = False
+    dropped: bool = False
 
     @classmethod
     def failed(cls, adapter_id: str, revision: str, error: CatClusterError) -> AdapterResult:
@@ -304,7 +305,9 @@ def _finish(
 ) -> AdapterResult:
     resolved = adapter.resolved
     if trained.weights is None:
-        return AdapterResult(resolved.id, adapter.revision, "failed", reason=trained.dropped, permanent=True)
+        return AdapterResult(
+            resolved.id, adapter.revision, "failed", reason=trained.dropped, permanent=True, dropped=True
+        )
     evaluation = None
     if resolved.evaluation.enabled:
         with open_bank(adapter.base, [adapter]) as bank:

@@ -24,7 +24,7 @@ from cat_cluster.spec.job import JobSpec, parse_spec
 from cat_cluster.store import open_store
 from cat_cluster.training.loop import StepReport
 
-Outcome = CatClusterError | Exception | None
+Outcome = CatClusterError | Exception | str | None  # a text: why training dropped it
 SHORT = OutOfMemoryError("out of memory")
 
 
@@ -56,6 +56,10 @@ class Cluster:
             raise outcome
         if kind == "evaluate" and outcome is None:
             return AdapterResult(ids[0], "r-0123456789ab", "published")
+        if kind == "evaluate" and isinstance(outcome, CatClusterError):
+            return AdapterResult.failed(ids[0], "r-0123456789ab", outcome)
+        if kind == "evaluate" and isinstance(outcome, str):
+            return AdapterResult(ids[0], "r-0123456789ab", "failed", outcome, permanent=True, dropped=True)
         return outcome
 
     def wait(self, tasks: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
@@ -181,6 +185,19 @@ def test_one_that_is_trained_before_the_rest_of_its_pack_is_evaluated_at_once(
     assert {result.outcome for result in results.values()} == {"published"}
     assert store.list("checkpoints/cup/") == []
     assert len(store.list("checkpoints/")) == 2, "the evaluations of the others remove theirs"
+
+
+@pytest.mark.parametrize(("outcome", "left"), [("gradient not finite", 0), (StoreRefusedError("denied"), 1)])
+def test_of_one_that_ended_early_and_failed_only_what_may_be_measured_again_stays(
+    drive: Drive, tmp_path: Path, outcome: Outcome, left: int
+) -> None:
+    store = open_store(tmp_path / "store")
+    store.put("checkpoints/cup/r-0123456789ab/00000003.json", b"{}")
+    done, steps = {"cup": 3, "mug": 3}, {"cup": 9, "mug": 9}
+    report = StepReport(done, steps, 0.1, 2, {"cup": {}, "mug": {}}, {"cup": "gradient not finite"})
+    results, *_ = drive([["cup", "mug"]], always({"evaluate cup": outcome}), events=[("step", report)])
+    assert [results[name].outcome for name in ("cup", "mug")] == ["failed", "published"]
+    assert len(store.list("checkpoints/cup/")) == left
 
 
 def test_the_last_of_a_pack_to_end_is_evaluated_when_the_pack_has_ended(drive: Drive) -> None:
