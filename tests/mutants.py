@@ -160,8 +160,8 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/loop.py",
-        "TextCache(base, self._shape.prompt_chunks, most)",
-        "TextCache(base, 1, most)",
+        "TextCache(base, self._shape.prompt_chunks)",
+        "TextCache(base, 1)",
         "training/test_long_captions.py",
     ),
     Mutant(

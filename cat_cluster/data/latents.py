@@ -131,7 +131,7 @@ class TextCache:
             read = Prompt(prompt, chunks=self.chunks, negative=prompt == "")
             [text] = encode_prompts(self.base, self.base.text_limit, [read])
         self.texts[prompt] = text
-        if self.most is not None and len(self.texts) > self.most:
+        while self.most is not None and len(self.texts) > self.most:
             del self.texts[next(iter(self.texts))]
         return text
 

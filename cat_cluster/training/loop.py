@@ -157,13 +157,10 @@ class Pack:
         if checkpoints:
             states = load_newest(checkpoints, [seat.tensor_names() for seat in seats], ends)
         self._open(list(zip(seats, states, strict=True)))
-        # Captions that change are new texts in every step; a chunk is 0.24 MB in Stable Diffusion 1, 0.63 MB in XL.
-        changing = any(member.task.training.changes_captions for member in members)
-        most = KEPT_CHUNKS // self._shape.prompt_chunks if changing else None
-        self._encode_text, self._pool = TextCache(base, self._shape.prompt_chunks, most), TeacherPool()
+        self._encode_text, self._pool = TextCache(base, self._shape.prompt_chunks), TeacherPool()
         self._writer, self._taken = CheckpointWriter(checkpoint_every), 0
         self._inside = ExitStack()
-        self._fill_pool([member.task for member in members])
+        self._welcome([member.task for member in members])
 
     def _open(self, seats: Sequence[tuple[_Seat, AdapterState | None]]) -> None:
         """Begin with an engine that has these seats, each at its state or at its start."""
@@ -214,7 +211,7 @@ class Pack:
         if checkpoints is not None:
             [state] = load_newest([checkpoints], [seat.tensor_names()], [seat.end])
         self._change([*self._now(), (seat, state)])
-        self._fill_pool([member.task])
+        self._welcome([member.task])
 
     def leave(self, adapter_id: str) -> TrainedAdapter:
         """Let an adapter go and return what it is by now; its slot is free. One that is to go on is stored before.
@@ -226,6 +223,7 @@ class Pack:
         if self._slot(self._seats[adapter_id]).trains:
             self._save([adapter_id])
             self._writer.wait()
+            self._engine.sum(torch.zeros(1, device=self._base.device))  # no worker goes on before it is stored
         result = self.result(adapter_id)
         seat = self._seats[adapter_id]
         self._change([(own, state) for own, state in self._now() if own is not seat])
@@ -302,7 +300,11 @@ class Pack:
     def _slot(self, seat: _Seat) -> Slot:
         return self._engine.optimizer.slots[seat.place]
 
-    def _fill_pool(self, tasks: Sequence[AdapterTask]) -> None:
+    def _welcome(self, tasks: Sequence[AdapterTask]) -> None:
+        """Make ready what adapters need that come in."""
+        if any(task.training.changes_captions for task in tasks):
+            # They have new texts in every step; a chunk is 0.24 MB in Stable Diffusion 1, 0.63 MB in XL.
+            self._encode_text = replace(self._encode_text, most=KEPT_CHUNKS // self._shape.prompt_chunks)
         arithmetic = partial(autocast, self._base, bf16=self._shape.bf16)
         self._pool.fill(self._base, self._bank, self._encode_text, tasks, arithmetic)
 

@@ -170,7 +170,6 @@ def come_and_go(base: BaseModel, folder: Path, make: EngineFactory) -> dict[str,
                 pack.join(second)
             if step == 4:
                 pack.leave(first.task.adapter_id)
-                distributed.barrier()  # until the other worker has stored it
             if step == 6:
                 pack.join(first, stored)
             if pack.training:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.conditioning import Text
+from cat_cluster.training import loop
 from cat_cluster.training.loop import Pack, PackMember
 from tests.unit.training.test_loop import (
     SHORT,
     STEPS,
     MakePack,
     bit_equal,
+    changing_captions,
     members,
     other_optimisers,
     relative_error,
@@ -113,6 +117,29 @@ def test_who_comes_or_goes_changes_nothing_of_the_others(base: BaseModel, tmp_pa
         for _ in range(8):
             alone.step()
         assert bit_equal(alone.result("mug").weights, company)
+
+
+def test_texts_are_bounded_from_when_an_adapter_with_captions_that_change_joins(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mug, tea, plain = members(base)
+    changing = changing_captions(base)[1]
+    kept: list[dict[str, object]] = []
+
+    class Watched(TextCache):
+        def __call__(self, prompts: Sequence[str]) -> list[Text]:
+            kept.append(self.texts)  # type: ignore[arg-type]
+            return super().__call__(prompts)
+
+    monkeypatch.setattr(loop, "TextCache", Watched)
+    monkeypatch.setattr(loop, "KEPT_CHUNKS", 3)
+    with pack_of(base, [mug, tea, plain], mug) as running:
+        running.step()
+        assert len(kept[-1]) > 3
+        running.join(changing)
+        for _ in range(2):
+            running.step()
+        assert len(kept[-1]) == 3
 
 
 def test_who_cannot_join_or_leave_is_told_why(base: BaseModel) -> None:
