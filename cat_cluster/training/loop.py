@@ -228,6 +228,7 @@ class Pack:
         seat = self._seats[adapter_id]
         self._change([(own, state) for own, state in self._now() if own is not seat])
         self._bank.clear(seat.slot)
+        self._pool.forget(adapter_id)
         return result
 
     def _now(self) -> list[tuple[_Seat, AdapterState | None]]:

@@ -37,6 +37,7 @@ class TeacherPool:
 
     def __init__(self) -> None:
         self._predictions: dict[str, Tensor] = {}
+        self._keys: dict[str, set[str]] = {}  # of each adapter's entries
 
     def fill(
         self,
@@ -50,8 +51,12 @@ class TeacherPool:
 
         The calls depend on the tasks alone, not on how far training is: a resumed run gets the same predictions.
         """
-        entries = (entry for task in tasks for entry in pool_entries(task, base.schedule.num_timesteps))
-        wanted = {entry.key: entry for entry in entries if entry.key is not None}
+        wanted: dict[str, Draw] = {}
+        for task in tasks:
+            entries = pool_entries(task, base.schedule.num_timesteps)
+            own = {entry.key: entry for entry in entries if entry.key is not None}
+            self._keys[task.adapter_id] = set(own)
+            wanted |= own
         missing: dict[torch.Size, list[tuple[str, Draw]]] = {}  # by size: a U-Net takes one at a time
         for key, entry in wanted.items():
             if key not in self._predictions:
@@ -62,6 +67,12 @@ class TeacherPool:
                 predictions = _predict_entries(base, bank, encode_text, chunk, autocast).float().cpu()
                 # Copies: a view would keep the whole chunk alive.
                 self._predictions.update(zip(keys, map(Tensor.clone, predictions), strict=True))
+
+    def forget(self, adapter_id: str) -> None:
+        """Let go of an adapter's predictions, but for those that another one draws from too."""
+        own = self._keys.pop(adapter_id, set())
+        for key in own.difference(*self._keys.values()):
+            del self._predictions[key]
 
     def predict(
         self,

@@ -119,6 +119,22 @@ def test_the_base_is_asked_once_about_each_entry_and_never_in_a_step(
     assert sum(asked) == 2 * 4, "two views of four entries, shared by adapters on equal draws; plain LoRA needs none"
 
 
+def test_what_an_adapter_that_leaves_drew_from_goes_unless_another_draws_from_it(base: BaseModel) -> None:
+    one = task("one", (concept(base, "sks", alpha=2.0),), teacher="pool", pool_size=4, draw_key="pair")
+    two = replace(one, adapter_id="two")
+    bank = open_bank(base, [trained_weights(base, 4, seed=1)])
+    pool = filled(base, bank, one, two)
+    [*keys] = (entry.key for entry in pool_entries(one, 1000))
+    like = torch.zeros(len(keys), 4, 8, 8)
+    pool.forget("one")
+    assert pool.known(like, keys).abs().amax(dim=(1, 2, 3)).min() > 0
+    pool.forget("two")
+    pool.forget("stranger")
+    for key in keys:
+        with pytest.raises(KeyError):
+            pool.known(like[:1], [key])
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_entries_are_those_that_rows_are_drawn_from(base: BaseModel, masked: bool) -> None:
     photos = with_mask(of_several_sizes(base, concept(base, "sks", alpha=1.0)))
