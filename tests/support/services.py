@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -115,6 +116,20 @@ def pictures(found: list[Event]) -> list[Pixels]:
     assert not [event for event in found if isinstance(event, Failed)], found
     finished = sorted((event for event in found if isinstance(event, Finished)), key=lambda event: event.index)
     return [pixels(event.image) for event in finished]
+
+
+def stock_picture(pipeline: Any, call: ImageCall, index: int = 0) -> Any:
+    """What a stock pipeline, with whatever adapters it carries, draws for image `index` of a call."""
+    width, height = call.size or (16, 16)
+    return pipeline(
+        call.prompt,
+        negative_prompt=call.negative_prompt or None,
+        width=width,
+        height=height,
+        num_inference_steps=call.steps,
+        guidance_scale=call.guidance,
+        generator=torch.Generator("cpu").manual_seed(call.seed + index),
+    ).images[0]
 
 
 def failure_of(found: list[Event]) -> Failed:

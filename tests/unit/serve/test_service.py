@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from PIL import Image
 
@@ -21,7 +20,19 @@ from cat_cluster.lora.formats import write_adapter
 from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
 from serve.calls import Accepted, Event, FileFormat, Finished, Preview, Progress
 from serve.probes.revision_monitor import DriftStatus
-from tests.support.services import CUP, LEVELS, Shop, events, failure_of, open_service, pictures, pixels, run, stack
+from tests.support.services import (
+    CUP,
+    LEVELS,
+    Shop,
+    events,
+    failure_of,
+    open_service,
+    pictures,
+    pixels,
+    run,
+    stack,
+    stock_picture,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_thread_is_left")]
 
@@ -191,17 +202,8 @@ def test_images_are_those_of_the_command_line_and_of_stock_diffusers(shop_of_eac
         weights, folder = shop.registry.load_weights(shop.registry.resolve(member.reference)), tmp_path / str(call.seed)
         write_adapter(weights, folder, "diffusers", adapter_id="test", metadata={})
         pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")
-        width, height = call.size or (16, 16)
         for index, ours in enumerate(pictures(answer)):
-            theirs = pipeline(
-                call.prompt,
-                negative_prompt=call.negative_prompt or None,
-                width=width,
-                height=height,
-                num_inference_steps=call.steps,
-                guidance_scale=call.guidance,
-                generator=torch.Generator("cpu").manual_seed(call.seed + index),
-            ).images[0]
+            theirs = stock_picture(pipeline, call, index)
             assert np.abs(ours - np.asarray(theirs, dtype=np.int16)).max() <= LEVELS
         pipeline.unload_lora_weights()
     moved = np.abs(pictures(answers[0])[0] - pictures(answers[1])[0]).max()

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from cat_cluster.models import single_file
@@ -23,7 +22,7 @@ from cat_cluster.store import LocalStore
 from tests.conftest import TINY_MERGES
 from tests.support.denoised_images import stock_scheduler
 from tests.support.ldm_files import write_checkpoint
-from tests.support.services import CUP, LEVELS, Shop, pixels, stack
+from tests.support.services import CUP, LEVELS, Shop, pixels, stack, stock_picture
 from tests.support.text_adapters import kohya_file, whole_adapter
 from tests.unit.serve.test_stacks import Nobody
 from tests.unit.serve.test_text_adapters import answers, furthest
@@ -92,16 +91,7 @@ def test_images_are_those_of_stock_diffusers_from_the_file_and_of_generate(
     for call, ours in zip(CALLS, drawn, strict=True):
         strengths = {member.reference.adapter_id: member.strength for member in call.adapters}
         pipeline.set_adapters(list(made), adapter_weights=[strengths.get(name, 0.0) for name in made])
-        width, height = call.size or (16, 16)
-        theirs = pipeline(
-            call.prompt,
-            negative_prompt=call.negative_prompt or None,
-            width=width,
-            height=height,
-            num_inference_steps=call.steps,
-            guidance_scale=call.guidance,
-            generator=torch.Generator("cpu").manual_seed(call.seed),
-        ).images[0]
+        theirs = stock_picture(pipeline, call)
         assert furthest(ours, theirs) <= LEVELS, call
     request = DrawRequest(CUP.prompt, CUP.adapters, str(checkpoint.file), CUP.seed, CUP.steps, CUP.guidance)
     [path] = draw_images(request, tmp_path / "image.png", shop.registry, "cpu", Nobody())

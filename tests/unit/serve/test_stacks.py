@@ -36,6 +36,7 @@ from tests.support.services import (
     pixels,
     run,
     stack,
+    stock_picture,
     until,
 )
 
@@ -94,16 +95,7 @@ def test_images_of_stacks_are_those_of_stock_diffusers(shop: Shop, drawn: list[l
     for call, found in zip(CALLS, drawn, strict=True):
         names = [member.reference.adapter_id for member in call.adapters]
         pipeline.set_adapters(names, adapter_weights=[member.strength for member in call.adapters])
-        width, height = call.size or (16, 16)
-        theirs = pipeline(
-            call.prompt,
-            negative_prompt=call.negative_prompt,
-            width=width,
-            height=height,
-            num_inference_steps=call.steps,
-            guidance_scale=call.guidance,
-            generator=torch.Generator("cpu").manual_seed(call.seed),
-        ).images[0]
+        theirs = stock_picture(pipeline, call)
         assert closest(one_picture(found), theirs) <= LEVELS, call
 
 

@@ -22,7 +22,19 @@ from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore
 from serve.calls import Event, ImageCall
 from serve.denoise import codec as codec_module
-from tests.support.services import CUP, LEVELS, Pixels, Shop, events, open_service, pictures, pixels, run, stack
+from tests.support.services import (
+    CUP,
+    LEVELS,
+    Pixels,
+    Shop,
+    events,
+    open_service,
+    pictures,
+    pixels,
+    run,
+    stack,
+    stock_picture,
+)
 from tests.support.text_adapters import stock_pipeline, text_paths, whole_adapter
 from tests.unit.serve.test_stacks import Nobody
 
@@ -78,16 +90,7 @@ def test_served_images_are_those_of_the_stock_pipeline_and_of_generate(shop: Sho
         pipeline.load_lora_weights(tmp_path / name, weight_name="pytorch_lora_weights.safetensors", adapter_name=name)
     for place, (call, ours) in enumerate(zip(CALLS, together, strict=True)):
         set_adapters(pipeline, call)
-        width, height = call.size or (16, 16)
-        theirs = pipeline(
-            call.prompt,
-            negative_prompt=call.negative_prompt or None,
-            width=width,
-            height=height,
-            num_inference_steps=call.steps,
-            guidance_scale=call.guidance,
-            generator=torch.Generator("cpu").manual_seed(call.seed),
-        ).images[0]
+        theirs = stock_picture(pipeline, call)
         assert furthest(ours, theirs) <= LEVELS, call
         if place < len(alone):
             assert furthest(ours, alone[place]) <= LEVELS, call
