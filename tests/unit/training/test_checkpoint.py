@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from cat_cluster.errors import CheckpointError
 from cat_cluster.lora.bank import adapted_layers, parameter_names
-from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.store.local import LocalStore
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest, tensor_names
 from cat_cluster.training.loop import StepReport
@@ -25,11 +25,6 @@ from tests.unit.training.test_step import concept, task
 pytestmark = pytest.mark.slow
 
 Tensors = dict[str, tuple[dict[str, object], bytes]]
-
-
-@pytest.fixture
-def base(tiny_base_folder: Path) -> BaseModel:
-    return load_base_model(str(tiny_base_folder))
 
 
 def rewrite(file: Path, change: Callable[[Tensors], Tensors]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from cat_cluster.data.latents import TextCache
 from cat_cluster.lora.bank import LoraBank
-from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.conditioning import Text
 from cat_cluster.training import loop
 from cat_cluster.training.loop import Pack, PackMember
@@ -30,16 +30,6 @@ from tests.unit.training.test_loop import (
 )
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def base(tiny_base_folder: Path) -> BaseModel:
-    return load_base_model(str(tiny_base_folder))
-
-
-@pytest.fixture(params=["tiny_base_folder", "tiny_xl_folder"])
-def of_each_family(request: pytest.FixtureRequest) -> BaseModel:
-    return load_base_model(str(request.getfixturevalue(request.param)))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cat_cluster.data.draws import draw_batch
-from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.drift_budget import LARGEST_SCALE, DriftBudget, weigh
 from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
@@ -17,11 +17,6 @@ from tests.unit.training.test_loop import Killed, bit_equal, member, series, tra
 from tests.unit.training.test_step import concept, task, with_training
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def base(tiny_base_folder: Path) -> BaseModel:
-    return load_base_model(str(tiny_base_folder))
 
 
 @pytest.mark.parametrize("start", [0.002, 0.2])

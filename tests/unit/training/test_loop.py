@@ -14,7 +14,7 @@ from cat_cluster.data.draws import AdapterTask, ConceptMaterial
 from cat_cluster.errors import CheckpointError
 from cat_cluster.lora.bank import LoraBank, adapted_layers, parameter_names
 from cat_cluster.lora.formats import AdapterWeights
-from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.spec.sections import TextEncoderSpec
 from cat_cluster.store.local import LocalStore
 from cat_cluster.training.checkpoint import CheckpointStore, load_newest, tensor_names
@@ -37,16 +37,6 @@ def series(folder: Path, pack: list[PackMember]) -> list[CheckpointStore]:
 
 class Killed(Exception):
     """Stands for a process that dies between two steps."""
-
-
-@pytest.fixture
-def base(tiny_base_folder: Path) -> BaseModel:
-    return load_base_model(str(tiny_base_folder))
-
-
-@pytest.fixture(params=["tiny_base_folder", "tiny_xl_folder"])
-def of_each_family(request: pytest.FixtureRequest) -> BaseModel:
-    return load_base_model(str(request.getfixturevalue(request.param)))
 
 
 def layers_of(base: BaseModel, one: AdapterTask) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cat_cluster.errors import OutputError
-from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.store.protocol import check_key
 from cat_cluster.telemetry import Metrics, PrometheusBackend
 from cat_cluster.training.loop import StepReport
@@ -23,11 +23,6 @@ from tests.support.tiny_jobs import largest_file
 from tests.unit.training.test_loop import SHORT, STEPS, members, train
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def base(tiny_base_folder: Path) -> BaseModel:
-    return load_base_model(str(tiny_base_folder))
 
 
 def report(step: int, *, loss: float = 0.5, attempt: float = 0.0) -> StepReport:

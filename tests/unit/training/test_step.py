@@ -90,11 +90,6 @@ def trained_weights(base: BaseModel, rank: int, seed: int) -> AdapterWeights:
 
 
 @pytest.fixture
-def base(tiny_base_folder: Path) -> BaseModel:
-    return load_base_model(str(tiny_base_folder))
-
-
-@pytest.fixture
 def base_v(tiny_base_v_folder: Path) -> BaseModel:
     return load_base_model(str(tiny_base_v_folder))
 
