@@ -128,12 +128,13 @@ def _add_change(output_BTO: Tensor, x_BTI: Tensor, down_BRI: Tensor, up_BOR: Ten
 
 
 class LoraBank:
-    """S adapter slots of rank up to R in every adapted layer of one base; see the module docstring."""
+    """Adapter slots 1, 2, ... in every adapted layer of one base; see the module docstring.
 
-    def __init__(self, network: nn.Module, slots: int, rank: int, layers: Sequence[str]) -> None:
+    A forward holds the slots up to the highest in use, each padded to the largest rank in use.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
         self.network = network
-        self.slots = slots
-        self.rank = rank
         self.layers = tuple(layers)
         self._slots: dict[int, dict[str, tuple[nn.Parameter, nn.Parameter]]] = {}
         self._tables: dict[str, tuple[tuple[int, ...], Tensor, Tensor]] = {}
@@ -142,13 +143,13 @@ class LoraBank:
         self._modules: dict[str, _BankLayer] = {}
 
     @classmethod
-    def attach(cls, network: nn.Module, *, slots: int, rank: int, layers: Sequence[str]) -> LoraBank:
-        """Put a bank of `slots` usable slots (1..S) into the named layers of a base's `network`, in place.
+    def attach(cls, network: nn.Module, *, layers: Sequence[str]) -> LoraBank:
+        """Put a bank into the named layers of a base's `network`, in place.
 
         A U-Net alone is one without text encoders. Raises AdapterMismatchError for a name that is no linear and no 1x1
         convolution of it.
         """
-        bank = cls(network, slots, rank, layers)
+        bank = cls(network, layers)
         modules = dict(network.named_modules())
         if any(isinstance(module, _BankLayer) for module in modules.values()):
             raise RuntimeError("this base holds a bank already: detach that one first")
@@ -188,6 +189,11 @@ class LoraBank:
         with self._binding(slot_B, of_text=True):
             yield
 
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The slots in use."""
+        return tuple(sorted(self._slots))
+
     def adapts_text(self, slot: int) -> bool:
         """Say whether the adapter in a slot changes text encoders."""
         return any(in_text_encoder(name) for name in self._slots.get(slot, ()))
@@ -201,9 +207,7 @@ class LoraBank:
         used = set(slots.tolist()) - {0}
         unknown = used - self._slots.keys()
         if unknown:
-            raise ValueError(
-                f"no adapter in slot {sorted(unknown)}: load it first (this bank has slots 1..{self.slots})"
-            )
+            raise ValueError(f"no adapter in slot {min(unknown)}: load it first (in use: {self.slots})")
         self._bound.add(of_text)
         try:
             self._bind(modules, slots, any_adapter=bool(used))
@@ -232,7 +236,6 @@ class LoraBank:
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
-        self._check_slot(slot)
         self._slots.pop(slot, None)
         self._tables.clear()
 
@@ -258,14 +261,11 @@ class LoraBank:
         )
 
     def _set(self, slot: int, weights: AdapterWeights, *, strength: float, trainable: bool) -> None:
-        self._check_slot(slot)
+        if slot < 1:
+            raise ValueError(f"slot {slot} holds no adapter: slots begin at 1, and 0 is the base")
         foreign = sorted(set(weights.layers) - set(self.layers))
         if foreign:
             raise AdapterMismatchError(f"{foreign[0]} is not adapted by this bank: attach it with the adapter's layers")
-        if weights.rank > self.rank:
-            raise AdapterMismatchError(
-                f"the adapter has rank {weights.rank} and the bank {self.rank}: use a larger bank"
-            )
         parameters = {}
         for name in self.layers:
             if name not in weights.layers:
@@ -284,13 +284,9 @@ class LoraBank:
         self._slots[slot] = parameters
         self._tables.clear()
 
-    def _check_slot(self, slot: int) -> None:
-        if not 1 <= slot <= self.slots:
-            raise ValueError(f"slot {slot} is not among this bank's slots 1..{self.slots} (slot 0 is the base)")
-
     def _table(self, name: str) -> tuple[Tensor, Tensor]:
         """Return all slots of a layer, down [S+1, R, in] and up [S+1, out, R], row 0 zero."""
-        pairs = [self._slots.get(slot, {}).get(name) for slot in range(self.slots + 1)]
+        pairs = [self._slots.get(slot, {}).get(name) for slot in range(max(self._slots) + 1)]
         if torch.is_grad_enabled() and any(pair is not None and pair[0].requires_grad for pair in pairs):
             return self._stack(name, pairs)
         # Steps of inference share one stack; the version counters notice an optimiser step in between.
@@ -304,8 +300,9 @@ class LoraBank:
 
     def _stack(self, name: str, pairs: Sequence[tuple[nn.Parameter, nn.Parameter] | None]) -> tuple[Tensor, Tensor]:
         weight, (inputs, outputs) = self._originals[name].weight, _sizes(self._originals[name])
-        zero_down = weight.new_zeros((self.rank, inputs), dtype=torch.float32)
-        zero_up = weight.new_zeros((outputs, self.rank), dtype=torch.float32)
+        rank = max((len(pair[0]) for pair in pairs if pair is not None), default=1)
+        zero_down = weight.new_zeros((rank, inputs), dtype=torch.float32)
+        zero_up = weight.new_zeros((outputs, rank), dtype=torch.float32)
         downs, ups = [zero_down], [zero_up]
         for pair in pairs[1:]:
             if pair is None:
@@ -313,7 +310,7 @@ class LoraBank:
                 ups.append(zero_up)
                 continue
             down, up = pair
-            missing = self.rank - len(down)
+            missing = rank - len(down)
             downs.append(functional.pad(down, (0, 0, 0, missing)) if missing else down)
             ups.append(functional.pad(up, (0, missing)) if missing else up)
         return torch.stack(downs), torch.stack(ups)

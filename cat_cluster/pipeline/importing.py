@@ -127,7 +127,7 @@ def _measure(
     imported: ImportedAdapter,
     listener: ImageListener,
 ) -> Evaluation:
-    bank = LoraBank.attach(base.network, slots=1, rank=weights.rank, layers=list(weights.layers))
+    bank = LoraBank.attach(base.network, layers=list(weights.layers))
     try:
         bank.load(1, weights)
         return Evaluator(base, bank).evaluate(

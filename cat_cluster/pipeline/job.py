@@ -223,7 +223,7 @@ def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings
     # The most demanding adapters stand for all: a pack of them is the largest that can come about.
     heaviest = sorted(group, key=_demand)[-2:]
     with memory_explained(len(heaviest)), open_bank(heaviest[0].base, heaviest) as bank:
-        members = [pack_member(adapter, bank, settings.cache_dir) for adapter in heaviest]
+        members = [pack_member(adapter, settings.cache_dir) for adapter in heaviest]
         return measured_pack_size(heaviest[0].base, bank, members, shared_by=shared_by)
 
 
@@ -252,7 +252,10 @@ def train_adapters(
     with memory_explained(len(pack)), open_bank(pack[0].base, pack) as bank:
         registry = Registry(store)
         members = [
-            pack_member(adapter, bank, settings.cache_dir, start_weights(adapter.resolved, adapter.base, registry))
+            replace(
+                pack_member(adapter, settings.cache_dir, start_weights(adapter.resolved, adapter.base, registry)),
+                checkpoints=replace(checkpoints_of(adapter, store), on_saved=on_checkpoint),
+            )
             for adapter in pack
         ]
         if on_bank is not None:
@@ -261,7 +264,6 @@ def train_adapters(
             pack[0].base,
             bank,
             members,
-            checkpoints=[replace(checkpoints_of(adapter, store), on_saved=on_checkpoint) for adapter in pack],
             checkpoint_every=job.cluster.checkpoint_every,
             on_step=on_step,
             make_engine=make_engine,

@@ -122,11 +122,10 @@ def prepare_again(
 
 @contextmanager
 def open_bank(base: BaseModel, pack: Sequence[PreparedAdapter]) -> Iterator[LoraBank]:
-    """Put a bank with one slot per adapter into the base, and take it out again."""
+    """Put a bank with the layers of some adapters into the base, and take it out again."""
     trainings = [adapter.resolved.training for adapter in pack]
     layers = dict.fromkeys(layer for training in trainings for layer in trained_layers(base, training))
-    rank = max(training.rank for training in trainings)
-    bank = LoraBank.attach(base.network, slots=len(pack), rank=rank, layers=list(layers))
+    bank = LoraBank.attach(base.network, layers=list(layers))
     try:
         yield bank
     finally:
@@ -165,9 +164,7 @@ def trained_adapter(adapter: PreparedAdapter, store: ObjectStore) -> TrainedAdap
     return TrainedAdapter(adapter.resolved.id, weights, state.dropped, curves(state.loss_curves, training.steps))
 
 
-def pack_member(
-    adapter: PreparedAdapter, bank: LoraBank, cache_dir: Path | None, start: AdapterWeights | None = None
-) -> PackMember:
+def pack_member(adapter: PreparedAdapter, cache_dir: Path | None, start: AdapterWeights | None = None) -> PackMember:
     """Encode an adapter's photos, and draw its decoys and the weights it starts from, where `start` has none."""
     resolved, base = adapter.resolved, adapter.base
     training, cache = resolved.training, LatentCache(base, cache_dir)

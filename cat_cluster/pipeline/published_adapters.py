@@ -222,7 +222,7 @@ def open_stack(registry: Registry, members: Sequence[tuple[Manifest, float]], ba
         for manifest, strength in members
     ]
     weights = stack_weights(loaded)
-    bank = LoraBank.attach(base.network, slots=1, rank=weights.rank, layers=list(weights.layers))
+    bank = LoraBank.attach(base.network, layers=list(weights.layers))
     bank.load(1, weights)
     return bank
 

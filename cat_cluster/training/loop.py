@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
@@ -33,10 +34,16 @@ KEPT_CHUNKS = 512  # of texts, where captions change from row to row
 
 @dataclass(frozen=True, eq=False)
 class PackMember:
-    """One adapter of a pack: its concepts and settings, and the weights it starts from."""
+    """One adapter of a pack: its concepts and settings, the weights it starts from, and where it is stored."""
 
     task: AdapterTask
     initial: AdapterWeights
+    checkpoints: CheckpointStore | None = None
+
+    @property
+    def adapter_id(self) -> str:
+        """The adapter's id."""
+        return self.task.adapter_id
 
 
 @dataclass(frozen=True)
@@ -94,34 +101,23 @@ def train_pack(
     members: Sequence[PackMember],
     *,
     steps: int | None = None,
-    checkpoints: Sequence[CheckpointStore] = (),
     checkpoint_every: int = 50,
     on_step: Callable[[StepReport], None] | None = None,
     make_engine: EngineFactory = TorchEngine,
 ) -> list[TrainedAdapter]:
     """Train every adapter of a pack to its end and leave each in its slot (member i in i + 1).
 
-    steps: the last step of all, if not that of their settings. checkpoints: one series per member, or none;
-    checkpoint_every: the most steps that an interruption may cost. An interrupted run goes on from there
-    (`load_newest`) and ends with the same adapters, on any number of workers and with any engine. Called by all workers
-    of a pack together; on_step is called on each.
+    steps: the last step of all, if not that of their settings. checkpoint_every: the most steps that an interruption
+    may cost. An interrupted run goes on from the checkpoints (`load_newest`) and ends with the same adapters, on any
+    number of workers and with any engine. Called by all workers of a pack together; on_step is called on each.
     Raises as `Pack` does.
     """
-    pack = Pack(
-        base,
-        bank,
-        members,
-        ends=None if steps is None else [steps] * len(members),
-        checkpoints=checkpoints,
-        checkpoint_every=checkpoint_every,
-        make_engine=make_engine,
-    )
-    with pack:
+    with Pack(base, bank, members, steps=steps, checkpoint_every=checkpoint_every, make_engine=make_engine) as pack:
         while pack.training:
             report = pack.step()
             if on_step is not None:
                 on_step(report)
-    return [pack.result(member.task.adapter_id) for member in members]
+    return [pack.result(member.adapter_id) for member in members]
 
 
 class Pack:
@@ -139,24 +135,17 @@ class Pack:
         bank: LoraBank,
         members: Sequence[PackMember],
         *,
-        ends: Sequence[int] | None = None,
-        checkpoints: Sequence[CheckpointStore] = (),
+        steps: int | None = None,
         checkpoint_every: int = 50,
         make_engine: EngineFactory = TorchEngine,
     ) -> None:
         """Start every member in its slot, member i in i + 1, or where its newest checkpoint left it.
 
-        ends: their last steps, if not those of their settings.
+        steps: the last step of all of them, if not that of their settings.
         """
         self._base, self._bank, self._make_engine = base, bank, make_engine
         self._shape = members[0].task.training
-        ends = [member.task.training.steps for member in members] if ends is None else ends
-        series: Sequence[CheckpointStore | None] = checkpoints or [None] * len(members)
-        seats = [_Seat.of(*one) for one in zip(range(1, len(members) + 1), members, series, ends, strict=True)]
-        states: Sequence[AdapterState | None] = [None] * len(members)
-        if checkpoints:
-            states = load_newest(checkpoints, [seat.tensor_names() for seat in seats], ends)
-        self._open(list(zip(seats, states, strict=True)))
+        self._open(_stored([_Seat.of(slot, member, steps) for slot, member in enumerate(members, start=1)]))
         self._encode_text, self._pool = TextCache(base, self._shape.prompt_chunks), TeacherPool()
         self._writer, self._taken = CheckpointWriter(checkpoint_every), 0
         self._inside = ExitStack()
@@ -179,7 +168,7 @@ class Pack:
                 optimizer.resume(place, state.step, state.dropped, state.numbers)
                 seat.curves.restore(state.loss_curves)
                 seat.budget.restore(state.drift_budget)
-            self._seats[seat.task.adapter_id] = replace(seat, place=place)
+            self._seats[seat.adapter_id] = replace(seat, place=place)
 
     def __enter__(self) -> Self:
         self._inside.enter_context(self._writer)
@@ -196,48 +185,39 @@ class Pack:
         """The adapters that have a step to take."""
         return tuple(name for name, seat in self._seats.items() if self._slot(seat).trains)
 
-    def join(self, member: PackMember, checkpoints: CheckpointStore | None = None) -> None:
-        """Take an adapter in, at its start or where its newest checkpoint left it.
+    def change(self, *, leave: Collection[str] = (), join: Sequence[PackMember] = ()) -> None:
+        """Let adapters go and take others in, each at its start or where its newest checkpoint left it.
 
-        Raises ValueError where no slot of the bank is free, or where it is there already.
+        Who leaves before its end is stored first. Raises ValueError where one is not in the pack, or there already,
+        and where nobody would be left: end the pack instead.
         """
-        adapter_id, taken = member.task.adapter_id, {seat.slot for seat in self._seats.values()}
-        slot = next((slot for slot in range(1, self._bank.slots + 1) if slot not in taken), None)
-        if adapter_id in self._seats or slot is None:
-            why = "it is there already" if adapter_id in self._seats else "no slot is free"
-            raise ValueError(f"{adapter_id} cannot join: {why}")
-        seat = _Seat.of(slot, member, checkpoints, member.task.training.steps)
-        state = None
-        if checkpoints is not None:
-            [state] = load_newest([checkpoints], [seat.tensor_names()], [seat.end])
-        self._change([*self._now(), (seat, state)])
-        self._welcome([member.task])
-
-    def leave(self, adapter_id: str) -> TrainedAdapter:
-        """Let an adapter go and return what it is by now; its slot is free. One that is to go on is stored before.
-
-        Raises ValueError for the last one: end the pack instead.
-        """
-        if len(self._seats) == 1:
-            raise ValueError(f"{adapter_id} is the last of its pack: end the pack")
-        if self._slot(self._seats[adapter_id]).trains:
-            self._save([adapter_id])
-            self._writer.wait()
-            self._engine.sum(torch.zeros(1, device=self._base.device))  # no worker goes on before it is stored
-        result = self.result(adapter_id)
-        seat = self._seats[adapter_id]
-        self._change([(own, state) for own, state in self._now() if own is not seat])
-        self._bank.clear(seat.slot)
-        self._pool.forget(adapter_id)
-        return result
-
-    def _now(self) -> list[tuple[_Seat, AdapterState | None]]:
-        return [(seat, self._state(seat)) for seat in self._seats.values()]
-
-    def _change(self, seats: Sequence[tuple[_Seat, AdapterState | None]]) -> None:
-        """Go on with other adapters: an engine of its own for each set of them, as DeepSpeed takes no other way."""
+        staying = [seat for name, seat in self._seats.items() if name not in leave]
+        here = {seat.adapter_id for seat in staying}
+        if unknown := sorted(set(leave) - self._seats.keys()):
+            raise ValueError(f"{unknown[0]} cannot leave: it is not in the pack")
+        if twice := sorted(here & {member.adapter_id for member in join}):
+            raise ValueError(f"{twice[0]} cannot join: it is there already")
+        if not staying and not join:
+            raise ValueError("nobody would be left: end the pack")
+        self._park([name for name in leave if self._slot(self._seats[name]).trains])
+        taken = {seat.slot for seat in staying}
+        free = (slot for slot in count(1) if slot not in taken)
+        arriving = _stored([_Seat.of(next(free), member) for member in join])
+        going_on = [(seat, self._state(seat)) for seat in staying]
+        # An engine of its own for each set of adapters, as DeepSpeed takes no other way.
         self._engine.close()
-        self._open(seats)
+        for name in leave:
+            self._bank.clear(self._seats[name].slot)
+            self._pool.forget(name)
+        self._open([*going_on, *arriving])
+        self._welcome([member.task for member in join])
+
+    def _park(self, adapter_ids: Sequence[str]) -> None:
+        """Store adapters that go on elsewhere; no worker goes on before they are stored."""
+        if adapter_ids:
+            self._save(adapter_ids)
+            self._writer.wait()
+            self._engine.sum(torch.zeros(1, device=self._base.device))
 
     def step(self) -> StepReport:
         """Take one step with every adapter that trains, and store what is due.
@@ -268,11 +248,11 @@ class Pack:
         sums = step_sums(tasks, batch, _all_losses(engine, batch, parts, losses))
         recorded = {}
         for seat, slot, own in zip(seats, slots, sums, strict=True):
-            recorded[seat.task.adapter_id] = means = seat.curves.record(slot.steps_done, own)
+            recorded[seat.adapter_id] = means = seat.curves.record(slot.steps_done, own)
             seat.budget.update(means)
         report = StepReport(
-            done={seat.task.adapter_id: slot.steps_done for seat, slot in zip(seats, slots, strict=True)},
-            steps={seat.task.adapter_id: slot.end for seat, slot in zip(seats, slots, strict=True)},
+            done={seat.adapter_id: slot.steps_done for seat, slot in zip(seats, slots, strict=True)},
+            steps={seat.adapter_id: slot.end for seat, slot in zip(seats, slots, strict=True)},
             seconds=time.perf_counter() - started,
             rows=len(batch.prompts) + int((~batch.outside_M).sum()),
             losses=recorded,
@@ -281,7 +261,7 @@ class Pack:
                 for name, seat in self._seats.items()
                 if (slot := self._slot(seat)).dropped is not None
             },
-            alpha_scales={seat.task.adapter_id: scales for seat in seats if (scales := seat.budget.scales())},
+            alpha_scales={seat.adapter_id: scales for seat in seats if (scales := seat.budget.scales())},
             teacher_known=sum(key is not None for key in batch.pool_keys),
             teacher_asked=sum(key is None for key in batch.pool_keys),
         )
@@ -350,15 +330,29 @@ class _Seat:
     place: int = 0
 
     @classmethod
-    def of(cls, slot: int, member: PackMember, series: CheckpointStore | None, end: int) -> _Seat:
-        """Return the seat of an adapter that has taken no step."""
+    def of(cls, slot: int, member: PackMember, end: int | None = None) -> _Seat:
+        """Return the seat of an adapter that has taken no step. end: its last one, if not that of its settings."""
         task, tokens = member.task, [concept.token for concept in member.task.concepts]
+        end = task.training.steps if end is None else end
         budget = DriftBudget(task.training.drift_budget, tokens)
-        return cls(slot, task, member.initial, series, end, LossCurves(tokens, end), budget)
+        return cls(slot, task, member.initial, member.checkpoints, end, LossCurves(tokens, end), budget)
+
+    @property
+    def adapter_id(self) -> str:
+        """Whose it is."""
+        return self.task.adapter_id
 
     def tensor_names(self) -> list[str]:
         """Return the names of the tensors in its checkpoints."""
         return tensor_names(parameter_names(self.initial.layers), state_names(self.task.training))
+
+
+def _stored(seats: Sequence[_Seat]) -> list[tuple[_Seat, AdapterState | None]]:
+    """Return seats of adapters that come in, with where their checkpoints left them; None is the start."""
+    kept = [(seat, seat.series) for seat in seats if seat.series is not None]
+    states = load_newest([own for _, own in kept], [seat.tensor_names() for seat, _ in kept], [s.end for s, _ in kept])
+    found = {seat.slot: state for (seat, _), state in zip(kept, states, strict=True)}
+    return [(seat, found.get(seat.slot)) for seat in seats]
 
 
 def _all_losses(engine: TrainingEngine, batch: Batch, parts: Sequence[Shard], losses: Sequence[RowLosses]) -> RowLosses:

@@ -38,7 +38,7 @@ class RowTexts:
         """
         rows = list(zip(prompts, slot_B.tolist(), strict=True))
         adapted = [row for row in dict.fromkeys(rows) if self.bank.adapts_text(row[1])]
-        if not adapted and self.alike and any(map(self.bank.adapts_text, range(1, self.bank.slots + 1))):
+        if not adapted and self.alike and any(map(self.bank.adapts_text, self.bank.slots)):
             adapted = rows[:1]
         if not adapted:
             return self.bare(prompts)

@@ -89,7 +89,7 @@ def pack_step(
     The teacher's pool is filled before, as training does; one that is given keeps what it knows from turn to turn.
     """
     layers = adapted_layers(base.unet, "attention_ff", options.blocks)
-    bank = LoraBank.attach(base.unet, slots=len(tasks), rank=RANK, layers=layers)
+    bank = LoraBank.attach(base.unet, layers=layers)
     with ExitStack() as stack:
         stack.callback(bank.detach)
         if options.compile:

@@ -106,7 +106,7 @@ def test_peft_applies_our_export_as_our_bank_does(published: Published, command:
     theirs = PeftModel.from_pretrained(UNet2DConditionModel.from_pretrained(published.base / "unet"), str(folder))
     base = load_base_model(str(published.base))
     weights = published_weights(published.storage, "cup")
-    bank = LoraBank.attach(base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
+    bank = LoraBank.attach(base.unet, layers=list(weights.layers))
     bank.load(1, weights)
     with torch.no_grad():
         expected = theirs.eval()(latents, timesteps, text).sample

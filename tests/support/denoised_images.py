@@ -139,7 +139,7 @@ class ImageOracle:
             with added(self.base, [(self.adapters[key], strength) for key, strength in wanted.stack]):
                 self._images[wanted] = generate(self.base, None, [wanted.row])[0]
         elif wanted not in self._images:
-            bank = LoraBank.attach(self.base.unet, slots=1, rank=RANK, layers=adapted_layers(self.base.unet, TARGETS))
+            bank = LoraBank.attach(self.base.unet, layers=adapted_layers(self.base.unet, TARGETS))
             row = wanted.row
             if wanted.adapter is not None:
                 bank.load(1, self.adapters[wanted.adapter], strength=wanted.strength)

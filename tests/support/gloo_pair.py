@@ -66,7 +66,7 @@ def gradients(base: BaseModel, pack: list[PackMember], make: EngineFactory) -> d
         return made
 
     held: list[Any] = []
-    bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
+    bank = LoraBank.attach(base.unet, layers=adapted_layers(base.unet, "attention"))
     train_pack(base, bank, pack, steps=1, make_engine=remember)
     for slot, one in enumerate(pack):
         found[one.task.adapter_id] = [state["mean"].clone() / 0.1 for state in held[0].slot_state(slot)]
@@ -147,7 +147,7 @@ def try_laws(folder: Path) -> dict[str, Any]:
     with counted_invalidations() as lines:
         base = fresh()
         pack = members(base)
-        bank = LoraBank.attach(base.unet, slots=len(pack), rank=4, layers=adapted_layers(base.unet, "attention"))
+        bank = LoraBank.attach(base.unet, layers=adapted_layers(base.unet, "attention"))
         train_pack(base, bank, pack, steps=6, make_engine=_changing_calls)
     results["control"] = len(lines)
     return results
@@ -163,15 +163,16 @@ def come_and_go(base: BaseModel, folder: Path, make: EngineFactory) -> dict[str,
     first, second = few_steps(base)
     [stored] = series(folder, [first])
     layers = adapted_layers(base.unet, "attention")
-    bank = LoraBank.attach(base.unet, slots=2, rank=4, layers=layers)
-    with Pack(base, bank, [first], checkpoints=[stored], make_engine=make) as pack:
+    bank = LoraBank.attach(base.unet, layers=layers)
+    first = replace(first, checkpoints=stored)
+    with Pack(base, bank, [first], make_engine=make) as pack:
         for step in range(1, FEW + 5):
             if step == 3:
-                pack.join(second)
+                pack.change(join=[second])
             if step == 4:
-                pack.leave(first.task.adapter_id)
+                pack.change(leave=[first.adapter_id])
             if step == 6:
-                pack.join(first, stored)
+                pack.change(join=[first])
             if pack.training:
                 pack.step()
         return {one.task.adapter_id: pack.result(one.task.adapter_id) for one in (first, second)}

@@ -46,7 +46,7 @@ class ProbedEngine:
 
     def __init__(self, base: BaseModel) -> None:
         layers = adapted_layers(base.unet, "attention")
-        self.base, self.bank = base, LoraBank.attach(base.unet, slots=2, rank=2, layers=layers)
+        self.base, self.bank = base, LoraBank.attach(base.unet, layers=layers)
         for slot in (OWN, OTHER):
             self.bank.load(slot, random_weights(base, slot))
         self.made: dict[ImageRow, Picture] = {}

@@ -121,7 +121,7 @@ class Gallery:
         name = "+".join(manifest.name for manifest, _ in stack)
         assert not any(known == name for known, _, _ in self._known), f"{name} has pictures"
         weights = stack_weights([(self._registry.load_weights(one), strength) for one, strength in stack])
-        bank = LoraBank.attach(self._base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
+        bank = LoraBank.attach(self._base.unet, layers=list(weights.layers))
         bank.load(1, weights)
         try:
             wanted = [(motif, seed) for motif in motifs for seed in seeds]

@@ -42,7 +42,7 @@ def engine(stage: int | None) -> EngineFactory:
 def step_seconds(base: BaseModel, adapters: int, rows: int, make: EngineFactory, steps: int) -> list[float]:
     """Train a pack of made-up concepts and return the seconds of each step."""
     layers = adapted_layers(base.unet, "attention_ff")
-    bank = LoraBank.attach(base.unet, slots=adapters, rank=RANK, layers=layers)
+    bank = LoraBank.attach(base.unet, layers=layers)
     members = [
         PackMember(
             concept_task(base, f"c{n}", rows, SPEC_DEFAULTS),

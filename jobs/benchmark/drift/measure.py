@@ -285,7 +285,7 @@ class _Drawer:
 
     def _features(self, arm: Arm, rows: Sequence[ImageRow]) -> NDArray[np.float64]:
         layers = tuple(arm.weights.layers)
-        bank = LoraBank.attach(arm.base.unet, slots=1, rank=arm.weights.rank, layers=layers)
+        bank = LoraBank.attach(arm.base.unet, layers=layers)
         try:
             bank.load(1, arm.weights, strength=arm.strength)
             images = generate(arm.base, bank, rows, rows_per_call=32)

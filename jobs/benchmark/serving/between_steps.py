@@ -25,7 +25,6 @@ from cat_cluster.telemetry import ADAPTER_SWAPS, PROBE_ROW_STEPS, ROW_STEPS, UNE
 from jobs.benchmark.serving.backends import Backend
 from jobs.benchmark.serving.random_models import NOUN, TARGETS, TOKEN, publish, random_adapter
 from jobs.benchmark.serving.workbench import Event, LocalService, Numbering, Request, Workbench, take_turns_for
-from jobs.benchmark.timing import RANK
 from serve.probes.revision_monitor import score_images
 from serve.settings import ProbeSettings, ServeSettings
 
@@ -217,7 +216,7 @@ def _reference(base: BaseModel, weights: Any, evaluation: EvaluationSpec) -> dic
         for prompt, slot in ((fill(template, NOUN, TOKEN), 1), (fill(template, NOUN, None), 1)):
             rows.append(ImageRow(prompt, evaluation.seed + i, slot, evaluation.steps, evaluation.guidance))
         rows.append(ImageRow(fill(template, NOUN, None), evaluation.seed + i, 0, evaluation.steps, evaluation.guidance))
-    bank = LoraBank.attach(base.unet, slots=1, rank=RANK, layers=adapted_layers(base.unet, TARGETS))
+    bank = LoraBank.attach(base.unet, layers=adapted_layers(base.unet, TARGETS))
     try:
         bank.load(1, weights)
         made = image_array(generate(base, bank, rows))

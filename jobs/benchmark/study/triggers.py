@@ -85,7 +85,7 @@ class Bench:
         # A bank pads to its largest rank: the adapters alone would pay for the largest stack.
         for rank in sorted({weights.rank for weights in stacks.values()}):
             alike = {names: weights for names, weights in stacks.items() if weights.rank == rank}
-            found |= self._drawn_of_rank(rank, alike, [cell for cell in wanted if cell[2] in alike])
+            found |= self._drawn_of_rank(alike, [cell for cell in wanted if cell[2] in alike])
         return found
 
     def measure(
@@ -143,11 +143,9 @@ class Bench:
             self._heads[concept.name] = fit_head(world.CONCEPTS[concept.name], judge, self.base, seed=FIRST_SEED)
         return self._heads[concept.name]
 
-    def _drawn_of_rank(
-        self, rank: int, stacks: Mapping[Carried, AdapterWeights], cells: Sequence[Cell]
-    ) -> dict[Cell, Images]:
+    def _drawn_of_rank(self, stacks: Mapping[Carried, AdapterWeights], cells: Sequence[Cell]) -> dict[Cell, Images]:
         layers = {layer for weights in stacks.values() for layer in weights.layers}
-        bank = LoraBank.attach(self.base.unet, slots=len(stacks), rank=rank, layers=sorted(layers))
+        bank = LoraBank.attach(self.base.unet, layers=sorted(layers))
         try:
             slots = {names: slot for slot, names in enumerate(stacks, start=1)}
             for names, slot in slots.items():

@@ -136,7 +136,7 @@ def _forward(base: BaseModel, adapters: int, rows: int = 16) -> float:
     if not adapters:
         return seconds_of(call, 4)
     layers = adapted_layers(base.unet, "attention_ff")
-    bank = LoraBank.attach(base.unet, slots=adapters, rank=RANK, layers=layers)
+    bank = LoraBank.attach(base.unet, layers=layers)
     try:
         for slot in range(1, adapters + 1):
             bank.load(slot, initial_weights(base.unet, layers, rank=RANK, seed=slot, draw_key="layers"))

@@ -45,7 +45,7 @@ def perturbed(weights: AdapterWeights, size: float) -> AdapterWeights:
 def bank(tiny_base: BaseModel) -> Iterator[LoraBank]:
     layers = adapted_layers(tiny_base.unet, "attention")
     start = initial_weights(tiny_base.unet, layers, rank=2, seed=0, draw_key="a")
-    bank = LoraBank.attach(tiny_base.unet, slots=2, rank=2, layers=layers)
+    bank = LoraBank.attach(tiny_base.unet, layers=layers)
     try:
         bank.load(UNTRAINED, start)
         bank.load(TRAINED, perturbed(start, 2.0))

@@ -36,7 +36,7 @@ def test_fisher_drift_equals_the_difference_of_two_whole_models(tiny_base: BaseM
     images = torch.rand(2, 3, 16, 16, generator=generator)
     scheduler = DDIMScheduler.from_config(dict(tiny_base.schedule.scheduler_config))
 
-    bank = LoraBank.attach(tiny_base.unet, slots=1, rank=2, layers=layers)
+    bank = LoraBank.attach(tiny_base.unet, layers=layers)
     try:
         bank.load(1, weights)
         found = fisher_drift(tiny_base, bank, 1, images, PROMPTS, SEEDS)

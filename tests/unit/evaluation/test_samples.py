@@ -45,7 +45,7 @@ def base(tiny_base_folder: Path) -> BaseModel:
 @pytest.fixture
 def bank(base: BaseModel) -> Iterator[LoraBank]:
     """Slot 1 holds an adapter, slot 2 one that changes nothing yet."""
-    bank = LoraBank.attach(base.unet, slots=2, rank=2, layers=adapted_layers(base.unet, "attention"))
+    bank = LoraBank.attach(base.unet, layers=adapted_layers(base.unet, "attention"))
     bank.load(1, strong_weights(base))
     bank.new_trainable(2, initial_weights(base.unet, bank.layers, rank=2, seed=0, draw_key="new"))
     yield bank

@@ -73,7 +73,7 @@ def test_each_cell_is_drawn_with_its_own_adapters(bench: Bench, base: BaseModel)
         ]
         if weights is None:
             return image_array(generate(base, None, rows))
-        bank = LoraBank.attach(base.unet, slots=1, rank=weights.rank, layers=list(weights.layers))
+        bank = LoraBank.attach(base.unet, layers=list(weights.layers))
         try:
             bank.load(1, weights)
             return image_array(generate(base, bank, rows))

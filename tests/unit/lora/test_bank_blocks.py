@@ -34,7 +34,7 @@ def test_nothing_below_the_first_adapted_layer_takes_part_in_the_backward(
                 {name: (output[0] if isinstance(output, tuple) else output).requires_grad}
             )
         )
-    bank = LoraBank.attach(unet, slots=1, rank=2, layers=layers)
+    bank = LoraBank.attach(unet, layers=layers)
     bank.new_trainable(1, initial_weights(unet, layers, rank=2, seed=0, draw_key="mug"))
     with bank.rows([1, 1]):
         loss_of(unet(*inputs(2)).sample).backward()

@@ -48,7 +48,7 @@ def predict(unet: nn.Module) -> Tensor:
 
 
 def bank_predicts(unet: UNet2DConditionModel, weights: AdapterWeights) -> Tensor:
-    bank = LoraBank.attach(unet, slots=1, rank=weights.rank, layers=list(weights.layers))
+    bank = LoraBank.attach(unet, layers=list(weights.layers))
     bank.load(1, weights)
     with bank.rows([1, 1]):
         output = predict(unet)
@@ -283,7 +283,7 @@ def test_check_fits_looks_through_an_attached_bank(
     one_unet: UNet2DConditionModel, make_weights: WeightsFactory
 ) -> None:
     weights = make_weights(one_unet)
-    bank = LoraBank.attach(one_unet, slots=1, rank=4, layers=list(weights.layers))
+    bank = LoraBank.attach(one_unet, layers=list(weights.layers))
     for fmt in FORMATS:
         assert_same(read_adapter(to_safetensors(weights, fmt, {}), unet=one_unet), weights)
     bank.detach()

@@ -179,7 +179,7 @@ def test_every_row_of_a_mixed_batch_is_pefts_and_the_other_banks(
         block = bank.block(8, text.shape[1])
         bind_all(bank, block, adapters, strengths)
         found = predict(bank, block, 6)
-    training = LoraBank.attach(unet, slots=4, rank=RANK, layers=adapted_layers(unet, targets))
+    training = LoraBank.attach(unet, layers=adapted_layers(unet, targets))
     for slot, (weights, strength) in enumerate([(two, 1.0), (one, 0.5), (one, 1.0), (two, -0.75)], 1):
         training.load(slot, weights, strength=strength)
     with training.rows([1, 0, 2, 3, 4, 0]):

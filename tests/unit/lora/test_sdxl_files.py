@@ -57,7 +57,7 @@ def predict(unet: nn.Module) -> Tensor:
 
 
 def bank_predicts(unet: UNet2DConditionModel, weights: AdapterWeights) -> Tensor:
-    bank = LoraBank.attach(unet, slots=1, rank=weights.rank, layers=list(weights.layers))
+    bank = LoraBank.attach(unet, layers=list(weights.layers))
     bank.load(1, weights)
     with bank.rows([1, 1]):
         output = predict(unet)
@@ -270,6 +270,6 @@ def test_a_kohya_file_of_an_sdxl_is_read_under_an_attached_bank(
     xl_unet: UNet2DConditionModel, make_weights: WeightsFactory
 ) -> None:
     weights = make_weights(xl_unet)
-    bank = LoraBank.attach(xl_unet, slots=1, rank=4, layers=list(weights.layers))
+    bank = LoraBank.attach(xl_unet, layers=list(weights.layers))
     assert_same(read_adapter(save(kohya(weights, original_name, 4.0)), unet=xl_unet), weights)
     bank.detach()

@@ -62,7 +62,7 @@ def xl(base: BaseModel) -> bool:
 
 def drawn(base: BaseModel, adapters: list[AdapterWeights], rows: tuple[ImageRow, ...]) -> Tensor:
     names = list(dict.fromkeys(name for one in adapters for name in one.layers))
-    bank = LoraBank.attach(base.network, slots=len(adapters), rank=max(one.rank for one in adapters), layers=names)
+    bank = LoraBank.attach(base.network, layers=names)
     try:
         for slot, weights in enumerate(adapters, start=1):
             bank.load(slot, weights)
@@ -179,7 +179,7 @@ def test_a_projection_of_pooled_text_is_applied(tiny_xl_folder: Path, tmp_path: 
     name = "lora_te2_text_projection"
     tensors = {f"{name}.lora_down.weight": layer.down, f"{name}.lora_up.weight": layer.up}
     found = read_adapter(save(tensors), unet=base.network)
-    bank = LoraBank.attach(base.network, slots=1, rank=2, layers=list(found.layers))
+    bank = LoraBank.attach(base.network, layers=list(found.layers))
     bank.load(1, found)
     with bank.text_rows([0, 1]):
         ours = base.text_encoders.encode([PROMPT] * 2)
@@ -224,7 +224,7 @@ def test_what_is_no_layer_of_the_encoders_is_refused_or_left_out_by_name(base: B
 
 def test_a_row_reads_its_own_adapters_text_whatever_its_neighbours(base: BaseModel) -> None:
     adapters = [whole_adapter(base, seed) for seed in (5, 6)]
-    bank = LoraBank.attach(base.network, slots=2, rank=4, layers=list(adapters[0].layers))
+    bank = LoraBank.attach(base.network, layers=list(adapters[0].layers))
     for slot, weights in enumerate(adapters, start=1):
         bank.load(slot, weights)
     prompts = [Prompt(PROMPT), Prompt("a (red:1.5) cup, " * 30, "a1111", 3), Prompt("", negative=True)]

@@ -222,7 +222,7 @@ def test_a_mixed_batch_equals_each_image_alone(base: BaseModel, stock: Stock) ->
         ImageRow("a cup", 7, steps=7, sampler="euler_ancestral", source=source(picture, mask, 0.8)),
         ImageRow("red", 8, slot=1, steps=6, sampler="dpmpp_2m_sde_karras", source=source(picture, None, 0.6)),
     ]
-    bank = LoraBank.attach(base.unet, slots=1, rank=3, layers=adapted_layers(base.unet, "attention_ff"))
+    bank = LoraBank.attach(base.unet, layers=adapted_layers(base.unet, "attention_ff"))
     bank.load(1, random_adapter(base, 1))
     try:
         together = generate(base, bank, rows, rows_per_call=16)

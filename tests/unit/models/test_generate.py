@@ -152,7 +152,7 @@ def test_rows_of_several_adapters_equal_the_stock_pipeline_with_each_loaded(
     adapters = {1: random_adapter(base, 3, seed=1), 2: random_adapter(base, 2, seed=2)}
     rows = [replace(row, slot=(1, 2, 0)[position % 3]) for position, row in enumerate(MIXED)]
     bare = generate(base, None, rows=[replace(row, slot=0) for row in rows])
-    bank = LoraBank.attach(base.unet, slots=2, rank=3, layers=adapted_layers(base.unet, "attention"))
+    bank = LoraBank.attach(base.unet, layers=adapted_layers(base.unet, "attention"))
     for slot, weights in adapters.items():
         bank.load(slot, weights)
     images = generate(base, bank, rows)

@@ -165,7 +165,7 @@ def test_an_adapter_draws_the_same_in_the_stock_pipeline(base: BaseModel, copy: 
     stock = stock_pipeline(copy)
     stock.load_lora_weights(str(path.parent), weight_name=path.name)
     row = ImageRow("a photo of a sks cup", 3, slot=1, steps=4, guidance=5.0)
-    bank = LoraBank.attach(base.unet, slots=1, rank=3, layers=layers)
+    bank = LoraBank.attach(base.unet, layers=layers)
     try:
         bank.load(1, weights)
         adapted, bare = generate(base, bank, [row, ImageRow("a photo of a sks cup", 3, steps=4, guidance=5.0)])

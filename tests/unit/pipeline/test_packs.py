@@ -150,7 +150,7 @@ def base(tiny_base_folder: Path) -> BaseModel:
 
 @pytest.fixture
 def bank(base: BaseModel) -> Iterator[LoraBank]:
-    bank = LoraBank.attach(base.unet, slots=2, rank=4, layers=adapted_layers(base.unet, "attention"))
+    bank = LoraBank.attach(base.unet, layers=adapted_layers(base.unet, "attention"))
     yield bank
     bank.detach()
 

@@ -35,8 +35,7 @@ def make_task(base: BaseModel, tmp_path: Path) -> MakeTask:
         adapter = {"id": adapter_id, "concepts": concepts, "training": training}
         job = JobSpec.model_validate({"name": "decoys", "base": str(base.folder), "adapters": [adapter]})
         found = prepare.prepare_adapter(job.resolved()[0], Settings(), {str(base.folder): base})
-        with prepare.open_bank(base, [found]) as bank:
-            return prepare.pack_member(found, bank, None).task
+        return prepare.pack_member(found, None).task
 
     return make
 

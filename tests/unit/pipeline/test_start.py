@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cat_cluster.errors import AdapterMismatchError, AdapterNotFoundError, SpecError
-from cat_cluster.lora.bank import LoraBank, adapted_layers, served_layers
+from cat_cluster.lora.bank import adapted_layers, served_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer, write_adapter
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.pipeline.importing import ImportRequest, import_adapter
@@ -90,7 +90,7 @@ def test_an_adapter_is_trained_on_and_its_manifest_says_from_what_and_how_far_it
 
     [prepared] = prepare(place.job("second", seed=5), place.settings, place.registry)
     with open_bank(prepared.base, [prepared]) as bank:
-        member = pack_member(prepared, bank, None, place.weights(first))
+        member = pack_member(prepared, None, place.weights(first))
         [alone] = train_pack(prepared.base, bank, [member])
     assert alone.weights is not None
     for name, layer in place.weights(second).layers.items():
@@ -168,8 +168,6 @@ def test_a_bank_begins_with_the_start(place: Place) -> None:
     """Before the first step the adapter is the start, not the base."""
     first = manifest_of(place.train("first"))
     [prepared] = prepare(place.job("second", init_from="first"), place.settings, place.registry)
-    base, start = prepared.base, place.weights(first)
-    bank = LoraBank.attach(base.unet, slots=1, rank=2, layers=adapted_layers(base.unet, "attention"))
-    member = pack_member(prepared, bank, None, start)
-    bank.detach()
+    start = place.weights(first)
+    member = pack_member(prepared, None, start)
     assert all(torch.equal(layer.up, start.layers[name].up) for name, layer in member.initial.layers.items())

@@ -141,7 +141,7 @@ def test_drift_is_measured_with_each_sides_own_texts(place: Place) -> None:
             weight += layer.up @ layer.down
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     prompts, seeds = ["a cup", "a red cup"], [1, 2]
-    bank = LoraBank.attach(base.network, slots=1, rank=4, layers=list(weights.layers))
+    bank = LoraBank.attach(base.network, layers=list(weights.layers))
     bank.load(1, weights)
     found = fisher_drift(base, bank, 1, images, prompts, seeds)
     bank.detach()
@@ -149,7 +149,7 @@ def test_drift_is_measured_with_each_sides_own_texts(place: Place) -> None:
     for one in (changed, base):
         seen: list[torch.Tensor] = []
         hook = one.unet.register_forward_hook(lambda _, __, output, seen=seen: seen.append(output[0].float()))
-        bare = LoraBank.attach(one.network, slots=1, rank=1, layers=list(weights.layers))
+        bare = LoraBank.attach(one.network, layers=list(weights.layers))
         bare.load(1, AdapterWeights({}))
         fisher_drift(one, bare, 1, images, prompts, seeds)
         bare.detach()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cat_cluster.data.latents import TextCache
+from cat_cluster.errors import CheckpointError
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.conditioning import Text
@@ -34,9 +36,9 @@ pytestmark = pytest.mark.slow
 
 @contextmanager
 def pack_of(base: BaseModel, known: list[PackMember], first: PackMember, **options: Any) -> Iterator[Pack]:
-    """A pack of two slots, in which any of the known adapters may train."""
+    """A pack in which any of the known adapters may train."""
     layers = dict.fromkeys(layer for one in known for layer in one.initial.layers)
-    bank = LoraBank.attach(base.network, slots=2, rank=4, layers=list(layers))
+    bank = LoraBank.attach(base.network, layers=list(layers))
     try:
         with Pack(base, bank, [first], **options) as pack:
             yield pack
@@ -54,28 +56,25 @@ def test_adapters_that_come_and_go_are_the_ones_trained_alone(
     known = {one.task.adapter_id: one for one in pack(base)}
     stores = {name: series(tmp_path, [one])[0] for name, one in known.items()}
     found, done = {}, []
-    with pack_of(base, list(known.values()), known["mug"], checkpoints=[stores["mug"]]) as running:
+    known = {name: replace(one, checkpoints=stores[name]) for name, one in known.items()}
+    with pack_of(base, list(known.values()), known["mug"]) as running:
 
         def steps(count: int) -> None:
             done.extend(dict(running.step().done) for _ in range(count))
 
-        def join(name: str) -> None:
-            running.join(known[name], stores[name])
-
         steps(2)
-        join("tea")
+        running.change(join=[known["tea"]])
         steps(1)
-        assert not bit_equal(running.leave("mug").weights, wanted["mug"].weights)
+        assert not bit_equal(running.result("mug").weights, wanted["mug"].weights)
+        running.change(leave=["mug"])
         steps(2)
-        join("mug")
+        running.change(join=[known["mug"]])
         steps(5)
-        running.leave("mug")
-        join("plain")
+        running.change(leave=["mug"], join=[known["plain"]])
         steps(SHORT)
         assert running.training == ()
-        found |= {name: running.leave(name) for name in ("plain",)}
-        join("mug")
-        found["tea"] = running.leave("tea")
+        found |= {name: running.result(name) for name in ("plain", "tea")}
+        running.change(leave=["plain", "tea"], join=[known["mug"]])
         while running.training:
             steps(1)
         found["mug"] = running.result("mug")
@@ -90,13 +89,14 @@ def test_adapters_that_come_and_go_are_the_ones_trained_alone(
 def test_who_comes_or_goes_changes_nothing_of_the_others(base: BaseModel, tmp_path: Path) -> None:
     mug, tea, plain = other_optimisers(base)
     store = series(tmp_path, [mug])[0]
-    with pack_of(base, [mug, tea, plain], mug, checkpoints=[store]) as running:
+    mug = replace(mug, checkpoints=store)
+    with pack_of(base, [mug, tea, plain], mug) as running:
         for _ in range(3):
             running.step()
         before = running.result("mug")
-        running.join(tea)
+        running.change(join=[tea])
         assert bit_equal(running.result("mug").weights, before.weights)
-        running.leave("tea")
+        running.change(leave=["tea"])
         after = running.result("mug")
         assert bit_equal(after.weights, before.weights)
         assert after.history == before.history
@@ -126,7 +126,7 @@ def test_texts_are_bounded_from_when_an_adapter_with_captions_that_change_joins(
     with pack_of(base, [mug, tea, plain], mug) as running:
         running.step()
         assert len(kept[-1]) > 3
-        running.join(changing)
+        running.change(join=[changing])
         for _ in range(2):
             running.step()
         assert len(kept[-1]) == 3
@@ -135,10 +135,21 @@ def test_texts_are_bounded_from_when_an_adapter_with_captions_that_change_joins(
 def test_who_cannot_join_or_leave_is_told_why(base: BaseModel) -> None:
     mug, tea, plain = members(base)
     with pack_of(base, [mug, tea, plain], mug) as running:
-        with pytest.raises(ValueError, match="mug is the last of its pack"):
-            running.leave("mug")
-        running.join(tea)
-        with pytest.raises(ValueError, match="tea cannot join: it is there already"):
-            running.join(tea)
-        with pytest.raises(ValueError, match="plain cannot join: no slot is free"):
-            running.join(plain)
+        with pytest.raises(ValueError, match="nobody would be left"):
+            running.change(leave=["mug"])
+        with pytest.raises(ValueError, match="plain cannot leave: it is not in the pack"):
+            running.change(leave=["plain"])
+        with pytest.raises(ValueError, match="mug cannot join: it is there already"):
+            running.change(join=[tea, mug])
+        assert running.training == ("mug",)
+
+
+def test_a_newcomer_with_damaged_checkpoints_harms_nobody(base: BaseModel, tmp_path: Path) -> None:
+    mug, tea, plain = members(base)
+    store = series(tmp_path, [tea])[0]
+    store.store.put(f"{store.prefix}/00000003.json", b"{}")
+    with pack_of(base, [mug, tea, plain], mug) as running:
+        running.step()
+        with pytest.raises(CheckpointError, match="checkpoint 3 is damaged"):
+            running.change(join=[replace(tea, checkpoints=store)])
+        assert running.step().done == {"mug": 2}

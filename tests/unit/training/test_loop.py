@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,9 +129,13 @@ PACKS = pytest.mark.parametrize("pack", [members, other_optimisers, changing_cap
 MakePack = Callable[[BaseModel], list[PackMember]]
 
 
-def train(base: BaseModel, pack: list[PackMember], **options: object) -> dict[str, TrainedAdapter]:
+def train(
+    base: BaseModel, pack: list[PackMember], *, checkpoints: Sequence[CheckpointStore] = (), **options: object
+) -> dict[str, TrainedAdapter]:
+    if checkpoints:
+        pack = [replace(one, checkpoints=own) for one, own in zip(pack, checkpoints, strict=True)]
     layers = dict.fromkeys(layer for one in pack for layer in one.initial.layers)
-    bank = LoraBank.attach(base.network, slots=len(pack), rank=4, layers=list(layers))
+    bank = LoraBank.attach(base.network, layers=list(layers))
     try:
         return {
             one.adapter_id: one
@@ -210,7 +214,7 @@ def test_an_adapter_with_ema_is_the_average_of_its_weights(base: BaseModel) -> N
     """Oracle: diffusers' EMAModel over the parameters after each step; the training itself is as without."""
     one, layers = member(base, task("mug", (concept(base, "sks", alpha=5.0),))), adapted_layers(base.unet, "attention")
     last = train(base, [one])["mug"].weights
-    bank = LoraBank.attach(base.unet, slots=1, rank=4, layers=layers)
+    bank = LoraBank.attach(base.unet, layers=layers)
     averages: list[EMAModel] = []
 
     def average(_: StepReport) -> None:

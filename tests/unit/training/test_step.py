@@ -104,8 +104,8 @@ def base_xl_v(tiny_xl_v_folder: Path) -> BaseModel:
     return load_base_model(str(tiny_xl_v_folder))
 
 
-def open_bank(base: BaseModel, weights: list[AdapterWeights], rank: int = 4) -> LoraBank:
-    bank = LoraBank.attach(base.unet, slots=len(weights), rank=rank, layers=adapted_layers(base.unet, "attention"))
+def open_bank(base: BaseModel, weights: list[AdapterWeights]) -> LoraBank:
+    bank = LoraBank.attach(base.unet, layers=adapted_layers(base.unet, "attention"))
     for slot, one in enumerate(weights, start=1):
         bank.new_trainable(slot, one)
     return bank
@@ -113,7 +113,7 @@ def open_bank(base: BaseModel, weights: list[AdapterWeights], rank: int = 4) -> 
 
 def open_engine(base: BaseModel, bank: LoraBank, *, bf16: bool = False) -> TorchEngine:
     training = TrainingSpec(learning_rate=1e-3, weight_decay=0.0, max_grad_norm=None, lr_schedule="constant", steps=10)
-    slots = [(bank.named_parameters(slot), training) for slot in range(1, bank.slots + 1)]
+    slots = [(bank.named_parameters(slot), training) for slot in bank.slots]
     return TorchEngine(base, slots, (), bf16)
 
 
@@ -126,8 +126,8 @@ def run(base: BaseModel, bank: LoraBank, batch: Batch, **changes: Any) -> RowLos
     training = TrainingSpec(**changes)
     engine, encode_text = open_engine(base, bank, bf16=training.bf16), TextCache(base)
     losses = RowLosses(torch.zeros(len(batch.prompts)), torch.zeros(len(batch.prior_prompts)))
-    for part in step_parts(batch, [1] * bank.slots, 0, 1):
-        own = train_step(base, bank, encode_text, part.batch, [training] * bank.slots, engine)
+    for part in step_parts(batch, [1] * len(bank.slots), 0, 1):
+        own = train_step(base, bank, encode_text, part.batch, [training] * len(bank.slots), engine)
         losses.identity_B[part.rows_B], losses.cat_M[part.cat_M] = own.identity_B, own.cat_M
     return losses
 

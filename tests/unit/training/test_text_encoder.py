@@ -55,15 +55,15 @@ def moved_weights(base: BaseModel, seed: int, training: TrainingSpec = TEXT) -> 
 
 def open_bank(base: BaseModel, weights: Sequence[AdapterWeights]) -> LoraBank:
     names = dict.fromkeys(name for one in weights for name in one.layers)
-    bank = LoraBank.attach(base.network, slots=len(weights), rank=4, layers=list(names))
+    bank = LoraBank.attach(base.network, layers=list(names))
     for slot, one in enumerate(weights, start=1):
         bank.new_trainable(slot, one)
     return bank
 
 
 def run(base: BaseModel, bank: LoraBank, batch: Batch, pool: TeacherPool | None = None, **changes: Any) -> RowLosses:
-    trainings = [TEXT.model_copy(update=changes)] * bank.slots
-    slots = [(bank.named_parameters(slot), trainings[0]) for slot in range(1, bank.slots + 1)]
+    trainings = [TEXT.model_copy(update=changes)] * len(bank.slots)
+    slots = [(bank.named_parameters(slot), trainings[0]) for slot in bank.slots]
     engine = TorchEngine(base, slots, (), trainings[0].bf16)
     return train_step(base, bank, TextCache(base), batch, trainings, engine, pool)
 
@@ -305,7 +305,7 @@ def test_a_bank_for_a_neighbour_that_trains_texts_changes_no_bit_of_one_that_doe
     plain = member(base, task("plain", (concept(base, "sks", alpha=2.0),)))
     alone = train(base, [plain], steps=4)["plain"].weights
     layers = [*plain.initial.layers, *trained_layers(base, TEXT)]
-    bank = LoraBank.attach(base.network, slots=1, rank=4, layers=list(dict.fromkeys(layers)))
+    bank = LoraBank.attach(base.network, layers=list(dict.fromkeys(layers)))
     (found,) = train_pack(base, bank, [plain], steps=4)
     bank.detach()
     assert bit_equal(found.weights, alone)
