@@ -42,9 +42,10 @@ class LogListener:
         """Write a line."""
         say(text)
 
-    def pack_started(self, steps: Mapping[str, int]) -> None:
-        """Say which adapters train together."""
-        say(f"training {', '.join(f'{adapter_id} ({own} steps)' for adapter_id, own in steps.items())}")
+    def started(self, steps: Mapping[str, int], together: int) -> None:
+        """Say which adapters begin to train, and how many train together from now on."""
+        begin = ", ".join(f"{adapter_id} ({own} steps)" for adapter_id, own in steps.items())
+        say(f"training {begin}" + (f"; {together} together" if together > len(steps) else ""))
 
     def step(self, report: StepReport) -> None:
         """Write the step and the losses of each token, not at every step."""

@@ -22,10 +22,10 @@ class JobBars(Bars):
         super().__init__(console)
         self._smoothed: dict[tuple[str, str], ConceptLoss] = {}
 
-    def pack_started(self, steps: Mapping[str, int]) -> None:
-        """Open a training bar for each adapter of the pack."""
-        if len(steps) > 1:
-            self.message(f"{len(steps)} adapters train together, in one U-Net forward per step")
+    def started(self, steps: Mapping[str, int], together: int) -> None:
+        """Open a training bar for each adapter that begins."""
+        if together > 1:
+            self.message(f"{together} adapters train together, in one U-Net forward per step")
         for adapter_id, total in steps.items():
             self._train(adapter_id, total=total)
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import ray
 
 from cat_cluster import telemetry
 from cat_cluster.cluster.connection import ClusterSize, await_workers, check_cluster, cluster_address, ray_connection
-from cat_cluster.cluster.event_queue import EventQueue
 from cat_cluster.cluster.failures import failure_of, unwrapped
+from cat_cluster.cluster.groups import Group, Groups
+from cat_cluster.cluster.messages import Messages
 from cat_cluster.cluster.ray_jobs import current_job
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.run_writer import ProgressWriter
@@ -32,13 +32,21 @@ from cat_cluster.errors import (
     OutOfMemoryError,
     StoreRefusedError,
 )
-from cat_cluster.pipeline.job import AdapterResult, JobListener, already_published, plan_packs, tell_warnings
+from cat_cluster.pipeline.job import (
+    AdapterResult,
+    JobListener,
+    already_published,
+    by_kind,
+    clear_checkpoints,
+    tell_warnings,
+)
 from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, prepare
 from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store
 from cat_cluster.telemetry.ray_backend import RayBackend
+from cat_cluster.training.loop import StepReport
 
 POLL_SECONDS = 0.1
 CANCEL_SECONDS = 10.0  # that tasks have to end in when the driver stops early
@@ -75,15 +83,6 @@ def run_on_ray(
             return _Driver(job, listener, attempt, writer, size, folder).run(prepared)
 
 
-@dataclass(frozen=True, eq=False)
-class _Pack:
-    """A pack in training."""
-
-    spec: PackSpec
-    adapters: list[PreparedAdapter]
-    started: float = field(default_factory=time.perf_counter)
-
-
 class _Driver:
     def __init__(
         self,
@@ -97,33 +96,33 @@ class _Driver:
         self._job, self._listener, self._attempt, self._writer = job, listener, attempt, writer
         self._size, self._folder = size, folder
         self._registry = Registry(FencedStore(attempt))
+        self._adapters: dict[str, PreparedAdapter] = {}
         self._results: dict[str, AdapterResult] = {}
-        self._waiting: deque[list[PreparedAdapter]] = deque()
-        self._alone: deque[list[PreparedAdapter]] = deque()  # packs of one that wait until nothing else is at work
-        self._training: dict[Any, _Pack] = {}  # by the references of their tasks, as are the evaluations
+        self._groups = Groups(max(1, size.workers // _most(job.cluster.workers)))
+        self._training: dict[Any, Group] = {}  # by the references of their tasks, as are the evaluations
         self._evaluating: dict[Any, tuple[PreparedAdapter, float]] = {}
         self._retries: Counter[str] = Counter()  # of evaluations, by adapter
-        self._early: set[str] = set()  # adapters that were trained while others of their pack went on
-        self._packs_started = 0
         self._checked = time.monotonic()
         self._metrics = telemetry.Metrics(RayBackend())
-        self._events = EventQueue.start()
+        self._messages = Messages.start()
 
     def run(self, prepared: Sequence[PreparedAdapter]) -> list[AdapterResult]:
         """Bring every adapter to its end and return the results in the order given."""
+        self._adapters = {adapter.resolved.id: adapter for adapter in prepared}
         try:
             tell_warnings(prepared, self._listener)
             self._plan(prepared)
-            while self._waiting or self._alone or self._training or self._evaluating:
-                if self._alone and not (self._waiting or self._training or self._evaluating):
-                    self._start(self._alone.popleft())
-                while self._waiting and len(self._training) < self._side_by_side():
-                    self._start(self._waiting.popleft())
+            while self._evaluating or not self._groups.idle:
+                while (group := self._groups.next(busy=bool(self._evaluating))) is not None:
+                    self._start(group)
+                for group, newcomers in self._groups.fill():
+                    self._began(newcomers, len(group.adapters))
+                self._give_orders()
                 ready, _ = ray.wait([*self._training, *self._evaluating], timeout=POLL_SECONDS)
                 self._take_events()
                 for task in ready:
                     if task in self._training:
-                        self._end_pack(task)
+                        self._end_group(task)
                     else:
                         self._end_evaluation(task)
                 self._check_attempt()
@@ -145,115 +144,114 @@ class _Driver:
                 self._evaluate(adapter, 0.0)
             else:
                 untrained.append(adapter)
-        packs = plan_packs(untrained, self._registry.store, self._pack_size)
-        self._waiting.extend(packs)
-        if len(packs) > 1:
+        for kind, adapters in by_kind(untrained, self._registry.store).items():
+            self._groups.wait(kind, self._pack_size(adapters), adapters)
+        if (packs := self._groups.to_come) > 1:
             self._listener.message(
-                f"{len(untrained)} adapters in {len(packs)} packs, {min(len(packs), self._side_by_side())} at a time, "
+                f"{len(untrained)} adapters in {packs} packs, {min(packs, self._groups.most)} at a time, "
                 f"on {self._size.workers} {self._size.kind}"
             )
 
-    def _pack_size(self, group: Sequence[PreparedAdapter]) -> int:
-        on_gpus, together = self._size.on_gpus, self._side_by_side()
+    def _pack_size(self, adapters: Sequence[PreparedAdapter]) -> int:
+        on_gpus, together = self._size.on_gpus, self._groups.most
         try:
-            return pack_size_on_ray(group, self._job, on_gpus=on_gpus, side_by_side=together)
+            return pack_size_on_ray(adapters, self._job, on_gpus=on_gpus, side_by_side=together)
         except ray.exceptions.RayError as error:
             self._listener.message(f"packs of one: {failure_of(error, 'measuring the memory of a step')}")
             return 1
 
-    def _side_by_side(self) -> int:
-        return max(1, self._size.workers // _most(self._job.cluster.workers))
-
     def _threads(self, workers: int | tuple[int, int]) -> int:
-        """Share the cluster's CPUs among the workers of a pack that starts and of those that train beside it."""
-        packs = min(self._side_by_side(), len(self._training) + 1 + len(self._waiting))
-        return max(1, int(self._size.cpus) // (packs * _most(workers)))
+        """Share the cluster's CPUs among the workers of a group that starts and of those that train beside it."""
+        groups = min(self._groups.most, len(self._groups.running) + self._groups.to_come)
+        return max(1, int(self._size.cpus) // (groups * _most(workers)))
 
-    def _start(self, adapters: list[PreparedAdapter]) -> None:
+    def _start(self, group: Group) -> None:
+        adapters = list(group.adapters.values())
         workers = _workers_of(self._job, adapters)
         if workers != self._job.cluster.workers:
-            self._listener.message(
-                f"{adapters[0].resolved.id}{' and others' if len(adapters) > 1 else ''}: {workers} workers, because a "
-                "step has only as many rows"
-            )
+            self._listener.message(f"{_names(group.adapters)}: {workers} workers, as many as rows in a step")
         spec = PackSpec(
-            number=self._packs_started,
+            number=group.number,
             job=self._job,
-            adapters=tuple((adapter.resolved, adapter.revision) for adapter in adapters),
             storage=self._attempt.run.store.url,
             run_id=self._attempt.run.run_id,
             attempt=self._attempt.number,
-            events=self._events,
+            messages=self._messages,
             workers=workers,
             threads=self._threads(workers),
             on_gpus=self._size.on_gpus,
             folder=self._folder,
         )
-        self._packs_started += 1
-        self._listener.pack_started({adapter.resolved.id: adapter.resolved.training.steps for adapter in adapters})
-        for adapter_id in spec.ids:
-            self._writer.adapter(adapter_id, state="training")
-        self._training[start_pack(spec)] = _Pack(spec, adapters)
+        self._give_orders()  # before its workers ask for one
+        self._began(adapters, len(adapters))
+        self._training[start_pack(spec)] = group
+
+    def _began(self, adapters: Sequence[PreparedAdapter], together: int) -> None:
+        self._listener.started({one.resolved.id: one.resolved.training.steps for one in adapters}, together)
+        for adapter in adapters:
+            self._writer.adapter(adapter.resolved.id, state="training")
         self._update_metrics()
 
+    def _give_orders(self) -> None:
+        for group, order in self._groups.orders():
+            self._messages.give(group.number, order)
+
     def _take_events(self) -> None:
-        for kind, *event in self._events.take():
+        for kind, *event in self._messages.take():
             if kind == "step":
-                (report,) = event
-                self._listener.step(report)
-                for adapter_id, losses in report.losses.items():
-                    tokens = {token: {"identity": one.identity, "cat": one.cat} for token, one in losses.items()}
-                    self._writer.adapter(adapter_id, step=report.done[adapter_id], losses=tokens)
-                self._end_early(report.ended)
+                self._note_step(*event)
             elif kind == "images":
                 self._listener.images(*event)
-            elif kind == "message":
-                self._listener.message(*event)
-            elif kind == "failed":
-                self._fail(*event)
+            elif event[0] in self._groups.running:  # else its task has ended, and more is known than this event says
+                number, *said = event
+                self._hear(self._groups.running[number], kind, *said)
 
-    def _end_early(self, adapter_ids: Sequence[str]) -> None:
-        """Evaluate adapters that are trained while others of their pack go on.
+    def _note_step(self, report: StepReport) -> None:
+        self._listener.step(report)
+        for adapter_id, losses in report.losses.items():
+            tokens = {token: {"identity": one.identity, "cat": one.cat} for token, one in losses.items()}
+            self._writer.adapter(adapter_id, step=report.done[adapter_id], losses=tokens)
 
-        Their checkpoints stay until those have ended: workers that start again see by them what is trained.
-        """
-        for pack in self._training.values():
-            left = self._left(pack)
-            ended = [adapter for adapter_id, adapter in left.items() if adapter_id in adapter_ids]
-            for adapter in ended if len(ended) < len(left) else ():
-                self._early.add(adapter.resolved.id)
-                self._evaluate(adapter, time.perf_counter() - pack.started)
+    def _hear(self, group: Group, kind: str, *said: Any) -> None:
+        """Take note of what the workers of a group say; after a restart they may say it again."""
+        if kind == "ended":
+            for adapter_id in [name for name in said[0] if name in group.adapters]:
+                self._evaluate(group.end(adapter_id), group.seconds(adapter_id))
+        elif kind == "failed" and said[0] in group.adapters:
+            group.end(said[0])
+            self._fail(*said)
+        elif kind == "followed":
+            for adapter_id in group.forget(*said):
+                self._clear(adapter_id)
+        elif kind == "restart":
+            self._listener.message(f"{_names(group.adapters)}: {said[0]}")
 
-    def _left(self, pack: _Pack) -> dict[str, PreparedAdapter]:
-        """The adapters of a pack that have no result and are not on their way to it."""
-        ended = {*self._results, *self._early}
-        return {one.resolved.id: one for one in pack.adapters if one.resolved.id not in ended}
-
-    def _end_pack(self, task: Any) -> None:
-        """Start evaluating the trained adapters of a pack, or split a pack that failed."""
-        pack = self._training.pop(task)
+    def _end_group(self, task: Any) -> None:
+        """Start evaluating what a group has left, or split it where it failed."""
+        group = self._training.pop(task)
         try:
             failure: CatClusterError | None = ray.get(task)
         except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
             # The workers have ended too, but Ray may keep their resources reserved until this driver ends.
             raise ClusterError(
-                f"the process that controls the training of {', '.join(pack.spec.ids)} was killed, as happens when "
+                f"the process that controls the training of {', '.join(group.adapters)} was killed, as happens when "
                 "the driver's machine or pod runs out of memory: submit or train again to go on from the last "
                 "checkpoint"
             ) from error
         except ray.exceptions.RayError as error:
-            failure = failure_of(error, adapters=len(pack.adapters))
-        seconds = time.perf_counter() - pack.started
-        for adapter in pack.adapters:
-            self._remove_checkpoints(adapter)
-        left = list(self._left(pack).values())
+            failure = failure_of(error, adapters=len(group.adapters))
+        self._take_events()  # what ended before the failure needs no second try
+        del self._groups.running[group.number]
+        for adapter_id in group.leaving:
+            self._clear(adapter_id)
+        left = list(group.adapters.values())
         if failure is None:
             for adapter in left:
-                self._evaluate(adapter, seconds)
+                self._evaluate(adapter, group.seconds(adapter.resolved.id))
         elif len(left) == 1 and isinstance(failure, OutOfMemoryError) and (self._training or self._evaluating):
             self._attempt.check()
             self._listener.message(f"{left[0].resolved.id} waits until it has the cluster to itself: {failure}")
-            self._alone.append(left)
+            self._groups.wait_alone(left[0])
         elif len(left) == 1 or isinstance(failure, StoreRefusedError):
             for adapter in left:
                 self._fail(adapter.resolved.id, failure)
@@ -262,11 +260,11 @@ class _Driver:
             self._attempt.check()
             self._listener.message(f"a pack of {len(left)} failed and is trained in two halves: {failure}")
             middle = len(left) // 2
-            self._waiting.extendleft([left[middle:], left[:middle]])
+            self._groups.wait_apart(left[:middle], left[middle:])
         self._update_metrics()
 
     def _evaluate(self, adapter: PreparedAdapter, seconds: float) -> None:
-        """Start evaluating a trained adapter. seconds: how long it trained with its pack."""
+        """Start evaluating a trained adapter. seconds: how long it trained."""
         self._writer.adapter(adapter.resolved.id, state="evaluating")
         task = evaluate_on_ray(
             adapter,
@@ -274,29 +272,23 @@ class _Driver:
             run_id=self._attempt.run.run_id,
             attempt=self._attempt.number,
             seconds=seconds,
-            events=self._events,
+            messages=self._messages,
             on_gpus=self._size.on_gpus,
-            keep_checkpoints=self._are_needed(adapter),
         )
         self._evaluating[task] = (adapter, seconds)
 
-    def _are_needed(self, adapter: PreparedAdapter) -> bool:
-        """Whether the pack of a trained adapter goes on, so that its workers may look for its checkpoints."""
-        return any(adapter.resolved.id in pack.spec.ids for pack in self._training.values())
-
-    def _remove_checkpoints(self, adapter: PreparedAdapter) -> None:
-        """Remove what was kept of an adapter that ended early, if nothing goes on from it and its pack has ended."""
-        result = self._results.get(adapter.resolved.id)
-        is_done = result is not None and (result.outcome != "failed" or result.dropped)
-        if adapter.resolved.id in self._early and is_done and not self._are_needed(adapter):
-            checkpoints_of(adapter, self._registry.store).clear()
+    def _clear(self, adapter_id: str) -> None:
+        """Remove the checkpoints of an adapter that has its result, unless workers may look for them yet."""
+        if not self._groups.is_needed(adapter_id):
+            result = self._results.get(adapter_id)
+            clear_checkpoints(self._adapters[adapter_id], result, self._registry.store, self._listener)
 
     def _end_evaluation(self, task: Any) -> None:
         """Keep the result of an evaluation, or start it again where its process or machine was lost."""
         adapter, seconds = self._evaluating.pop(task)
         try:
             self._keep(ray.get(task))
-            self._remove_checkpoints(adapter)
+            self._clear(adapter.resolved.id)
         except ray.exceptions.RayError as error:
             self._attempt.check()
             failure, adapter_id = failure_of(error, "evaluation"), adapter.resolved.id
@@ -334,7 +326,7 @@ class _Driver:
             raise KeyboardInterrupt
 
     def _update_metrics(self) -> None:
-        self._metrics.set(telemetry.PACKS_RUNNING, len(self._training))
+        self._metrics.set(telemetry.PACKS_RUNNING, len(self._groups.running))
         states: list[str] = [adapter.state for adapter in self._writer.progress.adapters]
         for state in telemetry.LABELS["state"].values:
             self._metrics.set(telemetry.ADAPTERS, states.count(state), state=state)
@@ -348,6 +340,11 @@ def _workers_of(job: JobSpec, pack: Sequence[PreparedAdapter]) -> int | tuple[in
         return min(workers, rows)
     least, most = (min(bound, rows) for bound in workers)
     return least if least == most else (least, most)
+
+
+def _names(adapters: Iterable[str]) -> str:
+    first, *others = adapters
+    return f"{first} and {len(others)} more" if others else first
 
 
 def _most(workers: int | tuple[int, int]) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from cat_cluster.cluster.event_queue import EventQueue
+from cat_cluster.cluster.messages import Messages
 from cat_cluster.evaluation.samples import SampleGrids
 from cat_cluster.lora.bank import LoraBank
+from cat_cluster.models.base_model import BaseModel
 from cat_cluster.pipeline.prepare import PreparedAdapter
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
@@ -31,18 +32,18 @@ class PackMonitor:
     def __init__(
         self,
         job: JobSpec,
-        pack: Sequence[PreparedAdapter],
         store: ObjectStore,
-        events: EventQueue,
+        messages: Messages,
         metrics: Metrics,
         run_id: str,
         *,
         reports: bool,
     ) -> None:
-        self._job, self._pack, self._events = job, tuple(pack), events
+        self._job, self._messages = job, messages
         self._reports = reports
         self._reported = 0.0
-        self._grids: Callable[[Mapping[str, int]], None] | None = None
+        self._concepts: dict[str, list[tuple[str, str]]] = {}
+        self._grids: SampleGrids | None = None
         self._folder = f"runs/{run_id}"
         self._store = store
         self._metrics = TrainingMetrics(metrics)
@@ -52,37 +53,24 @@ class PackMonitor:
             self._event_files = tempfile.TemporaryDirectory(prefix="cat-cluster-")
             self._tensorboard = TensorBoardRecorder(Path(self._event_files.name))
 
-    def open_bank(self, bank: LoraBank) -> None:
-        """Set the pack's bank, with which samples are generated."""
-        base = self._pack[0].base
-        if self._job.monitoring.samples_every is None:
-            return
-        if not self._reports and self._job.cluster.zero_stage != 3:
-            return  # where the base is sharded every worker takes part in each image
-        grids = SampleGrids(base, bank)
+    def open(self, base: BaseModel, bank: LoraBank) -> None:
+        """Set what samples are generated with."""
+        # Where the base is sharded every worker takes part in each image.
+        if self._job.monitoring.samples_every is not None and (self._reports or self._job.cluster.zero_stage == 3):
+            self._grids = SampleGrids(base, bank)
 
-        def store_grids(due: Mapping[str, int]) -> None:
-            for slot, adapter in enumerate(self._pack, start=1):
-                if (step := due.get(adapter.resolved.id)) is None:
-                    continue
-                concepts = [(concept.token, concept.class_noun) for concept in adapter.concepts]
-                grid = grids.draw(slot, concepts, f"{adapter.resolved.id}, step {step}")
-                if not self._reports:
-                    continue
-                data = io.BytesIO()
-                grid.save(data, format="PNG")
-                self._store.put(f"{self._folder}/samples/{adapter.resolved.id}/{step:08d}.png", data.getvalue())
-                if self._tensorboard is not None:
-                    self._tensorboard.images(adapter.resolved.id, step, grid)
-
-        self._grids = store_grids
+    def admit(self, adapters: Sequence[PreparedAdapter]) -> None:
+        """Know adapters that come in."""
+        for adapter in adapters:
+            concepts = [(concept.token, concept.class_noun) for concept in adapter.concepts]
+            self._concepts[adapter.resolved.id] = concepts
 
     def checkpoint(self, seconds: float, size: int) -> None:
         """Record that a checkpoint of `size` bytes was stored in `seconds`."""
         self._metrics.checkpoint(seconds, size)
 
-    def step(self, report: StepReport) -> None:
-        """Record a step that is done."""
+    def step(self, report: StepReport, slots: Mapping[str, int]) -> None:
+        """Record a step that is done; slots: of the bank, by adapter."""
         if self._reports:
             self._metrics.step(report)
             if self._tensorboard is not None:
@@ -90,12 +78,24 @@ class PackMonitor:
             now = time.monotonic()
             if now - self._reported >= REPORT_SECONDS or report.notable:
                 self._reported = now
-                self._events.put("step", report)
+                self._messages.put("step", report)
         every = self._job.monitoring.samples_every
         if self._grids is not None and every is not None:
-            self._grids({adapter_id: step for adapter_id, step in report.done.items() if step % every == 0})
+            for adapter_id, step in report.done.items():
+                if step % every == 0:
+                    self._draw(self._grids, adapter_id, slots[adapter_id], step)
         if self._tensorboard is not None and report.step % self._job.cluster.checkpoint_every == 0:
             self._upload()
+
+    def _draw(self, grids: SampleGrids, adapter_id: str, slot: int, step: int) -> None:
+        grid = grids.draw(slot, self._concepts[adapter_id], f"{adapter_id}, step {step}")
+        if not self._reports:
+            return
+        data = io.BytesIO()
+        grid.save(data, format="PNG")
+        self._store.put(f"{self._folder}/samples/{adapter_id}/{step:08d}.png", data.getvalue())
+        if self._tensorboard is not None:
+            self._tensorboard.images(adapter_id, step, grid)
 
     def __enter__(self) -> PackMonitor:
         return self

@@ -13,7 +13,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from cat_cluster import telemetry
-from cat_cluster.cluster.event_queue import EventQueue
+from cat_cluster.cluster.messages import Messages
 from cat_cluster.cluster.runs import open_fenced_store
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
@@ -49,19 +49,18 @@ def evaluate_on_ray(
     run_id: str,
     attempt: int,
     seconds: float,
-    events: EventQueue,
+    messages: Messages,
     on_gpus: bool,
-    keep_checkpoints: bool,
 ) -> Any:
     """Start evaluating and publishing a trained adapter; return the reference of its AdapterResult.
 
-    seconds: how long it trained with its pack. keep_checkpoints: also when it is published. Ray does not try it again,
-    as for want of memory it would do so without end.
+    seconds: how long it trained. Its checkpoints are left to the caller, since workers may look for them. Ray does not
+    try it again, as for want of memory it would do so without end.
     """
     task = ray.remote(_evaluate).options(
         num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=0, name=f"evaluate {adapter.resolved.id}"
     )
-    return task.remote(adapter.resolved, adapter.revision, storage, run_id, attempt, seconds, events, keep_checkpoints)
+    return task.remote(adapter.resolved, adapter.revision, storage, run_id, attempt, seconds, messages)
 
 
 def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, shared_by: int) -> int:
@@ -82,8 +81,7 @@ def _evaluate(
     run_id: str,
     attempt: int,
     seconds: float,
-    events: EventQueue,
-    keep_checkpoints: bool,
+    messages: Messages,
 ) -> AdapterResult:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()  # bars for files that load in a moment would fill the job's log
@@ -94,7 +92,7 @@ def _evaluate(
         nonlocal sent
         if done == total or time.monotonic() - sent >= IMAGE_EVENT_SECONDS:
             sent = time.monotonic()
-            events.put("images", adapter_id, done, total)
+            messages.put("images", adapter_id, done, total)
 
     started = time.perf_counter()
     store = open_fenced_store(storage, run_id, attempt)
@@ -107,7 +105,6 @@ def _evaluate(
             seconds,
             on_images,
             _cache.memory,
-            keep_checkpoints=keep_checkpoints,
         )
     except CatClusterError as error:
         result = AdapterResult.failed(resolved.id, revision, error)

@@ -6,7 +6,7 @@ Ray Train's controller loads this module too, so it imports none of the models.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +16,10 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cat_cluster.cluster.event_queue import EventQueue
 from cat_cluster.cluster.failures import failure_of, worst_of
+from cat_cluster.cluster.messages import Messages
 from cat_cluster.errors import CatClusterError
-from cat_cluster.spec.job import JobSpec, ResolvedAdapter
+from cat_cluster.spec.job import JobSpec
 
 COLLECTIVE_SECONDS = 1800
 START_SECONDS = 3600  # a worker group may wait for pods to start, or for evaluations that hold its processors
@@ -27,7 +27,7 @@ START_SECONDS = 3600  # a worker group may wait for pods to start, or for evalua
 
 @dataclass(frozen=True, eq=False)
 class PackSpec:
-    """What the workers of a pack need to know. adapters: each with its revision; workers: a number, or (least, most).
+    """What the workers of a pack need to know; what they train is said by orders. workers: a number, or (least, most).
 
     number: the pack's number in this attempt; threads: each worker's share of the cluster's CPUs; folder: where Ray
     Train keeps its own files.
@@ -35,33 +35,28 @@ class PackSpec:
 
     number: int
     job: JobSpec
-    adapters: tuple[tuple[ResolvedAdapter, str], ...]
     storage: str
     run_id: str
     attempt: int
-    events: EventQueue
+    messages: Messages
     workers: int | tuple[int, int]
     threads: int
     on_gpus: bool
     folder: str
 
-    @property
-    def ids(self) -> tuple[str, ...]:
-        """The adapters' ids."""
-        return tuple(resolved.id for resolved, _ in self.adapters)
-
 
 def start_pack(pack: PackSpec) -> Any:
     """Start training a pack; return the reference of the error with which it failed, or of None.
 
-    When the task ends, each adapter's last checkpoint is in the store. A lost worker costs a restart from there, at
+    It ends when all adapters of an order are trained that is the last one. Each one's last checkpoint is in the store
+    then. A lost worker costs a restart from there, at
     most `max_failures` times; a permanent error ends the pack at once. Cancelling the task has Ray Train stop the
     workers. Its process owns Ray Train's controller and through it the workers, so they also end when the process is
     killed or its driver ends.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     task = ray.remote(_fit).options(
-        num_cpus=0, max_retries=0, scheduling_strategy=here, name=f"train {', '.join(pack.ids)}"
+        num_cpus=0, max_retries=0, scheduling_strategy=here, name=f"train pack {pack.number}"
     )
     return task.remote(pack)
 
@@ -79,13 +74,13 @@ def _fit(pack: PackSpec) -> CatClusterError | None:
             name=f"{pack.run_id}-{pack.attempt}-{pack.number}",
             storage_path=pack.folder,
             failure_config=ray.train.FailureConfig(max_failures=failures),
-            callbacks=[Restarts(pack.events, pack.ids, failures)],
+            callbacks=[Restarts(pack.messages, pack.number, failures)],
         ),
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        return failure_of(error, adapters=len(pack.ids))
+        return failure_of(error, adapters=pack.messages.adapters(pack.number))
     return None
 
 
@@ -96,27 +91,26 @@ def _train_worker(pack: PackSpec) -> None:
 
 
 class Restarts(ray.train.UserCallback):  # type: ignore[misc]
-    """Hears of each failure of workers: sends the driver a message, or ends the training that no restart would help.
+    """Hears of each failure of workers: tells the driver, or ends the training that no restart would help.
 
     Ray Train itself says nothing of restarts. An error of its callback is to it one of its controller, after which it
     restarts nothing.
     """
 
-    def __init__(self, events: EventQueue, adapter_ids: Sequence[str], max_failures: int) -> None:
-        self._events, self._adapters = events, len(adapter_ids)
-        more = f" and {len(adapter_ids) - 1} more" if len(adapter_ids) > 1 else ""
-        self._pack = f"{adapter_ids[0]}{more}"
+    def __init__(self, messages: Messages, pack: int, max_failures: int) -> None:
+        self._messages, self._pack = messages, pack
         self._failures, self._max_failures = 0, max_failures
 
     def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
         """Raise a permanent failure; report another one, unless the pack is given up: its task returns that."""
-        failure = worst_of(worker_exceptions, adapters=self._adapters)
+        failure = worst_of(worker_exceptions, adapters=self._messages.adapters(self._pack))
         if failure.permanent:
             raise failure
         self._failures += 1
         if self._failures <= self._max_failures:
-            self._events.put(
-                "message",
-                f"{self._pack}: workers failed ({str(failure)[:200]}); they go on from the last "
-                f"checkpoint, restart {self._failures} of at most {self._max_failures}",
+            self._messages.put(
+                "restart",
+                self._pack,
+                f"workers failed ({str(failure)[:200]}); they go on from the last checkpoint, restart "
+                f"{self._failures} of at most {self._max_failures}",
             )

@@ -6,17 +6,16 @@ The steps of a job are functions of their own, so that `cluster/driver.py` can s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
-from cat_cluster.errors import AdapterNotFoundError, CatClusterError
+from cat_cluster.errors import AdapterNotFoundError, CatClusterError, StoreError
 from cat_cluster.evaluation.evaluate import EvaluationMemory, Evaluator
 from cat_cluster.evaluation.gates import check_gates
 from cat_cluster.evaluation.intervals import METRICS
 from cat_cluster.evaluation.results import Evaluation
-from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.out_of_memory import memory_explained
 from cat_cluster.pipeline.prepare import (
     PreparedAdapter,
@@ -34,8 +33,7 @@ from cat_cluster.spec.choices import Outcome
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 from cat_cluster.training import TRAINING_VERSION
-from cat_cluster.training.engine import EngineFactory, TorchEngine
-from cat_cluster.training.loop import StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
 from cat_cluster.training.pack_size import measured_pack_size
 
 
@@ -45,8 +43,8 @@ class JobListener(Protocol):
     def message(self, text: str) -> None:
         """A line for people."""
 
-    def pack_started(self, steps: Mapping[str, int]) -> None:
-        """Adapters begin to train together; steps: adapter id -> how many it takes in all."""
+    def started(self, steps: Mapping[str, int], together: int) -> None:
+        """Adapters begin to train; steps: adapter id -> how many it takes in all; together: in one forward now."""
 
     def step(self, report: StepReport) -> None:
         """A step of a running pack is done."""
@@ -63,7 +61,7 @@ class Silent:
 
     def message(self, text: str) -> None: ...
 
-    def pack_started(self, steps: Mapping[str, int]) -> None: ...
+    def started(self, steps: Mapping[str, int], together: int) -> None: ...
 
     def step(self, report: StepReport) -> None: ...
 
@@ -88,6 +86,11 @@ class AdapterResult:
     evaluation: Evaluation | None = None
     permanent: bool = False
     dropped: bool = False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing goes on from here: one that could not be measured or stored may be yet."""
+        return self.outcome != "failed" or self.dropped
 
     @classmethod
     def failed(cls, adapter_id: str, revision: str, error: CatClusterError) -> AdapterResult:
@@ -134,13 +137,14 @@ def run_job(
         else:
             keep(done)
     for pack in plan_packs(waiting, store, lambda group: pack_size(group, job, settings)):
-        listener.pack_started({adapter.resolved.id: adapter.resolved.training.steps for adapter in pack})
+        listener.started({adapter.resolved.id: adapter.resolved.training.steps for adapter in pack}, len(pack))
         started = time.perf_counter()
         trained = train_adapters(pack, job, store, settings, on_step=listener.step)
         seconds = time.perf_counter() - started
         for adapter, one in zip(pack, trained, strict=True):
             memory = memories.setdefault(adapter.base.fingerprint, EvaluationMemory())
             keep(finish_adapter(adapter, one, registry, seconds, listener.images, memory))
+            clear_checkpoints(adapter, results[adapter.resolved.id], store, listener)
     return [results[adapter.resolved.id] for adapter in prepared]
 
 
@@ -171,18 +175,26 @@ def plan_packs(
 ) -> list[list[PreparedAdapter]]:
     """Group adapters that can share a forward into packs of even size, at most `largest(group)` together.
 
+    Raises as by_kind does.
+    """
+    packs = []
+    for group in by_kind(adapters, store).values():
+        packs += _even_parts(group, largest(group))
+    return packs
+
+
+def by_kind(adapters: Sequence[PreparedAdapter], store: ObjectStore) -> dict[Hashable, list[PreparedAdapter]]:
+    """Group adapters that can share a forward, by what they have in common.
+
     Within a group those of like rank come together, since a bank pads all to its largest rank, and of these those of
     like steps, since one that ends leaves its place empty.
     Raises CheckpointError for checkpoints of a version whose checkpoints this one does not read.
     """
-    groups: dict[tuple[object, ...], list[PreparedAdapter]] = {}
+    groups: dict[Hashable, list[PreparedAdapter]] = {}
     for adapter in adapters:
         refuse_old_checkpoints(adapter, store)
         groups.setdefault(_pack_key(adapter), []).append(adapter)
-    packs = []
-    for group in groups.values():
-        packs += _even_parts(sorted(group, key=_likeness), largest(group))
-    return packs
+    return {kind: sorted(group, key=_likeness) for kind, group in groups.items()}
 
 
 def _likeness(adapter: PreparedAdapter) -> tuple[int, int]:
@@ -195,7 +207,7 @@ def _even_parts(adapters: Sequence[PreparedAdapter], limit: int) -> list[list[Pr
     return [list(adapters[start:end]) for start, end in pairwise(ends)]
 
 
-def _pack_key(adapter: PreparedAdapter) -> tuple[object, ...]:
+def _pack_key(adapter: PreparedAdapter) -> Hashable:
     training = adapter.resolved.training
     return (
         adapter.base.fingerprint,
@@ -240,34 +252,28 @@ def train_adapters(
     settings: Settings,
     *,
     on_step: Callable[[StepReport], None],
-    on_checkpoint: Callable[[float, int], None] | None = None,
-    make_engine: EngineFactory = TorchEngine,
-    on_bank: Callable[[LoraBank], None] | None = None,
 ) -> list[TrainedAdapter]:
-    """Train the adapters of one pack together, from their checkpoints on.
+    """Train the adapters of one pack together, from their checkpoints on. Raises OutOfMemoryError."""
+    base = pack[0].base
+    with memory_explained(len(pack)), open_bank(base, pack) as bank:
+        members = [stored_member(adapter, store, settings) for adapter in pack]
+        return train_pack(base, bank, members, checkpoint_every=job.cluster.checkpoint_every, on_step=on_step)
 
-    on_checkpoint is called after each stored checkpoint with its seconds and bytes. on_bank is given the bank when it
-    is open, with adapter i of the pack in slot i + 1 from the first step on. Raises OutOfMemoryError.
+
+def stored_member(
+    adapter: PreparedAdapter,
+    store: ObjectStore,
+    settings: Settings,
+    *,
+    on_checkpoint: Callable[[float, int], None] | None = None,
+) -> PackMember:
+    """Return an adapter as a pack takes it in, with its photos encoded and its checkpoints in the store.
+
+    on_checkpoint is called after each stored checkpoint with its seconds and bytes. Raises as start_weights does.
     """
-    with memory_explained(len(pack)), open_bank(pack[0].base, pack) as bank:
-        registry = Registry(store)
-        members = [
-            replace(
-                pack_member(adapter, settings.cache_dir, start_weights(adapter.resolved, adapter.base, registry)),
-                checkpoints=replace(checkpoints_of(adapter, store), on_saved=on_checkpoint),
-            )
-            for adapter in pack
-        ]
-        if on_bank is not None:
-            on_bank(bank)
-        return train_pack(
-            pack[0].base,
-            bank,
-            members,
-            checkpoint_every=job.cluster.checkpoint_every,
-            on_step=on_step,
-            make_engine=make_engine,
-        )
+    start = start_weights(adapter.resolved, adapter.base, Registry(store))
+    series = replace(checkpoints_of(adapter, store), on_saved=on_checkpoint)
+    return replace(pack_member(adapter, settings.cache_dir, start), checkpoints=series)
 
 
 def finish_adapter(
@@ -277,24 +283,29 @@ def finish_adapter(
     seconds: float,
     on_images: Callable[[str, int, int], None],
     memory: EvaluationMemory,
-    *,
-    keep_checkpoints: bool = False,
 ) -> AdapterResult:
     """Measure a trained adapter, check its gates and publish it; seconds: how long it trained with its pack.
 
-    memory: what measuring other adapters of the same base has found already. keep_checkpoints: do not remove them.
-
-    An adapter that cannot be measured or stored has failed, and its checkpoints stay: the same job again measures
-    and publishes it without training.
+    memory: what measuring other adapters of the same base has found already. An adapter that cannot be measured or
+    stored has failed; the same job again measures and publishes it without training, as long as it has checkpoints.
     """
     try:
         with memory_explained():
-            result = _finish(adapter, trained, registry, seconds, on_images, memory)
-        if not keep_checkpoints:
-            checkpoints_of(adapter, registry.store).clear()
+            return _finish(adapter, trained, registry, seconds, on_images, memory)
     except CatClusterError as error:
-        result = AdapterResult.failed(adapter.resolved.id, adapter.revision, error)
-    return result
+        return AdapterResult.failed(adapter.resolved.id, adapter.revision, error)
+
+
+def clear_checkpoints(
+    adapter: PreparedAdapter, result: AdapterResult | None, store: ObjectStore, listener: JobListener
+) -> None:
+    """Remove the checkpoints of an adapter that nothing goes on from; say so where the store does not let them go."""
+    if result is None or not result.is_settled:
+        return
+    try:
+        checkpoints_of(adapter, store).clear()
+    except StoreError as error:
+        listener.message(f"warning: checkpoints of {adapter.resolved.id} are left in the store: {error}")
 
 
 def _finish(

@@ -16,7 +16,7 @@ from cat_cluster.errors import ChangedJobError, CheckpointError, EvaluationError
 from cat_cluster.evaluation.evaluate import image_templates
 from cat_cluster.evaluation.judges import is_pocket, load_judges
 from cat_cluster.evaluation.prompts import DECOYS, evaluation_prompts, fill
-from cat_cluster.lora.bank import LoraBank, parameter_names, weights_of
+from cat_cluster.lora.bank import LoraBank, parameter_names, text_layers, weights_of
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.base_names import check_buckets
@@ -122,10 +122,12 @@ def prepare_again(
 
 @contextmanager
 def open_bank(base: BaseModel, pack: Sequence[PreparedAdapter]) -> Iterator[LoraBank]:
-    """Put a bank with the layers of some adapters into the base, and take it out again."""
-    trainings = [adapter.resolved.training for adapter in pack]
-    layers = dict.fromkeys(layer for training in trainings for layer in trained_layers(base, training))
-    bank = LoraBank.attach(base.network, layers=list(layers))
+    """Put a bank into the base for adapters that can share a forward, and take it out again.
+
+    It has the layers of text encoders too, whoever trains them: others may come in.
+    """
+    layers = dict.fromkeys(layer for adapter in pack for layer in trained_layers(base, adapter.resolved.training))
+    bank = LoraBank.attach(base.network, layers=list({**layers, **dict.fromkeys(text_layers(base.network))}))
     try:
         yield bank
     finally:

@@ -117,7 +117,7 @@ def train_pack(
             report = pack.step()
             if on_step is not None:
                 on_step(report)
-    return [pack.result(member.adapter_id) for member in members]
+        return [pack.result(member.adapter_id) for member in members]
 
 
 class Pack:
@@ -178,7 +178,15 @@ class Pack:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._inside.__exit__(kind, error, trace)
+        try:
+            self._inside.__exit__(kind, error, trace)
+        finally:
+            self._engine.close()
+
+    @property
+    def slots(self) -> dict[str, int]:
+        """The slot of the bank of each adapter that is here, whether it trains or has ended."""
+        return {name: seat.slot for name, seat in self._seats.items()}
 
     @property
     def training(self) -> tuple[str, ...]:
@@ -199,7 +207,7 @@ class Pack:
             raise ValueError(f"{twice[0]} cannot join: it is there already")
         if not staying and not join:
             raise ValueError("nobody would be left: end the pack")
-        self._park([name for name in leave if self._slot(self._seats[name]).trains])
+        self.park(leave)
         taken = {seat.slot for seat in staying}
         free = (slot for slot in count(1) if slot not in taken)
         arriving = _stored([_Seat.of(next(free), member) for member in join])
@@ -212,10 +220,11 @@ class Pack:
         self._open([*going_on, *arriving])
         self._welcome([member.task for member in join])
 
-    def _park(self, adapter_ids: Sequence[str]) -> None:
-        """Store adapters that go on elsewhere; no worker goes on before they are stored."""
-        if adapter_ids:
-            self._save(adapter_ids)
+    def park(self, adapter_ids: Collection[str] | None = None) -> None:
+        """Store adapters, all that train unless others are given; no worker goes on before they are stored."""
+        parked = [name for name in self.training if adapter_ids is None or name in adapter_ids]
+        if parked:
+            self._save(parked)
             self._writer.wait()
             self._engine.sum(torch.zeros(1, device=self._base.device))
 

@@ -31,7 +31,7 @@ HOOKS = Path(__file__).parent / "worker_hooks"
 ROOT = Path(__file__).resolve().parent.parent.parent
 PATIENCE_SECONDS = 240
 WORKER = "ray::RayTrainWorker"  # how Ray names the processes of a worker group,
-PACK_TASK = "ray::train "  # and the task of a pack
+PACK_TASK = "ray::train pack"  # and the task of a pack
 
 
 @dataclass(frozen=True)

@@ -67,9 +67,12 @@ def gradients(base: BaseModel, pack: list[PackMember], make: EngineFactory) -> d
 
     held: list[Any] = []
     bank = LoraBank.attach(base.unet, layers=adapted_layers(base.unet, "attention"))
-    train_pack(base, bank, pack, steps=1, make_engine=remember)
-    for slot, one in enumerate(pack):
-        found[one.task.adapter_id] = [state["mean"].clone() / 0.1 for state in held[0].slot_state(slot)]
+
+    def read(_: StepReport) -> None:
+        for slot, one in enumerate(pack):
+            found[one.adapter_id] = [state["mean"].clone() / 0.1 for state in held[0].slot_state(slot)]
+
+    train_pack(base, bank, pack, steps=1, make_engine=remember, on_step=read)
     return found
 
 

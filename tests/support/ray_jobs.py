@@ -25,6 +25,7 @@ import ray
 
 from cat_cluster.cli.app import main
 from cat_cluster.cluster import driver
+from cat_cluster.cluster.messages import Messages, Order
 from cat_cluster.cluster.trainer import PackSpec
 from cat_cluster.errors import StoreError
 from cat_cluster.registry import Registry
@@ -48,15 +49,22 @@ def start_ray() -> None:
 def run(arguments: list[str]) -> dict[str, Any]:
     """Run `cat-cluster` in this process: its exit code, its output, and which packs went to workers."""
     packs: list[dict[str, Any]] = []
-    start_pack = driver.start_pack
+    trained: dict[int, list[str]] = {}
+    start_pack, give = driver.start_pack, Messages.give
 
     def noted(pack: PackSpec) -> Any:
-        packs.append({"ids": pack.ids, "workers": pack.workers})
+        packs.append({"ids": trained[pack.number], "workers": pack.workers})
         return start_pack(pack)
+
+    def given(self: Messages, pack: int, order: Order) -> None:
+        known = trained.setdefault(pack, [])
+        known += [resolved.id for resolved, _ in order.adapters if resolved.id not in known]
+        give(self, pack, order)
 
     out, err, started, code = io.StringIO(), io.StringIO(), time.monotonic(), 0
     with (
         patch.object(driver, "start_pack", noted),
+        patch.object(Messages, "give", given),
         patch.object(sys, "argv", ["cat-cluster", *arguments]),
         redirect_stdout(out),
         redirect_stderr(err),

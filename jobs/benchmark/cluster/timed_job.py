@@ -23,7 +23,7 @@ class StepTimes:
     def message(self, text: str) -> None:
         """Not kept."""
 
-    def pack_started(self, steps: Mapping[str, int]) -> None:
+    def started(self, steps: Mapping[str, int], together: int) -> None:
         """Not kept."""
 
     def step(self, report: StepReport) -> None:

@@ -40,10 +40,10 @@ def _note_steps(monitor: Any) -> None:
     step = monitor.step
     journal = os.open(os.environ["CAT_TEST_JOURNAL"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
-    def noted(self: Any, report: Any) -> None:
+    def noted(self: Any, report: Any, slots: Any) -> None:
         rank, adapters = os.environ.get("RANK", "0"), ",".join(report.losses)
         os.write(journal, f"{rank} {os.getpid()} {report.step} {adapters}\n".encode())
-        step(self, report)
+        step(self, report, slots)
 
     monitor.step = noted
 

@@ -14,15 +14,22 @@ from ray import exceptions as ray_errors
 from cat_cluster.cluster import driver as driver_module
 from cat_cluster.cluster.connection import ClusterSize
 from cat_cluster.cluster.driver import EVALUATION_RETRIES
+from cat_cluster.cluster.messages import Order
 from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.cluster.run_writer import ProgressWriter
 from cat_cluster.cluster.runs import Run, run_id_of
-from cat_cluster.errors import CatClusterError, LostWorkerError, OutOfMemoryError, StoreRefusedError, WorkerError
+from cat_cluster.errors import (
+    CatClusterError,
+    ConceptError,
+    LostWorkerError,
+    OutOfMemoryError,
+    StoreRefusedError,
+    WorkerError,
+)
 from cat_cluster.pipeline.job import AdapterResult
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, parse_spec
 from cat_cluster.store import open_store
-from cat_cluster.training.loop import StepReport
 
 Outcome = CatClusterError | Exception | str | None  # a text: why training dropped it
 SHORT = OutOfMemoryError("out of memory")
@@ -31,22 +38,35 @@ SHORT = OutOfMemoryError("out of memory")
 class Cluster:
     """Tasks that end at once, the oldest pack first: `fails` says with what a pack or an evaluation does.
 
-    started: every task; threads: how many a worker of each pack may use; kept: whose checkpoints an evaluation keeps.
+    started: every task; threads: how many a worker of each pack may use; given: the orders of each pack; events: what
+    is told at each look; measures_first: evaluations end before packs.
     """
 
-    def __init__(self, fails: Callable[[str, tuple[str, ...]], Outcome]) -> None:
+    def __init__(
+        self,
+        fails: Callable[[str, tuple[str, ...]], Outcome],
+        events: Sequence[Sequence[tuple[Any, ...]]] = (),
+        *,
+        measures_first: bool = False,
+    ) -> None:
         self.fails = fails
         self.started: list[str] = []
         self.threads: list[int] = []
-        self.kept: list[str] = []
+        self.given: dict[int, list[Order]] = {}
+        self.events = list(events)
+        self.measures_first = measures_first
+
+    def give(self, pack: int, order: Order) -> None:
+        self.given.setdefault(pack, []).append(order)
+
+    def take(self) -> Sequence[tuple[Any, ...]]:
+        return self.events.pop(0) if self.events else ()
 
     def start_pack(self, spec: Any) -> Any:
         self.threads.append(spec.threads)
-        return self._start("train", tuple(spec.ids))
+        return self._start("train", tuple(adapter.id for adapter, _ in self.given[spec.number][-1].adapters))
 
-    def evaluate(self, adapter: Any, *, keep_checkpoints: bool, **_: Any) -> Any:
-        if keep_checkpoints:
-            self.kept.append(adapter.resolved.id)
+    def evaluate(self, adapter: Any, **_: Any) -> Any:
         return self._start("evaluate", (adapter.resolved.id,))
 
     def get(self, task: Any) -> Any:
@@ -63,6 +83,8 @@ class Cluster:
         return outcome
 
     def wait(self, tasks: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        if self.measures_first and self.events:
+            tasks = [task for task in tasks if task[0] == "evaluate"]
         return list(tasks)[:1], list(tasks)[1:]
 
     def _start(self, kind: str, ids: tuple[str, ...]) -> Any:
@@ -81,36 +103,30 @@ def drive(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Drive:
         *,
         side_by_side: int = 1,
         threads: list[int] | None = None,
-        events: Sequence[tuple[Any, ...]] = (),
-        kept: list[str] | None = None,
+        **behaviour: Any,
     ) -> tuple[dict[str, AdapterResult], list[str], RunProgress]:
         names = [name for pack in packs for name in pack]
         job = job_of(names)
-        cluster = Cluster(fails)
+        cluster = Cluster(fails, **behaviour)
         for name, stand_in in {"start_pack": cluster.start_pack, "evaluate_on_ray": cluster.evaluate}.items():
             monkeypatch.setattr(driver_module, name, stand_in)
         for name, stand_in in {"get": cluster.get, "wait": cluster.wait, "cancel": lambda *_, **__: None}.items():
             monkeypatch.setattr(driver_module.ray, name, stand_in)
-        sent = [list(events)]
-        queue = SimpleNamespace(take=lambda: sent.pop() if sent else [])
-        monkeypatch.setattr(driver_module.EventQueue, "start", lambda: queue)
+        monkeypatch.setattr(driver_module.Messages, "start", lambda: cluster)
         monkeypatch.setattr(driver_module.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
         adapters = {name: prepared(name) for name in names}
         attempt = Run(open_store(tmp_path / "store"), "run-0123456789ab").claim()
         progress = RunProgress.begin(attempt.run.run_id, job, state="running", attempt=attempt.number)
-        nothing = {name: lambda *_: None for name in ("message", "pack_started", "step", "finished")}
+        nothing = {name: lambda *_: None for name in ("message", "started", "step", "finished")}
         listener = SimpleNamespace(**nothing)
         with ProgressWriter(attempt, progress, interval=30) as writer:
             size = ClusterSize(float(side_by_side), 0.0)
             one = driver_module._Driver(job, listener, attempt, writer, size, str(tmp_path))  # type: ignore[arg-type]
-            monkeypatch.setattr(
-                one, "_plan", lambda _: one._waiting.extend([adapters[name] for name in pack] for pack in packs)
-            )
+            sets = [[adapters[name] for name in pack] for pack in packs]
+            monkeypatch.setattr(one, "_plan", lambda _: one._groups.wait_apart(*sets))
             results = one.run(list(adapters.values()))
         if threads is not None:
             threads += cluster.threads
-        if kept is not None:
-            kept += cluster.kept
         return {result.adapter_id: result for result in results}, cluster.started, attempt.run.progress()
 
     return run
@@ -165,47 +181,59 @@ def test_packs_side_by_side_share_the_cpus(drive: Drive) -> None:
 
 
 @pytest.mark.parametrize("failure", [None, SHORT])
-def test_one_that_is_trained_before_the_rest_of_its_pack_is_evaluated_at_once(
-    drive: Drive, tmp_path: Path, failure: Outcome
-) -> None:
-    """Its checkpoints, by which workers that start again see that it is trained, stay as long as its pack."""
-    store = open_store(tmp_path / "store")
-    for name in ("cup", "mug", "jar"):
-        store.put(f"checkpoints/{name}/r-0123456789ab/00000009.json", b"{}")
-    done, steps = {"cup": 9, "mug": 9, "jar": 9}, {"cup": 9, "mug": 20, "jar": 20}
-    report = StepReport(done, steps, 0.1, 3, {name: {} for name in done}, {})
-    kept: list[str] = []
+def test_one_that_is_trained_before_the_rest_of_its_pack_is_evaluated_at_once(drive: Drive, failure: Outcome) -> None:
     results, started, _ = drive(
-        [["cup", "mug", "jar"]], always({"train cup mug jar": failure}), events=[("step", report)] * 2, kept=kept
+        [["cup", "mug", "jar"]],
+        always({"train cup mug jar": failure}),
+        events=[[("ended", 0, ("cup",)), ("ended", 0, ("cup",))]],
     )
     rest = ["train mug", "train jar"] if failure else []
     assert sorted(started) == sorted(["train cup mug jar", *rest, *(f"evaluate {name}" for name in results)])
     assert started[:2] == ["train cup mug jar", "evaluate cup"]
-    assert kept == ["cup"]
     assert {result.outcome for result in results.values()} == {"published"}
-    assert store.list("checkpoints/cup/") == []
-    assert len(store.list("checkpoints/")) == 2, "the evaluations of the others remove theirs"
+
+
+def test_checkpoints_stay_until_the_workers_know_that_an_adapter_has_ended(drive: Drive, tmp_path: Path) -> None:
+    """Workers that start again go by the order they read, and see by the checkpoints what is trained."""
+    store = open_store(tmp_path / "store")
+    for name in ("cup", "mug", "jar"):
+        store.put(f"checkpoints/{name}/r-0123456789ab/00000009.json", b"{}")
+    left: list[list[str]] = []
+
+    def look(kind: str, ids: tuple[str, ...]) -> Outcome:
+        left.append([key.split("/")[1] for key in store.list("checkpoints/")])
+        return None
+
+    # Both are measured before the workers follow the order without cup; of mug they are told when they have ended.
+    events = [[("ended", 0, ("cup",))], [("ended", 0, ("mug",))], [], [("followed", 0, 2)], []]
+    drive([["cup", "mug", "jar"]], look, events=events, measures_first=True)
+    everything = ["cup", "jar", "mug"]
+    assert left == [everything, everything, ["jar", "mug"], ["jar"]]
+    assert store.list("checkpoints/") == []
 
 
 @pytest.mark.parametrize(("outcome", "left"), [("gradient not finite", 0), (StoreRefusedError("denied"), 1)])
-def test_of_one_that_ended_early_and_failed_only_what_may_be_measured_again_stays(
+def test_of_one_that_failed_only_what_may_be_measured_again_stays(
     drive: Drive, tmp_path: Path, outcome: Outcome, left: int
 ) -> None:
     store = open_store(tmp_path / "store")
     store.put("checkpoints/cup/r-0123456789ab/00000003.json", b"{}")
-    done, steps = {"cup": 3, "mug": 3}, {"cup": 9, "mug": 9}
-    report = StepReport(done, steps, 0.1, 2, {"cup": {}, "mug": {}}, {"cup": "gradient not finite"})
-    results, *_ = drive([["cup", "mug"]], always({"evaluate cup": outcome}), events=[("step", report)])
+    results, *_ = drive([["cup", "mug"]], always({"evaluate cup": outcome}), events=[[("ended", 0, ("cup",))]])
     assert [results[name].outcome for name in ("cup", "mug")] == ["failed", "published"]
     assert len(store.list("checkpoints/cup/")) == left
 
 
-def test_the_last_of_a_pack_to_end_is_evaluated_when_the_pack_has_ended(drive: Drive) -> None:
-    report = StepReport({"cup": 9, "mug": 9}, {"cup": 9, "mug": 9}, 0.1, 2, {"cup": {}, "mug": {}}, {})
-    kept: list[str] = []
-    _, started, _ = drive([["cup", "mug"]], always({}), events=[("step", report)], kept=kept)
-    assert started == ["train cup mug", "evaluate cup", "evaluate mug"]
-    assert kept == []
+def test_one_that_cannot_be_used_fails_once_and_the_others_go_on(drive: Drive) -> None:
+    failure = ("failed", 0, "cup", ConceptError("no photo"))
+    results, started, _ = drive([["cup", "mug"]], always({}), events=[[failure, failure]])
+    assert (results["cup"].outcome, results["cup"].reason) == ("failed", "no photo")
+    assert started == ["train cup mug", "evaluate mug"]
+
+
+def test_what_a_pack_says_after_its_end_is_not_taken_note_of(drive: Drive) -> None:
+    events = [[], [], [("ended", 0, ("cup",)), ("restart", 0, "workers failed"), ("followed", 0, 9)]]
+    _, started, _ = drive([["cup"]], always({}), events=events)
+    assert started == ["train cup", "evaluate cup"]
 
 
 def test_one_alone_that_runs_out_of_memory_has_failed(drive: Drive) -> None:

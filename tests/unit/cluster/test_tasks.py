@@ -23,15 +23,14 @@ def test_ray_tries_no_task_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> N
     adapter: Any = SimpleNamespace(resolved=SimpleNamespace(id="cup"), revision="r-0123456789ab")
     job: Any = SimpleNamespace(cluster=SimpleNamespace(max_pack="auto"))
     assert tasks.pack_size_on_ray([adapter, adapter], job, on_gpus=True, side_by_side=1) == 3
-    events: Any = None
+    messages: Any = None
     tasks.evaluate_on_ray(
         adapter,
         storage="file:///s",
         run_id="run-1",
         attempt=1,
         seconds=1.0,
-        events=events,
+        messages=messages,
         on_gpus=False,
-        keep_checkpoints=False,
     )
     assert [(one["max_retries"], one["num_gpus"]) for one in given] == [(0, 1), (0, 0)]

@@ -14,23 +14,26 @@ from cat_cluster.cluster.trainer import Restarts
 from cat_cluster.errors import CatClusterError, ConceptError, OutOfMemoryError, StoreError, StoreRefusedError
 
 
-class Events:
-    """Stands in for the event queue, whose actor needs a Ray."""
+class Told:
+    """Stands in for the messages, whose actor needs a Ray."""
 
     def __init__(self) -> None:
         self.all: list[tuple[Any, ...]] = []
+
+    def adapters(self, pack: int) -> int:
+        return 2
 
     def put(self, *event: Any) -> None:
         self.all.append(event)
 
 
 def test_each_restart_is_reported_and_the_last_failure_is_left_to_the_task() -> None:
-    events = Events()
-    restarts = Restarts(events, ["cup", "mug", "bowl"], 2)  # type: ignore[arg-type]
+    told = Told()
+    restarts = Restarts(told, 7, 2)  # type: ignore[arg-type]
     for _ in range(3):
         restarts.after_exception(None, {0: StoreError("the bucket is gone")})
-    begin = "cup and 2 more: workers failed (the bucket is gone); they go on from the last checkpoint"
-    assert events.all == [("message", f"{begin}, restart {number} of at most 2") for number in (1, 2)]
+    begin = "workers failed (the bucket is gone); they go on from the last checkpoint"
+    assert told.all == [("restart", 7, f"{begin}, restart {number} of at most 2") for number in (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -42,10 +45,10 @@ def test_each_restart_is_reported_and_the_last_failure_is_left_to_the_task() -> 
     ],
 )
 def test_what_no_restart_would_help_ends_the_training_at_once(error: Exception, kind: type[CatClusterError]) -> None:
-    events = Events()
+    told = Told()
     with pytest.raises(kind) as raised:
-        Restarts(events, ["cup", "mug"], 3).after_exception(None, {1: error})  # type: ignore[arg-type]
-    assert events.all == []
+        Restarts(told, 7, 3).after_exception(None, {1: error})  # type: ignore[arg-type]
+    assert told.all == []
     # Ray Train makes an error of its controller of it, and the pack's task returns what it was.
     assert failure_of(ControllerError(raised.value)) is raised.value
 
@@ -58,7 +61,7 @@ def test_ray_train_gives_up_what_its_callback_refuses() -> None:
     from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
     from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerStatus
 
-    restarts = Restarts(Events(), ["cup"], 3)  # type: ignore[arg-type]
+    restarts = Restarts(Told(), 7, 3)  # type: ignore[arg-type]
     refused = UserExceptionWithTraceback(StoreRefusedError("access was denied"), "Traceback")
     group = SimpleNamespace(
         _assert_active=lambda: None,
