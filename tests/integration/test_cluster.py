@@ -144,12 +144,12 @@ def nowhere(folder: Path, tiny_base_folder: Path, ray_folder: Path) -> Iterator[
     process.communicate()
 
 
-WAYS = ("apart", "batch")
+WAYS = ("apart", "batch", "stream")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_training_gives_the_adapter_of_the_local_loop(jobs: Jobs, way: str) -> None:
-    """One worker with plain torch, one or two with ZeRO 2; alone and packed; photos and adapters in S3."""
+    """One worker with plain torch, one or two with ZeRO 2; alone, packed, joining others; photos and adapters in S3."""
     assert jobs[way]["packs"], jobs[way]["err"]
     ours, theirs = (open_registry(jobs.folder / name).resolve("cup") for name in (way, "local"))
     assert ours.revision == theirs.revision == jobs.adapters(way)["cup"]["revision"]
@@ -162,6 +162,8 @@ def test_the_jobs_were_spread_as_their_specs_say(jobs: Jobs) -> None:
     assert jobs["apart"]["packs"] == [{"ids": ["cup"], "workers": 1}, {"ids": ["mug"], "workers": 1}]
     (pack,) = jobs["batch"]["packs"]
     assert (len(pack["ids"]), pack["workers"]) == (22, [1, 2])
+    assert jobs["stream"]["packs"] == [{"ids": [*GOOD[:2], "cup", "mug"], "workers": 2}], "no worker started anew"
+    assert {one["outcome"] for one in jobs.adapters("stream").values()} == {"published", "rejected"}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -69,6 +69,15 @@ def batch(folder: Path, judge: Path) -> list[dict[str, Any]]:
     ]
 
 
+def stream(folder: Path, judge: Path) -> list[dict[str, Any]]:
+    """Four concepts for a pack of two: as the short ones end, the others come in."""
+    short = [
+        adapter(name, folder / "photos" / name, training={"steps": steps, "rank": 2}, evaluation={"enabled": False})
+        for name, steps in zip(GOOD, (5, 8), strict=False)
+    ]
+    return [*short, cup(folder, judge), mug(folder, judge)]
+
+
 def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> list[dict[str, Any]]:
     """Write the specs of all jobs, each to train alike, and return the jobs in order.
 
@@ -100,6 +109,7 @@ def write_plan(folder: Path, base: Path, judge: Path, bucket: str | None) -> lis
         unpublished,
         apart,
         job("batch", batch(folder, judge), cluster={"workers": [1, 2], "zero_stage": 2}, damage=str(spoilt)),
+        job("stream", stream(folder, judge), cluster={"workers": 2, "zero_stage": 2, "max_pack": 2}),
         {"name": "published", "arguments": published},
         {"name": "published again", "arguments": published},
         job("workers", both, cluster={"workers": 4096}),
