@@ -129,7 +129,9 @@ def buckets(
 
 @app.command()
 def cluster(
-    only: Annotated[list[str] | None, typer.Option(help="steps, checkpoints, sharding, batch; none: all.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="steps, changes, checkpoints, sharding, batch; none: all.")
+    ] = None,
     allow_dirty: AllowDirty = False,
 ) -> None:
     """Measure what workers, ZeRO, Ray, checkpoints and batches cost and gain (about forty minutes on 2 cores)."""

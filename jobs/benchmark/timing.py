@@ -45,6 +45,9 @@ class StepOptions:
     compile: bool = False
 
 
+SPEC_DEFAULTS = StepOptions(alpha=5.0, joint_rows=True, fraction=0.5)  # the spec's defaults
+
+
 PLAIN_LORA = StepOptions(alpha=0.0)
 
 

@@ -38,26 +38,35 @@ ORPHAN_SECONDS = 20  # in which a pack's workers end after whatever started them
 def make_site(tiny_base_folder: Path, tmp_path: Path, s3_bucket: str) -> Iterator[Any]:
     sites = []
 
-    def make(*, adapters: int, steps: int, stage: int | None, name: str = "site") -> Site:
-        folder = tmp_path / name
+    def make(*, adapters: int, steps: int, stage: int | None, streamed: bool = False) -> Site:
+        """streamed: the third comes in where the first, of half the steps, ends; else all train from the start."""
+        folder = tmp_path / "site"
         members = [
-            adapter(one, write_photos(folder / one, seed=number), training={"rank": 2 + number, "seed": number})
+            adapter(
+                one,
+                write_photos(folder / one, seed=number),
+                training={
+                    "rank": 2 + number,
+                    "seed": number,
+                    "steps": steps // 2 if streamed and one != "cup" else steps,
+                },
+            )
             for number, one in enumerate(ADAPTERS[:adapters])
         ]
         spec = write_spec(
             folder / "spec.yaml",
             tiny_base_folder,
             members,
-            training={"steps": steps, "learning_rate": 0.005, "lr_schedule": "cosine", "warmup_steps": 4},
+            training={"learning_rate": 0.005, "lr_schedule": "cosine", "warmup_steps": 4},
             cluster={
                 "workers": 2,
                 "zero_stage": stage,
-                "max_pack": 3,
+                "max_pack": 2 if streamed else 3,
                 "max_failures": SURVIVES,
                 "checkpoint_every": CHECKPOINT_EVERY,
             },
         )
-        sites.append(Site(folder, spec, f"{s3_bucket}/{name}"))
+        sites.append(Site(folder, spec, f"{s3_bucket}/site"))
         return sites[-1]
 
     yield make
@@ -104,9 +113,9 @@ def await_no_workers(cluster: Process) -> None:
 def test_a_job_survives_killed_workers_killed_drivers_and_outages_of_its_storage(
     make_site: Any, s3_server: S3Server
 ) -> None:
-    """Seventeen disturbances of one job of three adapters at random steps, some before the first step after a start."""
+    """Seventeen disturbances of a job of three adapters at random steps, some before the first step after a start."""
     rng = random.Random(20)
-    site = make_site(adapters=3, steps=STEPS, stage=2)
+    site = make_site(adapters=3, steps=STEPS, stage=2, streamed=True)
     whole = train_whole(site.spec, site.folder / "whole")
     kinds = ["worker"] * WORKER_KILLS + ["driver"] * (DRIVER_KILLS - 1) + ["storage"] * OUTAGES
     rng.shuffle(kinds)

@@ -41,7 +41,7 @@ class StepLog:
     def message(self, text: str) -> None:
         """Not kept."""
 
-    def pack_started(self, steps: Mapping[str, int]) -> None:
+    def started(self, steps: Mapping[str, int], together: int) -> None:
         """A pack that needs no more steps has begun too."""
         os.write(self._file, b"begin\n")
 

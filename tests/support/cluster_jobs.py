@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -36,12 +37,11 @@ PACK_TASK = "ray::train pack"  # and the task of a pack
 
 @dataclass(frozen=True)
 class Note:
-    """A step that a worker finished."""
+    """A step that a worker finished. done: how many each adapter has done of its own."""
 
     rank: int
     pid: int
-    step: int
-    adapters: tuple[str, ...]
+    done: dict[str, int]
 
 
 class StepLog:
@@ -54,12 +54,12 @@ class StepLog:
         """All steps so far; a line that a kill cut off is none."""
         if not self.path.exists():
             return []
-        lines = [line.split() for line in self.path.read_text().split("\n")[:-1]]
-        return [Note(int(rank), int(pid), int(step), tuple(ids.split(","))) for rank, pid, step, ids in lines]
+        lines = [line.split(maxsplit=2) for line in self.path.read_text().split("\n")[:-1]]
+        return [Note(int(rank), int(pid), json.loads(done)) for rank, pid, done in lines]
 
     def reached(self) -> int:
         """The highest step of any worker."""
-        return max((note.step for note in self.notes()), default=0)
+        return max((step for note in self.notes() for step in note.done.values()), default=0)
 
     def redone(self) -> list[int]:
         """How many steps each start of a worker group did again; fails where a group left a step out.
@@ -67,17 +67,20 @@ class StepLog:
         A step that no worker had noted at the time is not counted: of a killed one that is at most the last.
         """
         reached: dict[str, int] = {}
-        last: dict[int, int] = {}
+        last: dict[tuple[int, str], int] = {}
         again = []
         for note in (note for note in self.notes() if note.rank == 0):
-            if note.pid in last:
-                assert note.step == last[note.pid] + 1, note
-            elif reached:
-                before = max(reached.get(name, 0) for name in note.adapters)
-                again.append(before + 1 - note.step)
-            last[note.pid] = note.step
-            for name in note.adapters:
-                reached[name] = max(reached.get(name, 0), note.step)
+            resumed = []
+            for name, step in note.done.items():
+                if (note.pid, name) in last:
+                    assert step == last[note.pid, name] + 1, note
+                elif name in reached:
+                    resumed.append(reached[name] + 1 - step)
+                else:
+                    assert step == 1, note
+                last[note.pid, name] = step
+                reached[name] = max(reached.get(name, 0), step)
+            again += [max(resumed)] if resumed else []
         return again
 
 

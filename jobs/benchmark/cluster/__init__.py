@@ -1,3 +1,3 @@
 """What workers, ZeRO, Ray, checkpoints and batches cost and gain."""
 
-PARTS = ("steps", "checkpoints", "sharding", "batch")
+PARTS = ("steps", "changes", "checkpoints", "sharding", "batch")

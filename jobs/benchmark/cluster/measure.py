@@ -27,11 +27,13 @@ from cat_cluster.store import open_store
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter
 from cat_cluster.training.engine import TorchEngine
 from jobs.benchmark.cluster import PARTS
-from jobs.benchmark.cluster.two_workers import ADAPTERS, SPEC_DEFAULTS, STAGES, STEPS, WARM, step_seconds
+from jobs.benchmark.cluster.changes import ROWS, changes
+from jobs.benchmark.cluster.two_workers import ADAPTERS, STAGES, STEPS, WARM, step_seconds
 from jobs.benchmark.record import Start, write_result
-from jobs.benchmark.timing import concept_task, pack_step, take_turns
+from jobs.benchmark.timing import SPEC_DEFAULTS, concept_task, pack_step, take_turns
 
 RAY_STEPS = 60
+PACK_SIZES = (1, 4, 8)
 CHECKPOINT_EVERY = 50  # the spec's default
 CHECKPOINT_ADAPTERS = 4
 BATCH, SINGLES = 20, 1
@@ -43,6 +45,7 @@ def run(start: Start, console: Console, parts: Sequence[str]) -> list[Path]:
     """Measure the parts and write a result file for each; raises CatClusterError for an unknown part."""
     measures = {
         "steps": measure_steps,
+        "changes": measure_changes,
         "checkpoints": measure_checkpoints,
         "sharding": measure_sharding,
         "batch": measure_batch,
@@ -80,6 +83,14 @@ def measure_steps(console: Console) -> dict[str, Any]:
         "ray_steps": RAY_STEPS,
         "ray": ray,
     }
+
+
+def measure_changes(console: Console) -> dict[str, Any]:
+    """What adapters cost that come and go: packs of several sizes in this process, and every engine on two workers."""
+    torch.set_num_threads(2)
+    packs = {str(size): changes(load_base_model("pocket"), size, TorchEngine) for size in PACK_SIZES}
+    console.print(packs)
+    return {"rows_per_concept": ROWS, "packs": packs, "pair_adapters": 4, "pair": run_pair("changes")[0]}
 
 
 def through_ray(engine: str, bare_ms: float) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Two workers that measure: `python -m jobs.benchmark.cluster.two_workers PART RANK PORT FILE`; cluster.py starts both.
 
-steps: the seconds of a step with every engine, in turns. memory: what a base of the size of Stable Diffusion 1.5
+steps: the seconds of a step with every engine, in turns. changes: what adapters cost that come and go. memory: what a base of the size of Stable Diffusion 1.5
 holds and peaks at under ZeRO 2 or 3.
 """
 
@@ -25,10 +25,10 @@ from cat_cluster.training.engine import EngineFactory, TorchEngine
 from cat_cluster.training.loop import PackMember, train_pack
 from cat_cluster.training.methods import initial_weights
 from cat_cluster.training.pack_size import peak_resident
+from jobs.benchmark.cluster.changes import changes
 from jobs.benchmark.random_bases import random_base
-from jobs.benchmark.timing import RANK, StepOptions, concept_task
+from jobs.benchmark.timing import RANK, SPEC_DEFAULTS, concept_task
 
-SPEC_DEFAULTS = StepOptions(alpha=5.0, joint_rows=True, fraction=0.5)  # the spec's defaults
 ADAPTERS = 2
 STAGES: dict[str, int | None] = {"torch": None, "zero 0": 0, "zero 1": 1, "zero 2": 2, "zero 3": 3}
 STEPS, WARM, TURNS = 12, 3, 3
@@ -99,6 +99,8 @@ def main() -> None:
     distributed.init_process_group("gloo", rank=rank, world_size=2)
     if part == "steps":
         found = measure_steps()
+    elif part == "changes":
+        found = {name: changes(load_base_model("pocket"), 4, engine(stage)) for name, stage in STAGES.items()}
     elif part.startswith("sd15-"):
         found = measure_memory(random_base(on="cpu", latent_size=16), int(part[-1]), steps=2, rows=1)
     else:

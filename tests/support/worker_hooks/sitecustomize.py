@@ -7,6 +7,7 @@ know exactly how far a killed one had come.
 from __future__ import annotations
 
 import importlib.machinery
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ _MODULE = "cat_cluster.cluster.monitor"
 
 
 class _MonitorFinder:
-    """Finds the module where it is and has its monitor write a line for each step: rank, process, step, adapters."""
+    """Finds the module and has its monitor write a line for each step: rank, process, what each adapter has done."""
 
     @classmethod
     def find_spec(cls, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
@@ -41,8 +42,7 @@ def _note_steps(monitor: Any) -> None:
     journal = os.open(os.environ["CAT_TEST_JOURNAL"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def noted(self: Any, report: Any, slots: Any) -> None:
-        rank, adapters = os.environ.get("RANK", "0"), ",".join(report.losses)
-        os.write(journal, f"{rank} {os.getpid()} {report.step} {adapters}\n".encode())
+        os.write(journal, f"{os.environ.get('RANK', '0')} {os.getpid()} {json.dumps(report.done)}\n".encode())
         step(self, report, slots)
 
     monitor.step = noted

@@ -16,7 +16,7 @@ def test_progress_shows_steps_losses_per_token_and_outcomes() -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=140, force_terminal=False)
     with JobBars(console) as listener:
-        listener.pack_started({"mug": 10, "tea": 20})
+        listener.started({"mug": 10, "tea": 20}, 2)
         for step in range(1, 11):
             losses = {
                 "mug": {"sks": ConceptLoss(0.25, 0.002)},

@@ -50,7 +50,7 @@ def test_it_is_published_with_its_text_layers_also_from_a_pack_with_others(place
     packs: list[list[str]] = []
 
     class Told:
-        def pack_started(self, steps: dict[str, int]) -> None:
+        def started(self, steps: dict[str, int], together: int) -> None:
             packs.append(list(steps))
 
         def __getattr__(self, name: str) -> Any:
