@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from cat_cluster.lora.bank import LoraBank, adapted_layers
@@ -33,10 +34,10 @@ def changes(base: BaseModel, adapters: int, make: EngineFactory) -> dict[str, An
         with Pack(base, bank, members, make_engine=make) as pack:
             for turn in range(TURNS + 1):
                 one, other = (_member(base, layers, f"{turn}-{name}") for name in ("one", "other"))
-                works: dict[str, Callable[[], object]] = {
-                    JOIN: lambda one=one: pack.change(join=[one]),
-                    SWAP: lambda one=one, other=other: pack.change(leave=[one.adapter_id], join=[other]),
-                    LEAVE: lambda other=other: pack.change(leave=[other.adapter_id]),
+                works = {
+                    JOIN: partial(pack.change, join=[one]),
+                    SWAP: partial(pack.change, leave=[one.adapter_id], join=[other]),
+                    LEAVE: partial(pack.change, leave=[other.adapter_id]),
                 }
                 before = _seconds(base, pack.step)
                 for name, work in works.items():

@@ -1,7 +1,7 @@
 """Two workers that measure: `python -m jobs.benchmark.cluster.two_workers PART RANK PORT FILE`; cluster.py starts both.
 
-steps: the seconds of a step with every engine, in turns. changes: what adapters cost that come and go. memory: what a base of the size of Stable Diffusion 1.5
-holds and peaks at under ZeRO 2 or 3.
+steps: the seconds of a step with every engine, in turns. changes: what adapters cost that come and go, with every
+engine. memory: what a base of the size of Stable Diffusion 1.5 holds and peaks at under ZeRO 2 or 3.
 """
 
 from __future__ import annotations
