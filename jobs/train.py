@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from cat_cluster.cluster.ray_jobs import current_job
 from cat_cluster.cluster.run_progress import RunProgress, RunState
 from cat_cluster.cluster.runs import Run, run_id_of
 from cat_cluster.cluster.stored_spec import load_job
@@ -131,7 +132,7 @@ def _run_of(job: JobSpec, store: ObjectStore) -> Run:
 
 def _is_in_vain(run: Run, retries: int) -> bool:
     """Say, also in the log, whether an earlier try of this job has failed for good."""
-    ended = end_untried(run, retries)
+    ended = end_untried(run, retries, current_job())
     if ended is None:
         return False
     failed = "; ".join(f"{one.id}: {one.reason}" for one in ended.adapters if one.state == "failed")

@@ -43,13 +43,10 @@ def fail(run: Run, job: JobSpec, submission: str | None, *, permanent: bool = Tr
         writer.adapter("cup", state="failed", reason="out of memory: all of it", permanent=permanent)
 
 
-def test_a_job_that_failed_for_good_is_not_tried_on_the_next_clusters(
-    run: Run, job: JobSpec, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_job_that_failed_for_good_is_not_tried_on_the_next_clusters(run: Run, job: JobSpec) -> None:
     fail(run, job, "tea-1a2b3c4d-aaaaa")
     for number in (2, 3):
-        started_as(monkeypatch, f"tea-1a2b3c4d-bbbb{number}")
-        ended = end_untried(run, RETRIES)
+        ended = end_untried(run, RETRIES, f"tea-1a2b3c4d-bbbb{number}")
         assert ended is not None
         assert ended == run.progress()
         assert (ended.state, ended.attempt, ended.untried) == ("failed", number, number - 1)
@@ -58,34 +55,31 @@ def test_a_job_that_failed_for_good_is_not_tried_on_the_next_clusters(
         assert claim is not None
         assert claim.job == f"tea-1a2b3c4d-bbbb{number}"
     # KubeRay has given up by now: whoever starts the job now has their reasons.
-    started_as(monkeypatch, "tea-1a2b3c4d-ccccc")
-    assert end_untried(run, RETRIES) is None
+    assert end_untried(run, RETRIES, "tea-1a2b3c4d-ccccc") is None
     assert run.last_attempt() == 3
 
 
 @pytest.mark.parametrize("how", ["may pass", "another job", "submitted", "no job", "rendered again", "new version"])
 def test_whatever_may_go_better_now_is_tried(run: Run, job: JobSpec, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     fail(run, job, None if how == "submitted" else "tea-1a2b3c4d-aaaaa", permanent=how != "may pass")
-    if how != "no job":
-        started_as(monkeypatch, "tea-5e6f7a8b-bbbbb" if how == "another job" else "tea-1a2b3c4d-bbbbb")
+    job_id = "tea-5e6f7a8b-bbbbb" if how == "another job" else "tea-1a2b3c4d-bbbbb"
     if how == "rendered again":
         run.expect(Expectation(job="RayJob tea", look="kubectl", after=1))
     if how == "new version":
         monkeypatch.setattr("cat_cluster.cluster.tries.package_version", lambda: "99.0")
-    assert end_untried(run, RETRIES) is None
+    assert end_untried(run, RETRIES, None if how == "no job" else job_id) is None
     assert run.last_attempt() == 1
 
 
-def test_an_older_record_or_none_stops_nothing(run: Run, job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    started_as(monkeypatch, "tea-1a2b3c4d-bbbbb")
-    assert end_untried(run, RETRIES) is None
+def test_an_older_record_or_none_stops_nothing(run: Run, job: JobSpec) -> None:
+    assert end_untried(run, RETRIES, "tea-1a2b3c4d-bbbbb") is None
     fail(run, job, "tea-1a2b3c4d-aaaaa")
     record = json.loads(run.store.get(run.progress_key(1)))
     old = {name: value for name, value in record.items() if name not in ("permanent", "untried")}
     run.store.put(run.progress_key(1), json.dumps(old).encode())
-    assert end_untried(run, RETRIES) is None
+    assert end_untried(run, RETRIES, "tea-1a2b3c4d-bbbbb") is None
     run.store.put(run.progress_key(1), b"{")
-    assert end_untried(run, RETRIES) is None
+    assert end_untried(run, RETRIES, "tea-1a2b3c4d-bbbbb") is None
 
 
 @pytest.mark.parametrize("expected", [True, False])
