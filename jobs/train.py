@@ -16,12 +16,12 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from cat_cluster.cluster.ray_jobs import current_job
-from cat_cluster.cluster.run_progress import RunProgress, RunState
-from cat_cluster.cluster.runs import Run, run_id_of
 from cat_cluster.cluster.stored_spec import load_job
-from cat_cluster.cluster.tries import end_untried
 from cat_cluster.errors import CatClusterError, SupersededError
 from cat_cluster.models.base_names import check_bases
+from cat_cluster.runs.progress import RunProgress, RunState
+from cat_cluster.runs.run import Run, run_id_of
+from cat_cluster.runs.tries import end_untried
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore, open_store

@@ -506,26 +506,19 @@ MUTANTS = (
         "registry/test_listing.py",
     ),
     Mutant("registry", "cat_cluster/registry/references.py", "/~", "/", "registry/test_listing.py"),
+    # runs
+    Mutant(
+        "runs", "cat_cluster/runs/run.py", "int(last) >= self.number", "int(last) == self.number", "runs/test_run.py"
+    ),
+    Mutant(
+        "runs", "cat_cluster/runs/run.py", "is_claimed(self.number + 1)", "is_claimed(self.number)", "runs/test_run.py"
+    ),
+    Mutant("runs", "cat_cluster/runs/tries.py", " or last.untried >= retries", "", "runs/test_tries.py"),
+    Mutant("runs", "cat_cluster/runs/progress.py", " and all(failed)", "", "cluster/test_driver.py"),
     # cluster
-    Mutant(
-        "cluster",
-        "cat_cluster/cluster/runs.py",
-        "int(last) >= self.number",
-        "int(last) == self.number",
-        "cluster/test_runs.py",
-    ),
-    Mutant(
-        "cluster",
-        "cat_cluster/cluster/runs.py",
-        "is_claimed(self.number + 1)",
-        "is_claimed(self.number)",
-        "cluster/test_runs.py",
-    ),
     Mutant(
         "cluster", "cat_cluster/cluster/trainer.py", "if failure.permanent:", "if False:", "cluster/test_trainer.py"
     ),
-    Mutant("cluster", "cat_cluster/cluster/tries.py", " or last.untried >= retries", "", "cluster/test_tries.py"),
-    Mutant("cluster", "cat_cluster/cluster/run_progress.py", " and all(failed)", "", "cluster/test_driver.py"),
     # serving
     Mutant(
         "serving",

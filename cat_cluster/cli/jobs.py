@@ -9,8 +9,8 @@ import typer
 from rich.console import Console
 
 from cat_cluster.cli.options import AsJson, Storage, people, print_json
-from cat_cluster.cluster.run_progress import RunProgress, is_alive
-from cat_cluster.cluster.runs import Run, list_runs
+from cat_cluster.runs.progress import RunProgress, is_alive
+from cat_cluster.runs.run import Run, list_runs
 from cat_cluster.settings import load_settings
 from cat_cluster.store import ObjectStore, open_store
 
@@ -156,8 +156,8 @@ def jobs_logs(
 ) -> None:
     """Print the log of a run's last Ray job on the cluster."""
     from cat_cluster.cluster.ray_jobs import job_logs, open_cluster
-    from cat_cluster.cluster.runs import check_run_id
     from cat_cluster.errors import ClusterError
+    from cat_cluster.runs.run import check_run_id
 
     check_run_id(run_id)
     try:

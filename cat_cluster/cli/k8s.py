@@ -161,7 +161,7 @@ def _render_schedule(
 
 def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: bool, out: Path | None) -> None:
     from cat_cluster.cluster.kuberay.rendering.render import expectation_of, render_job, sizes_of, upload_job
-    from cat_cluster.cluster.runs import Run
+    from cat_cluster.runs.run import Run
     from cat_cluster.spec.job import load_spec
     from cat_cluster.store import open_store
 

@@ -173,7 +173,7 @@ def stop(
     from cat_cluster.cluster.kuberay.client.jobs import find_job, run_of, storage_of_run
     from cat_cluster.cluster.kuberay.client.storage import pod_settings, storage_reached
     from cat_cluster.cluster.kuberay.submit import stop_job
-    from cat_cluster.cluster.runs import Run
+    from cat_cluster.runs.run import Run
     from cat_cluster.store import open_store
 
     found = find_job(api, job)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cat_cluster.cli.bars import Bars, loss_text
-from cat_cluster.cluster.run_progress import ENDED_ADAPTER, AdapterProgress, RunProgress, is_alive
+from cat_cluster.runs.progress import ENDED_ADAPTER, AdapterProgress, RunProgress, is_alive
 
 _COLOURS = {"failed": "red", "stopped": "red", "rejected": "yellow"}
 _STAGES = {"waiting": "wait", "training": "train", "evaluating": "measure", "failed": "failed"}

@@ -20,9 +20,6 @@ from cat_cluster.cluster.failures import failure_of, unwrapped
 from cat_cluster.cluster.groups import Group, Groups
 from cat_cluster.cluster.messages import Messages
 from cat_cluster.cluster.ray_jobs import current_job
-from cat_cluster.cluster.run_progress import RunProgress
-from cat_cluster.cluster.run_writer import ProgressWriter
-from cat_cluster.cluster.runs import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.cluster.tasks import evaluate_on_ray, pack_size_on_ray
 from cat_cluster.cluster.trainer import PackSpec, start_pack
 from cat_cluster.errors import (
@@ -42,6 +39,9 @@ from cat_cluster.pipeline.job import (
 )
 from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, prepare
 from cat_cluster.registry import Registry
+from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.progress_writer import ProgressWriter
+from cat_cluster.runs.run import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import open_store

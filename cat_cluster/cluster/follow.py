@@ -6,9 +6,9 @@ import time
 from typing import Protocol
 
 from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, last_job_status
-from cat_cluster.cluster.run_progress import RunProgress, is_alive
-from cat_cluster.cluster.runs import Run
 from cat_cluster.errors import ClusterError, RunError, StoreError
+from cat_cluster.runs.progress import RunProgress, is_alive
+from cat_cluster.runs.run import Run
 
 POLL_SECONDS = 1.0
 ASK_SECONDS = 5.0  # between requests to Ray about a run whose driver is silent

@@ -17,7 +17,6 @@ from torch import distributed
 
 from cat_cluster.cluster.messages import Order, OrderReader
 from cat_cluster.cluster.monitor import PackMonitor
-from cat_cluster.cluster.runs import FencedStore, open_fenced_store
 from cat_cluster.cluster.trainer import PackSpec
 from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.errors import CatClusterError
@@ -25,6 +24,7 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.out_of_memory import memory_explained
 from cat_cluster.pipeline.job import stored_member
 from cat_cluster.pipeline.prepare import PreparedAdapter, open_bank, prepare_again
+from cat_cluster.runs.run import FencedStore, open_fenced_store
 from cat_cluster.settings import Settings, load_settings
 from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.telemetry import STORE_RETRIES, Metrics

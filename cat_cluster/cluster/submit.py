@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, connect, explained, stop_jobs
-from cat_cluster.cluster.run_progress import RunProgress, is_alive
-from cat_cluster.cluster.runs import Run, run_id_of
 from cat_cluster.data.s3_photos import store_images
 from cat_cluster.errors import ClusterError, RunError, SpecError
+from cat_cluster.runs.progress import RunProgress, is_alive
+from cat_cluster.runs.run import Run, run_id_of
 from cat_cluster.spec.job import AdapterSpec, JobSpec
 from cat_cluster.spec.yaml_bounds import load_yaml, read_text
 from cat_cluster.store import ObjectStore

@@ -14,13 +14,13 @@ from transformers.utils import logging as transformers_logging
 
 from cat_cluster import telemetry
 from cat_cluster.cluster.messages import Messages
-from cat_cluster.cluster.runs import open_fenced_store
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.pipeline.job import AdapterResult, finish_adapter, pack_size
 from cat_cluster.pipeline.prepare import PreparedAdapter, prepare_adapter, prepare_again, trained_adapter
 from cat_cluster.registry import Registry
+from cat_cluster.runs.run import open_fenced_store
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.telemetry.ray_backend import RayBackend

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from cat_cluster.cluster.run_progress import RunProgress
 from cat_cluster.evaluation.intervals import METRICS
+from cat_cluster.runs.progress import RunProgress
 from cat_cluster.store import open_store
 from tests.support import ray_plan
 from tests.support.ray_plan import GOOD, MEASURED, STEPS

@@ -19,10 +19,10 @@ from pathlib import Path
 import psutil
 import torch
 
-from cat_cluster.cluster.runs import Run, list_runs
 from cat_cluster.errors import CatClusterError
 from cat_cluster.pipeline.job import AdapterResult, Silent, run_job
 from cat_cluster.registry import Registry
+from cat_cluster.runs.run import Run, list_runs
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import LocalStore, ObjectStore, open_store

@@ -6,9 +6,9 @@ from cat_cluster.cluster.follow import Watcher
 from cat_cluster.cluster.kuberay.client.api import Api, Json
 from cat_cluster.cluster.kuberay.client.jobs import RAY, end_text, has_ended
 from cat_cluster.cluster.kuberay.obstacles.obstacles import Obstacle, job_obstacles
-from cat_cluster.cluster.run_progress import RunProgress, is_alive
-from cat_cluster.cluster.runs import Run
 from cat_cluster.errors import RunError
+from cat_cluster.runs.progress import RunProgress, is_alive
+from cat_cluster.runs.run import Run
 
 _STATES = {  # of KubeRay, in words
     "": "the operator has not seen it yet",

@@ -14,10 +14,10 @@ from cat_cluster.cluster.kuberay.client.api import ROLE, Api, Json
 from cat_cluster.cluster.kuberay.client.jobs import JOB_VERBS, RAY, end_text, has_ended, is_held, run_of
 from cat_cluster.cluster.kuberay.rendering.pods import RUN_LABEL
 from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, expectation_of, render_job, upload_job
-from cat_cluster.cluster.run_progress import RunProgress
-from cat_cluster.cluster.runs import Run
 from cat_cluster.cluster.submit import is_done, progress_or_none, refuse_alive
 from cat_cluster.errors import KubernetesError, RunError, SpecError, StoreError
+from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.run import Run
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 

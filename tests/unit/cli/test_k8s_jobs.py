@@ -14,9 +14,9 @@ from cat_cluster import store as stores
 from cat_cluster.cli.k8s import k8s_app
 from cat_cluster.cluster import follow
 from cat_cluster.cluster.kuberay import submit
-from cat_cluster.cluster.run_progress import RunProgress
-from cat_cluster.cluster.runs import Run
 from cat_cluster.errors import RunError, SpecError
+from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.run import Run
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import LocalStore
 from tests.support.api_server import ApiServer, api_server, made

@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from rich.console import Console, RenderableType
 
 from cat_cluster.cli.run_status import RunBars, adapters_table, runs_table, state_text
-from cat_cluster.cluster.run_progress import AdapterProgress, RunProgress, TokenLoss
+from cat_cluster.runs.progress import AdapterProgress, RunProgress, TokenLoss
 
 NOW = datetime.now(UTC)
 RUN = RunProgress(

@@ -15,9 +15,6 @@ from cat_cluster.cluster import driver as driver_module
 from cat_cluster.cluster.connection import ClusterSize
 from cat_cluster.cluster.driver import EVALUATION_RETRIES
 from cat_cluster.cluster.messages import Order
-from cat_cluster.cluster.run_progress import RunProgress
-from cat_cluster.cluster.run_writer import ProgressWriter
-from cat_cluster.cluster.runs import Run, run_id_of
 from cat_cluster.errors import (
     CatClusterError,
     ConceptError,
@@ -27,6 +24,9 @@ from cat_cluster.errors import (
     WorkerError,
 )
 from cat_cluster.pipeline.job import AdapterResult
+from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.progress_writer import ProgressWriter
+from cat_cluster.runs.run import Run, run_id_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, parse_spec
 from cat_cluster.store import open_store

@@ -15,9 +15,9 @@ from cat_cluster.cluster import follow
 from cat_cluster.cluster.follow import RayCarrier, follow_run, wait_for_start
 from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, expectation_of
 from cat_cluster.cluster.ray_jobs import RayCluster
-from cat_cluster.cluster.run_progress import RunProgress
-from cat_cluster.cluster.runs import Expectation, Run
 from cat_cluster.errors import RunError, StoreError
+from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.run import Expectation, Run
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from cat_cluster.cluster.run_progress import RunProgress
-from cat_cluster.cluster.runs import Expectation, Run
 from cat_cluster.cluster.stored_spec import load_job, spec_address, store_spec
 from cat_cluster.errors import SpecError
+from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.run import Expectation, Run
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import open_store
 from jobs import train

@@ -7,8 +7,8 @@ from datetime import datetime
 
 from cat_cluster.cluster.kuberay.client.api import Api, Json
 from cat_cluster.cluster.kuberay.rendering.pods import RUN_LABEL, STORAGE_ANNOTATION
-from cat_cluster.cluster.runs import check_run_id
 from cat_cluster.errors import RunError
+from cat_cluster.runs.run import check_run_id
 from cat_cluster.spec.choices import JobLog
 
 RAY = "ray.io/v1"

@@ -14,9 +14,9 @@ from cat_cluster.cluster.kuberay import followed_job
 from cat_cluster.cluster.kuberay.client.api import Api
 from cat_cluster.cluster.kuberay.followed_job import FollowedJob
 from cat_cluster.cluster.kuberay.obstacles.obstacles import Obstacle
-from cat_cluster.cluster.run_progress import RunProgress
-from cat_cluster.cluster.runs import Expectation, Run
 from cat_cluster.errors import KubernetesError, RunError
+from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.run import Expectation, Run
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from tests.support.api_server import ApiServer, made

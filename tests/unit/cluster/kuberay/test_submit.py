@@ -12,9 +12,9 @@ from cat_cluster.cluster.kuberay.client.api import Api
 from cat_cluster.cluster.kuberay.client.jobs import find_job, run_of, storage_of_run
 from cat_cluster.cluster.kuberay.rendering.render import RenderOptions
 from cat_cluster.cluster.kuberay.submit import KubernetesSubmission, check_cluster, stop_job, submit_to_kubernetes
-from cat_cluster.cluster.run_progress import RunProgress
-from cat_cluster.cluster.runs import Run
 from cat_cluster.errors import KubernetesError, RunError, StoreError
+from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.run import Run
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from tests.support.api_server import ApiServer, made

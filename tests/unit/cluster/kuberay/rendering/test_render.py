@@ -29,9 +29,9 @@ from cat_cluster.cluster.kuberay.rendering.render import (
     upload_job,
 )
 from cat_cluster.cluster.kuberay.rendering.sizes import Overrides
-from cat_cluster.cluster.runs import Run
 from cat_cluster.cluster.stored_spec import load_job
 from cat_cluster.errors import ConceptError, SpecError
+from cat_cluster.runs.run import Run
 from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import LocalStore
 

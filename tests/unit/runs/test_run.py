@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from cat_cluster.cluster import run_writer
-from cat_cluster.cluster.run_progress import HEARTBEAT_SECONDS, MISSED_HEARTBEATS, RunProgress, is_alive
-from cat_cluster.cluster.run_writer import ProgressWriter
-from cat_cluster.cluster.runs import Attempt, FencedStore, Run, list_runs, open_fenced_store, run_id_of
 from cat_cluster.errors import CheckpointError, RunError, StoreError, SupersededError
+from cat_cluster.runs import progress_writer
+from cat_cluster.runs.progress import HEARTBEAT_SECONDS, MISSED_HEARTBEATS, RunProgress, is_alive
+from cat_cluster.runs.progress_writer import ProgressWriter
+from cat_cluster.runs.run import Attempt, FencedStore, Run, list_runs, open_fenced_store, run_id_of
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.training.loss_curves import ConceptLoss
@@ -215,7 +215,7 @@ def test_every_run_gets_an_end(run: Run, error: BaseException | None, state: str
 
 
 def test_changes_are_written_seldom_and_a_heartbeat_without_any(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_writer, "HEARTBEAT_SECONDS", 0.4)
+    monkeypatch.setattr(progress_writer, "HEARTBEAT_SECONDS", 0.4)
     puts: list[float] = []
     put = LocalStore.put
 

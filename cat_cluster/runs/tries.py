@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from contextlib import suppress
 
-from cat_cluster.cluster.run_progress import RunProgress, timestamp
-from cat_cluster.cluster.runs import Claim, Run
 from cat_cluster.errors import RunError
 from cat_cluster.registry.manifest import package_version
+from cat_cluster.runs.progress import RunProgress, timestamp
+from cat_cluster.runs.run import Claim, Run
 
 
 def end_untried(run: Run, retries: int, job: str | None) -> RunProgress | None:

@@ -9,9 +9,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from cat_cluster.cluster.run_progress import HEARTBEAT_SECONDS, RunProgress, timestamp
-from cat_cluster.cluster.runs import Attempt, FencedStore
 from cat_cluster.errors import CatClusterError, StoreError, SupersededError
+from cat_cluster.runs.progress import HEARTBEAT_SECONDS, RunProgress, timestamp
+from cat_cluster.runs.run import Attempt, FencedStore
 
 WRITE_SECONDS = 2.0
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cat_cluster.cluster.run_progress import RunProgress
-from cat_cluster.cluster.run_writer import ProgressWriter
-from cat_cluster.cluster.runs import Expectation, Run, run_id_of
 from cat_cluster.cluster.submit import image_digests_of
-from cat_cluster.cluster.tries import end_untried
+from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.progress_writer import ProgressWriter
+from cat_cluster.runs.run import Expectation, Run, run_id_of
+from cat_cluster.runs.tries import end_untried
 from cat_cluster.spec.job import JobSpec, load_spec
 from cat_cluster.store import open_store
 from jobs import train
@@ -66,7 +66,7 @@ def test_whatever_may_go_better_now_is_tried(run: Run, job: JobSpec, monkeypatch
     if how == "rendered again":
         run.expect(Expectation(job="RayJob tea", look="kubectl", after=1))
     if how == "new version":
-        monkeypatch.setattr("cat_cluster.cluster.tries.package_version", lambda: "99.0")
+        monkeypatch.setattr("cat_cluster.runs.tries.package_version", lambda: "99.0")
     assert end_untried(run, RETRIES, None if how == "no job" else job_id) is None
     assert run.last_attempt() == 1
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cat_cluster.cluster.run_progress import RunProgress, timestamp
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, RunError, SupersededError
 from cat_cluster.registry.manifest import package_version
+from cat_cluster.runs.progress import RunProgress, timestamp
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore, open_store
 from cat_cluster.store.protocol import Entry, KeyList

@@ -1,0 +1,1 @@
+"""What is known of runs, kept in the object store; no Ray and no torch."""
