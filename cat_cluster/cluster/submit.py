@@ -14,7 +14,7 @@ import yaml
 from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, connect, explained, stop_jobs
 from cat_cluster.data.s3_photos import store_images
 from cat_cluster.errors import ClusterError, RunError, SpecError
-from cat_cluster.runs.progress import RunProgress, is_alive
+from cat_cluster.runs.progress import RunProgress
 from cat_cluster.runs.run import Run, run_id_of
 from cat_cluster.spec.job import AdapterSpec, JobSpec
 from cat_cluster.spec.yaml_bounds import load_yaml, read_text
@@ -52,11 +52,11 @@ def submit_run(
     _refuse_local_files(job, store, cluster)
     store.check_access()
     run = Run(store, run_id_of(job, image_digests_of(job)))
-    previous = progress_or_none(run, damaged_ok=force)
+    previous = run.progress_or_none(damaged_ok=force)
     if previous is not None and not force:
         if is_done(previous, store):
             return Submission(run.run_id, "already done", None, store.url)
-        refuse_alive(run, previous)
+        run.refuse_alive(previous)
     client = connect(cluster)
     run.write_spec(with_stored_images(job, store).model_copy(update={"storage": store.url}))
     run.withdraw_stop()
@@ -148,16 +148,6 @@ def image_digests_of(job: JobSpec) -> list[list[str]]:
     ]
 
 
-def progress_or_none(run: Run, *, damaged_ok: bool) -> RunProgress | None:
-    """Return the state of a run, None when the store has none; a damaged one is a RunError, or None if that is ok."""
-    try:
-        return run.progress()
-    except RunError:
-        if damaged_ok or run.last_record() is None:
-            return None
-        raise
-
-
 def is_done(progress: RunProgress, store: ObjectStore) -> bool:
     """Say whether a run is done and its adapters are still published: one may have been deleted since."""
     from cat_cluster.registry.references import manifest_key
@@ -166,17 +156,6 @@ def is_done(progress: RunProgress, store: ObjectStore) -> bool:
         adapter.revision is not None and store.exists(manifest_key(adapter.id, adapter.revision))
         for adapter in progress.adapters
     )
-
-
-def refuse_alive(run: Run, progress: RunProgress) -> None:
-    """Raise RunError where a driver works on the run."""
-    if is_alive(progress):
-        claim = run.claim_of(progress.attempt)
-        where = "" if claim is None else f" on {claim.host}"
-        raise RunError(
-            f"{run.run_id} is running: attempt {progress.attempt}{where} last wrote {progress.silent_seconds():.0f} s "
-            f"ago; follow it with `{_follow(run)}`, or take it over with --force"
-        )
 
 
 def with_stored_images(job: JobSpec, store: ObjectStore) -> JobSpec:
@@ -229,14 +208,10 @@ def _start(
         if status in LIVE and not force:
             raise RunError(
                 f"{run.run_id} is already submitted: its Ray job {submission_id} is {status}; follow it with "
-                f"`{_follow(run)}`, or submit once more with --force"
+                f"`{run.follow_command()}`, or submit once more with --force"
             )
     raise RunError(f"{run.run_id} has used up {MAX_SUBMISSIONS} ids on {cluster.address}: start the cluster anew")
 
 
 def _is_taken(error: ClusterError) -> bool:
     return "already exists" in str(error.__cause__)
-
-
-def _follow(run: Run) -> str:
-    return f"cat-cluster jobs status {run.run_id} --wait --storage {run.store.url}"

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, RunError, SupersededError
 from cat_cluster.registry.manifest import package_version
-from cat_cluster.runs.progress import RunProgress, timestamp
+from cat_cluster.runs.progress import RunProgress, is_alive, timestamp
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore, open_store
 from cat_cluster.store.protocol import Entry, KeyList
@@ -174,6 +174,30 @@ class Run:
                 f"the progress record of {self.run_id} in storage {self.store.url} is damaged: submit the job again "
                 "with --force, it goes on from its checkpoints"
             ) from error
+
+    def progress_or_none(self, *, damaged_ok: bool) -> RunProgress | None:
+        """Return the state of the run, None without any; a damaged record is a RunError, or None if that is ok."""
+        try:
+            return self.progress()
+        except RunError:
+            if damaged_ok or self.last_record() is None:
+                return None
+            raise
+
+    def refuse_alive(self, progress: RunProgress, otherwise: str = "take it over with --force") -> None:
+        """Raise RunError where a driver works on the run; otherwise: what to do in place of following it."""
+        if is_alive(progress):
+            claim = self.claim_of(progress.attempt)
+            where = "" if claim is None else f" on {claim.host}"
+            silent = f"{progress.silent_seconds():.0f} s"
+            raise RunError(
+                f"{self.run_id} is running: attempt {progress.attempt}{where} last wrote {silent} ago; follow it with "
+                f"`{self.follow_command()}`, or {otherwise}"
+            )
+
+    def follow_command(self) -> str:
+        """Return the command that follows the run."""
+        return f"cat-cluster jobs status {self.run_id} --wait --storage {self.store.url}"
 
     def write_progress(self, progress: RunProgress) -> None:
         """Replace the progress record of an attempt, from outside it: a driver uses a ProgressWriter."""

@@ -14,7 +14,7 @@ from cat_cluster.cluster.kuberay.client.api import ROLE, Api, Json
 from cat_cluster.cluster.kuberay.client.jobs import JOB_VERBS, RAY, end_text, has_ended, is_held, run_of
 from cat_cluster.cluster.kuberay.rendering.pods import RUN_LABEL
 from cat_cluster.cluster.kuberay.rendering.render import RenderOptions, expectation_of, render_job, upload_job
-from cat_cluster.cluster.submit import is_done, progress_or_none, refuse_alive
+from cat_cluster.cluster.submit import is_done
 from cat_cluster.errors import KubernetesError, RunError, SpecError, StoreError
 from cat_cluster.runs.progress import RunProgress
 from cat_cluster.runs.run import Run
@@ -76,7 +76,7 @@ def submit_to_kubernetes(
     if findings:
         raise SpecError("\n".join(map(str, findings)))
     there = api.get(RAY, "RayJob", name)
-    previous = progress_or_none(run, damaged_ok=force)
+    previous = run.progress_or_none(damaged_ok=force)
     if not force:
         if previous is not None and is_done(previous, store):
             return KubernetesSubmission(run, "already done", None)
@@ -85,7 +85,7 @@ def submit_to_kubernetes(
             return found
         _refuse_another(api, run, name)
         if previous is not None:
-            refuse_alive(run, previous)
+            run.refuse_alive(previous)
     if there is not None:
         delete_job(api, name)
     run.withdraw_stop()
@@ -191,7 +191,7 @@ def _refuse_another(api: Api, run: Run, name: str) -> None:
 
 
 def _ask_to_stop(run: Run, say: Callable[[str], None]) -> None:
-    progress = progress_or_none(run, damaged_ok=True)
+    progress = run.progress_or_none(damaged_ok=True)
     if progress is None or progress.state != "running":
         run.withdraw_expectation()  # no driver is at work, and none will come
         return
@@ -205,6 +205,6 @@ def _ask_to_stop(run: Run, say: Callable[[str], None]) -> None:
 
 def _record_stop(run: Run) -> None:
     """Record the stop for a driver that went before it could: a run is resumed only when none is at work."""
-    progress = progress_or_none(run, damaged_ok=True)
+    progress = run.progress_or_none(damaged_ok=True)
     if progress is not None and not progress.ended:
         run.write_progress(progress.changed(state="stopped"))
