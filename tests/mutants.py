@@ -515,6 +515,17 @@ MUTANTS = (
     ),
     Mutant("runs", "cat_cluster/runs/tries.py", " or last.untried >= retries", "", "runs/test_tries.py"),
     Mutant("runs", "cat_cluster/runs/progress.py", " and all(failed)", "", "cluster/test_driver.py"),
+    Mutant("runs", "cat_cluster/runs/queue.py", "if_absent=not was_stopped", "if_absent=False", "runs/test_queue.py"),
+    Mutant("runs", "cat_cluster/runs/queue.py", "None if has_ended else _named", "_named", "runs/test_queue.py"),
+    Mutant("runs", "cat_cluster/runs/queue.py", " and previous.attempt == attempt", " and False", "runs/test_queue.py"),
+    Mutant(
+        "runs",
+        "cat_cluster/runs/queue_reader.py",
+        "min(self._newest, self._now())",
+        "self._newest",
+        "runs/test_queue_reader.py",
+    ),
+    Mutant("runs", "cat_cluster/runs/queue_reader.py", "key > after and ", "", "runs/test_queue_reader.py"),
     # cluster
     Mutant(
         "cluster", "cat_cluster/cluster/trainer.py", "if failure.permanent:", "if False:", "cluster/test_trainer.py"

@@ -21,14 +21,9 @@ from cat_cluster.runs.run import Attempt, FencedStore, Run, list_runs, open_fenc
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.training.loss_curves import ConceptLoss
+from tests.support.queued_runs import small_job
 
 RUN_ID = "run-0123456789ab"
-
-
-def make_job(**changes: Any) -> JobSpec:
-    concepts = [{"token": "sks", "class_noun": "cup", "images": "photos"}]
-    adapters = [{"id": "cup", "concepts": concepts}, {"id": "tea", "concepts": concepts, "training": {"rank": 4}}]
-    return JobSpec.model_validate({"name": "spring", "adapters": adapters, "training": {"steps": 9}, **changes})
 
 
 @pytest.fixture
@@ -37,12 +32,12 @@ def run(tmp_path: Path) -> Run:
 
 
 def begun(attempt: Attempt) -> RunProgress:
-    return RunProgress.begin(RUN_ID, make_job(), state="running", attempt=attempt.number)
+    return RunProgress.begin(RUN_ID, small_job(), state="running", attempt=attempt.number)
 
 
 def test_a_run_is_what_it_makes() -> None:
     digests = [["a", "b"], ["c"]]
-    run_id = run_id_of(make_job(), digests)
+    run_id = run_id_of(small_job(), digests)
     assert Run(LocalStore("unused"), run_id).run_id == run_id
     same: list[dict[str, Any]] = [
         {"name": "autumn"},
@@ -50,15 +45,15 @@ def test_a_run_is_what_it_makes() -> None:
         {"cluster": {"workers": 4, "zero_stage": 3}},
         {"monitoring": {"samples_every": 5}},
     ]
-    assert {run_id_of(make_job(**changes), digests) for changes in same} == {run_id}
-    moved = JobSpec.model_validate_json(make_job().model_dump_json().replace("photos", "s3://b/inputs/1.zip"))
+    assert {run_id_of(small_job(**changes), digests) for changes in same} == {run_id}
+    moved = JobSpec.model_validate_json(small_job().model_dump_json().replace("photos", "s3://b/inputs/1.zip"))
     assert run_id_of(moved, digests) == run_id
-    turned = make_job().model_copy(update={"adapters": make_job().adapters[::-1]})
+    turned = small_job().model_copy(update={"adapters": small_job().adapters[::-1]})
     assert run_id_of(turned, digests[::-1]) == run_id
     others = [
-        run_id_of(make_job(training={"steps": 10}), digests),
-        run_id_of(make_job(), [["a", "b"], ["d"]]),
-        run_id_of(make_job(), [["b", "a"], ["c"]]),
+        run_id_of(small_job(training={"steps": 10}), digests),
+        run_id_of(small_job(), [["a", "b"], ["d"]]),
+        run_id_of(small_job(), [["b", "a"], ["c"]]),
         run_id_of(turned, digests),
     ]
     assert len({run_id, *others}) == 5
@@ -73,11 +68,11 @@ def test_an_id_that_is_none_never_becomes_a_key(tmp_path: Path, run_id: str) -> 
 def test_the_spec_comes_back_and_gives_way_to_an_equal_run(run: Run) -> None:
     with pytest.raises(RunError, match="has no run"):
         run.read_spec()
-    run.write_spec(make_job())
-    run.write_spec(make_job())
-    assert run.read_spec() == make_job()
-    assert run.read_spec().resolved()[1].digest() == make_job().resolved()[1].digest()
-    run.write_spec(make_job(cluster={"workers": 2}))
+    run.write_spec(small_job())
+    run.write_spec(small_job())
+    assert run.read_spec() == small_job()
+    assert run.read_spec().resolved()[1].digest() == small_job().resolved()[1].digest()
+    run.write_spec(small_job(cluster={"workers": 2}))
     assert run.read_spec().cluster.workers == 2
     run.store.put(run.key("spec.json"), b'{"name": "spring"}')
     with pytest.raises(RunError, match=r"damaged or of another version .*submit the job again"):
@@ -299,7 +294,7 @@ def test_a_write_that_arrives_after_another_driver_took_over_changes_no_record_b
 
 
 def test_a_run_of_an_older_version_is_read_until_its_next_attempt(run: Run) -> None:
-    old = RunProgress.begin(run.run_id, make_job(), state="failed", attempt=3)
+    old = RunProgress.begin(run.run_id, small_job(), state="failed", attempt=3)
     run.store.put(run.key("progress.json"), old.model_dump_json().encode())
     assert run.progress() == old
     run.write_progress(old.changed(attempt=4, state="waiting"))
@@ -324,11 +319,11 @@ def test_runs_are_listed_newest_first_and_a_damaged_record_hides_none(run: Run) 
     store = run.store
     for number in (1, 2, 3):
         one = Run(store, f"run-00000000000{number}")
-        begin = RunProgress.begin(one.run_id, make_job(), state="waiting", attempt=1)
+        begin = RunProgress.begin(one.run_id, small_job(), state="waiting", attempt=1)
         one.write_progress(begin.changed(started=f"2026-11-0{number}T00:00:00+00:00"))
     store.put("runs/run-000000000004/progress/00000001.json", b'{"run_id": 4}')
     store.put("runs/run-a-cup/r-0123456789ab/checkpoints/00000001.json", b"{}")  # of an earlier cat-cluster
-    Run(store, "run-000000000005").write_spec(make_job())
+    Run(store, "run-000000000005").write_spec(small_job())
     runs, damaged = list_runs(store)
     assert [one.run_id[-1] for one in runs] == ["3", "2", "1"]
     assert damaged == ["run-000000000004"]
