@@ -526,6 +526,17 @@ MUTANTS = (
         "runs/test_queue_reader.py",
     ),
     Mutant("runs", "cat_cluster/runs/queue_reader.py", "key > after and ", "", "runs/test_queue_reader.py"),
+    Mutant(
+        "runs",
+        "cat_cluster/runs/lease.py",
+        "min(now - before.looked, HEARTBEAT_SECONDS)",
+        "now - before.looked",
+        "runs/test_lease.py",
+    ),
+    Mutant("runs", "cat_cluster/runs/lease.py", ">= MISSED_HEARTBEATS *", ">= 5 *", "runs/test_lease.py"),
+    Mutant("runs", "cat_cluster/runs/lease.py", "record_of > seen.attempt", "record_of > 0", "runs/test_lease.py"),
+    Mutant("runs", "cat_cluster/runs/lease.py", "self._own.get(run_id)", "None", "runs/test_lease.py"),
+    Mutant("runs", "cat_cluster/runs/lease.py", " and claim.service == self.service", "", "runs/test_lease.py"),
     # cluster
     Mutant(
         "cluster", "cat_cluster/cluster/trainer.py", "if failure.permanent:", "if False:", "cluster/test_trainer.py"

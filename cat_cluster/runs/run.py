@@ -55,7 +55,10 @@ def check_run_id(run_id: str) -> str:
 
 
 class Claim(BaseModel):
-    """Who claimed an attempt: a nonce, the driver's host, process and package version, the time, its Ray job if any."""
+    """Who claimed an attempt: a nonce, the driver's host, process and package version, the time.
+
+    job: its Ray job, if any; service: the name of the training service that it is the process of, if any.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -65,6 +68,7 @@ class Claim(BaseModel):
     time: str
     job: str | None = None
     version: str | None = None
+    service: str | None = None
 
 
 class Expectation(BaseModel):
@@ -116,27 +120,20 @@ class Run:
 
     def claim(self, job: str | None = None) -> Attempt:
         """Claim the next attempt, which supersedes all before it. job: the id of the Ray job that runs the driver."""
-        claim = Claim(
-            nonce=uuid.uuid4().hex,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            time=timestamp(),
-            job=job,
-            version=package_version(),
-        )
-        data = claim.model_dump_json().encode()
+        claim = _new_claim(job=job)
         first = self.last_attempt() + 1
         for number in range(first, first + MAX_CLAIMS):
-            with suppress(ObjectExistsError):
-                self.store.put(self._attempt_key(number), data, if_absent=True)
-            # Read back even after a refusal: a store may report a put that its own retry had already made.
-            found = self.claim_of(number)
-            if found is not None and found.nonce == claim.nonce:
+            if self._put_claim(number, claim):
                 return Attempt(self, number)
         raise RunError(
             f"no attempt of {self.run_id} could be claimed in {MAX_CLAIMS} tries: stop the other drivers, "
             "then try again"
         )
+
+    def claim_after(self, attempt: int, service: str | None = None) -> Attempt | None:
+        """Claim the attempt after this one and no later; None when somebody else has. service: whose process claims."""
+        number = attempt + 1
+        return Attempt(self, number) if self._put_claim(number, _new_claim(service=service)) else None
 
     def last_attempt(self) -> int:
         """Return the highest claimed attempt, 0 if there is none."""
@@ -205,6 +202,11 @@ class Run:
 
     def last_record(self) -> str | None:
         """Return the storage key of the progress record that counts, that of the last attempt; None without any."""
+        record = self.listed_record()
+        return None if record is None else record.key
+
+    def listed_record(self) -> Entry | None:
+        """Return that record as the store lists it: its version is another one whenever it has been written."""
         return _last_records(self.store, self.key("progress")).get(self.run_id)
 
     def expect(self, expectation: Expectation) -> None:
@@ -249,6 +251,13 @@ class Run:
     def key(self, name: str) -> str:
         """Return the storage key of one of the run's objects."""
         return f"runs/{self.run_id}/{name}"
+
+    def _put_claim(self, number: int, claim: Claim) -> bool:
+        with suppress(ObjectExistsError):
+            self.store.put(self._attempt_key(number), claim.model_dump_json().encode(), if_absent=True)
+        # Read back even after a refusal: a store may report a put that its own retry had already made.
+        found = self.claim_of(number)
+        return found is not None and found.nonce == claim.nonce
 
     def _attempt_key(self, number: int) -> str:
         return self.key(f"attempts/{number:08d}.json")
@@ -346,7 +355,7 @@ def list_runs(store: ObjectStore) -> tuple[list[RunProgress], list[str]]:
     runs, damaged = [], []
     for run_id, record in _last_records(store, "runs/run-").items():
         try:
-            runs.append(RunProgress.model_validate_json(store.get(record)))
+            runs.append(RunProgress.model_validate_json(store.get(record.key)))
         except ObjectNotFoundError:
             continue  # removed after it was listed
         except ValidationError:
@@ -354,6 +363,18 @@ def list_runs(store: ObjectStore) -> tuple[list[RunProgress], list[str]]:
     return sorted(runs, key=lambda run: (run.started, run.run_id), reverse=True), damaged
 
 
-def _last_records(store: ObjectStore, prefix: str) -> dict[str, str]:
-    """Return, by run, the key of the progress record of its last attempt."""
-    return {match[1]: match[0] for match in map(_RECORD.fullmatch, store.list(prefix)) if match}
+def _new_claim(*, job: str | None = None, service: str | None = None) -> Claim:
+    return Claim(
+        nonce=uuid.uuid4().hex,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        time=timestamp(),
+        job=job,
+        version=package_version(),
+        service=service,
+    )
+
+
+def _last_records(store: ObjectStore, prefix: str) -> dict[str, Entry]:
+    """Return, by run, the progress record of its last attempt."""
+    return {match[1]: entry for entry in store.entries(prefix) if (match := _RECORD.fullmatch(entry.key))}

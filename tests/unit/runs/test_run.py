@@ -142,7 +142,7 @@ def test_the_fence_costs_one_look_at_one_key(run: Run, monkeypatch: pytest.Monke
         return exists(self, key)
 
     monkeypatch.setattr(LocalStore, "exists", noted)
-    monkeypatch.setattr(LocalStore, "list", lambda self, prefix: pytest.fail("no listing"))
+    monkeypatch.setattr(LocalStore, "entries", lambda self, prefix, **_: pytest.fail("no listing"))
     FencedStore(attempt).put("checkpoint", b"1")
     assert looked == [run.key("attempts/00000002.json")]
 
