@@ -537,6 +537,13 @@ MUTANTS = (
     Mutant("runs", "cat_cluster/runs/lease.py", "record_of > seen.attempt", "record_of > 0", "runs/test_lease.py"),
     Mutant("runs", "cat_cluster/runs/lease.py", "self._own.get(run_id)", "None", "runs/test_lease.py"),
     Mutant("runs", "cat_cluster/runs/lease.py", " and claim.service == self.service", "", "runs/test_lease.py"),
+    Mutant("runs", "cat_cluster/runs/fair_share.py", ", reverse=True", "", "runs/test_fair_share.py"),
+    Mutant("runs", "cat_cluster/runs/fair_share.py", "(self._held[owner], self", "(self", "runs/test_fair_share.py"),
+    Mutant("runs", "cat_cluster/runs/fair_share.py", " self._last_turn[owner],", "", "runs/test_fair_share.py"),
+    Mutant("runs", "cat_cluster/runs/fair_share.py", "self._held[owner] + 1)", "1)", "runs/test_fair_share.py"),
+    Mutant(
+        "runs", "cat_cluster/runs/fair_share.py", "deadline or entry.submitted", "submitted", "runs/test_fair_share.py"
+    ),
     # cluster
     Mutant(
         "cluster", "cat_cluster/cluster/trainer.py", "if failure.permanent:", "if False:", "cluster/test_trainer.py"
