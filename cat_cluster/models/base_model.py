@@ -198,6 +198,18 @@ def compiled_blocks(unet: UNet2DConditionModel) -> Iterator[None]:
             block._compiled_call_impl = None
 
 
+@contextmanager
+def checkpointed_activations(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Keep only what enters the U-Net's blocks inside, and compute the rest again in the backward."""
+    unet.train()  # diffusers checkpoints only in training mode; an SD U-Net has no dropout to wake up
+    unet.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        unet.disable_gradient_checkpointing()
+        unet.eval()
+
+
 def _scheduler_config(folder: Path) -> Mapping[str, Any]:
     config = read_config(folder, "scheduler")
     return as_stock_pipeline_reads(config) if family_of(folder) == "sd" else config

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
@@ -19,8 +19,7 @@ from cat_cluster.data.latents import TextCache
 from cat_cluster.data.parts import Shard, step_parts
 from cat_cluster.lora.bank import LoraBank, parameter_names, weights_of
 from cat_cluster.lora.formats import AdapterWeights
-from cat_cluster.models.base_model import BaseModel, compiled_blocks
-from cat_cluster.spec.sections import TrainingSpec
+from cat_cluster.models.base_model import BaseModel, checkpointed_activations, compiled_blocks
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest, tensor_names
 from cat_cluster.training.drift_budget import DriftBudget, weigh
 from cat_cluster.training.engine import EngineFactory, SlotState, TorchEngine, TrainingEngine, autocast
@@ -172,7 +171,10 @@ class Pack:
 
     def __enter__(self) -> Self:
         self._inside.enter_context(self._writer)
-        self._inside.enter_context(_training_mode(self._base, self._shape))
+        if self._shape.compile:
+            self._inside.enter_context(compiled_blocks(self._base.unet))
+        if self._shape.gradient_checkpointing:
+            self._inside.enter_context(checkpointed_activations(self._base.unet))
         return self
 
     def __exit__(
@@ -373,22 +375,6 @@ def _all_losses(engine: TrainingEngine, batch: Batch, parts: Sequence[Shard], lo
         values[places] = torch.cat([own.identity_B[: len(part.rows_B)], own.cat_M[: len(part.cat_M)]])
     values = engine.sum(values).cpu()
     return RowLosses(identity_B=values[:count], cat_M=values[count:])
-
-
-@contextmanager
-def _training_mode(base: BaseModel, training: TrainingSpec) -> Iterator[None]:
-    """Compile the U-Net's blocks and checkpoint its activations inside, where the settings ask for it."""
-    with compiled_blocks(base.unet) if training.compile else nullcontext():
-        if not training.gradient_checkpointing:
-            yield
-            return
-        base.unet.train()  # diffusers checkpoints only in training mode; an SD U-Net has no dropout to wake up
-        base.unet.enable_gradient_checkpointing()
-        try:
-            yield
-        finally:
-            base.unet.disable_gradient_checkpointing()
-            base.unet.eval()
 
 
 @torch.no_grad()
