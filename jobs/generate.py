@@ -16,7 +16,8 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
-from cat_cluster.spec.job import AdapterSpec, ConceptSpec, JobSpec
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import AdapterSpec, JobSpec
 from cat_cluster.spec.sections import ClusterSpec, EvaluationSpec, MonitoringSpec, TextEncoderSpec, TrainingSpec
 from cat_cluster.telemetry import LABELS, MOST_SERIES, OTHER, SERVING_METRICS, TRAINING_METRICS
 from jobs.architecture_diagram import layers, way_of_the_data

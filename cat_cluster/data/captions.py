@@ -20,8 +20,8 @@ from cat_cluster.data.photo_folder import (
 )
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.characters import control_character, shown_name
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.fields import words
-from cat_cluster.spec.job import ConceptSpec
 
 _LARGEST_NOTE = 65_536  # bytes of a text file that is no photo's; a longer one is no caption
 

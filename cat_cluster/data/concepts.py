@@ -17,9 +17,10 @@ from cat_cluster.data.photos import MOST_DECODED_BYTES, decoded_bytes, read_phot
 from cat_cluster.data.s3_photos import local_images
 from cat_cluster.errors import ConceptError
 from cat_cluster.spec.characters import shown_name
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.fields import words
 from cat_cluster.spec.folder_name import read_folder_name
-from cat_cluster.spec.job import AdapterSpec, ConceptSpec
+from cat_cluster.spec.job import AdapterSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,8 +22,8 @@ from cat_cluster.models.base_names import lasting_name
 from cat_cluster.pipeline.publish import adapter_draft
 from cat_cluster.pipeline.published_adapters import ImageListener
 from cat_cluster.registry import Manifest, Registry
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.imported import ImportedAdapter, ImportedConcept
-from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.spec.yaml_file import field_lines
 

@@ -36,8 +36,8 @@ from cat_cluster.registry.objects import PHOTO_PREFIX
 from cat_cluster.registry.stacks import StackMember, check_once_each, stack_name
 from cat_cluster.spec.characters import control_character
 from cat_cluster.spec.choices import AdapterFormat, SamplerName, Weighting
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.imported import ImportedConcept
-from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
 
 

@@ -8,8 +8,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.fields import AdapterId, OneOrMore, Text
-from cat_cluster.spec.job import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cat_cluster.spec.choices import (
     AlphaSchedule,
@@ -37,6 +38,7 @@ from cat_cluster.spec.fields import (
     Whole,
     Workers,
 )
+from cat_cluster.spec.yaml_file import FieldError
 
 
 class Section(BaseModel):
@@ -45,6 +47,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True, validate_default=False
     )
+
+    @classmethod
+    def refuse(cls, errors: Iterable[FieldError]) -> None:
+        """Raise the errors as one validation error, each at its own place below the section; no errors raise none."""
+        details = [
+            InitErrorDetails(type=PydanticCustomError("refused", "{text}", {"text": text}), loc=place, input=None)
+            for place, text in errors
+        ]
+        if details:
+            raise ValidationError.from_exception_data(cls.__name__, details)
 
 
 class TextEncoderSpec(Section):

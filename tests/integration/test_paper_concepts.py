@@ -16,7 +16,7 @@ from PIL import Image
 
 from cat_cluster.data.concepts import check_tokens, has_token, load_concept
 from cat_cluster.errors import ConceptError
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 
 ORIENTATION, ROTATED = 0x0112, 6  # the EXIF tag of a phone held upright: rotate by 90 degrees to show
 CONCEPTS = {

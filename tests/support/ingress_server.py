@@ -22,7 +22,8 @@ from PIL import Image
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
-from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.telemetry import HTTP_REQUESTS, HTTP_SECONDS, SERVING_METRICS, Metrics, PrometheusBackend

@@ -21,7 +21,8 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import ImageRow, generate
 from cat_cluster.models.pocket import world
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
-from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore, ObjectStore
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend

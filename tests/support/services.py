@@ -18,7 +18,8 @@ from PIL import Image
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.registry.stacks import StackMember, parse_member
-from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
 from serve.calls import Event, Failed, Finished, ImageCall

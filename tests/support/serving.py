@@ -29,7 +29,8 @@ from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import generate
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
-from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from serve.settings import ServeSettings
 from tests.support.denoised_images import random_adapter

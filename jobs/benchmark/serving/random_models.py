@@ -14,7 +14,8 @@ from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.spec.choices import Targets
-from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import open_store
 from jobs.benchmark.timing import RANK

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from cat_cluster.models.pocket import world
-from cat_cluster.spec.job import DEFAULT_ALPHA
+from cat_cluster.spec.concept import DEFAULT_ALPHA
 from cat_cluster.spec.sections import TrainingSpec
 from jobs.benchmark.record import Start, write_result
 from jobs.benchmark.study.compare import compare

@@ -14,7 +14,8 @@ from cat_cluster.cli.app import app
 from cat_cluster.errors import AdapterNotFoundError, BaseModelError, SpecError
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.registry import AdapterDraft, Registry
-from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store.local import LocalStore
 from tests.support.ldm_files import write_checkpoint

@@ -27,7 +27,7 @@ from cat_cluster.data.text_length import check_caption_lengths
 from cat_cluster.errors import ConceptError
 from cat_cluster.models.prompt_weights import Prompt
 from cat_cluster.models.text_limit import TextLimit, local_text_limit
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.sections import TrainingSpec
 from tests.support.texts import plain_replacement, square_sizes
 

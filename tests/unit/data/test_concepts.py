@@ -14,7 +14,7 @@ from PIL import Image
 
 from cat_cluster.data.concepts import check_tokens, has_token, load_concept, remove_token
 from cat_cluster.errors import ConceptError
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 
 
 def photo(seed: int = 0) -> Image.Image:

@@ -18,7 +18,7 @@ from cat_cluster.data.concepts import load_concept
 from cat_cluster.data.edit_image import read_edit_image
 from cat_cluster.data.photos import read_photo
 from cat_cluster.errors import ConceptError, SpecError
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 from tests.unit.data.test_colour import GREEN, WIDE, in_wide, near, seen
 from tests.unit.data.test_photos import photo
 

@@ -15,7 +15,7 @@ from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.data.crops import Size, bucket_of, crop_pixels
 from cat_cluster.data.latents import LatentCache, TextCache
 from cat_cluster.models.base_model import BaseModel, load_base_model
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 from tests.support.texts import states_of
 
 

@@ -16,7 +16,7 @@ from cat_cluster.data.latents import LatentCache
 from cat_cluster.errors import ConceptError
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.pipeline.publish import image_digests
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.sections import TrainingSpec
 
 MASKED = TrainingSpec(masked_loss=True)

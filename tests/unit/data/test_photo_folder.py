@@ -13,7 +13,7 @@ from cat_cluster.data.photo_folder import find_images
 from cat_cluster.data.photos import IMAGE_SUFFIXES
 from cat_cluster.data.s3_photos import pack_images, unpack_images
 from cat_cluster.errors import ConceptError
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 

@@ -18,7 +18,7 @@ from cat_cluster.data.concepts import load_concept
 from cat_cluster.data.photo_folder import find_images
 from cat_cluster.data.photos import read_photo
 from cat_cluster.errors import ConceptError
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (48, 40)) -> Image.Image:

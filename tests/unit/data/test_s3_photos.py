@@ -15,7 +15,7 @@ from cat_cluster.data import s3_photos as inputs
 from cat_cluster.data.concepts import Concept, load_concept
 from cat_cluster.data.s3_photos import local_images, pack_images, store_images, unpack_images
 from cat_cluster.errors import ConceptError, StoreError
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.store import open_store
 from cat_cluster.store.s3_folder import S3Folder
 from tests.support.s3_server import S3Server

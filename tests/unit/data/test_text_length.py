@@ -17,7 +17,8 @@ from cat_cluster.models.text_limit import TextLimit, local_text_limit
 from cat_cluster.pipeline.prepare import prepare
 from cat_cluster.registry import Registry
 from cat_cluster.settings import load_settings
-from cat_cluster.spec.job import ConceptSpec, JobSpec
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.spec.sections import TrainingSpec
 from cat_cluster.store.local import LocalStore
 

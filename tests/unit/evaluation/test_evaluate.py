@@ -21,7 +21,7 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import ImageRow, generate, image_array
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.training.methods import initial_weights
 

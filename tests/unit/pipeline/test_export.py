@@ -16,7 +16,8 @@ from cat_cluster.models.unet_layout import unet_layout
 from cat_cluster.pipeline.published_adapters import export_stack
 from cat_cluster.registry import AdapterDraft, Registry
 from cat_cluster.registry.stacks import parse_member
-from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore
 

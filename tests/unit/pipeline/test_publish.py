@@ -11,7 +11,7 @@ from PIL import Image
 from cat_cluster.data.concepts import load_concept
 from cat_cluster.evaluation.results import ConceptImages, Evaluation
 from cat_cluster.pipeline.publish import photo_objects, sample_objects
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.sections import EvaluationSpec
 from tests.support.provenance import DRAWN, said_in_xmp, xmp_of
 

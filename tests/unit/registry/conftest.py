@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.registry import AdapterDraft, Registry
-from cat_cluster.spec.job import ConceptSpec, ResolvedAdapter
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.spec.sections import EvaluationSpec, TrainingSpec
 from cat_cluster.store import LocalStore
 

@@ -17,7 +17,7 @@ from cat_cluster.registry import AdapterDraft, Manifest, Registry
 from cat_cluster.registry.file_header import FileSubject, shown_metadata
 from cat_cluster.registry.stacks import parse_member
 from cat_cluster.spec.choices import AdapterFormat
-from cat_cluster.spec.job import ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.sections import TrainingSpec
 from tests.unit.registry.conftest import DraftFactory
 

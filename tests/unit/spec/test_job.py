@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from cat_cluster.errors import SpecError
+from cat_cluster.spec.concept import DEFAULT_ALPHA, ConceptSpec
 from cat_cluster.spec.job import (
-    DEFAULT_ALPHA,
     AdapterSpec,
     ClusterSpec,
-    ConceptSpec,
     EvaluationSpec,
     JobSpec,
     ResolvedAdapter,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from cat_cluster.errors import SpecError
-from cat_cluster.spec.job import DEFAULT_ALPHA, load_spec
+from cat_cluster.spec.concept import DEFAULT_ALPHA
+from cat_cluster.spec.job import load_spec
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from cat_cluster import telemetry
 from cat_cluster.runs.progress import AdapterProgress
-from cat_cluster.spec.job import AdapterSpec, ConceptSpec
+from cat_cluster.spec.concept import ConceptSpec
+from cat_cluster.spec.job import AdapterSpec
 from cat_cluster.telemetry import (
     ADAPTERS,
     CHECKPOINT_SECONDS,
