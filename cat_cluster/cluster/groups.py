@@ -11,7 +11,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 
 from cat_cluster.cluster.messages import Order
-from cat_cluster.pipeline.prepare import PreparedAdapter
+from cat_cluster.cluster.work import Work
 
 
 @dataclass(eq=False)
@@ -25,21 +25,21 @@ class Group:
     number: int
     kind: Hashable
     places: int
-    adapters: dict[str, PreparedAdapter] = field(default_factory=dict)
+    works: dict[str, Work] = field(default_factory=dict)
     since: dict[str, float] = field(default_factory=dict)
     leaving: dict[str, int] = field(default_factory=dict)
     orders: int = 0
     _told: object = None
 
-    def take(self, adapter: PreparedAdapter) -> None:
+    def take(self, adapter: Work) -> None:
         """Take an adapter in."""
-        self.adapters[adapter.resolved.id] = adapter
-        self.since[adapter.resolved.id] = time.perf_counter()
+        self.works[adapter.name] = adapter
+        self.since[adapter.name] = time.perf_counter()
 
-    def end(self, adapter_id: str) -> PreparedAdapter:
+    def end(self, name: str) -> Work:
         """Let an adapter go that trains no more, and return it."""
-        self.leaving[adapter_id] = self.orders + 1
-        return self.adapters.pop(adapter_id)
+        self.leaving[name] = self.orders + 1
+        return self.works.pop(name)
 
     def forget(self, order: int) -> list[str]:
         """Return the adapters that the workers have forgotten, now that they follow an order."""
@@ -48,20 +48,20 @@ class Group:
             del self.leaving[name]
         return forgotten
 
-    def seconds(self, adapter_id: str) -> float:
+    def seconds(self, name: str) -> float:
         """How long an adapter has been in the group."""
-        return time.perf_counter() - self.since[adapter_id]
+        return time.perf_counter() - self.since[name]
 
     def order(self, *, last: bool) -> Order | None:
         """Return what the workers are to be told; None where they know."""
-        told = (tuple(self.adapters), last)
+        told = (tuple(self.works), last)
         if told == self._told:
             return None
         self._told = told
         self.orders += 1
         if last:
             self.kind = None
-        return Order(self.orders, tuple((one.resolved, one.revision) for one in self.adapters.values()), last)
+        return Order(self.orders, tuple(one.ordered() for one in self.works.values()), last)
 
 
 class Groups:
@@ -70,10 +70,10 @@ class Groups:
     def __init__(self, most: int) -> None:
         self.most = most
         self.running: dict[int, Group] = {}
-        self._waiting: dict[Hashable, deque[PreparedAdapter]] = {}
+        self._waiting: dict[Hashable, deque[Work]] = {}
         self._places: dict[Hashable, int] = {}
-        self._apart: deque[list[PreparedAdapter]] = deque()
-        self._alone: deque[PreparedAdapter] = deque()
+        self._apart: deque[list[Work]] = deque()
+        self._alone: deque[Work] = deque()
         self._started = 0
 
     @property
@@ -86,16 +86,16 @@ class Groups:
         """How many groups would be started if all that waits went at once."""
         return len(self._apart) + sum(-(-len(queue) // self._places[kind]) for kind, queue in self._waiting.items())
 
-    def wait(self, kind: Hashable, places: int, adapters: Iterable[PreparedAdapter]) -> None:
+    def wait(self, kind: Hashable, places: int, adapters: Iterable[Work]) -> None:
         """Have adapters of a kind wait for a place, in their order; places: of a group of this kind."""
         self._places[kind] = places
         self._waiting.setdefault(kind, deque()).extend(adapters)
 
-    def wait_apart(self, *sets: list[PreparedAdapter]) -> None:
+    def wait_apart(self, *sets: list[Work]) -> None:
         """Have each set of adapters wait for a group of its own, before all others."""
         self._apart.extendleft(reversed(sets))
 
-    def wait_alone(self, adapter: PreparedAdapter) -> None:
+    def wait_alone(self, adapter: Work) -> None:
         """Have an adapter wait until nothing else is at work."""
         self._alone.append(adapter)
 
@@ -114,12 +114,12 @@ class Groups:
                 return self._start(kind, [queue.popleft() for _ in range(size)])
         return None
 
-    def fill(self) -> list[tuple[Group, list[PreparedAdapter]]]:
+    def fill(self) -> list[tuple[Group, list[Work]]]:
         """Give waiting adapters the free places of running groups; return who came where."""
         came = []
         for group in self.running.values():
             queue = self._waiting.get(group.kind, deque())
-            newcomers = [queue.popleft() for _ in range(min(len(queue), group.places - len(group.adapters)))]
+            newcomers = [queue.popleft() for _ in range(min(len(queue), group.places - len(group.works)))]
             for adapter in newcomers:
                 group.take(adapter)
             if newcomers:
@@ -131,11 +131,11 @@ class Groups:
         found = [(one, one.order(last=not self._waiting.get(one.kind))) for one in self.running.values()]
         return [(group, order) for group, order in found if order is not None]
 
-    def is_needed(self, adapter_id: str) -> bool:
+    def is_needed(self, name: str) -> bool:
         """Whether workers may still look for the checkpoints of an adapter."""
-        return any(adapter_id in group.adapters or adapter_id in group.leaving for group in self.running.values())
+        return any(name in group.works or name in group.leaving for group in self.running.values())
 
-    def _start(self, kind: Hashable, adapters: list[PreparedAdapter]) -> Group:
+    def _start(self, kind: Hashable, adapters: list[Work]) -> Group:
         group = Group(self._started, kind, self._places.get(kind, 0))
         self._started += 1
         for adapter in adapters:

@@ -13,17 +13,33 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cat_cluster.spec.job import ResolvedAdapter
+from cat_cluster.spec.sections import MonitoringSpec
+
+
+@dataclass(frozen=True)
+class OrderedAdapter:
+    """An adapter that workers are to train, for an attempt of a run.
+
+    name: of one adapter in all of a driver's packs, where several runs may have an adapter of the same id.
+    """
+
+    name: str
+    resolved: ResolvedAdapter
+    revision: str
+    run_id: str
+    attempt: int
+    monitoring: MonitoringSpec
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the workers of a pack are to train from now on: adapters, each with its revision.
+    """What the workers of a pack are to train from now on.
 
     number: counts a pack's orders from 1, the newest holds; last: nothing comes after these adapters.
     """
 
     number: int
-    adapters: tuple[tuple[ResolvedAdapter, str], ...]
+    adapters: tuple[OrderedAdapter, ...]
     last: bool
 
 

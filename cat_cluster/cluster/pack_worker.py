@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -15,7 +16,7 @@ import ray.train.torch
 import torch
 from torch import distributed
 
-from cat_cluster.cluster.messages import Order, OrderReader
+from cat_cluster.cluster.messages import Order, OrderedAdapter, OrderReader
 from cat_cluster.cluster.monitor import PackMonitor
 from cat_cluster.cluster.trainer import PackSpec
 from cat_cluster.cluster.zero import zero_engine
@@ -26,13 +27,22 @@ from cat_cluster.pipeline.job import stored_member
 from cat_cluster.pipeline.prepare import PreparedAdapter, open_bank, prepare_again
 from cat_cluster.runs.run import FencedStore, open_fenced_store
 from cat_cluster.settings import Settings, load_settings
-from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.telemetry import STORE_RETRIES, Metrics
 from cat_cluster.telemetry.ray_backend import RayBackend
 from cat_cluster.training.engine import TorchEngine
 from cat_cluster.training.loop import Pack, PackMember
 
 IDLE_SECONDS = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class _Newcomer:
+    """An adapter that is ready to join; store: of its run."""
+
+    ordered: OrderedAdapter
+    adapter: PreparedAdapter
+    store: FencedStore
+    member: PackMember
 
 
 def train_worker(pack: PackSpec) -> None:
@@ -45,20 +55,15 @@ def train_worker(pack: PackSpec) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         torch.set_num_threads(min(pack.threads, _threads()))
     metrics = Metrics(RayBackend())
-    store = open_fenced_store(
-        pack.storage,
-        pack.run_id,
-        pack.attempt,
-        on_retry=lambda operation: metrics.inc(STORE_RETRIES, operation=operation),
-    )
-    first = distributed.get_rank() == 0
-    superseded = [first and not store.attempt.is_current()]
-    distributed.broadcast_object_list(superseded)
-    if superseded[0]:
-        return  # after an error Ray would start the workers again and again, until the driver notices
     with (
-        PackMonitor(pack.job, store, pack.messages, metrics, pack.run_id, reports=first) as monitor,
-        _Worker(pack, settings, store, monitor, device) as worker,
+        PackMonitor(
+            pack.messages,
+            metrics,
+            reports=distributed.get_rank() == 0,
+            all_draw=pack.cluster.zero_stage == 3,
+            upload_every=pack.cluster.checkpoint_every,
+        ) as monitor,
+        _Worker(pack, settings, monitor, metrics, device) as worker,
     ):
         worker.run()
 
@@ -71,16 +76,17 @@ class _Worker:
     """
 
     def __init__(
-        self, pack: PackSpec, settings: Settings, store: FencedStore, monitor: PackMonitor, device: torch.device
+        self, pack: PackSpec, settings: Settings, monitor: PackMonitor, metrics: Metrics, device: torch.device
     ) -> None:
-        self._spec, self._settings, self._store, self._monitor = pack, settings, store, monitor
+        self._spec, self._settings, self._monitor, self._metrics = pack, settings, monitor, metrics
         self._device = device
         self._first, self._count = distributed.get_rank() == 0, distributed.get_world_size()
         self._orders = OrderReader(pack.messages, pack.number) if self._first else None
-        self._order = Order(0, (), last=False)
+        self._order, self._lost = Order(0, (), last=False), frozenset[str]()
         self._bases: dict[str, BaseModel] = {}
+        self._stores: dict[tuple[str, int], FencedStore] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._coming: dict[str, Future[tuple[PreparedAdapter, PackMember]]] = {}
+        self._coming: dict[str, Future[_Newcomer]] = {}
         self._pack: Pack | None = None
         self._open = ExitStack()
 
@@ -109,34 +115,48 @@ class _Worker:
 
     def _listen(self) -> None:
         """Do what the newest order says, once all workers know it, and take adapters in that all have ready."""
-        newest = None if self._orders is None else self._orders.newest()
+        newest = self._order if self._orders is None else self._orders.newest()
+        lost = self._lost if self._pack is None else self._lost | self._pack.refused
         is_ready = bool(self._coming) and all(future.done() for future in self._coming.values())
-        number, ready = self._sum(0 if newest is None else newest.number, int(is_ready))
-        if number > self._order.number:
-            orders = [newest]
-            distributed.broadcast_object_list(orders)
-            assert orders[0] is not None
-            self._follow(orders[0])
+        has_news = self._first and (newest.number > self._order.number or lost != self._lost)
+        news, ready = self._sum(int(has_news), int(is_ready))
+        if news:
+            told = [(newest, lost)]
+            distributed.broadcast_object_list(told)
+            self._follow(*told[0])
         elif ready == self._count:
             self._admit()
 
-    def _follow(self, order: Order) -> None:
-        self._order = order
-        wanted = {resolved.id: (resolved, revision) for resolved, revision in order.adapters}
+    def _follow(self, order: Order, lost: frozenset[str]) -> None:
+        """Go by an order from now on. lost: adapters whose run another driver has taken over."""
+        self._order, self._lost = order, lost
+        wanted = self._wanted()
         here = {} if self._pack is None else self._pack.slots
         self._coming = {name: future for name, future in self._coming.items() if name in wanted}
-        for name, adapter in wanted.items():
+        for name, ordered in wanted.items():
             if name not in here and name not in self._coming:
-                self._coming[name] = self._thread.submit(self._prepare, *adapter)
+                self._coming[name] = self._thread.submit(self._prepare, ordered)
         if self._pack is not None and not wanted.keys() >= set(self._pack.training):
-            self._change({})  # one is to stop before its end; those that have ended may stay until others come
+            self._change([])  # one is to stop before its end; those that have ended may stay until others come
         if self._first:
             self._spec.messages.put("followed", self._spec.number, order.number)
 
-    def _prepare(self, resolved: ResolvedAdapter, revision: str) -> tuple[PreparedAdapter, PackMember]:
-        adapter = prepare_again(resolved, revision, self._settings, self._bases)
-        member = stored_member(adapter, self._store, self._settings, on_checkpoint=self._monitor.checkpoint)
-        return adapter, member
+    def _wanted(self) -> dict[str, OrderedAdapter]:
+        return {ordered.name: ordered for ordered in self._order.adapters if ordered.name not in self._lost}
+
+    def _prepare(self, ordered: OrderedAdapter) -> _Newcomer:
+        of_run = (ordered.run_id, ordered.attempt)
+        if of_run not in self._stores:
+            self._stores[of_run] = open_fenced_store(
+                self._spec.storage, *of_run, on_retry=lambda what: self._metrics.inc(STORE_RETRIES, operation=what)
+            )
+        store = self._stores[of_run]
+        store.attempt.check()
+        adapter = prepare_again(ordered.resolved, ordered.revision, self._settings, self._bases)
+        member = stored_member(
+            adapter, store, self._settings, name=ordered.name, on_checkpoint=self._monitor.checkpoint
+        )
+        return _Newcomer(ordered, adapter, store, member)
 
     def _admit(self) -> None:
         """Take in what is prepared. One that cannot be used on any worker fails on all, and the others go on."""
@@ -153,38 +173,40 @@ class _Worker:
         if self._first:
             for name, error in failed.items():
                 self._spec.messages.put("failed", self._spec.number, name, error, wait=True)
-        prepared = {name: future.result() for name, future in self._coming.items() if name not in failed}
+        newcomers = [future.result() for name, future in self._coming.items() if name not in failed]
         self._coming = {}
-        if prepared:
-            self._monitor.admit([adapter for adapter, _ in prepared.values()])
-            self._change(prepared)
+        if newcomers:
+            for one in newcomers:
+                self._monitor.admit(one.ordered, one.adapter, one.store)
+            self._change(newcomers)
             assert self._pack is not None
             training = self._pack.training
-            self._report_ended([name for name in prepared if name not in training])
+            self._report_ended([one.ordered.name for one in newcomers if one.ordered.name not in training])
 
-    def _change(self, prepared: Mapping[str, tuple[PreparedAdapter, PackMember]]) -> None:
-        """Let adapters go that the order does not name, and take in these."""
-        wanted = {resolved.id for resolved, _ in self._order.adapters}
-        members = [member for _, member in prepared.values()]
+    def _change(self, newcomers: Sequence[_Newcomer]) -> None:
+        """Let adapters go that are not wanted, and take these in."""
+        wanted = self._wanted()
         gone = [] if self._pack is None else [name for name in self._pack.slots if name not in wanted]
         with memory_explained(len(wanted)):
             if self._pack is None:
-                self._pack = self._begin(list(prepared.values()))
-            elif len(gone) == len(self._pack.slots) and not members:
+                self._pack = self._begin(newcomers)
+            elif len(gone) == len(self._pack.slots) and not newcomers:
                 self._end()
             else:
-                self._pack.change(leave=gone, join=members)
+                self._pack.change(leave=gone, join=[one.member for one in newcomers])
+        for name in gone:
+            self._monitor.dismiss(name)
 
-    def _begin(self, prepared: Sequence[tuple[PreparedAdapter, PackMember]]) -> Pack:
-        base, stage = prepared[0][0].base, self._spec.job.cluster.zero_stage
-        bank = self._open.enter_context(open_bank(base, [adapter for adapter, _ in prepared]))
+    def _begin(self, newcomers: Sequence[_Newcomer]) -> Pack:
+        base, stage = newcomers[0].adapter.base, self._spec.cluster.zero_stage
+        bank = self._open.enter_context(open_bank(base, [one.adapter for one in newcomers]))
         self._monitor.open(base, bank)
         return self._open.enter_context(
             Pack(
                 base,
                 bank,
-                [member for _, member in prepared],
-                checkpoint_every=self._spec.job.cluster.checkpoint_every,
+                [one.member for one in newcomers],
+                checkpoint_every=self._spec.cluster.checkpoint_every,
                 make_engine=TorchEngine if stage is None else zero_engine(stage),
             )
         )

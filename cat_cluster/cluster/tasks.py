@@ -13,7 +13,8 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from cat_cluster import telemetry
-from cat_cluster.cluster.messages import Messages
+from cat_cluster.cluster.messages import Messages, OrderedAdapter
+from cat_cluster.cluster.work import Work
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
 from cat_cluster.models.base_model import BaseModel
@@ -22,48 +23,40 @@ from cat_cluster.pipeline.prepare import PreparedAdapter, prepare_adapter, prepa
 from cat_cluster.registry import Registry
 from cat_cluster.runs.run import open_fenced_store
 from cat_cluster.settings import load_settings
-from cat_cluster.spec.job import JobSpec, ResolvedAdapter
+from cat_cluster.spec.fields import PackSize
+from cat_cluster.spec.job import ResolvedAdapter
 from cat_cluster.telemetry.ray_backend import RayBackend
 
 IMAGE_EVENT_SECONDS = 0.25
 
 
-def pack_size_on_ray(group: Sequence[PreparedAdapter], job: JobSpec, *, on_gpus: bool, side_by_side: int) -> int:
+def pack_size_on_ray(group: Sequence[PreparedAdapter], max_pack: PackSize, *, on_gpus: bool, side_by_side: int) -> int:
     """Return how many adapters of a group are trained together; `auto` is measured where workers run.
 
     Raises ray.exceptions.RayError where that cannot be measured.
     """
-    if job.cluster.max_pack != "auto" or len(group) == 1:
-        return pack_size(group, job, load_settings())
+    if max_pack != "auto" or len(group) == 1:
+        return pack_size(group, max_pack, load_settings())
     adapters = [adapter.resolved for adapter in group]
     # Where Ray may try a task again, it does so without end for want of memory.
     task = ray.remote(_pack_size).options(num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=0)
-    size: int = ray.get(task.remote(adapters, job, 1 if on_gpus else side_by_side))
+    size: int = ray.get(task.remote(adapters, max_pack, 1 if on_gpus else side_by_side))
     return size
 
 
-def evaluate_on_ray(
-    adapter: PreparedAdapter,
-    *,
-    storage: str,
-    run_id: str,
-    attempt: int,
-    seconds: float,
-    messages: Messages,
-    on_gpus: bool,
-) -> Any:
+def evaluate_on_ray(work: Work, *, storage: str, seconds: float, messages: Messages, on_gpus: bool) -> Any:
     """Start evaluating and publishing a trained adapter; return the reference of its AdapterResult.
 
     seconds: how long it trained. Its checkpoints are left to the caller, since workers may look for them. Ray does not
     try it again, as for want of memory it would do so without end.
     """
     task = ray.remote(_evaluate).options(
-        num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=0, name=f"evaluate {adapter.resolved.id}"
+        num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=0, name=f"evaluate {work.adapter_id}"
     )
-    return task.remote(adapter.resolved, adapter.revision, storage, run_id, attempt, seconds, messages)
+    return task.remote(work.ordered(), storage, seconds, messages)
 
 
-def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, shared_by: int) -> int:
+def _pack_size(adapters: Sequence[ResolvedAdapter], max_pack: PackSize, shared_by: int) -> int:
     settings = load_settings()
     torch.set_num_threads(1)
     bases: dict[str, Any] = {}
@@ -71,33 +64,25 @@ def _pack_size(adapters: Sequence[ResolvedAdapter], job: JobSpec, shared_by: int
     for adapter in adapters:
         with suppress(CatClusterError):  # one that became unusable after the check fails with its pack, by name
             usable.append(prepare_adapter(adapter, settings, bases))
-    return pack_size(usable, job, settings, shared_by=shared_by) if usable else 1
+    return pack_size(usable, max_pack, settings, shared_by=shared_by) if usable else 1
 
 
-def _evaluate(
-    resolved: ResolvedAdapter,
-    revision: str,
-    storage: str,
-    run_id: str,
-    attempt: int,
-    seconds: float,
-    messages: Messages,
-) -> AdapterResult:
+def _evaluate(ordered: OrderedAdapter, storage: str, seconds: float, messages: Messages) -> AdapterResult:
     torch.set_num_threads(1)
     transformers_logging.disable_progress_bar()  # bars for files that load in a moment would fill the job's log
     metrics = telemetry.Metrics(RayBackend())
     sent = 0.0
 
-    def on_images(adapter_id: str, done: int, total: int) -> None:
+    def on_images(_: str, done: int, total: int) -> None:
         nonlocal sent
         if done == total or time.monotonic() - sent >= IMAGE_EVENT_SECONDS:
             sent = time.monotonic()
-            messages.put("images", adapter_id, done, total)
+            messages.put("images", ordered.name, done, total)
 
     started = time.perf_counter()
-    store = open_fenced_store(storage, run_id, attempt)
+    store = open_fenced_store(storage, ordered.run_id, ordered.attempt)
     try:
-        adapter = _cache.prepare(resolved, revision)
+        adapter = _cache.prepare(ordered.resolved, ordered.revision)
         result = finish_adapter(
             adapter,
             trained_adapter(adapter, store),
@@ -107,7 +92,7 @@ def _evaluate(
             _cache.memory,
         )
     except CatClusterError as error:
-        result = AdapterResult.failed(resolved.id, revision, error)
+        result = AdapterResult.failed(ordered.resolved.id, ordered.revision, error)
     metrics.observe(telemetry.EVALUATION_SECONDS, time.perf_counter() - started)
     return result
 

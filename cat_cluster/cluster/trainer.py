@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cat_cluster.cluster.failures import failure_of, worst_of
 from cat_cluster.cluster.messages import Messages
 from cat_cluster.errors import CatClusterError
-from cat_cluster.spec.job import JobSpec
+from cat_cluster.spec.sections import ClusterSpec
 
 COLLECTIVE_SECONDS = 1800
 START_SECONDS = 3600  # a worker group may wait for pods to start, or for evaluations that hold its processors
@@ -29,15 +29,13 @@ START_SECONDS = 3600  # a worker group may wait for pods to start, or for evalua
 class PackSpec:
     """What the workers of a pack need to know; what they train is said by orders. workers: a number, or (least, most).
 
-    number: the pack's number in this attempt; threads: each worker's share of the cluster's CPUs; folder: where Ray
-    Train keeps its own files.
+    number: the pack's own among those of its driver; threads: each worker's share of the cluster's CPUs; folder: where
+    Ray Train keeps its own files.
     """
 
     number: int
-    job: JobSpec
+    cluster: ClusterSpec
     storage: str
-    run_id: str
-    attempt: int
     messages: Messages
     workers: int | tuple[int, int]
     threads: int
@@ -64,14 +62,14 @@ def start_pack(pack: PackSpec) -> Any:
 def _fit(pack: PackSpec) -> CatClusterError | None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths in the environment keep their meaning
-    failures = pack.job.cluster.max_failures
+    failures = pack.cluster.max_failures
     trainer = TorchTrainer(
         partial(_train_worker, pack),  # an argument of the function is loaded by the workers alone
         scaling_config=ray.train.ScalingConfig(num_workers=pack.workers, use_gpu=pack.on_gpus),
         torch_config=TorchConfig(timeout_s=COLLECTIVE_SECONDS),
         run_config=ray.train.RunConfig(
             # Ray is given no checkpoint: on every start a worker goes on from the store's.
-            name=f"{pack.run_id}-{pack.attempt}-{pack.number}",
+            name=f"pack-{pack.number}",
             storage_path=pack.folder,
             failure_config=ray.train.FailureConfig(max_failures=failures),
             callbacks=[Restarts(pack.messages, pack.number, failures)],

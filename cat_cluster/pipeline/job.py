@@ -30,6 +30,7 @@ from cat_cluster.pipeline.start import start_record, start_weights
 from cat_cluster.registry import Manifest, Reference, Registry
 from cat_cluster.settings import Settings, load_settings
 from cat_cluster.spec.choices import Outcome
+from cat_cluster.spec.fields import PackSize
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 from cat_cluster.training import TRAINING_VERSION
@@ -136,7 +137,7 @@ def run_job(
             waiting.append(adapter)
         else:
             keep(done)
-    for pack in plan_packs(waiting, store, lambda group: pack_size(group, job, settings)):
+    for pack in plan_packs(waiting, store, lambda group: pack_size(group, job.cluster.max_pack, settings)):
         listener.started({adapter.resolved.id: adapter.resolved.training.steps for adapter in pack}, len(pack))
         started = time.perf_counter()
         trained = train_adapters(pack, job, store, settings, on_step=listener.step)
@@ -222,14 +223,13 @@ def _pack_key(adapter: PreparedAdapter) -> Hashable:
     )
 
 
-def pack_size(group: Sequence[PreparedAdapter], job: JobSpec, settings: Settings, *, shared_by: int = 1) -> int:
+def pack_size(group: Sequence[PreparedAdapter], max_pack: PackSize, settings: Settings, *, shared_by: int = 1) -> int:
     """Return how many adapters of a group are trained together: the spec's number, or what memory allows here.
 
     shared_by: packs that train at once in this memory. Raises OutOfMemoryError where not even two fit.
     """
-    wanted = job.cluster.max_pack
-    if wanted != "auto":
-        return wanted
+    if max_pack != "auto":
+        return max_pack
     if len(group) == 1:
         return 1
     # The most demanding adapters stand for all: a pack of them is the largest that can come about.
@@ -265,15 +265,17 @@ def stored_member(
     store: ObjectStore,
     settings: Settings,
     *,
+    name: str | None = None,
     on_checkpoint: Callable[[float, int], None] | None = None,
 ) -> PackMember:
     """Return an adapter as a pack takes it in, with its photos encoded and its checkpoints in the store.
 
-    on_checkpoint is called after each stored checkpoint with its seconds and bytes. Raises as start_weights does.
+    name: in the pack, its id if none is given. on_checkpoint is called after each stored checkpoint with its seconds
+    and bytes. Raises as start_weights does.
     """
     start = start_weights(adapter.resolved, adapter.base, Registry(store))
     series = replace(checkpoints_of(adapter, store), on_saved=on_checkpoint)
-    return replace(pack_member(adapter, settings.cache_dir, start), checkpoints=series)
+    return replace(pack_member(adapter, settings.cache_dir, start, name=name), checkpoints=series)
 
 
 def finish_adapter(

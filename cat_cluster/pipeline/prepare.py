@@ -166,8 +166,13 @@ def trained_adapter(adapter: PreparedAdapter, store: ObjectStore) -> TrainedAdap
     return TrainedAdapter(adapter.resolved.id, weights, state.dropped, curves(state.loss_curves, training.steps))
 
 
-def pack_member(adapter: PreparedAdapter, cache_dir: Path | None, start: AdapterWeights | None = None) -> PackMember:
-    """Encode an adapter's photos, and draw its decoys and the weights it starts from, where `start` has none."""
+def pack_member(
+    adapter: PreparedAdapter, cache_dir: Path | None, start: AdapterWeights | None = None, *, name: str | None = None
+) -> PackMember:
+    """Encode an adapter's photos, and draw its decoys and the weights it starts from, where `start` has none.
+
+    name: the adapter's in its pack, its id if none is given.
+    """
     resolved, base = adapter.resolved, adapter.base
     training, cache = resolved.training, LatentCache(base, cache_dir)
     concepts = tuple(
@@ -184,7 +189,8 @@ def pack_member(adapter: PreparedAdapter, cache_dir: Path | None, start: Adapter
     if training.decoy_fraction > 0 and any(concept.alpha > 0 for concept in concepts):
         # An adapter that was trained on the words it is measured with would be measured on what it was taught.
         concepts = with_decoys(concepts, seed=training.seed, draw_key=draw_key, spell=base.spell, never=DECOYS)
-    task = AdapterTask(resolved.id, concepts, training, _general_prompts(adapter))
+    keyed = training.model_copy(update={"draw_key": draw_key})  # what is drawn depends on no name in a pack
+    task = AdapterTask(name or resolved.id, concepts, keyed, _general_prompts(adapter))
     layers = trained_layers(base, training)
     initial = initial_weights(base.network, layers, rank=training.rank, seed=training.seed, draw_key=draw_key)
     return PackMember(task, AdapterWeights({**initial.layers, **({} if start is None else start.layers)}))

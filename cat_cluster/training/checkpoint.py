@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cat_cluster.errors import CheckpointError, StoreError
+from cat_cluster.errors import CheckpointError, StoreError, SupersededError
 from cat_cluster.store.protocol import ObjectStore
 
 KEEP_CHECKPOINTS = 2
@@ -145,7 +145,8 @@ class CheckpointWriter:
         self._interval = max(1, checkpoint_every // 2)
         self._wait_at_once = checkpoint_every == 1
         self._threads = ThreadPoolExecutor(WRITERS, thread_name_prefix="checkpoint")  # none starts before it is used
-        self._writing: list[Future[None]] = []
+        self._writing: list[tuple[CheckpointStore, Future[None]]] = []
+        self.refused: set[CheckpointStore] = set()
 
     def due(self, step: int) -> bool:
         """Say whether a checkpoint is to be taken after `step` steps."""
@@ -158,14 +159,23 @@ class CheckpointWriter:
         """
         self.wait()
         copies = [(series, _copied(state)) for series, state in states]
-        self._writing = [self._threads.submit(series.save, state) for series, state in copies]
+        self._writing = [(series, self._threads.submit(series.save, state)) for series, state in copies]
         if self._wait_at_once:
             self.wait()
 
     def wait(self) -> None:
-        """Wait until all that was handed over is stored; raises the first error."""
+        """Wait until all that was handed over is stored; raises the first error.
+
+        A series whose run another driver has taken over is none: it is noted in `refused`, and the others go on.
+        """
         writing, self._writing = self._writing, []
-        errors = [error for future in writing if (error := future.exception()) is not None]
+        errors = []
+        for series, future in writing:
+            error = future.exception()
+            if isinstance(error, SupersededError):
+                self.refused.add(series)
+            elif error is not None:
+                errors.append(error)
         if errors:
             raise errors[0]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from cat_cluster.training.loss_curves import ConceptLoss, LossCurves, step_sums
 from cat_cluster.training.optimizer import Slot, state_names
 from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.teacher import TeacherPool
+
+_T = TypeVar("_T")
 
 KEPT_CHUNKS = 512  # of texts, where captions change from row to row
 
@@ -73,6 +75,21 @@ class StepReport:
     def ended(self) -> tuple[str, ...]:
         """The adapters that train no more after this step."""
         return tuple(name for name, done in self.done.items() if done >= self.steps[name] or name in self.dropped)
+
+    def of(self, names: Mapping[str, str]) -> StepReport:
+        """Return what it says of some adapters, each under another name: names maps those here to the new ones."""
+
+        def own(values: Mapping[str, _T]) -> dict[str, _T]:
+            return {new: values[name] for name, new in names.items() if name in values}
+
+        return replace(
+            self,
+            done=own(self.done),
+            steps=own(self.steps),
+            losses=own(self.losses),
+            dropped=own(self.dropped),
+            alpha_scales=own(self.alpha_scales),
+        )
 
     @property
     def notable(self) -> bool:
@@ -189,6 +206,11 @@ class Pack:
     def slots(self) -> dict[str, int]:
         """The slot of the bank of each adapter that is here, whether it trains or has ended."""
         return {name: seat.slot for name, seat in self._seats.items()}
+
+    @property
+    def refused(self) -> frozenset[str]:
+        """The adapters whose run another driver has taken over, as this worker found when it stored them."""
+        return frozenset(name for name, seat in self._seats.items() if seat.series in self._writer.refused)
 
     @property
     def training(self) -> tuple[str, ...]:

@@ -110,8 +110,8 @@ class TensorBoardRecorder:
     def files(self) -> dict[str, bytes]:
         """Return every event file as `<adapter id>/<name>`, those of this run with all that was recorded so far."""
         self.flush()
-        found = sorted(self._folder.glob("*/events.out.tfevents.*"))
-        return {f"{path.parent.name}/{path.name}": path.read_bytes() for path in found}
+        found = sorted(self._folder.rglob("events.out.tfevents.*"))
+        return {path.relative_to(self._folder).as_posix(): path.read_bytes() for path in found}
 
     def _writer(self, adapter_id: str, first_step: int) -> SummaryWriter:
         if adapter_id not in self._open_writers:

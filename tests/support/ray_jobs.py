@@ -24,7 +24,7 @@ os.environ.setdefault("RAY_AUTH_TOKEN", "a-token-of-the-tests-that-guards-nothin
 import ray
 
 from cat_cluster.cli.app import main
-from cat_cluster.cluster import driver
+from cat_cluster.cluster import driver, engine_room
 from cat_cluster.cluster.messages import Messages, Order
 from cat_cluster.cluster.trainer import PackSpec
 from cat_cluster.errors import StoreError
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
     """Run `cat-cluster` in this process: its exit code, its output, and which packs went to workers."""
     packs: list[dict[str, Any]] = []
     trained: dict[int, list[str]] = {}
-    start_pack, give = driver.start_pack, Messages.give
+    start_pack, give = engine_room.start_pack, Messages.give
 
     def noted(pack: PackSpec) -> Any:
         packs.append({"ids": trained[pack.number], "workers": pack.workers})
@@ -58,12 +58,12 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
     def given(self: Messages, pack: int, order: Order) -> None:
         known = trained.setdefault(pack, [])
-        known += [resolved.id for resolved, _ in order.adapters if resolved.id not in known]
+        known += [one.resolved.id for one in order.adapters if one.resolved.id not in known]
         give(self, pack, order)
 
     out, err, started, code = io.StringIO(), io.StringIO(), time.monotonic(), 0
     with (
-        patch.object(driver, "start_pack", noted),
+        patch.object(engine_room, "start_pack", noted),
         patch.object(Messages, "give", given),
         patch.object(sys, "argv", ["cat-cluster", *arguments]),
         redirect_stdout(out),

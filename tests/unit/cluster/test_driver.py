@@ -12,9 +12,11 @@ import pytest
 from ray import exceptions as ray_errors
 
 from cat_cluster.cluster import driver as driver_module
+from cat_cluster.cluster import engine_room
 from cat_cluster.cluster.connection import ClusterSize
-from cat_cluster.cluster.driver import EVALUATION_RETRIES
+from cat_cluster.cluster.engine_room import EVALUATION_RETRIES
 from cat_cluster.cluster.messages import Order
+from cat_cluster.cluster.work import HeldRun, Work
 from cat_cluster.errors import (
     CatClusterError,
     ConceptError,
@@ -31,6 +33,8 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, parse_spec
 from cat_cluster.store import open_store
 
+RUN = "run-0123456789ab"
+CUP, MUG = f"{RUN}/cup", f"{RUN}/mug"
 Outcome = CatClusterError | Exception | str | None  # a text: why training dropped it
 SHORT = OutOfMemoryError("out of memory")
 
@@ -64,10 +68,10 @@ class Cluster:
 
     def start_pack(self, spec: Any) -> Any:
         self.threads.append(spec.threads)
-        return self._start("train", tuple(adapter.id for adapter, _ in self.given[spec.number][-1].adapters))
+        return self._start("train", tuple(one.resolved.id for one in self.given[spec.number][-1].adapters))
 
-    def evaluate(self, adapter: Any, **_: Any) -> Any:
-        return self._start("evaluate", (adapter.resolved.id,))
+    def evaluate(self, work: Any, **_: Any) -> Any:
+        return self._start("evaluate", (work.adapter_id,))
 
     def get(self, task: Any) -> Any:
         kind, ids = task
@@ -109,22 +113,27 @@ def drive(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Drive:
         job = job_of(names)
         cluster = Cluster(fails, **behaviour)
         for name, stand_in in {"start_pack": cluster.start_pack, "evaluate_on_ray": cluster.evaluate}.items():
-            monkeypatch.setattr(driver_module, name, stand_in)
+            monkeypatch.setattr(engine_room, name, stand_in)
         for name, stand_in in {"get": cluster.get, "wait": cluster.wait, "cancel": lambda *_, **__: None}.items():
-            monkeypatch.setattr(driver_module.ray, name, stand_in)
-        monkeypatch.setattr(driver_module.Messages, "start", lambda: cluster)
-        monkeypatch.setattr(driver_module.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
+            monkeypatch.setattr(engine_room.ray, name, stand_in)
+        monkeypatch.setattr(engine_room.Messages, "start", lambda: cluster)
+        monkeypatch.setattr(engine_room.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
         adapters = {name: prepared(name) for name in names}
-        attempt = Run(open_store(tmp_path / "store"), "run-0123456789ab").claim()
+
+        def take(room: Any, works: Sequence[Work]) -> None:
+            of = {work.adapter_id: work for work in works}
+            room._works |= {work.name: work for work in works}
+            room._groups.wait_apart(*([of[name] for name in pack] for pack in packs))
+
+        monkeypatch.setattr(engine_room.EngineRoom, "take", take)
+        attempt = Run(open_store(tmp_path / "store"), RUN).claim()
         progress = RunProgress.begin(attempt.run.run_id, job, state="running", attempt=attempt.number)
         nothing = {name: lambda *_: None for name in ("message", "started", "step", "finished")}
         listener = SimpleNamespace(**nothing)
         with ProgressWriter(attempt, progress, interval=30) as writer:
             size = ClusterSize(float(side_by_side), 0.0)
-            one = driver_module._Driver(job, listener, attempt, writer, size, str(tmp_path))  # type: ignore[arg-type]
-            sets = [[adapters[name] for name in pack] for pack in packs]
-            monkeypatch.setattr(one, "_plan", lambda _: one._groups.wait_apart(*sets))
-            results = one.run(list(adapters.values()))
+            held = HeldRun(job, attempt, writer, listener)  # type: ignore[arg-type]
+            results = driver_module._drive(held, list(adapters.values()), size, str(tmp_path))
         if threads is not None:
             threads += cluster.threads
         return {result.adapter_id: result for result in results}, cluster.started, attempt.run.progress()
@@ -185,7 +194,7 @@ def test_one_that_is_trained_before_the_rest_of_its_pack_is_evaluated_at_once(dr
     results, started, _ = drive(
         [["cup", "mug", "jar"]],
         always({"train cup mug jar": failure}),
-        events=[[("ended", 0, ("cup",)), ("ended", 0, ("cup",))]],
+        events=[[("ended", 0, (CUP,)), ("ended", 0, (CUP,))]],
     )
     rest = ["train mug", "train jar"] if failure else []
     assert sorted(started) == sorted(["train cup mug jar", *rest, *(f"evaluate {name}" for name in results)])
@@ -205,7 +214,7 @@ def test_checkpoints_stay_until_the_workers_know_that_an_adapter_has_ended(drive
         return None
 
     # Both are measured before the workers follow the order without cup; of mug they are told when they have ended.
-    events = [[("ended", 0, ("cup",))], [("ended", 0, ("mug",))], [], [("followed", 0, 2)], []]
+    events = [[("ended", 0, (CUP,))], [("ended", 0, (MUG,))], [], [("followed", 0, 2)], []]
     drive([["cup", "mug", "jar"]], look, events=events, measures_first=True)
     everything = ["cup", "jar", "mug"]
     assert left == [everything, everything, ["jar", "mug"], ["jar"]]
@@ -218,20 +227,20 @@ def test_of_one_that_failed_only_what_may_be_measured_again_stays(
 ) -> None:
     store = open_store(tmp_path / "store")
     store.put("checkpoints/cup/r-0123456789ab/00000003.json", b"{}")
-    results, *_ = drive([["cup", "mug"]], always({"evaluate cup": outcome}), events=[[("ended", 0, ("cup",))]])
+    results, *_ = drive([["cup", "mug"]], always({"evaluate cup": outcome}), events=[[("ended", 0, (CUP,))]])
     assert [results[name].outcome for name in ("cup", "mug")] == ["failed", "published"]
     assert len(store.list("checkpoints/cup/")) == left
 
 
 def test_one_that_cannot_be_used_fails_once_and_the_others_go_on(drive: Drive) -> None:
-    failure = ("failed", 0, "cup", ConceptError("no photo"))
+    failure = ("failed", 0, CUP, ConceptError("no photo"))
     results, started, _ = drive([["cup", "mug"]], always({}), events=[[failure, failure]])
     assert (results["cup"].outcome, results["cup"].reason) == ("failed", "no photo")
     assert started == ["train cup mug", "evaluate mug"]
 
 
 def test_what_a_pack_says_after_its_end_is_not_taken_note_of(drive: Drive) -> None:
-    events = [[], [], [("ended", 0, ("cup",)), ("restart", 0, "workers failed"), ("followed", 0, 9)]]
+    events = [[], [], [("ended", 0, (CUP,)), ("restart", 0, "workers failed"), ("followed", 0, 9)]]
     _, started, _ = drive([["cup"]], always({}), events=events)
     assert started == ["train cup", "evaluate cup"]
 
@@ -277,11 +286,11 @@ def test_a_ray_that_is_lost_ends_the_run_with_a_sentence(tmp_path: Any, monkeypa
     def connection(_: object) -> Iterator[ClusterSize]:
         yield ClusterSize(1.0, 0.0)
 
-    def lost(*_: object) -> None:
+    def lost(*_: object, **__: object) -> None:
         raise ray_errors.LocalRayletDiedError
 
-    job, photos = job_of(["cup"]), [SimpleNamespace(image_digests=["ab"])]
-    for name, stand_in in {"prepare": lambda *_: photos, "ray_connection": connection, "_Driver": lost}.items():
+    job, photos = job_of(["cup"]), [SimpleNamespace(image_digests=["ab"], warnings=())]
+    for name, stand_in in {"prepare": lambda *_: photos, "ray_connection": connection, "EngineRoom": lost}.items():
         monkeypatch.setattr(driver_module, name, stand_in)
     monkeypatch.setattr(driver_module, "await_workers", lambda _, size, __: size)
     monkeypatch.setattr(driver_module, "check_cluster", lambda *_: None)

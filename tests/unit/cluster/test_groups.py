@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from cat_cluster.cluster.groups import Group, Groups
 
 
 def adapters(*names: str) -> list[Any]:
-    return [SimpleNamespace(resolved=SimpleNamespace(id=name), revision=f"r-{name}") for name in names]
+    return [SimpleNamespace(name=name, ordered=partial(SimpleNamespace, name=name)) for name in names]
 
 
 def numbered(kind: str, count: int) -> list[Any]:
@@ -22,7 +23,7 @@ def numbered(kind: str, count: int) -> list[Any]:
 
 def names(group: Group | None) -> list[str]:
     assert group is not None
-    return list(group.adapters)
+    return list(group.works)
 
 
 def started(groups: Groups) -> list[list[str]]:
@@ -57,7 +58,7 @@ def test_a_free_place_goes_to_the_next_of_the_kind() -> None:
     group.end("a0")
     [(filled, newcomers)] = groups.fill()
     assert filled is group
-    assert [one.resolved.id for one in newcomers] == ["a2"]
+    assert [one.name for one in newcomers] == ["a2"]
     assert names(group) == ["a1", "a2"]
     assert groups.next(busy=False) is None, "there is one group at a time"
 
@@ -69,7 +70,7 @@ def test_workers_are_told_once_of_each_change_and_at_last_that_nothing_more_come
     assert group is not None
 
     def told() -> list[tuple[int, list[str], bool]]:
-        return [(one.number, [resolved.id for resolved, _ in one.adapters], one.last) for _, one in groups.orders()]
+        return [(one.number, [adapter.name for adapter in one.adapters], one.last) for _, one in groups.orders()]
 
     assert told() == [(1, ["a0", "a1"], False)]
     assert told() == []
@@ -136,9 +137,9 @@ def test_every_adapter_trains_once_and_no_group_has_more_than_its_places(seed: i
             if order.last and not order.adapters:
                 del groups.running[group.number]
         for group in groups.running.values():
-            [kind] = {name[0] for name in group.adapters}
-            assert len(group.adapters) <= places[kind]
-            for name in rng.sample(list(group.adapters), rng.randint(0, len(group.adapters))):
+            [kind] = {name[0] for name in group.works}
+            assert len(group.works) <= places[kind]
+            for name in rng.sample(list(group.works), rng.randint(0, len(group.works))):
                 group.end(name)
                 ended.append(name)
     every: Sequence[str] = [name for ids in waiting.values() for name in ids]

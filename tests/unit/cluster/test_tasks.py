@@ -21,16 +21,8 @@ def test_ray_tries_no_task_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(tasks.ray, "remote", lambda _: SimpleNamespace(options=options))
     monkeypatch.setattr(tasks.ray, "get", lambda size: size)
     adapter: Any = SimpleNamespace(resolved=SimpleNamespace(id="cup"), revision="r-0123456789ab")
-    job: Any = SimpleNamespace(cluster=SimpleNamespace(max_pack="auto"))
-    assert tasks.pack_size_on_ray([adapter, adapter], job, on_gpus=True, side_by_side=1) == 3
+    assert tasks.pack_size_on_ray([adapter, adapter], "auto", on_gpus=True, side_by_side=1) == 3
     messages: Any = None
-    tasks.evaluate_on_ray(
-        adapter,
-        storage="file:///s",
-        run_id="run-1",
-        attempt=1,
-        seconds=1.0,
-        messages=messages,
-        on_gpus=False,
-    )
+    work: Any = SimpleNamespace(adapter_id="cup", ordered=lambda: None)
+    tasks.evaluate_on_ray(work, storage="file:///s", seconds=1.0, messages=messages, on_gpus=False)
     assert [(one["max_retries"], one["num_gpus"]) for one in given] == [(0, 1), (0, 0)]

@@ -1,0 +1,343 @@
+"""Where adapters of one or more runs are trained on Ray, measured and published.
+
+Groups of workers train them side by side, and a task measures and publishes each that is trained. What training has
+reached is in the store at every moment, so whoever takes a run over goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import ray
+
+from cat_cluster import telemetry
+from cat_cluster.cluster.connection import ClusterSize
+from cat_cluster.cluster.failures import failure_of
+from cat_cluster.cluster.groups import Group, Groups
+from cat_cluster.cluster.messages import Messages
+from cat_cluster.cluster.tasks import evaluate_on_ray, pack_size_on_ray
+from cat_cluster.cluster.trainer import PackSpec, start_pack
+from cat_cluster.cluster.work import HeldRun, Work
+from cat_cluster.errors import (
+    CatClusterError,
+    ClusterError,
+    LostWorkerError,
+    OutOfMemoryError,
+    StoreRefusedError,
+    SupersededError,
+)
+from cat_cluster.pipeline.job import AdapterResult, already_published, by_kind, clear_checkpoints
+from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of
+from cat_cluster.spec.sections import ClusterSpec
+from cat_cluster.telemetry.ray_backend import RayBackend
+from cat_cluster.training.loop import StepReport
+
+POLL_SECONDS = 0.1
+CANCEL_SECONDS = 10.0  # that tasks have to end in when work is given up
+EVALUATION_RETRIES = 3  # of one whose process or machine is lost
+
+
+class EngineRoom:
+    """Brings works to their end: call `turn` until nothing is left to do. A context manager.
+
+    cluster: how packs are made; groups: how many train at once; storage: where all of it is kept; folder: for Ray
+    Train's own files. on_result is told the result of each work.
+    """
+
+    def __init__(
+        self,
+        cluster: ClusterSpec,
+        size: ClusterSize,
+        storage: str,
+        folder: str,
+        *,
+        groups: int,
+        on_result: Callable[[Work, AdapterResult], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._cluster, self._size, self._storage, self._folder = cluster, size, storage, folder
+        self._on_result, self._say = on_result, say
+        self._groups = Groups(groups)
+        self._runs: set[HeldRun] = set()
+        self._works: dict[str, Work] = {}  # that are not at their end, by name
+        self._settled: dict[str, tuple[Work, AdapterResult]] = {}  # whose checkpoints workers may look for yet
+        self._training: dict[Any, Group] = {}  # by the references of their tasks, as are the evaluations
+        self._evaluating: dict[Any, tuple[Work, float]] = {}
+        self._retries: Counter[str] = Counter()  # of evaluations, by name
+        self._metrics = telemetry.Metrics(RayBackend())
+        self._messages = Messages.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _cancel([*self._training, *self._evaluating])  # none is left unless something stops early
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._evaluating and self._groups.idle
+
+    def take(self, works: Sequence[Work]) -> None:
+        """Take works in: what is published is done, what is trained is measured, and the rest waits for a place.
+
+        Raises CheckpointError as by_kind does.
+        """
+        untrained = []
+        for work in works:
+            self._runs.add(work.run)
+            self._works[work.name] = work
+            work.run.writer.adapter(work.adapter_id, revision=work.adapter.revision)
+            done = already_published(work.adapter, work.run.registry)
+            if done is not None:
+                self._keep(work, done)
+                continue
+            stored = checkpoints_of(work.adapter, work.run.registry.store).steps()
+            work.run.writer.adapter(work.adapter_id, step=max(stored, default=0))
+            if work.steps in stored:
+                self._evaluate(work, 0.0)
+            else:
+                untrained.append(work)
+        if not works:
+            return
+        of = {work.adapter: work for work in untrained}
+        for kind, adapters in by_kind(list(of), works[0].run.registry.store).items():
+            self._groups.wait(kind, self._pack_size(adapters), [of[adapter] for adapter in adapters])
+        if (packs := self._groups.to_come) > 1:
+            self._say(
+                f"{len(untrained)} adapters in {packs} packs, {min(packs, self._groups.most)} at a time, "
+                f"on {self._size.workers} {self._size.kind}"
+            )
+
+    def turn(self) -> None:
+        """Start and fill groups, and take note of what they and the evaluations have done; at most POLL_SECONDS long.
+
+        Raises ClusterError when the process that controls a group was killed.
+        """
+        while (group := self._groups.next(busy=bool(self._evaluating))) is not None:
+            self._start(group)
+        for group, newcomers in self._groups.fill():
+            self._began(newcomers, len(group.works))
+        self._give_orders()
+        ready, _ = ray.wait([*self._training, *self._evaluating], timeout=POLL_SECONDS)
+        self._take_events()
+        for task in ready:
+            if task in self._training:
+                self._end_group(task)
+            else:
+                self._end_evaluation(task)
+
+    def _pack_size(self, adapters: Sequence[PreparedAdapter]) -> int:
+        on_gpus, together = self._size.on_gpus, self._groups.most
+        try:
+            return pack_size_on_ray(adapters, self._cluster.max_pack, on_gpus=on_gpus, side_by_side=together)
+        except ray.exceptions.RayError as error:
+            self._say(f"packs of one: {failure_of(error, 'measuring the memory of a step')}")
+            return 1
+
+    def _threads(self, workers: int | tuple[int, int]) -> int:
+        """Share the cluster's CPUs among the workers of a group that starts and of those that train beside it."""
+        groups = min(self._groups.most, len(self._groups.running) + self._groups.to_come)
+        return max(1, int(self._size.cpus) // (groups * most_workers(workers)))
+
+    def _start(self, group: Group) -> None:
+        works = list(group.works.values())
+        workers = _workers_of(self._cluster, works)
+        if workers != self._cluster.workers:
+            self._say(f"{_names(works)}: {workers} workers, as many as rows in a step")
+        spec = PackSpec(
+            number=group.number,
+            cluster=self._cluster,
+            storage=self._storage,
+            messages=self._messages,
+            workers=workers,
+            threads=self._threads(workers),
+            on_gpus=self._size.on_gpus,
+            folder=self._folder,
+        )
+        self._give_orders()  # before its workers ask for one
+        self._began(works, len(works))
+        self._training[start_pack(spec)] = group
+
+    def _began(self, works: Sequence[Work], together: int) -> None:
+        for run, own in _by_run(works).items():
+            run.listener.started({work.adapter_id: work.steps for work in own}, together)
+            for work in own:
+                run.writer.adapter(work.adapter_id, state="training")
+        self._update_metrics()
+
+    def _give_orders(self) -> None:
+        for group, order in self._groups.orders():
+            self._messages.give(group.number, order)
+
+    def _take_events(self) -> None:
+        for kind, *event in self._messages.take():
+            if kind == "step":
+                self._note_step(*event)
+            elif kind == "images":
+                name, done, total = event
+                if name in self._works:
+                    self._works[name].run.listener.images(self._works[name].adapter_id, done, total)
+            elif event[0] in self._groups.running:  # else its task has ended, and more is known than this event says
+                number, *said = event
+                self._hear(self._groups.running[number], kind, *said)
+
+    def _note_step(self, report: StepReport) -> None:
+        for run, works in _by_run(self._works[name] for name in report.done if name in self._works).items():
+            own = report.of({work.name: work.adapter_id for work in works})
+            run.listener.step(own)
+            for adapter_id, losses in own.losses.items():
+                tokens = {token: {"identity": one.identity, "cat": one.cat} for token, one in losses.items()}
+                run.writer.adapter(adapter_id, step=own.done[adapter_id], losses=tokens)
+
+    def _hear(self, group: Group, kind: str, *said: Any) -> None:
+        """Take note of what the workers of a group say; after a restart they may say it again."""
+        if kind == "ended":
+            for name in [name for name in said[0] if name in group.works]:
+                self._evaluate(group.end(name), group.seconds(name))
+        elif kind == "failed":
+            name, error = said
+            # Of a run that was taken over its holder hears from the store.
+            if name in group.works and not isinstance(error, SupersededError):
+                self._fail(group.end(name), error)
+        elif kind == "followed":
+            for name in group.forget(*said):
+                self._clear(name)
+        elif kind == "restart":
+            self._say(f"{_names(group.works.values())}: {said[0]}")
+
+    def _end_group(self, task: Any) -> None:
+        """Start evaluating what a group has left, or split it where it failed."""
+        group = self._training.pop(task)
+        names = ", ".join(work.adapter_id for work in group.works.values())
+        try:
+            failure: CatClusterError | None = ray.get(task)
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            # The workers have ended too, but Ray may keep their resources reserved until this driver ends.
+            raise ClusterError(
+                f"the process that controls the training of {names} was killed, as happens when the driver's machine "
+                "or pod runs out of memory: submit or train again to go on from the last checkpoint"
+            ) from error
+        except ray.exceptions.RayError as error:
+            failure = failure_of(error, adapters=len(group.works))
+        self._take_events()  # what ended before the failure needs no second try
+        del self._groups.running[group.number]
+        for name in group.leaving:
+            self._clear(name)
+        left = list(group.works.values())
+        if failure is None:
+            for work in left:
+                self._evaluate(work, group.seconds(work.name))
+        elif len(left) == 1 and isinstance(failure, OutOfMemoryError) and (self._training or self._evaluating):
+            left[0].run.attempt.check()
+            self._say(f"{left[0].adapter_id} waits until it has the cluster to itself: {failure}")
+            self._groups.wait_alone(left[0])
+        elif len(left) == 1 or isinstance(failure, StoreRefusedError):
+            for work in left:
+                self._fail(work, failure)
+        elif left:
+            # Whatever it was, one adapter may be the cause: halves find it, and the others get through.
+            for run in _by_run(left):
+                run.attempt.check()
+            self._say(f"a pack of {len(left)} failed and is trained in two halves: {failure}")
+            middle = len(left) // 2
+            self._groups.wait_apart(left[:middle], left[middle:])
+        self._update_metrics()
+
+    def _evaluate(self, work: Work, seconds: float) -> None:
+        """Start evaluating a trained adapter. seconds: how long it trained."""
+        work.run.writer.adapter(work.adapter_id, state="evaluating")
+        task = evaluate_on_ray(
+            work, storage=self._storage, seconds=seconds, messages=self._messages, on_gpus=self._size.on_gpus
+        )
+        self._evaluating[task] = (work, seconds)
+
+    def _end_evaluation(self, task: Any) -> None:
+        """Keep the result of an evaluation, or start it again where its process or machine was lost."""
+        work, seconds = self._evaluating.pop(task)
+        try:
+            self._keep(work, ray.get(task))
+        except ray.exceptions.RayError as error:
+            work.run.attempt.check()
+            failure = failure_of(error, "evaluation")
+            # Memory may have been short because of what ran beside it.
+            may_pass = isinstance(failure, LostWorkerError | OutOfMemoryError)
+            if may_pass and self._retries[work.name] < EVALUATION_RETRIES:
+                self._retries[work.name] += 1
+                self._evaluate(work, seconds)
+            else:
+                self._fail(work, failure)
+
+    def _fail(self, work: Work, error: CatClusterError) -> None:
+        self._keep(work, AdapterResult.failed(work.adapter_id, work.adapter.revision, error))
+
+    def _keep(self, work: Work, result: AdapterResult) -> None:
+        del self._works[work.name]
+        self._retries.pop(work.name, None)
+        work.run.writer.adapter(
+            work.adapter_id,
+            state=result.outcome,
+            reason=result.reason,
+            permanent=result.permanent,
+            metrics=result.summary()["metrics"],
+        )
+        work.run.listener.finished(result)
+        self._settled[work.name] = (work, result)
+        self._clear(work.name)
+        self._on_result(work, result)
+        self._update_metrics()
+
+    def _clear(self, name: str) -> None:
+        """Remove the checkpoints of an adapter that has its result, unless workers may look for them yet."""
+        if name in self._settled and not self._groups.is_needed(name):
+            work, result = self._settled.pop(name)
+            clear_checkpoints(work.adapter, result, work.run.registry.store, work.run.listener)
+
+    def _update_metrics(self) -> None:
+        self._metrics.set(telemetry.PACKS_RUNNING, len(self._groups.running))
+        states: list[str] = [adapter.state for run in self._runs for adapter in run.writer.progress.adapters]
+        for state in telemetry.LABELS["state"].values:
+            self._metrics.set(telemetry.ADAPTERS, states.count(state), state=state)
+
+
+def _by_run(works: Iterable[Work]) -> dict[HeldRun, list[Work]]:
+    found: dict[HeldRun, list[Work]] = {}
+    for work in works:
+        found.setdefault(work.run, []).append(work)
+    return found
+
+
+def _workers_of(cluster: ClusterSpec, works: Sequence[Work]) -> int | tuple[int, int]:
+    """Return how many workers a pack gets: as the spec says, but no more than it has rows in a step."""
+    rows = sum(work.adapter.rows for work in works)
+    workers = cluster.workers
+    if isinstance(workers, int):
+        return min(workers, rows)
+    least, most = (min(bound, rows) for bound in workers)
+    return least if least == most else (least, most)
+
+
+def _names(works: Iterable[Work]) -> str:
+    first, *others = [work.adapter_id for work in works]
+    return f"{first} and {len(others)} more" if others else first
+
+
+def most_workers(workers: int | tuple[int, int]) -> int:
+    """Return the most workers that a group may have."""
+    return workers if isinstance(workers, int) else workers[1]
+
+
+def _cancel(tasks: Sequence[Any]) -> None:
+    """End tasks by an interrupt, on which Ray Train stops its workers, and after a while by force."""
+    if not tasks:
+        return
+    for task in tasks:
+        ray.cancel(task, recursive=False)
+    _, left = ray.wait(tasks, num_returns=len(tasks), timeout=CANCEL_SECONDS)
+    for task in left:
+        ray.cancel(task, force=True)

@@ -1,0 +1,67 @@
+"""An adapter that is to be brought to its end on Ray, and the run that it is for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cat_cluster.cluster.messages import OrderedAdapter
+from cat_cluster.pipeline.job import JobListener
+from cat_cluster.pipeline.prepare import PreparedAdapter
+from cat_cluster.registry import Registry
+from cat_cluster.runs.progress_writer import ProgressWriter
+from cat_cluster.runs.run import Attempt, FencedStore
+from cat_cluster.spec.job import JobSpec
+
+
+@dataclass(frozen=True, eq=False)
+class HeldRun:
+    """A run that this process works on: what it holds it by, and who is told how it goes."""
+
+    job: JobSpec
+    attempt: Attempt
+    writer: ProgressWriter
+    listener: JobListener
+
+    @property
+    def run_id(self) -> str:
+        """The run's id."""
+        return self.attempt.run.run_id
+
+    @property
+    def registry(self) -> Registry:
+        """Where its adapters are published, as long as the run is held."""
+        return Registry(FencedStore(self.attempt))
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One adapter of a held run."""
+
+    run: HeldRun
+    adapter: PreparedAdapter
+
+    @property
+    def adapter_id(self) -> str:
+        """The adapter's id, its own in its run."""
+        return self.adapter.resolved.id
+
+    @property
+    def name(self) -> str:
+        """The adapter's name among all runs."""
+        return f"{self.run.run_id}/{self.adapter_id}"
+
+    @property
+    def steps(self) -> int:
+        """How many it takes in all."""
+        return self.adapter.resolved.training.steps
+
+    def ordered(self) -> OrderedAdapter:
+        """Return it as the workers are told."""
+        return OrderedAdapter(
+            self.name,
+            self.adapter.resolved,
+            self.adapter.revision,
+            self.run.run_id,
+            self.run.attempt.number,
+            self.run.job.monitoring,
+        )
