@@ -78,4 +78,5 @@ def _drive(run: HeldRun, prepared: Sequence[PreparedAdapter], size: ClusterSize,
                 run.attempt.check()
                 if run.attempt.stop_requested():
                     raise KeyboardInterrupt
+        run.attempt.check()  # what was not done because another driver does it is no result
     return [results[adapter.resolved.id] for adapter in prepared]

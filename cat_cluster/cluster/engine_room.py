@@ -6,8 +6,9 @@ reached is in the store at every moment, so whoever takes a run over goes on fro
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,7 +30,7 @@ from cat_cluster.errors import (
     StoreRefusedError,
     SupersededError,
 )
-from cat_cluster.pipeline.job import AdapterResult, already_published, by_kind, clear_checkpoints
+from cat_cluster.pipeline.job import AdapterResult, already_published, by_kind, clear_checkpoints, pack_key
 from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of
 from cat_cluster.spec.sections import ClusterSpec
 from cat_cluster.telemetry.ray_backend import RayBackend
@@ -37,14 +38,16 @@ from cat_cluster.training.loop import StepReport
 
 POLL_SECONDS = 0.1
 CANCEL_SECONDS = 10.0  # that tasks have to end in when work is given up
+EMPTY_SECONDS = 60.0  # that a group without adapters stays open, beyond those that are kept
 EVALUATION_RETRIES = 3  # of one whose process or machine is lost
 
 
 class EngineRoom:
     """Brings works to their end: call `turn` until nothing is left to do. A context manager.
 
-    cluster: how packs are made; groups: how many train at once; storage: where all of it is kept; folder: for Ray
-    Train's own files. on_result is told the result of each work.
+    cluster: how packs are made; groups: how many train at once; keep: how many of them stay when there is nothing to
+    do, None: none, and a batch is all there will be; bases: that workers load at once. storage: where all of it is
+    kept; folder: for Ray Train's own files. on_result is told the result of each work.
     """
 
     def __init__(
@@ -55,12 +58,16 @@ class EngineRoom:
         folder: str,
         *,
         groups: int,
+        keep: int | None = None,
+        bases: Sequence[str] = (),
         on_result: Callable[[Work, AdapterResult], None],
         say: Callable[[str], None],
     ) -> None:
         self._cluster, self._size, self._storage, self._folder = cluster, size, storage, folder
         self._on_result, self._say = on_result, say
-        self._groups = Groups(groups)
+        self._groups = Groups(groups, keep)
+        self._is_service, self._bases = keep is not None, tuple(bases)
+        self._places: dict[Hashable, int] = {}
         self._runs: set[HeldRun] = set()
         self._works: dict[str, Work] = {}  # that are not at their end, by name
         self._settled: dict[str, tuple[Work, AdapterResult]] = {}  # whose checkpoints workers may look for yet
@@ -92,13 +99,13 @@ class EngineRoom:
         for work in works:
             self._runs.add(work.run)
             self._works[work.name] = work
-            work.run.writer.adapter(work.adapter_id, revision=work.adapter.revision)
+            work.run.note(work.adapter_id, revision=work.adapter.revision)
             done = already_published(work.adapter, work.run.registry)
             if done is not None:
                 self._keep(work, done)
                 continue
             stored = checkpoints_of(work.adapter, work.run.registry.store).steps()
-            work.run.writer.adapter(work.adapter_id, step=max(stored, default=0))
+            work.run.note(work.adapter_id, step=max(stored, default=0))
             if work.steps in stored:
                 self._evaluate(work, 0.0)
             else:
@@ -107,24 +114,43 @@ class EngineRoom:
             return
         of = {work.adapter: work for work in untrained}
         for kind, adapters in by_kind(list(of), works[0].run.registry.store).items():
-            self._groups.wait(kind, self._pack_size(adapters), [of[adapter] for adapter in adapters])
-        if (packs := self._groups.to_come) > 1:
+            if kind not in self._places:
+                self._places[kind] = self._pack_size(adapters)
+            self._groups.wait(kind, self._places[kind], [of[adapter] for adapter in adapters])
+        if not self._is_service and (packs := self._groups.to_come) > 1:
             self._say(
                 f"{len(untrained)} adapters in {packs} packs, {min(packs, self._groups.most)} at a time, "
                 f"on {self._size.workers} {self._size.kind}"
             )
+
+    def has_place(self, work: Work) -> bool:
+        """Whether a work would begin at once."""
+        return self._groups.has_place(pack_key(work.adapter))
+
+    def release(self, run: HeldRun) -> None:
+        """Give up what is left of a run."""
+        names = {work.name for work in self._works.values() if work.run is run}
+        self._groups.drop(names)
+        _cancel([task for task, (work, _) in self._evaluating.items() if work.run is run])
+        self._evaluating = {task: own for task, own in self._evaluating.items() if own[0].run is not run}
+        for name in names:
+            del self._works[name]
+        self._settled = {name: own for name, own in self._settled.items() if own[0].run is not run}
+        self._runs.discard(run)
+        self._update_metrics()
 
     def turn(self) -> None:
         """Start and fill groups, and take note of what they and the evaluations have done; at most POLL_SECONDS long.
 
         Raises ClusterError when the process that controls a group was killed.
         """
-        while (group := self._groups.next(busy=bool(self._evaluating))) is not None:
-            self._start(group)
         for group, newcomers in self._groups.fill():
             self._began(newcomers, len(group.works))
+        while (started := self._groups.next(busy=bool(self._evaluating))) is not None:
+            self._start(started)
+        self._groups.close_empty(EMPTY_SECONDS)
         self._give_orders()
-        ready, _ = ray.wait([*self._training, *self._evaluating], timeout=POLL_SECONDS)
+        ready = self._ended_tasks()
         self._take_events()
         for task in ready:
             if task in self._training:
@@ -132,8 +158,18 @@ class EngineRoom:
             else:
                 self._end_evaluation(task)
 
+    def _ended_tasks(self) -> list[Any]:
+        """Wait for POLL_SECONDS, or until a task has ended."""
+        if tasks := [*self._training, *self._evaluating]:
+            ended: list[Any] = ray.wait(tasks, timeout=POLL_SECONDS)[0]
+            return ended
+        time.sleep(POLL_SECONDS)
+        return []
+
     def _pack_size(self, adapters: Sequence[PreparedAdapter]) -> int:
         on_gpus, together = self._size.on_gpus, self._groups.most
+        if self._is_service:
+            adapters = [*adapters, *adapters]  # others of the kind will come
         try:
             return pack_size_on_ray(adapters, self._cluster.max_pack, on_gpus=on_gpus, side_by_side=together)
         except ray.exceptions.RayError as error:
@@ -147,7 +183,7 @@ class EngineRoom:
 
     def _start(self, group: Group) -> None:
         works = list(group.works.values())
-        workers = _workers_of(self._cluster, works)
+        workers = self._cluster.workers if self._is_service else _workers_of(self._cluster, works)
         if workers != self._cluster.workers:
             self._say(f"{_names(works)}: {workers} workers, as many as rows in a step")
         spec = PackSpec(
@@ -159,6 +195,7 @@ class EngineRoom:
             threads=self._threads(workers),
             on_gpus=self._size.on_gpus,
             folder=self._folder,
+            bases=self._bases,
         )
         self._give_orders()  # before its workers ask for one
         self._began(works, len(works))
@@ -168,7 +205,7 @@ class EngineRoom:
         for run, own in _by_run(works).items():
             run.listener.started({work.adapter_id: work.steps for work in own}, together)
             for work in own:
-                run.writer.adapter(work.adapter_id, state="training")
+                run.note(work.adapter_id, state="training")
         self._update_metrics()
 
     def _give_orders(self) -> None:
@@ -193,7 +230,7 @@ class EngineRoom:
             run.listener.step(own)
             for adapter_id, losses in own.losses.items():
                 tokens = {token: {"identity": one.identity, "cat": one.cat} for token, one in losses.items()}
-                run.writer.adapter(adapter_id, step=own.done[adapter_id], losses=tokens)
+                run.note(adapter_id, step=own.done[adapter_id], losses=tokens)
 
     def _hear(self, group: Group, kind: str, *said: Any) -> None:
         """Take note of what the workers of a group say; after a restart they may say it again."""
@@ -234,7 +271,6 @@ class EngineRoom:
             for work in left:
                 self._evaluate(work, group.seconds(work.name))
         elif len(left) == 1 and isinstance(failure, OutOfMemoryError) and (self._training or self._evaluating):
-            left[0].run.attempt.check()
             self._say(f"{left[0].adapter_id} waits until it has the cluster to itself: {failure}")
             self._groups.wait_alone(left[0])
         elif len(left) == 1 or isinstance(failure, StoreRefusedError):
@@ -242,8 +278,6 @@ class EngineRoom:
                 self._fail(work, failure)
         elif left:
             # Whatever it was, one adapter may be the cause: halves find it, and the others get through.
-            for run in _by_run(left):
-                run.attempt.check()
             self._say(f"a pack of {len(left)} failed and is trained in two halves: {failure}")
             middle = len(left) // 2
             self._groups.wait_apart(left[:middle], left[middle:])
@@ -251,7 +285,7 @@ class EngineRoom:
 
     def _evaluate(self, work: Work, seconds: float) -> None:
         """Start evaluating a trained adapter. seconds: how long it trained."""
-        work.run.writer.adapter(work.adapter_id, state="evaluating")
+        work.run.note(work.adapter_id, state="evaluating")
         task = evaluate_on_ray(
             work, storage=self._storage, seconds=seconds, messages=self._messages, on_gpus=self._size.on_gpus
         )
@@ -263,7 +297,6 @@ class EngineRoom:
         try:
             self._keep(work, ray.get(task))
         except ray.exceptions.RayError as error:
-            work.run.attempt.check()
             failure = failure_of(error, "evaluation")
             # Memory may have been short because of what ran beside it.
             may_pass = isinstance(failure, LostWorkerError | OutOfMemoryError)
@@ -279,7 +312,7 @@ class EngineRoom:
     def _keep(self, work: Work, result: AdapterResult) -> None:
         del self._works[work.name]
         self._retries.pop(work.name, None)
-        work.run.writer.adapter(
+        work.run.note(
             work.adapter_id,
             state=result.outcome,
             reason=result.reason,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from dataclasses import dataclass, field
 
 from cat_cluster.cluster.messages import Order
@@ -18,58 +18,69 @@ from cat_cluster.cluster.work import Work
 class Group:
     """A group of workers and the adapters that it trains in one forward, at most `places` at once.
 
-    kind: what all of them share; None where nobody else may come in. leaving: adapters that train no more, by the first
-    order without them: workers that start again may go by an older one until they have said that they follow it.
+    kind: what all of them share, None as long as it has had none; is_open: whether others may come in. leaving:
+    adapters that train no more, by the first order without them: workers that start again may go by an older one until
+    they have said that they follow it. empty_since: by the clock of `time.monotonic`, None while it has adapters.
     """
 
     number: int
-    kind: Hashable
-    places: int
+    kind: Hashable = None
+    places: int = 0
+    is_open: bool = True
     works: dict[str, Work] = field(default_factory=dict)
     since: dict[str, float] = field(default_factory=dict)
     leaving: dict[str, int] = field(default_factory=dict)
     orders: int = 0
+    empty_since: float | None = field(default_factory=time.monotonic)
     _told: object = None
 
-    def take(self, adapter: Work) -> None:
+    def take(self, work: Work) -> None:
         """Take an adapter in."""
-        self.works[adapter.name] = adapter
-        self.since[adapter.name] = time.perf_counter()
+        self.works[work.name] = work
+        self.since[work.name] = time.perf_counter()
+        self.empty_since = None
 
     def end(self, name: str) -> Work:
         """Let an adapter go that trains no more, and return it."""
         self.leaving[name] = self.orders + 1
-        return self.works.pop(name)
+        work = self.works.pop(name)
+        if not self.works:
+            self.empty_since = time.monotonic()
+        return work
 
     def forget(self, order: int) -> list[str]:
         """Return the adapters that the workers have forgotten, now that they follow an order."""
         forgotten = [name for name, first in self.leaving.items() if first <= order]
         for name in forgotten:
             del self.leaving[name]
+            del self.since[name]
         return forgotten
 
     def seconds(self, name: str) -> float:
         """How long an adapter has been in the group."""
         return time.perf_counter() - self.since[name]
 
-    def order(self, *, last: bool) -> Order | None:
+    def order(self) -> Order | None:
         """Return what the workers are to be told; None where they know."""
-        told = (tuple(self.works), last)
+        told = (tuple(self.works), self.is_open)
         if told == self._told:
             return None
         self._told = told
         self.orders += 1
-        if last:
-            self.kind = None
-        return Order(self.orders, tuple(one.ordered() for one in self.works.values()), last)
+        return Order(self.orders, tuple(one.ordered() for one in self.works.values()), last=not self.is_open)
 
 
 class Groups:
-    """The groups of a driver and what waits for them. most: groups at once."""
+    """The groups of a driver and what waits for them.
 
-    def __init__(self, most: int) -> None:
+    most: groups at once. keep: of those, so many stay open when nothing waits for them; None: a group ends as soon as
+    nothing of its kind waits and its adapters have ended.
+    """
+
+    def __init__(self, most: int, keep: int | None = None) -> None:
         self.most = most
         self.running: dict[int, Group] = {}
+        self._keep = keep
         self._waiting: dict[Hashable, deque[Work]] = {}
         self._places: dict[Hashable, int] = {}
         self._apart: deque[list[Work]] = deque()
@@ -86,59 +97,101 @@ class Groups:
         """How many groups would be started if all that waits went at once."""
         return len(self._apart) + sum(-(-len(queue) // self._places[kind]) for kind, queue in self._waiting.items())
 
-    def wait(self, kind: Hashable, places: int, adapters: Iterable[Work]) -> None:
+    def wait(self, kind: Hashable, places: int, works: Iterable[Work]) -> None:
         """Have adapters of a kind wait for a place, in their order; places: of a group of this kind."""
         self._places[kind] = places
-        self._waiting.setdefault(kind, deque()).extend(adapters)
+        self._waiting.setdefault(kind, deque()).extend(works)
 
     def wait_apart(self, *sets: list[Work]) -> None:
         """Have each set of adapters wait for a group of its own, before all others."""
         self._apart.extendleft(reversed(sets))
 
-    def wait_alone(self, adapter: Work) -> None:
+    def wait_alone(self, work: Work) -> None:
         """Have an adapter wait until nothing else is at work."""
-        self._alone.append(adapter)
+        self._alone.append(work)
+
+    def has_place(self, kind: Hashable) -> bool:
+        """Whether one more adapter of a kind would begin at once, those that wait counted as begun."""
+        open_groups = [group for group in self.running.values() if group.is_open]
+        if len(self.running) + self.to_come < self.most or any(not group.works for group in open_groups):
+            return True
+        free = sum(group.places - len(group.works) for group in open_groups if group.kind == kind)
+        return free > len(self._waiting.get(kind, ()))
 
     def next(self, *, busy: bool) -> Group | None:
         """Return a group to start now, with its adapters; busy: whether anything else than groups is at work."""
-        if self._alone and not busy and not (self.running or self._apart or any(self._waiting.values())):
-            return self._start(None, [self._alone.popleft()])
+        others = any(group.works for group in self.running.values())
+        if self._alone and not (busy or others or self._apart or any(self._waiting.values())):
+            return self._start([self._alone.popleft()])
         if len(self.running) >= self.most:
             return None
         if self._apart:
-            return self._start(None, self._apart.popleft())
+            return self._start(self._apart.popleft())
         for kind, queue in self._waiting.items():
-            if queue:
+            if queue and not any(group.is_open and not group.works for group in self.running.values()):
                 groups = min(self.most - len(self.running), -(-len(queue) // self._places[kind]))
                 size = min(self._places[kind], -(-len(queue) // groups))
-                return self._start(kind, [queue.popleft() for _ in range(size)])
+                return self._start([queue.popleft() for _ in range(size)], kind)
+        if len(self.running) < (self._keep or 0):
+            return self._start([], None)
         return None
 
     def fill(self) -> list[tuple[Group, list[Work]]]:
-        """Give waiting adapters the free places of running groups; return who came where."""
+        """Give waiting adapters the free places of open groups, and groups without any; return who came where."""
         came = []
-        for group in self.running.values():
-            queue = self._waiting.get(group.kind, deque())
-            newcomers = [queue.popleft() for _ in range(min(len(queue), group.places - len(group.works)))]
-            for adapter in newcomers:
-                group.take(adapter)
-            if newcomers:
-                came.append((group, newcomers))
+        for kind, queue in self._waiting.items():
+            open_groups = [group for group in self.running.values() if group.is_open]
+            same = [group for group in open_groups if group.kind == kind and group.works]
+            for group in [*same, *(group for group in open_groups if not group.works)]:
+                group.kind, group.places = kind, self._places[kind]
+                newcomers = [queue.popleft() for _ in range(min(len(queue), group.places - len(group.works)))]
+                for work in newcomers:
+                    group.take(work)
+                if newcomers:
+                    came.append((group, newcomers))
         return came
+
+    def close_empty(self, seconds: float) -> None:
+        """Close groups, but for those that are kept, which have had no adapter for so long."""
+        empty = [group for group in self.running.values() if group.is_open and group.empty_since is not None]
+        spare = len([group for group in self.running.values() if group.is_open]) - (self._keep or 0)
+        for group in empty[: max(0, spare)]:
+            assert group.empty_since is not None
+            if time.monotonic() - group.empty_since >= seconds:
+                group.is_open = False
 
     def orders(self) -> list[tuple[Group, Order]]:
         """Return the orders that running groups have not been given yet."""
-        found = [(one, one.order(last=not self._waiting.get(one.kind))) for one in self.running.values()]
+        if self._keep is None:
+            for group in self.running.values():
+                group.is_open = group.is_open and bool(self._waiting.get(group.kind))
+        found = [(group, group.order()) for group in self.running.values()]
         return [(group, order) for group, order in found if order is not None]
 
     def is_needed(self, name: str) -> bool:
         """Whether workers may still look for the checkpoints of an adapter."""
         return any(name in group.works or name in group.leaving for group in self.running.values())
 
-    def _start(self, kind: Hashable, adapters: list[Work]) -> Group:
-        group = Group(self._started, kind, self._places.get(kind, 0))
+    def drop(self, names: Collection[str]) -> None:
+        """Let adapters go wherever they wait or train."""
+        for queue in self._waiting.values():
+            _remove(queue, names)
+        _remove(self._alone, names)
+        self._apart = deque(kept for one in self._apart if (kept := [w for w in one if w.name not in names]))
+        for group in self.running.values():
+            for name in [name for name in group.works if name in names]:
+                group.end(name)
+
+    def _start(self, works: list[Work], kind: Hashable = None) -> Group:
+        group = Group(self._started, kind, self._places.get(kind, 0), is_open=kind is not None or not works)
         self._started += 1
-        for adapter in adapters:
-            group.take(adapter)
+        for work in works:
+            group.take(work)
         self.running[group.number] = group
         return group
+
+
+def _remove(queue: deque[Work], names: Collection[str]) -> None:
+    kept = [work for work in queue if work.name not in names]
+    queue.clear()
+    queue.extend(kept)

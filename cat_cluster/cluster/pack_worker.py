@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -21,7 +21,8 @@ from cat_cluster.cluster.monitor import PackMonitor
 from cat_cluster.cluster.trainer import PackSpec
 from cat_cluster.cluster.zero import zero_engine
 from cat_cluster.errors import CatClusterError
-from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.device import choose_device
 from cat_cluster.models.out_of_memory import memory_explained
 from cat_cluster.pipeline.job import stored_member
 from cat_cluster.pipeline.prepare import PreparedAdapter, open_bank, prepare_again
@@ -89,6 +90,8 @@ class _Worker:
         self._coming: dict[str, Future[_Newcomer]] = {}
         self._pack: Pack | None = None
         self._open = ExitStack()
+        for base in pack.bases:
+            self._thread.submit(self._load, base)
 
     def __enter__(self) -> Self:
         return self
@@ -143,6 +146,10 @@ class _Worker:
 
     def _wanted(self) -> dict[str, OrderedAdapter]:
         return {ordered.name: ordered for ordered in self._order.adapters if ordered.name not in self._lost}
+
+    def _load(self, base: str) -> None:
+        with suppress(CatClusterError):  # an adapter that needs it says what is wrong
+            self._bases[base] = load_base_model(base, device=choose_device(self._settings.device))
 
     def _prepare(self, ordered: OrderedAdapter) -> _Newcomer:
         of_run = (ordered.run_id, ordered.attempt)

@@ -30,7 +30,7 @@ class PackSpec:
     """What the workers of a pack need to know; what they train is said by orders. workers: a number, or (least, most).
 
     number: the pack's own among those of its driver; threads: each worker's share of the cluster's CPUs; folder: where
-    Ray Train keeps its own files.
+    Ray Train keeps its own files; bases: to load before anything is to be trained.
     """
 
     number: int
@@ -41,6 +41,7 @@ class PackSpec:
     threads: int
     on_gpus: bool
     folder: str
+    bases: tuple[str, ...] = ()
 
 
 def start_pack(pack: PackSpec) -> Any:

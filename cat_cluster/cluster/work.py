@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from cat_cluster.cluster.messages import OrderedAdapter
+from cat_cluster.errors import SupersededError
 from cat_cluster.pipeline.job import JobListener
 from cat_cluster.pipeline.prepare import PreparedAdapter
 from cat_cluster.registry import Registry
@@ -26,6 +29,11 @@ class HeldRun:
     def run_id(self) -> str:
         """The run's id."""
         return self.attempt.run.run_id
+
+    def note(self, adapter_id: str, **changes: Any) -> None:
+        """Change fields of one adapter's record. Whether the run is held yet is for its holder to find out."""
+        with suppress(SupersededError):
+            self.writer.adapter(adapter_id, **changes)
 
     @property
     def registry(self) -> Registry:

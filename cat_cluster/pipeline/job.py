@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol
 
-from cat_cluster.errors import AdapterNotFoundError, CatClusterError, StoreError
+from cat_cluster.errors import AdapterNotFoundError, CatClusterError, StoreError, SupersededError
 from cat_cluster.evaluation.evaluate import EvaluationMemory, Evaluator
 from cat_cluster.evaluation.gates import check_gates
 from cat_cluster.evaluation.intervals import METRICS
@@ -194,7 +195,7 @@ def by_kind(adapters: Sequence[PreparedAdapter], store: ObjectStore) -> dict[Has
     groups: dict[Hashable, list[PreparedAdapter]] = {}
     for adapter in adapters:
         refuse_old_checkpoints(adapter, store)
-        groups.setdefault(_pack_key(adapter), []).append(adapter)
+        groups.setdefault(pack_key(adapter), []).append(adapter)
     return {kind: sorted(group, key=_likeness) for kind, group in groups.items()}
 
 
@@ -208,7 +209,8 @@ def _even_parts(adapters: Sequence[PreparedAdapter], limit: int) -> list[list[Pr
     return [list(adapters[start:end]) for start, end in pairwise(ends)]
 
 
-def _pack_key(adapter: PreparedAdapter) -> Hashable:
+def pack_key(adapter: PreparedAdapter) -> Hashable:
+    """Return what adapters have in common that can share a forward."""
     training = adapter.resolved.training
     return (
         adapter.base.fingerprint,
@@ -235,7 +237,7 @@ def pack_size(group: Sequence[PreparedAdapter], max_pack: PackSize, settings: Se
     # The most demanding adapters stand for all: a pack of them is the largest that can come about.
     heaviest = sorted(group, key=_demand)[-2:]
     with memory_explained(len(heaviest)), open_bank(heaviest[0].base, heaviest) as bank:
-        members = [pack_member(adapter, settings.cache_dir) for adapter in heaviest]
+        members = [pack_member(one, settings.cache_dir, name=f"{number}") for number, one in enumerate(heaviest)]
         return measured_pack_size(heaviest[0].base, bank, members, shared_by=shared_by)
 
 
@@ -305,7 +307,8 @@ def clear_checkpoints(
     if result is None or not result.is_settled:
         return
     try:
-        checkpoints_of(adapter, store).clear()
+        with suppress(SupersededError):  # then they are another driver's
+            checkpoints_of(adapter, store).clear()
     except StoreError as error:
         listener.message(f"warning: checkpoints of {adapter.resolved.id} are left in the store: {error}")
 
