@@ -32,6 +32,7 @@ from cat_cluster.cli.options import (
     progress,
 )
 from cat_cluster.cli.serve import serve
+from cat_cluster.cli.train_service import train_service
 from cat_cluster.cli.values import above_zero, check_all_values, output_folder, png_file
 from cat_cluster.errors import BaseModelError, CatClusterError, needs_extra
 from cat_cluster.settings import load_settings
@@ -57,6 +58,7 @@ app.add_typer(base_app, name="base")
 app.add_typer(pocket_app, name="pocket")
 app.add_typer(spec_app, name="spec")
 app.command()(serve)
+app.command("train-service")(train_service)
 mount_jobs(app)
 mount_adapters(app)
 mount_k8s(app)

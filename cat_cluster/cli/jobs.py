@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +12,7 @@ import typer
 from rich.console import Console
 
 from cat_cluster.cli.options import AsJson, Storage, people, print_json
+from cat_cluster.errors import SpecError
 from cat_cluster.runs.progress import RunProgress, is_alive
 from cat_cluster.runs.run import Run, list_runs
 from cat_cluster.settings import load_settings
@@ -44,8 +48,24 @@ def mount_jobs(app: typer.Typer) -> None:
 
 def submit(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML); see `cat-cluster spec schema`.")],
-    address: RequiredAddress,
+    address: Address = None,
     storage: Storage = None,
+    queue: Annotated[
+        bool, typer.Option("--queue", help="Have the training service of the storage train it; needs no address.")
+    ] = False,
+    owner: Annotated[
+        str, typer.Option(help="With --queue: whose share of the places it takes. Default: you.", show_default=False)
+    ] = "",
+    priority: Annotated[
+        int, typer.Option(min=-100, max=100, help="With --queue: higher goes first, before other owners too.")
+    ] = 0,
+    deadline: Annotated[
+        datetime | None,
+        typer.Option(
+            formats=["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M%z"],
+            help="With --queue: goes before your own runs that have a later one or none, as 2026-12-01T09:00+01:00.",
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; exit 1 if it fails.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Start also when the run is done, or take it over from its driver.")
@@ -71,15 +91,33 @@ def submit(
     Example: cat-cluster submit job.yaml --address http://127.0.0.1:8265 --storage s3://bucket/cat --wait
     """
     from cat_cluster.cluster.ray_jobs import open_cluster
-    from cat_cluster.cluster.submit import read_runtime_env, submit_run
+    from cat_cluster.cluster.submit import enter_run, read_runtime_env, submit_run
     from cat_cluster.data.concepts import upload_warnings
     from cat_cluster.spec.job import load_spec
 
+    of_a_job = {"--runtime-env": runtime_env, "--env": env, "--pass-env": pass_env, "--image": image, "--force": force}
+    of_the_queue = {"--owner": owner, "--priority": priority, "--deadline": deadline}
+    _refuse_given(of_a_job if queue else of_the_queue, "goes without --queue" if queue else "goes with --queue alone")
+    if not queue and address is None:
+        raise SpecError("--address: give the cluster's dashboard, http://HOST:8265; or --queue for a training service")
     job = load_spec(spec)
     for warning in upload_warnings(job.adapters):
         people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    cluster = open_cluster(address, token, ca)
     store = open_store(storage or job.storage or load_settings().storage)
+    if queue:
+        if job.cluster.model_fields_set:
+            people.print("warning: cluster: has no effect in a training service, which has settings of its own")
+        run, is_new = enter_run(job, store, owner=owner or getpass.getuser(), priority=priority, deadline=deadline)
+        people.print(f"{run.run_id} {'waits in the queue' if is_new else 'is in the queue already'}", soft_wrap=True)
+        if wait:
+            _follow(run, None, None, None, as_json=as_json)
+        elif as_json:
+            print_json({"run_id": run.run_id, "outcome": "queued" if is_new else "in the queue", "storage": store.url})
+        else:
+            people.print(f"follow it  {run.follow_command()}", soft_wrap=True, markup=False)
+        return
+    assert address is not None
+    cluster = open_cluster(address, token, ca)
     environment = read_runtime_env(runtime_env, env or (), pass_env or (), image)
     submission = submit_run(job, store, cluster, runtime_env=environment, force=force)
     run = Run(store, submission.run_id)
@@ -95,6 +133,12 @@ def submit(
         print_json(record)
     elif submission.job is not None:
         people.print(f"follow it  {_follow_command(run, address)}", soft_wrap=True, markup=False)
+
+
+def _refuse_given(options: Mapping[str, object], why: str) -> None:
+    for name, value in options.items():
+        if value:
+            raise SpecError(f"{name} {why}: leave it out")
 
 
 @jobs_app.command("list")

@@ -15,7 +15,7 @@ import ray
 
 from cat_cluster.cluster.local_ray import check_ray_folder, first_line, start_ray
 from cat_cluster.errors import ClusterError, SpecError
-from cat_cluster.spec.job import JobSpec
+from cat_cluster.spec.sections import ClusterSpec
 
 REPLACED_SECONDS = 180.0  # in which another machine or pod takes the place of a lost one
 _POLL_SECONDS = 1.0
@@ -139,12 +139,12 @@ def _one_attempt() -> Iterator[None]:
             del os.environ[name]
 
 
-def await_workers(job: JobSpec, size: ClusterSize, say: Callable[[str], None]) -> ClusterSize:
-    """Return the size of the cluster, first waiting for another machine where one was lost and the job does not fit.
+def await_workers(cluster: ClusterSpec, size: ClusterSize, say: Callable[[str], None]) -> ClusterSize:
+    """Return the size of the cluster, first waiting for another machine where one was lost and a pack does not fit.
 
-    The wait ends when the job fits, after REPLACED_SECONDS at most. say: is told what is waited for.
+    The wait ends when it fits, after REPLACED_SECONDS at most. say: is told what is waited for.
     """
-    least = least_workers(job)
+    least = least_workers(cluster)
     if least <= size.workers:
         return size
     lost = sum(not node["Alive"] and node.get("DeathReason") != _IDLE for node in ray.nodes())
@@ -161,9 +161,9 @@ def await_workers(job: JobSpec, size: ClusterSize, say: Callable[[str], None]) -
     return size
 
 
-def check_cluster(job: JobSpec, storage: str, size: ClusterSize) -> None:
-    """Raise SpecError if the cluster is too small for the spec, or has machines that cannot see a storage folder."""
-    least = least_workers(job)
+def check_size(cluster: ClusterSpec, storage: str, size: ClusterSize) -> None:
+    """Raise SpecError if a cluster is too small for a pack, or has machines that cannot see a storage folder."""
+    least = least_workers(cluster)
     if least > size.workers:
         fewer = f"ask for at most {size.workers}, or " if size.workers else ""
         raise SpecError(
@@ -180,7 +180,7 @@ def check_cluster(job: JobSpec, storage: str, size: ClusterSize) -> None:
             )
 
 
-def least_workers(job: JobSpec) -> int:
-    """Return the fewest workers that a pack of the job may have."""
-    workers = job.cluster.workers
+def least_workers(cluster: ClusterSpec) -> int:
+    """Return the fewest workers that a pack may have."""
+    workers = cluster.workers
     return workers if isinstance(workers, int) else workers[0]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import ray
 
-from cat_cluster.cluster.connection import ClusterSize, await_workers, check_cluster, cluster_address, ray_connection
+from cat_cluster.cluster.connection import ClusterSize, await_workers, check_size, cluster_address, ray_connection
 from cat_cluster.cluster.engine_room import EngineRoom, most_workers
 from cat_cluster.cluster.failures import unwrapped
 from cat_cluster.cluster.ray_jobs import current_job
@@ -46,8 +46,8 @@ def run_on_ray(
         ray_connection(address) as size,
         tempfile.TemporaryDirectory(prefix="cat-cluster-", ignore_cleanup_errors=True) as folder,
     ):
-        size = await_workers(job, size, listener.message)
-        check_cluster(job, store.url, size)
+        size = await_workers(job.cluster, size, listener.message)
+        check_size(job.cluster, store.url, size)
         run.write_spec(job)
         attempt = run.claim(job=current_job())
         progress = RunProgress.begin(run.run_id, job, state="running", attempt=attempt.number)

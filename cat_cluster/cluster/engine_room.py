@@ -93,25 +93,27 @@ class EngineRoom:
     def take(self, works: Sequence[Work]) -> None:
         """Take works in: what is published is done, what is trained is measured, and the rest waits for a place.
 
-        Raises CheckpointError as by_kind does.
+        Raises CheckpointError as by_kind does, and StoreError before anything is begun.
         """
-        untrained = []
+        if not works:
+            return
+        found = []  # with the store asked for all before anything is begun
         for work in works:
+            store = work.run.registry.store
+            found.append(
+                (already_published(work.adapter, work.run.registry), checkpoints_of(work.adapter, store).steps())
+            )
+        untrained = []
+        for work, (done, stored) in zip(works, found, strict=True):
             self._runs.add(work.run)
             self._works[work.name] = work
-            work.run.note(work.adapter_id, revision=work.adapter.revision)
-            done = already_published(work.adapter, work.run.registry)
+            work.run.note(work.adapter_id, revision=work.adapter.revision, step=max(stored, default=0))
             if done is not None:
                 self._keep(work, done)
-                continue
-            stored = checkpoints_of(work.adapter, work.run.registry.store).steps()
-            work.run.note(work.adapter_id, step=max(stored, default=0))
-            if work.steps in stored:
+            elif work.steps in stored:
                 self._evaluate(work, 0.0)
             else:
                 untrained.append(work)
-        if not works:
-            return
         of = {work.adapter: work for work in untrained}
         for kind, adapters in by_kind(list(of), works[0].run.registry.store).items():
             if kind not in self._places:
@@ -135,7 +137,6 @@ class EngineRoom:
         self._evaluating = {task: own for task, own in self._evaluating.items() if own[0].run is not run}
         for name in names:
             del self._works[name]
-        self._settled = {name: own for name, own in self._settled.items() if own[0].run is not run}
         self._runs.discard(run)
         self._update_metrics()
 

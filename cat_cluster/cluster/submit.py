@@ -6,6 +6,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, connect, explained, s
 from cat_cluster.data.s3_photos import store_images
 from cat_cluster.errors import ClusterError, RunError, SpecError
 from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.queue import enter
 from cat_cluster.runs.run import Run, run_id_of
 from cat_cluster.spec.job import AdapterSpec, JobSpec
 from cat_cluster.spec.yaml_bounds import load_yaml, read_text
@@ -70,6 +72,21 @@ def submit_run(
             run.write_progress(previous)  # it may have been a record of the same attempt
         raise
     return Submission(run.run_id, "submitted", submission_id, store.url)
+
+
+def enter_run(
+    job: JobSpec, store: ObjectStore, *, owner: str, priority: int = 0, deadline: datetime | None = None
+) -> tuple[Run, bool]:
+    """Enter a job into the queue of a storage, for a training service; False where it waits or is worked on already.
+
+    Its photos are stored first where the storage is no folder. Raises ConceptError for photos, RunError for a value out
+    of bounds and when a driver outside of the queue is at work, StoreError.
+    """
+    store.check_access()
+    run = Run(store, run_id_of(job, image_digests_of(job)))
+    stored = with_stored_images(job, store).model_copy(update={"storage": store.url})
+    _, is_new = enter(run, stored, owner=owner, priority=priority, deadline=deadline)
+    return run, is_new
 
 
 def stop_run(run: Run, cluster: RayCluster | None = None) -> tuple[int, list[str]]:

@@ -11,6 +11,7 @@ from cat_cluster.errors import SupersededError
 from cat_cluster.pipeline.job import JobListener
 from cat_cluster.pipeline.prepare import PreparedAdapter
 from cat_cluster.registry import Registry
+from cat_cluster.runs.progress import ENDED_ADAPTER, RunProgress, RunState, timestamp
 from cat_cluster.runs.progress_writer import ProgressWriter
 from cat_cluster.runs.run import Attempt, FencedStore
 from cat_cluster.spec.job import JobSpec
@@ -34,6 +35,23 @@ class HeldRun:
         """Change fields of one adapter's record. Whether the run is held yet is for its holder to find out."""
         with suppress(SupersededError):
             self.writer.adapter(adapter_id, **changes)
+
+    def end(self, state: RunState | None = None, reason: str | None = None, *, permanent: bool = False) -> None:
+        """End the record: in a state or, if none is given, in the one that its adapters say."""
+        progress = self.writer.leave()
+        found = state or progress.outcome()
+        is_permanent = permanent if state is not None else progress.is_permanent()
+        self._write(progress.changed(state=found, reason=reason, permanent=is_permanent))
+
+    def give_back(self) -> None:
+        """Let go of the run, which waits for whoever claims it next and goes on from its checkpoints."""
+        progress = self.writer.leave()
+        left = [one if one.state in ENDED_ADAPTER else one.changed(state="waiting") for one in progress.adapters]
+        self._write(progress.changed(state="waiting", attempt=self.attempt.number + 1, adapters=tuple(left)))
+
+    def _write(self, progress: RunProgress) -> None:
+        self.attempt.check()
+        self.attempt.run.write_progress(progress.changed(updated=timestamp()))
 
     @property
     def registry(self) -> Registry:

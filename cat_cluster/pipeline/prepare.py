@@ -68,26 +68,47 @@ class PreparedAdapter:
 
 
 def prepare(job: JobSpec, settings: Settings, registry: Registry) -> list[PreparedAdapter]:
-    """Read the photos and the base models of a job and look for its judges, so that nothing is missed later.
+    """Prepare all adapters of a job, so that nothing is missed once the first one trains.
 
-    An adapter that trains on from another one starts from what its reference names in the registry now. Raises
-    ConceptError naming the adapter, BaseModelError, EvaluationError, or what with_pinned_start and start_weights do.
+    Raises as Preparation does.
     """
-    bases: dict[str, BaseModel] = {}
-    judges_found: set[tuple[str, str]] = set()
-    prepared = []
-    for given in job.resolved():
+    preparation = Preparation(settings)
+    return [preparation.adapter(resolved, registry) for resolved in job.resolved()]
+
+
+class Preparation:
+    """Reads the photos and the base models of adapters and looks for their judges; for one thread.
+
+    It keeps the `bases` that were used last, and what it has found of their judges.
+    """
+
+    def __init__(self, settings: Settings, bases: int | None = None) -> None:
+        """bases: how many are kept, None: all."""
+        self._settings, self._most = settings, bases
+        self._bases: dict[str, BaseModel] = {}
+        self._judges: set[tuple[str, str]] = set()
+
+    def adapter(self, given: ResolvedAdapter, registry: Registry) -> PreparedAdapter:
+        """Prepare an adapter; one that trains on from another starts from what its reference names in the registry now.
+
+        Raises ConceptError naming the adapter, BaseModelError, EvaluationError, or what with_pinned_start and
+        start_weights do.
+        """
         resolved = with_pinned_start(given, registry)
-        adapter = prepare_adapter(resolved, settings, bases)
+        adapter = prepare_adapter(resolved, self._settings, self._bases)
+        self._bases[resolved.base] = self._bases.pop(resolved.base)  # the one used last comes last
+        while self._most is not None and len(self._bases) > self._most:
+            oldest = next(iter(self._bases))
+            del self._bases[oldest]
+            self._judges = {found for found in self._judges if found[0] != oldest}
         start_weights(resolved, adapter.base, registry)
         judge = resolved.evaluation.judge
         if resolved.evaluation.enabled:
             _refuse_cut_subjects(adapter, image_templates(resolved.evaluation, adapter.base))
-            if (resolved.base, judge) not in judges_found:
+            if (resolved.base, judge) not in self._judges:
                 load_judges(judge, adapter.base)
-                judges_found.add((resolved.base, judge))
-        prepared.append(adapter)
-    return prepared
+                self._judges.add((resolved.base, judge))
+        return adapter
 
 
 def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[str, BaseModel]) -> PreparedAdapter:

@@ -73,6 +73,12 @@ class ProgressWriter:
                 else:
                     self._end("failed", f"{type(error).__name__}: {error}")
 
+    def leave(self) -> RunProgress:
+        """Write no more and end nothing: the run goes on elsewhere. Return the newest record."""
+        self._leaving.set()
+        self._thread.join()
+        return self._progress
+
     def _end(self, state: str, reason: str | None = None, *, permanent: bool = False) -> None:
         if not self._progress.ended:
             self._progress = self._progress.changed(state=state, reason=reason, permanent=permanent)

@@ -1,0 +1,97 @@
+"""The command `train-service`: trains what `submit --queue` asks for, as long as it runs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from cat_cluster.cli.options import Storage, people
+from cat_cluster.errors import SpecError, needs_extra
+from cat_cluster.settings import load_settings
+
+
+def train_service(
+    storage: Storage = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster this machine is in. Default: $RAY_ADDRESS, else Ray starts here.")
+    ] = None,
+    name: Annotated[
+        str, typer.Option(help="Of the service: one that starts again takes its runs over at once. One process each.")
+    ] = "default",
+    groups: Annotated[
+        str, typer.Option(metavar="LEAST:MOST", help="Groups of workers: kept when nothing waits, and at most.")
+    ] = "1:1",
+    workers: Annotated[int, typer.Option(min=1, help="Workers of a group.")] = 1,
+    zero_stage: Annotated[
+        int | None, typer.Option(min=0, max=3, help="DeepSpeed ZeRO stage; none is plain data-parallel torch.")
+    ] = None,
+    max_pack: Annotated[
+        int | None, typer.Option(min=1, help="Most adapters of a group; none measures what memory allows.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option(min=1, help="The most steps that an interruption may cost.")] = 50,
+    owner_limit: Annotated[
+        list[str] | None, typer.Option(metavar="OWNER=N", help="Most adapters of an owner that train at once.")
+    ] = None,
+    base: Annotated[list[str] | None, typer.Option(help="Base model to load before anybody asks for it.")] = None,
+) -> None:
+    """Train runs as they come in: `cat-cluster submit SPEC --queue` enters one, and its adapters join those that train.
+
+    Example: cat-cluster train-service --storage s3://bucket/cat --base pocket
+    """
+    from cat_cluster.spec.sections import ClusterSpec
+    from cat_cluster.store import open_store
+
+    least, most = _groups(groups)
+    limits = _limits(owner_limit or ())
+    settings = load_settings()
+    store = open_store(storage or settings.storage)
+    with needs_extra("cluster", "the training service"):
+        from cat_cluster.cluster.train_service import ServiceOptions, run_train_service
+    settings_of_packs = {
+        "workers": workers,
+        "zero_stage": zero_stage,
+        "max_pack": max_pack or "auto",
+        "checkpoint_every": checkpoint_every,
+    }
+    cluster = ClusterSpec.model_validate(settings_of_packs)
+    options = ServiceOptions(name, (least, most), cluster, limits, tuple(base or ()))
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        run_train_service(store.url, settings, options, _say, address=address)
+    except (KeyboardInterrupt, SystemExit):  # Ray raises SystemExit on SIGTERM once it is joined
+        _say("stopped; what is not done waits in the queue and goes on from its last checkpoints")
+
+
+def _say(text: str) -> None:
+    people.print(f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _groups(text: str) -> tuple[int, int]:
+    least, colon, most = text.partition(":")
+    if not (least.isdecimal() and (most if colon else least).isdecimal()):
+        raise SpecError(f"--groups {text}: write it as LEAST:MOST, such as 1:4, or one number")
+    found = int(least), int(most) if colon else max(1, int(least))
+    if not 0 <= found[0] <= found[1] or found[1] < 1:
+        raise SpecError(f"--groups {text}: the most must be at least 1, and no less than the least")
+    return found
+
+
+def _limits(pairs: Sequence[str]) -> dict[str, int]:
+    limits = {}
+    for pair in pairs:
+        owner, equals, number = pair.rpartition("=")
+        if not (equals and owner and number.isdecimal() and int(number)):
+            raise SpecError(f"--owner-limit {pair}: write it as OWNER=N, such as alice=4")
+        limits[owner] = int(number)
+    return limits
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop as Ctrl-C does, and ignore further signals while runs are given back."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
