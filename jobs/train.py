@@ -28,7 +28,7 @@ from cat_cluster.store import ObjectStore, open_store
 
 if TYPE_CHECKING:
     from cat_cluster.pipeline.job import AdapterResult
-    from cat_cluster.training.loop import StepReport
+    from cat_cluster.training.step_report import StepReport
 
 LINE_SECONDS = 10.0  # between two lines about the steps of a pack
 

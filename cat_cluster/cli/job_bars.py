@@ -9,8 +9,8 @@ from rich.markup import escape
 
 from cat_cluster.cli.bars import Bars, loss_text
 from cat_cluster.pipeline.job import AdapterResult
-from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
+from cat_cluster.training.step_report import StepReport
 
 LOSS_SMOOTHING = 0.05
 

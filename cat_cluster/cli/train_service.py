@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -60,10 +58,9 @@ def train_service(
     }
     cluster = ClusterSpec.model_validate(settings_of_packs)
     options = ServiceOptions(name, (least, most), cluster, limits, tuple(base or ()))
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         run_train_service(store.url, settings, options, _say, address=address)
-    except (KeyboardInterrupt, SystemExit):  # Ray raises SystemExit on SIGTERM once it is joined
+    except KeyboardInterrupt:
         _say("stopped; what is not done waits in the queue and goes on from its last checkpoints")
 
 
@@ -89,9 +86,3 @@ def _limits(pairs: Sequence[str]) -> dict[str, int]:
             raise SpecError(f"--owner-limit {pair}: write it as OWNER=N, such as alice=4")
         limits[owner] = int(number)
     return limits
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Stop as Ctrl-C does, and ignore further signals while runs are given back."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt

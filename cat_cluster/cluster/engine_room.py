@@ -34,7 +34,7 @@ from cat_cluster.pipeline.job import AdapterResult, already_published, by_kind, 
 from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of
 from cat_cluster.spec.sections import ClusterSpec
 from cat_cluster.telemetry.ray_backend import RayBackend
-from cat_cluster.training.loop import StepReport
+from cat_cluster.training.step_report import StepReport
 
 POLL_SECONDS = 0.1
 CANCEL_SECONDS = 10.0  # that tasks have to end in when work is given up

@@ -19,8 +19,8 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.pipeline.prepare import PreparedAdapter
 from cat_cluster.store import ObjectStore
 from cat_cluster.telemetry import Metrics
-from cat_cluster.training.loop import StepReport
 from cat_cluster.training.recorders import TensorBoardRecorder, TrainingMetrics
+from cat_cluster.training.step_report import StepReport
 
 REPORT_SECONDS = 0.25  # between two events of a pack; the first and the last step are always reported
 

@@ -6,6 +6,7 @@ whose holder has died is taken over. Whose turn it is says FairShare; who trains
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import time
 from collections import deque
@@ -13,13 +14,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Self
 
 import ray
 
 from cat_cluster.cluster.connection import ClusterSize, check_size, cluster_address, ray_connection
-from cat_cluster.cluster.engine_room import EngineRoom
+from cat_cluster.cluster.engine_room import EngineRoom, most_workers
 from cat_cluster.cluster.failures import unwrapped
 from cat_cluster.cluster.work import HeldRun, Work
 from cat_cluster.errors import CatClusterError, RunError, StoreError, SupersededError
@@ -36,7 +37,7 @@ from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.spec.sections import ClusterSpec
 from cat_cluster.store import ObjectStore, open_store
-from cat_cluster.training.loop import StepReport
+from cat_cluster.training.step_report import StepReport
 
 REFRESH_SECONDS = 0.5  # between two looks at the queue
 LOOK_SECONDS = 5.0  # between two looks at a run that another service holds
@@ -337,7 +338,7 @@ def run_train_service(
     *,
     address: str | None = None,
 ) -> None:
-    """Train what the queue of a storage asks for until somebody interrupts it.
+    """Train what the queue of a storage asks for until somebody interrupts it: SIGTERM is a KeyboardInterrupt here.
 
     address: of the Ray cluster; None means RAY_ADDRESS, else a Ray started on this machine. Raises SpecError for a
     cluster that is too small for one group, ClusterError, StoreError.
@@ -347,7 +348,20 @@ def run_train_service(
     store.check_access()
     with unwrapped("the service"), ray_connection(address) as size:
         check_size(options.cluster, store.url, size)
+        if options.groups[0] * most_workers(options.cluster.workers) >= size.workers:
+            say(
+                f"warning: the groups that are kept take all {size.workers} {size.kind} of the cluster, and what is "
+                "trained waits for one of them to be published with: keep fewer with --groups, or let the cluster grow"
+            )
+        # Once Ray is joined, which has a handler of its own that ends the process with nothing given back.
+        signal.signal(signal.SIGTERM, _interrupt)
         with TrainService(store, settings, options, size, say) as service:
             say(f"training service {options.name}: waiting for runs in the queue of {store.url}")
             while True:
                 service.turn()
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop as Ctrl-C does, and ignore further signals while runs are given back."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt

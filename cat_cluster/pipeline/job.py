@@ -35,8 +35,9 @@ from cat_cluster.spec.fields import PackSize
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
 from cat_cluster.training import TRAINING_VERSION
-from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.loop import PackMember, TrainedAdapter, train_pack
 from cat_cluster.training.pack_size import measured_pack_size
+from cat_cluster.training.step_report import StepReport
 
 
 class JobListener(Protocol):

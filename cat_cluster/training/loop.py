@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -23,12 +23,11 @@ from cat_cluster.models.base_model import BaseModel, checkpointed_activations, c
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest, tensor_names
 from cat_cluster.training.drift_budget import DriftBudget, weigh
 from cat_cluster.training.engine import EngineFactory, SlotState, TorchEngine, TrainingEngine, autocast
-from cat_cluster.training.loss_curves import ConceptLoss, LossCurves, step_sums
+from cat_cluster.training.loss_curves import LossCurves, step_sums
 from cat_cluster.training.optimizer import Slot, state_names
 from cat_cluster.training.step import RowLosses, train_step
+from cat_cluster.training.step_report import StepReport
 from cat_cluster.training.teacher import TeacherPool
-
-_T = TypeVar("_T")
 
 KEPT_CHUNKS = 512  # of texts, where captions change from row to row
 
@@ -45,56 +44,6 @@ class PackMember:
     def adapter_id(self) -> str:
         """The adapter's id."""
         return self.task.adapter_id
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Progress after a step: losses[adapter id][token]; seconds is this step's wall time.
-
-    done, steps: how many steps each adapter that had one in this step has done of its own, and how many it will do.
-    alpha_scales: adapter id -> token -> the factor a drift budget puts on alpha; adapters without one are absent.
-    teacher_known, teacher_asked: predictions of the base that came from a pool, and those computed in this step.
-    """
-
-    done: Mapping[str, int]
-    steps: Mapping[str, int]
-    seconds: float
-    rows: int
-    losses: dict[str, dict[str, ConceptLoss]]
-    dropped: dict[str, str]
-    alpha_scales: dict[str, dict[str, float]] = field(default_factory=dict)
-    teacher_known: int = 0
-    teacher_asked: int = 0
-
-    @property
-    def step(self) -> int:
-        """The step of the adapter that is farthest."""
-        return max(self.done.values())
-
-    @property
-    def ended(self) -> tuple[str, ...]:
-        """The adapters that train no more after this step."""
-        return tuple(name for name, done in self.done.items() if done >= self.steps[name] or name in self.dropped)
-
-    def of(self, names: Mapping[str, str]) -> StepReport:
-        """Return what it says of some adapters, each under another name: names maps those here to the new ones."""
-
-        def own(values: Mapping[str, _T]) -> dict[str, _T]:
-            return {new: values[name] for name, new in names.items() if name in values}
-
-        return replace(
-            self,
-            done=own(self.done),
-            steps=own(self.steps),
-            losses=own(self.losses),
-            dropped=own(self.dropped),
-            alpha_scales=own(self.alpha_scales),
-        )
-
-    @property
-    def notable(self) -> bool:
-        """Whether it is the first step of an adapter, or the last."""
-        return 1 in self.done.values() or bool(self.ended)
 
 
 @dataclass(frozen=True, eq=False)

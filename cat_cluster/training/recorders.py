@@ -25,7 +25,7 @@ from cat_cluster.telemetry import (
     TEACHER_CACHE,
     Metrics,
 )
-from cat_cluster.training.loop import StepReport
+from cat_cluster.training.step_report import StepReport
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -22,7 +22,7 @@ from cat_cluster.registry import Manifest
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import LocalStore
-from cat_cluster.training.loop import StepReport
+from cat_cluster.training.step_report import StepReport
 from tests.support.tiny_jobs import adapter, open_registry, published_weights, stored_files, write_photos, write_spec
 
 pytestmark = pytest.mark.chaos

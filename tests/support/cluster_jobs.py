@@ -175,11 +175,11 @@ class Site:
     def drive(self, address: str | None = None) -> Process:
         """Start `cat-cluster train`, with a Ray of its own or on the cluster at the address."""
         command = ["-m", "cat_cluster.cli", "train", str(self.spec), "--storage", self.url]
-        return self._start([*command, *([] if address is None else ["--address", address])], stdout=None)
+        return self.start([*command, *([] if address is None else ["--address", address])])
 
     def cluster(self, *cpus: int) -> tuple[Process, str]:
         """Start a cluster with a node for each number and return it and its address."""
-        process = self._start(["-m", "tests.support.node_cluster", *map(str, cpus)], stdout=subprocess.PIPE)
+        process = self.start(["-m", "tests.support.node_cluster", *map(str, cpus)], stdout=subprocess.PIPE)
         assert process.popen.stdout is not None
         address = process.popen.stdout.readline().strip()
         assert address, process.said()[-3000:]
@@ -199,7 +199,8 @@ class Site:
         """Every object of the storage."""
         return {key: self.store.get(key) for key in self.store.list("")}
 
-    def _start(self, command: list[str], *, stdout: int | None) -> Process:
+    def start(self, command: list[str], *, stdout: int | None = None) -> Process:
+        """Start Python with a command line, in an environment of its own."""
         log = self.folder / f"{len(self.processes)}.log"
         temporary = Path(tempfile.mkdtemp(prefix="cc-", dir="/tmp"))  # Ray's sockets allow 107 characters of path
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

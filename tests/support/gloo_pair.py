@@ -23,7 +23,8 @@ from cat_cluster.lora.bank import LoraBank, adapted_layers
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.spec.sections import TextEncoderSpec
 from cat_cluster.training.engine import EngineFactory, Slots, SlotState, TorchEngine
-from cat_cluster.training.loop import Pack, PackMember, StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.loop import Pack, PackMember, TrainedAdapter, train_pack
+from cat_cluster.training.step_report import StepReport
 from tests.unit.training.test_loop import STEPS, Killed, member, members, other_optimisers, series, train, with_text
 from tests.unit.training.test_step import concept, task, with_training
 

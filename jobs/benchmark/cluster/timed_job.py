@@ -11,7 +11,7 @@ from cat_cluster.cluster.driver import run_on_ray
 from cat_cluster.pipeline.job import AdapterResult
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import load_spec
-from cat_cluster.training.loop import StepReport
+from cat_cluster.training.step_report import StepReport
 
 
 class StepTimes:

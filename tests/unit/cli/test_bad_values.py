@@ -8,6 +8,7 @@ import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -94,6 +95,8 @@ def bad_values(kind: Any, folder: Path) -> list[str]:
         return ["", " ", "\udcff", str(folder / "file" / "below" / "deep")]
     if kind is str:
         return ["", " ", "\t", "a\udcff"]
+    if kind is datetime:
+        return ["x", "", "2026-12-01", "2026-12-01T09:00", "2026-13-01T09:00+01:00"]  # a time without a zone is no time
     if kind is bool:
         return []
     assert get_origin(kind) is Literal, f"say here what a bad {kind} is"

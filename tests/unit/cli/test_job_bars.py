@@ -8,8 +8,8 @@ from rich.console import Console
 
 from cat_cluster.cli.job_bars import JobBars
 from cat_cluster.pipeline.job import AdapterResult
-from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
+from cat_cluster.training.step_report import StepReport
 
 
 def test_progress_shows_steps_losses_per_token_and_outcomes() -> None:

@@ -18,7 +18,7 @@ from cat_cluster.lora.bank import adapted_layers, parameter_names
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.store.local import LocalStore
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter, load_newest, tensor_names
-from cat_cluster.training.loop import StepReport
+from cat_cluster.training.step_report import StepReport
 from tests.unit.training.test_loop import STEPS, Killed, bit_equal, member, names, series, train
 from tests.unit.training.test_step import concept, task
 

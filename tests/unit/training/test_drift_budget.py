@@ -11,8 +11,8 @@ import pytest
 from cat_cluster.data.draws import draw_batch
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.training.drift_budget import LARGEST_SCALE, DriftBudget, weigh
-from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
+from cat_cluster.training.step_report import StepReport
 from tests.unit.training.test_loop import Killed, bit_equal, member, series, train
 from tests.unit.training.test_step import concept, task, with_training
 

@@ -18,9 +18,10 @@ from cat_cluster.models.base_model import BaseModel
 from cat_cluster.spec.sections import TextEncoderSpec
 from cat_cluster.store.local import LocalStore
 from cat_cluster.training.checkpoint import CheckpointStore, load_newest, tensor_names
-from cat_cluster.training.loop import PackMember, StepReport, TrainedAdapter, train_pack
+from cat_cluster.training.loop import PackMember, TrainedAdapter, train_pack
 from cat_cluster.training.methods import initial_weights, trained_layers
 from cat_cluster.training.optimizer import state_names
+from cat_cluster.training.step_report import StepReport
 from tests.unit.training.test_step import concept, of_several_sizes, task, with_mask, with_odd_words, with_training
 
 pytestmark = pytest.mark.slow

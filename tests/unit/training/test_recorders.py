@@ -16,9 +16,9 @@ from cat_cluster.errors import OutputError
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.store.protocol import check_key
 from cat_cluster.telemetry import Metrics, PrometheusBackend
-from cat_cluster.training.loop import StepReport
 from cat_cluster.training.loss_curves import ConceptLoss
 from cat_cluster.training.recorders import TensorBoardRecorder, TrainingMetrics
+from cat_cluster.training.step_report import StepReport
 from tests.support.tiny_jobs import largest_file
 from tests.unit.training.test_loop import SHORT, STEPS, members, train
 
