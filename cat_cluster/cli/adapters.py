@@ -98,7 +98,7 @@ def adapters_export(
 ) -> None:
     """Write an adapter's weights in the format of another tool; of several, one file that does what all do together.
 
-    Example: cat-cluster adapters export striped-cup tea-fish:0.7 --format kohya --out ./lora
+    Example: cat-cluster adapters export striped-cup clown-fish:0.7 --format kohya --out ./lora
     """
     from cat_cluster.pipeline.published_adapters import export_stack
     from cat_cluster.registry.stacks import parse_member

@@ -69,7 +69,7 @@ Strength = Annotated[
 ]
 Gate = Annotated[bool, typer.Option("--gate", help="Leave out adapters none of whose tokens is a word of the prompt.")]
 WeightingName = Annotated[
-    Weighting, typer.Option(help="a1111: words have weights, as (word:1.2), (word) and [word]; none: that is text.")
+    Weighting, typer.Option(help="a1111: words have weights, as (word:1.2), (word) and \\[word]; none: that is text.")
 ]
 Chunks = Annotated[
     int, typer.Option(min=1, max=MOST_CHUNKS, help="Most chunks of the prompt that are read; 1: its start alone.")
@@ -130,7 +130,7 @@ def generate(
         mask=files[1],
         edit_strength=of_edit,
     )
-    with progress() as listener:
+    with progress("draw") as listener:
         paths = draw_images(request, out, open_registry(storage) if stack else None, device(), listener)
     for path in paths:
         people.print(f"wrote {path}")

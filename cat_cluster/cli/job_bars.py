@@ -18,8 +18,10 @@ LOSS_SMOOTHING = 0.05
 class JobBars(Bars):
     """A JobListener that draws progress bars: steps, smoothed losses per token, time left. A context manager."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, images: str = "measure") -> None:
+        """images: what is done where images are made, in a word."""
         super().__init__(console)
+        self._images = images
         self._smoothed: dict[tuple[str, str], ConceptLoss] = {}
 
     def started(self, steps: Mapping[str, int], together: int) -> None:
@@ -38,8 +40,8 @@ class JobBars(Bars):
             self._train(adapter_id, completed=report.done[adapter_id], detail=detail)
 
     def images(self, adapter_id: str, done: int, total: int) -> None:
-        """Move the evaluation bar of an adapter."""
-        self.move(f"measure {adapter_id}", "measure", adapter_id, completed=done, total=total)
+        """Move the bar of an adapter's images."""
+        self.move(f"{self._images} {adapter_id}", self._images, adapter_id, completed=done, total=total)
 
     def finished(self, result: AdapterResult) -> None:
         """Say in one line what became of an adapter."""

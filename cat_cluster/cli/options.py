@@ -56,13 +56,13 @@ def open_registry(storage: str | None) -> Registry:
 
 
 @contextmanager
-def progress() -> Iterator[JobBars]:
-    """Show the progress bars of a job while it runs."""
+def progress(images: str = "measure") -> Iterator[JobBars]:
+    """Show the progress bars of a job while it runs; images: what they are made for, in a word."""
     from transformers.utils import logging
 
     from cat_cluster.cli.job_bars import JobBars
 
     logging.disable_progress_bar()  # its bars for files that load in a moment would tear ours apart
     # stdout is for the result alone, and Ray prints its warnings there.
-    with redirect_stdout(sys.stderr), JobBars(people) as bars:
+    with redirect_stdout(sys.stderr), JobBars(people, images) as bars:
         yield bars

@@ -1,6 +1,6 @@
 """Stacks: several adapters on one image, each with a strength of its own; their changes add up.
 
-A stack is named by the references of its members with a `+` between them, such as `striped-cup+tea-fish@prod`.
+A stack is named by the references of its members with a `+` between them, such as `striped-cup+clown-fish`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def parse_stack(text: str) -> tuple[Reference, ...]:
 
 
 def parse_member(text: str) -> StackMember:
-    """Return what `REFERENCE` or `REFERENCE:STRENGTH` names, such as `tea-fish:0.7`; RegistryError for other text."""
+    """Return what `REFERENCE` or `REFERENCE:STRENGTH` names, such as `clown-fish:0.7`; RegistryError for other text."""
     name, colon, number = text.partition(":")
     try:
         strength = float(number) if colon else 1.0

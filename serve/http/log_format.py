@@ -23,7 +23,9 @@ class JsonLines(logging.Formatter):
             "logger": record.name,
             "message": message,
         }
-        return json.dumps(line if record.exc_info is None else {**line, "trace": self.formatException(record.exc_info)})
+        if record.exc_info:  # some say that there is none by None, some by False
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line)
 
 
 def write_logs() -> None:

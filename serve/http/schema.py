@@ -57,7 +57,7 @@ def _describe(schema: dict[str, Any]) -> None:
         {"prompt": "a photo of a sks cup on grass", "model": "striped-cup", "n": 2, "seed": 7},
         {
             "prompt": "a sks cup beside a zwx fish",
-            "adapters": [{"model": "striped-cup"}, {"model": "tea-fish", "strength": 0.7}],
+            "adapters": [{"model": "striped-cup"}, {"model": "clown-fish", "strength": 0.7}],
         },
         {"prompt": "a photo of a cup in snow", "size": "64x64", "stream": True, "partial_images": 2},
     ]
@@ -80,7 +80,7 @@ class AdapterChoice(_Body):
     """An adapter of a stack, and how much of it is applied."""
 
     model: str = Field(
-        max_length=127, description="The adapter: `id`, `id@alias` or `id@r-...`.", examples=["tea-fish"]
+        max_length=127, description="The adapter: `id`, `id@alias` or `id@r-...`.", examples=["clown-fish"]
     )
     strength: float = Field(
         default=1.0, ge=0, le=MAX_STRENGTH, allow_inf_nan=False, description="Its strength; 0: none."
@@ -100,7 +100,7 @@ class DrawingRequest(_Body):
         max_length=4096,
         description="An adapter (`id`, `id@alias` or `id@r-...`), several with a + between them (a stack: their "
         "changes add up), or the base model's name; absent: the base model.",
-        examples=["striped-cup", "striped-cup+tea-fish"],
+        examples=["striped-cup", "striped-cup+clown-fish"],
     )
     adapters: list[AdapterChoice] = Field(
         default=[],

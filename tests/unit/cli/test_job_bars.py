@@ -12,6 +12,14 @@ from cat_cluster.training.loss_curves import ConceptLoss
 from cat_cluster.training.step_report import StepReport
 
 
+def test_images_are_drawn_or_made_to_measure() -> None:
+    for given, word in ((("draw",), "draw"), ((), "measure")):
+        screen = io.StringIO()
+        with JobBars(Console(file=screen, width=140), *given) as listener:
+            listener.images("mug", 3, 4)
+        assert f"{word:<8}mug" in screen.getvalue()
+
+
 def test_progress_shows_steps_losses_per_token_and_outcomes() -> None:
     screen = io.StringIO()
     console = Console(file=screen, width=140, force_terminal=False)

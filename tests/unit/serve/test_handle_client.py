@@ -445,3 +445,6 @@ def test_log_lines_are_json() -> None:
     line = json.loads(lines.format(record))
     assert (line["level"], line["message"]) == ("error", "a probe")
     assert "ValueError: no" in line["trace"]
+    for nothing in (None, False):  # as a caller has it who asks for a trace by a condition
+        record = logger.makeRecord(logger.name, logging.INFO, "f", 1, "calm", (), nothing)  # type: ignore[arg-type]
+        assert "trace" not in json.loads(lines.format(record))
