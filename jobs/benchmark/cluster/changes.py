@@ -19,7 +19,7 @@ ROWS, TURNS = 4, 7
 JOIN, SWAP, LEAVE = "one joins", "one leaves and another joins", "one leaves"
 
 
-def changes(base: BaseModel, adapters: int, make: EngineFactory) -> dict[str, Any]:
+def changes(base: BaseModel, adapters: int, make: EngineFactory, turns: int = TURNS) -> dict[str, Any]:
     """Return the milliseconds of a step of a pack, and of each change of its adapters over that step, by turns.
 
     A change is counted with the step that follows it, which reads texts that are new, less a step of as many adapters
@@ -32,7 +32,7 @@ def changes(base: BaseModel, adapters: int, make: EngineFactory) -> dict[str, An
     found: dict[str, list[float]] = {JOIN: [], SWAP: [], LEAVE: []}
     try:
         with Pack(base, bank, members, make_engine=make) as pack:
-            for turn in range(TURNS + 1):
+            for turn in range(turns + 1):
                 one, other = (_member(base, layers, f"{turn}-{name}") for name in ("one", "other"))
                 works = {
                     JOIN: partial(pack.change, join=[one]),

@@ -90,7 +90,7 @@ def measure_changes(console: Console) -> dict[str, Any]:
     torch.set_num_threads(2)
     packs = {str(size): changes(load_base_model("pocket"), size, TorchEngine) for size in PACK_SIZES}
     console.print(packs)
-    return {"rows_per_concept": ROWS, "packs": packs, "pair_adapters": 4, "pair": run_pair("changes")[0]}
+    return {"rows_per_concept": ROWS, "packs": packs, "pair_adapters": ADAPTERS, "pair": run_pair("changes")[0]}
 
 
 def through_ray(engine: str, bare_ms: float) -> dict[str, float]:

@@ -100,7 +100,9 @@ def main() -> None:
     if part == "steps":
         found = measure_steps()
     elif part == "changes":
-        found = {name: changes(load_base_model("pocket"), 4, engine(stage)) for name, stage in STAGES.items()}
+        found = {
+            name: changes(load_base_model("pocket"), ADAPTERS, engine(stage), TURNS) for name, stage in STAGES.items()
+        }
     elif part.startswith("sd15-"):
         found = measure_memory(random_base(on="cpu", latent_size=16), int(part[-1]), steps=2, rows=1)
     else:
