@@ -140,8 +140,13 @@ def test_the_address_names_the_adapters(open_page: OpenPage) -> None:
     expect(errors.first).to_have_text("cup has no revision or alias gone any more; latest is chosen.")
     expect(errors.last).to_have_text("There is no adapter nothing in this registry; choose another.")
     page.locator("#draw").click()
-    expect(page.locator("#draw-error")).to_have_text("Adapter 2: choose one, or remove it.")
+    told = page.locator("#draw-error")
+    expect(told).to_have_text("Adapter 2: there is no adapter nothing in this registry; choose one, or remove it.")
     expect(combobox(page, 2)).to_be_focused()
+    expect(errors.last).to_have_text("There is no adapter nothing in this registry; choose another.")
+    combobox(page, 2).fill("fish")
+    combobox(page, 2).press("Enter")
+    expect(errors.last).to_be_hidden()
 
 
 def test_a_stack_that_is_too_large_is_refused_at_its_adapters_and_the_rest_is_drawn(
