@@ -24,9 +24,7 @@ jobs_app = typer.Typer(no_args_is_help=True, help="Runs on a Ray cluster: their 
 
 StoreOption = Annotated[
     str | None,
-    typer.Option(
-        "--storage", help="Storage the job was submitted with. Default: $CAT_STORAGE, else ./cat-storage."
-    ),
+    typer.Option("--storage", help="Storage the job was submitted with. Default: $CAT_STORAGE, else ./cat-storage."),
 ]
 AddressOption = typer.Option(
     "--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."

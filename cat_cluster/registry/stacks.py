@@ -45,8 +45,8 @@ def parse_member(text: str) -> StackMember:
     shown = repr(text[:80])
     if _BETWEEN in name or (math.isnan(strength) and _BETWEEN in number):
         raise RegistryError(
-            f"{shown} names several adapters: name each by itself, with an --adapter or a <lora:...> of its own, or one "
-            "behind the other for `adapters export`"
+            f"{shown} names several adapters: name each by itself, with an --adapter or a <lora:...> of its own, or "
+            "one behind the other for `adapters export`"
         )
     if ":" in number:
         raise RegistryError(

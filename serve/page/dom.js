@@ -106,14 +106,15 @@ export const unmeasuredWords = ({ id }) => [
   el(
     "p.hint",
     {},
-    "This revision was published without being measured, so it has no scores, and probes have nothing to compare with. " +
-      "This command measures it on its stored photos and prints the scores:",
+    "This revision was published without being measured, so it has no scores, and probes have nothing to compare " +
+      "with. This command measures it on its stored photos and prints the scores:",
   ),
   el("pre", {}, el("code", {}, `cat-cluster evaluate ${id}`)),
   el(
     "p.hint",
     {},
-    "To have scores and probes here, publish it measured: train its spec with evaluation.enabled, or import it with --photos.",
+    "To have scores and probes here, publish it measured: train its spec with evaluation.enabled, or import it with " +
+      "--photos.",
   ),
 ];
 

@@ -130,6 +130,4 @@ def test_every_command_says_what_storage_it_takes_without_the_option() -> None:
         if command.startswith("k8s "):  # pods see no folder of this machine
             assert default not in told
         else:
-            assert told.endswith(f"else $CAT_STORAGE, else {default}.") or told.endswith(
-                f"Default: $CAT_STORAGE, else {default}."
-            ), command
+            assert told.endswith(f"$CAT_STORAGE, else {default}."), command
