@@ -172,7 +172,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="how often what starts this job does so again if it fails: what failed for good is not tried again",
     )
-    parser.add_argument("--storage", help="folder or s3:// address; default: the spec's, else $CAT_STORAGE")
+    parser.add_argument(
+        "--storage", help="folder or s3:// address; default: the spec's, else $CAT_STORAGE, else ./cat-storage"
+    )
     return parser.parse_args(arguments)
 
 

@@ -51,12 +51,14 @@ def adapters_list(
         str | None, typer.Option(metavar="ID", help="List those behind this id, as where a --limit has ended.")
     ] = None,
 ) -> None:
-    """List the adapters of a registry with their aliases and scores; "cup-2" comes before "cup".
+    """List the adapters of a registry with their aliases and scores; in pages of a --limit "cup-2" comes before "cup".
 
     Example: cat-cluster adapters list --limit 50 --after striped-cup
     """
     pages = list(open_registry(storage).pages(limit, after=after))
     summaries, has_more = [one for page in pages for one in page.adapters], pages[-1].has_more
+    if limit is None:  # pages have the order of the store's keys, by which the next one begins
+        summaries.sort(key=lambda one: one.adapter_id)
     if as_json:
         listed = {"adapters": [_jsonable(summary) for summary in summaries]}
         print_json(listed if limit is None else {**listed, "has_more": has_more})

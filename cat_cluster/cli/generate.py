@@ -103,12 +103,13 @@ def generate(
     """
     from cat_cluster.data.prompt_syntax import take_tags
     from cat_cluster.pipeline.published_adapters import DrawRequest, draw_images
-    from cat_cluster.registry.stacks import parse_member
+    from cat_cluster.registry.stacks import check_strength, parse_member
 
     files = read_file(image), read_file(mask)
     text, tags = take_tags(prompt)
     members = [parse_member(name) for name in (*(adapter or ()), *tags)]
     of_adapters, of_edit = (1.0 if strength is None else strength, None) if image is None else (1.0, strength)
+    check_strength(of_adapters, f"--strength {of_adapters:g}")
     stack = [replace(member, strength=of_adapters * member.strength) for member in members]
     for option, given in (("--strength", of_adapters != 1.0), ("--gate", gate)):
         if given and not stack:

@@ -23,7 +23,8 @@ from cat_cluster.store import ObjectStore, open_store
 jobs_app = typer.Typer(no_args_is_help=True, help="Runs on a Ray cluster: their status, their logs, and stopping them.")
 
 StoreOption = Annotated[
-    str | None, typer.Option("--storage", help="Storage the job was submitted with. Default: $CAT_STORAGE.")
+    str | None,
+    typer.Option("--storage", help="Storage the job was submitted with. Default: $CAT_STORAGE, else ./cat-storage."),
 ]
 AddressOption = typer.Option(
     "--address", envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, http://HOST:8265."

@@ -24,7 +24,8 @@ Storage = Annotated[
     str | None,
     typer.Option(
         "--storage",
-        help="Folder or s3:// address of the registry. Default: the job spec's, if there is one, else $CAT_STORAGE.",
+        help="Folder or s3:// address of the registry. Default: the job spec's, if there is one, else $CAT_STORAGE, "
+        "else ./cat-storage.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]

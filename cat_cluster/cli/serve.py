@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def serve(
-    storage: Annotated[str | None, typer.Option(help="Registry to serve from. Default: $CAT_STORAGE.")] = None,
+    storage: Annotated[
+        str | None,
+        typer.Option(help="Registry to serve from. Default: that of --config, else $CAT_STORAGE, else ./cat-storage."),
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     host: Annotated[
         str, typer.Option(help="Address to listen on; others than loopback need $CAT_API_KEYS.")

@@ -16,6 +16,7 @@ _WEIGHT = re.compile(r"\(\(.*\)\)|\[\[.*\]\]|.*:\s*+(?:\d++(?:\.\d*+)?|\.\d++)\s
 _EDIT = re.compile(r"(?<!\[)\[++[^\[\]]*+\]")
 _CHANGE = re.compile(r".*(?:\|.*|:\s*+(?:\d++(?:\.\d*+)?|\.\d++)\s*+)\]", re.DOTALL)
 _AND = re.compile(r"\bAND\b")
+_BREAK = re.compile(r"\bBREAK\b")
 _SHOWN, _QUOTED = 3, 60  # pieces that a note quotes, and characters of each
 
 
@@ -40,8 +41,8 @@ def take_tags(prompt: str) -> tuple[str, list[str]]:
 def syntax_notes(prompt: str, negative_prompt: str = "", weighting: Weighting = "none") -> Iterator[str]:
     """Yield a note for each kind of syntax in the prompts that AUTOMATIC1111 and others obey and the encoder reads.
 
-    These are `<lora:name:0.8>` and its like, and `(words:1.2)`, `((words))` and `[from:to:0.5]`; where words are
-    weighted, what would change between steps, `[from:to:0.5]` and `[a|b]`, and `AND`.
+    These are `<lora:name:0.8>` and its like, and `(words:1.2)`, `((words))`, `[from:to:0.5]` and `BREAK`; where words
+    are weighted, what would change between steps, `[from:to:0.5]` and `[a|b]`, and `AND`.
     """
     texts = (prompt, negative_prompt)
     tags = [match[0] for text in texts for match in _TAG.finditer(text)]
@@ -62,6 +63,8 @@ def syntax_notes(prompt: str, negative_prompt: str = "", weighting: Weighting = 
             f"{_shown(weights)} is drawn as text, brackets and numbers too: words have weights with `weighting` a1111, "
             "or --weighting"
         )
+    if any(_BREAK.search(text) for text in texts):
+        yield "'BREAK' is drawn as a word: it starts a new chunk with `weighting` a1111, or --weighting"
 
 
 def _shown(pieces: list[str]) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from cat_cluster.errors import RegistryError
 from cat_cluster.registry.references import Reference, parse_reference
 
+MAX_STRENGTH = 2.0  # of an adapter, and of all adapters of an image; 1 is as it was trained
 _BETWEEN = "+"
 
 
@@ -32,15 +33,36 @@ def parse_stack(text: str) -> tuple[Reference, ...]:
 
 
 def parse_member(text: str) -> StackMember:
-    """Return what `REFERENCE` or `REFERENCE:STRENGTH` names, such as `clown-fish:0.7`; RegistryError for other text."""
+    """Return what `REFERENCE` or `REFERENCE:STRENGTH` names, such as `clown-fish:0.7`; RegistryError for other text.
+
+    A strength is 0 to MAX_STRENGTH.
+    """
     name, colon, number = text.partition(":")
     try:
         strength = float(number) if colon else 1.0
     except ValueError:
         strength = math.nan
+    shown = repr(text[:80])
+    if _BETWEEN in name or (math.isnan(strength) and _BETWEEN in number):
+        raise RegistryError(
+            f"{shown} names several adapters: name each by itself, with an --adapter or a <lora:...> of its own, or "
+            "one behind the other for `adapters export`"
+        )
+    if ":" in number:
+        raise RegistryError(
+            f"{shown} has two strengths: an adapter has one, for the U-Net and the text encoders alike; write one "
+            f"number, such as {name[:80]}:0.7"
+        )
     if not math.isfinite(strength):
-        raise RegistryError(f"{text[:80]!r} names no strength behind its ':': write a number, such as {name[:80]}:0.7")
-    return StackMember(parse_reference(name), strength)
+        raise RegistryError(f"{shown} names no strength behind its ':': write a number, such as {name[:80]}:0.7")
+    return StackMember(parse_reference(name), check_strength(strength, shown))
+
+
+def check_strength(strength: float, shown: str) -> float:
+    """Return a strength if it is 0 to MAX_STRENGTH, else raise RegistryError, which begins with what `shown` says."""
+    if not 0 <= strength <= MAX_STRENGTH:
+        raise RegistryError(f"{shown} is out of range: a strength is 0 to {MAX_STRENGTH:g}")
+    return strength
 
 
 def check_once_each(references: Iterable[Reference]) -> None:

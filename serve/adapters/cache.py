@@ -105,17 +105,18 @@ class AdapterCache:
         """Raise ConflictError or AdapterMismatchError for a stack that can have no slots or no rows as things are."""
         if len(manifests) < 2:
             return
-        name, rank = stack_name(one.name for one in manifests), sum(one.rank for one in manifests)
+        rank = sum(one.rank for one in manifests)
         if rank > self._settings.max_rank:
+            ranks = ", ".join(f"{one.adapter_id} {one.rank}" for one in manifests)
             raise AdapterMismatchError(
-                f"{name} has rank {rank} in all and this service takes up to {self._settings.max_rank}: name fewer "
-                "adapters, or raise max_rank"
+                f"the stack has rank {rank} in all and this service takes up to {self._settings.max_rank}: name fewer "
+                f"adapters, or raise max_rank; the ranks are {ranks}"
             )
         pinned = {key_of(manifest) for slot, manifest in self._slots.held() if slot.pinned}
         needed, free = sum(key_of(one) not in pinned for one in manifests), len(self._slots) - self._slots.pinned
         if needed > free:
             raise ConflictError(
-                f"{name} needs {needed} slots at once, and {free} of {len(self._slots)} are not pinned: name fewer "
+                f"the stack needs {needed} slots at once, and {free} of {len(self._slots)} are not pinned: name fewer "
                 "adapters, unpin some, or raise slots"
             )
 

@@ -146,6 +146,9 @@ def _invalid(found: Sequence[Any]) -> HttpError:
         name = ".".join(str(part)[:80] for part in item["loc"][1:])
         if item["type"] == "extra_forbidden":
             line = f"{name}: no such parameter; see /docs for those there are"
+        elif item["type"] in ("too_long", "string_too_long") and isinstance(item["input"], str):
+            length, most = len(item["input"]), item["ctx"]["max_length"]
+            line = f"{name}: has {length} characters and may have at most {most}; shorten it"
         elif name:
             line = f"{name}: {item['msg']}"
         else:

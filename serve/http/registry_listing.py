@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from cat_cluster.errors import AdapterNotFoundError, RegistryError
 from cat_cluster.registry import LARGEST_PAGE, AdapterPage, AdapterSummary, Manifest, ManifestHead, Registry
 from cat_cluster.registry.references import Reference, parse_reference
+from cat_cluster.registry.stacks import parse_stack
 from serve.http.recent import Recent
 
 TTL_S = 5.0
@@ -105,4 +107,8 @@ def parse_model(reference: Reference | str) -> Reference:
     try:
         return parse_reference(reference)
     except RegistryError as error:
-        raise AdapterNotFoundError(str(error)) from None
+        told = str(error)
+    with suppress(RegistryError):
+        parse_stack(str(reference))
+        told = f"{str(reference)[:80]!r} is a stack, which has no entry of its own: name each of its adapters by itself"
+    raise AdapterNotFoundError(told)

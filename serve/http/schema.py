@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -9,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from cat_cluster.models.edit_steps import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH
+from cat_cluster.registry.stacks import MAX_STRENGTH
 from cat_cluster.spec.characters import CONTROLS, control_character
 from cat_cluster.spec.choices import SamplerName, Weighting
 from serve.calls import FileFormat, FileKind
@@ -16,7 +18,6 @@ from serve.settings import MAX_STACK
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPT = 32_000  # characters, as OpenAI has it
-MAX_STRENGTH = 2.0
 ANY_SEED = -1
 _TEXT = f"^[^{CONTROLS}]*$"
 _SIZE = r"^(auto|[1-9][0-9]{1,3}x[1-9][0-9]{1,3})$"
@@ -78,6 +79,16 @@ class _Body(BaseModel):
 
 class AdapterChoice(_Body):
     """An adapter of a stack, and how much of it is applied."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_object(cls, data: Any) -> Any:
+        if isinstance(data, dict | cls):
+            return data
+        name = json.dumps(data[:80]) if isinstance(data, str) else "ID"
+        raise PydanticCustomError(
+            "adapter_choice", "{told}", {"told": f'is no adapter: write {{"model": {name}}}, and "strength" beside it'}
+        )
 
     model: str = Field(
         max_length=127, description="The adapter: `id`, `id@alias` or `id@r-...`.", examples=["clown-fish"]
@@ -173,6 +184,13 @@ class DrawingRequest(_Body):
                 {"half": repr(half[0])},
             )
         return value
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _not_empty(cls, prompt: Any) -> Any:
+        if prompt == "":
+            raise PydanticCustomError("empty", "is empty; write what the image shows")
+        return prompt
 
     @field_validator("size")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -22,15 +23,14 @@ from cat_cluster.errors import (
 from cat_cluster.registry.references import Reference
 from cat_cluster.registry.stacks import StackMember, parse_member
 from serve.http.registry_listing import RegistryListing, parse_model
-from serve.http.schema import MAX_STRENGTH, DrawingRequest, ImageRequest
+from serve.http.schema import DrawingRequest, ImageRequest
 from serve.settings import ServeSettings
 
 # Errors that http_errors says to be about `model`, unless their message begins with another field.
 _OF_MODEL = (AdapterFormatError, AdapterMismatchError, AdapterNotFoundError, QuarantinedError)
 _OF_ADAPTERS = (*_OF_MODEL, ConflictError, RegistryError)
 _OF_FILES = (ObjectNotFoundError, ObjectUnreadableError)
-_OF_SEVERAL = re.compile(r"\S+\+\S")  # at the start of a message about a stack: its name
-# In one about a revision: its id, at the start, or in the name of what is damaged.
+# In a message about a revision: its id, at the start, or in the name of what is damaged; one about a stack has none.
 _OF_ONE = re.compile(r"(?:(?:the )?[a-z]+ of )?([a-z0-9-]+)@|the [a-z ]+ (?:adapters|aliases)/([a-z0-9-]+)/")
 _MISSING = re.compile(
     r"(?:no adapter ')?([a-z0-9-]+)@"
@@ -50,7 +50,7 @@ class RequestedStack:
         """Read a request; SpecError, or AdapterNotFoundError for what can name no adapter, begin with the field."""
         strength = body.strength if isinstance(body, ImageRequest) else 1.0
         prompt, tags = take_tags(body.prompt)
-        named = [*_named(body, settings.base), *(("prompt", _tagged(tag)) for tag in tags)]
+        named = [*_named(body, settings.base), *(("prompt", _tagged(tag, settings.base)) for tag in tags)]
         fields = tuple(field for field, _ in named)
         members = tuple(replace(member, strength=strength * member.strength) for _, member in named)
         _check_number(fields, settings)
@@ -86,12 +86,10 @@ class RequestedStack:
         """Return an error of the engine, and where it is about adapters, with the field that names them before it."""
         if not isinstance(error, (*_OF_ADAPTERS, *_OF_FILES)) or not self.members:
             return error
-        message, place = str(error), -1
-        if _OF_SEVERAL.match(message) is None:
-            about = _OF_ONE.match(message)
-            ids = [member.reference.adapter_id for member in self.members]
-            found = None if about is None else about[1] or about[2]
-            place = ids.index(found) if found in ids else -1
+        about = _OF_ONE.match(str(error))
+        ids = [member.reference.adapter_id for member in self.members]
+        found = None if about is None else about[1] or about[2]
+        place = ids.index(found) if found in ids else -1
         if isinstance(error, _OF_FILES):  # its message has the store's name
             which = "one of the adapters" if place < 0 else str(self.members[place].reference)
             error = AdapterFormatError(
@@ -106,32 +104,50 @@ def _named(body: DrawingRequest, base: str) -> Iterator[tuple[str, StackMember]]
         if body.adapters:
             raise SpecError("model: adapters are named in `model` or in `adapters`; leave one of the two out")
         for part in body.model.split("+"):
-            yield "model", StackMember(parse_model(part))
+            yield "model", StackMember(_reference(part, "model", base))
     for number, adapter in enumerate(body.adapters):
-        yield f"adapters.{number}.model", StackMember(_reference(adapter.model, number), adapter.strength)
+        field = f"adapters.{number}.model"
+        yield field, StackMember(_reference(adapter.model, field, base), adapter.strength)
 
 
-def _reference(text: str, number: int) -> Reference:
+def _reference(text: str, field: str, base: str) -> Reference:
+    """Return what one name of a field refers to; the error for another text says what to write in its place."""
+    if text == base:
+        raise SpecError(f"{field}: {text!r} is the base model, which every image has and no stack names; leave it out")
     try:
         return parse_model(text)
     except AdapterNotFoundError as error:
-        raise _with_field(error, f"adapters.{number}.model") from None
+        if (meant := _meant(text)) is None:
+            raise _with_field(error, field) from None
+        name, colon, _ = text.strip().partition(":")
+        remedy = "drop the spaces"
+        if colon:
+            choice = json.dumps({"model": name, "strength": meant.strength})
+            remedy = f"a strength is given in `adapters`, as {choice}, or in the prompt, as <lora:{text.strip()}>"
+        raise _with_field(AdapterNotFoundError(f"{text[:80]!r} is not an adapter id: {remedy}"), field) from None
 
 
-def _tagged(tag: str) -> StackMember:
-    """Return what `<lora:TAG>` names."""
-    name, colon, strength = tag.partition(":")
+def _meant(text: str) -> StackMember | None:
+    """Return the adapter that a text names but for spaces around it and a strength behind it; None: it names none."""
     try:
-        reference = parse_model(name)
+        return parse_member(text.strip())
+    except RegistryError:
+        return None
+
+
+def _tagged(tag: str, base: str) -> StackMember:
+    """Return what `<lora:TAG>` names."""
+    name = tag.partition(":")[0]
+    if name == base:
+        raise SpecError(f"prompt: <lora:{tag[:80]}>: {name!r} is the base model, which every image has; leave it out")
+    try:
+        parse_model(name)
     except AdapterNotFoundError as error:
         raise AdapterNotFoundError(f"prompt: <lora:{tag[:80]}>: {error}") from None
     try:
-        member = parse_member(f"{reference}{colon}{strength}")
+        return parse_member(tag)
     except RegistryError as error:
         raise SpecError(f"prompt: {error}") from None
-    if not 0 <= member.strength <= MAX_STRENGTH:
-        raise SpecError(f"prompt: <lora:{tag[:80]}> is out of range; its strength is 0 to {MAX_STRENGTH:g}")
-    return member
 
 
 def _check_number(fields: tuple[str, ...], settings: ServeSettings) -> None:

@@ -2,7 +2,7 @@
 
 import { address, loadAdapter, loadAdapters, readSamples, session, showSample } from "./api.js";
 import { intervalBar } from "./charts.js";
-import { byId, conceptTag, driftBadge, el, number, plural, when } from "./dom.js";
+import { byId, conceptTag, driftBadge, el, number, plural, unmeasuredWords, when } from "./dom.js";
 import { examples } from "./prompts.js";
 
 // As cat_cluster/evaluation/report.py says it: title, which way is better, what it says.
@@ -75,6 +75,7 @@ const searchable = (adapter) =>
     .join(" ")
     .toLowerCase();
 
+const isMeasured = (adapter) => Object.keys(METRICS).some((name) => Number.isFinite(adapter.metrics[name]));
 const metric = (adapter, name, missing) => adapter.metrics[name] ?? missing;
 const byName = (a, b) => a.id.localeCompare(b.id);
 const ORDERS = {
@@ -105,18 +106,20 @@ function card(adapter) {
       {},
       el("h2", {}, el("a", { href: detailAddress(adapter.id) }, adapter.id)),
       el("p.concepts", {}, ...adapter.concepts.map(conceptTag)),
-      el(
-        "dl.scores",
-        {},
-        ...["kps", "base_drift", "identity_gain"].map((name) =>
-          el(
-            "div",
-            { title: METRICS[name][2] },
-            el("dt", {}, METRICS[name][0]),
-            el("dd", {}, number(adapter.metrics[name])),
-          ),
-        ),
-      ),
+      isMeasured(adapter) || !adapter.revision
+        ? el(
+            "dl.scores",
+            {},
+            ...["kps", "base_drift", "identity_gain"].map((name) =>
+              el(
+                "div",
+                { title: METRICS[name][2] },
+                el("dt", {}, METRICS[name][0]),
+                el("dd", {}, number(adapter.metrics[name])),
+              ),
+            ),
+          )
+        : el("p.hint", {}, "Published without being measured: no scores"),
       el("p.badges", {}, driftBadge(adapter.drift), ...placeBadges(adapter)),
       el(
         "p.small-facts",
@@ -220,14 +223,8 @@ function samplesSection(adapter) {
 }
 
 function metricsSection(adapter) {
+  if (!isMeasured(adapter)) return section("Quality", ...unmeasuredWords(adapter));
   const known = Object.entries(METRICS).filter(([name]) => Number.isFinite(adapter.metrics[name]));
-  if (!known.length) {
-    return section(
-      "Quality",
-      el("p.hint", {}, "This revision was not measured. "),
-      el("pre", {}, el("code", {}, `cat-cluster evaluate ${adapter.id}`)),
-    );
-  }
   const { judge } = adapter.latest;
   return section(
     "Quality",

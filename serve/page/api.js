@@ -181,7 +181,10 @@ let adaptersPromise = null;
 export function loadAdapters({ fresh = false, quiet = false } = {}) {
   if (fresh || !adaptersPromise) {
     const asked = Promise.all([allPages("v1/adapters", { quiet }), loadStatus().catch(() => NO_STATUS)]);
-    adaptersPromise = asked.then(([found, status]) => found.map((raw) => readAdapter(raw, status)));
+    // Pages come in the order of the store's keys, where `cup-2` is before `cup`.
+    adaptersPromise = asked.then(([found, status]) =>
+      found.map((raw) => readAdapter(raw, status)).sort((a, b) => a.id.localeCompare(b.id)),
+    );
     adaptersPromise.catch(() => (adaptersPromise = null));
   }
   return adaptersPromise;

@@ -2,6 +2,7 @@
 
 import { el, number, svg, when } from "./dom.js";
 
+const LEAST_TOP = 2e-3; // of an axis: the numbers of a smaller one are wider than its margin
 const MARGIN = { left: 44, right: 12, top: 10, bottom: 20 };
 
 /** A metric's estimate and 95% interval on an axis that begins at 0 (or below it, where the interval does). */
@@ -59,7 +60,7 @@ function drawTime({ summary, points, from, to, height, line, reference, limit, w
   for (const value of [reference?.mean, reference?.low, reference?.high, limit?.value]) {
     if (Number.isFinite(value)) values.push(value);
   }
-  const top = niceCeiling(Math.max(...values, 1e-6) * 1.1);
+  const top = niceCeiling(Math.max(...values, LEAST_TOP) * 1.1);
   const bottom = Math.min(0, ...values) * 1.1;
   const x = (time) => MARGIN.left + ((time - from) / (to - from)) * (width - MARGIN.left - MARGIN.right);
   const y = (value) => MARGIN.top + ((top - value) / (top - bottom)) * (height - MARGIN.top - MARGIN.bottom);

@@ -42,6 +42,7 @@ export class Combo {
   open(query) {
     const parts = query.toLowerCase().split(/\s+/).filter(Boolean);
     this.shown = this.options.filter(({ text }) => parts.every((part) => text.toLowerCase().includes(part)));
+    if (parts.length) this.shown.sort((a, b) => a.value.length - b.value.length); // the nearest to what is typed
     this.list.replaceChildren(
       ...this.shown.map((option, index) =>
         el(

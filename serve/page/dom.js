@@ -101,6 +101,23 @@ export function driftBadge(state) {
   );
 }
 
+/** What a revision without scores lacks, and how to measure it. */
+export const unmeasuredWords = ({ id }) => [
+  el(
+    "p.hint",
+    {},
+    "This revision was published without being measured, so it has no scores, and probes have nothing to compare " +
+      "with. This command measures it on its stored photos and prints the scores:",
+  ),
+  el("pre", {}, el("code", {}, `cat-cluster evaluate ${id}`)),
+  el(
+    "p.hint",
+    {},
+    "To have scores and probes here, publish it measured: train its spec with evaluation.enabled, or import it with " +
+      "--photos.",
+  ),
+];
+
 /** A class noun in quotes beside its token: sks · cup. */
 export const conceptTag = ({ token, class_noun: noun }) =>
   el("span.concept", {}, el("b", {}, token), noun ? el("span", {}, noun) : null);

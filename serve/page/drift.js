@@ -2,7 +2,7 @@
 
 import { driftState, getJson, loadAdapters } from "./api.js";
 import { probeTable, timeChart } from "./charts.js";
-import { ago, byId, driftBadge, el, milliseconds, number, plural, poll } from "./dom.js";
+import { ago, byId, driftBadge, el, milliseconds, number, plural, poll, unmeasuredWords } from "./dom.js";
 
 const EVERY_S = 10;
 const AT_ONCE = 4; // requests; each of them reads the store
@@ -141,6 +141,7 @@ function readDrift(raw) {
     decoyDrift: record.scores?.decoy_drift ?? NaN,
     share: record.detectors?.share ?? NaN,
     verdict: record.verdict,
+    reason: record.reason ?? "",
   }));
   return {
     state: driftState(raw),
@@ -153,6 +154,9 @@ function readDrift(raw) {
     last: probes.at(-1)?.when ?? null,
   };
 }
+
+/** Published without scores: every probe of it fails, as there is nothing to compare with. */
+const isUnmeasured = ({ reference }) => reference !== undefined && !Object.keys(reference).length;
 
 const cardHead = (adapter, state) =>
   el(
@@ -169,6 +173,12 @@ function driftCard(adapter, drift, hours) {
   const reason = drift.quarantined?.reason ?? drift.reason;
   const said = reason ? [el("p.reason", { "data-state": drift.state }, reason)] : [];
   if (!drift.probes.length) return [head, ...said, el("p.hint", {}, `No probe in ${PERIODS[hours]}.`)];
+  if (isUnmeasured(drift)) return [head, ...said, ...unmeasuredWords(adapter)];
+  if (!drift.probes.some(({ kps, baseDrift }) => Number.isFinite(kps) || Number.isFinite(baseDrift))) {
+    const { length } = drift.probes;
+    const failed = length === 1 ? "The probe" : `All ${length} probes`;
+    return [head, ...said, el("p.hint", {}, `${failed} in ${PERIODS[hours]} failed: ${drift.probes.at(-1).reason}`)];
+  }
   const span = spanOf(drift.probes, hours);
   return [
     head,
@@ -215,8 +225,13 @@ function silentCard(silent) {
     el(
       "ul.names",
       {},
-      ...silent.map(({ adapter }) =>
-        el("li", {}, el("a", { href: `#/adapters/${encodeURIComponent(adapter.id)}` }, adapter.id)),
+      ...silent.map(({ adapter, drift }) =>
+        el(
+          "li",
+          {},
+          el("a", { href: `#/adapters/${encodeURIComponent(adapter.id)}` }, adapter.id),
+          isUnmeasured(drift) ? " (not measured, so it cannot be probed)" : null,
+        ),
       ),
     ),
   );

@@ -21,6 +21,7 @@ class Member {
   constructor(handlers) {
     const id = `adapter-${++made}`;
     this.adapter = null;
+    this.unknown = ""; // what was asked for and is not there
     this.label = el("label", { for: id, id: `${id}-label` });
     this.input = el("input", {
       id,
@@ -65,10 +66,11 @@ class Member {
   }
 
   /** Take an adapter (null: none) with what the address or an earlier drawing says of it. */
-  take(adapter, { revision = "", strength = this.strength.value } = {}) {
+  take(adapter, { id = "", revision = "", strength = this.strength.value } = {}) {
     this.adapter = adapter;
+    this.unknown = adapter ? "" : id;
     this.combo.select(adapter?.id ?? "");
-    this.blame("");
+    this.clearError();
     this.strength.value = strength;
     this.revision.replaceChildren(...(adapter ? revisionOptions(adapter) : []));
     this.revision.value = revision;
@@ -86,6 +88,11 @@ class Member {
     this.error.hidden = message === "";
   }
 
+  /** Say nothing more but that the adapter that was asked for is not there, which is so until another is chosen. */
+  clearError() {
+    this.blame(this.unknown && `There is no adapter ${this.unknown} in this registry; choose another.`);
+  }
+
   /** Name the fields by the adapter's place among several, or as the only one. */
   name(place, several) {
     const called = this.adapter?.id ?? `adapter ${place}`;
@@ -101,10 +108,9 @@ class Member {
 
   read(place, several) {
     if (!this.adapter) {
-      throw new FieldError(
-        several ? `Adapter ${place}: choose one, or remove it.` : "Choose an adapter first.",
-        this.input,
-      );
+      const missing = this.unknown && `there is no adapter ${this.unknown} in this registry; `;
+      const alone = this.error.textContent || "Choose an adapter first.";
+      throw new FieldError(several ? `Adapter ${place}: ${missing}choose one, or remove it.` : alone, this.input);
     }
     this.combo.select(this.adapter.id); // not what was typed since
     const revision = this.revision.value;
@@ -137,7 +143,7 @@ export class Picker {
     return new Member({
       chosen: (member, id) => this.choose(member, id),
       changed: (member) => {
-        member.blame("");
+        member.clearError();
         this.blame("");
         this.edited();
       },
@@ -193,7 +199,6 @@ export class Picker {
       const member = this.made();
       const found = this.offered.find(({ id }) => id === one.id) ?? null;
       member.take(found, one);
-      if (!found) member.blame(`There is no adapter ${one.id} in this registry; choose another.`);
       return member;
     });
     this.arrange();
@@ -239,7 +244,7 @@ export class Picker {
 
   clearErrors() {
     this.blame("");
-    for (const member of this.members) member.blame("");
+    for (const member of this.members) member.clearError();
   }
 
   /** Put the fields where they belong for one adapter, or for several, and offer each what no other has. */

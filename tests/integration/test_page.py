@@ -18,6 +18,7 @@ from playwright.sync_api import Page, Route, expect
 
 from cat_cluster.data.concepts import remove_token
 from cat_cluster.evaluation.drift import DriftMonitor
+from cat_cluster.models.base_model import load_base_model
 from cat_cluster.registry import Registry
 from cat_cluster.store import open_store
 from cat_cluster.telemetry import SERVING_METRICS, Metrics, PrometheusBackend
@@ -26,7 +27,7 @@ from serve.probes.records import ProbeRecord
 from serve.service import Service
 from serve.settings import ProbeSettings, ServeSettings
 from tests.support.browser_page import DRAWN_MS, OpenPage, draw, picture
-from tests.support.ingress_server import Live, Shop, furnish, listening, serving
+from tests.support.ingress_server import Live, Shop, furnish, listening, publish, serving
 
 KEY = "sesame"
 KINDS = ("base", "without", "with")
@@ -263,6 +264,67 @@ def test_drift_chart(open_page: OpenPage) -> None:
     silent = page.locator(".silent")
     expect(silent).to_contain_text("Nothing was measured in the last 24 hours")
     expect(silent.get_by_role("link")).to_have_text(["mug"])
+
+
+def test_an_adapter_without_scores_is_said_to_be_unmeasured(
+    open_page: OpenPage, tiny_base_folder: Path, tmp_path: Path
+) -> None:
+    shop, base = furnish(tiny_base_folder, tmp_path), load_base_model(str(tiny_base_folder))
+    plate, jar = (
+        publish(shop.registry, base.unet, base.fingerprint, base.name, adapter_id=name, measured=False)
+        for name in ("plate", "jar")
+    )
+    now, reason = time.time(), f"{plate.name} was published unmeasured"
+    records = [
+        ProbeRecord(time=now - ago, replica="test", kind="canonical", verdict="error", reason=reason)
+        for ago in (20.0, 10.0)
+    ]
+    hour = time.strftime("%Y%m%dT%H", time.gmtime(now))
+    document = json.dumps([record.model_dump(exclude_none=True) for record in records])
+    shop.registry.store.put(f"probes/plate/{plate.revision}/{hour}/test.json", document.encode())
+    told = "This revision was published without being measured"
+    with serving(shop) as live:
+        watched = open_page(url=live.url)
+        page = watched.open("#/drift")
+        card = page.locator(".drift").filter(has=page.get_by_role("heading", name="plate", exact=True))
+        expect(card).to_contain_text(told)
+        expect(card).to_contain_text("cat-cluster evaluate plate")
+        expect(card).to_contain_text("Not probed")
+        expect(card).not_to_contain_text("alarm")
+        expect(page.locator(".chart")).to_have_count(0)
+        expect(page.locator(".silent li").filter(has_text="jar")).to_have_text(
+            "jar (not measured, so it cannot be probed)"
+        )
+        expect(page.locator(".silent li").filter(has_text="cup")).to_have_text("cup")
+        page.get_by_role("link", name="Adapters", exact=True).click()
+        cards = page.locator(".adapter")
+        expect(cards.filter(has_text="plate")).to_contain_text("Published without being measured: no scores")
+        expect(cards.filter(has_text="mug")).not_to_contain_text("without being measured")
+        page.get_by_role("link", name="plate", exact=True).click()
+        expect(page.locator(".detail")).to_contain_text(told)
+        expect(page.locator(".detail")).to_contain_text("cat-cluster evaluate plate")
+        watched.check()
+    assert jar.metrics is None
+
+
+def test_adapters_are_in_the_order_of_their_ids_and_the_shortest_match_is_first(
+    open_page: OpenPage, tiny_base_folder: Path, tmp_path: Path
+) -> None:
+    shop, base = furnish(tiny_base_folder, tmp_path), load_base_model(str(tiny_base_folder))
+    for name in ("cup-lora", "a-cup-lora"):
+        publish(shop.registry, base.unet, base.fingerprint, base.name, adapter_id=name)
+    with serving(shop) as live:
+        page = open_page(url=live.url).open("#/compare/mug")
+        adapter = page.get_by_role("combobox", name="Adapter")
+        expect(adapter).to_have_value("mug")
+        adapter.click()
+        ids = page.locator(".option-id")
+        expect(ids).to_have_text(["a-cup-lora", "cup", "cup-lora", "mug"])
+        adapter.fill("cup-l")
+        expect(ids).to_have_text(["cup-lora", "a-cup-lora"])
+        adapter.fill("cup")
+        adapter.press("Enter")
+        expect(adapter).to_have_value("cup")
 
 
 def test_keyboard_alone(open_page: OpenPage) -> None:

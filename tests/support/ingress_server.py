@@ -199,10 +199,11 @@ def publish(
     adapter_id: str = "cup",
     seed: int = 0,
     concept: tuple[str, str] = ("sks", "cup"),
+    measured: bool = True,
 ) -> Manifest:
     """Publish an adapter of random weights for this U-Net; another seed makes another revision.
 
-    concept: its token and class noun.
+    concept: its token and class noun. measured: with scores, and a reference for probes.
     """
     token, noun = concept
     generator = torch.Generator().manual_seed(seed)
@@ -231,9 +232,11 @@ def publish(
             image_digests=["1" * 64],
             weights=AdapterWeights(layers),
             training={"steps": 2},
-            metrics={"kps": 0.2, "intervals": {"kps": [0.1, 0.3]}, "leak_matrix": {"tokens": [token]}},
-            judge={"name": "pocket", "digest": "d" * 64},
-            reference={"concepts": {token: {"photos": [[0.5] * 4], **REFERENCE, "decoy": DECOY}}},
+            metrics={"kps": 0.2, "intervals": {"kps": [0.1, 0.3]}, "leak_matrix": {"tokens": [token]}}
+            if measured
+            else None,
+            judge={"name": "pocket", "digest": "d" * 64} if measured else None,
+            reference={"concepts": {token: {"photos": [[0.5] * 4], **REFERENCE, "decoy": DECOY}}} if measured else None,
             samples={
                 "sample-0-with-0.png": picture(),
                 "sample-0-without-0.png": picture(shade=seed),

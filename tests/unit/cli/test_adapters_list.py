@@ -44,6 +44,19 @@ def test_everything_is_listed_or_as_much_as_was_asked_for(command: CommandLine, 
     assert [one["adapter_id"] for one in rest["adapters"]] == NAMES[5:]
 
 
+def test_everything_is_in_the_order_of_the_ids_and_pages_in_that_of_the_store(
+    command: CommandLine, storage: Path
+) -> None:
+    template = Registry(LocalStore(storage)).resolve("mug-0")
+    fill(storage, template, ["cup", "cup-lora"])
+    names = ["cup", "cup-lora", *NAMES]
+    whole = command("adapters", "list", "--storage", storage, "--json").json()
+    assert [one["adapter_id"] for one in whole["adapters"]] == names
+    first = command("adapters", "list", "--storage", storage, "--json", "--limit", "1").json()["adapters"]
+    rest = command("adapters", "list", "--storage", storage, "--json", "--after", first[0]["adapter_id"]).json()
+    assert {one["adapter_id"] for one in (*first, *rest["adapters"])} == set(names)
+
+
 def test_a_table_says_that_there_are_more(command: CommandLine, storage: Path) -> None:
     part = command("adapters", "list", "--storage", storage, "--limit", "2")
     assert "there are more: --after mug-1" in part.err

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from cat_cluster.cli import __main__
+from cat_cluster.cli.app import app
+from cat_cluster.settings import Settings
 from tests.support.tiny_jobs import CommandLine, assert_refused
 
 
@@ -107,3 +111,23 @@ def test_an_interrupt_at_the_start_ends_in_silence(
 def test_generate_refuses_a_weight_that_cannot_be(command: CommandLine, tmp_path: Path) -> None:
     words = ("generate", "--prompt", "a (cup:12)", "--out", tmp_path / "a.png", "--weighting", "a1111")
     assert_refused(command(*words), "prompt: 'cup' has the weight 12", "may have 0 to 10: write a number")
+
+
+def storage_helps(found: Any, *words: str) -> Iterator[tuple[str, str]]:
+    """The words of each command that has --storage, and what its help says of it."""
+    for name, one in getattr(found, "commands", {}).items():
+        yield from storage_helps(one, *words, name)
+    for option in found.params:
+        if "--storage" in option.opts:
+            yield " ".join(words), option.help
+
+
+def test_every_command_says_what_storage_it_takes_without_the_option() -> None:
+    default = Settings.model_fields["storage"].default
+    found = dict(storage_helps(typer.main.get_command(app)))
+    assert {"serve", "adapters list", "generate", "jobs list"} <= found.keys()
+    for command, told in found.items():
+        if command.startswith("k8s "):  # pods see no folder of this machine
+            assert default not in told
+        else:
+            assert told.endswith(f"$CAT_STORAGE, else {default}."), command

@@ -146,10 +146,13 @@ def test_an_exported_adapter_of_full_strength_is_what_was_published(
         (("cup", "mug:x"), "'mug:x' names no strength behind its ':'"),
         (("cup:nan",), "'cup:nan' names no strength"),
         (("cup", "Not A Name"), "'Not A Name' is not an adapter id"),
-        (("cup+mug",), "'cup+mug' is not an adapter id"),
+        (("cup+mug",), "'cup+mug' names several adapters: name each by itself"),
+        (("cup:0.5+mug:0.7",), "names several adapters: name each by itself"),
+        (("cup:0.5:0.2",), "'cup:0.5:0.2' has two strengths"),
         (("cup", "nobody"), "nobody"),
         (("cup", "foreign"), "foreign@"),
-        (("cup", "mug:1e40"), "is not finite at strength 1e+40: lower the strength"),
+        (("cup", "mug:3"), "'mug:3' is out of range: a strength is 0 to 2"),
+        (("cup:-1",), "'cup:-1' is out of range: a strength is 0 to 2"),
     ],
 )
 def test_what_cannot_be_a_stack_is_refused(
@@ -170,6 +173,15 @@ def test_a_name_in_the_prompt_that_is_no_adapter_is_refused(command: CommandLine
         assert_refused(command("generate", *options), told)
 
 
+@pytest.mark.parametrize("strength", ["3", "-1"])
+def test_a_strength_of_all_adapters_that_the_service_refuses_is_refused(
+    command: CommandLine, shop: Shop, tmp_path: Path, strength: str
+) -> None:
+    options = ("--prompt", PROMPT, "--adapter", "cup", "--out", tmp_path / "a.png", "--base", shop.folder)
+    finished = command("generate", *options, "--storage", shop.registry.store.url, "--strength", strength)
+    assert_refused(finished, f"--strength {strength} is out of range: a strength is 0 to 2")
+
+
 def test_what_asks_for_less_of_no_adapter_is_said_to_change_nothing(
     command: CommandLine, tiny_base_folder: Path, tmp_path: Path
 ) -> None:
@@ -184,6 +196,6 @@ def test_what_asks_for_less_of_no_adapter_is_said_to_change_nothing(
 def test_an_image_that_is_not_finite_is_not_written(command: CommandLine, shop: Shop, tmp_path: Path) -> None:
     out = tmp_path / "a.png"
     settings = ("--prompt", PROMPT, "--steps", "1", "--base", shop.folder, "--out", out, "--count", "2")
-    finished = command("generate", *settings, "--storage", shop.registry.store.url, "--adapter", "cup:1e36")
+    finished = command("generate", *settings, "--storage", shop.registry.store.url, "--guidance", "1e38")
     assert_refused(finished, "the image is not finite", "lower the strength or the guidance")
     assert not list(tmp_path.iterdir())

@@ -46,6 +46,15 @@ def test_a_weight_of_words_is_told_to_be_text(weight: str) -> None:
         assert "words have weights with `weighting` a1111, or --weighting" in note
 
 
+def test_a_break_is_told_to_be_a_word() -> None:
+    for texts in (("a red BREAK cup", ""), ("a cup", "red\nBREAK\nblue"), ("a BREAK cup BREAK", "BREAK")):
+        assert list(syntax_notes(*texts)) == [
+            "'BREAK' is drawn as a word: it starts a new chunk with `weighting` a1111, or --weighting"
+        ]
+        assert list(syntax_notes(*texts, "a1111")) == []
+    assert list(syntax_notes("break, Break, BREAKFAST, OUTBREAK, BREAK_1", "")) == []
+
+
 def test_where_words_have_weights_only_what_weighs_nothing_is_told() -> None:
     for prompt in ("(word:1.2) ((a)) [[b]] \\(c\\)", "a cup AND", "[a], (b|c), android, And, [a: 5 b]"):
         found = list(syntax_notes(prompt, "", "a1111"))

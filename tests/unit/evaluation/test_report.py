@@ -18,7 +18,16 @@ from PIL import Image
 from cat_cluster.errors import EvaluationError, OutputError
 from cat_cluster.evaluation.grid import Column, Grid, concept_grid, draw_grids, thumbnail_png
 from cat_cluster.evaluation.intervals import METRICS
-from cat_cluster.evaluation.report import MethodResult, ReportFiles, ReportInput, Stacks, report_json, write_report
+from cat_cluster.evaluation.report import (
+    MethodResult,
+    ReportFiles,
+    ReportInput,
+    Served,
+    ServedPicture,
+    Stacks,
+    report_json,
+    write_report,
+)
 from cat_cluster.evaluation.results import Evaluation
 
 pytestmark = pytest.mark.slow
@@ -78,6 +87,8 @@ def test_the_page_is_whole_and_needs_no_network(files: ReportFiles) -> None:
         prefix = "data:image/png;base64,"
         assert png.startswith(prefix)
         Image.open(io.BytesIO(base64.b64decode(png.removeprefix(prefix)))).verify()
+    assert 'loading="lazy"' not in html  # a picture of the whole page would be grey
+    assert "Each row is one prompt and one seed" in page.text
     # 12 seeds x (base + 2 methods without and with), 5 photos, 1 picture of the curves
     assert len(page.images) == 12 * 5 + 5 + 1
 
@@ -187,6 +198,18 @@ def test_methods_on_different_seeds_are_refused(make_evaluation: MakeEvaluation,
     with pytest.raises(EvaluationError, match="one evaluation spec"):
         write_report(tmp_path, ReportInput("Two", "pocket", methods))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("adapters", "told"), [(1, "1 different adapter,"), (3, "3 different adapters,")])
+def test_what_was_served_is_said_in_words(
+    make_evaluation: MakeEvaluation, tmp_path: Path, adapters: int, told: str
+) -> None:
+    png = thumbnail_png(np.zeros((8, 8, 3), dtype=np.uint8))
+    served = Served((ServedPicture("CAT", "a sks cup", png, "cup@r-0123456789ab", "ok"),), adapters, 6, 2.5)
+    files = write_report(tmp_path, replace(two_methods(make_evaluation), served=served))
+    text = " ".join(Page(files.html.read_text(encoding="utf-8")).text.split())
+    assert "a request for each of these pictures at the same time. It drew them together" in text
+    assert f"one U-Net call held up to 6 rows and up to {told} and all pictures were done after 2.5 s." in text
 
 
 def test_a_folder_that_cannot_be_written_leaves_nothing_half_written(

@@ -172,7 +172,9 @@ def test_what_cannot_have_its_rows_or_slots_is_refused_before_anything_starts(sh
         async with open_service(shop, max_rank=5, slots=3) as service:
             (failed,) = await events(service, PAIR)
             assert failure_of([failed]).kind == "AdapterMismatchError"
-            assert "has rank 6 in all and this service takes up to 5" in failure_of([failed]).message
+            told = failure_of([failed]).message
+            assert told.startswith("the stack has rank 6 in all and this service takes up to 5: name fewer")
+            assert told.endswith("the ranks are cup 3, mug 3")
         async with open_service(shop, max_rank=9, slots=2) as service:
             (failed,) = await events(service, CALLS[1])
             assert failure_of([failed]).kind == "ConflictError"

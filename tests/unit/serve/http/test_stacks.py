@@ -109,21 +109,36 @@ REFUSED: list[tuple[dict[str, Any], int, str, str, str]] = [
     ({"adapters": [{"model": f"a{n}"} for n in range(33)]}, 400, "invalid_value", "adapters", "at most 32"),
     ({"model": "cup+Not A Name"}, 404, "model_not_found", "model", "'Not A Name' is not an adapter id"),
     ({"model": "cup+"}, 404, "model_not_found", "model", "'' is not an adapter id"),
-    ({"model": "base+cup+base"}, 400, "invalid_value", "model", "base is named twice"),
-    ({"adapters": [{"model": "cup"}, {"model": "a+b"}]}, 404, "model_not_found", "adapters.1.model", "'a+b' is not"),
+    ({"model": "base+cup"}, 400, "invalid_value", "model", "'base' is the base model, which every image has"),
+    ({"model": "cup+base"}, 400, "invalid_value", "model", "no stack names; leave it out"),
+    ({"adapters": [{"model": "cup"}, {"model": "base"}]}, 400, "invalid_value", "adapters.1.model", "the base model"),
+    ({"prompt": "<lora:base:1>"}, 400, "invalid_value", "prompt", "'base' is the base model, which every image has"),
+    ({"model": "cup + mug"}, 404, "model_not_found", "model", "'cup ' is not an adapter id: drop the spaces"),
+    ({"adapters": [{"model": " cup"}]}, 404, "model_not_found", "adapters.0.model", "drop the spaces"),
+    ({"model": "cup:0.5+mug:0.7"}, 404, "model_not_found", "model",
+     'given in `adapters`, as {"model": "cup", "strength": 0.5}, or in the prompt, as <lora:cup:0.5>'),
+    ({"model": "mug@prod:0.7"}, 404, "model_not_found", "model", 'as {"model": "mug@prod", "strength": 0.7}, or in'),
+    ({"adapters": [{"model": "cup:1"}]}, 404, "model_not_found", "adapters.0.model", "strength is given in `adapters`"),
+    ({"model": "cup:high"}, 404, "model_not_found", "model", "'cup:high' is not an adapter id: use 1 to 63"),
+    ({"adapters": [{"model": "cup"}, {"model": "a+b"}]}, 404, "model_not_found", "adapters.1.model",
+     "'a+b' is a stack, which has no entry of its own: name each of its adapters by itself"),
+    ({"prompt": "<lora:a+b:0.5>"}, 404, "model_not_found", "prompt", "'a+b' is a stack"),
     ({"adapters": [{"model": "cup", "strength": 2.5}]}, 400, "invalid_value", "adapters.0.strength", "less than"),
     ({"adapters": [{"model": "cup", "strength": "1"}]}, 400, "invalid_value", "adapters.0.strength", "number"),
     ({"adapters": [{"model": "cup", "weight": 1}]}, 400, "unknown_parameter", "adapters.0.weight", "no such"),
     ({"adapters": [{"strength": 1}]}, 400, "missing_parameter", "adapters.0.model", "required"),
-    ({"adapters": ["cup"]}, 400, "invalid_value", "adapters.0", "adapters.0"),
+    ({"adapters": ["cup"]}, 400, "invalid_value", "adapters.0",
+     'adapters.0: is no adapter: write {"model": "cup"}, and "strength" beside it'),
+    ({"adapters": [{"model": "cup"}, 7]}, 400, "invalid_value", "adapters.1", 'is no adapter: write {"model": ID}'),
     ({"adapters": {"model": "cup"}}, 400, "invalid_value", "adapters", "list"),
     ({"adapters": "cup"}, 400, "invalid_value", "adapters", "list"),
     ({"prompt": "<lora:my cup_v2:1>"}, 404, "model_not_found", "prompt", "'my cup_v2' is not an adapter id"),
-    ({"prompt": "<lora:cup:0.5:0.2>"}, 400, "invalid_value", "prompt", "no strength behind its ':'"),
-    ({"prompt": "<lora:cup:nan>"}, 400, "invalid_value", "prompt", "no strength behind its ':'"),
-    ({"prompt": "<lora:cup:-1>"}, 400, "invalid_value", "prompt", "its strength is 0 to 2"),
-    ({"prompt": "<lora:cup:2.1>"}, 400, "invalid_value", "prompt", "its strength is 0 to 2"),
-]
+    ({"prompt": "<lora:cup:0.5:0.2>"}, 400, "invalid_value", "prompt", "'cup:0.5:0.2' has two strengths: an adapter"),
+    ({"prompt": "<lora:cup:nan>"}, 400, "invalid_value", "prompt", "'cup:nan' names no strength behind its ':'"),
+    ({"prompt": "<lora:cup@prod:abc>"}, 400, "invalid_value", "prompt", "'cup@prod:abc' names no strength"),
+    ({"prompt": "<lora:cup:-1>"}, 400, "invalid_value", "prompt", "a strength is 0 to 2"),
+    ({"prompt": "<lora:cup:2.1>"}, 400, "invalid_value", "prompt", "'cup:2.1' is out of range: a strength is 0 to 2"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("fields", "status", "code", "param", "told"), REFUSED)
@@ -166,11 +181,11 @@ def failing(error: errors.CatClusterError) -> Any:
 
 
 OF_THE_ENGINE: list[tuple[errors.CatClusterError, dict[str, Any], int, str, str]] = [
-    (errors.AdapterMismatchError(f"cup@{R}+mug@{R} has rank 24 in all"), {"model": "cup+mug"}, 422, "model_mismatch",
+    (errors.AdapterMismatchError("the stack has rank 24 in all"), {"model": "cup+mug"}, 422, "model_mismatch",
      "model"),
-    (errors.AdapterMismatchError(f"cup@{R}+mug@{R} has rank 24 in all"),
+    (errors.AdapterMismatchError("the stack has rank 24 in all"),
      {"adapters": [{"model": "cup"}, {"model": "mug"}]}, 422, "model_mismatch", "adapters"),
-    (errors.AdapterMismatchError(f"cup@{R}+mug@{R} has rank 24 in all"), {"model": "cup", "prompt": "<lora:mug>"}, 422,
+    (errors.AdapterMismatchError("the stack has rank 24 in all"), {"model": "cup", "prompt": "<lora:mug>"}, 422,
      "model_mismatch", "prompt"),
     (errors.AdapterMismatchError(f"mug@{R} was trained on 'x'"), {"adapters": [{"model": "cup"}, {"model": "mug"}]},
      422, "model_mismatch", "adapters.1.model"),
@@ -195,8 +210,8 @@ OF_THE_ENGINE: list[tuple[errors.CatClusterError, dict[str, Any], int, str, str]
      "model"),
     (errors.AdapterMismatchError(f"the weights of mug@{R} have 9 bytes"), {"model": "cup", "prompt": "<lora:mug>"}, 422,
      "model_mismatch", "prompt"),
-    (errors.ConflictError(f"cup@{R}+mug@{R} needs 2 slots"), {"model": "cup+mug"}, 409, "conflict", "model"),
-    (errors.ConflictError(f"cup@{R}+mug@{R} needs 2 slots"), {"adapters": [{"model": "cup"}, {"model": "mug"}]}, 409,
+    (errors.ConflictError("the stack needs 2 slots at once"), {"model": "cup+mug"}, 409, "conflict", "model"),
+    (errors.ConflictError("the stack needs 2 slots at once"), {"adapters": [{"model": "cup"}, {"model": "mug"}]}, 409,
      "conflict", "adapters"),
     (errors.SpecError("size: 17x17 is not served"), {"adapters": [{"model": "cup"}]}, 400, "invalid_value", "size"),
     (errors.AdapterNotFoundError("no adapter 'cup' in storage /secret"), {"adapters": [{"model": "cup"}]}, 404,
@@ -221,7 +236,7 @@ def test_the_engines_errors_name_the_field_that_names_the_adapter(
     engine.script = failing(error)
     told = assert_refused(ask(http, **fields), status, code, param)["message"]
     assert "/secret" not in told
-    assert "cup" in told or "weights" in told or "size" in told or "mug" in told or "one of the adapters" in told
+    assert any(word in told for word in ("cup", "weights", "size", "mug", "one of the adapters", "the stack"))
 
 
 @pytest.mark.parametrize(
@@ -267,3 +282,9 @@ def test_the_log_names_every_member(
         until(lambda: len(caplog.records) == 2)  # the log is written after the response
     lines = [json.loads(record.getMessage()) for record in caplog.records]
     assert [line["model"] for line in lines] == [f"cup@{R}+mug@{R}", "cup@latest+mug@prod"]
+
+
+@pytest.mark.parametrize("path", ["models/cup+mug", "adapters/cup@prod+mug", "adapters/cup+mug/drift"])
+def test_a_stack_has_no_entry_of_its_own(http: httpx2.Client, path: str) -> None:
+    told = assert_refused(http.get(f"/v1/{path}"), 404, "model_not_found", "model")["message"]
+    assert told.endswith("is a stack, which has no entry of its own: name each of its adapters by itself")
