@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from cat_cluster.cluster import pack_worker
 from cat_cluster.cluster.messages import Order, OrderedAdapter
 from cat_cluster.cluster.trainer import PackSpec
+from cat_cluster.errors import ChangedJobError
 from cat_cluster.pipeline.job import train_adapters
 from cat_cluster.pipeline.prepare import PreparedAdapter, checkpoints_of, prepare, trained_adapter
 from cat_cluster.registry import Registry
@@ -156,3 +158,14 @@ def test_of_those_that_have_left_nothing_is_kept(
         gc.collect()
         assert list(worker._stores) == [("run-000000000002", 1)]
         assert list(worker._bases) == [str(bases["jar"])]
+
+
+def test_what_is_not_at_its_end_is_not_published(tmp_path: Path, tiny_base_folder: Path) -> None:
+    job = job_of(tmp_path, {"cup": tiny_base_folder})
+    store = LocalStore(tmp_path / "store")
+    [one] = prepare(job, SETTINGS, Registry(store))
+    train_adapters([one], job, store, SETTINGS, on_step=lambda _: None)
+    assert trained_adapter(one, store).weights is not None
+    longer = one.resolved.training.model_copy(update={"steps": 9})
+    with pytest.raises(ChangedJobError, match="its last checkpoint is of step 3 of 9"):
+        trained_adapter(replace(one, resolved=one.resolved.model_copy(update={"training": longer})), store)
