@@ -378,10 +378,10 @@ def run_train_service(
     store.check_access()
     with unwrapped("the service"), ray_connection(address) as size:
         check_size(options.cluster, store.url, size)
-        if options.groups[0] * most_workers(options.cluster.workers) >= size.workers:
+        if options.groups[1] * most_workers(options.cluster.workers) >= size.workers:
             say(
-                f"warning: the groups that are kept take all {size.workers} {size.kind} of the cluster, and what is "
-                "trained waits for one of them to be published with: keep fewer with --groups, or let the cluster grow"
+                f"warning: the groups may take all {size.workers} {size.kind} of the cluster, and what is trained then "
+                "waits for one of them to be published with: allow fewer with --groups, or let the cluster grow"
             )
         # Once Ray is joined, which has a handler of its own that ends the process with nothing given back.
         signal.signal(signal.SIGTERM, _interrupt)
