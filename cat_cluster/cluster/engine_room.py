@@ -130,8 +130,10 @@ class EngineRoom:
             )
 
     def has_place(self, work: Work) -> bool:
-        """Whether a work would begin at once."""
-        return self._groups.has_place(pack_key(work.adapter))
+        """Whether a work would begin at once; as long as a kind is measured, for one of it: others may join that."""
+        kind = pack_key(work.adapter)
+        is_measured = kind not in self._measuring.values()
+        return (is_measured or not self._groups.has(kind)) and self._groups.has_place(kind)
 
     def release(self, run: HeldRun) -> None:
         """Give up what is left of a run."""

@@ -117,6 +117,11 @@ class Groups:
         """Have an adapter wait until nothing else is at work."""
         self._alone.append(work)
 
+    def has(self, kind: Hashable) -> bool:
+        """Whether adapters of a kind wait or train."""
+        trains = any(group.works and group.kind == kind for group in self.running.values())
+        return trains or bool(self._waiting.get(kind))
+
     def has_place(self, kind: Hashable) -> bool:
         """Whether one more adapter of a kind would begin at once, and so would all that wait."""
         open_groups = [group for group in self.running.values() if group.is_open]

@@ -43,7 +43,7 @@ class MeasuringFirst(Cluster):
 class Service:
     """An engine room that keeps one group, with a run of cup and mug, whose tasks end as a cluster says."""
 
-    def __init__(self, folder: Path, cluster: Cluster) -> None:
+    def __init__(self, folder: Path, cluster: Cluster, groups: int) -> None:
         self.cluster = cluster
         self.results: dict[str, AdapterResult] = {}
         self.said: list[str] = []
@@ -53,7 +53,7 @@ class Service:
             ClusterSize(2.0, 0.0),
             store.url,
             str(folder),
-            groups=1,
+            groups=groups,
             keep=1,
             on_result=lambda work, result: self.results.update({work.adapter_id: result}),
             say=self.said.append,
@@ -80,7 +80,7 @@ class Service:
 
 @pytest.fixture
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
-    def make(*given: Any, **behaviour: Any) -> Service:
+    def make(*given: Any, groups: int = 1, **behaviour: Any) -> Service:
         cluster = MeasuringFirst(*given, **behaviour)
         for name, stand_in in {"start_pack": cluster.start_pack, "evaluate_on_ray": cluster.evaluate}.items():
             monkeypatch.setattr(engine_room, name, stand_in)
@@ -88,7 +88,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Se
             monkeypatch.setattr(engine_room.ray, name, stand_in)
         monkeypatch.setattr(engine_room.Messages, "start", lambda: cluster)
         monkeypatch.setattr(engine_room.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
-        return Service(tmp_path, cluster)
+        return Service(tmp_path, cluster, groups)
 
     return make
 
@@ -115,12 +115,12 @@ def test_that_a_group_without_adapters_failed_is_said(service: Callable[..., Ser
     assert found.said == [f"a group of workers without adapters failed: {LOST}"]
 
 
-@pytest.mark.parametrize(("measured", "more"), [(3, True), (OutOfMemoryError("no two"), False)])
+@pytest.mark.parametrize(("measured", "joins"), [(3, True), (OutOfMemoryError("no two"), False)])
 def test_the_first_of_a_kind_trains_while_it_is_measured_how_many_fit(
-    service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, measured: Any, more: bool
+    service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, measured: Any, joins: bool
 ) -> None:
     """Where no processor is free to measure with, as where groups hold them all, the queue would stand still."""
-    found = service(always({}))
+    found = service(always({}), groups=2)
 
     def get(task: Any) -> int:
         assert task == "measure"
@@ -132,13 +132,20 @@ def test_the_first_of_a_kind_trains_while_it_is_measured_how_many_fit(
     monkeypatch.setattr(engine_room, "by_kind", lambda adapters, _: {"kind": adapters})
     monkeypatch.setattr(engine_room.ray, "get", get)
     monkeypatch.setattr(engine_room.ray, "wait", lambda *_, **__: ([], []))
-    found.room.take(found.works[:1])
+    monkeypatch.setattr(engine_room, "pack_key", lambda _: "kind")
+    cup, mug = found.works
+    assert found.room.has_place(cup)
+    found.room.take([cup])
+    assert not found.room.has_place(mug)
     found.room.turn()
     assert found.cluster.started == ["train cup"]
-    assert not found.room._groups.has_place("kind")
+    assert not found.room.has_place(mug), "it may join cup, and would now have a group start for it"
     monkeypatch.setattr(engine_room.ray, "wait", lambda tasks, **_: (["measure"] if "measure" in tasks else [], []))
     found.room.turn()
-    assert found.room._groups.has_place("kind") is more
+    assert found.room.has_place(mug)
+    found.room.take([mug])
+    found.room.turn()
+    assert found.cluster.started == ["train cup", *([] if joins else ["train mug"])]
 
 
 def test_a_service_outlives_workers_that_are_lost_while_they_have_nothing_to_do(
