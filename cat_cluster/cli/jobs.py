@@ -109,7 +109,8 @@ def submit(
         if job.cluster.model_fields_set:
             people.print("warning: cluster: has no effect in a training service, which has settings of its own")
         run, is_new = enter_run(job, store, owner=owner or getpass.getuser(), priority=priority, deadline=deadline)
-        people.print(f"{run.run_id} {'waits in the queue' if is_new else 'is in the queue already'}", soft_wrap=True)
+        as_before = "is in the queue already, with the owner, priority and deadline that it was entered with"
+        people.print(f"{run.run_id} {'waits in the queue' if is_new else as_before}", soft_wrap=True)
         if wait:
             _follow(run, None, None, None, as_json=as_json)
         elif as_json:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import ray
 
 from cat_cluster.cluster.connection import ClusterSize, await_workers, check_size, cluster_address, ray_connection
-from cat_cluster.cluster.engine_room import EngineRoom, most_workers
+from cat_cluster.cluster.engine_room import EngineRoom
 from cat_cluster.cluster.failures import unwrapped
 from cat_cluster.cluster.ray_jobs import current_job
+from cat_cluster.cluster.trainer import most_workers
 from cat_cluster.cluster.work import HeldRun, Work
 from cat_cluster.pipeline.job import AdapterResult, JobListener, tell_warnings
 from cat_cluster.pipeline.prepare import PreparedAdapter, prepare

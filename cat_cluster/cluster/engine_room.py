@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,9 +19,9 @@ from cat_cluster.cluster.connection import ClusterSize
 from cat_cluster.cluster.failures import failure_of
 from cat_cluster.cluster.groups import Group, Groups
 from cat_cluster.cluster.messages import Messages
-from cat_cluster.cluster.tasks import evaluate_on_ray, pack_size_on_ray
-from cat_cluster.cluster.trainer import PackSpec, start_pack
-from cat_cluster.cluster.work import HeldRun, Work
+from cat_cluster.cluster.tasks import evaluate_on_ray, measure_on_ray, pack_size_on_ray
+from cat_cluster.cluster.trainer import PackSpec, most_workers, start_pack, workers_of
+from cat_cluster.cluster.work import HeldRun, Work, by_run, names_of
 from cat_cluster.errors import (
     CatClusterError,
     ClusterError,
@@ -73,6 +73,7 @@ class EngineRoom:
         self._settled: dict[str, tuple[Work, AdapterResult]] = {}  # whose checkpoints workers may look for yet
         self._training: dict[Any, Group] = {}  # by the references of their tasks, as are the evaluations
         self._evaluating: dict[Any, tuple[Work, float]] = {}
+        self._measuring: dict[Any, Hashable] = {}  # the kinds of which it is not known yet how many train together
         self._retries: Counter[str] = Counter()  # of evaluations, by name
         self._metrics = telemetry.Metrics(RayBackend())
         self._messages = Messages.start()
@@ -83,7 +84,7 @@ class EngineRoom:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _cancel([*self._training, *self._evaluating])  # none is left unless something stops early
+        _cancel([*self._training, *self._evaluating, *self._measuring])  # none is left unless something stops early
 
     @property
     def is_idle(self) -> bool:
@@ -93,7 +94,7 @@ class EngineRoom:
     def take(self, works: Sequence[Work]) -> None:
         """Take works in: what is published is done, what is trained is measured, and the rest waits for a place.
 
-        Raises CheckpointError as by_kind does, and StoreError before anything is begun.
+        Raises CheckpointError as by_kind does, and StoreError, before anything is begun.
         """
         if not works:
             return
@@ -103,7 +104,12 @@ class EngineRoom:
             found.append(
                 (already_published(work.adapter, work.run.registry), checkpoints_of(work.adapter, store).steps())
             )
-        untrained = []
+        of = {
+            work.adapter: work
+            for work, (done, stored) in zip(works, found, strict=True)
+            if done is None and work.steps not in stored
+        }
+        kinds = by_kind(list(of), works[0].run.registry.store)
         for work, (done, stored) in zip(works, found, strict=True):
             self._runs.add(work.run)
             self._works[work.name] = work
@@ -112,22 +118,22 @@ class EngineRoom:
                 self._keep(work, done)
             elif work.steps in stored:
                 self._evaluate(work, 0.0)
-            else:
-                untrained.append(work)
-        of = {work.adapter: work for work in untrained}
-        for kind, adapters in by_kind(list(of), works[0].run.registry.store).items():
+        for kind, adapters in kinds.items():
             if kind not in self._places:
-                self._places[kind] = self._pack_size(adapters)
+                places = self._first_places(kind, adapters) if self._is_service else self._pack_size(adapters)
+                self._places[kind] = places
             self._groups.wait(kind, self._places[kind], [of[adapter] for adapter in adapters])
         if not self._is_service and (packs := self._groups.to_come) > 1:
             self._say(
-                f"{len(untrained)} adapters in {packs} packs, {min(packs, self._groups.most)} at a time, "
+                f"{len(of)} adapters in {packs} packs, {min(packs, self._groups.most)} at a time, "
                 f"on {self._size.workers} {self._size.kind}"
             )
 
     def has_place(self, work: Work) -> bool:
-        """Whether a work would begin at once."""
-        return self._groups.has_place(pack_key(work.adapter))
+        """Whether a work would begin at once; as long as a kind is measured, for one of it: others may join that."""
+        kind = pack_key(work.adapter)
+        is_measured = kind not in self._measuring.values()
+        return (is_measured or not self._groups.has(kind)) and self._groups.has_place(kind)
 
     def release(self, run: HeldRun) -> None:
         """Give up what is left of a run."""
@@ -137,6 +143,7 @@ class EngineRoom:
         self._evaluating = {task: own for task, own in self._evaluating.items() if own[0].run is not run}
         for name in names:
             del self._works[name]
+            self._retries.pop(name, None)
         self._runs.discard(run)
         self._update_metrics()
 
@@ -156,26 +163,42 @@ class EngineRoom:
         for task in ready:
             if task in self._training:
                 self._end_group(task)
+            elif task in self._measuring:
+                self._end_measuring(task)
             else:
                 self._end_evaluation(task)
 
     def _ended_tasks(self) -> list[Any]:
         """Wait for POLL_SECONDS, or until a task has ended."""
-        if tasks := [*self._training, *self._evaluating]:
+        if tasks := [*self._training, *self._evaluating, *self._measuring]:
             ended: list[Any] = ray.wait(tasks, timeout=POLL_SECONDS)[0]
             return ended
         time.sleep(POLL_SECONDS)
         return []
 
     def _pack_size(self, adapters: Sequence[PreparedAdapter]) -> int:
-        on_gpus, together = self._size.on_gpus, self._groups.most
-        if self._is_service:
-            adapters = [*adapters, *adapters]  # others of the kind will come
+        on_gpus, most = self._size.on_gpus, self._groups.most
         try:
-            return pack_size_on_ray(adapters, self._cluster.max_pack, on_gpus=on_gpus, side_by_side=together)
+            return pack_size_on_ray(adapters, self._cluster.max_pack, on_gpus=on_gpus, side_by_side=most)
         except ray.exceptions.RayError as error:
             self._say(f"packs of one: {failure_of(error, 'measuring the memory of a step')}")
             return 1
+
+    def _first_places(self, kind: Hashable, adapters: Sequence[PreparedAdapter]) -> int:
+        """Return how many adapters of a new kind train together until that is measured: nobody waits for it."""
+        if self._cluster.max_pack != "auto":
+            return self._cluster.max_pack
+        twice = [*adapters, *adapters]  # others of the kind will come
+        self._measuring[measure_on_ray(twice, on_gpus=self._size.on_gpus, side_by_side=self._groups.most)] = kind
+        return 1
+
+    def _end_measuring(self, task: Any) -> None:
+        kind = self._measuring.pop(task)
+        try:
+            self._places[kind] = ray.get(task)
+        except ray.exceptions.RayError as error:
+            self._say(f"packs of one: {failure_of(error, 'measuring the memory of a step')}")
+        self._groups.set_places(kind, self._places[kind])
 
     def _threads(self, workers: int | tuple[int, int]) -> int:
         """Share the cluster's CPUs among the workers of a group that starts and of those that train beside it."""
@@ -184,9 +207,13 @@ class EngineRoom:
 
     def _start(self, group: Group) -> None:
         works = list(group.works.values())
-        workers = self._cluster.workers if self._is_service else _workers_of(self._cluster, works)
+        workers = (
+            self._cluster.workers
+            if self._is_service
+            else workers_of(self._cluster, sum(work.adapter.rows for work in works))
+        )
         if workers != self._cluster.workers:
-            self._say(f"{_names(works)}: {workers} workers, as many as rows in a step")
+            self._say(f"{names_of(works)}: {workers} workers, as many as rows in a step")
         spec = PackSpec(
             number=group.number,
             cluster=self._cluster,
@@ -203,7 +230,7 @@ class EngineRoom:
         self._training[start_pack(spec)] = group
 
     def _began(self, works: Sequence[Work], together: int) -> None:
-        for run, own in _by_run(works).items():
+        for run, own in by_run(works).items():
             run.listener.started({work.adapter_id: work.steps for work in own}, together)
             for work in own:
                 run.note(work.adapter_id, state="training")
@@ -226,7 +253,7 @@ class EngineRoom:
                 self._hear(self._groups.running[number], kind, *said)
 
     def _note_step(self, report: StepReport) -> None:
-        for run, works in _by_run(self._works[name] for name in report.done if name in self._works).items():
+        for run, works in by_run(self._works[name] for name in report.done if name in self._works).items():
             own = report.of({work.name: work.adapter_id for work in works})
             run.listener.step(own)
             for adapter_id, losses in own.losses.items():
@@ -247,7 +274,7 @@ class EngineRoom:
             for name in group.forget(*said):
                 self._clear(name)
         elif kind == "restart":
-            self._say(f"{_names(group.works.values())}: {said[0]}")
+            self._say(f"{names_of(group.works.values())}: {said[0]}")
 
     def _end_group(self, task: Any) -> None:
         """Start evaluating what a group has left, or split it where it failed."""
@@ -267,22 +294,36 @@ class EngineRoom:
         del self._groups.running[group.number]
         for name in group.leaving:
             self._clear(name)
-        left = list(group.works.values())
         if failure is None:
-            for work in left:
+            for work in group.works.values():
                 self._evaluate(work, group.seconds(work.name))
-        elif len(left) == 1 and isinstance(failure, OutOfMemoryError) and (self._training or self._evaluating):
-            self._say(f"{left[0].adapter_id} waits until it has the cluster to itself: {failure}")
-            self._groups.wait_alone(left[0])
-        elif len(left) == 1 or isinstance(failure, StoreRefusedError):
+        else:
+            self._try_again(group, failure)
+        self._update_metrics()
+
+    def _try_again(self, group: Group, failure: CatClusterError) -> None:
+        """Have what a failed group has left wait for groups of their own, or fail where one was by itself."""
+        left = list(group.works.values())
+        if not left:
+            self._say(f"a group of workers without adapters failed: {failure}")
+        elif isinstance(failure, StoreRefusedError):
             for work in left:
                 self._fail(work, failure)
-        elif left:
+        elif len(left) > 1:
             # Whatever it was, one adapter may be the cause: halves find it, and the others get through.
             self._say(f"a pack of {len(left)} failed and is trained in two halves: {failure}")
             middle = len(left) // 2
             self._groups.wait_apart(left[:middle], left[middle:])
-        self._update_metrics()
+        elif self._is_service and group.is_open:
+            # Others have come and gone: what failed may have been theirs, as were the restarts. In a service nobody
+            # ever has the cluster to itself.
+            self._say(f"{left[0].adapter_id} is tried once more in a group of its own: {failure}")
+            self._groups.wait_apart(left)
+        elif not self._is_service and isinstance(failure, OutOfMemoryError) and (self._training or self._evaluating):
+            self._say(f"{left[0].adapter_id} waits until it has the cluster to itself: {failure}")
+            self._groups.wait_alone(left[0])
+        else:
+            self._fail(left[0], failure)
 
     def _evaluate(self, work: Work, seconds: float) -> None:
         """Start evaluating a trained adapter. seconds: how long it trained."""
@@ -337,33 +378,6 @@ class EngineRoom:
         states: list[str] = [adapter.state for run in self._runs for adapter in run.writer.progress.adapters]
         for state in telemetry.LABELS["state"].values:
             self._metrics.set(telemetry.ADAPTERS, states.count(state), state=state)
-
-
-def _by_run(works: Iterable[Work]) -> dict[HeldRun, list[Work]]:
-    found: dict[HeldRun, list[Work]] = {}
-    for work in works:
-        found.setdefault(work.run, []).append(work)
-    return found
-
-
-def _workers_of(cluster: ClusterSpec, works: Sequence[Work]) -> int | tuple[int, int]:
-    """Return how many workers a pack gets: as the spec says, but no more than it has rows in a step."""
-    rows = sum(work.adapter.rows for work in works)
-    workers = cluster.workers
-    if isinstance(workers, int):
-        return min(workers, rows)
-    least, most = (min(bound, rows) for bound in workers)
-    return least if least == most else (least, most)
-
-
-def _names(works: Iterable[Work]) -> str:
-    first, *others = [work.adapter_id for work in works]
-    return f"{first} and {len(others)} more" if others else first
-
-
-def most_workers(workers: int | tuple[int, int]) -> int:
-    """Return the most workers that a group may have."""
-    return workers if isinstance(workers, int) else workers[1]
 
 
 def _cancel(tasks: Sequence[Any]) -> None:

@@ -13,6 +13,7 @@ from cat_cluster.runs.run import Run
 POLL_SECONDS = 1.0
 ASK_SECONDS = 5.0  # between requests to Ray about a run whose driver is silent
 REMIND_SECONDS = 600.0  # between two lines that a run has not started yet
+QUEUE_SECONDS = 30.0  # that a run waits in the queue until it is said what it waits for
 
 
 class Watcher(Protocol):
@@ -80,6 +81,7 @@ def follow_run(run: Run, watcher: Watcher, carrier: Carrier | None = None) -> Ru
     reported = ""
     seen: object = None
     moved = time.monotonic()  # or asked, if that was later
+    patience = QUEUE_SECONDS
     while True:
         try:
             progress = run.progress()
@@ -92,6 +94,13 @@ def follow_run(run: Run, watcher: Watcher, carrier: Carrier | None = None) -> Ru
             elif carrier is not None and time.monotonic() - moved >= ASK_SECONDS:
                 moved = time.monotonic()
                 carrier.check(progress)
+            elif carrier is None and progress.state == "waiting" and time.monotonic() - moved >= patience:
+                moved, patience = time.monotonic(), REMIND_SECONDS
+                if run.store.exists(run.key("queued.json")):
+                    watcher.message(
+                        f"{run.run_id} waits for its turn in the queue, which `cat-cluster train-service --storage "
+                        f"{run.store.url}` works on: if none is running, start one"
+                    )
         except (StoreError, ClusterError) as error:
             if str(error) != reported:
                 reported = str(error)

@@ -102,6 +102,13 @@ class Groups:
         self._places[kind] = places
         self._waiting.setdefault(kind, deque()).extend(works)
 
+    def set_places(self, kind: Hashable, places: int) -> None:
+        """Have groups of a kind, those that run too, train so many adapters at once."""
+        self._places[kind] = places
+        for group in self.running.values():
+            if group.kind == kind:
+                group.places = places
+
     def wait_apart(self, *sets: list[Work]) -> None:
         """Have each set of adapters wait for a group of its own, before all others."""
         self._apart.extendleft(reversed(sets))
@@ -110,13 +117,22 @@ class Groups:
         """Have an adapter wait until nothing else is at work."""
         self._alone.append(work)
 
+    def has(self, kind: Hashable) -> bool:
+        """Whether adapters of a kind wait or train."""
+        trains = any(group.works and group.kind == kind for group in self.running.values())
+        return trains or bool(self._waiting.get(kind))
+
     def has_place(self, kind: Hashable) -> bool:
-        """Whether one more adapter of a kind would begin at once, those that wait counted as begun."""
+        """Whether one more adapter of a kind would begin at once, and so would all that wait."""
         open_groups = [group for group in self.running.values() if group.is_open]
-        if len(self.running) + self.to_come < self.most or any(not group.works for group in open_groups):
-            return True
-        free = sum(group.places - len(group.works) for group in open_groups if group.kind == kind)
-        return free > len(self._waiting.get(kind, ()))
+        waiting = {other: len(queue) for other, queue in self._waiting.items()}
+        waiting[kind] = waiting.get(kind, 0) + 1
+        needed = 0  # groups without adapters yet
+        for other, count in waiting.items():
+            free = sum(group.places - len(group.works) for group in open_groups if group.works and group.kind == other)
+            needed += -(-max(0, count - free) // self._places.get(other, 1))
+        empty = self.most - len(self.running) + sum(not group.works for group in open_groups)
+        return needed <= max(0, empty - len(self._apart))
 
     def next(self, *, busy: bool) -> Group | None:
         """Return a group to start now, with its adapters; busy: whether anything else than groups is at work."""

@@ -20,7 +20,8 @@ from cat_cluster.spec.sections import MonitoringSpec
 class OrderedAdapter:
     """An adapter that workers are to train, for an attempt of a run.
 
-    name: of one adapter in all of a driver's packs, where several runs may have an adapter of the same id.
+    name: of one adapter in all of a driver's packs, where several runs may have an adapter of the same id, and a later
+    attempt of a run is another one.
     """
 
     name: str

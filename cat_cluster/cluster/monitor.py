@@ -68,9 +68,9 @@ class PackMonitor:
         self._watched[ordered.name] = _Watched(ordered, concepts, store)
 
     def dismiss(self, name: str) -> None:
-        """Know an adapter no more that has left the pack."""
-        watched = self._watched.pop(name)
-        self._upload({name: watched})
+        """Know an adapter no more that has left the pack, and keep nothing of it here."""
+        self._upload({name: self._watched.pop(name)})
+        self._tensorboard.forget(name)
 
     def checkpoint(self, seconds: float, size: int) -> None:
         """Record that a checkpoint of `size` bytes was stored in `seconds`."""

@@ -10,12 +10,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
+from weakref import WeakValueDictionary
 
 import ray.train
 import ray.train.torch
 import torch
 from torch import distributed
 
+from cat_cluster.cluster.failures import failure_of
 from cat_cluster.cluster.messages import Order, OrderedAdapter, OrderReader
 from cat_cluster.cluster.monitor import PackMonitor
 from cat_cluster.cluster.trainer import PackSpec
@@ -31,7 +33,7 @@ from cat_cluster.settings import Settings, load_settings
 from cat_cluster.telemetry import STORE_RETRIES, Metrics
 from cat_cluster.telemetry.ray_backend import RayBackend
 from cat_cluster.training.engine import TorchEngine
-from cat_cluster.training.loop import Pack, PackMember
+from cat_cluster.training.loop import Pack, PackMember, check_checkpoints
 
 IDLE_SECONDS = 0.05
 
@@ -85,9 +87,10 @@ class _Worker:
         self._orders = OrderReader(pack.messages, pack.number) if self._first else None
         self._order, self._lost = Order(0, (), last=False), frozenset[str]()
         self._bases: dict[str, BaseModel] = {}
-        self._stores: dict[tuple[str, int], FencedStore] = {}
+        # As long as an adapter of the run is here: a group outlives thousands of runs, and a store has connections.
+        self._stores: WeakValueDictionary[tuple[str, int], FencedStore] = WeakValueDictionary()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prepare")
-        self._coming: dict[str, Future[_Newcomer]] = {}
+        self._coming: dict[str, Future[_Newcomer | CatClusterError]] = {}
         self._pack: Pack | None = None
         self._open = ExitStack()
         for base in pack.bases:
@@ -151,36 +154,42 @@ class _Worker:
         with suppress(CatClusterError):  # an adapter that needs it says what is wrong
             self._bases[base] = load_base_model(base, device=choose_device(self._settings.device))
 
-    def _prepare(self, ordered: OrderedAdapter) -> _Newcomer:
+    def _prepare(self, ordered: OrderedAdapter) -> _Newcomer | CatClusterError:
+        """Return an adapter ready to join, or why it cannot: whatever that is, it is this adapter's own."""
+        try:
+            store = self._store_of(ordered)
+            store.attempt.check()
+            for base in self._bases.keys() - {ordered.resolved.base, *self._spec.bases}:
+                del self._bases[base]  # a pack that trains with it has it yet
+            adapter = prepare_again(ordered.resolved, ordered.revision, self._settings, self._bases)
+            member = stored_member(
+                adapter, store, self._settings, name=ordered.name, on_checkpoint=self._monitor.checkpoint
+            )
+            check_checkpoints(member)
+        except Exception as error:
+            return failure_of(error, "preparing it")
+        return _Newcomer(ordered, adapter, store, member)
+
+    def _store_of(self, ordered: OrderedAdapter) -> FencedStore:
         of_run = (ordered.run_id, ordered.attempt)
-        if of_run not in self._stores:
-            self._stores[of_run] = open_fenced_store(
+        store = self._stores.get(of_run)
+        if store is None:
+            store = self._stores[of_run] = open_fenced_store(
                 self._spec.storage, *of_run, on_retry=lambda what: self._metrics.inc(STORE_RETRIES, operation=what)
             )
-        store = self._stores[of_run]
-        store.attempt.check()
-        adapter = prepare_again(ordered.resolved, ordered.revision, self._settings, self._bases)
-        member = stored_member(
-            adapter, store, self._settings, name=ordered.name, on_checkpoint=self._monitor.checkpoint
-        )
-        return _Newcomer(ordered, adapter, store, member)
+        return store
 
     def _admit(self) -> None:
         """Take in what is prepared. One that cannot be used on any worker fails on all, and the others go on."""
-        own: dict[str, CatClusterError] = {}
-        for name, future in self._coming.items():
-            error = future.exception()
-            if isinstance(error, CatClusterError):
-                own[name] = error
-            elif error is not None:
-                raise error
+        found = [(name, future.result()) for name, future in self._coming.items()]
+        own = {name: one for name, one in found if isinstance(one, CatClusterError)}
         by_worker: list[dict[str, CatClusterError]] = [{} for _ in range(self._count)]
         distributed.all_gather_object(by_worker, own)
         failed = {name: error for errors in reversed(by_worker) for name, error in errors.items()}
         if self._first:
             for name, error in failed.items():
                 self._spec.messages.put("failed", self._spec.number, name, error, wait=True)
-        newcomers = [future.result() for name, future in self._coming.items() if name not in failed]
+        newcomers = [one for name, one in found if isinstance(one, _Newcomer) and name not in failed]
         self._coming = {}
         if newcomers:
             for one in newcomers:
@@ -195,12 +204,12 @@ class _Worker:
         wanted = self._wanted()
         gone = [] if self._pack is None else [name for name in self._pack.slots if name not in wanted]
         with memory_explained(len(wanted)):
-            if self._pack is None:
-                self._pack = self._begin(newcomers)
-            elif len(gone) == len(self._pack.slots) and not newcomers:
-                self._end()
-            else:
+            if self._pack is not None and len(gone) == len(self._pack.slots):
+                self._end()  # those who come may be of another kind, and of another base
+            if self._pack is not None:
                 self._pack.change(leave=gone, join=[one.member for one in newcomers])
+            elif newcomers:
+                self._pack = self._begin(newcomers)
         for name in gone:
             self._monitor.dismiss(name)
 

@@ -37,11 +37,16 @@ def pack_size_on_ray(group: Sequence[PreparedAdapter], max_pack: PackSize, *, on
     """
     if max_pack != "auto" or len(group) == 1:
         return pack_size(group, max_pack, load_settings())
+    size: int = ray.get(measure_on_ray(group, on_gpus=on_gpus, side_by_side=side_by_side))
+    return size
+
+
+def measure_on_ray(group: Sequence[PreparedAdapter], *, on_gpus: bool, side_by_side: int) -> Any:
+    """Start measuring how many adapters like those of a group are trained together; return the number's reference."""
     adapters = [adapter.resolved for adapter in group]
     # Where Ray may try a task again, it does so without end for want of memory.
     task = ray.remote(_pack_size).options(num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=0)
-    size: int = ray.get(task.remote(adapters, max_pack, 1 if on_gpus else side_by_side))
-    return size
+    return task.remote(adapters, 1 if on_gpus else side_by_side)
 
 
 def evaluate_on_ray(work: Work, *, storage: str, seconds: float, messages: Messages, on_gpus: bool) -> Any:
@@ -56,7 +61,7 @@ def evaluate_on_ray(work: Work, *, storage: str, seconds: float, messages: Messa
     return task.remote(work.ordered(), storage, seconds, messages)
 
 
-def _pack_size(adapters: Sequence[ResolvedAdapter], max_pack: PackSize, shared_by: int) -> int:
+def _pack_size(adapters: Sequence[ResolvedAdapter], shared_by: int) -> int:
     settings = load_settings()
     torch.set_num_threads(1)
     bases: dict[str, Any] = {}
@@ -64,7 +69,7 @@ def _pack_size(adapters: Sequence[ResolvedAdapter], max_pack: PackSize, shared_b
     for adapter in adapters:
         with suppress(CatClusterError):  # one that became unusable after the check fails with its pack, by name
             usable.append(prepare_adapter(adapter, settings, bases))
-    return pack_size(usable, max_pack, settings, shared_by=shared_by) if usable else 1
+    return pack_size(usable, "auto", settings, shared_by=shared_by) if usable else 1
 
 
 def _evaluate(ordered: OrderedAdapter, storage: str, seconds: float, messages: Messages) -> AdapterResult:

@@ -10,7 +10,7 @@ import signal
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,30 +20,31 @@ from typing import Self
 import ray
 
 from cat_cluster.cluster.connection import ClusterSize, check_size, cluster_address, ray_connection
-from cat_cluster.cluster.engine_room import EngineRoom, most_workers
-from cat_cluster.cluster.failures import unwrapped
+from cat_cluster.cluster.engine_room import EngineRoom
+from cat_cluster.cluster.failures import failure_of, unwrapped
+from cat_cluster.cluster.queued_run import QueuedRun, RunLog, refused
+from cat_cluster.cluster.trainer import most_workers
 from cat_cluster.cluster.work import HeldRun, Work
-from cat_cluster.errors import CatClusterError, RunError, StoreError, SupersededError
+from cat_cluster.errors import CatClusterError, ClusterError, ObjectUnreadableError, StoreError, SupersededError
 from cat_cluster.pipeline.job import AdapterResult
-from cat_cluster.pipeline.prepare import Preparation, PreparedAdapter
-from cat_cluster.registry import Registry
+from cat_cluster.pipeline.prepare import Preparation
 from cat_cluster.runs.fair_share import FairShare
 from cat_cluster.runs.lease import LeaseWatch
 from cat_cluster.runs.progress import RunProgress, RunState
 from cat_cluster.runs.progress_writer import ProgressWriter
 from cat_cluster.runs.queue import QueueEntry
 from cat_cluster.runs.queue_reader import QueueReader
+from cat_cluster.runs.run import Attempt
 from cat_cluster.settings import Settings
-from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 from cat_cluster.spec.sections import ClusterSpec
 from cat_cluster.store import ObjectStore, open_store
-from cat_cluster.training.step_report import StepReport
 
 REFRESH_SECONDS = 0.5  # between two looks at the queue
 LOOK_SECONDS = 5.0  # between two looks at a run that another service holds
+UNREADABLE_SECONDS = 300.0  # between two looks at a run of which the store cannot read something
 CHECK_SECONDS = 0.2  # between two looks at a run that is held here, one after the other
 KEPT_BASES = 2  # that photos are read with
-PREPARED_AHEAD = 4  # runs whose photos are read while their adapters wait for a place
+PREPARED_AHEAD = 4  # adapters whose turn is next for which runs are held: their photos are read before there is a place
 
 
 @dataclass(frozen=True)
@@ -59,47 +60,6 @@ class ServiceOptions:
     cluster: ClusterSpec
     owner_limits: Mapping[str, int] = field(default_factory=dict)
     bases: tuple[str, ...] = ()
-
-
-_Prepared = list[tuple[ResolvedAdapter, PreparedAdapter | CatClusterError]]
-
-
-@dataclass(eq=False)
-class _Held:
-    """A run that the service works on. waiting: adapters without a place; begun: those that have one, or had."""
-
-    entry: QueueEntry
-    run: HeldRun
-    preparation: Future[_Prepared] | None
-    waiting: deque[Work] = field(default_factory=deque)
-    begun: set[str] = field(default_factory=set)
-
-    @property
-    def has_ended(self) -> bool:
-        return self.preparation is None and not self.waiting and not self.begun
-
-
-class _Log:
-    """A JobListener of a run that says what happens to it, a line each."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-
-    def message(self, text: str) -> None:
-        self._say(text)
-
-    def started(self, steps: Mapping[str, int], together: int) -> None:
-        names = ", ".join(f"{adapter_id} ({own} steps)" for adapter_id, own in steps.items())
-        self._say(f"training {names}; {together} together")
-
-    def step(self, report: StepReport) -> None:
-        """The run's record says it."""
-
-    def images(self, adapter_id: str, done: int, total: int) -> None:
-        """The run's record says when they are done."""
-
-    def finished(self, result: AdapterResult) -> None:
-        self._say(f"{result.outcome} {result.adapter_id}: {result.reason or result.revision}")
 
 
 class TrainService:
@@ -131,7 +91,9 @@ class TrainService:
             on_result=self._on_result,
             say=say,
         )
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, QueuedRun] = {}
+        self._ending: dict[str, tuple[QueuedRun, RunState | None]] = {}  # what the store is yet to be told
+        self._busy: set[tuple[str, str]] = set()  # ids and revisions of the adapters at work
         self._not_before: dict[str, float] = {}  # runs that others hold, and when to look at them again
         self._refreshed = self._checked = float("-inf")
         self._to_check: deque[str] = deque()
@@ -144,26 +106,35 @@ class TrainService:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop at once; every run is given back, and goes on from its checkpoints wherever it is claimed next."""
-        self._room.__exit__(kind, error, trace)
-        self._thread.shutdown(cancel_futures=True)
-        for held in self._held.values():
-            with suppress(StoreError, SupersededError):
-                held.run.give_back()
-        self._folder.cleanup()
+        try:
+            self._room.__exit__(kind, error, trace)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)  # photos that are being read may take their time
+            for held, state in self._ending.values():
+                with suppress(StoreError, SupersededError):
+                    held.run.end(state)
+            for held in self._held.values():
+                with suppress(StoreError, SupersededError):
+                    held.run.give_back()
+            self._folder.cleanup()
 
     def turn(self) -> None:
         """Look at the queue, give adapters places, and take note of what has ended.
 
-        A store that cannot be reached is said once and asked again. Raises ClusterError as the engine room does.
+        A store that cannot be reached is said once and asked again. Raises ClusterError as the engine room does, and
+        where another process of this service's name has taken a run over.
         """
         try:
             self._look_at_queue()
             self._check_one()
         except StoreError as error:
-            if str(error) != self._trouble:
-                self._trouble = str(error)
-                self._say(f"{error}; trying again")
+            self._say_trouble(error)
         self._room.turn()
+
+    def _say_trouble(self, error: StoreError) -> None:
+        if str(error) != self._trouble:
+            self._trouble = str(error)
+            self._say(f"{error}; trying again")
 
     def _look_at_queue(self) -> None:
         now = time.monotonic()
@@ -171,88 +142,129 @@ class TrainService:
             return
         self._refreshed = now
         self._reader.refresh()
+        self._write_ends()
         for one in list(self._held.values()):
-            if one.preparation is not None and one.preparation.done():
+            if one.preparation is not None:
                 self._take_prepared(one, one.preparation)
-        waiting = [(entry, self._could_begin(entry)) for entry in self._reader.entries()]
-        for entry in self._fair.order(waiting):
-            held = self._held.get(entry.run_id)
-            if held is None and self._ahead < PREPARED_AHEAD:
-                self._claim(entry)
-            elif held is not None and held.waiting and not self._begin(held):
-                break  # nobody goes before whose turn it is
+        entries = self._reader.entries()
+        for run_id in self._not_before.keys() - {entry.run_id for entry in entries}:
+            del self._not_before[run_id]  # others have brought them to their end
+            self._lease.forget(run_id)
+        self._give_turns(self._fair.order([(entry, self._could_begin(entry)) for entry in entries]))
         self._trouble = ""
 
-    @property
-    def _ahead(self) -> int:
-        """How many runs that are held have adapters without a place."""
-        return sum(held.preparation is not None or bool(held.waiting) for held in self._held.values())
+    def _give_turns(self, order: Iterable[QueueEntry]) -> None:
+        """Give places as long as there are any, and hold the runs of those who are next."""
+        ahead = sum(held.preparation is not None for held in self._held.values())
+        is_full = False
+        for entry in order:
+            held = self._held.get(entry.run_id)
+            if held is None:
+                ahead += int(ahead < PREPARED_AHEAD and self._claim(entry))
+            elif held.waiting and (is_full or not self._begin(held)):
+                is_full = True  # nobody goes before whose turn it is
+                ahead += 1
+            if is_full and ahead >= PREPARED_AHEAD:
+                return
 
     def _could_begin(self, entry: QueueEntry) -> int:
         """How many adapters of a run could be given a place now; a run that is not held counts as one."""
         if (held := self._held.get(entry.run_id)) is not None:
-            return len(held.waiting)
+            return sum(work.identity not in self._busy for work in held.waiting)
         return int(time.monotonic() >= self._not_before.get(entry.run_id, 0.0))
 
-    def _claim(self, entry: QueueEntry) -> None:
-        """Hold the run of an entry and read its photos, unless somebody else holds it or it has ended."""
+    def _claim(self, entry: QueueEntry) -> bool:
+        """Hold the run of an entry and read its photos; False where somebody else holds it or it has ended."""
         self._not_before[entry.run_id] = time.monotonic() + LOOK_SECONDS
-        if self._lease.look(entry.run_id) == "ended":
-            self._leave_queue(entry)
-            return
-        attempt = self._lease.claim(entry.run_id)
-        if attempt is None:
-            return
         try:
-            job = attempt.run.read_spec()
-            begun = RunProgress.begin(entry.run_id, job, state="running", attempt=attempt.number)
-            writer = ProgressWriter(attempt, begun).__enter__()
-        except RunError as error:
+            if self._lease.look(entry.run_id) == "ended":
+                self._leave_queue(entry)
+                return False
+            attempt = self._lease.claim(entry.run_id)
+        except ObjectUnreadableError as error:
+            self._not_before[entry.run_id] = time.monotonic() + UNREADABLE_SECONDS
             self._say(f"{entry.run_id}: {error}")
-            self._leave_queue(entry)
-            return
+            return False
+        if attempt is None:
+            return False
+        try:
+            return self._hold(entry, attempt)
         except StoreError:
             self._lease.forget(entry.run_id)  # so that it is claimed again
             raise
+
+    def _hold(self, entry: QueueEntry, attempt: Attempt) -> bool:
+        """Begin with a run that was claimed; False where nothing can be done with it."""
+        try:
+            job, is_to_stop = attempt.run.read_spec(), attempt.run.asked_to_stop()
+            begun = RunProgress.begin(entry.run_id, job, state="running", attempt=attempt.number)
+            writer = ProgressWriter(attempt, begun).__enter__()
+        except SupersededError:
+            return False  # it stays in the queue for whoever has it now
+        except CatClusterError as error:
+            if isinstance(error, StoreError) and not isinstance(error, ObjectUnreadableError):
+                raise
+            self._refuse(entry, attempt, error)
+            return False
         del self._not_before[entry.run_id]
-        run = HeldRun(job, attempt, writer, _Log(lambda text: self._say(f"{entry.run_id} ({job.name}): {text}")))
-        held = self._held[entry.run_id] = _Held(entry, run, None)
-        if attempt.stop_requested():
-            self._stop(held)
-            return
-        held.preparation = self._thread.submit(self._prepare, job, run.registry)
+        run = HeldRun(job, attempt, writer, RunLog(lambda text: self._say(f"{entry.run_id} ({job.name}): {text}")))
+        held = self._held[entry.run_id] = QueuedRun(entry, run)
         self._to_check.append(entry.run_id)
+        if is_to_stop:  # an earlier attempt was asked, and ended before it knew
+            self._stop(held)
+            return False
+        held.preparation = self._thread.submit(self._prepare, held)
+        return True
 
-    def _prepare(self, job: JobSpec, registry: Registry) -> _Prepared:
-        found: _Prepared = []
-        for resolved in job.resolved():
+    def _refuse(self, entry: QueueEntry, attempt: Attempt, error: CatClusterError) -> None:
+        """End a run that nothing can be done with, so that whoever waits for it hears why."""
+        self._say(f"{entry.run_id}: {error}")
+        with suppress(SupersededError):
+            attempt.check()
+            attempt.run.write_progress(refused(entry, attempt.number, str(error)))
+            self._leave_queue(entry)
+
+    def _prepare(self, held: QueuedRun) -> None:
+        for resolved in held.run.job.resolved():
+            if self._held.get(held.entry.run_id) is not held:
+                return  # it was let go
             try:
-                found.append((resolved, self._preparation.adapter(resolved, registry)))
-            except CatClusterError as error:
-                found.append((resolved, error))
-        return found
+                held.found.append((resolved, self._preparation.adapter(resolved, held.run.registry)))
+            except Exception as error:  # whatever it is, it is this adapter's own
+                held.found.append((resolved, failure_of(error, "reading its photos and its base")))
 
-    def _take_prepared(self, held: _Held, preparation: Future[_Prepared]) -> None:
-        """Have a run's adapters wait for places; those that cannot be used have failed."""
-        held.preparation = None
-        for resolved, found in preparation.result():
+    def _take_prepared(self, held: QueuedRun, preparation: Future[None]) -> None:
+        """Have adapters that are read wait for places; those that cannot be used have failed."""
+        is_last = preparation.done()  # asked first: what it had found by then is looked at
+        while held.found:
+            resolved, found = held.found.popleft()
             if isinstance(found, CatClusterError):
-                result = AdapterResult.failed(resolved.id, "", found)
-                held.run.note(resolved.id, state="failed", reason=result.reason, permanent=result.permanent)
-                held.run.listener.finished(result)
+                self._fail(held, AdapterResult.failed(resolved.id, "", found))
                 continue
             for warning in found.warnings:
                 held.run.listener.message(f"warning: {warning}")
             held.waiting.append(Work(held.run, found))
-        self._end_if_done(held)
+        if is_last:
+            held.preparation = None
+            self._end_if_done(held)
 
-    def _begin(self, held: _Held) -> bool:
-        """Give a run's next adapter a place; False where there is none."""
-        work = held.waiting[0]
+    def _fail(self, held: QueuedRun, result: AdapterResult) -> None:
+        held.run.note(result.adapter_id, state="failed", reason=result.reason, permanent=result.permanent)
+        held.run.listener.finished(result)
+
+    def _begin(self, held: QueuedRun) -> bool:
+        """Give a run's next adapter a place; False where there is none.
+
+        One that another run has at work as well waits for what becomes of that: they would write the same objects.
+        """
+        work = next((one for one in held.waiting if one.identity not in self._busy), None)
+        if work is None:
+            return True
         if not self._room.has_place(work):
             return False
-        held.waiting.popleft()
-        held.begun.add(work.name)
+        held.waiting.remove(work)
+        held.begun[work.name] = work
+        self._busy.add(work.identity)
         self._fair.take(held.entry.owner)
         try:
             self._room.take([work])
@@ -260,68 +272,86 @@ class TrainService:
             self._lose(held)
         except StoreError:
             held.waiting.appendleft(work)
-            held.begun.discard(work.name)
-            self._fair.give_back(held.entry.owner)
+            self._leave(held, work)
             raise
         except CatClusterError as error:
             result = AdapterResult.failed(work.adapter_id, work.adapter.revision, error)
-            held.run.note(work.adapter_id, state="failed", reason=result.reason, permanent=result.permanent)
+            self._fail(held, result)
             self._on_result(work, result)
         return True
 
     def _on_result(self, work: Work, result: AdapterResult) -> None:
         held = self._held[work.run.run_id]
-        held.begun.discard(work.name)
-        self._fair.give_back(held.entry.owner)
+        self._leave(held, work)
         self._end_if_done(held)
 
-    def _end_if_done(self, held: _Held) -> None:
+    def _leave(self, held: QueuedRun, work: Work) -> None:
+        """Note that an adapter is no longer at work."""
+        del held.begun[work.name]
+        self._busy.discard(work.identity)
+        self._fair.give_back(held.entry.owner)
+
+    def _end_if_done(self, held: QueuedRun) -> None:
         if held.has_ended:
             self._end(held)
 
-    def _end(self, held: _Held, state: RunState | None = None) -> None:
+    def _end(self, held: QueuedRun, state: RunState | None = None) -> None:
         """End a run, as its adapters say if not in a given state."""
         self._let_go(held)
+        self._ending[held.entry.run_id] = held, state
         try:
-            held.run.end(state)
-            self._leave_queue(held.entry)
-        except SupersededError:
-            self._lease.forget(held.entry.run_id)
+            self._write_ends()
         except StoreError as error:
-            self._lease.forget(held.entry.run_id)  # it is claimed again, and ends when the store can say so
-            self._say(f"{held.entry.run_id}: {error}")
+            self._say_trouble(error)
+
+    def _write_ends(self) -> None:
+        """Write how runs have ended, which stay claimed until the store can say so."""
+        for run_id, (held, state) in list(self._ending.items()):
+            try:
+                held.run.end(state)
+            except SupersededError:
+                self._lease.forget(run_id)
+            else:
+                self._leave_queue(held.entry)
+            del self._ending[run_id]
 
     def _check_one(self) -> None:
         """See whether one of the runs is held yet, and whether somebody asked it to stop; each in its turn."""
         if not self._to_check or time.monotonic() - self._checked < CHECK_SECONDS:
             return
         self._checked = time.monotonic()
-        held = self._held.get(self._to_check.popleft())
-        if held is None:
-            return
-        self._to_check.append(held.entry.run_id)
+        self._to_check.rotate(-1)
+        held = self._held[self._to_check[-1]]
         if not held.run.attempt.is_current():
             self._lose(held)
-        elif held.run.attempt.stop_requested():
+        elif held.run.attempt.run.asked_to_stop():
             self._stop(held)
 
-    def _stop(self, held: _Held) -> None:
+    def _stop(self, held: QueuedRun) -> None:
         self._say(f"{held.entry.run_id}: stopped, as somebody asked")
         self._end(held, "stopped")
 
-    def _lose(self, held: _Held) -> None:
+    def _lose(self, held: QueuedRun) -> None:
+        attempt = held.run.attempt
         self._say(f"{held.entry.run_id}: another service or driver has taken it over")
         self._let_go(held)
         held.run.writer.leave()
         self._not_before[held.entry.run_id] = time.monotonic() + LOOK_SECONDS
+        claim = attempt.run.claim_of(attempt.number + 1)
+        if claim is not None and claim.service == self._lease.service:
+            raise ClusterError(
+                f"another process of the training service {claim.service}, on {claim.host}, has taken "
+                f"{held.entry.run_id} over: one of a name may run, and this one ends; give one of them another --name"
+            )
 
-    def _let_go(self, held: _Held) -> None:
+    def _let_go(self, held: QueuedRun) -> None:
         """Work no more on a run."""
         self._room.release(held.run)
-        for _ in held.begun:
-            self._fair.give_back(held.entry.owner)
+        for work in list(held.begun.values()):
+            self._leave(held, work)
         if held.preparation is not None:
             held.preparation.cancel()
+        self._to_check.remove(held.entry.run_id)
         del self._held[held.entry.run_id]
 
     def _leave_queue(self, entry: QueueEntry) -> None:
@@ -348,10 +378,10 @@ def run_train_service(
     store.check_access()
     with unwrapped("the service"), ray_connection(address) as size:
         check_size(options.cluster, store.url, size)
-        if options.groups[0] * most_workers(options.cluster.workers) >= size.workers:
+        if options.groups[1] * most_workers(options.cluster.workers) >= size.workers:
             say(
-                f"warning: the groups that are kept take all {size.workers} {size.kind} of the cluster, and what is "
-                "trained waits for one of them to be published with: keep fewer with --groups, or let the cluster grow"
+                f"warning: the groups may take all {size.workers} {size.kind} of the cluster, and what is trained then "
+                "waits for one of them to be published with: allow fewer with --groups, or let the cluster grow"
             )
         # Once Ray is joined, which has a handler of its own that ends the process with nothing given back.
         signal.signal(signal.SIGTERM, _interrupt)

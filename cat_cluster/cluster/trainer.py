@@ -44,6 +44,20 @@ class PackSpec:
     bases: tuple[str, ...] = ()
 
 
+def workers_of(cluster: ClusterSpec, rows: int) -> int | tuple[int, int]:
+    """Return how many workers a pack gets: as the spec says, but no more than it has rows in a step."""
+    workers = cluster.workers
+    if isinstance(workers, int):
+        return min(workers, rows)
+    least, most = (min(bound, rows) for bound in workers)
+    return least if least == most else (least, most)
+
+
+def most_workers(workers: int | tuple[int, int]) -> int:
+    """Return the most workers that a group may have."""
+    return workers if isinstance(workers, int) else workers[1]
+
+
 def start_pack(pack: PackSpec) -> Any:
     """Start training a pack; return the reference of the error with which it failed, or of None.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -73,8 +74,13 @@ class Work:
 
     @property
     def name(self) -> str:
-        """The adapter's name among all runs."""
-        return f"{self.run.run_id}/{self.adapter_id}"
+        """The adapter's name among all attempts of all runs: one that was stopped may be back before workers know."""
+        return f"{self.run.run_id}-{self.run.attempt.number}/{self.adapter_id}"
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """The adapter's id and revision, which several runs may ask for."""
+        return self.adapter_id, self.adapter.revision
 
     @property
     def steps(self) -> int:
@@ -91,3 +97,19 @@ class Work:
             self.run.attempt.number,
             self.run.job.monitoring,
         )
+
+
+def by_run(works: Iterable[Work]) -> dict[HeldRun, list[Work]]:
+    """Return works by the run that they are for."""
+    found: dict[HeldRun, list[Work]] = {}
+    for work in works:
+        found.setdefault(work.run, []).append(work)
+    return found
+
+
+def names_of(works: Iterable[Work]) -> str:
+    """Return what people call a group of works."""
+    names = [work.adapter_id for work in works]
+    if not names:
+        return "workers without adapters"
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

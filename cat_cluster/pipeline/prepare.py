@@ -173,13 +173,15 @@ def refuse_old_checkpoints(adapter: PreparedAdapter, store: ObjectStore) -> None
 
 
 def trained_adapter(adapter: PreparedAdapter, store: ObjectStore) -> TrainedAdapter:
-    """Return what training left in an adapter's last checkpoint; ChangedJobError if there is none."""
+    """Return what an adapter's last checkpoint holds; ChangedJobError if none is there, or it is not of its end."""
     checkpoints, training = checkpoints_of(adapter, store), adapter.resolved.training
     steps = checkpoints.steps()
     if not steps:
         raise ChangedJobError("its checkpoints are gone from the store: submit the job again")
     names = parameter_names(trained_layers(adapter.base, training))
     state = checkpoints.load(steps[-1], tensor_names(names, state_names(training)))
+    if not state.ended(training.steps):
+        raise ChangedJobError(f"its last checkpoint is of step {state.step} of {training.steps}: submit the job again")
     weights = None
     if state.dropped is None:
         part = "value" if training.ema is None else "average"

@@ -74,7 +74,9 @@ def enter(
     named = None if has_ended else _named_key(run)
     if named is not None:
         with suppress(ObjectNotFoundError, RunError):  # it is gone or damaged: the run is entered anew
-            return read_entry(run.store, named), False
+            entry_there = read_entry(run.store, named)
+            run.withdraw_stop()  # whoever submits it wants it to go on
+            return entry_there, False
     if previous is not None:
         run.refuse_alive(previous, "wait until it has ended")
     run.write_spec(job)

@@ -244,6 +244,13 @@ class Run:
         """Ask an attempt, and any before it, to stop; its driver checks for the request every two seconds."""
         self.store.put(self.key("stop.json"), json.dumps({"attempt": attempt, "time": timestamp()}).encode())
 
+    def asked_to_stop(self) -> int:
+        """Return the last attempt that somebody asked to stop, 0 for none."""
+        try:
+            return int(json.loads(self.store.get(self.key("stop.json")))["attempt"])
+        except (ObjectNotFoundError, ValueError, KeyError, TypeError):
+            return 0  # an unreadable request stops nothing
+
     def withdraw_stop(self) -> None:
         """Withdraw a request to stop, so that it does not stop the next attempt."""
         self.store.delete(self.key("stop.json"))
@@ -284,11 +291,7 @@ class Attempt:
 
     def stop_requested(self) -> bool:
         """Say whether somebody asked this attempt to stop."""
-        try:
-            last = json.loads(self.run.store.get(self.run.key("stop.json")))["attempt"]
-            return int(last) >= self.number
-        except (ObjectNotFoundError, ValueError, KeyError, TypeError):
-            return False  # an unreadable request stops nothing
+        return self.run.asked_to_stop() >= self.number
 
 
 class FencedStore:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cat_cluster.errors import CheckpointError, StoreError, SupersededError
+from cat_cluster.errors import CheckpointError, ObjectNotFoundError, ObjectUnreadableError, SupersededError
 from cat_cluster.store.protocol import ObjectStore
 
 KEEP_CHECKPOINTS = 2
@@ -94,7 +94,8 @@ class CheckpointStore:
     def load(self, step: int, names: Collection[str]) -> AdapterState:
         """Return a checkpoint with the tensors `names`, as tensor_names gives them.
 
-        Raises CheckpointError when it is damaged, belongs to another run, or has not exactly these tensors.
+        Raises CheckpointError when it is damaged, belongs to another run, or has not exactly these tensors; StoreError
+        when the store cannot be asked.
         """
         remedy = f"remove {self.prefix} in {self.store.url} to train from the start"
         try:
@@ -116,7 +117,7 @@ class CheckpointStore:
                 drift_budget=list(marker["drift_budget"]),
                 numbers=dict(marker.get("numbers", {})),  # of the time of AdamW alone there are none
             )
-        except (StoreError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (ObjectNotFoundError, ObjectUnreadableError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"checkpoint {step} is damaged ({error}); {remedy}") from error
 
     def clear(self) -> None:

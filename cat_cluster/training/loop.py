@@ -29,7 +29,8 @@ from cat_cluster.training.step import RowLosses, train_step
 from cat_cluster.training.step_report import StepReport
 from cat_cluster.training.teacher import TeacherPool
 
-KEPT_CHUNKS = 512  # of texts, where captions change from row to row
+MOST_CHUNKS = 2048  # of texts that are kept: adapters come and go in a pack that may never end
+KEPT_CHUNKS = 512  # where captions change from row to row
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +112,8 @@ class Pack:
         self._base, self._bank, self._make_engine = base, bank, make_engine
         self._shape = members[0].task.training
         self._open(_stored([_Seat.of(slot, member, steps) for slot, member in enumerate(members, start=1)]))
-        self._encode_text, self._pool = TextCache(base, self._shape.prompt_chunks), TeacherPool()
+        chunks = self._shape.prompt_chunks
+        self._encode_text, self._pool = TextCache(base, chunks, most=MOST_CHUNKS // chunks), TeacherPool()
         self._writer, self._taken = CheckpointWriter(checkpoint_every), 0
         self._inside = ExitStack()
         self._welcome([member.task for member in members])
@@ -327,6 +329,11 @@ class _Seat:
     def tensor_names(self) -> list[str]:
         """Return the names of the tensors in its checkpoints."""
         return tensor_names(parameter_names(self.initial.layers), state_names(self.task.training))
+
+
+def check_checkpoints(member: PackMember) -> None:
+    """Raise CheckpointError where an adapter has checkpoints and none is whole, before others wait for it."""
+    _stored([_Seat.of(1, member)])
 
 
 def _stored(seats: Sequence[_Seat]) -> list[tuple[_Seat, AdapterState | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -106,6 +107,14 @@ class TensorBoardRecorder:
         with self._writing():
             for writer in writers.values():
                 writer.close()
+
+    def forget(self, adapter_id: str) -> None:
+        """Finish the files of an adapter and remove them; a later step of it begins another one."""
+        writer = self._open_writers.pop(adapter_id, None)
+        with self._writing():
+            if writer is not None:
+                writer.close()
+            shutil.rmtree(self._folder / adapter_id, ignore_errors=True)
 
     def files(self) -> dict[str, bytes]:
         """Return every event file as `<adapter id>/<name>`, those of this run with all that was recorded so far."""

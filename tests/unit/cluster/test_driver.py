@@ -34,7 +34,7 @@ from cat_cluster.spec.job import JobSpec, parse_spec
 from cat_cluster.store import open_store
 
 RUN = "run-0123456789ab"
-CUP, MUG = f"{RUN}/cup", f"{RUN}/mug"
+CUP, MUG = f"{RUN}-1/cup", f"{RUN}-1/mug"
 Outcome = CatClusterError | Exception | str | None  # a text: why training dropped it
 SHORT = OutOfMemoryError("out of memory")
 
@@ -293,7 +293,7 @@ def test_a_ray_that_is_lost_ends_the_run_with_a_sentence(tmp_path: Any, monkeypa
     for name, stand_in in {"prepare": lambda *_: photos, "ray_connection": connection, "EngineRoom": lost}.items():
         monkeypatch.setattr(driver_module, name, stand_in)
     monkeypatch.setattr(driver_module, "await_workers", lambda _, size, __: size)
-    monkeypatch.setattr(driver_module, "check_cluster", lambda *_: None)
+    monkeypatch.setattr(driver_module, "check_size", lambda *_: None)
     monkeypatch.setattr(driver_module.ray, "is_initialized", lambda: True)
     store = open_store(tmp_path / "store")
     listener: Any = SimpleNamespace(message=pytest.fail)
@@ -302,6 +302,6 @@ def test_a_ray_that_is_lost_ends_the_run_with_a_sentence(tmp_path: Any, monkeypa
         driver_module.run_on_ray(job, store.url, Settings(), listener)
     progress = Run(store, run_id_of(job, [["ab"]])).progress()
     assert (progress.state, progress.reason, progress.permanent) == ("failed", str(raised.value), False)
-    monkeypatch.setattr(driver_module, "check_cluster", lost)
+    monkeypatch.setattr(driver_module, "check_size", lost)
     with pytest.raises(LostWorkerError, match=told):
         driver_module.run_on_ray(job, store.url, Settings(), listener)

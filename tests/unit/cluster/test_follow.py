@@ -67,6 +67,17 @@ def test_a_run_that_a_job_will_start_is_waited_for(run: Run) -> None:
     assert "kubectl -n cats describe rayjob tea" in message
 
 
+def test_whoever_waits_for_a_run_in_the_queue_hears_what_works_on_it(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(follow, "QUEUE_SECONDS", 0.1)
+    run.write_progress(record("waiting"))
+    run.store.put(run.key("queued.json"), b"{}")
+    written_soon(run, record("done"))
+    seen = Seen()
+    assert follow_run(run, seen).state == "done"
+    (message,) = seen.messages
+    assert f"cat-cluster train-service --storage {run.store.url}" in message
+
+
 def test_the_wait_ends_when_the_job_can_start_no_more(run: Run) -> None:
     run.expect(EXPECTED.model_copy(update={"seconds": 0.2}))
     began = time.monotonic()

@@ -144,3 +144,21 @@ def test_every_adapter_trains_once_and_no_group_has_more_than_its_places(seed: i
                 ended.append(name)
     every: Sequence[str] = [name for ids in waiting.values() for name in ids]
     assert sorted(ended) == sorted(every)
+
+
+def test_a_place_is_free_only_where_all_that_wait_have_one_too() -> None:
+    groups = Groups(most=1, keep=1)
+    assert started(groups) == [[]]
+    assert groups.has_place("a")
+    groups.wait("a", 2, adapters("a0"))
+    assert groups.has_place("a"), "the group has two places"
+    assert not groups.has_place("b"), "the only group will be one of a's"
+    groups.wait("a", 2, adapters("a1"))
+    assert not groups.has_place("a")
+    groups.fill()
+    [group] = groups.running.values()
+    assert names(group) == ["a0", "a1"]
+    group.end("a0")
+    assert groups.has_place("a")
+    groups.wait("b", 2, adapters("b0"))
+    assert not groups.has_place("a"), "b would wait for ever as long as others of a come"

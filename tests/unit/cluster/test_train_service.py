@@ -1,128 +1,12 @@
-"""What a training service does with its queue: whose turn it is, what fails alone, what is given back.
-
-The engine room is stood in for, as it needs a Ray: adapters end when a test says so. Store, queue and claims are real.
-"""
+"""What a training service does with its queue: whose turn it is, what fails alone, what is given back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
-import pytest
+from collections.abc import Callable
 
 from cat_cluster.cluster import train_service
-from cat_cluster.cluster.connection import ClusterSize
-from cat_cluster.cluster.train_service import ServiceOptions, TrainService
-from cat_cluster.cluster.work import HeldRun, Work
-from cat_cluster.errors import ConceptError, StoreError
-from cat_cluster.pipeline.job import AdapterResult
-from cat_cluster.runs.queue import enter
-from cat_cluster.runs.run import Run
-from cat_cluster.settings import Settings
-from cat_cluster.spec.job import JobSpec, parse_spec
-from cat_cluster.spec.sections import ClusterSpec
 from cat_cluster.store import LocalStore
-
-
-class Room:
-    """Stands in for the engine room: it has `places`, and its works end by `end`."""
-
-    def __init__(self, *_: Any, on_result: Callable[[Work, AdapterResult], None], **__: Any) -> None:
-        self.places, self.on_result = 2, on_result
-        self.works: dict[str, Work] = {}
-        self.taken: list[str] = []
-        self.released: list[str] = []
-        self.away = False
-
-    def has_place(self, work: Work) -> bool:
-        return len(self.works) < self.places
-
-    def take(self, works: Sequence[Work]) -> None:
-        if self.away:
-            raise StoreError("the store is away")
-        for work in works:
-            self.works[work.adapter_id] = work
-            self.taken.append(work.adapter_id)
-
-    def release(self, run: HeldRun) -> None:
-        self.works = {name: work for name, work in self.works.items() if work.run is not run}
-        self.released.append(run.job.name)
-
-    def turn(self) -> None:
-        """Nothing ends by itself."""
-
-    def end(self, adapter_id: str) -> None:
-        work = self.works.pop(adapter_id)
-        work.run.note(adapter_id, state="published")
-        self.on_result(work, AdapterResult(adapter_id, "r-0123456789ab", "published"))
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing is open."""
-
-
-class Preparation:
-    """Stands in for reading photos and a base; an adapter whose id begins with "bad" cannot be used."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def adapter(self, resolved: Any, registry: object) -> Any:
-        if resolved.id.startswith("bad"):
-            raise ConceptError(f"adapter {resolved.id}: no photo can be read")
-        return SimpleNamespace(resolved=resolved, revision="r-0123456789ab", warnings=())
-
-
-class Service:
-    """A service of a store, and what it said."""
-
-    def __init__(self, store: LocalStore, **options: Any) -> None:
-        self.said: list[str] = []
-        cluster, size = ClusterSpec(), ClusterSize(2.0, 0.0)
-        given = ServiceOptions(**{"name": "default", "groups": (1, 1), "cluster": cluster, **options})
-        self.service = TrainService(store, Settings(), given, size, self.said.append)
-        self.room: Any = self.service._room
-
-    def turns(self, count: int = 3) -> None:
-        """Let it look at its queue so often, each time with all photos read that it was to read."""
-        for _ in range(count):
-            self.service._thread.submit(lambda: None).result()
-            self.service._refreshed = self.service._checked = float("-inf")
-            self.service.turn()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> LocalStore:
-    return LocalStore(tmp_path / "store")
-
-
-@pytest.fixture
-def start(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Service]]:
-    monkeypatch.setattr(train_service, "EngineRoom", Room)
-    monkeypatch.setattr(train_service, "Preparation", Preparation)
-    started: list[Service] = []
-
-    def make(**options: Any) -> Service:
-        started.append(Service(store, **options))
-        return started[-1]
-
-    yield make
-    for one in started:
-        one.service.__exit__(None, None, None)
-
-
-def job_of(*names: str) -> JobSpec:
-    adapters = "".join(
-        f"- id: {name}\n  concepts: [{{token: sk{number}, class_noun: cup, images: 's3://bucket/{name}'}}]\n"
-        for number, name in enumerate(names)
-    )
-    return parse_spec(f"name: {names[0]}\nbase: pocket\nadapters:\n{adapters}".encode(), "spec.yaml")
-
-
-def submit(store: LocalStore, number: int, *names: str, owner: str = "ann", priority: int = 0) -> Run:
-    run = Run(store, f"run-{number:012d}")
-    enter(run, job_of(*names), owner=owner, priority=priority)
-    return run
+from tests.support.train_services import Service, submit
 
 
 def test_adapters_begin_as_places_come_free_and_the_run_ends_with_its_last(
@@ -264,7 +148,7 @@ def test_a_queue_of_many_runs_is_claimed_as_places_come_free(start: Callable[...
     service = start()
     service.turns(6)
     assert service.room.taken == ["cup-1", "cup-2"]
-    assert sum(run.last_attempt() for run in runs) == train_service.PREPARED_AHEAD
+    assert sum(run.last_attempt() for run in runs) == 2 + train_service.PREPARED_AHEAD
     for number in range(1, 21):
         service.room.end(f"cup-{number}")
         service.turns(2)

@@ -41,7 +41,7 @@ def test_training_that_runs_out_of_memory_says_what_to_change(monkeypatch: pytes
     with pytest.raises(OutOfMemoryError, match=r"2\.00 GiB more were asked for.*\(here 3 trained together\)"):
         train_adapters([ADAPTER] * 3, JOB, None, Settings(), on_step=lambda _: None)  # type: ignore[arg-type]
     with pytest.raises(OutOfMemoryError, match=r"\(here 2 trained together\)"):
-        pack_size([ADAPTER] * 3, JOB, Settings())
+        pack_size([ADAPTER] * 3, "auto", Settings())
 
 
 def test_a_base_that_does_not_fit_is_not_called_damaged(tmp_path: Any) -> None:

@@ -138,9 +138,9 @@ def test_the_spec_may_say_how_many_train_together(tmp_path: Path) -> None:
     settings = Settings(cache_dir=tmp_path)
     for wanted in (1, 2, 40):
         job = job_of(ids, max_pack=wanted)
-        assert pack_size(prepared(job), job, settings) == wanted
+        assert pack_size(prepared(job), job.cluster.max_pack, settings) == wanted
     automatic = job_of(ids)
-    assert pack_size(prepared(automatic)[:1], automatic, settings) == 1, "of one nothing is measured"
+    assert pack_size(prepared(automatic)[:1], automatic.cluster.max_pack, settings) == 1, "of one nothing is measured"
 
 
 @pytest.fixture

@@ -77,6 +77,14 @@ def test_a_run_that_waits_or_is_worked_on_is_not_entered_twice(run: Run) -> None
     assert run.progress().state == "running"
 
 
+def test_a_run_that_was_asked_to_stop_goes_on_when_it_is_submitted_again(run: Run) -> None:
+    enter(run, small_job(), owner="ann")
+    run.request_stop(1)
+    assert run.asked_to_stop() == 1
+    enter(run, small_job(), owner="ann")
+    assert run.asked_to_stop() == 0
+
+
 @pytest.mark.parametrize("state", ["done", "failed", "stopped"])
 @pytest.mark.parametrize("was_claimed", [True, False])
 @pytest.mark.parametrize("is_left", [True, False])
@@ -235,4 +243,4 @@ def test_what_submitting_claiming_and_looking_cost_does_not_depend_on_how_many_w
     assert refreshed == {"entries": 1, "get": 1}
     assert nothing_new == {"entries": 1}
     assert removed == {"delete": 1}
-    assert [call.total() for call in (submitted, again, claimed)] == [10, 5, 5]
+    assert [call.total() for call in (submitted, again, claimed)] == [10, 6, 5]

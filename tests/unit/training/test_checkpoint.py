@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cat_cluster.errors import CheckpointError
+from cat_cluster.errors import CheckpointError, StoreError
 from cat_cluster.lora.bank import adapted_layers, parameter_names
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.store.local import LocalStore
@@ -123,6 +123,18 @@ def test_a_marker_is_written_after_its_tensors(tmp_path: Path) -> None:
 
     CheckpointStore(Watched(tmp_path), "checkpoints/mug", "run").save(one_state(5, torch.zeros(3)))
     assert written == ["safetensors", "json"]
+
+
+def test_a_store_that_is_away_is_no_damage(tmp_path: Path) -> None:
+    """Whoever heard of damage would remove what is whole."""
+
+    class Away(LocalStore):
+        def get(self, key: str) -> bytes:
+            raise StoreError("the store is away")
+
+    CheckpointStore(LocalStore(tmp_path), "checkpoints/mug", "run").save(one_state(2, torch.ones(1)))
+    with pytest.raises(StoreError, match="the store is away"):
+        load_newest([CheckpointStore(Away(tmp_path), "checkpoints/mug", "run")], [["layer.lora_A.value"]], [9])
 
 
 def test_the_newest_two_are_kept(tmp_path: Path) -> None:

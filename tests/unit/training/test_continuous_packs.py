@@ -132,6 +132,14 @@ def test_texts_are_bounded_from_when_an_adapter_with_captions_that_change_joins(
         assert len(kept[-1]) == 3
 
 
+def test_texts_of_those_who_have_left_do_not_stay_for_ever(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "MOST_CHUNKS", 4)
+    with pack_of(base, members(base), members(base)[0]) as running:
+        running.change(join=members(base)[1:])
+        running.step()
+        assert len(running._encode_text.texts) == 4
+
+
 def test_who_cannot_join_or_leave_is_told_why(base: BaseModel) -> None:
     mug, tea, plain = members(base)
     with pack_of(base, [mug, tea, plain], mug) as running:

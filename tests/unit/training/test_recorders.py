@@ -151,6 +151,18 @@ def test_files_hold_all_that_was_recorded_so_far(tmp_path: Path) -> None:
     assert recorder.files() == two
 
 
+def test_nothing_is_kept_of_an_adapter_that_has_left(tmp_path: Path) -> None:
+    recorder = TensorBoardRecorder(tmp_path)
+    recorder.step(report(1))
+    recorder.forget("mug")
+    recorder.forget("mug")
+    assert [name.partition("/")[0] for name in recorder.files()] == ["tea"]
+    assert list(recorder._open_writers) == ["tea"]
+    recorder.step(report(2))
+    recorder.close()
+    assert [step for step, _ in curve(tmp_path / "mug", "alpha_scale/sks")] == [2]
+
+
 def test_a_picture_is_kept_as_it_is(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (30, 20, 3), dtype=np.uint8)
     recorder = TensorBoardRecorder(tmp_path)

@@ -1,0 +1,156 @@
+"""What a service's engine room does with groups that fail; Ray's tasks are stood in for, as they need a Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray import exceptions as ray_errors
+
+from cat_cluster.cluster import engine_room
+from cat_cluster.cluster.connection import ClusterSize
+from cat_cluster.cluster.engine_room import EngineRoom
+from cat_cluster.cluster.work import HeldRun, Work
+from cat_cluster.errors import CheckpointError, LostWorkerError, OutOfMemoryError
+from cat_cluster.pipeline.job import AdapterResult
+from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.progress_writer import ProgressWriter
+from cat_cluster.runs.run import Run
+from cat_cluster.spec.sections import ClusterSpec
+from cat_cluster.store import open_store
+from tests.unit.cluster.test_driver import CUP, RUN, Cluster, always, job_of, prepared
+
+LOST = LostWorkerError("training stopped: a machine was lost")
+
+
+class Adapter(SimpleNamespace):
+    """A prepared adapter; each is its own."""
+
+    __hash__ = object.__hash__
+
+
+class MeasuringFirst(Cluster):
+    """A cluster whose evaluations end before its packs."""
+
+    def wait(self, tasks: Sequence[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        first = [task for task in tasks if task[0] == "evaluate"] or tasks
+        return list(first)[:1], []
+
+
+class Service:
+    """An engine room that keeps one group, with a run of cup and mug, whose tasks end as a cluster says."""
+
+    def __init__(self, folder: Path, cluster: Cluster, groups: int) -> None:
+        self.cluster = cluster
+        self.results: dict[str, AdapterResult] = {}
+        self.said: list[str] = []
+        store = open_store(folder / "store")
+        self.room = EngineRoom(
+            ClusterSpec(),
+            ClusterSize(2.0, 0.0),
+            store.url,
+            str(folder),
+            groups=groups,
+            keep=1,
+            on_result=lambda work, result: self.results.update({work.adapter_id: result}),
+            say=self.said.append,
+        )
+        job, attempt = job_of(["cup", "mug"]), Run(store, RUN).claim()
+        progress = RunProgress.begin(RUN, job, state="running", attempt=1)
+        writer = ProgressWriter(attempt, progress, interval=30)
+        heard = ("message", "started", "step", "finished")
+        listener: Any = SimpleNamespace(**{name: lambda *_: None for name in heard})
+        self.run = HeldRun(job, attempt, writer, listener)
+        self.works = [Work(self.run, Adapter(**vars(prepared(name)))) for name in ("cup", "mug")]
+
+    def train(self) -> dict[str, str]:
+        """Train cup and mug and return what became of each."""
+        self.room._runs.add(self.run)
+        self.room._works |= {work.name: work for work in self.works}
+        self.room._groups.wait("kind", 2, self.works)
+        for _ in range(20):
+            if len(self.results) == 2:
+                break
+            self.room.turn()
+        return {name: result.outcome for name, result in self.results.items()}
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
+    def make(*given: Any, groups: int = 1, **behaviour: Any) -> Service:
+        cluster = MeasuringFirst(*given, **behaviour)
+        for name, stand_in in {"start_pack": cluster.start_pack, "evaluate_on_ray": cluster.evaluate}.items():
+            monkeypatch.setattr(engine_room, name, stand_in)
+        for name, stand_in in {"get": cluster.get, "wait": cluster.wait, "cancel": lambda *_, **__: None}.items():
+            monkeypatch.setattr(engine_room.ray, name, stand_in)
+        monkeypatch.setattr(engine_room.Messages, "start", lambda: cluster)
+        monkeypatch.setattr(engine_room.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
+        return Service(tmp_path, cluster, groups)
+
+    return make
+
+
+@pytest.mark.parametrize("failure", [LOST, OutOfMemoryError("out of memory"), CheckpointError("damaged")])
+def test_the_last_one_of_a_group_that_others_have_left_is_tried_once_more_by_itself(
+    service: Callable[..., Service], failure: Exception
+) -> None:
+    found = service(always({"train cup mug": failure}), events=[[], [("ended", 0, (CUP,))]])
+    assert found.train() == {"cup": "published", "mug": "published"}
+    assert "train mug" in found.cluster.started
+
+
+@pytest.mark.parametrize("failure", [LOST, OutOfMemoryError("out of memory")])
+def test_one_that_fails_by_itself_has_failed(service: Callable[..., Service], failure: Exception) -> None:
+    found = service(always({"train cup mug": failure, "train mug": failure}), events=[[], [("ended", 0, (CUP,))]])
+    assert found.train() == {"cup": "published", "mug": "failed"}
+    assert found.cluster.started.count("train mug") == 1
+
+
+def test_that_a_group_without_adapters_failed_is_said(service: Callable[..., Service]) -> None:
+    found = service(always({"train ": LOST}))
+    found.room.turn()
+    assert found.said == [f"a group of workers without adapters failed: {LOST}"]
+
+
+@pytest.mark.parametrize(("measured", "joins"), [(3, True), (OutOfMemoryError("no two"), False)])
+def test_the_first_of_a_kind_trains_while_it_is_measured_how_many_fit(
+    service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch, measured: Any, joins: bool
+) -> None:
+    """Where no processor is free to measure with, as where groups hold them all, the queue would stand still."""
+    found = service(always({}), groups=2)
+
+    def get(task: Any) -> int:
+        assert task == "measure"
+        if isinstance(measured, Exception):
+            raise ray_errors.RayTaskError("f", str(measured), measured, "", 1, "::1")
+        return int(measured)
+
+    monkeypatch.setattr(engine_room, "measure_on_ray", lambda *_, **__: "measure")
+    monkeypatch.setattr(engine_room, "by_kind", lambda adapters, _: {"kind": adapters})
+    monkeypatch.setattr(engine_room.ray, "get", get)
+    monkeypatch.setattr(engine_room.ray, "wait", lambda *_, **__: ([], []))
+    monkeypatch.setattr(engine_room, "pack_key", lambda _: "kind")
+    cup, mug = found.works
+    assert found.room.has_place(cup)
+    found.room.take([cup])
+    assert not found.room.has_place(mug)
+    found.room.turn()
+    assert found.cluster.started == ["train cup"]
+    assert not found.room.has_place(mug), "it may join cup, and would now have a group start for it"
+    monkeypatch.setattr(engine_room.ray, "wait", lambda tasks, **_: (["measure"] if "measure" in tasks else [], []))
+    found.room.turn()
+    assert found.room.has_place(mug)
+    found.room.take([mug])
+    found.room.turn()
+    assert found.cluster.started == ["train cup", *([] if joins else ["train mug"])]
+
+
+def test_a_service_outlives_workers_that_are_lost_while_they_have_nothing_to_do(
+    service: Callable[..., Service],
+) -> None:
+    found = service(always({}), events=[[("restart", 0, "a machine was lost")]])
+    found.room.turn()
+    assert found.said == ["workers without adapters: a machine was lost"]
