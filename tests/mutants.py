@@ -160,8 +160,8 @@ MUTANTS = (
     Mutant(
         "training",
         "cat_cluster/training/loop.py",
-        "TextCache(base, self._shape.prompt_chunks)",
-        "TextCache(base, 1)",
+        "TextCache(base, chunks, most",
+        "TextCache(base, 1, most",
         "training/test_long_captions.py",
     ),
     Mutant(
@@ -508,7 +508,11 @@ MUTANTS = (
     Mutant("registry", "cat_cluster/registry/references.py", "/~", "/", "registry/test_listing.py"),
     # runs
     Mutant(
-        "runs", "cat_cluster/runs/run.py", "int(last) >= self.number", "int(last) == self.number", "runs/test_run.py"
+        "runs",
+        "cat_cluster/runs/run.py",
+        "asked_to_stop() >= self.number",
+        "asked_to_stop() == self.number",
+        "runs/test_run.py",
     ),
     Mutant(
         "runs", "cat_cluster/runs/run.py", "is_claimed(self.number + 1)", "is_claimed(self.number)", "runs/test_run.py"

@@ -38,6 +38,38 @@ Token = Annotated[
 CaFile = Annotated[
     Path | None, typer.Option("--ca", exists=True, dir_okay=False, help="Certificates to trust for an https address.")
 ]
+InQueue = Annotated[
+    bool, typer.Option("--queue", help="Have the training service of the storage train it; needs no address.")
+]
+Owner = Annotated[
+    str, typer.Option(help="With --queue: whose share of the places it takes. Default: you.", show_default=False)
+]
+Priority = Annotated[
+    int, typer.Option(min=-100, max=100, help="With --queue: higher goes first, before other owners too.")
+]
+Deadline = Annotated[
+    datetime | None,
+    typer.Option(
+        formats=["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M%z"],
+        help="With --queue: goes before your own runs that have a later one or none, as 2026-12-01T09:00+01:00.",
+    ),
+]
+Wait = Annotated[bool, typer.Option("--wait", help="Follow the run to its end; exit 1 if it fails.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Start also when the run is done, or take it over from its driver.")
+]
+RuntimeEnv = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="Ray runtime environment of the job, a YAML or JSON file."),
+]
+Env = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=VALUE", help="Environment variable of the job; may be repeated.")
+]
+PassEnv = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Variable of this shell to copy into the job's; the dashboard shows it."),
+]
+Image = Annotated[str | None, typer.Option(metavar="URI", help="Container image the job runs in.")]
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="Run, as `jobs list` prints it.")]
 
 
@@ -51,40 +83,18 @@ def submit(
     spec: Annotated[Path, typer.Argument(metavar="SPEC", help="Job spec (YAML); see `cat-cluster spec schema`.")],
     address: Address = None,
     storage: Storage = None,
-    queue: Annotated[
-        bool, typer.Option("--queue", help="Have the training service of the storage train it; needs no address.")
-    ] = False,
-    owner: Annotated[
-        str, typer.Option(help="With --queue: whose share of the places it takes. Default: you.", show_default=False)
-    ] = "",
-    priority: Annotated[
-        int, typer.Option(min=-100, max=100, help="With --queue: higher goes first, before other owners too.")
-    ] = 0,
-    deadline: Annotated[
-        datetime | None,
-        typer.Option(
-            formats=["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M%z"],
-            help="With --queue: goes before your own runs that have a later one or none, as 2026-12-01T09:00+01:00.",
-        ),
-    ] = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; exit 1 if it fails.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Start also when the run is done, or take it over from its driver.")
-    ] = False,
+    queue: InQueue = False,
+    owner: Owner = "",
+    priority: Priority = 0,
+    deadline: Deadline = None,
+    wait: Wait = False,
+    force: Force = False,
     token: Token = None,
     ca: CaFile = None,
-    runtime_env: Annotated[
-        Path | None,
-        typer.Option(exists=True, dir_okay=False, help="Ray runtime environment of the job, a YAML or JSON file."),
-    ] = None,
-    env: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Environment variable of the job; may be repeated.")
-    ] = None,
-    pass_env: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Variable of this shell to copy into the job's; the dashboard shows it."),
-    ] = None,
-    image: Annotated[str | None, typer.Option(metavar="URI", help="Container image the job runs in.")] = None,
+    runtime_env: RuntimeEnv = None,
+    env: Env = None,
+    pass_env: PassEnv = None,
+    image: Image = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a job spec on a Ray cluster. The same spec again resumes, or says that it is running or done.
@@ -108,15 +118,8 @@ def submit(
     if queue:
         if job.cluster.model_fields_set:
             people.print("warning: cluster: has no effect in a training service, which has settings of its own")
-        run, is_new = enter_run(job, store, owner=owner or getpass.getuser(), priority=priority, deadline=deadline)
-        as_before = "is in the queue already, with the owner, priority and deadline that it was entered with"
-        people.print(f"{run.run_id} {'waits in the queue' if is_new else as_before}", soft_wrap=True)
-        if wait:
-            _follow(run, None, None, None, as_json=as_json)
-        elif as_json:
-            print_json({"run_id": run.run_id, "outcome": "queued" if is_new else "in the queue", "storage": store.url})
-        else:
-            people.print(f"follow it  {run.follow_command()}", soft_wrap=True, markup=False)
+        entered = enter_run(job, store, owner=owner or getpass.getuser(), priority=priority, deadline=deadline)
+        _say_entered(*entered, wait=wait, as_json=as_json)
         return
     assert address is not None
     cluster = open_cluster(address, token, ca)
@@ -135,6 +138,17 @@ def submit(
         print_json(record)
     elif submission.job is not None:
         people.print(f"follow it  {_follow_command(run, address)}", soft_wrap=True, markup=False)
+
+
+def _say_entered(run: Run, is_new: bool, *, wait: bool, as_json: bool) -> None:
+    as_before = "is in the queue already, with the owner, priority and deadline that it was entered with"
+    people.print(f"{run.run_id} {'waits in the queue' if is_new else as_before}", soft_wrap=True)
+    if wait:
+        _follow(run, None, None, None, as_json=as_json)
+    elif as_json:
+        print_json({"run_id": run.run_id, "outcome": "queued" if is_new else "in the queue", "storage": run.store.url})
+    else:
+        people.print(f"follow it  {run.follow_command()}", soft_wrap=True, markup=False)
 
 
 def _refuse_given(options: Mapping[str, object], why: str) -> None:
@@ -164,7 +178,7 @@ def jobs_list(storage: StoreOption = None, as_json: AsJson = False) -> None:
 def jobs_status(
     run_id: RunId,
     storage: StoreOption = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow the run to its end; exit 1 if it fails.")] = False,
+    wait: Wait = False,
     address: Address = None,
     token: Token = None,
     ca: CaFile = None,

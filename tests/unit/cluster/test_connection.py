@@ -8,11 +8,11 @@ import pytest
 import ray
 
 from cat_cluster.cluster import connection
-from cat_cluster.cluster.connection import ClusterSize, await_workers, check_cluster, cluster_address, ray_connection
+from cat_cluster.cluster.connection import ClusterSize, await_workers, check_size, cluster_address, ray_connection
 from cat_cluster.cluster.driver import run_on_ray
 from cat_cluster.errors import ClusterError, SpecError
 from cat_cluster.settings import load_settings
-from cat_cluster.spec.job import JobSpec
+from cat_cluster.spec.sections import ClusterSpec
 
 REFUSED = [
     ("http://127.0.0.1:8265", "`cat-cluster submit SPEC --address http://127.0.0.1:8265`"),
@@ -110,11 +110,8 @@ def test_what_ray_says_is_one_sentence_with_its_remedy(
 ALIVE, LOST, IDLE = {"Alive": True}, {"Alive": False, "DeathReason": 2}, {"Alive": False, "DeathReason": 4}
 
 
-def job_of_two() -> JobSpec:
-    concept = {"token": "sks", "class_noun": "cup", "images": "/photos"}
-    return JobSpec.model_validate(
-        {"name": "two", "adapters": [{"id": "cup", "concepts": [concept]}], "cluster": {"workers": 2}}
-    )
+def cluster_of_two() -> ClusterSpec:
+    return ClusterSpec(workers=2)
 
 
 def small_cluster(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, object]], *cpus: float) -> None:
@@ -128,7 +125,7 @@ def small_cluster(monkeypatch: pytest.MonkeyPatch, nodes: list[dict[str, object]
 def test_a_lost_machine_is_waited_for_until_the_job_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     small_cluster(monkeypatch, [ALIVE, LOST], 1.0, 3.0)
     said: list[str] = []
-    assert await_workers(job_of_two(), ClusterSize(0.0, 0.0), said.append) == ClusterSize(3.0, 0.0)
+    assert await_workers(cluster_of_two(), ClusterSize(0.0, 0.0), said.append) == ClusterSize(3.0, 0.0)
     (line,) = said
     assert line.startswith("the cluster has lost a machine or pod, and has too few CPUs for 2 workers: waiting 180 s")
 
@@ -137,7 +134,7 @@ def test_one_that_does_not_come_is_not_waited_for_longer(monkeypatch: pytest.Mon
     small_cluster(monkeypatch, [ALIVE, LOST], 1.0, 1.0, 1.0)
     times = iter([0.0, 1.0, 2.0, connection.REPLACED_SECONDS])
     monkeypatch.setattr(connection.time, "monotonic", lambda: next(times))
-    assert await_workers(job_of_two(), ClusterSize(0.0, 0.0), lambda _: None) == ClusterSize(1.0, 0.0)
+    assert await_workers(cluster_of_two(), ClusterSize(0.0, 0.0), lambda _: None) == ClusterSize(1.0, 0.0)
 
 
 @pytest.mark.parametrize(("nodes", "cpus"), [([ALIVE], 0.0), ([ALIVE, IDLE], 0.0), ([ALIVE, LOST], 2.0)])
@@ -146,7 +143,7 @@ def test_nothing_is_waited_for_where_nothing_was_lost_or_the_job_fits(
 ) -> None:
     small_cluster(monkeypatch, nodes)
     size = ClusterSize(cpus, 0.0)
-    assert await_workers(job_of_two(), size, pytest.fail) == size
+    assert await_workers(cluster_of_two(), size, pytest.fail) == size
 
 
 @pytest.mark.parametrize(
@@ -155,4 +152,4 @@ def test_nothing_is_waited_for_where_nothing_was_lost_or_the_job_fits(
 )
 def test_no_less_than_one_worker_is_proposed(cpus: float, remedy: str) -> None:
     with pytest.raises(SpecError, match=f"{remedy}$"):
-        check_cluster(job_of_two(), "s3://bucket/prod", ClusterSize(cpus, 0.0))
+        check_size(cluster_of_two(), "s3://bucket/prod", ClusterSize(cpus, 0.0))

@@ -107,7 +107,7 @@ def test_a_token_in_the_second_chunk_is_read_and_the_gate_sees_it(shop: Shop) ->
                 assert np.array_equal(pictures(whole)[0], pictures(gated)[0])
             assert "gate: cup is left out" in note(await events(service, replace(without, gate=True)))
             text = replace(CUP, prompt="a (sks:1.3) cup", gate=True)
-            assert "gate: cup is left out" in note(await events(service, text)), "without weighting it is another word"
+            assert "gate:" not in note(await events(service, text)), "it is read as text, the token with it"
 
     run(main)
 
