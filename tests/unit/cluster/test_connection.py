@@ -12,6 +12,7 @@ from cat_cluster.cluster.connection import ClusterSize, await_workers, check_siz
 from cat_cluster.cluster.driver import run_on_ray
 from cat_cluster.errors import ClusterError, SpecError
 from cat_cluster.settings import load_settings
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.spec.sections import ClusterSpec
 
 REFUSED = [
