@@ -55,7 +55,9 @@ class StepLog:
         if not self.path.exists():
             return []
         lines = [line.split(maxsplit=2) for line in self.path.read_text().split("\n")[:-1]]
-        return [Note(int(rank), int(pid), json.loads(done)) for rank, pid, done in lines]
+        own = [(rank, pid, json.loads(done).items()) for rank, pid, done in lines]
+        # In a pack the run and its attempt stand before the id.
+        return [Note(int(rank), int(pid), {name.rpartition("/")[2]: n for name, n in done}) for rank, pid, done in own]
 
     def reached(self) -> int:
         """The highest step of any worker."""
