@@ -363,15 +363,18 @@ class EngineRoom:
         )
         work.run.listener.finished(result)
         self._settled[work.name] = (work, result)
-        self._clear(work.name)
-        self._on_result(work, result)
         self._update_metrics()
+        self._clear(work.name)
 
     def _clear(self, name: str) -> None:
-        """Remove the checkpoints of an adapter that has its result, unless workers may look for them yet."""
+        """Remove the checkpoints of an adapter that has its result, unless workers may look for them yet.
+
+        Then it is done: whoever ends its run may be killed right after, and nobody would look for what is left of it.
+        """
         if name in self._settled and not self._groups.is_needed(name):
             work, result = self._settled.pop(name)
             clear_checkpoints(work.adapter, result, work.run.registry.store, work.run.listener)
+            self._on_result(work, result)
 
     def _update_metrics(self) -> None:
         self._metrics.set(telemetry.PACKS_RUNNING, len(self._groups.running))

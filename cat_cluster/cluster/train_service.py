@@ -281,7 +281,9 @@ class TrainService:
         return True
 
     def _on_result(self, work: Work, result: AdapterResult) -> None:
-        held = self._held[work.run.run_id]
+        held = self._held.get(work.run.run_id)
+        if held is None or held.run is not work.run:
+            return  # it was released meanwhile
         self._leave(held, work)
         self._end_if_done(held)
 

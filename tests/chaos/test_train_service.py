@@ -18,7 +18,7 @@ from tests.support.tiny_jobs import adapter, write_photos, write_spec
 
 pytestmark = [pytest.mark.chaos, pytest.mark.ray, pytest.mark.timeout(1200)]
 
-ADAPTERS, OF_A_RUN, KILLS = 40, 2, 20
+ADAPTERS, OF_A_RUN, KILLS = 16, 2, 8
 PLACES, CHECKPOINT_EVERY = 4, 20
 STEPS = (16, 24, 40, 60)
 END_SECONDS = 300
