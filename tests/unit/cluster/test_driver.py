@@ -60,6 +60,15 @@ class Cluster:
         self.events = list(events)
         self.measures_first = measures_first
 
+    def stand_in(self, patch: pytest.MonkeyPatch) -> None:
+        """Be what the engine room starts, asks and tells."""
+        for name, stand_in in {"start_pack": self.start_pack, "evaluate_on_ray": self.evaluate}.items():
+            patch.setattr(engine_room, name, stand_in)
+        for name, stand_in in {"get": self.get, "wait": self.wait, "cancel": lambda *_, **__: None}.items():
+            patch.setattr(engine_room.ray, name, stand_in)
+        patch.setattr(engine_room.Messages, "start", lambda: self)
+        patch.setattr(engine_room.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
+
     def give(self, pack: int, order: Order) -> None:
         self.given.setdefault(pack, []).append(order)
 
@@ -112,12 +121,7 @@ def drive(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Drive:
         names = [name for pack in packs for name in pack]
         job = job_of(names)
         cluster = Cluster(fails, **behaviour)
-        for name, stand_in in {"start_pack": cluster.start_pack, "evaluate_on_ray": cluster.evaluate}.items():
-            monkeypatch.setattr(engine_room, name, stand_in)
-        for name, stand_in in {"get": cluster.get, "wait": cluster.wait, "cancel": lambda *_, **__: None}.items():
-            monkeypatch.setattr(engine_room.ray, name, stand_in)
-        monkeypatch.setattr(engine_room.Messages, "start", lambda: cluster)
-        monkeypatch.setattr(engine_room.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
+        cluster.stand_in(monkeypatch)
         adapters = {name: prepared(name) for name in names}
 
         def take(room: Any, works: Sequence[Work]) -> None:

@@ -82,12 +82,7 @@ class Service:
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Service]:
     def make(*given: Any, groups: int = 1, **behaviour: Any) -> Service:
         cluster = MeasuringFirst(*given, **behaviour)
-        for name, stand_in in {"start_pack": cluster.start_pack, "evaluate_on_ray": cluster.evaluate}.items():
-            monkeypatch.setattr(engine_room, name, stand_in)
-        for name, stand_in in {"get": cluster.get, "wait": cluster.wait, "cancel": lambda *_, **__: None}.items():
-            monkeypatch.setattr(engine_room.ray, name, stand_in)
-        monkeypatch.setattr(engine_room.Messages, "start", lambda: cluster)
-        monkeypatch.setattr(engine_room.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
+        cluster.stand_in(monkeypatch)
         return Service(tmp_path, cluster, groups)
 
     return make
