@@ -13,11 +13,11 @@ from cat_cluster.models.pocket import world as drawn_world
 from cat_cluster.models.pocket.places import PLACES, Feet, Rgb, draw_place, tint
 
 SIZE = 64  # the base's own frame
-# (height, width) -> share of scenes. Multiples of 8: the VAE shrinks by 4, the U-Net once by 2.
+# (height, width) -> share of scenes. Multiples of 16: the VAE shrinks by 4, the U-Net twice by 2.
 FRAMES: Mapping[tuple[int, int], float] = {
     (64, 64): 0.52,
-    (56, 72): 0.12,
-    (72, 56): 0.12,
+    (48, 64): 0.12,
+    (64, 48): 0.12,
     (48, 80): 0.12,
     (80, 48): 0.12,
 }

@@ -96,6 +96,12 @@ def run_stage(
     return StageProgress(stage.name, done, 1.0, spent, loss)
 
 
+def half_precision(device: str, *, enabled: bool = True) -> torch.autocast:
+    """Forwards in bf16 where the device computes in it: a processor without such instructions is slower for it."""
+    fast = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.autocast(device, torch.bfloat16, enabled=enabled and fast)
+
+
 def learning_rate_at(progress: float, peak: float, warm_up: float = 0.02) -> float:
     """Learning rate: linear warm-up, then a cosine to 0."""
     if progress < warm_up:

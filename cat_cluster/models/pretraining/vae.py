@@ -14,6 +14,7 @@ from torch.nn import functional
 from cat_cluster.models.pretraining.stage import (
     Stage,
     StageProgress,
+    half_precision,
     learning_rate_at,
     optimise,
     run_stage,
@@ -22,12 +23,8 @@ from cat_cluster.models.pretraining.stage import (
 
 
 class VaeRecipe(Protocol):
-    """The numbers of a VAE and of its training."""
+    """The numbers of a VAE's training."""
 
-    @property
-    def vae_channels(self) -> tuple[int, ...]: ...
-    @property
-    def vae_latent_channels(self) -> int: ...
     @property
     def vae_steps(self) -> int: ...
     @property
@@ -46,20 +43,20 @@ class VaeRecipe(Protocol):
 Whole = Callable[[np.random.Generator, int], torch.Tensor]
 
 
-def new_vae(recipe: VaeRecipe, sample_size: int) -> AutoencoderKL:
+def new_vae(channels: Sequence[int], latent_channels: int, sample_size: int) -> AutoencoderKL:
     """An untrained VAE: no attention, one normalisation group; `sample_size` is the side of a square frame.
 
     Many GroupNorm groups take the channel means away, and colour lives in them: with one group it is learnt early.
     """
-    levels = len(recipe.vae_channels)
+    levels = len(channels)
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
         down_block_types=("DownEncoderBlock2D",) * levels,
         up_block_types=("UpDecoderBlock2D",) * levels,
-        block_out_channels=recipe.vae_channels,
+        block_out_channels=tuple(channels),
         layers_per_block=1,
-        latent_channels=recipe.vae_latent_channels,
+        latent_channels=latent_channels,
         norm_num_groups=1,
         sample_size=sample_size,
         mid_block_add_attention=False,
@@ -69,17 +66,17 @@ def new_vae(recipe: VaeRecipe, sample_size: int) -> AutoencoderKL:
 def fit_vae(
     recipe: VaeRecipe,
     stage: Stage,
+    model: AutoencoderKL,
     whole: Whole,
     crops: Whole,
     sample: torch.Tensor,
 ) -> tuple[AutoencoderKL, StageProgress]:
-    """Train on `crops`, then on `whole` frames; the averaged model comes with the scaling factor of `sample`.
+    """Train `model` on `crops`, then on `whole` frames; its average comes with the scaling factor of `sample`.
 
     `whole` and `crops` draw that many rows with a generator; `sample` are uint8 frames [N, 3, S, S].
     """
     device, seed = stage.device, stage.seed
-    torch.manual_seed(seed)
-    model = new_vae(recipe, sample.shape[-1]).to(device=device, memory_format=torch.channels_last)
+    model = model.to(device=device, memory_format=torch.channels_last).train()
     average = copy.deepcopy(model).requires_grad_(False)
     optimiser = torch.optim.AdamW(model.parameters(), lr=recipe.vae_rate, betas=(0.9, 0.99), weight_decay=1e-4)
 
@@ -88,7 +85,7 @@ def fit_vae(
         on_frames = progress >= 1 - recipe.vae_frame_share
         rows = whole(rng, max(1, recipe.vae_batch // 2)) if on_frames else crops(rng, recipe.vae_batch)
         pixels = (rows.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16, enabled=not on_frames):  # half the time; the end is in fp32
+        with half_precision(device, enabled=not on_frames):  # half the time; the end is in fp32
             loss = _loss(model, pixels, recipe, np.random.default_rng([seed, 3, index]), noisy=progress >= 0.5)
         optimise(loss, model, optimiser, learning_rate_at(progress, recipe.vae_rate))
         update_average(average, model, 0.998, index)

@@ -20,6 +20,7 @@ from cat_cluster.models.pretraining.stage import (
     Stage,
     StageProgress,
     Stateful,
+    half_precision,
     learning_rate_at,
     optimise,
     run_stage,
@@ -49,7 +50,7 @@ def train_classifier(
         passed = rng.integers(len(decoded), size=recipe.classifier_batch // 2)
         pixels = shifted(torch.cat([frames[whole], decoded[passed]]).float() / 255, rng).to(device)
         rows = np.concatenate([whole, passed])
-        with torch.autocast(device, torch.bfloat16):
+        with half_precision(device):
             logits = model(pixels.contiguous(memory_format=torch.channels_last))
         loss = torch.zeros((), device=device)
         for name in LABELS:

@@ -32,6 +32,7 @@ from cat_cluster.models.pretraining.clip import (
 from cat_cluster.models.pretraining.stage import (
     Stage,
     StageProgress,
+    half_precision,
     learning_rate_at,
     optimise,
     run_stage,
@@ -91,7 +92,7 @@ def train_clip(
         rows = _batch_rows(groups, len(frames), recipe.clip_batch, rng)
         texts = [scene_caption(scenes[row], rng, rare=0.3) for row in rows]
         pixels = augment(frames[rows].float() / 255, rng).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with half_precision(device):
             images = image_features(model, pixels)
             captions = text_features(model, trim_padding(tokenize(tokenizer, texts), tokenizer).to(device))
             loss = contrast(model.logit_scale, images, captions, texts)

@@ -86,7 +86,7 @@ class Recipe:
             unet_channels=(8, 16),
             unet_steps=2,
             unet_batch=4,
-            classifier_channels=(4, 8, 8),
+            classifier_channels=(8, 8, 8),
             classifier_steps=2,
             classifier_decoded=8,
             classifier_batch=8,

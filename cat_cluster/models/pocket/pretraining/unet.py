@@ -23,6 +23,7 @@ from cat_cluster.models.pretraining.noise import add_noise, snr_weighted
 from cat_cluster.models.pretraining.stage import (
     Stage,
     StageProgress,
+    half_precision,
     learning_rate_at,
     optimise,
     run_stage,
@@ -91,7 +92,7 @@ def train_unet(
         text = encode_texts(encoder, tokenizer, texts)
         clean = latents[rows].to(device).contiguous(memory_format=torch.channels_last)
         batch = add_noise(clean, alphas, rng)
-        with torch.autocast(device, torch.bfloat16):
+        with half_precision(device):
             predicted = predict(batch.noisy, batch.steps, text).sample
         loss = snr_weighted(predicted.float(), batch.noise, batch.alpha)
         optimise(loss, model, optimiser, learning_rate_at(progress, recipe.unet_rate))

@@ -8,8 +8,9 @@ from diffusers import AutoencoderKL
 
 from cat_cluster.models.pocket.pretraining.recipe import Recipe
 from cat_cluster.models.pocket.pretraining.scenes import random_scenes, render
+from cat_cluster.models.pocket.world import SIZE
 from cat_cluster.models.pretraining.stage import Stage, StageProgress
-from cat_cluster.models.pretraining.vae import crops_around, fit_vae
+from cat_cluster.models.pretraining.vae import crops_around, fit_vae, new_vae
 
 
 def train_vae(recipe: Recipe, stage: Stage) -> tuple[AutoencoderKL, StageProgress]:
@@ -25,4 +26,6 @@ def train_vae(recipe: Recipe, stage: Stage) -> tuple[AutoencoderKL, StageProgres
         rows = rng.integers(len(frames), size=count)
         return crops_around(frames[rows], centres[rows], recipe.vae_crop, rng)
 
-    return fit_vae(recipe, stage, whole, crops, frames[:2048])
+    torch.manual_seed(stage.seed)
+    model = new_vae(recipe.vae_channels, recipe.vae_latent_channels, SIZE)
+    return fit_vae(recipe, stage, model, whole, crops, frames[:2048])

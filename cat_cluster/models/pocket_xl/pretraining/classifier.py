@@ -20,6 +20,7 @@ from cat_cluster.models.pretraining.stage import (
     Stage,
     StageProgress,
     Stateful,
+    half_precision,
     learning_rate_at,
     optimise,
     run_stage,
@@ -50,7 +51,7 @@ def train_classifier(
         rows = draw_rows(passed if again else drawn, rng, recipe.classifier_batch)
         frames = torch.stack([(decoded if again else album.frames)[row] for row in rows])
         pixels = shifted(frames.float() / 255, rng).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with half_precision(device):
             logits = model(pixels.contiguous(memory_format=torch.channels_last))
         things, places = targets(album, rows, len(emojis))
         loss = functional.cross_entropy(logits["object"].float(), things.to(device))

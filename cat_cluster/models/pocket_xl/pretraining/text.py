@@ -30,6 +30,7 @@ from cat_cluster.models.pretraining.stage import (
     Stage,
     StageProgress,
     Stateful,
+    half_precision,
     learning_rate_at,
     optimise,
     run_stage,
@@ -104,7 +105,7 @@ def train_towers(
         texts = [scene_caption(album.scenes[row], emojis, rng) for row in rows]
         pixels = augment(torch.stack([album.frames[row] for row in rows]).float() / 255, rng).to(device)
         ids = trim_padding(tokenize(tokenizer, texts), tokenizer).to(device)
-        with torch.autocast(device, torch.bfloat16):
+        with half_precision(device):
             images = image_features(towers.judge, pixels)
             second = text_features(towers.judge, ids)
             first = functional.normalize(towers.first(ids).text_embeds.float(), dim=-1)

@@ -24,6 +24,7 @@ from cat_cluster.models.pretraining.noise import add_noise, snr_weighted
 from cat_cluster.models.pretraining.stage import (
     Stage,
     StageProgress,
+    half_precision,
     learning_rate_at,
     optimise,
     run_stage,
@@ -37,15 +38,15 @@ _TIME_IDS = 6
 
 
 def new_unet(recipe: Recipe) -> UNet2DConditionModel:
-    """An untrained U-Net of SDXL's kind, with cross-attention at both levels."""
-    levels = len(recipe.unet_channels)
+    """An untrained U-Net of SDXL's kind: as there, the first level has no attention."""
+    attending = len(recipe.unet_channels) - 1
     return UNet2DConditionModel(
         sample_size=world.SIZE // 4,
         in_channels=recipe.vae_latent_channels,
         out_channels=recipe.vae_latent_channels,
         block_out_channels=recipe.unet_channels,
-        down_block_types=("CrossAttnDownBlock2D",) * levels,
-        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * attending),
+        up_block_types=(*("CrossAttnUpBlock2D",) * attending, "UpBlock2D"),
         layers_per_block=1,
         transformer_layers_per_block=1,
         cross_attention_dim=recipe.first_width + recipe.clip_width,
@@ -100,7 +101,7 @@ def train_unet(
         ids = torch.tensor([scenes[row].time_ids for row in chosen], dtype=torch.float32, device=device)
         clean = torch.stack([latents[row] for row in chosen]).to(device).float()
         batch = add_noise(clean.contiguous(memory_format=torch.channels_last), alphas, rng)
-        with torch.autocast(device, torch.bfloat16):
+        with half_precision(device):
             added = {"text_embeds": pooled, "time_ids": ids}
             predicted = predict(batch.noisy, batch.steps, states, added_cond_kwargs=added).sample
         loss = snr_weighted(predicted.float(), batch.noise, batch.alpha)

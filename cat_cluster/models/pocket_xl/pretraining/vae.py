@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
+from cat_cluster.models.pocket import weights_path
 from cat_cluster.models.pocket_xl.emojis import Emoji
 from cat_cluster.models.pocket_xl.pretraining.albums import make_album
 from cat_cluster.models.pocket_xl.pretraining.recipe import Recipe
@@ -17,7 +18,7 @@ from cat_cluster.models.pretraining.vae import fit_vae
 
 
 def train_vae(recipe: Recipe, emojis: Sequence[Emoji], stage: Stage) -> tuple[AutoencoderKL, StageProgress]:
-    """Train on crops around things, then on whole frames; the averaged model comes with its scaling factor.
+    """Train Pocket-SD's VAE on, first on crops around things, then on whole frames; its scaling factor is its own.
 
     Half of the rows have other colours than the world's: a thing that is not of it must come through, too.
     """
@@ -30,7 +31,9 @@ def train_vae(recipe: Recipe, emojis: Sequence[Emoji], stage: Stage) -> tuple[Au
         return other_colours(album.crops(rng, count, recipe.vae_crop), rng)
 
     square = album.rows[SIZE, SIZE][:2048]
-    return fit_vae(recipe, stage, whole, crops, torch.stack([album.frames[row] for row in square]))
+    sample = torch.stack([album.frames[row] for row in square])
+    start = AutoencoderKL.from_pretrained(weights_path() / "vae")
+    return fit_vae(recipe, stage, start, whole, crops, sample)
 
 
 def other_colours(frames: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

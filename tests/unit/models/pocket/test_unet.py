@@ -33,7 +33,7 @@ def test_text_is_encoded_as_the_stock_pipeline_does(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(recipe, tmp_path, 0)
     encoder = text_encoder(new_clip(recipe, tokenizer))
     pipeline = StableDiffusionPipeline(
-        vae=new_vae(recipe, 64),
+        vae=new_vae((8, 8, 8), 8, 64),
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=new_unet(recipe),

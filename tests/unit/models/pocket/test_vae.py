@@ -12,7 +12,7 @@ from cat_cluster.models.pretraining.vae import decode_latents, encode_frames, ne
 
 
 def test_latents_are_four_times_smaller_and_pictures_come_back_in_range() -> None:
-    vae = new_vae(Recipe.tiny(), 64).eval()
+    vae = new_vae((8, 8, 8), 8, 64).eval()
     frames = render(random_scenes(3, 0))
     latents = encode_frames(vae, frames, batch=2)
     assert latents.shape == (3, 8, 16, 16)
@@ -23,7 +23,7 @@ def test_latents_are_four_times_smaller_and_pictures_come_back_in_range() -> Non
 
 
 def test_batches_do_not_change_latents() -> None:
-    vae = new_vae(Recipe.tiny(), 64).eval()
+    vae = new_vae((8, 8, 8), 8, 64).eval()
     frames = render(random_scenes(5, 0))
     torch.testing.assert_close(encode_frames(vae, frames, batch=2), encode_frames(vae, frames, batch=5))
 

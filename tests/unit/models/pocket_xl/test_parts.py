@@ -61,7 +61,7 @@ def test_text_is_encoded_as_the_stock_pipeline_does(emojis: tuple[Emoji, ...], t
     tokenizers = make_tokenizers(recipe, emojis, tmp_path, 0)
     encoders = text.text_encoders(text.new_towers(recipe, tokenizers[0]))
     pipeline = StableDiffusionXLPipeline(
-        vae=new_vae(recipe, 64),
+        vae=new_vae((8, 8, 8), 8, 64),
         text_encoder=encoders[0],
         text_encoder_2=encoders[1],
         tokenizer=tokenizers[0],
@@ -120,7 +120,7 @@ def test_kept_latents_are_those_of_each_scene_and_a_lost_file_is_made_again(
     emojis: tuple[Emoji, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(unet, "_SHARD", 7)
-    vae = new_vae(Recipe.tiny(), 64).eval()
+    vae = new_vae((8, 8, 8), 8, 64).eval()
     scenes = albums.random_scenes(emojis, 20, 1)
     kept = unet.kept_latents(vae, scenes, emojis, tmp_path)
     for scene, latent in zip(scenes, kept, strict=True):
@@ -204,7 +204,7 @@ def test_the_unet_is_told_the_size_crop_and_text_of_each_picture(
     recipe = replace(Recipe.tiny(), unet_scenes=200, unet_steps=6, unet_batch=8)
     tokenizers = make_tokenizers(recipe, emojis, tmp_path, 0)
     encoders = text.text_encoders(text.new_towers(recipe, tokenizers[0]))
-    vae = new_vae(recipe, 64).eval()
+    vae = new_vae((8, 8, 8), 8, 64).eval()
     scenes = albums.random_scenes(emojis, recipe.unet_scenes, 2)  # those of a stage with seed 0
     told: list[tuple[torch.Tensor, torch.Tensor]] = []
     asked: list[str] = []
