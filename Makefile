@@ -22,14 +22,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# BASE=pocket-xl for the second embedded base, a small SDXL.
+BASE ?= pocket
+DEMO := out/demo$(if $(filter-out pocket,$(BASE)),-$(BASE))
 demo: $(STAMP)
-	$(BIN)/cat-cluster demo --out out/demo
+	$(BIN)/cat-cluster demo --base $(BASE) --out $(DEMO)
 
 # Serves the demo's adapters with the page, until Ctrl+C; PORT=8001 for another port.
 PORT ?= 8000
 serve: $(STAMP)
-	@test -d out/demo/registry || $(MAKE) demo
-	$(BIN)/cat-cluster serve --storage out/demo/registry --port $(PORT)
+	@test -d $(DEMO)/registry || $(MAKE) demo
+	$(BIN)/cat-cluster serve --base $(BASE) --storage $(DEMO)/registry --port $(PORT)
 
 PYTEST  := $(BIN)/python -m pytest
 WORKERS ?= 2

@@ -23,7 +23,7 @@ from cat_cluster.cluster.failures import failure_in
 from cat_cluster.cluster.local_ray import check_ray_folder, start_ray
 from cat_cluster.errors import ClusterError
 from cat_cluster.models.base_files import check_family
-from cat_cluster.models.base_names import POCKET, base_folder
+from cat_cluster.models.base_names import EMBEDDED, base_folder
 from cat_cluster.models.device import choose_device
 from cat_cluster.store import open_store
 from serve.app import build
@@ -113,7 +113,7 @@ def local_deployment(settings: ServeSettings, engines: int) -> Deployment:
     whole: dict[str, object] = {}
     if "://" not in settings.storage:
         whole["storage"] = str(Path(settings.storage).resolve())
-    if settings.base != POCKET and Path(settings.base).exists():
+    if settings.base not in EMBEDDED and Path(settings.base).exists():
         whole["base"] = str(Path(settings.base).resolve())
     if settings.disk_cache is not None:
         whole["disk_cache"] = settings.disk_cache.resolve()

@@ -72,9 +72,10 @@ def demo(
     out: Annotated[Path, typer.Option(callback=output_folder, help="Folder for photos, registry and report.")] = Path(
         "out/demo"
     ),
+    base: Annotated[Literal["pocket", "pocket-xl"], typer.Option(help="Which embedded base.")] = "pocket",
     as_json: AsJson = False,
 ) -> None:
-    """Teach the embedded base three new objects with CAT and with plain LoRA, and show what each did to the rest.
+    """Teach an embedded base three new objects with CAT and with plain LoRA, and show what each did to the rest.
 
     It needs no photos, no download and no GPU, and leaves a report and a registry that `cat-cluster serve` can serve.
     """
@@ -83,14 +84,14 @@ def demo(
         from cat_cluster.cli.demo import run_demo
 
     with progress() as listener:
-        result = run_demo(out, load_settings(), listener)
+        result = run_demo(out, load_settings(), listener, base)
     if as_json:
         print_json(json.loads(result.files.json.read_text()))
         return
     people.print(result.table())
     files = result.files
     people.print(f"\nReport  {files.html}\nPicture {files.png}\nStacks  {files.stacks}\nNumbers {files.json}")
-    people.print(f"Try     make serve, or cat-cluster serve --storage {result.storage}")
+    people.print(f"Try     make serve, or cat-cluster serve --base {base} --storage {result.storage}")
 
 
 @app.command()

@@ -116,13 +116,14 @@ def draw_stacks(service: DemoService, adapters: Mapping[str, Sequence[str]], row
 
 
 @contextmanager
-def serving(storage: Path, log: Path) -> Iterator[DemoService]:
+def serving(storage: Path, log: Path, base: str) -> Iterator[DemoService]:
     """Run `cat-cluster serve` on a free port while the block runs; what it prints goes to `log`.
 
     Raises ServingError when it does not come up.
     """
     port = _free_port()
     command = [sys.executable, "-m", "cat_cluster.cli", "serve", "--storage", str(storage), "--port", str(port)]
+    command += ["--base", base]
     # No keys of the user's: this service is for one minute, and for this machine alone.
     environment = {name: value for name, value in os.environ.items() if name not in ("CAT_API_KEYS", "CAT_ADMIN_KEYS")}
     with log.open("wb") as output:

@@ -18,12 +18,12 @@ from cat_cluster.evaluation.intervals import ConceptFeatures
 from cat_cluster.evaluation.judges import POCKET_CLASSIFIER, Judge, feature_rows, is_pocket, load_judges, text_rows
 from cat_cluster.evaluation.leaks import leak_prompts, measure_decoys, measure_leaks
 from cat_cluster.evaluation.prompts import evaluation_prompts, fill
-from cat_cluster.evaluation.recognition import Recognition, RecognitionHead, find_design, fit_head
+from cat_cluster.evaluation.recognition import Recognition, RecognitionHead, find_subject, fit_head
 from cat_cluster.evaluation.results import ConceptImages, Evaluation, JudgeScores
 from cat_cluster.lora.bank import LoraBank
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import ImageRow, generate, image_array
-from cat_cluster.models.pocket import world
+from cat_cluster.models.subjects import Subject
 from cat_cluster.spec.sections import EvaluationSpec
 
 Images = NDArray[np.uint8]
@@ -61,7 +61,7 @@ class EvaluationMemory:
 
     judges: dict[str, tuple[Judge, ...]] = field(default_factory=dict)
     base_images: dict[ImageRow, Images] = field(default_factory=dict)
-    heads: dict[tuple[world.Design, int], RecognitionHead] = field(default_factory=dict)
+    heads: dict[tuple[Subject, int], RecognitionHead] = field(default_factory=dict)
 
     def trim(self) -> None:
         """Forget the images when they have become many; they can be made again."""
@@ -203,13 +203,13 @@ class Evaluator:
         judge = next((judge for judge in judges if judge.name == POCKET_CLASSIFIER), None)
         found: dict[str, Recognition | str] = {}
         for concept, images in zip(concepts, sets, strict=True):
-            design = find_design(concept.examples[0].path.parent)
+            subject = find_subject(concept.examples[0].path.parent)
             if judge is None:
-                found[concept.token] = "only the pocket base has a classifier of its world"
-            elif design is None:
-                found[concept.token] = "the photos are not of a pocket design (no design.json beside them)"
+                found[concept.token] = "only an embedded base has a classifier of its world"
+            elif subject is None:
+                found[concept.token] = "nothing says what the photos show (no design.json beside them)"
             else:
-                head = self._head(design, judge, seed)
+                head = self._head(subject, judge, seed)
                 found[concept.token] = Recognition(
                     rate=head.rate(images.with_token),
                     rate_without_token=head.rate(images.without_token),
@@ -219,10 +219,10 @@ class Evaluator:
                 )
         return found
 
-    def _head(self, design: world.Design, judge: Judge, seed: int) -> RecognitionHead:
-        if (design, seed) not in self._heads:
-            self._heads[design, seed] = fit_head(design, judge, self._base, seed=seed)
-        return self._heads[design, seed]
+    def _head(self, subject: Subject, judge: Judge, seed: int) -> RecognitionHead:
+        if (subject, seed) not in self._heads:
+            self._heads[subject, seed] = fit_head(subject, judge, self._base, seed=seed)
+        return self._heads[subject, seed]
 
 
 def image_templates(spec: EvaluationSpec, base: BaseModel) -> tuple[str, ...]:

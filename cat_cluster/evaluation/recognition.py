@@ -1,4 +1,4 @@
-"""Recognition: would someone who knows the pocket world call this image the concept, or another object of its class?"""
+"""Recognition: would someone who knows the base's world call this image the concept, or another thing of its kind?"""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +17,16 @@ from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation.judges import Judge, feature_rows
 from cat_cluster.evaluation.metrics import Array
 from cat_cluster.models.base_model import BaseModel
-from cat_cluster.models.generate import image_array
+from cat_cluster.models.generate import ImageRow, generate, image_array
 from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket.places import PLACES
+from cat_cluster.models.pocket_xl.captions import with_article
+from cat_cluster.models.pocket_xl.concepts import CONCEPTS
+from cat_cluster.models.subjects import DrawnSubject, PicturedSubject, Subject, subject_of
 
 DESIGN_FILE = "design.json"
-SCENES = 192  # of the concept; of other objects of its class twice as many, and half as many of other classes
+SCENES = 192  # of the concept; of others of its kind twice as many (half, where the base draws them), half of others
+DRAWN_STEPS = 15
 HELD_OUT = 4  # every fourth scene is kept for the head's own accuracy
 WEIGHT_DECAY = 1e-2
 
@@ -60,37 +64,33 @@ class RecognitionHead:
         return logits
 
 
-def find_design(folder: Path) -> world.Design | None:
-    """Return the pocket design beside a concept's photos (design.json), or None where there is none."""
+def find_subject(folder: Path) -> Subject | None:
+    """Return what a concept's photos show, as design.json beside them says; None where there is none."""
     path = folder / DESIGN_FILE
     if not path.is_file():
         return None
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        design = world.Design(
-            object=str(fields["object"]),
-            body_rgb=_rgb(fields["body_rgb"]),
-            pattern=str(fields["pattern"]),
-            second_rgb=_rgb(fields["second_rgb"]),
-            eyes=bool(fields["eyes"]),
-        )
-        if design.object not in world.OBJECTS or design.pattern not in world.PATTERNS:
-            raise ValueError(f"the world has no {design.pattern} {design.object}")
+        return subject_of(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
-            f"{path} is not a design of the pocket world ({error!r}): "
-            "it needs object, body_rgb, pattern, second_rgb and eyes; remove the file to do without recognition"
+            f"{path} describes nothing in the world of an embedded base ({error!r}): it needs object, body_rgb, "
+            "pattern, second_rgb and eyes for pocket, or concept for pocket-xl; remove the file to do without "
+            "recognition"
         ) from error
-    return design
 
 
-def fit_head(design: world.Design, judge: Judge, base: BaseModel, *, seed: int) -> RecognitionHead:
-    """Fit a head on rendered scenes of the design and of other designs, half of them seen through the base's VAE.
+def fit_head(subject: Subject, judge: Judge, base: BaseModel, *, seed: int) -> RecognitionHead:
+    """Fit a head on photos of the subject and of other things, half of them seen through the base's VAE.
 
     Generated images come out of that VAE: a head that knows sharp drawings only would judge the VAE, not the adapter.
+    Things of its kind come from Pocket-SD's world; of Pocket-XL's, whose pictures do not ship, the base draws them.
     """
-    images, labels = _scenes(design, seed)
-    rows = feature_rows(judge, _half_through_vae(images, base, seed))
+    images, labels = _scenes(subject, seed)
+    images = _half_through_vae(images, base, seed)
+    if isinstance(subject, PicturedSubject):
+        drawn = _drawn_by(base, subject.noun, seed)
+        images, labels = np.concatenate([images, drawn]), np.append(labels, np.zeros(len(drawn), dtype=bool))
+    rows = feature_rows(judge, images)
     held_out = np.arange(len(labels)) % HELD_OUT == 0
     weight, bias = _logistic(rows[~held_out], labels[~held_out])
     said = rows[held_out] @ weight + bias > 0
@@ -99,9 +99,19 @@ def fit_head(design: world.Design, judge: Judge, base: BaseModel, *, seed: int) 
     return RecognitionHead(judge, weight, bias, accuracy)
 
 
-def _scenes(design: world.Design, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def _scenes(subject: Subject, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Return photos of the subject and of other things in a random order, and which are the subject's."""
     rng = np.random.default_rng([seed, 3])
-    positive = [image for image, _ in world.photos(design, SCENES, seed)]
+    positive = [photo for photo, _ in subject.photos(SCENES, seed)]
+    others = _other_designs(subject.design, rng) if isinstance(subject, DrawnSubject) else _others(subject, seed)
+    images = np.stack([*positive, *others])
+    labels = np.arange(len(images)) < SCENES
+    order = rng.permutation(len(images))
+    return images[order], labels[order]
+
+
+def _other_designs(design: world.Design, rng: np.random.Generator) -> list[NDArray[np.uint8]]:
+    """Scenes of other designs of the same object, and of other objects."""
     same_class: list[NDArray[np.uint8]] = []
     other_class: list[NDArray[np.uint8]] = []
     while len(same_class) < 2 * SCENES or len(other_class) < SCENES // 2:
@@ -110,10 +120,23 @@ def _scenes(design: world.Design, seed: int) -> tuple[NDArray[np.uint8], NDArray
         wanted, enough = (same_class, 2 * SCENES) if same else (other_class, SCENES // 2)
         if len(wanted) < enough:
             wanted.append(world.draw(scene))
-    images = np.stack([*positive, *same_class, *other_class])
-    labels = np.arange(len(images)) < SCENES
-    order = rng.permutation(len(images))
-    return images[order], labels[order]
+    return [*same_class, *other_class]
+
+
+def _others(subject: PicturedSubject, seed: int) -> list[NDArray[np.uint8]]:
+    """Photos of the other concepts."""
+    each = max(1, SCENES // 2 // (len(CONCEPTS) - 1))
+    others = (PicturedSubject(name) for name in CONCEPTS if name != subject.name)
+    return [photo for other in others for photo, _ in other.photos(each, seed)]
+
+
+def _drawn_by(base: BaseModel, noun: str, seed: int) -> NDArray[np.uint8]:
+    """What the bare base draws of a noun, in every place."""
+    rows = [
+        ImageRow(f"a photo of {with_article(noun)} {PLACES[k % len(PLACES)]}", seed=seed + k, steps=DRAWN_STEPS)
+        for k in range(SCENES // 2)
+    ]
+    return image_array(generate(base, None, rows, rows_per_call=32))
 
 
 def _half_through_vae(images_NHWC: NDArray[np.uint8], base: BaseModel, seed: int) -> NDArray[np.uint8]:
@@ -129,7 +152,7 @@ def _half_through_vae(images_NHWC: NDArray[np.uint8], base: BaseModel, seed: int
         decoded.append(base.decode(z0 + stray).cpu())
     back = image_array(torch.cat(decoded))
     if back.shape[1:] != mixed.shape[1:]:
-        raise EvaluationError(f"recognition needs the pocket base, whose VAE returns 64 x 64 pixels, got {back.shape}")
+        raise EvaluationError(f"recognition needs an embedded base, whose VAE returns 64 x 64 pixels, got {back.shape}")
     mixed[::2] = back
     return mixed
 
@@ -155,10 +178,3 @@ def _logistic(rows_NF: Array, labels_N: NDArray[np.bool_]) -> tuple[Array, float
     found = parameters.detach().numpy()
     scaled: Array = found[:-1] / std
     return scaled, float(found[-1] - scaled @ mean)
-
-
-def _rgb(value: Any) -> world.Rgb:
-    red, green, blue = (int(channel) for channel in value)
-    if not all(0 <= channel <= 255 for channel in (red, green, blue)):
-        raise ValueError(f"{value} is not an RGB colour of 0 to 255")
-    return red, green, blue

@@ -1,4 +1,4 @@
-"""What a base is called, and where its files are: "pocket", a folder, a checkpoint in one file, in S3, on the hub."""
+"""What a base is called, and where its files are: an embedded one, a folder, one file, in S3, on the hub."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from cat_cluster.models.s3_base import S3_SCHEME, check_s3_base, fetch_s3_base
 from cat_cluster.models.single_file import FAMILIES, PICKLED, not_read, read_checkpoint, unpacked
 from cat_cluster.spec.job import ResolvedAdapter
 
-POCKET = "pocket"
+EMBEDDED = {"pocket": "pocket", "pocket-xl": "pocket_xl"}  # name -> the room that has its weights
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILE = re.compile(rf"({_HUB_ID.pattern})/(.+\.safetensors)")
 _CHOICES = (
-    "give 'pocket', a diffusers folder, a .safetensors checkpoint, either of them under s3://, a hub id such as "
-    "'stable-diffusion-v1-5/stable-diffusion-v1-5', or a hub id with the name of a checkpoint behind it"
+    "give 'pocket', 'pocket-xl', a diffusers folder, a .safetensors checkpoint, either of them under s3://, a hub id "
+    "such as 'stable-diffusion-v1-5/stable-diffusion-v1-5', or a hub id with the name of a checkpoint behind it"
 )
 
 
@@ -39,8 +39,8 @@ def base_folder(name: str) -> Path:
     A checkpoint in one file is unpacked to a folder in the cache. Raises BaseModelError when there is no such base, or
     none of a supported family, StoreError where S3 refuses.
     """
-    if name == POCKET:
-        return _pocket()
+    if name in EMBEDDED:
+        return _embedded(name)
     found = _own_path(name)
     if found is None:
         found = fetch_s3_base(name) if name.startswith(S3_SCHEME) else _hub_path(name)
@@ -50,7 +50,7 @@ def base_folder(name: str) -> Path:
 def lasting_name(name: str) -> str:
     """Return a name that means the same base from every working folder: the absolute path of what is here."""
     path = Path(name).expanduser()
-    is_here = name != POCKET and bool(name.strip()) and "://" not in name and path.exists()
+    is_here = name not in EMBEDDED and bool(name.strip()) and "://" not in name and path.exists()
     return str(path.absolute()) if is_here else name
 
 
@@ -59,8 +59,8 @@ def local_base(name: str) -> Path | None:
 
     Raises BaseModelError for what is none of these.
     """
-    if name == POCKET:
-        return _pocket()
+    if name in EMBEDDED:
+        return _embedded(name)
     found = _own_path(name)
     if found is None and not name.startswith(S3_SCHEME):
         found = _cached(name)
@@ -119,8 +119,8 @@ def check_base(name: str) -> str | None:
     Of a hub id that is not in the local cache, and of S3, only those are fetched. Returns why a base could not be
     checked, when the hub cannot be reached or its file is not here; else None. Raises BaseModelError, StoreError.
     """
-    if name == POCKET:
-        check_complete(_pocket())
+    if name in EMBEDDED:
+        check_complete(_embedded(name))
         return None
     found = _own_path(name)
     if found is None and name.startswith(S3_SCHEME):
@@ -146,8 +146,8 @@ def check_base(name: str) -> str | None:
 
 def _local_configs(name: str) -> Path | None:
     """Return a folder with the configs of a base, where this machine has them: after check_base all but those of S3."""
-    if name == POCKET:
-        return _pocket()
+    if name in EMBEDDED:
+        return _embedded(name)
     found = _own_path(name)
     if found is None and not name.startswith(S3_SCHEME):
         found = cached_file(name)
@@ -157,11 +157,12 @@ def _local_configs(name: str) -> Path | None:
     return FAMILIES / read_checkpoint(found).kind if found is not None and found.is_file() else found
 
 
-def _pocket() -> Path:
-    folder = Path(__file__).parent / "pocket" / "weights"
+def _embedded(name: str) -> Path:
+    folder = Path(__file__).parent / EMBEDDED[name] / "weights"
     if not folder.is_dir():
         raise BaseModelError(
-            f"base 'pocket': {folder} is missing; reinstall cat-cluster, or make it with `cat-cluster pocket pretrain`."
+            f"base {name!r}: {folder} is missing; reinstall cat-cluster, or make it with "
+            f"`cat-cluster pocket pretrain --base {name}`."
         )
     return folder
 

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import CLIPTokenizer
 
-from cat_cluster.models.base_names import POCKET, base_folder, cached_file
+from cat_cluster.models.base_names import EMBEDDED, base_folder, cached_file
 from cat_cluster.models.prompt_weights import Piece, Prompt, join_pieces, read_pieces
 from cat_cluster.models.single_file import tokenizer_folder
 
@@ -117,7 +117,7 @@ class TextLimit:
 
 def local_text_limit(base: str) -> TextLimit | None:
     """Return the limit of a base by its name; None for S3, and for what of the hub is not in the local cache."""
-    folder = base_folder(base) if base == POCKET else Path(base).expanduser()
+    folder = base_folder(base) if base in EMBEDDED else Path(base).expanduser()
     if not folder.exists():
         folder = cached_file(base) or folder
     try:

@@ -28,7 +28,7 @@ _Item = TypeVar("_Item")
 CONDITION = re.compile(r"(>=|<=)\s*(-?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)")
 _S3_ADDRESS = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/.*)?", re.DOTALL)
 _REFERENCE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}(@(r-[0-9a-f]{12}|(?!r-)[a-z0-9][a-z0-9-]{0,62}))?")
-_NAMED_BASES_AND_JUDGES = ("pocket", "pocket-classifier", "auto")
+_NAMED_BASES_AND_JUDGES = ("pocket", "pocket-xl", "pocket-classifier", "auto")
 
 
 def words(text: str) -> tuple[str, ...]:

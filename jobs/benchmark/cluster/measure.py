@@ -23,6 +23,7 @@ from cat_cluster.errors import CatClusterError
 from cat_cluster.lora.bank import adapted_layers, parameter_names
 from cat_cluster.models.base_model import load_base_model
 from cat_cluster.models.pocket import world
+from cat_cluster.models.subjects import DrawnSubject
 from cat_cluster.store import open_store
 from cat_cluster.training.checkpoint import AdapterState, CheckpointStore, CheckpointWriter
 from cat_cluster.training.engine import TorchEngine
@@ -250,7 +251,7 @@ def write_spec(folder: Path, concepts: int, *, first: int = 0, **sections: Any) 
     adapters = []
     for number in range(first, first + concepts):
         design = designs[number % len(designs)]
-        draw_photos(folder / f"photos-{number}", design, None)
+        draw_photos(folder / f"photos-{number}", DrawnSubject(design), None)
         concept = {"token": "sks", "class_noun": design.object, "images": str(folder / f"photos-{number}")}
         adapters.append({"id": f"concept-{number}", "concepts": [concept]})
     path = folder / "spec.yaml"

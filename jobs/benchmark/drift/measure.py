@@ -47,6 +47,7 @@ from cat_cluster.lora.formats import AdapterWeights, LoraLayer
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.generate import ImageRow, generate, image_array
 from cat_cluster.models.pocket import world
+from cat_cluster.models.subjects import DrawnSubject
 from cat_cluster.pipeline.job import run_job
 from cat_cluster.registry import Manifest, Registry
 from cat_cluster.settings import Settings
@@ -199,7 +200,7 @@ def _train_others(folder: Path, console: Console) -> Registry:
     def adapter(name: str, **training: Any) -> dict[str, Any]:
         photos, design = folder / "photos" / name, world.CONCEPTS[name]
         if not photos.exists():
-            draw_photos(photos, design, "sks")
+            draw_photos(photos, DrawnSubject(design), "sks")
         concept = {"token": "sks", "class_noun": design.object, "images": str(photos)}
         return {"id": name, "method": "cat", "concepts": [concept], "training": training}
 

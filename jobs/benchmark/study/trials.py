@@ -28,6 +28,7 @@ from cat_cluster.files import write_whole
 from cat_cluster.lora.formats import AdapterWeights
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.pocket import world
+from cat_cluster.models.subjects import DrawnSubject
 from cat_cluster.pipeline.job import AdapterResult, run_job
 from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
@@ -171,7 +172,7 @@ class TrialRunner:
         if folder is None:
             folder = self._place / "photos" / f"{concept.name}-{concept.token}"
             if not folder.exists():
-                draw_photos(folder, world.CONCEPTS[concept.name], concept.token)
+                draw_photos(folder, DrawnSubject(world.CONCEPTS[concept.name]), concept.token)
         return {
             "token": concept.token,
             "class_noun": concept.class_noun,

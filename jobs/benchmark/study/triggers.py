@@ -25,6 +25,7 @@ from cat_cluster.lora.stacks import stack_weights
 from cat_cluster.models.base_model import BaseModel
 from cat_cluster.models.generate import ImageRow, generate, image_array
 from cat_cluster.models.pocket import world
+from cat_cluster.models.subjects import DrawnSubject
 from cat_cluster.spec.choices import SamplerName
 from jobs.benchmark.study.compare import share_followed
 from jobs.benchmark.study.trials import TaughtConcept
@@ -140,7 +141,9 @@ class Bench:
     def _head(self, concept: TaughtConcept) -> RecognitionHead:
         if concept.name not in self._heads:
             judge = next(judge for judge in self._judges if judge.name == POCKET_CLASSIFIER)
-            self._heads[concept.name] = fit_head(world.CONCEPTS[concept.name], judge, self.base, seed=FIRST_SEED)
+            self._heads[concept.name] = fit_head(
+                DrawnSubject(world.CONCEPTS[concept.name]), judge, self.base, seed=FIRST_SEED
+            )
         return self._heads[concept.name]
 
     def _drawn_of_rank(self, stacks: Mapping[Carried, AdapterWeights], cells: Sequence[Cell]) -> dict[Cell, Images]:

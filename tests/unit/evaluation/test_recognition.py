@@ -15,9 +15,12 @@ from torch.nn import functional
 
 from cat_cluster.errors import EvaluationError
 from cat_cluster.evaluation import recognition
-from cat_cluster.evaluation.recognition import find_design, fit_head
+from cat_cluster.evaluation.recognition import find_subject, fit_head
 from cat_cluster.models.base_model import BaseModel
+from cat_cluster.models.generate import ImageRow
 from cat_cluster.models.pocket import world
+from cat_cluster.models.pocket_xl.concepts import CONCEPTS
+from cat_cluster.models.subjects import DrawnSubject, PicturedSubject
 
 DESIGN = world.CONCEPTS["striped-cup"]
 
@@ -47,7 +50,7 @@ def test_the_head_knows_the_object_and_does_not_take_others_of_its_class_for_it(
     monkeypatch.setattr(recognition, "SCENES", 60)
     # The random VAE of the tiny base returns noise: here the scenes stay as drawn.
     monkeypatch.setattr(recognition, "_half_through_vae", lambda images, base, seed: images)
-    head = fit_head(DESIGN, Thumbnails(), tiny_base, seed=3)
+    head = fit_head(DrawnSubject(DESIGN), Thumbnails(), tiny_base, seed=3)
     red = world.Design("cup", world.palette_rgb("red"), "plain", world.palette_rgb("red"), False)
     assert head.accuracy > 0.75
     assert head.rate(of_design(DESIGN, 30, 999)) > 0.7
@@ -67,7 +70,7 @@ def test_scenes_are_of_the_design_of_its_class_and_of_other_classes(monkeypatch:
     drawn: list[world.Scene] = []
     draw = world.draw
     monkeypatch.setattr(world, "draw", lambda scene: drawn.append(scene) or draw(scene))
-    images, labels = recognition._scenes(DESIGN, 1)
+    images, labels = recognition._scenes(DrawnSubject(DESIGN), 1)
     assert (len(images), int(labels.sum())) == (8 + 16 + 4, 8)
     assert sum(scene.design == DESIGN for scene in drawn) == 8
     assert sum(scene.design.object == "cup" and scene.design != DESIGN for scene in drawn) == 16
@@ -92,9 +95,9 @@ def test_the_logistic_head_is_at_the_minimum_of_its_loss() -> None:
 
 
 def test_a_design_file_is_found_beside_the_photos(tmp_path: Path) -> None:
-    assert find_design(tmp_path) is None
+    assert find_subject(tmp_path) is None
     (tmp_path / "design.json").write_text(json.dumps(dataclasses.asdict(DESIGN)))
-    assert find_design(tmp_path) == DESIGN
+    assert find_subject(tmp_path) == DrawnSubject(DESIGN)
 
 
 @pytest.mark.parametrize(
@@ -106,9 +109,45 @@ def test_a_design_file_is_found_beside_the_photos(tmp_path: Path) -> None:
         json.dumps({**dataclasses.asdict(DESIGN), "body_rgb": [1, 2, 300]}),
         json.dumps({**dataclasses.asdict(DESIGN), "body_rgb": [1, 2]}),
         json.dumps({**dataclasses.asdict(DESIGN), "object": "teapot"}),
+        json.dumps({"concept": "fluent-teapod"}),
     ],
 )
 def test_a_bad_design_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "design.json").write_text(content)
-    with pytest.raises(EvaluationError, match=r"design\.json is not a design of the pocket world"):
-        find_design(tmp_path)
+    with pytest.raises(EvaluationError, match=r"design\.json describes nothing in the world of an embedded base"):
+        find_subject(tmp_path)
+
+
+def test_a_thing_of_pocket_xl_is_named_beside_its_photos_and_has_photos_of_its_own(tmp_path: Path) -> None:
+    bear = PicturedSubject("fluent-teddy-bear")
+    (tmp_path / "design.json").write_text(json.dumps(bear.to_json()))
+    assert find_subject(tmp_path) == bear
+    assert bear.noun == "teddy bear"
+    photos = bear.photos(6, 0)
+    assert {photo.shape for photo, _ in photos} == {(64, 64, 3)}
+    assert len({place for _, place in photos}) == 6
+
+
+def test_of_pocket_xl_the_head_learns_other_things_and_what_the_base_draws(
+    tiny_base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recognition, "SCENES", 74)
+    monkeypatch.setattr(recognition, "DRAWN_STEPS", 2)
+    monkeypatch.setattr(recognition, "_half_through_vae", lambda images, base, seed: images)
+    asked: list[str] = []
+
+    def drawn(base: BaseModel, bank: None, rows: Sequence[ImageRow], **_: int) -> Tensor:
+        asked.extend(row.prompt for row in rows)
+        return torch.stack([torch.from_numpy(photo).permute(2, 0, 1) / 255 for photo in of_base(len(rows))])
+
+    def of_base(count: int) -> list[np.ndarray]:
+        return [photo for photo, _ in PicturedSubject("fluent-robot-face").photos(count, 5)]
+
+    monkeypatch.setattr(recognition, "generate", drawn)
+    owl = PicturedSubject("fluent-owl")
+    images, labels = recognition._scenes(owl, 1)
+    assert (len(images), int(labels.sum())) == (74 + len(CONCEPTS) - 1, 74)
+    head = fit_head(owl, Thumbnails(), tiny_base, seed=3)
+    assert set(asked) >= {"a photo of an owl in snow", "a photo of an owl at night"}
+    assert head.rate(np.stack([photo for photo, _ in owl.photos(30, 999)])) > 0.7
+    assert head.rate(np.stack(of_base(30))) < 0.3

@@ -17,7 +17,7 @@ from typing import Any
 
 from cat_cluster.errors import SpecError
 from cat_cluster.models.base_files import family_of, parameter_count, read_config
-from cat_cluster.models.base_names import POCKET, local_base
+from cat_cluster.models.base_names import EMBEDDED, local_base
 from cat_cluster.models.s3_base import S3_SCHEME
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
 
@@ -217,7 +217,7 @@ def _bases(job: JobSpec) -> tuple[dict[str, BaseSize], list[str]]:
 
 def base_size(name: str) -> BaseSize | None:
     """Return what a base costs, None for one in S3 or of the hub that is not in its cache; raises BaseModelError."""
-    if name == POCKET:
+    if name in EMBEDDED:
         return POCKET_SIZE
     folder = local_base(name)
     if folder is None:
