@@ -15,7 +15,6 @@ from cat_cluster.data.crops import Size, crop_mask, crop_warnings
 from cat_cluster.data.latents import LatentCache
 from cat_cluster.errors import ConceptError
 from cat_cluster.models.base_model import load_base_model
-from cat_cluster.pipeline.publish import image_digests
 from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.sections import TrainingSpec
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from cat_cluster.errors import BaseModelError
+from cat_cluster.models.pocket import weights_path
 from cat_cluster.models.pocket_xl import world
 from cat_cluster.models.pocket_xl.captions import scene_caption
 from cat_cluster.models.pocket_xl.emojis import Emoji
@@ -20,9 +21,17 @@ from cat_cluster.models.pocket_xl.pretraining import albums, package, text, unet
 from cat_cluster.models.pocket_xl.pretraining.classifier import targets
 from cat_cluster.models.pocket_xl.pretraining.pretrain import make_tokenizers
 from cat_cluster.models.pocket_xl.pretraining.recipe import Recipe
-from cat_cluster.models.pocket_xl.pretraining.vae import other_colours
+from cat_cluster.models.pocket_xl.pretraining.vae import other_colours, train_vae
 from cat_cluster.models.pretraining.stage import Stage
 from cat_cluster.models.pretraining.vae import encode_frames, new_vae
+
+
+def test_the_vae_goes_on_from_that_of_pocket_sd(emojis: tuple[Emoji, ...], tmp_path: Path) -> None:
+    recipe = replace(Recipe.tiny(), vae_steps=1, vae_rate=0.0)
+    stage = Stage("vae", tmp_path / "vae.pt", "cpu", 0, lambda _: None)
+    trained, _ = train_vae(recipe, emojis, stage)
+    started = AutoencoderKL.from_pretrained(weights_path() / "vae")
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), started.parameters(), strict=True))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,17 @@ def _pretrain(out: Path, package: Path) -> None:
     pretrain_xl(
         out, emojis=package, real_judge=None, minutes=None, device="cpu", compile=False, seed=0, recipe=Recipe.tiny()
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_small_vae_to_start_from(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Pocket-SD's takes a second for a picture of each test's many."""
+    started_from = tmp_path_factory.mktemp("pocket")
+    torch.manual_seed(0)
+    vae.new_vae((8, 8, 8), 8, 64).save_pretrained(started_from / "vae")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("cat_cluster.models.pocket_xl.pretraining.vae.weights_path", lambda: started_from)
+        yield
 
 
 @pytest.fixture(scope="module")
