@@ -125,7 +125,7 @@ def _train(job: JobSpec, storage: str) -> int:
 
 
 def _run_of(job: JobSpec, store: ObjectStore) -> Run:
-    from cat_cluster.cluster.submit import image_digests_of
+    from cat_cluster.runs.entering import image_digests_of
 
     return Run(store, run_id_of(job, image_digests_of(job)))
 

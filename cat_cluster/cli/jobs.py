@@ -102,8 +102,9 @@ def submit(
     Example: cat-cluster submit job.yaml --address http://127.0.0.1:8265 --storage s3://bucket/cat --wait
     """
     from cat_cluster.cluster.ray_jobs import open_cluster
-    from cat_cluster.cluster.submit import enter_run, read_runtime_env, submit_run
+    from cat_cluster.cluster.submit import read_runtime_env, submit_run
     from cat_cluster.data.concepts import upload_warnings
+    from cat_cluster.runs.entering import enter_run
     from cat_cluster.spec.job import load_spec
 
     of_a_job = {"--runtime-env": runtime_env, "--env": env, "--pass-env": pass_env, "--image": image, "--force": force}

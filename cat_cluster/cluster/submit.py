@@ -6,19 +6,17 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from cat_cluster.cluster.ray_jobs import LIVE, RayCluster, connect, explained, stop_jobs
-from cat_cluster.data.s3_photos import store_images
 from cat_cluster.errors import ClusterError, RunError, SpecError
+from cat_cluster.runs.entering import image_digests_of, with_stored_images
 from cat_cluster.runs.progress import RunProgress
-from cat_cluster.runs.queue import enter
 from cat_cluster.runs.run import Run, run_id_of
-from cat_cluster.spec.job import AdapterSpec, JobSpec
+from cat_cluster.spec.job import JobSpec
 from cat_cluster.spec.yaml_bounds import load_yaml, read_text
 from cat_cluster.store import ObjectStore
 
@@ -74,32 +72,13 @@ def submit_run(
     return Submission(run.run_id, "submitted", submission_id, store.url)
 
 
-def enter_run(
-    job: JobSpec, store: ObjectStore, *, owner: str, priority: int = 0, deadline: datetime | None = None
-) -> tuple[Run, bool]:
-    """Enter a job into the queue of a storage, for a training service; False where it waits or is worked on already.
-
-    Its photos are stored first where the storage is no folder. Raises ConceptError for photos, RunError for a value out
-    of bounds and when a driver outside of the queue is at work, StoreError.
-    """
-    store.check_access()
-    run = Run(store, run_id_of(job, image_digests_of(job)))
-    stored = with_stored_images(job, store).model_copy(update={"storage": store.url})
-    _, is_new = enter(run, stored, owner=owner, priority=priority, deadline=deadline)
-    return run, is_new
-
-
 def stop_run(run: Run, cluster: RayCluster | None = None) -> tuple[int, list[str]]:
     """Ask the run's attempt to stop, and Ray to stop its jobs when a cluster is given.
 
     Returns the attempt and the ids of those jobs. Raises RunError when the run has ended. ClusterError leaves the
     request in the store, where a live driver finds it.
     """
-    progress = run.progress()
-    if progress.ended:
-        raise RunError(f"{run.run_id} is already {progress.state}: there is nothing to stop")
-    attempt = max(progress.attempt, run.last_attempt())
-    run.request_stop(attempt)
+    attempt = run.ask_to_stop()
     jobs = [] if cluster is None else stop_jobs(cluster, run.run_id)
     if jobs and run.progress().state == "waiting":  # no driver has begun that would record it
         run.write_progress(run.progress().changed(state="stopped"))
@@ -154,17 +133,6 @@ def _refuse_local_files(job: JobSpec, store: ObjectStore, cluster: RayCluster) -
             )
 
 
-def image_digests_of(job: JobSpec) -> list[list[str]]:
-    """Return per adapter the digests of its photos and captions; ConceptError for what training would refuse."""
-    from cat_cluster.data.concepts import load_concepts
-    from cat_cluster.pipeline.publish import image_digests
-
-    return [
-        image_digests(load_concepts(adapter.id, adapter.concepts, masked=adapter.training.masked_loss))
-        for adapter in job.resolved()
-    ]
-
-
 def is_done(progress: RunProgress, store: ObjectStore) -> bool:
     """Say whether a run is done and its adapters are still published: one may have been deleted since."""
     from cat_cluster.registry.references import manifest_key
@@ -173,23 +141,6 @@ def is_done(progress: RunProgress, store: ObjectStore) -> bool:
         adapter.revision is not None and store.exists(manifest_key(adapter.id, adapter.revision))
         for adapter in progress.adapters
     )
-
-
-def with_stored_images(job: JobSpec, store: ObjectStore) -> JobSpec:
-    """Return the job with its photos in the storage, unless that is a folder, which only this machine can read."""
-    if store.url.startswith("file:"):
-        return job
-
-    def stored(adapter: AdapterSpec) -> AdapterSpec:
-        concepts = tuple(
-            concept
-            if "://" in concept.images
-            else concept.model_copy(update={"images": store_images(Path(concept.images), store)})
-            for concept in adapter.concepts
-        )
-        return adapter.model_copy(update={"concepts": concepts})
-
-    return job.model_copy(update={"adapters": tuple(stored(adapter) for adapter in job.adapters)})
 
 
 def _start(

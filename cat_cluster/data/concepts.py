@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,6 +191,18 @@ def load_concepts(
     except ConceptError as error:
         raise ConceptError(f"adapter {adapter_id}: {error}") from error
     return concepts
+
+
+def image_digests(concepts: Sequence[Concept]) -> list[str]:
+    """Return one sha256 per photo over its bytes, its caption and its mask's file: any changed is another adapter."""
+    return [
+        hashlib.sha256(_content(example).encode()).hexdigest() for concept in concepts for example in concept.examples
+    ]
+
+
+def _content(example: Example) -> str:
+    mask = f" mask {example.mask.digest}" if example.mask is not None and example.mask.digest else ""
+    return f"{example.digest} {example.prompt}{mask}"
 
 
 def folder_warnings(adapter_id: str, concepts: Sequence[Concept]) -> tuple[str, ...]:

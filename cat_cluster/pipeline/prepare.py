@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cat_cluster.data.concepts import Concept, has_token, load_concepts
+from cat_cluster.data.concepts import Concept, has_token, image_digests, load_concepts
 from cat_cluster.data.decoys import with_decoys
 from cat_cluster.data.draws import AdapterTask
 from cat_cluster.data.latents import LatentCache
@@ -22,7 +22,6 @@ from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.models.base_names import check_buckets
 from cat_cluster.models.device import choose_device
 from cat_cluster.models.prompt_weights import Prompt
-from cat_cluster.pipeline.publish import image_digests
 from cat_cluster.pipeline.start import start_weights, with_pinned_start
 from cat_cluster.registry import Registry, revision_of
 from cat_cluster.settings import Settings

@@ -244,6 +244,15 @@ class Run:
         """Ask an attempt, and any before it, to stop; its driver checks for the request every two seconds."""
         self.store.put(self.key("stop.json"), json.dumps({"attempt": attempt, "time": timestamp()}).encode())
 
+    def ask_to_stop(self) -> int:
+        """Ask whoever works on the run, or will, to stop, and return the attempt; RunError when the run has ended."""
+        progress = self.progress()
+        if progress.ended:
+            raise RunError(f"{self.run_id} is already {progress.state}: there is nothing to stop")
+        attempt = max(progress.attempt, self.last_attempt())
+        self.request_stop(attempt)
+        return attempt
+
     def asked_to_stop(self) -> int:
         """Return the last attempt that somebody asked to stop, 0 for none."""
         try:
@@ -364,6 +373,19 @@ def list_runs(store: ObjectStore) -> tuple[list[RunProgress], list[str]]:
         except ValidationError:
             damaged.append(run_id)
     return sorted(runs, key=lambda run: (run.started, run.run_id), reverse=True), damaged
+
+
+def run_ids(store: ObjectStore, after: str = "") -> Iterator[str]:
+    """Yield the ids of a store's runs in their order, those behind the id `after`; the store is read as far as needed.
+
+    A run costs what its objects take in a listing.
+    """
+    last = after
+    for entry in store.entries("runs/run-", after=f"runs/{after}/~" if after else ""):
+        run_id = entry.key.split("/")[1]
+        if run_id != last and _RUN_ID.fullmatch(run_id):
+            last = run_id
+            yield run_id
 
 
 def _new_claim(*, job: str | None = None, service: str | None = None) -> Claim:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cat_cluster.cluster.submit import enter_run
+from cat_cluster.runs.entering import enter_run
 from cat_cluster.runs.run import list_runs
 from cat_cluster.spec.job import JobSpec, load_spec
 from tests.support.cluster_jobs import PACK_TASK, WORKER, Process, Site, Watcher, check_published, train_whole

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cat_cluster.cluster.submit import image_digests_of
+from cat_cluster.runs.entering import image_digests_of
 from cat_cluster.runs.progress import RunProgress
 from cat_cluster.runs.progress_writer import ProgressWriter
 from cat_cluster.runs.run import Expectation, Run, run_id_of
