@@ -84,9 +84,13 @@ def _unpack(file: Path, folder: Path, limits: UploadLimits) -> None:
             for name, member in members.items():
                 # Never more than the size that was added up: the reader stops there.
                 content = archive.read(member)
+                if len(content) != member.file_size:
+                    raise _refused(member.filename, "has another size than the zip says; pack the photos again")
                 if content.startswith(_ARCHIVE_STARTS):
                     raise _refused(member.filename, "is an archive itself; put the photos of it directly into the zip")
                 (folder / name).write_bytes(content)
+    except ConceptError:
+        raise
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, OverflowError) as error:
         told = " ".join(str(error).split())[:200]
         raise ConceptError(f"file: is not a readable zip ({told}); pack the photos again, as a plain zip") from error
