@@ -17,10 +17,12 @@ from PIL import Image
 from cat_cluster.registry import Registry
 from cat_cluster.store import LocalStore, ObjectStore
 from serve.http.access import Access
+from serve.http.training.photo_process import PhotoProcess
 from serve.settings import ServeSettings
 from tests.support.ingress_server import Live, ScriptedEngine, listening, only
 
 FILES, JOBS, RUNS = "/v1/files", "/v1/fine_tuning/jobs", "/v1/runs"
+PHOTOS = PhotoProcess(60.0)
 KEYS = {"CAT_API_KEYS": "ann,bob", "CAT_ADMIN_KEYS": "master"}
 
 
@@ -51,15 +53,13 @@ def photos_zip(count: int = 3, seed: int = 0, **more: bytes) -> bytes:
 def training_service(
     store: ObjectStore | Path, keys: Mapping[str, str] | None = None, **options: Any
 ) -> Iterator[Live]:
-    """A service without an engine that takes training; its process for photos ends with it."""
+    """A service without an engine that takes training; all of a test process share one process for photos."""
     settings = ServeSettings(base="base", **options)
     access = Access.from_environment(settings, keys or {})
     opened = store if not isinstance(store, Path) else LocalStore(store)
     with listening(only(ScriptedEngine()), Registry(opened), settings, access) as live:
-        try:
-            yield live
-        finally:
-            live.app.state.ingress.training.photos.close()
+        live.app.state.ingress.training.photos = PHOTOS
+        yield live
 
 
 @contextmanager
