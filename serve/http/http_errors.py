@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from serve.http.answers import ErrorResponse
 from serve.http.schema import EditRequest, ImageRequest
 
 _FIELDS = {*ImageRequest.model_fields, *EditRequest.model_fields, "image", "mask", "file"}
+_BRANCH = re.compile(r"constrained-|literal\[")  # of a union, which pydantic names as if it were a field
 _SHOWN = 400  # characters of a message: it may quote what the client sent
 
 
@@ -144,7 +146,7 @@ def _invalid(found: Sequence[Any]) -> HttpError:
     """Return the 400 for what pydantic found: every field named, the first one as `param`."""
     names, lines = [], []
     for item in found:
-        name = ".".join(str(part)[:80] for part in item["loc"][1:])
+        name = ".".join(str(part)[:80] for part in item["loc"][1:] if not _BRANCH.match(str(part)))
         if item["type"] == "extra_forbidden":
             line = f"{name}: no such parameter; see /docs for those there are"
         elif item["type"] in ("too_long", "string_too_long") and isinstance(item["input"], str):
