@@ -153,7 +153,7 @@ class ServeSettings(BaseModel):
     max_uploads: int = Field(
         default=16,
         ge=1,
-        description="Edits and uploads of photos that are read at once, per ingress process; at most half of one API key.",
+        description="Edits and uploads of photos read at once, per ingress process; at most half of one API key.",
     )
     training: bool = Field(
         default=True,
