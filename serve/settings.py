@@ -153,7 +153,33 @@ class ServeSettings(BaseModel):
     max_uploads: int = Field(
         default=16,
         ge=1,
-        description="Edits whose files are read at once, per ingress process; at most half of one API key.",
+        description="Edits and uploads of photos read at once, per ingress process; at most half of one API key.",
+    )
+    training: bool = Field(
+        default=True,
+        description="Take photos and runs over HTTP, for a training service that works on the same storage.",
+    )
+    max_photos_bytes: int = Field(
+        default=128 * 2**20,
+        ge=1024,
+        description="Largest upload of photos to train with; unpacked they may have twice as much.",
+    )
+    photos_timeout_s: float = Field(
+        default=300.0, gt=0, description="Seconds within which such an upload must arrive, and those it may be read."
+    )
+    max_photos: int = Field(
+        default=400, ge=1, description="Most files of such an upload: photos, their masks and captions."
+    )
+    max_photo_pixels: int = Field(default=64_000_000, ge=1024, description="Most pixels of one of its photos.")
+    max_files_per_key: int = Field(default=200, ge=1, description="Uploads that the storage keeps for one API key.")
+    max_training_steps: int = Field(default=10_000, ge=1, description="Most steps of an adapter of a run over HTTP.")
+    max_run_adapters: int = Field(default=64, ge=1, description="Most adapters of a run over HTTP.")
+    training_sources: tuple[str, ...] = Field(
+        default=(),
+        description="Where a run over HTTP may have photos beside its uploads: prefixes as `s3://concepts/public`.",
+    )
+    max_event_streams: int = Field(
+        default=64, ge=1, description="Streams of a job's events at once, per ingress process; at most half of one key."
     )
     show_photos: bool = Field(
         default=False, description="Show every caller the photos that adapters were taught with, not only admins."

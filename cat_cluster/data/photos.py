@@ -83,7 +83,7 @@ class Still:
     least_alpha: int
 
 
-def decoded_bytes(path: Path) -> int:
+def decoded_bytes(path: Path, limits: SizeLimits = _PHOTO_LIMITS) -> int:
     """Return how many bytes a photo takes in memory once it is read; only its header is looked at.
 
     Raises ConceptError that names the file when it is no image, or smaller or larger than the limits of this file.
@@ -93,23 +93,24 @@ def decoded_bytes(path: Path) -> int:
         file.peek(1)
     except OSError as error:
         raise _unreadable(path, error) from error
-    with file, _opened(path, file) as image:
+    with file, _opened(path, file, limits) as image:
         _draft_photo(image)
         factor = _reduction(image)
         return 3 * -(-image.width // factor) * -(-image.height // factor)
 
 
-def read_photo(path: Path) -> Photo:
+def read_photo(path: Path, limits: SizeLimits = _PHOTO_LIMITS) -> Photo:
     """Read one photo, turned upright by its EXIF, the first frame of an animation.
 
-    Raises ConceptError that names the file when it is empty, damaged, or smaller or larger than the limits of this
-    file.
+    Raises ConceptError that names the file when it is empty, damaged, smaller or larger than the limits, or made to
+    take minutes.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise _unreadable(path, error) from error
-    with _opened(path, io.BytesIO(content)) as opened:
+    with _opened(path, io.BytesIO(content), limits) as opened:
+        _refuse_scans(path, opened, content)
         profile, size = _profile(path, opened), opened.size
         image, alpha = _upright(path, opened, profile)
         is_turned = _lies_on_its_side(opened)
@@ -137,8 +138,7 @@ def read_still(name: str, content: bytes, limits: SizeLimits, size: tuple[int, i
         if opened.format == "JPEG2000" and 2 * sent[0] * sent[1] > limits.most_pixels:  # decoded to 32 bits a channel
             megapixels = limits.most_pixels // (2 * 10**6)
             raise ConceptError(f"{path}: has more than {megapixels} megapixels in JPEG 2000; save it as PNG or JPEG")
-        if opened.format in ("JPEG", "MPO") and _has_many_scans(content):
-            raise ConceptError(f"{path}: has more than {_MOST_SCANS} scans; save it as a JPEG anew, or as PNG")
+        _refuse_scans(path, opened, content)
         # A JPEG is decoded at a half, a quarter or an eighth; twice the size is left to scale, whichever way it lies.
         _draft(opened, (2 * max(size), 2 * max(size)))
         opened.load()
@@ -258,6 +258,11 @@ def _draft(image: Image.Image, size: tuple[int, int]) -> None:
     """
     if image.format in ("JPEG", "MPO"):
         image.draft(None, size)
+
+
+def _refuse_scans(path: Path, image: Image.Image, content: bytes) -> None:
+    if image.format in ("JPEG", "MPO") and _has_many_scans(content):
+        raise ConceptError(f"{path}: has more than {_MOST_SCANS} scans; save it as a JPEG anew, or as PNG")
 
 
 def _has_many_scans(jpeg: bytes) -> bool:

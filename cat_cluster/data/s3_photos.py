@@ -1,4 +1,4 @@
-"""Photos that lie in S3, brought into a local cache; and a folder of photos as one archive, to be taken along."""
+"""Photos that lie in S3, or in a store's archive, brought into a local cache; and a folder of photos as one archive."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import re
 import shutil
 import uuid
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import unquote, urlsplit
 
 from cat_cluster.data.captions import caption_files
 from cat_cluster.data.photo_folder import (
@@ -60,10 +62,13 @@ def local_images(images: str, cache_dir: Path | None = None) -> LocalImages:
     In place of a folder around a single one that is named as `10_sks cup`, that one is returned.
 
     An address is a prefix, whose photos and captions are copied when the listing (names, ETags, sizes) is new to the
-    cache, or an archive `.../<sha256>.zip` that `store_images` made. cache_dir: by default that of the settings.
+    cache, or an archive `.../<sha256>.zip` of `pack_images`; that may lie in a folder too. cache_dir: by default
+    that of the settings.
     Raises ConceptError that says what to do.
     """
     if not images.lower().startswith(_SCHEME):
+        if _ARCHIVE.fullmatch(Path(images).name) and Path(images).is_file():
+            return _cached_file(Path(images), cache_dir or load_settings().cache_dir)
         folder = folder_with_photos(Path(images))
         beside = () if folder == Path(images) else passed_over(Path(images), [folder])
         return LocalImages(folder, folder.name, beside)
@@ -90,6 +95,13 @@ def store_images(folder: Path, store: ObjectStore) -> str:
     key = f"inputs/{hashlib.sha256(data).hexdigest()}.zip"
     with suppress(ObjectExistsError):
         store.put(key, data, if_absent=True)
+    return f"{store.url}/{key}"
+
+
+def object_address(store: ObjectStore, key: str) -> str:
+    """Return what `images` takes for an archive that a store has: its address, of a store in a folder the file."""
+    if store.url.startswith("file:"):
+        return str(Path(unquote(urlsplit(store.url).path)) / key)
     return f"{store.url}/{key}"
 
 
@@ -188,11 +200,26 @@ def _listed(source: S3Folder) -> tuple[dict[str, StoredKey], list[str], list[str
 def _cached_archive(parent: str, sha256: str, cache_dir: Path) -> LocalImages:
     from cat_cluster.store.s3_folder import S3Folder  # folders need no boto3
 
+    return _unpacked(sha256, lambda: S3Folder(parent).read(f"{sha256}.zip"), cache_dir)
+
+
+def _cached_file(path: Path, cache_dir: Path) -> LocalImages:
+    try:
+        return _unpacked(path.stem, path.read_bytes, cache_dir)
+    except OSError as error:
+        raise ConceptError(
+            f"images: {path} cannot be read, or not kept in {cache_dir}: {error.strerror}; check its permissions, or "
+            "set CAT_CACHE_DIR"
+        ) from error
+
+
+def _unpacked(sha256: str, read: Callable[[], bytes], cache_dir: Path) -> LocalImages:
+    """Return the files of an archive as the cache has them; read: returns its bytes, where they are not there yet."""
     place = cache_dir / "inputs" / sha256
     if not place.is_dir():
         temporary = _temporary(place)
         try:
-            unpack_images(S3Folder(parent).read(f"{sha256}.zip"), temporary, sha256=sha256)
+            unpack_images(read(), temporary, sha256=sha256)
             _move(temporary, place)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -28,7 +28,15 @@ from cat_cluster.spec.fields import (
 )
 from cat_cluster.spec.sections import SECTIONS, ClusterSpec, EvaluationSpec, MonitoringSpec, Section, TrainingSpec
 from cat_cluster.spec.uniqueness import all_token_repeats, id_repeats, token_repeats
-from cat_cluster.spec.yaml_file import FieldError, Location, SpecDocument, parse_yaml, read_yaml, spec_error
+from cat_cluster.spec.yaml_file import (
+    FieldError,
+    Location,
+    SpecDocument,
+    field_lines,
+    parse_yaml,
+    read_yaml,
+    spec_error,
+)
 
 # Adapters that were published before there were these fields are found under their revisions: at its default none of
 # them is a part of the digest.
@@ -153,6 +161,17 @@ def parse_spec(content: bytes, source: str) -> JobSpec:
     source: what its messages name, such as an address.
     """
     return _job(parse_yaml(content, source), None)
+
+
+def job_of_json(text: str) -> JobSpec:
+    """Return the job spec of a JSON text; paths stay as given.
+
+    Raises one SpecError with a line for each bad field: its path, what is wrong and what is allowed.
+    """
+    try:
+        return JobSpec.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise SpecError("\n".join(field_lines(error, _SECTIONS))) from None
 
 
 def _job(document: SpecDocument, context: dict[str, Path] | None) -> JobSpec:

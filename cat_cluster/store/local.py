@@ -12,12 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from cat_cluster.errors import ObjectExistsError, ObjectNotFoundError, ObjectUnreadableError, StoreError
+from cat_cluster.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    ObjectUnreadableError,
+    StoreError,
+    StoreRefusedError,
+)
 from cat_cluster.store.protocol import Entry, KeyList, check_key, check_prefix
 
 TEMPORARY_PREFIX = ".tmp-"  # no key begins a name with a dot, so a file left by a crash is never an object
 
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_RIGHT = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_OBJECT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
 _NO_HARD_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
@@ -190,7 +197,9 @@ class LocalStore:
                 f"free {max(size / 1e6, 0.1):.1f} MB or more on the disk of {self.folder} (or raise the quota or "
                 "file size limit), or choose another storage folder; nothing of this object was stored"
             )
-        kind = ObjectUnreadableError if action == "read" else StoreError
+        kind: type[StoreError] = ObjectUnreadableError if action == "read" else StoreError
+        if action == "write" and error.errno in _NO_RIGHT:
+            kind = StoreRefusedError
         return kind(f"cannot {action} {key} in storage {self.folder}: {reason}; {remedy}")
 
 

@@ -24,11 +24,13 @@ class _Use:
     """What one caller has in flight, and what is left of its requests.
 
     bodies: those that have not arrived whole; uploads: those of them, and those being read, that have files.
+    streams: of events.
     """
 
     images: int = 0
     bodies: int = 0
     uploads: int = 0
+    streams: int = 0
     tokens: float = 0.0
     at: float = field(default=float("-inf"))
 
@@ -61,6 +63,7 @@ class Access:
         self._all_bodies = 2 * (settings.max_waiting + settings.max_rows // 2)
         self._open_bodies = 0
         self._most_uploads, self._uploads = settings.max_uploads, 0
+        self._most_streams, self._streams = settings.max_event_streams, 0
         self._uploads_per_key = max(1, settings.max_uploads // 2)  # so that no key keeps all others from editing
         self._per_minute = settings.requests_per_minute
         self._api = [_digest(key) for key in api_keys]
@@ -150,7 +153,9 @@ class Access:
         """Hold a request whose files are being sent and read, which take memory; 429 and 503 as for other bodies."""
         use = self._used_by(caller)
         if not self.is_open and use.uploads >= self._uploads_per_key:
-            raise _too_much(f"this key has {use.uploads} of at most {self._uploads_per_key} edits being read", _RETRY_S)
+            raise _too_much(
+                f"this key has {use.uploads} of at most {self._uploads_per_key} uploads being read", _RETRY_S
+            )
         if self._uploads >= self._most_uploads:
             raise http_error_of(OverloadedError("the service reads too many images now; try again later", _RETRY_S))
         with self.body(caller):
@@ -161,6 +166,22 @@ class Access:
             finally:
                 use.uploads -= 1
                 self._uploads -= 1
+
+    @contextmanager
+    def stream(self, caller: Caller) -> Iterator[None]:
+        """Hold a stream of events, which may last for long; 429 and 503 as for uploads, of which one key has half."""
+        use = self._used_by(caller)
+        if not self.is_open and use.streams >= max(1, self._most_streams // 2):
+            raise _too_much(f"this key has {use.streams} streams of events", _RETRY_S)
+        if self._streams >= self._most_streams:
+            raise http_error_of(OverloadedError("the service sends too many streams of events; poll them", _RETRY_S))
+        use.streams += 1
+        self._streams += 1
+        try:
+            yield
+        finally:
+            use.streams -= 1
+            self._streams -= 1
 
     def _used_by(self, caller: Caller) -> _Use:
         return self._use.setdefault(caller.name, _Use())

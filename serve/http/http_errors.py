@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ from cat_cluster import errors
 from serve.http.answers import ErrorResponse
 from serve.http.schema import EditRequest, ImageRequest
 
-_FIELDS = {*ImageRequest.model_fields, *EditRequest.model_fields, "image", "mask"}
+_FIELDS = {*ImageRequest.model_fields, *EditRequest.model_fields, "image", "mask", "file"}
+_BRANCH = re.compile(r"constrained-|literal\[")  # of a union, which pydantic names as if it were a field
 _SHOWN = 400  # characters of a message: it may quote what the client sent
 
 
@@ -43,6 +45,7 @@ _INCOMPLETE = ErrorKind(
 
 KINDS: Mapping[type[BaseException], ErrorKind] = {
     errors.SpecError: ErrorKind(400, INVALID, "invalid_value"),
+    errors.ConceptError: ErrorKind(400, INVALID, "invalid_value"),
     errors.RegistryError: ErrorKind(400, INVALID, "invalid_reference"),
     errors.AdapterNotFoundError: ErrorKind(404, INVALID, "model_not_found"),
     errors.QuarantinedError: ErrorKind(409, INVALID, "model_quarantined"),
@@ -74,7 +77,7 @@ _MEANINGS: Mapping[int, tuple[str, str, str, str | None]] = {
     404: ("There is no such thing.", "no adapter 'cupp': did you mean cup?", "model_not_found", "model"),
     408: ("The body did not arrive in time.", "the body did not arrive within 10 s", "body_timeout", None),
     409: (
-        "The revision is quarantined; or pinned, or in use.",
+        "The revision is quarantined; or pinned, or in use; or the run or its file is in another state.",
         "cup@r-0123456789ab is quarantined",
         "model_quarantined",
         "model",
@@ -143,7 +146,7 @@ def _invalid(found: Sequence[Any]) -> HttpError:
     """Return the 400 for what pydantic found: every field named, the first one as `param`."""
     names, lines = [], []
     for item in found:
-        name = ".".join(str(part)[:80] for part in item["loc"][1:])
+        name = ".".join(str(part)[:80] for part in item["loc"][1:] if not _BRANCH.match(str(part)))
         if item["type"] == "extra_forbidden":
             line = f"{name}: no such parameter; see /docs for those there are"
         elif item["type"] in ("too_long", "string_too_long") and isinstance(item["input"], str):

@@ -30,6 +30,9 @@ from serve.http.request_log import RequestLog, log_unexpected
 from serve.http.routes import IngressDep, RouteParts, request_entry
 from serve.http.served_sizes import ServedSizes
 from serve.http.sites import SiteGuard
+from serve.http.training import routes as training_routes
+from serve.http.training.job_bodies import run_body
+from serve.http.training.parts import TrainingParts
 from serve.settings import ServeSettings
 from serve.tracing import NO_TRACER, Tracer
 
@@ -37,7 +40,7 @@ PROMPTS_VARIABLE = "CAT_LOG_PROMPTS"
 _ENGINE_S = 5.0
 _ABOUT = """Generates images with CAT adapters of one Stable Diffusion base: each request names an adapter, and requests
 of different adapters are denoised in one batch. Any OpenAI client can use `/v1/images/generations`, `/v1/images/edits`
-and `/v1/models`."""
+and `/v1/models`, and teach new adapters by `/v1/files` and `/v1/fine_tuning/jobs`."""
 
 router = APIRouter(tags=["operation"])
 
@@ -74,8 +77,9 @@ def build_app(
         settings=settings,
         access=access,
         exposition=exposition,
+        training=TrainingParts(registry, settings),
     )
-    for part in (router, image_routes.router, adapter_routes.router, pages.router):
+    for part in (router, image_routes.router, adapter_routes.router, *training_routes.ROUTERS, pages.router):
         app.include_router(part)
     pages.mount_files(app)
     for expected in (CatClusterError, HTTPException, RequestValidationError):
@@ -84,7 +88,7 @@ def build_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST"],  # pages of other sites draw and read: see training.guards
             allow_headers=["*"],  # OpenAI's client for browsers sends a dozen of its own
             expose_headers=["x-request-id", "x-cat-model", "x-cat-drift", "x-cat-safety", "retry-after"],
         )
@@ -92,7 +96,7 @@ def build_app(
     app.add_middleware(SiteGuard, loopback_only=access.is_open, origins=settings.cors_origins)
     may_quote = os.environ.get(PROMPTS_VARIABLE) == "1"
     app.add_middleware(RequestLog, metrics=metrics, may_quote=may_quote, proxy_adds_id=proxy_adds_id, tracer=tracer)
-    app.openapi = _without_default_422(app.openapi)  # type: ignore[method-assign]
+    app.openapi = _as_it_is(app.openapi)  # type: ignore[method-assign]
     return app
 
 
@@ -135,8 +139,8 @@ async def _error_response(request: Request, error: Exception) -> Response:
     return http_error.response()
 
 
-def _without_default_422(describe: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
-    """Return a description without FastAPI's own 422: what cannot be validated is 400 here."""
+def _as_it_is(describe: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    """Return a description without FastAPI's own 422, for what cannot be validated is 400 here, and with job specs."""
 
     def described() -> dict[str, Any]:
         document = describe()
@@ -147,6 +151,8 @@ def _without_default_422(describe: Callable[[], dict[str, Any]]) -> Callable[[],
                     del operation["responses"]["422"]
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
+        schema = run_body()
+        document["components"]["schemas"] |= {**schema.pop("$defs"), schema["title"]: schema}
         return document
 
     return described

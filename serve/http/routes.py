@@ -22,6 +22,7 @@ from serve.http.http_errors import HttpError, http_error_of
 from serve.http.registry_listing import RegistryListing
 from serve.http.request_log import RequestEntry
 from serve.http.served_sizes import ServedSizes
+from serve.http.training.parts import TrainingParts
 from serve.settings import ServeSettings
 
 # It only describes the scheme; KeyedRoute checks the key, before a body is read.
@@ -38,6 +39,7 @@ class RouteParts:
     settings: ServeSettings
     access: Access
     exposition: Callable[[], bytes]
+    training: TrainingParts
 
 
 def ingress_of(request: Request) -> RouteParts:
@@ -72,19 +74,32 @@ class StrictRequest(Request):
             ingress = ingress_of(self)
             with ingress.access.body(caller_of(self)):
                 limits = ingress.settings
-                self._whole = await self._read(limits.max_body_bytes, limits.body_timeout_s, "shorten the prompt")
+                self._whole = await self._read(limits.max_body_bytes, limits.body_timeout_s, self._remedy())
             if self._whole and not _is_json(self.headers.get("content-type", "")):
                 raise HttpError(415, "send the body as JSON, with Content-Type: application/json", "not_json")
         return self._whole
+
+    def _remedy(self) -> str:
+        return "shorten the prompt" if "/images/" in self.url.path else "ask for less at once"
 
     async def upload(self) -> bytes:
         """Return the body of an upload, of any content type; 408 and 413 beyond the limits of uploads."""
         limits = ingress_of(self).settings
         return await self._read(limits.max_upload_bytes, limits.upload_timeout_s, "send a smaller image")
 
+    async def upload_into(self, take: Callable[[bytes], object], most: int) -> int:
+        """Give `take` the body of an upload as it arrives, and return its bytes; 408 and 413 beyond the limits."""
+        limit_s = ingress_of(self).settings.photos_timeout_s
+        return await self._stream_into(take, most, limit_s, "send fewer or smaller photos")
+
     async def _read(self, most: int, limit_s: float, remedy: str) -> bytes:
         """Return the body as it is sent; remedy: for one that is too large."""
-        chunks, size = [], 0
+        chunks: list[bytes] = []
+        await self._stream_into(chunks.append, most, limit_s, remedy)
+        return b"".join(chunks)
+
+    async def _stream_into(self, take: Callable[[bytes], object], most: int, limit_s: float, remedy: str) -> int:
+        size = 0
         if _announced(self.headers.get("content-length", "")) > most:
             raise _too_large(most, remedy)
         try:
@@ -93,7 +108,7 @@ class StrictRequest(Request):
                     size += len(chunk)
                     if size > most:
                         raise _too_large(most, remedy)
-                    chunks.append(chunk)
+                    take(chunk)
         except TimeoutError:
             raise HttpError(
                 408,
@@ -103,7 +118,7 @@ class StrictRequest(Request):
             ) from None
         except ClientDisconnect:
             raise http_error_of(CancelledRequestError("the client has disconnected")) from None
-        return b"".join(chunks)
+        return size
 
     async def json(self) -> Any:
         """Return the body's value; 400 for NaN, a name twice, nesting without end, or anything that is not JSON."""

@@ -64,7 +64,7 @@ def _describe(schema: dict[str, Any]) -> None:
     ]
 
 
-class _Body(BaseModel):
+class RequestBody(BaseModel):
     """An object of a request's body. Null means an absent field."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
@@ -77,7 +77,7 @@ class _Body(BaseModel):
         return {name: value for name, value in data.items() if value is not None or name not in cls.model_fields}
 
 
-class AdapterChoice(_Body):
+class AdapterChoice(RequestBody):
     """An adapter of a stack, and how much of it is applied."""
 
     @model_validator(mode="before")
@@ -98,7 +98,7 @@ class AdapterChoice(_Body):
     )
 
 
-class DrawingRequest(_Body):
+class DrawingRequest(RequestBody):
     """A prompt, and how its images are drawn: what generations and edits share."""
 
     prompt: Annotated[Text, Field(min_length=1, max_length=MAX_PROMPT)] = Field(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cat_cluster.runs.entering import enter_run
 from cat_cluster.pipeline.job import run_job
+from cat_cluster.runs.entering import enter_run
 from cat_cluster.runs.progress import RunProgress
 from cat_cluster.runs.run import Run
 from cat_cluster.settings import Settings

@@ -42,7 +42,16 @@ OF_OTHERS = {
     *("draw_photos.py", "program.py", "photos/spotted-cup"),
     *("models/anime", "models/anime.safetensors", "owner/name", "owner/name/anime.safetensors"),  # bases of a reader's
     *("openai/clip-vit-base-patch32", "stable-diffusion-v1-5/stable-diffusion-v1-5", "utils/eval_utils.py"),
-    *("aliases/", "inputs/", "objects/", "quarantine/", "runs/", "checkpoints/", "probes/"),  # keys of the store
+    *(
+        "aliases/",
+        "files/",
+        "inputs/",
+        "objects/",
+        "quarantine/",
+        "runs/",
+        "checkpoints/",
+        "probes/",
+    ),  # keys of the store
     *("serve.batch", "serve.multiplexed"),  # Ray's
     *("down_lr_weight", "mid_lr_weight", "up_lr_weight"),  # kohya's
     *("--cni", "--local-s3"),  # minikube's, and k8s/secrets.sh's

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cat_cluster.data import photos
-from cat_cluster.data.concepts import Concept, load_concept, load_concepts
+from cat_cluster.data.concepts import Concept, image_digests, load_concept, load_concepts
 from cat_cluster.data.crops import Size, crop_mask, crop_warnings
 from cat_cluster.data.latents import LatentCache
 from cat_cluster.errors import ConceptError

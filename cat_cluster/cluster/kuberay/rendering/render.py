@@ -30,9 +30,9 @@ from cat_cluster.cluster.kuberay.rendering.pods import (
 )
 from cat_cluster.cluster.kuberay.rendering.sizes import FROM_SPEC, JobSizes, Overrides, job_sizes
 from cat_cluster.cluster.stored_spec import spec_address, store_spec
-from cat_cluster.runs.entering import image_digests_of, with_stored_images
 from cat_cluster.errors import SpecError
 from cat_cluster.registry.manifest import package_version
+from cat_cluster.runs.entering import image_digests_of, with_stored_images
 from cat_cluster.runs.run import Expectation, run_id_of
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import ObjectStore
