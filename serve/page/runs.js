@@ -16,13 +16,13 @@ const STATES = {
   cancelled: "Stopped",
 };
 const PHASES = {
-  waiting: "waits for a place",
-  training: "trains",
-  evaluating: "is being measured",
-  published: "published",
-  "already published": "was published before",
-  rejected: "missed a gate",
-  failed: "failed",
+  waiting: "Waiting for a place",
+  training: "Training",
+  evaluating: "Being measured",
+  published: "Published",
+  "already published": "Published before",
+  rejected: "Missed a gate",
+  failed: "Failed",
 };
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 
@@ -156,7 +156,8 @@ function layOut(view, run, parts) {
       seen: 0,
       result: el("div"),
     };
-    part.section.append(el("h2", {}, adapter.id), part.bar, part.words, part.result, part.samples, part.chart);
+    if (run.progress.adapters.length > 1) part.section.append(el("h2", {}, adapter.id));
+    part.section.append(part.bar, part.words, part.result, part.samples, part.chart);
     parts.set(adapter.id, part);
     return part.section;
   });
@@ -207,7 +208,7 @@ async function loadSamples(id) {
 
 function adapterWords(id, adapter) {
   if (adapter.state !== "training")
-    return adapter.reason ? `It ${PHASES[adapter.state]}: ${adapter.reason}` : (PHASES[adapter.state] ?? adapter.state);
+    return adapter.reason ? `${PHASES[adapter.state]}: ${adapter.reason}` : (PHASES[adapter.state] ?? adapter.state);
   const left = timeLeft(id, adapter);
   return `${adapter.step} of ${adapter.steps} steps${left ? `, about ${left} left` : ""}`;
 }
@@ -268,18 +269,14 @@ function showSamples(part, id, adapter, samples) {
       caption.textContent = `Step ${step}: base, without the token, with it; the same seeds`;
     });
   show(latest).catch(() => {});
-  part.samples.replaceChildren(
-    el("figure", {}, big, caption),
-    samples.length > 1
-      ? el(
-          "div.chips",
-          { role: "group", "aria-label": "Pictures at earlier steps" },
-          ...samples.map((one) =>
-            el("button.chip", { type: "button", onclick: () => show(one).catch(() => {}) }, `step ${one.step}`),
-          ),
-        )
-      : null,
+  const earlier = el(
+    "div.chips",
+    { role: "group", "aria-label": "Pictures at earlier steps" },
+    ...samples.map((one) =>
+      el("button.chip", { type: "button", onclick: () => show(one).catch(() => {}) }, `step ${one.step}`),
+    ),
   );
+  part.samples.replaceChildren(el("figure", {}, big, caption), ...(samples.length > 1 ? [earlier] : []));
 }
 
 function showResult(part, adapter) {
