@@ -157,7 +157,7 @@ function layOut(view, run, parts) {
       result: el("div"),
     };
     if (run.progress.adapters.length > 1) part.section.append(el("h2", {}, adapter.id));
-    part.section.append(part.bar, part.words, part.result, part.samples, part.chart);
+    part.section.append(part.bar, part.words, part.result, el("div.watching", {}, part.samples, part.chart));
     parts.set(adapter.id, part);
     return part.section;
   });
