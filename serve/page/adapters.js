@@ -6,7 +6,7 @@ import { byId, conceptTag, driftBadge, el, number, plural, unmeasuredWords, when
 import { examples } from "./prompts.js";
 
 // As cat_cluster/evaluation/report.py says it: title, which way is better, what it says.
-const METRICS = {
+export const METRICS = {
   kps: [
     "KPS",
     "higher",

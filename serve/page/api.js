@@ -3,6 +3,7 @@
 const KEY = "cat-cluster-api-key";
 const ROOT = new URL("./", document.baseURI);
 const PAGE = 500; // entries of a list that are asked for at once
+const RUNS = 100; // each of which is a record of its own to read
 
 export const session = {
   get key() {
@@ -36,14 +37,15 @@ export const address = (path) => new URL(path.replace(/^\//, ""), ROOT).href;
 async function send(path, { method = "GET", body, signal, quiet = false } = {}) {
   const headers = {};
   if (session.key) headers.Authorization = `Bearer ${session.key}`;
-  if (body !== undefined) headers["Content-Type"] = "application/json";
+  const isForm = body instanceof FormData; // whose type, with its boundary, is the browser's to write
+  if (body !== undefined && !isForm) headers["Content-Type"] = "application/json";
   let response;
   try {
     response = await fetch(address(path), {
       method,
       headers,
       signal,
-      body: body === undefined ? undefined : JSON.stringify(body),
+      body: body === undefined || isForm ? body : JSON.stringify(body),
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
@@ -77,6 +79,16 @@ async function refusal(response) {
 
 /** quiet: an answer 401 does not ask for a key. */
 export const getJson = async (path, { quiet = false } = {}) => (await send(path, { quiet })).json();
+
+export const postJson = async (path, body) => (await send(path, { method: "POST", body })).json();
+
+/** Upload photos to train with; returns the file's card. */
+export async function uploadFile(blob, name) {
+  const body = new FormData();
+  body.append("purpose", "fine-tune");
+  body.append("file", blob, name);
+  return (await send("v1/files", { method: "POST", body })).json();
+}
 
 /** Ask for one image and yield `[kind, data]` for each event: progress, partial_image, completed or error. */
 export async function* imageEvents(request, signal) {
@@ -165,15 +177,18 @@ function readAdapter(raw, status) {
 export const driftState = (drift) => (drift?.quarantined ? "quarantined" : (drift?.state ?? "unknown"));
 
 /** Every entry of a list that comes in pages. */
-async function allPages(path, { quiet }) {
+async function allPages(path, { quiet }, limit = PAGE) {
   const found = [];
   for (let page = { has_more: true }; page.has_more; ) {
     const after = found.length ? `&after=${encodeURIComponent(page.last_id)}` : "";
-    page = await getJson(`${path}?limit=${PAGE}${after}`, { quiet });
+    page = await getJson(`${path}?limit=${limit}${after}`, { quiet });
     found.push(...page.data);
   }
   return found;
 }
+
+/** The caller's runs, the newest first. */
+export const loadRuns = ({ quiet = false } = {}) => allPages("v1/runs", { quiet }, RUNS);
 
 let adaptersPromise = null;
 
@@ -217,14 +232,22 @@ export function readSamples(names) {
 
 const pictures = new Map(); // address -> promise of a blob: address
 
-/** A sample's picture as a blob: address; fetched, because an <img> cannot carry the key. */
+/** A sample's picture as a blob: address. */
 export function samplePicture(adapter, name) {
   // By the revision's full name, since those pictures may be kept for ever.
-  const path = `v1/adapters/${encodeURIComponent(adapter.name)}/samples/${encodeURIComponent(name)}`;
+  return picture(`v1/adapters/${encodeURIComponent(adapter.name)}/samples/${encodeURIComponent(name)}`);
+}
+
+/** What an adapter draws at a step of its training, as a blob: address. */
+export const runSample = (run, adapter, step) =>
+  picture(`v1/runs/${encodeURIComponent(run)}/samples/${encodeURIComponent(adapter)}/${step}`);
+
+/** Fetched, because an <img> cannot carry the key. */
+function picture(path) {
   if (!pictures.has(path)) {
-    const picture = send(path, { quiet: true }).then(async (response) => URL.createObjectURL(await response.blob()));
-    picture.catch(() => pictures.delete(path));
-    pictures.set(path, picture);
+    const asked = send(path, { quiet: true }).then(async (response) => URL.createObjectURL(await response.blob()));
+    asked.catch(() => pictures.delete(path));
+    pictures.set(path, asked);
   }
   return pictures.get(path);
 }

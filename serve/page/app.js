@@ -5,8 +5,11 @@ import { getJson, listeners, loadAdapters, loadStatus, session } from "./api.js"
 import { hideError, openCompare, setUpCompare, showLimits } from "./compare.js";
 import { byId, poll } from "./dom.js";
 import { closeDrift, openDrift, setUpDrift } from "./drift.js";
+import { closeRuns, openRun, openRuns } from "./runs.js";
+import { openTeach, setUpTeach } from "./teach.js";
 
-const VIEWS = ["compare", "adapters", "detail", "drift"];
+const LINKED = ["compare", "adapters", "drift", "teach", "runs"];
+const VIEWS = [...LINKED, "detail", "run"];
 const STATUS_EVERY_S = 5;
 
 let models = [];
@@ -14,7 +17,7 @@ let models = [];
 /** `#/adapters/striped-cup` -> ["adapters", "striped-cup"]; what is not known is Compare. */
 function route() {
   const [, name = "", id = ""] = location.hash.split("/");
-  return ["compare", "adapters", "drift"].includes(name) ? [name, decoded(id)] : ["compare", ""];
+  return LINKED.includes(name) ? [name, decoded(id)] : ["compare", ""];
 }
 
 function decoded(text) {
@@ -28,14 +31,15 @@ function decoded(text) {
 /** Show the view that the address names; after following a link, its title gets the focus. */
 async function show(navigated = false) {
   const [name, id] = route();
-  const view = name === "adapters" && id ? "detail" : name;
+  const view = id ? ({ adapters: "detail", runs: "run" }[name] ?? name) : name;
   for (const one of VIEWS) byId(`view-${one}`).hidden = one !== view;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.dataset.view === name) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  document.title = `${view === "detail" ? id : view[0].toUpperCase() + view.slice(1)} · cat-cluster`;
+  document.title = `${["detail", "run"].includes(view) ? id : view[0].toUpperCase() + view.slice(1)} · cat-cluster`;
   closeDrift();
+  closeRuns();
   const shown = openView(view, id);
   if (navigated) {
     scrollTo(0, 0);
@@ -48,6 +52,9 @@ async function openView(view, id) {
   if (view === "adapters") return openCatalogue();
   if (view === "detail") return openDetail(id);
   if (view === "drift") return openDrift(id);
+  if (view === "teach") return openTeach();
+  if (view === "runs") return openRuns();
+  if (view === "run") return openRun(id);
   return openCompare(id || null, await loadModels());
 }
 
@@ -131,6 +138,7 @@ function restartStatus() {
 setUpCompare();
 setUpCatalogue();
 setUpDrift();
+setUpTeach();
 setUpKey();
 document.addEventListener("drawing", () => setTimeout(restartStatus, 500)); // so that the rows are seen in use
 addEventListener("hashchange", () => show(true));

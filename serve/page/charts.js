@@ -3,6 +3,7 @@
 import { el, number, svg, when } from "./dom.js";
 
 const LEAST_TOP = 2e-3; // of an axis: the numbers of a smaller one are wider than its margin
+const STEPS_HEIGHT = 150;
 const MARGIN = { left: 44, right: 12, top: 10, bottom: 20 };
 
 /** A metric's estimate and 95% interval on an axis that begins at 0 (or below it, where the interval does). */
@@ -34,6 +35,60 @@ function niceCeiling(value) {
 }
 
 const tickText = (value) => (value === 0 ? "0" : Number(value.toPrecision(3)).toString());
+
+/**
+ * Curves over the steps of a training, drawn again whenever its width changes.
+ *
+ * lines: [{kind, words, points: [{step, value}]}].
+ */
+export function stepChart({ title, summary, lines, steps }) {
+  const box = el(
+    "figure.chart",
+    {},
+    el("figcaption", {}, title),
+    el("p.legend-line", {}, ...lines.map(({ kind, words }) => el("span", { "data-line": kind }, words))),
+  );
+  const observer = new ResizeObserver(() => {
+    const width = Math.floor(box.clientWidth);
+    if (width > 0 && width !== Number(box.querySelector("svg")?.getAttribute("width"))) {
+      box.querySelector("svg")?.remove();
+      box.append(drawSteps({ summary, lines, steps, width, height: STEPS_HEIGHT }));
+    }
+  });
+  observer.observe(box);
+  return box;
+}
+
+function drawSteps({ summary, lines, steps, width, height }) {
+  const top = niceCeiling(
+    Math.max(...lines.flatMap(({ points }) => points.map(({ value }) => value)), LEAST_TOP) * 1.1,
+  );
+  const right = width - MARGIN.right;
+  const x = (step) => MARGIN.left + (step / steps) * (right - MARGIN.left);
+  const y = (value) => MARGIN.top + (1 - value / top) * (height - MARGIN.top - MARGIN.bottom);
+  const grid = [0, top / 2, top].flatMap((value) => [
+    svg("line.grid", { x1: MARGIN.left, x2: right, y1: y(value), y2: y(value) }),
+    svg("text.tick.start", { x: MARGIN.left - 8, y: y(value) + 4 }, tickText(value)),
+  ]);
+  const ticks = [0, 0.5, 1].map((share) =>
+    svg("text.tick.middle", { x: x(share * steps), y: height - 4 }, String(Math.round(share * steps))),
+  );
+  const curves = lines
+    .filter(({ points }) => points.length > 1)
+    .map(({ kind, points }) =>
+      svg("path.line", {
+        "data-line": kind,
+        d: `M${points.map(({ step, value }) => `${x(step).toFixed(1)},${y(value).toFixed(1)}`).join("L")}`,
+      }),
+    );
+  return svg(
+    "svg",
+    { role: "img", "aria-label": summary, width, height, viewBox: `0 0 ${width} ${height}` },
+    ...grid,
+    ...ticks,
+    ...curves,
+  );
+}
 
 /**
  * A chart over time, drawn again whenever its width changes.

@@ -26,6 +26,7 @@ class TrainingParts:
     """Files, submissions and photos of one ingress."""
 
     def __init__(self, registry: Registry, settings: ServeSettings) -> None:
+        self.store = registry.store
         self.files = StoredFiles(registry.store, settings.max_files_per_key)
         self.submissions = Submissions(registry, self.files)
         self.photos = PhotoProcess(settings.photos_timeout_s)
