@@ -49,7 +49,8 @@ def train_service(
     settings = load_settings()
     store = open_store(storage or settings.storage)
     with needs_extra("cluster", "the training service"):
-        from cat_cluster.cluster.train_service import ServiceOptions, run_train_service
+        from cat_cluster.cluster.service_process import run_train_service
+        from cat_cluster.cluster.train_service import ServiceOptions
     settings_of_packs = {
         "workers": workers,
         "zero_stage": zero_stage,

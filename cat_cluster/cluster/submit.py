@@ -156,8 +156,7 @@ def _refuse_local_files(job: JobSpec, store: ObjectStore, cluster: RayCluster) -
 
 def image_digests_of(job: JobSpec) -> list[list[str]]:
     """Return per adapter the digests of its photos and captions; ConceptError for what training would refuse."""
-    from cat_cluster.data.concepts import load_concepts
-    from cat_cluster.pipeline.publish import image_digests
+    from cat_cluster.data.concepts import image_digests, load_concepts
 
     return [
         image_digests(load_concepts(adapter.id, adapter.concepts, masked=adapter.training.masked_loss))

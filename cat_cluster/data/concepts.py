@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -244,3 +245,15 @@ def _refuse_without_token(spec: ConceptSpec, captions: Mapping[Path, str]) -> No
         raise ConceptError(
             "\n".join([heading, *(f"  {shown_name(path.name)}: {captions[path]!r}" for path in lacking)])
         )
+
+
+def image_digests(concepts: Sequence[Concept]) -> list[str]:
+    """Return one sha256 per photo over its bytes, its caption and its mask's file: any changed is another adapter."""
+    return [
+        hashlib.sha256(_content(example).encode()).hexdigest() for concept in concepts for example in concept.examples
+    ]
+
+
+def _content(example: Example) -> str:
+    mask = f" mask {example.mask.digest}" if example.mask is not None and example.mask.digest else ""
+    return f"{example.digest} {example.prompt}{mask}"

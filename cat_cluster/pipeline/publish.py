@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cat_cluster.data.concepts import Concept, Example
+from cat_cluster.data.concepts import Concept, image_digests
 from cat_cluster.evaluation.recognition import DESIGN_FILE
 from cat_cluster.evaluation.results import Evaluation
 from cat_cluster.lora.formats import AdapterWeights
@@ -57,18 +56,6 @@ def adapter_draft(
         status=status,
         training_version=training_version,
     )
-
-
-def image_digests(concepts: Sequence[Concept]) -> list[str]:
-    """Return one sha256 per photo over its bytes, its caption and its mask's file: any changed is another adapter."""
-    return [
-        hashlib.sha256(_content(example).encode()).hexdigest() for concept in concepts for example in concept.examples
-    ]
-
-
-def _content(example: Example) -> str:
-    mask = f" mask {example.mask.digest}" if example.mask is not None and example.mask.digest else ""
-    return f"{example.digest} {example.prompt}{mask}"
 
 
 def photo_objects(concepts: Sequence[Concept]) -> dict[str, bytes]:

@@ -27,9 +27,8 @@ from cat_cluster.cli import jobs as cli_jobs
 from cat_cluster.cluster import follow, ray_jobs
 from cat_cluster.cluster.ray_jobs import RayCluster, connect, jobs_of_run, last_job_status, open_cluster
 from cat_cluster.cluster.submit import Submission, read_runtime_env, stop_run, submit_run
-from cat_cluster.data.concepts import load_concept
+from cat_cluster.data.concepts import image_digests, load_concept
 from cat_cluster.errors import CatClusterError, ClusterError, RunError, SpecError, SupersededError
-from cat_cluster.pipeline.publish import image_digests
 from cat_cluster.runs.progress import RunProgress
 from cat_cluster.runs.run import Attempt, FencedStore, Run, run_id_of
 from cat_cluster.spec.job import JobSpec, load_spec

@@ -29,6 +29,27 @@ def test_adapters_begin_as_places_come_free_and_the_run_ends_with_its_last(
     assert service.room.released == ["cup"]
 
 
+def test_what_is_read_and_has_a_place_begins_before_the_next_look_at_the_queue(
+    start: Callable[..., Service], store: LocalStore
+) -> None:
+    submit(store, 1, "cup", "mug", "jar")
+    service = start()
+    service.service.turn()
+    service.service._thread.submit(lambda: None).result()
+    service.service._refreshed = float("inf")  # so that it is not looked at again
+    service.service.turn()
+    assert service.room.taken == ["cup", "mug"]
+    service.room.end("cup")
+    service.service.turn()
+    assert service.room.taken == ["cup", "mug", "jar"]
+
+
+def test_bases_are_loaded_before_anybody_asks(start: Callable[..., Service]) -> None:
+    service = start(bases=("pocket", "nowhere"))
+    service.turns(1)
+    assert service.service._preparation.loaded == ["pocket"], "whoever needs the other hears why it cannot be had"
+
+
 def test_owners_take_turns_and_a_limit_holds_one_back(start: Callable[..., Service], store: LocalStore) -> None:
     submit(store, 1, "a0", "a1", "a2", "a3", owner="ann")
     submit(store, 2, "b0", "b1", owner="bob")

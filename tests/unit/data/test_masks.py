@@ -10,12 +10,11 @@ import torch
 from PIL import Image
 
 from cat_cluster.data import photos
-from cat_cluster.data.concepts import Concept, load_concept, load_concepts
+from cat_cluster.data.concepts import Concept, image_digests, load_concept, load_concepts
 from cat_cluster.data.crops import Size, crop_mask, crop_warnings
 from cat_cluster.data.latents import LatentCache
 from cat_cluster.errors import ConceptError
 from cat_cluster.models.base_model import load_base_model
-from cat_cluster.pipeline.publish import image_digests
 from cat_cluster.spec.concept import ConceptSpec
 from cat_cluster.spec.sections import TrainingSpec
 
