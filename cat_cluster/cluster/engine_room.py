@@ -235,6 +235,7 @@ class EngineRoom:
         self._training[start_pack(spec)] = group
 
     def _began(self, works: Sequence[Work], together: int) -> None:
+        self._metrics.inc(telemetry.PACK_JOINS, len(works))
         for run, own in by_run(works).items():
             run.listener.started({work.adapter_id: work.steps for work in own}, together)
             for work in own:
@@ -267,6 +268,7 @@ class EngineRoom:
 
     def _hear(self, group: Group, kind: str, *said: Any) -> None:
         """Take note of what the workers of a group say; after a restart they may say it again."""
+        before = len(group.works)
         if kind == "ended":
             for name in [name for name in said[0] if name in group.works]:
                 self._evaluate(group.end(name), group.seconds(name))
@@ -284,6 +286,9 @@ class EngineRoom:
                 self._warming.append(warm_on_ray(self._bases[0]))
         elif kind == "restart":
             self._say(f"{names_of(group.works.values())}: {said[0]}")
+        if left := before - len(group.works):
+            self._metrics.inc(telemetry.PACK_LEAVES, left)
+            self._update_metrics()
 
     def _end_group(self, task: Any) -> None:
         """Start evaluating what a group has left, or split it where it failed."""
@@ -387,6 +392,8 @@ class EngineRoom:
 
     def _update_metrics(self) -> None:
         self._metrics.set(telemetry.PACKS_RUNNING, len(self._groups.running))
+        for spec, slots in zip((telemetry.SLOTS, telemetry.SLOTS_OCCUPIED), self._groups.slots, strict=True):
+            self._metrics.set(spec, slots)
         states: list[str] = [adapter.state for run in self._runs for adapter in run.writer.progress.adapters]
         for state in telemetry.LABELS["state"].values:
             self._metrics.set(telemetry.ADAPTERS, states.count(state), state=state)

@@ -112,7 +112,7 @@ def through_batches(arrivals: Sequence[Arrival], folder: Path, console: Console)
             break
         time.sleep(max(0.0, began + arrivals[len(served)].at - time.time()))
         batch = [one for one in arrivals[len(served) :] if began + one.at <= time.time()]
-        spec = _merged([specs[one.number] for one in batch], folder / f"batch-{number}.yaml")
+        spec = merged([specs[one.number] for one in batch], folder / f"batch-{number}.yaml")
         progress = train(spec, folder)
         ends = [progress.adapter(f"concept-{one.number}") for one in batch]
         served += [_served(began + one.at, end, number) for one, end in zip(batch, ends, strict=True)]
@@ -167,7 +167,7 @@ def _train_together(folder: Path, store: ObjectStore, one: Arrival, concepts: in
     return [_served(0.0, adapter, 0) for adapter in await_end(run).adapters]
 
 
-def _merged(specs: Sequence[Path], path: Path) -> Path:
+def merged(specs: Sequence[Path], path: Path) -> Path:
     """Write the job that has the adapters of all the specs, each with its own training."""
     jobs = [yaml.safe_load(spec.read_text()) for spec in specs]
     adapters = [{**job["adapters"][0], "training": job["training"]} for job in jobs]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 from cat_cluster.cluster import train_service
 from cat_cluster.store import LocalStore
@@ -42,6 +44,28 @@ def test_what_is_read_and_has_a_place_begins_before_the_next_look_at_the_queue(
     service.room.end("cup")
     service.service.turn()
     assert service.room.taken == ["cup", "mug", "jar"]
+
+
+def test_metrics_say_what_waits_and_for_how_long(start: Callable[..., Service], store: LocalStore) -> None:
+    service, found = start(), dict[str, float]()
+    service.service._metrics = SimpleNamespace(set=lambda spec, value: found.update({spec.name: value}))  # type: ignore[assignment]
+    service.turns(1)
+    assert found == {"cat_queue_waiting": 0, "cat_queue_oldest_wait_seconds": 0.0}
+    submit(store, 1, "cup", "mug", "jar")
+    service.turns()
+    submit(store, 2, "pot", "pan")
+    time.sleep(0.01)
+    service.room.places = 0
+    service.turns()
+    assert found["cat_queue_waiting"] == 5, "the stand-in of the engine room notes nobody as training"
+    assert found["cat_queue_oldest_wait_seconds"] >= 0.01
+    service.service._held[run_id(1)].run.note("cup", state="training")
+    service.turns(1)
+    assert found["cat_queue_waiting"] == 4
+
+
+def run_id(number: int) -> str:
+    return f"run-{number:012d}"
 
 
 def test_bases_are_loaded_before_anybody_asks(start: Callable[..., Service]) -> None:
