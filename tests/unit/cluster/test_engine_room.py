@@ -13,6 +13,7 @@ from ray import exceptions as ray_errors
 from cat_cluster.cluster import engine_room
 from cat_cluster.cluster.connection import ClusterSize
 from cat_cluster.cluster.engine_room import EngineRoom
+from cat_cluster.cluster.groups import Group
 from cat_cluster.cluster.work import HeldRun, Work
 from cat_cluster.errors import CheckpointError, LostWorkerError, OutOfMemoryError
 from cat_cluster.pipeline.job import AdapterResult
@@ -190,10 +191,10 @@ def test_a_process_that_measures_is_made_ready_once_workers_are_there(
 ) -> None:
     warmed: list[str] = []
     monkeypatch.setattr(engine_room, "warm_on_ray", lambda base: warmed.append(base) or base)
-    found = service(always({}), events=[[], [], [], [("followed", 0, 1)], [("followed", 0, 1)]])
-    found.room._bases = ("pocket", "other")
-    found.room.turn()
+    room = service(always({})).room
+    room._bases = ("pocket", "other")
+    room.turn()
     assert warmed == [], "it would take the processor that the workers wait for"
-    for _ in range(4):
-        found.room.turn()
+    for order in (1, 2):
+        room._hear(Group(0), "followed", order)
     assert warmed == ["pocket"]
