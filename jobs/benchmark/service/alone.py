@@ -6,6 +6,7 @@ For each it prints a line of JSON: the seconds of the adapter's bare steps, and 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from cat_cluster.settings import load_settings
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import ObjectStore, open_store
 
-THREADS = torch.get_num_threads()
+THREADS = os.cpu_count() or 1  # as a group has that is alone on the machine
 
 
 class Alone:

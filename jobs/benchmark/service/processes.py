@@ -40,7 +40,8 @@ def training_service(folder: Path, *options: str) -> Iterator[ObjectStore]:
 def alone(folder: Path) -> Iterator[Callable[[Path], dict[str, float]]]:
     """Start a process that trains and measures jobs by themselves, and give what times the job of a spec there."""
     command = [*_COMMAND, "jobs.benchmark.service.alone", str(folder / "store")]
-    environment = {**os.environ, "CAT_CACHE_DIR": str(folder / "cache")}
+    # Ray starts its workers with one OpenMP thread, and torch is told to have more; on a busy machine that matters.
+    environment = {**os.environ, "CAT_CACHE_DIR": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdin is not None
     assert process.stdout is not None
