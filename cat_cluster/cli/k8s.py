@@ -1,15 +1,14 @@
 """Commands for Kubernetes: `k8s render` makes a RayJob of a job spec, `k8s check` reads manifests strictly.
 
-Those for jobs on a cluster are in `k8s_jobs`.
+Those for jobs on a cluster are in `k8s_jobs`, and `k8s train-service` has a file of its own.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -32,7 +31,9 @@ from cat_cluster.cli.k8s_options import (
     Suspend,
     WorkerCpu,
     WorkerMemory,
+    write_manifest,
 )
+from cat_cluster.cli.k8s_train_service import train_service
 from cat_cluster.cli.options import AsJson, people, print_json
 from cat_cluster.cli.values import output_file
 from cat_cluster.cluster.kuberay.checks.releases import NEWEST, Release
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 # Training's modules take seconds to import: commands import what they need.
 
 k8s_app = typer.Typer(no_args_is_help=True, help="Kubernetes with KubeRay: jobs on it, and strict checks of manifests.")
-for _command in (submit, status, logs, stop):
+for _command in (submit, status, logs, stop, train_service):
     k8s_app.command()(_command)
 
 
@@ -156,7 +157,7 @@ def _render_schedule(
         document = schedules.cron_job(ray_job, options, schedule, time_zone, suspend=suspend)
     else:
         document = schedules.ray_cron_job(ray_job, schedule, time_zone, suspend=suspend)
-    _write(document, out, sizes.warnings)
+    write_manifest(document, out, sizes.warnings)
 
 
 def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: bool, out: Path | None) -> None:
@@ -174,26 +175,12 @@ def _render(spec: Path, storage: str | None, options: RenderOptions, *, upload: 
         warnings += upload_warnings(job.adapters)
         job, run_id = upload_job(job, store)
     ray_job = render_job(job, store.url, options, run_id=run_id, upload_to=store if upload else None)
-    _write(ray_job, out, warnings)
+    write_manifest(ray_job, out, warnings)
     if run_id is not None:
         run = Run(store, run_id)
         run.expect(expectation_of(ray_job, options, after=run.last_attempt()))
         follow = f"cat-cluster jobs status {run_id} --wait --storage {store.url}"
         people.print(f"follow it  {follow}", soft_wrap=True, markup=False)
-
-
-def _write(document: dict[str, Any], out: Path | None, warnings: Sequence[str]) -> None:
-    from cat_cluster.cluster.kuberay.rendering.render import manifest_text
-    from cat_cluster.files import write_whole
-
-    for warning in warnings:
-        people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
-    text = manifest_text(document)
-    if out is None:
-        sys.stdout.write(text)
-    else:
-        write_whole(out, text.encode())
-        people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)
 
 
 @k8s_app.command()

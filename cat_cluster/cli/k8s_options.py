@@ -1,11 +1,15 @@
-"""Options that the commands for Kubernetes share."""
+"""What the commands for Kubernetes share: their options, and how they write manifests."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from cat_cluster.cli.options import people
 
 NAMESPACE = "cat-cluster"  # as k8s/base makes it
 
@@ -30,3 +34,18 @@ HeadMemory = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Memory of the head. Default: what the spec needs.")
 ]
 Job = Annotated[str, typer.Argument(metavar="RUN|JOB", help="Run, as `submit` prints it, or the name of its RayJob.")]
+
+
+def write_manifest(document: dict[str, Any], out: Path | None, warnings: Sequence[str]) -> None:
+    """Write an object of Kubernetes to a file, or to stdout, and warnings to people."""
+    from cat_cluster.cluster.kuberay.rendering.render import manifest_text
+    from cat_cluster.files import write_whole
+
+    for warning in warnings:
+        people.print(f"warning: {warning}", markup=False, highlight=False, soft_wrap=True)
+    text = manifest_text(document)
+    if out is None:
+        sys.stdout.write(text)
+    else:
+        write_whole(out, text.encode())
+        people.print(f"wrote {out}; start it  kubectl apply -f {out}", soft_wrap=True, markup=False)

@@ -17,9 +17,10 @@ import ray
 from cat_cluster import telemetry
 from cat_cluster.cluster.connection import ClusterSize
 from cat_cluster.cluster.failures import failure_of
+from cat_cluster.cluster.given_up import GivenUp
 from cat_cluster.cluster.groups import Group, Groups
 from cat_cluster.cluster.messages import Messages
-from cat_cluster.cluster.tasks import evaluate_on_ray, measure_on_ray, pack_size_on_ray
+from cat_cluster.cluster.tasks import evaluate_on_ray, measure_on_ray, pack_size_on_ray, warm_on_ray
 from cat_cluster.cluster.trainer import PackSpec, most_workers, start_pack, workers_of
 from cat_cluster.cluster.work import HeldRun, Work, by_run, names_of
 from cat_cluster.errors import (
@@ -37,7 +38,6 @@ from cat_cluster.telemetry.ray_backend import RayBackend
 from cat_cluster.training.step_report import StepReport
 
 POLL_SECONDS = 0.1
-CANCEL_SECONDS = 10.0  # that tasks have to end in when work is given up
 EMPTY_SECONDS = 60.0  # that a group without adapters stays open, beyond those that are kept
 EVALUATION_RETRIES = 3  # of one whose process or machine is lost
 
@@ -74,9 +74,11 @@ class EngineRoom:
         self._training: dict[Any, Group] = {}  # by the references of their tasks, as are the evaluations
         self._evaluating: dict[Any, tuple[Work, float]] = {}
         self._measuring: dict[Any, Hashable] = {}  # the kinds of which it is not known yet how many train together
+        self._given_up = GivenUp()
         self._retries: Counter[str] = Counter()  # of evaluations, by name
         self._metrics = telemetry.Metrics(RayBackend())
         self._messages = Messages.start()
+        self._warming: list[Any] = []
 
     def __enter__(self) -> Self:
         return self
@@ -84,7 +86,9 @@ class EngineRoom:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _cancel([*self._training, *self._evaluating, *self._measuring])  # none is left unless something stops early
+        # None is left unless something stops early.
+        self._given_up.add([*self._training, *self._evaluating, *self._measuring, *self._warming])
+        self._given_up.wait()
 
     @property
     def is_idle(self) -> bool:
@@ -139,7 +143,7 @@ class EngineRoom:
         """Give up what is left of a run."""
         names = {work.name for work in self._works.values() if work.run is run}
         self._groups.drop(names)
-        _cancel([task for task, (work, _) in self._evaluating.items() if work.run is run])
+        self._given_up.add([task for task, (work, _) in self._evaluating.items() if work.run is run])
         self._evaluating = {task: own for task, own in self._evaluating.items() if own[0].run is not run}
         for name in names:
             del self._works[name]
@@ -157,6 +161,7 @@ class EngineRoom:
         while (started := self._groups.next(busy=bool(self._evaluating))) is not None:
             self._start(started)
         self._groups.close_empty(EMPTY_SECONDS)
+        self._given_up.look()
         self._give_orders()
         ready = self._ended_tasks()
         self._take_events()
@@ -230,6 +235,7 @@ class EngineRoom:
         self._training[start_pack(spec)] = group
 
     def _began(self, works: Sequence[Work], together: int) -> None:
+        self._metrics.inc(telemetry.PACK_JOINS, len(works))
         for run, own in by_run(works).items():
             run.listener.started({work.adapter_id: work.steps for work in own}, together)
             for work in own:
@@ -258,10 +264,11 @@ class EngineRoom:
             run.listener.step(own)
             for adapter_id, losses in own.losses.items():
                 tokens = {token: {"identity": one.identity, "cat": one.cat} for token, one in losses.items()}
-                run.note(adapter_id, step=own.done[adapter_id], losses=tokens)
+                run.note_step(adapter_id, own.done[adapter_id], tokens)
 
     def _hear(self, group: Group, kind: str, *said: Any) -> None:
         """Take note of what the workers of a group say; after a restart they may say it again."""
+        before = len(group.works)
         if kind == "ended":
             for name in [name for name in said[0] if name in group.works]:
                 self._evaluate(group.end(name), group.seconds(name))
@@ -273,8 +280,15 @@ class EngineRoom:
         elif kind == "followed":
             for name in group.forget(*said):
                 self._clear(name)
+            # Once workers are there, as a task would take the processor that they wait for. On a GPU each task has a
+            # process of its own, which is how Ray frees the memory.
+            if self._bases and not (self._warming or self._size.on_gpus):
+                self._warming.append(warm_on_ray(self._bases[0]))
         elif kind == "restart":
             self._say(f"{names_of(group.works.values())}: {said[0]}")
+        if left := before - len(group.works):
+            self._metrics.inc(telemetry.PACK_LEAVES, left)
+            self._update_metrics()
 
     def _end_group(self, task: Any) -> None:
         """Start evaluating what a group has left, or split it where it failed."""
@@ -378,17 +392,8 @@ class EngineRoom:
 
     def _update_metrics(self) -> None:
         self._metrics.set(telemetry.PACKS_RUNNING, len(self._groups.running))
+        for spec, slots in zip((telemetry.SLOTS, telemetry.SLOTS_OCCUPIED), self._groups.slots, strict=True):
+            self._metrics.set(spec, slots)
         states: list[str] = [adapter.state for run in self._runs for adapter in run.writer.progress.adapters]
         for state in telemetry.LABELS["state"].values:
             self._metrics.set(telemetry.ADAPTERS, states.count(state), state=state)
-
-
-def _cancel(tasks: Sequence[Any]) -> None:
-    """End tasks by an interrupt, on which Ray Train stops its workers, and after a while by force."""
-    if not tasks:
-        return
-    for task in tasks:
-        ray.cancel(task, recursive=False)
-    _, left = ray.wait(tasks, num_returns=len(tasks), timeout=CANCEL_SECONDS)
-    for task in left:
-        ray.cancel(task, force=True)

@@ -97,6 +97,12 @@ class Groups:
         """How many groups would be started if all that waits went at once."""
         return len(self._apart) + sum(-(-len(queue) // self._places[kind]) for kind, queue in self._waiting.items())
 
+    @property
+    def slots(self) -> tuple[int, int]:
+        """How many places running groups have, and how many of them are taken."""
+        groups = self.running.values()
+        return sum(max(one.places, len(one.works)) for one in groups), sum(len(one.works) for one in groups)
+
     def wait(self, kind: Hashable, places: int, works: Iterable[Work]) -> None:
         """Have adapters of a kind wait for a place, in their order; places: of a group of this kind."""
         self._places[kind] = places

@@ -17,7 +17,9 @@ from cat_cluster.cluster.messages import Messages, OrderedAdapter
 from cat_cluster.cluster.work import Work
 from cat_cluster.errors import CatClusterError
 from cat_cluster.evaluation.evaluate import EvaluationMemory
-from cat_cluster.models.base_model import BaseModel
+from cat_cluster.evaluation.judges import load_judges
+from cat_cluster.models.base_model import BaseModel, load_base_model
+from cat_cluster.models.device import choose_device
 from cat_cluster.pipeline.job import AdapterResult, finish_adapter, pack_size
 from cat_cluster.pipeline.prepare import PreparedAdapter, prepare_adapter, prepare_again, trained_adapter
 from cat_cluster.registry import Registry
@@ -25,6 +27,7 @@ from cat_cluster.runs.run import open_fenced_store
 from cat_cluster.settings import load_settings
 from cat_cluster.spec.fields import PackSize
 from cat_cluster.spec.job import ResolvedAdapter
+from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.telemetry.ray_backend import RayBackend
 
 IMAGE_EVENT_SECONDS = 0.25
@@ -59,6 +62,19 @@ def evaluate_on_ray(work: Work, *, storage: str, seconds: float, messages: Messa
         num_cpus=1, num_gpus=1 if on_gpus else 0, max_retries=0, name=f"evaluate {work.adapter_id}"
     )
     return task.remote(work.ordered(), storage, seconds, messages)
+
+
+def warm_on_ray(base: str) -> Any:
+    """Have a process load what evaluations of adapters of a base need; return the reference of None.
+
+    Ray gives the next evaluation that it starts on the same machine to that process, as long as it is idle.
+    """
+    return ray.remote(_warm).options(num_cpus=1, max_retries=0, name=f"load {base}").remote(base)
+
+
+def _warm(base: str) -> None:
+    with suppress(CatClusterError):  # an adapter that needs it says what is wrong
+        _cache.load(base)
 
 
 def _pack_size(adapters: Sequence[ResolvedAdapter], shared_by: int) -> int:
@@ -111,10 +127,22 @@ class _Cache:
 
     def prepare(self, resolved: ResolvedAdapter, revision: str) -> PreparedAdapter:
         """Read an adapter's photos, and its base unless the last evaluation had the same."""
-        if resolved.base not in self.bases:
+        self._forget_others(resolved.base)
+        return prepare_again(resolved, revision, load_settings(), self.bases)
+
+    def load(self, base: str) -> None:
+        """Load a base and its usual judges. Raises BaseModelError, EvaluationError."""
+        self._forget_others(base)
+        if base not in self.bases:
+            self.bases[base] = load_base_model(base, device=choose_device(load_settings().device))
+        judge = EvaluationSpec().judge
+        if judge not in self.memory.judges:
+            self.memory.judges[judge] = load_judges(judge, self.bases[base])
+
+    def _forget_others(self, base: str) -> None:
+        if base not in self.bases:
             self.bases.clear()
             self.memory = EvaluationMemory()
-        return prepare_again(resolved, revision, load_settings(), self.bases)
 
 
 _cache = _Cache()

@@ -6,24 +6,22 @@ whose holder has died is taken over. Whose turn it is says FairShare; who trains
 
 from __future__ import annotations
 
-import signal
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
+from datetime import UTC, datetime
+from types import TracebackType
 from typing import Self
 
-import ray
-
-from cat_cluster.cluster.connection import ClusterSize, check_size, cluster_address, ray_connection
+from cat_cluster import telemetry
+from cat_cluster.cluster.connection import ClusterSize
 from cat_cluster.cluster.engine_room import EngineRoom
-from cat_cluster.cluster.failures import failure_of, unwrapped
+from cat_cluster.cluster.failures import failure_of
 from cat_cluster.cluster.queued_run import QueuedRun, RunLog, refused
-from cat_cluster.cluster.trainer import most_workers
 from cat_cluster.cluster.work import HeldRun, Work
 from cat_cluster.errors import CatClusterError, ClusterError, ObjectUnreadableError, StoreError, SupersededError
 from cat_cluster.pipeline.job import AdapterResult
@@ -37,13 +35,14 @@ from cat_cluster.runs.queue_reader import QueueReader
 from cat_cluster.runs.run import Attempt
 from cat_cluster.settings import Settings
 from cat_cluster.spec.sections import ClusterSpec
-from cat_cluster.store import ObjectStore, open_store
+from cat_cluster.store import ObjectStore
+from cat_cluster.telemetry.ray_backend import RayBackend
 
 REFRESH_SECONDS = 0.5  # between two looks at the queue
 LOOK_SECONDS = 5.0  # between two looks at a run that another service holds
 UNREADABLE_SECONDS = 300.0  # between two looks at a run of which the store cannot read something
 CHECK_SECONDS = 0.2  # between two looks at a run that is held here, one after the other
-KEPT_BASES = 2  # that photos are read with
+KEPT_BASES = 2  # that photos are read with, beside those that are loaded before they are asked for
 PREPARED_AHEAD = 4  # adapters whose turn is next for which runs are held: their photos are read before there is a place
 
 
@@ -76,8 +75,10 @@ class TrainService:
         self._store, self._say = store, say
         self._reader, self._lease = QueueReader(store), LeaseWatch(store, options.name)
         self._fair = FairShare(options.owner_limits)
-        self._preparation = Preparation(settings, KEPT_BASES)
+        self._preparation = Preparation(settings, KEPT_BASES, keep=options.bases)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        for base in options.bases:
+            self._thread.submit(self._load, base)
         self._folder = tempfile.TemporaryDirectory(prefix="cat-cluster-", ignore_cleanup_errors=True)
         least, most = options.groups
         self._room = EngineRoom(
@@ -98,6 +99,7 @@ class TrainService:
         self._refreshed = self._checked = float("-inf")
         self._to_check: deque[str] = deque()
         self._trouble = ""  # of the store, as it was last said
+        self._metrics = telemetry.Metrics(RayBackend(), (telemetry.QUEUE_WAITING, telemetry.QUEUE_OLDEST))
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +128,10 @@ class TrainService:
         """
         try:
             self._look_at_queue()
+            if not self._trouble:
+                self._take_all_prepared()
+                if self._has_turns():
+                    self._give_turns()
             self._check_one()
         except StoreError as error:
             self._say_trouble(error)
@@ -143,21 +149,43 @@ class TrainService:
         self._refreshed = now
         self._reader.refresh()
         self._write_ends()
-        for one in list(self._held.values()):
-            if one.preparation is not None:
-                self._take_prepared(one, one.preparation)
-        entries = self._reader.entries()
-        for run_id in self._not_before.keys() - {entry.run_id for entry in entries}:
+        for run_id in self._not_before.keys() - {entry.run_id for entry in self._reader.entries()}:
             del self._not_before[run_id]  # others have brought them to their end
             self._lease.forget(run_id)
-        self._give_turns(self._fair.order([(entry, self._could_begin(entry)) for entry in entries]))
+        self._take_all_prepared()
+        self._give_turns()
+        self._report_queue()
         self._trouble = ""
 
-    def _give_turns(self, order: Iterable[QueueEntry]) -> None:
+    def _report_queue(self) -> None:
+        """Say in metrics how much waits, and how long the first of it does."""
+        waits = [(entry, self._waiting(entry)) for entry in self._reader.entries()]
+        since = [entry.submitted for entry, waiting in waits if waiting]
+        oldest = (datetime.now(UTC) - min(since)).total_seconds() if since else 0.0
+        self._metrics.set(telemetry.QUEUE_WAITING, sum(waiting for _, waiting in waits))
+        self._metrics.set(telemetry.QUEUE_OLDEST, max(0.0, oldest))
+
+    def _waiting(self, entry: QueueEntry) -> int:
+        """How many adapters of a run wait for a place; of one that is not held here all may."""
+        held = self._held.get(entry.run_id)
+        if held is None:
+            return entry.adapters
+        return sum(one.state == "waiting" for one in held.run.writer.progress.adapters)
+
+    def _has_turns(self) -> bool:
+        """Whether an adapter waits for which there is a place: it needs no look at the store to begin."""
+        ready = (self._next_work(held) for held in self._held.values())
+        return any(work is not None and self._room.has_place(work) for work in ready)
+
+    def _next_work(self, held: QueuedRun) -> Work | None:
+        """Return the adapter of a run whose turn is next; None where others have at work all that wait."""
+        return next((one for one in held.waiting if one.identity not in self._busy), None)
+
+    def _give_turns(self) -> None:
         """Give places as long as there are any, and hold the runs of those who are next."""
         ahead = sum(held.preparation is not None for held in self._held.values())
         is_full = False
-        for entry in order:
+        for entry in self._fair.order([(entry, self._could_begin(entry)) for entry in self._reader.entries()]):
             held = self._held.get(entry.run_id)
             if held is None:
                 ahead += int(ahead < PREPARED_AHEAD and self._claim(entry))
@@ -233,6 +261,15 @@ class TrainService:
             except Exception as error:  # whatever it is, it is this adapter's own
                 held.found.append((resolved, failure_of(error, "reading its photos and its base")))
 
+    def _load(self, base: str) -> None:
+        with suppress(CatClusterError):  # an adapter that needs it says what is wrong
+            self._preparation.load(base)
+
+    def _take_all_prepared(self) -> None:
+        for one in list(self._held.values()):
+            if one.preparation is not None:
+                self._take_prepared(one, one.preparation)
+
     def _take_prepared(self, held: QueuedRun, preparation: Future[None]) -> None:
         """Have adapters that are read wait for places; those that cannot be used have failed."""
         is_last = preparation.done()  # asked first: what it had found by then is looked at
@@ -257,7 +294,7 @@ class TrainService:
 
         One that another run has at work as well waits for what becomes of that: they would write the same objects.
         """
-        work = next((one for one in held.waiting if one.identity not in self._busy), None)
+        work = self._next_work(held)
         if work is None:
             return True
         if not self._room.has_place(work):
@@ -360,40 +397,3 @@ class TrainService:
         self._reader.remove(entry)
         self._lease.forget(entry.run_id)
         self._not_before.pop(entry.run_id, None)
-
-
-def run_train_service(
-    store_url: str,
-    settings: Settings,
-    options: ServiceOptions,
-    say: Callable[[str], None],
-    *,
-    address: str | None = None,
-) -> None:
-    """Train what the queue of a storage asks for until somebody interrupts it: SIGTERM is a KeyboardInterrupt here.
-
-    address: of the Ray cluster; None means RAY_ADDRESS, else a Ray started on this machine. Raises SpecError for a
-    cluster that is too small for one group, ClusterError, StoreError.
-    """
-    address = None if ray.is_initialized() else cluster_address(address)
-    store = open_store(store_url)
-    store.check_access()
-    with unwrapped("the service"), ray_connection(address) as size:
-        check_size(options.cluster, store.url, size)
-        if options.groups[1] * most_workers(options.cluster.workers) >= size.workers:
-            say(
-                f"warning: the groups may take all {size.workers} {size.kind} of the cluster, and what is trained then "
-                "waits for one of them to be published with: allow fewer with --groups, or let the cluster grow"
-            )
-        # Once Ray is joined, which has a handler of its own that ends the process with nothing given back.
-        signal.signal(signal.SIGTERM, _interrupt)
-        with TrainService(store, settings, options, size, say) as service:
-            say(f"training service {options.name}: waiting for runs in the queue of {store.url}")
-            while True:
-                service.turn()
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Stop as Ctrl-C does, and ignore further signals while runs are given back."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt

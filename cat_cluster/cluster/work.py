@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +34,15 @@ class HeldRun:
 
     def note(self, adapter_id: str, **changes: Any) -> None:
         """Change fields of one adapter's record. Whether the run is held yet is for its holder to find out."""
+        if changes.get("state") in ENDED_ADAPTER:
+            changes["ended"] = timestamp()
         with suppress(SupersededError):
             self.writer.adapter(adapter_id, **changes)
+
+    def note_step(self, adapter_id: str, step: int, losses: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Note the step that an adapter has reached, and its losses by token."""
+        first = self.writer.progress.adapter(adapter_id).first_step or timestamp()
+        self.note(adapter_id, step=step, losses=losses, first_step=first)
 
     def end(self, state: RunState | None = None, reason: str | None = None, *, permanent: bool = False) -> None:
         """End the record: in a state or, if none is given, in the one that its adapters say."""

@@ -26,6 +26,7 @@ from cat_cluster.pipeline.start import start_weights, with_pinned_start
 from cat_cluster.registry import Registry, revision_of
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec, ResolvedAdapter
+from cat_cluster.spec.sections import EvaluationSpec
 from cat_cluster.store import ObjectStore
 from cat_cluster.training import TRAINING_VERSION
 from cat_cluster.training.checkpoint import CheckpointStore, tensor_names
@@ -81,9 +82,9 @@ class Preparation:
     It keeps the `bases` that were used last, and what it has found of their judges.
     """
 
-    def __init__(self, settings: Settings, bases: int | None = None) -> None:
-        """bases: how many are kept, None: all."""
-        self._settings, self._most = settings, bases
+    def __init__(self, settings: Settings, bases: int | None = None, *, keep: Sequence[str] = ()) -> None:
+        """bases: how many are kept, None: all. keep: names of bases that are kept beside these."""
+        self._settings, self._most, self._keep = settings, bases, frozenset(keep)
         self._bases: dict[str, BaseModel] = {}
         self._judges: set[tuple[str, str]] = set()
 
@@ -96,18 +97,29 @@ class Preparation:
         resolved = with_pinned_start(given, registry)
         adapter = prepare_adapter(resolved, self._settings, self._bases)
         self._bases[resolved.base] = self._bases.pop(resolved.base)  # the one used last comes last
-        while self._most is not None and len(self._bases) > self._most:
-            oldest = next(iter(self._bases))
-            del self._bases[oldest]
-            self._judges = {found for found in self._judges if found[0] != oldest}
+        self._forget_oldest()
         start_weights(resolved, adapter.base, registry)
         judge = resolved.evaluation.judge
         if resolved.evaluation.enabled:
             _refuse_cut_subjects(adapter, image_templates(resolved.evaluation, adapter.base))
-            if (resolved.base, judge) not in self._judges:
-                load_judges(judge, adapter.base)
-                self._judges.add((resolved.base, judge))
+            self._look_for_judges(resolved.base, judge)
         return adapter
+
+    def load(self, name: str) -> None:
+        """Load a base and look for its usual judges before an adapter asks. Raises BaseModelError, EvaluationError."""
+        self._bases[name] = load_base_model(name, device=choose_device(self._settings.device))
+        self._look_for_judges(name, EvaluationSpec().judge)
+
+    def _look_for_judges(self, base: str, judge: str) -> None:
+        if (base, judge) not in self._judges:
+            load_judges(judge, self._bases[base])
+            self._judges.add((base, judge))
+
+    def _forget_oldest(self) -> None:
+        passing = [name for name in self._bases if name not in self._keep]
+        for name in [] if self._most is None else passing[: max(0, len(passing) - self._most)]:
+            del self._bases[name]
+            self._judges = {found for found in self._judges if found[0] != name}
 
 
 def prepare_adapter(resolved: ResolvedAdapter, settings: Settings, bases: dict[str, BaseModel]) -> PreparedAdapter:

@@ -45,6 +45,7 @@ class TokenLoss(_Record):
 class AdapterProgress(_Record):
     """The progress of one adapter: its state, the step it has reached, last losses by token, metrics once evaluated.
 
+    first_step, ended: when this attempt had taken the adapter's first step, and brought it to its end; ISO 8601 in UTC.
     permanent: it failed in a way in which the same job would fail again.
     """
 
@@ -53,6 +54,8 @@ class AdapterProgress(_Record):
     state: AdapterPhase = "waiting"
     step: int = 0
     steps: int = 0
+    first_step: str | None = None
+    ended: str | None = None
     losses: dict[str, TokenLoss] = Field(default_factory=dict)
     reason: str | None = None
     permanent: bool = False

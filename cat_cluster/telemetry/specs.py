@@ -117,6 +117,22 @@ STORE_RETRIES = MetricSpec(
 )
 PACKS_RUNNING = MetricSpec("cat_packs_running", "gauge", "packs", "Packs that are training now.")
 ADAPTERS = MetricSpec("cat_adapters", "gauge", "adapters", "Adapters of the job by state.", ("state",))
+SLOTS = MetricSpec("cat_slots", "gauge", "slots", "Places for adapters in the groups of workers that train.")
+SLOTS_OCCUPIED = MetricSpec("cat_slots_occupied", "gauge", "slots", "Those places that have an adapter.")
+PACK_JOINS = MetricSpec("cat_pack_joins_total", "counter", "adapters", "Adapters that were given a place in a group.")
+PACK_LEAVES = MetricSpec("cat_pack_leaves_total", "counter", "adapters", "Adapters that left it, trained or failed.")
+QUEUE_WAITING = MetricSpec(
+    "cat_queue_waiting",
+    "gauge",
+    "adapters",
+    "Adapters of the queue that wait for a place.",
+)
+QUEUE_OLDEST = MetricSpec(
+    "cat_queue_oldest_wait_seconds",
+    "gauge",
+    "seconds",
+    "How long the run waits that was entered first of those with an adapter that waits; 0 if there is none.",
+)
 EVALUATION_SECONDS = MetricSpec(
     "cat_evaluation_seconds",
     "histogram",
@@ -139,6 +155,12 @@ TRAINING_METRICS: tuple[MetricSpec, ...] = (
     STORE_RETRIES,
     PACKS_RUNNING,
     ADAPTERS,
+    SLOTS,
+    SLOTS_OCCUPIED,
+    PACK_JOINS,
+    PACK_LEAVES,
+    QUEUE_WAITING,
+    QUEUE_OLDEST,
     EVALUATION_SECONDS,
 )
 

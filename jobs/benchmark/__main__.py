@@ -144,6 +144,36 @@ def cluster(
 
 
 @app.command()
+def service(
+    only: Annotated[list[str] | None, typer.Option(help="latency, defaults, stream; none: all.")] = None,
+    submissions: Annotated[int, typer.Option(min=1, help="Jobs of the part latency.")] = 5,
+    steps: Annotated[int, typer.Option(min=2, help="Training steps of each of them.")] = 30,
+    concepts: Annotated[int, typer.Option(min=2, help="Concepts of the stream.")] = 12,
+    least: Annotated[int, typer.Option(min=2, help="Fewest training steps of a concept of the stream.")] = 60,
+    most: Annotated[int, typer.Option(min=2, help="Most training steps of one.")] = 240,
+    allow_dirty: AllowDirty = False,
+) -> None:
+    """Measure a training service beside bare work and batch jobs (about twenty minutes on 2 cores)."""
+    from jobs.benchmark.service import PARTS
+    from jobs.benchmark.service.measure import run
+
+    _check("only", only, PARTS)
+    if least > most:
+        raise typer.BadParameter("must not be above --most", param_hint="--least")
+    paths = run(
+        begin(allow_dirty=allow_dirty),
+        people,
+        only or PARTS,
+        submissions=submissions,
+        steps=steps,
+        concepts=concepts,
+        stream_steps=(least, most),
+    )
+    for path in paths:
+        people.print(f"wrote {path}")
+
+
+@app.command()
 def serving(
     only: Annotated[
         list[str] | None,

@@ -9,7 +9,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from jobs.benchmark import cluster, figures
+from jobs.benchmark import cluster, figures, service
 from jobs.benchmark.record import RESULTS, ROOT, measured_on, read_result
 from jobs.benchmark.serving.verdicts import threads_text, verdicts
 from jobs.benchmark.study.aims import AIMS, Aim
@@ -47,6 +47,8 @@ def page_texts(results: Path = RESULTS) -> dict[str, str]:
     pages = {}
     if clusters:
         pages["cluster.md"] = templates.get_template("cluster.md.j2").render(parts=clusters)
+    if services := _parts("service", service.PARTS, results):
+        pages["service.md"] = templates.get_template("service.md.j2").render(parts=services)
     if study:
         first = next(iter(study.values()))
         pages["study.md"] = templates.get_template("study.md.j2").render(parts=study, first=first, aims=AIMS)

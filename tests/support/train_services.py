@@ -13,7 +13,7 @@ from typing import Any
 from cat_cluster.cluster.connection import ClusterSize
 from cat_cluster.cluster.train_service import ServiceOptions, TrainService
 from cat_cluster.cluster.work import HeldRun, Work
-from cat_cluster.errors import ConceptError, StoreError
+from cat_cluster.errors import BaseModelError, ConceptError, StoreError
 from cat_cluster.pipeline.job import AdapterResult
 from cat_cluster.runs.queue import enter
 from cat_cluster.runs.run import Run
@@ -65,7 +65,13 @@ class Room:
 class Preparation:
     """Stands in for reading photos and a base; an adapter whose id begins with "bad" cannot be used."""
 
-    def __init__(self, *_: object) -> None: ...
+    def __init__(self, *_: object, **__: object) -> None:
+        self.loaded: list[str] = []
+
+    def load(self, base: str) -> None:
+        if base == "nowhere":
+            raise BaseModelError(f"base {base}: no such folder")
+        self.loaded.append(base)
 
     def adapter(self, resolved: Any, registry: object) -> Any:
         if resolved.id.startswith("bad"):

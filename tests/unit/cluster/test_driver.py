@@ -67,7 +67,9 @@ class Cluster:
         for name, stand_in in {"get": self.get, "wait": self.wait, "cancel": lambda *_, **__: None}.items():
             patch.setattr(engine_room.ray, name, stand_in)
         patch.setattr(engine_room.Messages, "start", lambda: self)
-        patch.setattr(engine_room.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None))
+        patch.setattr(
+            engine_room.telemetry, "Metrics", lambda _: SimpleNamespace(set=lambda *_, **__: None, inc=lambda *_: None)
+        )
 
     def give(self, pack: int, order: Order) -> None:
         self.given.setdefault(pack, []).append(order)

@@ -13,6 +13,7 @@ from ray import exceptions as ray_errors
 from cat_cluster.cluster import engine_room
 from cat_cluster.cluster.connection import ClusterSize
 from cat_cluster.cluster.engine_room import EngineRoom
+from cat_cluster.cluster.groups import Group
 from cat_cluster.cluster.work import HeldRun, Work
 from cat_cluster.errors import CheckpointError, LostWorkerError, OutOfMemoryError
 from cat_cluster.pipeline.job import AdapterResult
@@ -149,3 +150,51 @@ def test_a_service_outlives_workers_that_are_lost_while_they_have_nothing_to_do(
     found = service(always({}), events=[[("restart", 0, "a machine was lost")]])
     found.room.turn()
     assert found.said == ["workers without adapters: a machine was lost"]
+
+
+def test_the_record_says_when_an_adapter_took_its_first_step_and_when_it_ended(
+    service: Callable[..., Service],
+) -> None:
+    run = service(always({})).run
+    run.note("cup", state="training", step=2)
+    assert run.writer.progress.adapter("cup").first_step is None, "a checkpoint is no step of this attempt"
+    run.note_step("cup", 3, {})
+    first = run.writer.progress.adapter("cup").first_step
+    run.note_step("cup", 4, {})
+    found = run.writer.progress.adapter("cup")
+    assert (found.step, found.first_step, found.ended) == (4, first, None)
+    run.note("cup", state="published")
+    ended = run.writer.progress.adapter("cup").ended
+    assert first is not None
+    assert ended is not None
+    assert ended >= first
+
+
+def test_metrics_say_who_comes_and_goes_and_how_far_the_slots_are_taken(service: Callable[..., Service]) -> None:
+    found = service(always({}), events=[[], [("ended", 0, (CUP,))]])
+    gauges: list[tuple[str, float]] = []
+    counted: dict[str, float] = {}
+
+    def count(spec: Any, value: float = 1.0) -> None:
+        counted[spec.name] = counted.get(spec.name, 0) + value
+
+    metrics: Any = SimpleNamespace(set=lambda spec, value, **_: gauges.append((spec.name, value)), inc=count)
+    found.room._metrics = metrics
+    assert found.train() == {"cup": "published", "mug": "published"}
+    assert counted == {"cat_pack_joins_total": 2, "cat_pack_leaves_total": 1}, "mug's group ended with it"
+    assert ("cat_slots_occupied", 2) in gauges
+    assert ("cat_slots_occupied", 1) in gauges
+
+
+def test_a_process_that_measures_is_made_ready_once_workers_are_there(
+    service: Callable[..., Service], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed: list[str] = []
+    monkeypatch.setattr(engine_room, "warm_on_ray", lambda base: warmed.append(base) or base)
+    room = service(always({})).room
+    room._bases = ("pocket", "other")
+    room.turn()
+    assert warmed == [], "it would take the processor that the workers wait for"
+    for order in (1, 2):
+        room._hear(Group(0), "followed", order)
+    assert warmed == ["pocket"]

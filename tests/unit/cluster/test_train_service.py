@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 from cat_cluster.cluster import train_service
 from cat_cluster.store import LocalStore
@@ -27,6 +29,49 @@ def test_adapters_begin_as_places_come_free_and_the_run_ends_with_its_last(
     assert run.progress().state == "done"
     assert store.list("queue/") == []
     assert service.room.released == ["cup"]
+
+
+def test_what_is_read_and_has_a_place_begins_before_the_next_look_at_the_queue(
+    start: Callable[..., Service], store: LocalStore
+) -> None:
+    submit(store, 1, "cup", "mug", "jar")
+    service = start()
+    service.service.turn()
+    service.service._thread.submit(lambda: None).result()
+    service.service._refreshed = float("inf")  # so that it is not looked at again
+    service.service.turn()
+    assert service.room.taken == ["cup", "mug"]
+    service.room.end("cup")
+    service.service.turn()
+    assert service.room.taken == ["cup", "mug", "jar"]
+
+
+def test_metrics_say_what_waits_and_for_how_long(start: Callable[..., Service], store: LocalStore) -> None:
+    service, found = start(), dict[str, float]()
+    service.service._metrics = SimpleNamespace(set=lambda spec, value: found.update({spec.name: value}))  # type: ignore[assignment]
+    service.turns(1)
+    assert found == {"cat_queue_waiting": 0, "cat_queue_oldest_wait_seconds": 0.0}
+    submit(store, 1, "cup", "mug", "jar")
+    service.turns()
+    submit(store, 2, "pot", "pan")
+    time.sleep(0.01)
+    service.room.places = 0
+    service.turns()
+    assert found["cat_queue_waiting"] == 5, "the stand-in of the engine room notes nobody as training"
+    assert found["cat_queue_oldest_wait_seconds"] >= 0.01
+    service.service._held[run_id(1)].run.note("cup", state="training")
+    service.turns(1)
+    assert found["cat_queue_waiting"] == 4
+
+
+def run_id(number: int) -> str:
+    return f"run-{number:012d}"
+
+
+def test_bases_are_loaded_before_anybody_asks(start: Callable[..., Service]) -> None:
+    service = start(bases=("pocket", "nowhere"))
+    service.turns(1)
+    assert service.service._preparation.loaded == ["pocket"], "whoever needs the other hears why it cannot be had"
 
 
 def test_owners_take_turns_and_a_limit_holds_one_back(start: Callable[..., Service], store: LocalStore) -> None:

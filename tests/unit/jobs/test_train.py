@@ -33,3 +33,19 @@ sys.exit(main())
     assert "base of adapter cup: base" in " ".join((ended.stdout + ended.stderr).split())
     assert "no-base" in ended.stdout + ended.stderr
     assert ended.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_a_run_enters_the_queue_without_torch(tmp_path: Path) -> None:
+    """To import it, diffusers and transformers takes longer than a warm service takes to begin."""
+    photos = write_photos(tmp_path / "photos")
+    spec = write_spec(tmp_path / "spec.yaml", "pocket", [adapter("cup", photos)])
+    code = f"""
+import atexit, sys
+from cat_cluster.cli.__main__ import main
+atexit.register(lambda: print("loaded:", [name for name in ("torch", "diffusers", "ray") if name in sys.modules]))
+sys.argv = ["program", *{["submit", str(spec), "--queue", "--storage", str(tmp_path / "storage")]}]
+sys.exit(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-1] == "loaded: []"

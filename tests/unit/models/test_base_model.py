@@ -319,7 +319,7 @@ def test_a_name_that_is_neither_folder_nor_hub_id(name: str) -> None:
     [
         ("", "has no name"),
         ("  ", "has no name"),
-        ("https://hub.example/owner/base", "is an address, which is not opened: give 'pocket', 'pocket-xl', a diffusers folder"),
+        ("https://hub.example/owner/base", "is an address, which is not opened: give 'pocket', 'pocket-xl'"),
         ("gs://bucket/base", "is an address"),
         ("models/sd15.ckpt", r"are never read.*from_single_file\(FILE\)\.save_pretrained"),
         ("./models/sd15.safetensors", "is damaged"),

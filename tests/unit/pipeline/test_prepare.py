@@ -14,8 +14,10 @@ from cat_cluster.data.draws import AdapterTask
 from cat_cluster.errors import SpecError
 from cat_cluster.models.base_model import BaseModel, load_base_model
 from cat_cluster.pipeline import prepare
+from cat_cluster.registry import Registry
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import JobSpec
+from cat_cluster.store import LocalStore
 
 MakeTask = Callable[..., AdapterTask]
 
@@ -53,6 +55,24 @@ def test_an_adapters_tokens_and_the_words_it_is_judged_by_are_no_decoys(
     joint = make_task("sks", first.upper(), decoy_fraction=0.5)
     assert words_of(joint).isdisjoint({first, second, "sks"})
     assert joint.concepts[0].decoys[0].other_tokens == (first.upper(),)
+
+
+def test_bases_that_are_to_be_kept_are_loaded_once_and_of_the_others_the_last(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (48, 40), (20, 90, 200)).save(tmp_path / "1.png")
+    loaded: list[str] = []
+    judged: list[str] = []
+    monkeypatch.setattr(prepare, "load_base_model", lambda name, **_: loaded.append(name) or base)
+    monkeypatch.setattr(prepare, "load_judges", lambda name, _: judged.append(name))
+    preparation, registry = prepare.Preparation(Settings(), 1, keep=["kept"]), Registry(LocalStore(tmp_path / "store"))
+    preparation.load("kept")
+    concepts = [{"token": "sks", "class_noun": "cup", "images": str(tmp_path)}]
+    for name in ("kept", "one", "other", "other", "kept", "one"):
+        job = JobSpec.model_validate({"name": "bases", "base": name, "adapters": [{"id": "mug", "concepts": concepts}]})
+        preparation.adapter(job.resolved()[0], registry)
+    assert loaded == ["kept", "one", "other", "one"]
+    assert judged == ["auto"] * 4
 
 
 def test_decoys_are_keyed_as_all_draws_are(make_task: MakeTask) -> None:

@@ -127,11 +127,7 @@ def render_job(
     text, sizes = spec_text(job, storage), sizes_of(job, options)
     image = options.image or default_image(gpu=options.gpu)
     name = _name(job.name, text, image, options) if options.name is None else options.name
-    longest = MAX_NAME_LENGTH["RayJob"]
-    if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
-        raise SpecError(
-            f"--name {name}: must begin with a letter and hold a-z, 0-9 and -, {longest} characters at most"
-        )
+    check_name(name)
     address = spec_address(text, storage) if is_large(text) else None
     if address is not None and upload_to is None:
         raise SpecError(
@@ -230,6 +226,15 @@ def check_options(options: RenderOptions) -> None:
         raise SpecError(f"--hours {options.hours}: must be from 1 to {LARGEST_INT32 // 3600}")
 
 
+def check_name(name: str) -> None:
+    """Raise SpecError for what is no name of a RayJob."""
+    longest = MAX_NAME_LENGTH["RayJob"]
+    if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        raise SpecError(
+            f"--name {name}: must begin with a letter and hold a-z, 0-9 and -, {longest} characters at most"
+        )
+
+
 def default_image(*, gpu: bool = False) -> str:
     """Return the image of this version of the package, as the overlays name it."""
     return f"{IMAGE}:{package_version()}{'-gpu' if gpu else ''}"
@@ -288,21 +293,30 @@ def _cluster_spec(
     """A job looks at what its cluster has when it starts, so the least it needs is there from the beginning."""
     workers = job.cluster.workers
     least, most = (workers, workers) if isinstance(workers, int) else workers
-    scales = most > least
     if most * options.packs > LARGEST_INT32:
         raise SpecError(
             f"cluster.workers: {most} workers for each of {options.packs} packs are more than {LARGEST_INT32} pods; "
             "give fewer, or a smaller --packs"
         )
+    replicas = (least * options.packs, most * options.packs)
+    return cluster_spec(image, sizes, replicas, gpu=options.gpu, spec=spec)
+
+
+def cluster_spec(
+    image: str, sizes: JobSizes, replicas: tuple[int, int], *, gpu: bool, spec: str | None = None
+) -> dict[str, Any]:
+    """Return the spec of a cluster that trains. replicas: least and most workers; spec: of a job that it holds."""
+    least, most = replicas
+    scales = most > least
     group = {
-        "groupName": "gpu" if options.gpu else "cpu",
+        "groupName": "gpu" if gpu else "cpu",
         # Those of a group that scales are the autoscaler's, and applying the job again must not set them back.
-        **({} if scales else {"replicas": least * options.packs}),
-        "minReplicas": least * options.packs,
-        "maxReplicas": most * options.packs,
+        **({} if scales else {"replicas": least}),
+        "minReplicas": least,
+        "maxReplicas": most,
         "scaleStrategy": {},  # as the operator writes it
         "rayStartParams": {},
-        "template": worker_template(image, sizes.worker_cpu, sizes.worker_memory, gpu=options.gpu),
+        "template": worker_template(image, sizes.worker_cpu, sizes.worker_memory, gpu=gpu),
     }
     return {
         "rayVersion": RAY_VERSION,

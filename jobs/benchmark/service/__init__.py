@@ -1,0 +1,3 @@
+"""What a training service gains: how soon it begins and publishes, and a stream of concepts beside batch jobs."""
+
+PARTS = ("latency", "defaults", "stream")
