@@ -121,7 +121,7 @@ def test_draws_three_pictures_live(open_page: OpenPage) -> None:
     page.get_by_role("button", name=re.compile("seed 7$")).click()
     expect(page.locator('.picture[data-kind="with"] img')).to_have_attribute("src", str(first))
     expect(page.get_by_label("Seed", exact=True)).to_have_value("7")
-    expect(page.get_by_label("Steps")).to_have_value("60")
+    expect(page.get_by_label("Steps", exact=True)).to_have_value("60")
     expect(page.get_by_label("Negative prompt")).to_have_value("")
 
 

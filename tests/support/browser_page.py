@@ -74,5 +74,5 @@ def draw(page: Page, *, seed: int, steps: int = 60) -> None:
     page.get_by_label("Seed", exact=True).fill(str(seed))
     if page.locator("#more-fields").is_hidden():
         page.get_by_role("button", name="More").click()
-    page.get_by_label("Steps").fill(str(steps))
+    page.get_by_label("Steps", exact=True).fill(str(steps))
     page.get_by_role("button", name="Draw", exact=False).first.click()
