@@ -121,7 +121,7 @@ def test_the_json_has_the_contract_keys_and_survives_a_round_trip(trained: Evalu
     assert found["leak_matrix"]["tokens"] == ["sks", "zwx"]
     assert found["leak_matrix"]["triggers"] == ["sks", "zwx", "none", "decoy wjq"]
     assert found["recognition"]["rate"] is None
-    assert "pocket" in found["recognition"]["concepts"]["sks"]["not_available"]
+    assert "embedded base" in found["recognition"]["concepts"]["sks"]["not_available"]
     for metric in METRICS:
         assert found[metric] == pytest.approx((found["concepts"]["sks"][metric] + found["concepts"]["zwx"][metric]) / 2)
     reference = trained.reference()

@@ -165,7 +165,7 @@ def test_one_key_uploads_at_most_half_of_what_is_read_at_once(most: int, of_one:
         for _ in range(of_one):
             held.enter_context(access.upload(one))
         if most > 1:
-            with pytest.raises(HttpError, match=f"this key has {of_one} of at most {of_one} edits") as refused:
+            with pytest.raises(HttpError, match=f"this key has {of_one} of at most {of_one} uploads") as refused:
                 access.upload(one).__enter__()
             assert (refused.value.status_code, refused.value.headers) == (429, {"Retry-After": "1"})
             for caller in [two] * of_one + [admin] * (most - 2 * of_one):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import re
 import threading
 import time
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -52,11 +54,16 @@ def pixels(item: dict[str, Any] | Any) -> bytes:
     return Image.open(io.BytesIO(base64.b64decode(encoded))).tobytes()
 
 
+def look_alike(one: bytes, other: bytes) -> bool:
+    """Whether no value of two pictures is further apart than rounding, which depends on who shares a call."""
+    return max(abs(a - b) for a, b in zip(one, other, strict=True)) <= 1
+
+
 def test_models_are_drawn_by_whatever_names_them(http: httpx2.Client, shop: Shop) -> None:
     old, new = shop.cups
     base = draw(http)
     assert base["model"] == shop.settings.base
-    assert pixels(draw(http, model=shop.settings.base)["data"][0]) == pixels(base["data"][0])
+    assert look_alike(pixels(draw(http, model=shop.settings.base)["data"][0]), pixels(base["data"][0]))
     images = {}
     for reference, served in {
         "cup": new.name,
@@ -75,7 +82,7 @@ def test_models_are_drawn_by_whatever_names_them(http: httpx2.Client, shop: Shop
 def test_image_i_has_seed_plus_i(http: httpx2.Client) -> None:
     three = draw(http, n=3, seed=5)
     assert [item["seed"] for item in three["data"]] == [5, 6, 7]
-    assert pixels(three["data"][2]) == pixels(draw(http, seed=7)["data"][0])
+    assert look_alike(pixels(three["data"][2]), pixels(draw(http, seed=7)["data"][0]))
     again = draw(http, seed=draw(http, seed=None)["data"][0]["seed"])
     assert again["size"] == "16x16"
     assert "prompt" not in again
@@ -244,7 +251,8 @@ def test_openais_client_draws_a_stack_however_it_is_named(client: openai.OpenAI,
     names = [f"{shop.cups[1].name}+{shop.mug.name}"] * 2 + [f"{shop.mug.name}+{shop.cups[1].name}"]
     assert [answer.model for answer in ways] == names  # type: ignore[attr-defined]
     images = [pixels({"b64_json": answer.data[0].b64_json}) for answer in ways if answer.data]
-    assert images[1] == images[2] != images[0]
+    assert look_alike(images[1], images[2])
+    assert not look_alike(images[0], images[1])
     with pytest.raises(
         openai.NotFoundError, match=r"adapters\.1\.model: no adapter 'mugg': did you mean mug"
     ) as refused:
@@ -268,10 +276,11 @@ def test_openais_client_edits_an_image(client: openai.OpenAI, shop: Shop) -> Non
     assert {answer.model for answer in answers} == {shop.cups[1].name}  # type: ignore[attr-defined]
     images = [[pixels(image) for image in answer.data or ()] for answer in answers]
     assert [len(one) for one in images] == [2, 1, 1, 1]
-    assert images[0][0] == images[1][0]
-    assert len({image for one in images for image in one}) == 4
+    assert look_alike(images[0][0], images[1][0])
+    others = (images[0][0], images[0][1], images[2][0], images[3][0])
+    assert not any(look_alike(one, other) for one, other in combinations(others, 2))
     with client.images.edit(model="cup", image=photo, prompt="a sks cup", stream=True, extra_body=body) as stream:
-        assert pixels(list(stream)[-1]) == images[0][0]
+        assert look_alike(pixels(list(stream)[-1]), images[0][0])
     with pytest.raises(openai.NotFoundError, match="did you mean mug"):
         client.images.edit(model="mugg", image=photo, prompt="a")
     with pytest.raises(openai.BadRequestError, match="999x999 is not served; choose one of 16x16") as refused:
@@ -312,8 +321,13 @@ def test_openais_client_asks_for_a_small_file_as_an_address(client: openai.OpenA
 
 def test_head_is_get_without_its_body(live: Live, http: httpx2.Client, shop: Shop) -> None:
     names = {"model": "cup", "reference": shop.cups[0].name, "name": "sample-0-with-0.png"}
-    described = [path for path, operations in live.app.openapi()["paths"].items() if "get" in operations]
-    assert len(described) >= 9
+    # What a file, a run or a job is asked for has tests of its own: there is none here.
+    described = [
+        path
+        for path, operations in live.app.openapi()["paths"].items()
+        if "get" in operations and set(re.findall(r"\{(\w+)\}", path)) <= names.keys()
+    ]
+    assert len(described) >= 12
     files = ("/", "/docs", "/docs/start.js", "/docs/assets/swagger-ui.css", "/openapi.json", "/page/app.js")
     for path in (*files, *(path.format(**names) for path in described)):
         get, head = http.get(path), http.head(path)
@@ -338,7 +352,7 @@ def test_openais_client_streams(client: openai.OpenAI) -> None:
     ImageGenCompletedEvent.model_validate(last.model_dump(), strict=True)
     whole = client.images.generate(model="mug", prompt="a mug", extra_body=body)
     assert whole.data is not None
-    assert pixels(last) == pixels(whole.data[0])
+    assert look_alike(pixels(last), pixels(whole.data[0]))
 
 
 def test_openais_client_raises_its_own_errors(client: openai.OpenAI) -> None:
