@@ -136,9 +136,7 @@ MUTANTS = (
         "key=length",
         "data/test_caption_changes.py",
     ),
-    Mutant(
-        "data", "cat_cluster/data/photos.py", 'image.format in ("JPEG", "MPO")', "image.format", "data/test_heif.py"
-    ),
+    Mutant("data", "cat_cluster/data/photos.py", 'image.format in ("JPEG", "MPO")', "True", "data/test_heif.py"),
     Mutant("data", "cat_cluster/data/draws.py", '(*name, "decoy")', '("decoy")', "data/test_draws.py"),
     Mutant("data", "cat_cluster/pipeline/prepare.py", "never=DECOYS)", "never=())", "pipeline/test_prepare.py"),
     Mutant(

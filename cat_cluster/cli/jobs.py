@@ -13,8 +13,9 @@ from rich.console import Console
 
 from cat_cluster.cli.options import AsJson, Storage, people, print_json
 from cat_cluster.errors import SpecError
+from cat_cluster.runs.listing import list_runs
 from cat_cluster.runs.progress import RunProgress, is_alive
-from cat_cluster.runs.run import Run, list_runs
+from cat_cluster.runs.run import Run
 from cat_cluster.settings import load_settings
 from cat_cluster.store import ObjectStore, open_store
 

@@ -33,6 +33,10 @@ from cat_cluster.cli.train_service import (
 from cat_cluster.cli.values import output_file
 from cat_cluster.settings import load_settings
 
+Evaluations = Annotated[
+    int, typer.Option(min=1, max=1000, help="Adapters measured at once: as many workers beside those of groups.")
+]
+
 
 def train_service(
     storage: Annotated[str | None, typer.Option(help="s3:// address. Default: $CAT_STORAGE.")] = None,
@@ -44,9 +48,7 @@ def train_service(
     checkpoint_every: CheckpointEvery = 50,
     owner_limit: OwnerLimit = None,
     base: Base = None,
-    evaluations: Annotated[
-        int, typer.Option(min=1, max=1000, help="Adapters measured at once: as many workers beside those of groups.")
-    ] = 1,
+    evaluations: Evaluations = 1,
     image: Image = None,
     namespace: Namespace = NAMESPACE,
     gpu: Gpu = False,

@@ -256,12 +256,17 @@ def _draft(image: Image.Image, size: tuple[int, int]) -> None:
 
     Of a HEIC photo Pillow's draft would be the thumbnail in it, which may be of another picture.
     """
-    if image.format in ("JPEG", "MPO"):
+    if _is_jpeg(image):
         image.draft(None, size)
 
 
+def _is_jpeg(image: Image.Image) -> bool:
+    """Say whether it is one, or the first of several in a file, as phones write them."""
+    return image.format in ("JPEG", "MPO")
+
+
 def _refuse_scans(path: Path, image: Image.Image, content: bytes) -> None:
-    if image.format in ("JPEG", "MPO") and _has_many_scans(content):
+    if _is_jpeg(image) and _has_many_scans(content):
         raise ConceptError(f"{path}: has more than {_MOST_SCANS} scans; save it as a JPEG anew, or as PNG")
 
 

@@ -30,7 +30,7 @@ from cat_cluster.store.protocol import Entry, KeyList
 
 MAX_CLAIMS = 1000  # each lost race is another driver's success, so this many means a store that answers wrongly
 
-_RUN_ID = re.compile(r"run-[0-9a-f]{12}")
+RUN_ID = re.compile(r"run-[0-9a-f]{12}")
 # Package 0.2 kept one record for all attempts, `progress.json`, which sorts before the others.
 _RECORD = re.compile(r"runs/(run-[0-9a-f]{12})/progress(?:/[0-9]{8})?\.json")
 _CLAIM = re.compile(r"([0-9]{8})\.json")
@@ -49,7 +49,7 @@ def run_id_of(job: JobSpec, image_digests: Sequence[Sequence[str]]) -> str:
 
 def check_run_id(run_id: str) -> str:
     """Return the run id if it is one, else raise RunError."""
-    if not _RUN_ID.fullmatch(run_id):
+    if not RUN_ID.fullmatch(run_id):
         raise RunError(f"{run_id[:80]!r} is not a run: a run is 'run-' and 12 hex digits, as `jobs list` prints it")
     return run_id
 
@@ -207,7 +207,7 @@ class Run:
 
     def listed_record(self) -> Entry | None:
         """Return that record as the store lists it: its version is another one whenever it has been written."""
-        return _last_records(self.store, self.key("progress")).get(self.run_id)
+        return last_records(self.store, self.key("progress")).get(self.run_id)
 
     def expect(self, expectation: Expectation) -> None:
         """Say which job will start the run; replaces what was said before."""
@@ -362,32 +362,6 @@ def open_fenced_store(
     return FencedStore(Attempt(Run(open_store(url, on_retry=on_retry), run_id), attempt))
 
 
-def list_runs(store: ObjectStore) -> tuple[list[RunProgress], list[str]]:
-    """Return the progress of each run of a store, newest first, and the ids of those whose record cannot be read."""
-    runs, damaged = [], []
-    for run_id, record in _last_records(store, "runs/run-").items():
-        try:
-            runs.append(RunProgress.model_validate_json(store.get(record.key)))
-        except ObjectNotFoundError:
-            continue  # removed after it was listed
-        except ValidationError:
-            damaged.append(run_id)
-    return sorted(runs, key=lambda run: (run.started, run.run_id), reverse=True), damaged
-
-
-def run_ids(store: ObjectStore, after: str = "") -> Iterator[str]:
-    """Yield the ids of a store's runs in their order, those behind the id `after`; the store is read as far as needed.
-
-    A run costs what its objects take in a listing.
-    """
-    last = after
-    for entry in store.entries("runs/run-", after=f"runs/{after}/~" if after else ""):
-        run_id = entry.key.split("/")[1]
-        if run_id != last and _RUN_ID.fullmatch(run_id):
-            last = run_id
-            yield run_id
-
-
 def _new_claim(*, job: str | None = None, service: str | None = None) -> Claim:
     return Claim(
         nonce=uuid.uuid4().hex,
@@ -400,6 +374,6 @@ def _new_claim(*, job: str | None = None, service: str | None = None) -> Claim:
     )
 
 
-def _last_records(store: ObjectStore, prefix: str) -> dict[str, Entry]:
+def last_records(store: ObjectStore, prefix: str) -> dict[str, Entry]:
     """Return, by run, the progress record of its last attempt."""
     return {match[1]: entry for entry in store.entries(prefix) if (match := _RECORD.fullmatch(entry.key))}

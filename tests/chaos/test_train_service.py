@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from cat_cluster.runs.entering import enter_run
-from cat_cluster.runs.run import list_runs
+from cat_cluster.runs.listing import list_runs
 from cat_cluster.spec.job import JobSpec, load_spec
 from tests.support.cluster_jobs import PACK_TASK, WORKER, Process, Site, Watcher, check_published, train_whole
 from tests.support.tiny_jobs import adapter, write_photos, write_spec

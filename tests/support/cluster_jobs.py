@@ -22,7 +22,8 @@ import torch
 from cat_cluster.errors import CatClusterError
 from cat_cluster.pipeline.job import AdapterResult, Silent, run_job
 from cat_cluster.registry import Registry
-from cat_cluster.runs.run import Run, list_runs
+from cat_cluster.runs.listing import list_runs
+from cat_cluster.runs.run import Run
 from cat_cluster.settings import Settings
 from cat_cluster.spec.job import load_spec
 from cat_cluster.store import LocalStore, ObjectStore, open_store

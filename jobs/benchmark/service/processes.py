@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cat_cluster.errors import CatClusterError
+from cat_cluster.runs.listing import list_runs
 from cat_cluster.runs.progress import RunProgress
-from cat_cluster.runs.run import Run, list_runs
+from cat_cluster.runs.run import Run
 from cat_cluster.store import ObjectStore, open_store
 
 PATIENCE_SECONDS = 1800.0

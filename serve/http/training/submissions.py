@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from cat_cluster.errors import AdapterNotFoundError, ConflictError, ObjectExistsError, ObjectNotFoundError, RunError
 from cat_cluster.registry import Registry
 from cat_cluster.runs.entering import enter_run
+from cat_cluster.runs.listing import run_ids
 from cat_cluster.runs.progress import RunProgress
-from cat_cluster.runs.run import Claim, Run, run_id_of, run_ids
+from cat_cluster.runs.run import Claim, Run, run_id_of
 from cat_cluster.spec.job import JobSpec
 from serve.http.access import Caller
 from serve.http.training.stored_files import StoredFile, StoredFiles

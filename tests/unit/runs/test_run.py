@@ -15,9 +15,10 @@ import pytest
 
 from cat_cluster.errors import CheckpointError, RunError, StoreError, SupersededError
 from cat_cluster.runs import progress_writer
+from cat_cluster.runs.listing import list_runs
 from cat_cluster.runs.progress import HEARTBEAT_SECONDS, MISSED_HEARTBEATS, RunProgress, is_alive
 from cat_cluster.runs.progress_writer import ProgressWriter
-from cat_cluster.runs.run import Attempt, FencedStore, Run, list_runs, open_fenced_store, run_id_of
+from cat_cluster.runs.run import Attempt, FencedStore, Run, open_fenced_store, run_id_of
 from cat_cluster.spec.job import JobSpec
 from cat_cluster.store import LocalStore
 from cat_cluster.training.loss_curves import ConceptLoss
