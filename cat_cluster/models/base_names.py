@@ -13,6 +13,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from cat_cluster.errors import BaseModelError, HubError, SpecError
 from cat_cluster.models.base_files import (
     CONFIG_PATTERNS,
+    MODEL_INDEX,
     VARIANTS,
     check_complete,
     check_family,
@@ -159,9 +160,9 @@ def _local_configs(name: str) -> Path | None:
 
 def _embedded(name: str) -> Path:
     folder = Path(__file__).parent / EMBEDDED[name] / "weights"
-    if not folder.is_dir():
+    if not (folder / MODEL_INDEX).is_file():
         raise BaseModelError(
-            f"base {name!r}: {folder} is missing; reinstall cat-cluster, or make it with "
+            f"base {name!r}: {folder / MODEL_INDEX} is missing; reinstall cat-cluster, or make it with "
             f"`cat-cluster pocket pretrain --base {name}`."
         )
     return folder

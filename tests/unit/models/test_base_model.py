@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import cat_cluster.models.base_names
 from cat_cluster.errors import BaseModelError
 from cat_cluster.models.base_model import BaseModel, as_stock_pipeline_reads, load_base_model
-from cat_cluster.models.base_names import base_folder, check_base
+from cat_cluster.models.base_names import base_folder, check_base, lasting_name, local_base
 from cat_cluster.models.fingerprint import fingerprints
 from tests.support.texts import states_of
 
@@ -352,6 +352,7 @@ def test_pocket_is_the_shipped_folder(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(BaseModelError, match="cat-cluster pocket pretrain"):
         base_folder("pocket")
     (tmp_path / "pocket" / "weights").mkdir(parents=True)
+    (tmp_path / "pocket" / "weights" / "model_index.json").write_text("{}")
     assert base_folder("pocket") == tmp_path / "pocket" / "weights"
 
 
@@ -376,3 +377,15 @@ def test_a_hub_id_in_the_local_cache_needs_no_network(hub_cache: Path, tiny_base
 def test_a_hub_id_that_cannot_be_downloaded_names_the_remedy(hub_cache: Path) -> None:
     with pytest.raises(BaseModelError, match=r"'someone/absent'.*HF_HUB_OFFLINE.*path of a diffusers folder"):
         load_base_model("someone/absent")
+
+
+def test_an_embedded_base_that_is_not_finished_is_refused_with_the_way_to_make_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished = tmp_path / "weights" / "vae"
+    unfinished.mkdir(parents=True)
+    monkeypatch.setitem(cat_cluster.models.base_names.EMBEDDED, "pocket-xl", str(tmp_path))
+    for asked in (base_folder, local_base, check_base):
+        with pytest.raises(BaseModelError, match=r"model_index\.json is missing.*pocket pretrain --base pocket-xl"):
+            asked("pocket-xl")
+    assert lasting_name("pocket-xl") == "pocket-xl"
