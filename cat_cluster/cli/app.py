@@ -91,7 +91,8 @@ def demo(
     people.print(result.table())
     files = result.files
     people.print(f"\nReport  {files.html}\nPicture {files.png}\nStacks  {files.stacks}\nNumbers {files.json}")
-    people.print(f"Try     make serve, or cat-cluster serve --base {base} --storage {result.storage}")
+    chosen = "" if base == "pocket" else f"--base {base} "
+    people.print(f"Try     make serve, or cat-cluster serve {chosen}--storage {result.storage}")
 
 
 @app.command()
