@@ -46,7 +46,7 @@ class Recipe:
     unet_batch: int = 32
     unet_rate: float = 8.0e-4
     unet_ema: float = 0.9995
-    unet_minutes: float = 330.0
+    unet_minutes: float = 260.0
 
     classifier_scenes: int = 30_000
     classifier_channels: tuple[int, ...] = (24, 48, 96, 128)
