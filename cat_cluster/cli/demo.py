@@ -143,7 +143,7 @@ def run_demo(out: Path, settings: Settings, listener: JobListener, base: str = "
     return DemoResult(files, out / "registry", methods[0].evaluation, methods[1].evaluation)
 
 
-def write_spec(out: Path, lesson: Lesson = LESSONS["pocket"]) -> Path:
+def write_spec(out: Path, lesson: Lesson) -> Path:
     """Write the demo's photos with captions and its job spec, as a user would have them, and return the spec's path."""
     tokens = {name: token for token, name in lesson.tokens.items()}
     for name, subject in lesson.subjects.items():

@@ -49,7 +49,7 @@ export function members(template) {
     return written
       ? [
           [name, file],
-          [name.replace(/\.[^.]+$/, ".txt"), new Blob([`${text}\n`], { type: "text/plain" })],
+          [`${stem(name)}.txt`, new Blob([`${text}\n`], { type: "text/plain" })],
         ]
       : [[name, file]];
   });

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field
 
@@ -42,6 +43,12 @@ class Listed(BaseModel):
     first_id: str | None = None
     last_id: str | None = None
     has_more: bool
+
+    @classmethod
+    def of(cls, data: Sequence[Any], *, has_more: bool) -> Self:
+        """Return a part of a list with these entries, each of which has an id."""
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return cls.model_validate({"data": list(data), "first_id": first, "last_id": last, "has_more": has_more})
 
 
 class FileList(Listed):

@@ -78,7 +78,6 @@ async def upload_file(request: Request) -> FileCard:
         name = file.filename or "photo"
         held = await training.photos.check(file.path, name, training.limits)
         archive = await asyncio.to_thread((FilePath(folder) / "archive").read_bytes)
-        del held["sha256"]
         size = file.path.stat().st_size
         try:
             stored = await training.call(training.files.put, caller.name, name[:200], size, archive, held)
@@ -109,9 +108,7 @@ async def list_files(
     )
     if page is None:
         raise unknown_after(after)
-    cards = [_card(file) for file in page.files]
-    first, last = (cards[0].id, cards[-1].id) if cards else (None, None)
-    return FileList(data=cards, first_id=first, last_id=last, has_more=page.has_more)
+    return FileList.of([_card(file) for file in page.files], has_more=page.has_more)
 
 
 @router.get("/{file_id}", summary="Describe a file", responses=error_responses(400, 401, 403, 404, 429, 503, 504))

@@ -8,7 +8,7 @@ from fastapi import Path, Query
 from starlette.requests import Request
 
 from serve.http.http_errors import HttpError
-from serve.http.routes import caller_of, ingress_of
+from serve.http.routes import caller_of, ingress_of, request_entry
 from serve.http.sites import is_own_page
 from serve.http.training.submissions import SeenRun
 
@@ -40,6 +40,15 @@ async def seen_run(request: Request, run_id: str, *, claims: bool = False) -> Se
     if seen is None:
         raise HttpError(404, f"no run {run_id[:80]!r} of yours: GET /v1/runs lists those there are", "run_not_found")
     return seen
+
+
+async def stopped_run(request: Request, run_id: str) -> SeenRun:
+    """Ask a run that the caller may see to stop, and return it as it is then; ConflictError where it has ended."""
+    seen = await seen_run(request, run_id)
+    training = ingress_of(request).training
+    await training.call(training.submissions.stop, seen)
+    request_entry(request).facts["run"] = run_id
+    return await seen_run(request, run_id)
 
 
 def unknown_after(after: str | None) -> HttpError:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve.http.http_errors import HttpError, error_responses
-from serve.http.routes import IngressDep, KeyedRoute, bearer, caller_of, ingress_of, request_entry
+from serve.http.routes import IngressDep, KeyedRoute, bearer, caller_of, ingress_of
 from serve.http.training.answers import CheckpointList, EventList, FineTuningJob, JobList
 from serve.http.training.entering import enter
 from serve.http.training.event_stream import JobEvents
@@ -19,6 +19,7 @@ from serve.http.training.guards import (
     RunPath,
     own_page_only,
     seen_run,
+    stopped_run,
     training_on,
     unknown_after,
 )
@@ -78,8 +79,7 @@ async def list_jobs(request: Request, ingress: IngressDep, limit: LimitQuery = 2
     if page is None:
         raise unknown_after(after)
     jobs = [job_of(seen) for seen in page.runs]
-    first, last = (jobs[0].id, jobs[-1].id) if jobs else (None, None)
-    return JobList(data=jobs, first_id=first, last_id=last, has_more=page.has_more)
+    return JobList.of(jobs, has_more=page.has_more)
 
 
 @router.get("/{run_id}", summary="Describe a job", responses=error_responses(400, 401, 403, 404, 429, 503, 504))
@@ -96,11 +96,7 @@ async def get_job(run_id: RunPath, request: Request) -> FineTuningJob:
 )
 async def cancel_job(run_id: RunPath, request: Request) -> FineTuningJob:
     """Ask a job to stop: one that waits is cancelled, one that trains is within seconds; 409 where it has ended."""
-    seen = await seen_run(request, run_id)
-    training = ingress_of(request).training
-    await training.call(training.submissions.stop, seen)
-    request_entry(request).facts["run"] = run_id
-    return job_of(await seen_run(request, run_id))
+    return job_of(await stopped_run(request, run_id))
 
 
 @router.get(
@@ -128,9 +124,7 @@ async def list_events(
     if stream:
         return JobEvents(request, seen, last_event_id)
     events = [event for event in reversed(events_of(seen)) if not after or event.id < after]
-    page = events[:limit]
-    first, last = (page[0].id, page[-1].id) if page else (None, None)
-    return EventList(data=page, first_id=first, last_id=last, has_more=len(events) > limit)
+    return EventList.of(events[:limit], has_more=len(events) > limit)
 
 
 @router.get(
@@ -150,6 +144,4 @@ async def list_checkpoints(
         if after not in ids:
             raise unknown_after(after)
         found = found[ids.index(after) + 1 :]
-    page = found[:limit]
-    first, last = (page[0].id, page[-1].id) if page else (None, None)
-    return CheckpointList(data=page, first_id=first, last_id=last, has_more=len(found) > limit)
+    return CheckpointList.of(found[:limit], has_more=len(found) > limit)

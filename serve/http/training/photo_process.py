@@ -34,7 +34,7 @@ class PhotoProcess:
         self._thread = ThreadPoolExecutor(1, "training-photos")
 
     async def check(self, file: Path, name: str, limits: UploadLimits) -> dict[str, Any]:
-        """Return what an upload holds, with the sha256 of the archive that then lies beside it under `archive`.
+        """Return what an upload holds; the archive to store of it then lies beside it under `archive`.
 
         Raises HttpError 400 that names the member and the remedy.
         """

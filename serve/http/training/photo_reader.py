@@ -6,7 +6,6 @@ itself at the end of its input, and when nobody has asked for anything for a whi
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import select
@@ -59,10 +58,8 @@ def _checked(asked: dict[str, Any]) -> dict[str, Any]:
     folder = file.with_name("checked")
     folder.mkdir()
     held = check_upload(file, asked["name"], folder, limits)
-    data = pack_images(folder)
-    file.with_name("archive").write_bytes(data)
+    file.with_name("archive").write_bytes(pack_images(folder))
     return {
-        "sha256": hashlib.sha256(data).hexdigest(),
         "photos": held.photos,
         "masks": held.masks,
         "captions": held.captions,

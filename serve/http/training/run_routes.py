@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 
 from serve.http.http_errors import HttpError, error_responses
-from serve.http.routes import IngressDep, KeyedRoute, bearer, caller_of, ingress_of, request_entry
+from serve.http.routes import IngressDep, KeyedRoute, bearer, caller_of, ingress_of
 from serve.http.training.answers import RunCard, RunList
 from serve.http.training.entering import enter
 from serve.http.training.guards import (
@@ -18,6 +18,7 @@ from serve.http.training.guards import (
     RunPath,
     own_page_only,
     seen_run,
+    stopped_run,
     training_on,
     unknown_after,
 )
@@ -85,9 +86,7 @@ async def list_runs(
         if found is None:
             raise unknown_after(after)
         page = found
-    cards = [run_card(seen) for seen in page.runs]
-    first, last = (cards[0].id, cards[-1].id) if cards else (None, None)
-    return RunList(data=cards, first_id=first, last_id=last, has_more=page.has_more)
+    return RunList.of([run_card(seen) for seen in page.runs], has_more=page.has_more)
 
 
 @router.get("/{run_id}", summary="Describe a run", responses=error_responses(400, 401, 403, 404, 429, 503, 504))
@@ -107,11 +106,7 @@ async def stop_run(run_id: RunPath, request: Request) -> RunCard:
 
     Entered again it goes on from them.
     """
-    seen = await seen_run(request, run_id)
-    training = ingress_of(request).training
-    await training.call(training.submissions.stop, seen)
-    request_entry(request).facts["run"] = run_id
-    return run_card(await seen_run(request, run_id))
+    return run_card(await stopped_run(request, run_id))
 
 
 def _turn(body: dict[str, Any]) -> _Turn:
