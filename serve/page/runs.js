@@ -259,16 +259,14 @@ function showLosses(part, id, adapter) {
 function showSamples(part, id, adapter, samples) {
   if (samples.length === part.seen) return;
   part.seen = samples.length;
-  const latest = samples.at(-1);
-  const big = el("img.grid", { alt: `Base, without token, with token, at step ${latest.step}` });
-  const caption = el("figcaption", {}, `Step ${latest.step}: base, without the token, with it; the same seeds`);
-  const show = ({ step }) =>
-    runSample(id, adapter.id, step).then((url) => {
-      big.src = url;
-      big.alt = `Base, without token, with token, at step ${step}`;
-      caption.textContent = `Step ${step}: base, without the token, with it; the same seeds`;
-    });
-  show(latest).catch(() => {});
+  const big = el("img.grid");
+  const caption = el("figcaption");
+  const show = async ({ step }) => {
+    big.src = await runSample(id, adapter.id, step); // first: words of a picture that does not come would be wrong
+    big.alt = `Base, without token, with token, at step ${step}`;
+    caption.textContent = `Step ${step}: base, without the token, with it; the same seeds`;
+  };
+  show(samples.at(-1)).catch(() => {});
   const earlier = el(
     "div.chips",
     { role: "group", "aria-label": "Pictures at earlier steps" },
