@@ -16,6 +16,7 @@ from cat_cluster.errors import SpecError
 from cat_cluster.runs.listing import list_runs
 from cat_cluster.runs.progress import RunProgress, is_alive
 from cat_cluster.runs.run import Run
+from cat_cluster.runs.services import read_services
 from cat_cluster.settings import load_settings
 from cat_cluster.store import ObjectStore, open_store
 
@@ -207,6 +208,23 @@ def jobs_status(
         f"{state_text(progress)}, attempt {progress.attempt}{reason}", markup=False, highlight=False, soft_wrap=True
     )
     console.print(adapters_table(progress))
+
+
+@jobs_app.command("services")
+def jobs_services(storage: StoreOption = None, as_json: AsJson = False) -> None:
+    """List the training services of a storage: their slots, who trains with whom, and how much waits."""
+    from cat_cluster.cli.run_status import services_table
+
+    store = _store(storage)
+    services = read_services(store)
+    if as_json:
+        print_json({"services": [service.model_dump(mode="json") for service in services]})
+    elif services:
+        Console(emoji=False).print(services_table(services))
+    else:
+        people.print(
+            f"no training service in storage {store.url}: start one with `cat-cluster train-service`", soft_wrap=True
+        )
 
 
 @jobs_app.command("logs")

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from cat_cluster.cli.bars import Bars, loss_text
 from cat_cluster.runs.progress import ENDED_ADAPTER, AdapterProgress, RunProgress, is_alive
+from cat_cluster.runs.services import PlacedAdapter, ServiceRecord
 
 _COLOURS = {"failed": "red", "stopped": "red", "rejected": "yellow"}
 _STAGES = {"waiting": "wait", "training": "train", "evaluating": "measure", "failed": "failed"}
@@ -52,6 +53,28 @@ def adapters_table(progress: RunProgress) -> Table:
             adapter.id, state, f"{adapter.step}/{adapter.steps}", _losses_text(adapter) or "-", "; ".join(result) or "-"
         )
     return table
+
+
+def services_table(services: Sequence[ServiceRecord]) -> Table:
+    """Return a table of training services, one row for each group: its slots, and the adapters that share a forward."""
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("service", "heard of", "waiting", "group", "slots taken", "base", "adapters"):
+        table.add_column(heading, overflow="fold")
+    for service in services:
+        heard = f"{max(0.0, service.silent_seconds()):.0f} s ago"
+        own = [escape(service.name), heard if service.is_alive() else f"[red]{heard}[/red]", str(service.waiting)]
+        for group in service.groups:
+            base = "-" if group.base is None else f"{escape(group.base)}, {group.resolution} px"
+            taken = f"{len(group.adapters)} of {group.slots}"
+            table.add_row(*own, str(group.number), taken, base, _placed_text(group.adapters))
+            own = ["", "", ""]
+        if service.measuring or not service.groups:
+            table.add_row(*own, "measuring" if service.measuring else "-", "-", "-", _placed_text(service.measuring))
+    return table
+
+
+def _placed_text(adapters: Sequence[PlacedAdapter]) -> str:
+    return ", ".join(f"{one.adapter} ({one.run_id})" for one in adapters) or "-"
 
 
 class RunBars(Bars):

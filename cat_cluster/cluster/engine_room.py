@@ -95,6 +95,11 @@ class EngineRoom:
         """Whether there is nothing to do."""
         return not self._evaluating and self._groups.idle
 
+    @property
+    def at_work(self) -> tuple[list[Group], list[Work]]:
+        """The groups that run, and the adapters that are being measured."""
+        return list(self._groups.running.values()), [work for work, _ in self._evaluating.values()]
+
     def take(self, works: Sequence[Work]) -> None:
         """Take works in: what is published is done, what is trained is measured, and the rest waits for a place.
 
@@ -105,9 +110,8 @@ class EngineRoom:
         found = []  # with the store asked for all before anything is begun
         for work in works:
             store = work.run.registry.store
-            found.append(
-                (already_published(work.adapter, work.run.registry), checkpoints_of(work.adapter, store).steps())
-            )
+            stored = checkpoints_of(work.adapter, store).steps()
+            found.append((already_published(work.adapter, work.run.registry), stored))
         of = {
             work.adapter: work
             for work, (done, stored) in zip(works, found, strict=True)
@@ -176,8 +180,7 @@ class EngineRoom:
     def _ended_tasks(self) -> list[Any]:
         """Wait for POLL_SECONDS, or until a task has ended."""
         if tasks := [*self._training, *self._evaluating, *self._measuring]:
-            ended: list[Any] = ray.wait(tasks, timeout=POLL_SECONDS)[0]
-            return ended
+            return list(ray.wait(tasks, timeout=POLL_SECONDS)[0])
         time.sleep(POLL_SECONDS)
         return []
 
@@ -212,11 +215,9 @@ class EngineRoom:
 
     def _start(self, group: Group) -> None:
         works = list(group.works.values())
-        workers = (
-            self._cluster.workers
-            if self._is_service
-            else workers_of(self._cluster, sum(work.adapter.rows for work in works))
-        )
+        workers = self._cluster.workers
+        if not self._is_service:
+            workers = workers_of(self._cluster, sum(work.adapter.rows for work in works))
         if workers != self._cluster.workers:
             self._say(f"{names_of(works)}: {workers} workers, as many as rows in a step")
         spec = PackSpec(

@@ -12,6 +12,7 @@ from cat_cluster.cluster.connection import check_size, cluster_address, ray_conn
 from cat_cluster.cluster.failures import unwrapped
 from cat_cluster.cluster.train_service import ServiceOptions, TrainService
 from cat_cluster.cluster.trainer import most_workers
+from cat_cluster.runs.services import check_service_name
 from cat_cluster.settings import Settings
 from cat_cluster.store import open_store
 
@@ -27,8 +28,9 @@ def run_train_service(
     """Train what the queue of a storage asks for until somebody interrupts it: SIGTERM is a KeyboardInterrupt here.
 
     address: of the Ray cluster; None means RAY_ADDRESS, else a Ray started on this machine. Raises SpecError for a
-    cluster that is too small for one group, ClusterError, StoreError.
+    cluster that is too small for one group or a name that none can have, ClusterError, StoreError.
     """
+    check_service_name(options.name)
     address = None if ray.is_initialized() else cluster_address(address)
     store = open_store(store_url)
     store.check_access()

@@ -13,15 +13,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import Self
 
-from cat_cluster import telemetry
 from cat_cluster.cluster.connection import ClusterSize
 from cat_cluster.cluster.engine_room import EngineRoom
 from cat_cluster.cluster.failures import failure_of
 from cat_cluster.cluster.queued_run import QueuedRun, RunLog, refused
+from cat_cluster.cluster.service_report import ServiceReport
 from cat_cluster.cluster.work import HeldRun, Work
 from cat_cluster.errors import CatClusterError, ClusterError, ObjectUnreadableError, StoreError, SupersededError
 from cat_cluster.pipeline.job import AdapterResult
@@ -36,7 +35,6 @@ from cat_cluster.runs.run import Attempt
 from cat_cluster.settings import Settings
 from cat_cluster.spec.sections import ClusterSpec
 from cat_cluster.store import ObjectStore
-from cat_cluster.telemetry.ray_backend import RayBackend
 
 REFRESH_SECONDS = 0.5  # between two looks at the queue
 LOOK_SECONDS = 5.0  # between two looks at a run that another service holds
@@ -99,9 +97,10 @@ class TrainService:
         self._refreshed = self._checked = float("-inf")
         self._to_check: deque[str] = deque()
         self._trouble = ""  # of the store, as it was last said
-        self._metrics = telemetry.Metrics(RayBackend(), (telemetry.QUEUE_WAITING, telemetry.QUEUE_OLDEST))
+        self._report = ServiceReport(store, options.name, options.cluster)
 
     def __enter__(self) -> Self:
+        self._report.__enter__()
         return self
 
     def __exit__(
@@ -118,6 +117,7 @@ class TrainService:
             for held in self._held.values():
                 with suppress(StoreError, SupersededError):
                     held.run.give_back()
+            self._report.__exit__()
             self._folder.cleanup()
 
     def turn(self) -> None:
@@ -154,23 +154,8 @@ class TrainService:
             self._lease.forget(run_id)
         self._take_all_prepared()
         self._give_turns()
-        self._report_queue()
+        self._report.show(self._reader.entries(), self._held, *self._room.at_work)
         self._trouble = ""
-
-    def _report_queue(self) -> None:
-        """Say in metrics how much waits, and how long the first of it does."""
-        waits = [(entry, self._waiting(entry)) for entry in self._reader.entries()]
-        since = [entry.submitted for entry, waiting in waits if waiting]
-        oldest = (datetime.now(UTC) - min(since)).total_seconds() if since else 0.0
-        self._metrics.set(telemetry.QUEUE_WAITING, sum(waiting for _, waiting in waits))
-        self._metrics.set(telemetry.QUEUE_OLDEST, max(0.0, oldest))
-
-    def _waiting(self, entry: QueueEntry) -> int:
-        """How many adapters of a run wait for a place; of one that is not held here all may."""
-        held = self._held.get(entry.run_id)
-        if held is None:
-            return entry.adapters
-        return sum(one.state == "waiting" for one in held.run.writer.progress.adapters)
 
     def _has_turns(self) -> bool:
         """Whether an adapter waits for which there is a place: it needs no look at the store to begin."""

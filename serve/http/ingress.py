@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from cat_cluster.errors import CatClusterError, EngineStoppedError
 from cat_cluster.registry import Registry
@@ -79,7 +80,7 @@ def build_app(
         exposition=exposition,
         training=TrainingParts(registry, settings),
     )
-    for part in (router, image_routes.router, adapter_routes.router, *training_routes.ROUTERS, pages.router):
+    for part in _ROUTERS:
         app.include_router(part)
     pages.mount_files(app)
     for expected in (CatClusterError, HTTPException, RequestValidationError):
@@ -136,7 +137,20 @@ async def _error_response(request: Request, error: Exception) -> Response:
         log_unexpected(entry, error)
     else:
         entry.code = http_error.code
-    return http_error.response()
+    response = http_error.response()
+    if response.status_code == 405 and (methods := _methods_of(request)):
+        response.headers["Allow"] = ", ".join(sorted(methods))  # the framework names those of the path's first route
+    return response
+
+
+def _methods_of(request: Request) -> set[str]:
+    """Return the methods that the routes of a request's path have."""
+    routes = (route for part in _ROUTERS for route in part.routes if isinstance(route, Route))
+    fitting = (route for route in routes if route.matches(request.scope)[0] is not Match.NONE)
+    return {method for route in fitting for method in route.methods or ()}
+
+
+_ROUTERS = (router, image_routes.router, adapter_routes.router, *training_routes.ROUTERS, pages.router)
 
 
 def _as_it_is(describe: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, Any]]:

@@ -4,6 +4,7 @@ import { METRICS } from "./adapters.js";
 import { getJson, loadRuns, postJson, runSample } from "./api.js";
 import { stepChart } from "./charts.js";
 import { ago, byId, el, number, plural, poll } from "./dom.js";
+import { showServices } from "./slots.js";
 
 const LIST_EVERY_S = 5;
 const RUN_EVERY_S = 2;
@@ -44,7 +45,7 @@ export function openRuns() {
     first = false;
     let runs;
     try {
-      runs = await loadRuns({ quiet });
+      [runs] = await Promise.all([loadRuns({ quiet }), showServices({ quiet })]);
     } catch (error) {
       byId("run-list").replaceChildren(problem(error));
       return;

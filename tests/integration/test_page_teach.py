@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import FilePayload, Page, expect
 
-from cat_cluster.runs.progress import RunProgress
+from cat_cluster.runs.progress import RunProgress, timestamp
 from cat_cluster.runs.run import Run
+from cat_cluster.runs.services import SERVICES, GroupRecord, PlacedAdapter, ServiceRecord
 from cat_cluster.store import ObjectStore
 from tests.support.browser_page import OpenPage
 from tests.support.ingress_server import Live, Shop, furnish, serving
@@ -168,6 +169,35 @@ def test_the_list_says_why_a_run_failed_and_stop_asks_for_it(open_page: OpenPage
     row.get_by_role("link").click()
     expect(page.locator(".taught")).to_contain_text("a gradient is not finite")
     assert {stopped, failed} <= {key.split("/")[1] for key in shop.registry.store.list("runs/")}
+
+
+def test_the_slots_of_each_service_say_who_trains_with_whom(open_page: OpenPage, shop: Shop) -> None:
+    page, store = open_page().open("#/runs"), shop.registry.store
+    expect(page.locator("#services")).to_contain_text("No training service works for this storage")
+    page.goto(page.url.partition("#")[0] + "#/teach")
+    run_id = teach(page, "kite")
+    own = PlacedAdapter(run_id=run_id, adapter="my-kite", steps=300)
+    other = PlacedAdapter(run_id="run-00000000000a", adapter="secret", steps=300)
+    busy = GroupRecord(number=0, slots=4, base="pocket", resolution=64, adapters=(own, other))
+    idle = GroupRecord(number=1, slots=0)
+
+    def tell(**changes: Any) -> None:
+        told = ServiceRecord(name="night", host="gpu-7", started=timestamp(), updated=timestamp(), workers=1, **changes)
+        store.put(f"{SERVICES}night.json", told.model_dump_json().encode())
+
+    tell(groups=(busy, idle), waiting=3)
+    page.get_by_role("link", name="Runs", exact=True).click()
+    service = page.get_by_role("region", name="Training service night")
+    expect(service).to_contain_text("2 of 4 slots taken, 3 adapters wait, 0 being measured")
+    expect(service).to_contain_text("Group 0 (pocket, 64 px): share each call of the U-Net")
+    expect(service).to_contain_text("Group 1: waits for adapters")
+    expect(service.locator(".slots li")).to_have_text(["my-kite", "secret", "free", "free"])  # without keys all is seen
+    service.get_by_role("link", name="my-kite").click()
+    page.wait_for_url(re.compile(f"#/runs/{run_id}$"))
+    tell(measuring=(own,))
+    page.get_by_role("link", name="Runs", exact=True).click()
+    expect(service).to_contain_text("Trained, and being measured")
+    store.delete(f"{SERVICES}night.json")
 
 
 def test_it_works_by_keyboard_and_on_a_small_screen(open_page: OpenPage, shop: Shop) -> None:

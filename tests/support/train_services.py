@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from cat_cluster.cluster.connection import ClusterSize
+from cat_cluster.cluster.groups import Group
 from cat_cluster.cluster.train_service import ServiceOptions, TrainService
 from cat_cluster.cluster.work import HeldRun, Work
 from cat_cluster.errors import BaseModelError, ConceptError, StoreError
@@ -49,6 +50,13 @@ class Room:
         self.works = {name: work for name, work in self.works.items() if work.run is not run}
         self.released.append(run.job.name)
 
+    @property
+    def at_work(self) -> tuple[list[Group], list[Work]]:
+        group = Group(0, "kind", self.places)
+        for work in self.works.values():
+            group.take(work)
+        return [group], []
+
     def turn(self) -> None:
         """Nothing ends by itself."""
 
@@ -80,7 +88,7 @@ class Preparation:
             raise ValueError("what nobody had thought of")
         if resolved.id.startswith("slow"):
             assert photos_are_read.wait(30)
-        return SimpleNamespace(resolved=resolved, revision="r-0123456789ab", warnings=())
+        return SimpleNamespace(resolved=resolved, revision="r-0123456789ab", resolution=64, warnings=())
 
 
 class Service:
@@ -90,7 +98,7 @@ class Service:
         self.said: list[str] = []
         cluster, size = ClusterSpec(), ClusterSize(2.0, 0.0)
         given = ServiceOptions(**{"name": "default", "groups": (1, 1), "cluster": cluster, **options})
-        self.service = TrainService(store, Settings(), given, size, self.said.append)
+        self.service = TrainService(store, Settings(), given, size, self.said.append).__enter__()
         self.room: Any = self.service._room
 
     def turns(self, count: int = 3) -> None:

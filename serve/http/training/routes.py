@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
-from serve.http.training import file_routes, job_routes, run_routes, sample_routes
+from serve.http.training import file_routes, job_routes, run_routes, sample_routes, service_routes
 
-ROUTERS = (file_routes.router, job_routes.router, run_routes.router, sample_routes.router)
+ROUTERS = (
+    file_routes.router,
+    job_routes.router,
+    run_routes.router,
+    sample_routes.router,
+    service_routes.router,
+)

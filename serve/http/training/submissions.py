@@ -123,6 +123,10 @@ class Submissions:
         except RunError:
             return None
 
+    def sees(self, caller: Caller, run_id: str) -> bool:
+        """Say whether the caller may see a run that there is."""
+        return caller.is_admin or self._asked(run_id, caller.name) is not None
+
     def page(self, caller: Caller, limit: int, after: str | None, *, kind: Kind | None = None) -> RunPage | None:
         """Return a page of what a caller has asked for, the newest first; None where `after` is none of it.
 

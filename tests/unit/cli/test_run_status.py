@@ -7,8 +7,9 @@ from datetime import UTC, datetime, timedelta
 
 from rich.console import Console, RenderableType
 
-from cat_cluster.cli.run_status import RunBars, adapters_table, runs_table, state_text
+from cat_cluster.cli.run_status import RunBars, adapters_table, runs_table, services_table, state_text
 from cat_cluster.runs.progress import AdapterProgress, RunProgress, TokenLoss
+from cat_cluster.runs.services import GroupRecord, PlacedAdapter, ServiceRecord
 
 NOW = datetime.now(UTC)
 RUN = RunProgress(
@@ -89,3 +90,22 @@ def test_a_message_with_a_command_is_not_broken_into_lines() -> None:
     with RunBars(Console(file=screen, width=40, force_terminal=False)) as bars:
         bars.message("`kubectl -n cat-cluster describe rayjob single-94f11b30` shows how it stands")
     assert "`kubectl -n cat-cluster describe rayjob single-94f11b30` shows" in screen.getvalue()
+
+
+def test_services_are_shown_group_by_group() -> None:
+    cup = PlacedAdapter(run_id="run-000000000001", adapter="cup", steps=40)
+    mug = PlacedAdapter(run_id="run-000000000002", adapter="mug", steps=40)
+    groups = (
+        GroupRecord(number=0, slots=4, base="[pocket]", resolution=64, adapters=(cup, mug)),
+        GroupRecord(number=1, slots=2),
+    )
+    heard = (NOW - timedelta(seconds=90)).isoformat()
+    night = ServiceRecord(
+        name="night", host="a", started=heard, updated=heard, workers=2, groups=groups, measuring=(cup,), waiting=7
+    )
+    day = ServiceRecord(name="day", host="a", started=heard, updated=heard, workers=1)
+    lines = [" ".join(line.split()) for line in shown(services_table([night, day])).splitlines() if "run-" in line]
+    assert lines[0].startswith("night")
+    assert lines[0].endswith("7 0 2 of 4 [pocket], 64 px cup (run-000000000001), mug (run-000000000002)")
+    assert lines[1] == "measuring - - cup (run-000000000001)"
+    assert "day" in shown(services_table([day]))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 from cat_cluster.cluster import train_service
+from cat_cluster.runs.services import read_services
 from cat_cluster.store import LocalStore
 from tests.support.train_services import Service, submit
 
@@ -48,7 +49,7 @@ def test_what_is_read_and_has_a_place_begins_before_the_next_look_at_the_queue(
 
 def test_metrics_say_what_waits_and_for_how_long(start: Callable[..., Service], store: LocalStore) -> None:
     service, found = start(), dict[str, float]()
-    service.service._metrics = SimpleNamespace(set=lambda spec, value: found.update({spec.name: value}))  # type: ignore[assignment]
+    service.service._report._metrics = SimpleNamespace(set=lambda spec, value: found.update({spec.name: value}))  # type: ignore[assignment]
     service.turns(1)
     assert found == {"cat_queue_waiting": 0, "cat_queue_oldest_wait_seconds": 0.0}
     submit(store, 1, "cup", "mug", "jar")
@@ -62,6 +63,25 @@ def test_metrics_say_what_waits_and_for_how_long(start: Callable[..., Service], 
     service.service._held[run_id(1)].run.note("cup", state="training")
     service.turns(1)
     assert found["cat_queue_waiting"] == 4
+
+
+def test_the_store_is_told_who_trains_with_whom(start: Callable[..., Service], store: LocalStore) -> None:
+    service = start(name="night")
+    submit(store, 1, "cup")
+    submit(store, 2, "mug", "jar")
+    service.turns()
+    for _ in range(1000):
+        [told] = read_services(store) or [None]
+        if told is not None and told.groups and len(told.groups[0].adapters) == 2:
+            break
+        time.sleep(0.01)
+    assert told is not None
+    assert (told.name, told.workers, told.waiting) == ("night", 1, 3)
+    [group] = told.groups
+    assert (group.base, group.resolution, group.slots) == ("pocket", 64, 2)
+    assert [(one.run_id, one.adapter) for one in group.adapters] == [(run_id(1), "cup"), (run_id(2), "mug")]
+    service.service.__exit__(None, None, None)
+    assert read_services(store) == []
 
 
 def run_id(number: int) -> str:

@@ -144,6 +144,8 @@ def test_routes_and_methods_that_are_not_there(http: httpx2.Client) -> None:
     refused = http.get(PATH)
     assert_refused(refused, 405, "method_not_allowed")
     assert refused.headers["allow"] == "POST"
+    assert http.delete("/v1/runs").headers["allow"] == "GET, POST", "of two routes"
+    assert set(http.delete("/openapi.json").headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 def test_health_ready_and_pages(http: httpx2.Client, engine: ScriptedEngine) -> None:
