@@ -95,6 +95,10 @@ class RunProgress(_Record):
         """Whether no driver works on the run any more."""
         return self.state in ENDED_RUN
 
+    def is_over(self, *, is_stopping: bool) -> bool:
+        """Say whether nobody works on the run any more, or will: it has ended, or was asked to stop while it waited."""
+        return self.ended or (is_stopping and self.state == "waiting")
+
     def adapter(self, adapter_id: str) -> AdapterProgress:
         """Return the progress of an adapter; KeyError if the run has no such adapter."""
         for adapter in self.adapters:

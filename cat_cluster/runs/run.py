@@ -260,6 +260,10 @@ class Run:
         except (ObjectNotFoundError, ValueError, KeyError, TypeError):
             return 0  # an unreadable request stops nothing
 
+    def is_stopping(self, progress: RunProgress) -> bool:
+        """Say whether somebody asked the run to stop, which has not ended; progress: its record."""
+        return not progress.ended and self.asked_to_stop() >= progress.attempt
+
     def withdraw_stop(self) -> None:
         """Withdraw a request to stop, so that it does not stop the next attempt."""
         self.store.delete(self.key("stop.json"))

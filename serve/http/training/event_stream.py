@@ -17,7 +17,7 @@ from serve.http.routes import caller_of, ingress_of
 from serve.http.streams import EventStream
 from serve.http.training.guards import seen_run
 from serve.http.training.submissions import SeenRun
-from serve.http.training.told import events_of, has_ended
+from serve.http.training.told import events_of
 
 _POLL_S = 1.0  # a driver writes its record every two seconds
 _POLLS = 4  # between two looks at what the record does not say, such as a request to stop
@@ -55,7 +55,7 @@ async def _events(request: Request, seen: SeenRun, after: str) -> AsyncGenerator
                 quiet = 0
                 data = event.model_dump_json().encode()
                 yield b"id: %b\nevent: fine_tuning.job.event\ndata: %b\n\n" % (event.id.encode(), data)
-        if has_ended(seen):
+        if seen.has_ended:
             yield _DONE
             return
         quiet += 1

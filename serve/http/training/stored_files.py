@@ -117,7 +117,7 @@ class StoredFiles:
         uses = self._store.list(f"file-uses/{file.id}/")
         for key in uses:
             run = Run(self._store, key.rpartition("/")[2].removesuffix(".json"))
-            if not has_ended(run):
+            if not _is_over(run):
                 raise ConflictError(f"{file.id} is used by {run.run_id}, which has not ended; stop that first")
         keys = self._store.list(f"files/{file.id}/")
         for key in [*sorted(keys, key=lambda key: not key.endswith(".json")), *uses]:  # the record goes first
@@ -147,13 +147,12 @@ class StoredFiles:
             raise ObjectNotFoundError(f"{key} in storage {self._store.url} is no record of a file") from None
 
 
-def has_ended(run: Run) -> bool:
-    """Say whether nobody works on a run any more, or will: it has ended, or was asked to stop before it began."""
+def _is_over(run: Run) -> bool:
     try:
         progress = run.progress()
     except RunError:
         return True  # it never began, or nobody can go on with it
-    return progress.ended or (progress.state == "waiting" and run.asked_to_stop() >= progress.attempt)
+    return progress.is_over(is_stopping=run.is_stopping(progress))
 
 
 def _prefix(owner: str) -> str:

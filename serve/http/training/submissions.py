@@ -63,6 +63,11 @@ class SeenRun:
     is_stopping: bool
     claims: dict[int, Claim]
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.progress.is_over(is_stopping=self.is_stopping)
+
 
 @dataclass(frozen=True)
 class RunPage:
@@ -175,11 +180,10 @@ class Submissions:
 
     def _seen(self, run: Run, asked: Asked | None, *, claims: bool = False) -> SeenRun:
         progress = run.progress()
-        is_stopping = not progress.ended and run.asked_to_stop() >= progress.attempt
         last = run.last_attempt() if claims else 0
         numbers = range(max(1, last - _MOST_CLAIMS + 1), last + 1)
         found = {number: claim for number in numbers if (claim := run.claim_of(number)) is not None}
-        return SeenRun(run.run_id, asked, progress, is_stopping, found)
+        return SeenRun(run.run_id, asked, progress, run.is_stopping(progress), found)
 
     def _asked(self, run_id: str, owner: str) -> Asked | None:
         with suppress(ObjectNotFoundError, ValidationError):  # a damaged one is asked for anew

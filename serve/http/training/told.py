@@ -24,7 +24,7 @@ def status_of(seen: SeenRun) -> JobStatus:
     """
     progress = seen.progress
     if progress.state == "waiting":
-        return "cancelled" if seen.is_stopping else "queued"
+        return "cancelled" if seen.has_ended else "queued"
     if progress.state != "running":
         ended: Mapping[str, JobStatus] = {"done": "succeeded", "failed": "failed", "stopped": "cancelled"}
         return ended[progress.state]
@@ -32,11 +32,6 @@ def status_of(seen: SeenRun) -> JobStatus:
         # Whoever holds it reads its photos first; then it waits for a place.
         return "queued" if any(adapter.revision for adapter in progress.adapters) else "validating_files"
     return "running"
-
-
-def has_ended(seen: SeenRun) -> bool:
-    """Say whether nothing will change any more."""
-    return status_of(seen) in ("succeeded", "failed", "cancelled")
 
 
 def run_card(seen: SeenRun) -> RunCard:
@@ -62,7 +57,7 @@ def job_of(seen: SeenRun) -> FineTuningJob:
     return FineTuningJob(
         id=seen.run_id,
         created_at=_created(seen),
-        finished_at=_unix(seen.progress.updated) if has_ended(seen) else None,
+        finished_at=_unix(seen.progress.updated) if seen.has_ended else None,
         model=asked.get("model") or "",
         fine_tuned_model=_model_of(adapter),
         organization_id="" if seen.asked is None else seen.asked.owner,

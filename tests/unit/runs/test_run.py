@@ -163,6 +163,20 @@ def test_a_request_to_stop_names_its_attempt(run: Run) -> None:
     assert not first.stop_requested()
 
 
+def test_a_run_that_is_asked_to_stop_while_it_waits_is_over_at_once(run: Run) -> None:
+    waiting = RunProgress.begin(RUN_ID, small_job(), state="waiting", attempt=2)
+    run.request_stop(1)
+    assert not run.is_stopping(waiting), "an attempt before this one was asked"
+    run.request_stop(2)
+    assert run.is_stopping(waiting)
+    running, done = (waiting.changed(state=state) for state in ("running", "done"))
+    assert run.is_stopping(running)
+    assert not run.is_stopping(done)
+    found = [(record.is_over(is_stopping=False), record.is_over(is_stopping=True)) for record in (waiting, running)]
+    assert found == [(False, True), (False, False)]
+    assert done.is_over(is_stopping=False)
+
+
 def test_progress_comes_back_as_it_was_and_losses_need_not_be_finite(run: Run) -> None:
     with ProgressWriter(run.claim(), begun(Attempt(run, 1)), interval=30) as writer:
         assert run.progress().state == "running"
