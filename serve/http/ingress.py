@@ -32,7 +32,7 @@ from serve.http.routes import IngressDep, RouteParts, request_entry
 from serve.http.served_sizes import ServedSizes
 from serve.http.sites import SiteGuard
 from serve.http.training import routes as training_routes
-from serve.http.training.job_bodies import run_body
+from serve.http.training.job_bodies import run_schemas
 from serve.http.training.parts import TrainingParts
 from serve.settings import ServeSettings
 from serve.tracing import NO_TRACER, Tracer
@@ -165,8 +165,7 @@ def _as_it_is(describe: Callable[[], dict[str, Any]]) -> Callable[[], dict[str, 
                     del operation["responses"]["422"]
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
-        schema = run_body()
-        document["components"]["schemas"] |= {**schema.pop("$defs"), schema["title"]: schema}
+        document["components"]["schemas"] |= run_schemas()
         return document
 
     return described

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, Field, JsonValue, field_validator
@@ -234,12 +235,13 @@ def as_field(line: str) -> str:
     return f"{_FIELDS.get(place, place)}{colon}{told}"
 
 
-def run_body() -> dict[str, Any]:
-    """Return the description of a whole spec as the body of POST /v1/runs, with the schemas that it refers to."""
+@cache
+def run_schemas() -> dict[str, Any]:
+    """Return, by name, the schemas that describe the body of POST /v1/runs: RunRequest and those it refers to."""
     schema: dict[str, Any] = json.loads(json.dumps(spec_json_schema()).replace("#/$defs/", "#/components/schemas/"))
     schema["properties"] |= {
         "priority": {"type": "integer", "minimum": LOWEST_PRIORITY, "maximum": HIGHEST_PRIORITY, "default": 0},
         "deadline": {"type": "string", "format": "date-time"},
     }
     schema["title"] = "RunRequest"
-    return schema
+    return {**schema.pop("$defs"), "RunRequest": schema}

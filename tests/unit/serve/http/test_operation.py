@@ -174,3 +174,10 @@ def test_the_description_is_shown_by_a_release_that_reads_its_version(http: http
     assert http.get("/openapi.json").json()["openapi"].startswith("3.1")
     assert '"openapi.json"' in start
     assert "3.0" not in start
+
+
+def test_the_description_of_a_job_spec_is_made_once(http: httpx2.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = http.get("/openapi.json").json()
+    assert {"RunRequest", "AdapterSpec", "TrainingSpec"} <= first["components"]["schemas"].keys()
+    monkeypatch.setattr("serve.http.training.job_bodies.spec_json_schema", lambda: pytest.fail("made again"))
+    assert http.get("/openapi.json").json() == first
