@@ -17,7 +17,11 @@ from cat_cluster.cli.k8s_options import (
     WorkerMemory,
     write_manifest,
 )
-from cat_cluster.cli.train_service import (
+from cat_cluster.cli.train_service_options import (
+    CHECKPOINT_EVERY,
+    GROUPS,
+    NAME,
+    WORKERS,
     Base,
     CheckpointEvery,
     Groups,
@@ -40,12 +44,12 @@ Evaluations = Annotated[
 
 def train_service(
     storage: Annotated[str | None, typer.Option(help="s3:// address. Default: $CAT_STORAGE.")] = None,
-    name: ServiceName = "default",
-    groups: Groups = "1:1",
-    workers: Workers = 1,
+    name: ServiceName = NAME,
+    groups: Groups = GROUPS,
+    workers: Workers = WORKERS,
     zero_stage: ZeroStage = None,
     max_pack: MaxPack = None,
-    checkpoint_every: CheckpointEvery = 50,
+    checkpoint_every: CheckpointEvery = CHECKPOINT_EVERY,
     owner_limit: OwnerLimit = None,
     base: Base = None,
     evaluations: Evaluations = 1,
@@ -89,7 +93,7 @@ def train_service(
         groups=read_groups(groups),
         cluster=cluster_of(workers, zero_stage, max_pack, checkpoint_every),
         bases=bases,
-        name="cat-train-service" if name == "default" else name,
+        name="cat-train-service" if name == NAME else name,
         namespace=namespace,
         image=image,
         gpu=gpu,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from cat_cluster.cli import k8s_train_service, train_service
 from cat_cluster.cli.k8s import k8s_app
 from cat_cluster.cluster.kuberay.checks.check import Document, check_manifests
 from cat_cluster.cluster.kuberay.checks.schemas import load_schemas
@@ -110,3 +112,9 @@ def test_the_command_writes_what_runs_the_same_service(tmp_path: Path) -> None:
         "--checkpoint-every 50 --owner-limit 'ann lee=2' --base pocket"
     )
     assert CliRunner().invoke(k8s_app, ["train-service", "--storage", BUCKET, "--groups", "2:1"]).exit_code != 0
+
+
+def test_the_command_has_every_option_of_the_service_with_the_same_default() -> None:
+    here, there = (inspect.signature(one.train_service).parameters for one in (train_service, k8s_train_service))
+    shared = here.keys() - {"address", "storage"}  # where Ray is, and a folder, are not asked in Kubernetes
+    assert {name: here[name] for name in shared} == {name: there[name] for name in shared}
