@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
@@ -15,6 +15,9 @@ from playwright.sync_api import Browser, sync_playwright
 from cat_cluster.cluster.kuberay.checks.schemas import Schemas, load_schemas
 from tests.support.browser_page import ARGUMENTS, CHROMIUM, RECORD, OpenPage, Watched
 from tests.support.tiny_jobs import CommandLine, Finished, adapter, run_process, write_judge, write_photos, write_spec
+
+if TYPE_CHECKING:
+    from tests.support.ingress_server import Live, Shop
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,20 @@ def browser() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(ARGUMENTS))
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def live(shop: Shop) -> Iterator[Live]:
+    """The service with what a module's own `shop` has in it."""
+    from tests.support.ingress_server import serving  # takes seconds that tests without a page need not wait
+
+    with serving(shop) as live:
+        yield live
+
+
+@pytest.fixture(scope="module")
+def page_url(live: Live) -> str:
+    return live.url
 
 
 @pytest.fixture

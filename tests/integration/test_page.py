@@ -47,17 +47,6 @@ def shop(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Sh
     return shop
 
 
-@pytest.fixture(scope="module")
-def live(shop: Shop) -> Iterator[Live]:
-    with serving(shop) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def page_url(live: Live) -> str:
-    return live.url
-
-
 def write_history(shop: Shop) -> None:
     """Probe records of the cup's latest revision, one a minute: canonical and live, and an alarm at the end."""
     now, latest = time.time(), shop.cups[1]

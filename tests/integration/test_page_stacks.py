@@ -36,14 +36,8 @@ def furnished(base_folder: Path, storage: Path, **options: Any) -> Shop:
 
 
 @pytest.fixture(scope="module")
-def live(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    with serving(furnished(tiny_base_folder, tmp_path_factory.mktemp("shop"))) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def page_url(live: Live) -> str:
-    return live.url
+def shop(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
+    return furnished(tiny_base_folder, tmp_path_factory.mktemp("shop"))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from cat_cluster.runs.run import Run
 from cat_cluster.runs.services import SERVICES, GroupRecord, PlacedAdapter, ServiceRecord
 from cat_cluster.store import ObjectStore
 from tests.support.browser_page import OpenPage
-from tests.support.ingress_server import Live, Shop, furnish, serving
+from tests.support.ingress_server import Shop, furnish
 
 VIEWS = ("#/teach", "#/runs")
 
@@ -28,17 +27,6 @@ VIEWS = ("#/teach", "#/runs")
 def shop(tiny_base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
     """cup and mug, both taught with sks."""
     return furnish(tiny_base_folder, tmp_path_factory.mktemp("shop"))
-
-
-@pytest.fixture(scope="module")
-def live(shop: Shop) -> Iterator[Live]:
-    with serving(shop) as live:
-        yield live
-
-
-@pytest.fixture(scope="module")
-def page_url(live: Live) -> str:
-    return live.url
 
 
 def noise(seed: int, width: int, height: int) -> bytes:
