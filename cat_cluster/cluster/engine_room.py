@@ -307,6 +307,7 @@ class EngineRoom:
             failure = failure_of(error, adapters=len(group.works))
         self._take_events()  # what ended before the failure needs no second try
         del self._groups.running[group.number]
+        self._messages.forget(group.number)
         for name in group.leaving:
             self._clear(name)
         if failure is None:

@@ -61,11 +61,14 @@ class _Actor:
 
     def newer(self, pack: int, number: int) -> bytes | None:
         """Return the order of a pack, None unless it is newer than the one of that number."""
-        newest, _, order = self._orders[pack]
+        newest, _, order = self._orders.get(pack, (0, 0, b""))  # workers that are being stopped may ask yet
         return order if newest > number else None
 
     def adapters(self, pack: int) -> int:
         return self._orders[pack][1]
+
+    def forget(self, pack: int) -> None:
+        self._orders.pop(pack, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +101,10 @@ class Messages:
         """Return how many adapters a pack was last told to train."""
         found: int = ray.get(self.actor.adapters.remote(pack))
         return found
+
+    def forget(self, pack: int) -> None:
+        """Keep nothing of a pack whose task has ended."""
+        self.actor.forget.remote(pack)
 
 
 class OrderReader:

@@ -42,8 +42,8 @@ SHORT = OutOfMemoryError("out of memory")
 class Cluster:
     """Tasks that end at once, the oldest pack first: `fails` says with what a pack or an evaluation does.
 
-    started: every task; threads: how many a worker of each pack may use; given: the orders of each pack; events: what
-    is told at each look; measures_first: evaluations end before packs.
+    started: every task; threads: how many a worker of each pack may use; given: the orders of each pack; forgotten:
+    packs of which nothing is kept; events: what is told at each look; measures_first: evaluations end before packs.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class Cluster:
         self.started: list[str] = []
         self.threads: list[int] = []
         self.given: dict[int, list[Order]] = {}
+        self.forgotten: list[int] = []
         self.events = list(events)
         self.measures_first = measures_first
 
@@ -73,6 +74,9 @@ class Cluster:
 
     def give(self, pack: int, order: Order) -> None:
         self.given.setdefault(pack, []).append(order)
+
+    def forget(self, pack: int) -> None:
+        self.forgotten.append(pack)
 
     def take(self) -> Sequence[tuple[Any, ...]]:
         return self.events.pop(0) if self.events else ()

@@ -96,6 +96,7 @@ def test_the_last_one_of_a_group_that_others_have_left_is_tried_once_more_by_its
     found = service(always({"train cup mug": failure}), events=[[], [("ended", 0, (CUP,))]])
     assert found.train() == {"cup": "published", "mug": "published"}
     assert "train mug" in found.cluster.started
+    assert found.cluster.forgotten == [0, 1], "a service has thousands of groups"
 
 
 @pytest.mark.parametrize("failure", [LOST, OutOfMemoryError("out of memory")])
