@@ -69,8 +69,10 @@ class PackMonitor:
 
     def dismiss(self, name: str) -> None:
         """Know an adapter no more that has left the pack, and keep nothing of it here."""
-        self._upload({name: self._watched.pop(name)})
+        watched = self._watched.pop(name)
+        self._upload({name: watched})
         self._tensorboard.forget(name)
+        self._metrics.forget(watched.ordered.resolved.id)
 
     def checkpoint(self, seconds: float, size: int) -> None:
         """Record that a checkpoint of `size` bytes was stored in `seconds`."""

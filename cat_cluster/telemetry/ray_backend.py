@@ -21,7 +21,8 @@ class RayBackend:
     """
 
     def __init__(self) -> None:
-        self._last: dict[tuple[ray_metrics.Gauge, tuple[tuple[str, str], ...]], float] = {}
+        self._gauges: dict[MetricSpec, ray_metrics.Gauge] = {}
+        self._last: dict[tuple[MetricSpec, tuple[tuple[str, str], ...]], float] = {}
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
@@ -32,15 +33,20 @@ class RayBackend:
             # Ray refuses to add nothing.
             return lambda value, labels: counter.inc(value, dict(labels)) if value else None
         if spec.kind == "gauge":
-            gauge = ray_metrics.Gauge(spec.name, spec.help, spec.labels)
-            return lambda value, labels: self._set(gauge, value, labels)
+            self._gauges[spec] = ray_metrics.Gauge(spec.name, spec.help, spec.labels)
+            return lambda value, labels: self._set(spec, value, labels)
         histogram = ray_metrics.Histogram(spec.name, spec.help, list(spec.buckets), spec.labels)
         return lambda value, labels: histogram.observe(value, dict(labels))
 
-    def _set(self, gauge: ray_metrics.Gauge, value: float, labels: Mapping[str, str]) -> None:
+    def forget(self, spec: MetricSpec, labels: Mapping[str, str]) -> None:
+        """Set a gauge with these labels no more; Ray shows its last value for a while yet."""
         with self._lock:
-            self._last[gauge, tuple(sorted(labels.items()))] = value
-            gauge.set(value, dict(labels))
+            self._last.pop((spec, tuple(sorted(labels.items()))), None)
+
+    def _set(self, spec: MetricSpec, value: float, labels: Mapping[str, str]) -> None:
+        with self._lock:
+            self._last[spec, tuple(sorted(labels.items()))] = value
+            self._gauges[spec].set(value, dict(labels))
             if self._thread is None:
                 self._thread = threading.Thread(target=self._set_again, name="ray-gauges", daemon=True)
                 self._thread.start()
@@ -49,8 +55,8 @@ class RayBackend:
         while True:
             time.sleep(AGAIN_S)
             with self._lock:
-                for (gauge, labels), value in self._last.items():
-                    gauge.set(value, dict(labels))
+                for (spec, labels), value in self._last.items():
+                    self._gauges[spec].set(value, dict(labels))
 
 
 class RayAndPrometheusBackend:
@@ -59,6 +65,11 @@ class RayAndPrometheusBackend:
     def __init__(self) -> None:
         self._ray, self._own = RayBackend(), PrometheusBackend(CollectorRegistry())
         self.exposition = self._own.exposition
+
+    def forget(self, spec: MetricSpec, labels: Mapping[str, str]) -> None:
+        """Show the value of a gauge with these labels no more, in both."""
+        self._ray.forget(spec, labels)
+        self._own.forget(spec, labels)
 
     def open(self, spec: MetricSpec) -> Record:
         """Record a value in both."""

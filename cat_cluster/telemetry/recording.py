@@ -21,6 +21,9 @@ class MetricBackend(Protocol):
     def open(self, spec: MetricSpec) -> Record:
         """Make a metric and return what records a value of it: added to a counter, set on a gauge, or observed."""
 
+    def forget(self, spec: MetricSpec, labels: Mapping[str, str]) -> None:
+        """Show the value of a gauge with these labels no more."""
+
 
 class Metrics:
     """Records metrics of one process; safe to call from any thread.
@@ -37,7 +40,7 @@ class Metrics:
         *,
         most_series: int = MOST_SERIES,
     ) -> None:
-        self._most_series = most_series
+        self._backend, self._most_series = backend, most_series
         self._records = {spec: backend.open(spec) for spec in specs}
         self._seen: dict[MetricSpec, set[tuple[str, ...]]] = {spec: set() for spec in specs}
         self._lock = threading.Lock()
@@ -55,6 +58,17 @@ class Metrics:
     def observe(self, spec: MetricSpec, value: float, **labels: str) -> None:
         """Count a value in a histogram, in its own unit. Raises ValueError for another kind or wrong labels."""
         self._record(spec, "histogram", value, labels)
+
+    def forget(self, **labels: str) -> None:
+        """Show gauges with these label values no more, as of an adapter that has left, and give others their room."""
+        for spec, seen in self._seen.items():
+            if spec.kind == "gauge" and labels.keys() <= set(spec.labels):
+                with self._lock:
+                    every = [dict(zip(spec.labels, one, strict=True)) for one in seen]
+                    gone = [own for own in every if labels.items() <= own.items()]
+                    seen.difference_update(tuple(own.values()) for own in gone)
+                for own in gone:
+                    self._backend.forget(spec, own)
 
     def _record(self, spec: MetricSpec, kind: Kind, value: float, labels: Mapping[str, str]) -> None:
         if spec.kind != kind:
@@ -82,6 +96,7 @@ class PrometheusBackend:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = CollectorRegistry() if registry is None else registry
+        self._gauges: dict[MetricSpec, Gauge] = {}
 
     def open(self, spec: MetricSpec) -> Record:
         """Register a metric; ValueError when the registry has one of this name."""
@@ -89,10 +104,14 @@ class PrometheusBackend:
             counter = Counter(spec.name, spec.help, spec.labels, registry=self.registry)
             return lambda value, labels: (counter.labels(**labels) if labels else counter).inc(value)
         if spec.kind == "gauge":
-            gauge = Gauge(spec.name, spec.help, spec.labels, registry=self.registry)
+            gauge = self._gauges[spec] = Gauge(spec.name, spec.help, spec.labels, registry=self.registry)
             return lambda value, labels: (gauge.labels(**labels) if labels else gauge).set(value)
         histogram = Histogram(spec.name, spec.help, spec.labels, buckets=spec.buckets, registry=self.registry)
         return lambda value, labels: (histogram.labels(**labels) if labels else histogram).observe(value)
+
+    def forget(self, spec: MetricSpec, labels: Mapping[str, str]) -> None:
+        """Show the value of a gauge with these labels no more."""
+        self._gauges[spec].remove(*(labels[name] for name in spec.labels))
 
     def exposition(self) -> bytes:
         """Return all metrics in Prometheus' text format."""

@@ -56,6 +56,10 @@ class TrainingMetrics:
         # A dropped adapter gets no rows, so the only report with both its losses and its reason is this one.
         metrics.inc(DROPPED_ADAPTERS, sum(adapter in report.losses for adapter in report.dropped))
 
+    def forget(self, adapter: str) -> None:
+        """Show the losses of an adapter no more that trains no more."""
+        self._metrics.forget(adapter=adapter)
+
     def checkpoint(self, seconds: float, size: int) -> None:
         """Record that a checkpoint of `size` bytes was stored in `seconds`."""
         self._metrics.observe(CHECKPOINT_SECONDS, seconds)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,17 +205,32 @@ def test_kustomize_builds_what_the_operator_and_grafana_take() -> None:
 
 
 @pytest.fixture(scope="module")
-def training_metrics() -> Iterator[str]:
-    """The address of the metrics of a Ray node on which every metric of training was recorded."""
+def recording() -> Iterator[tuple[str, Callable[[str], None]]]:
+    """The address of the metrics of a Ray node on which every metric of training was recorded.
+
+    And what has it show an adapter no more.
+    """
     command = [sys.executable, "-m", "tests.support.record_metrics"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
-            yield process.stdout.readline().strip()
+            assert process.stdin is not None
+            lines = process.stdin
+
+            def forget(adapter_id: str) -> None:
+                lines.write(f"{adapter_id}\n")
+                lines.flush()
+
+            yield process.stdout.readline().strip(), forget
             process.communicate("", timeout=PATIENCE_S)
         finally:
             process.kill()
     assert process.returncode == 0
+
+
+@pytest.fixture
+def training_metrics(recording: tuple[str, Callable[[str], None]]) -> str:
+    return recording[0]
 
 
 def scrape(url: str) -> dict[tuple[str, ...], float]:
@@ -230,7 +245,10 @@ def scrape(url: str) -> dict[tuple[str, ...], float]:
 
 
 @pytest.mark.ray
-def test_what_a_process_records_is_at_the_metrics_port_of_its_node(training_metrics: str) -> None:
+def test_what_a_process_records_is_at_the_metrics_port_of_its_node_as_long_as_it_holds(
+    recording: tuple[str, Callable[[str], None]],
+) -> None:
+    training_metrics, forget = recording
     losses = f"ray_{IDENTITY_LOSS.name}"
     wanted = {
         ("ray_cat_training_steps_total",): 2.0,
@@ -251,6 +269,12 @@ def test_what_a_process_records_is_at_the_metrics_port_of_its_node(training_metr
     assert len([name for name, *_ in found if name == losses]) == 5
     shown = {name for name, *_ in found}
     assert {f"ray_{one.name}{'_count' if one.kind == 'histogram' else ''}" for one in TRAINING_METRICS} <= shown
+    forget("cup-0")
+    deadline = time.monotonic() + PATIENCE_S
+    while (losses, "cup-0", "sks") in (found := scrape(training_metrics)):
+        assert time.monotonic() < deadline, "shown for ever"
+        time.sleep(0.5)
+    assert found[losses, "mug", "<shs>"] == 2.0
 
 
 @pytest.fixture(scope="module")

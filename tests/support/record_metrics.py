@@ -1,6 +1,7 @@
-"""A process with a Ray of its own that records every metric, prints its node's metrics address and waits for stdin.
+"""A process with a Ray of its own that records every metric, prints its node's metrics address and forgets adapters.
 
-In a process of its own because Ray reads how it authenticates once, when it is first imported.
+Each line of stdin is the id of an adapter that it shows no more. In a process of its own because Ray reads how it
+authenticates once, when it is first imported.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def main() -> None:
         metrics.set(IDENTITY_LOSS, n, adapter=f"cup-{n}", token="sks")
     (node,) = ray.nodes()
     print(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", flush=True)
-    sys.stdin.read()
+    for line in sys.stdin:
+        metrics.forget(adapter=line.strip())
     ray.shutdown()
 
 

@@ -170,6 +170,24 @@ def test_series_are_bounded_whatever_is_trained(backend: PrometheusBackend) -> N
     )
 
 
+def test_of_an_adapter_that_has_left_no_gauge_is_shown_and_another_has_its_room(backend: PrometheusBackend) -> None:
+    trained = MetricSpec("cat_trained_total", "counter", "images", "Images.", ("adapter",))
+    metrics = Metrics(backend, (IDENTITY_LOSS, PACKS_RUNNING, trained), most_series=2)
+    for adapter, token in (("cup", "sks"), ("cup", "zwx")):
+        metrics.set(IDENTITY_LOSS, 0.5, adapter=adapter, token=token)
+    metrics.set(PACKS_RUNNING, 1.0)
+    metrics.inc(trained, adapter="cup")
+    metrics.forget(adapter="cup")
+    metrics.forget(adapter="never")
+    losses = IDENTITY_LOSS.name
+    assert not [labels for name, labels in samples(backend) if name == losses]
+    assert (value(backend, "cat_packs_running"), value(backend, trained.name, adapter="cup")) == (1.0, 1.0)
+    metrics.set(IDENTITY_LOSS, 0.25, adapter="mug", token="sks")
+    metrics.set(IDENTITY_LOSS, 0.75, adapter="cup", token="sks")
+    assert value(backend, losses, adapter="mug", token="sks") == 0.25
+    assert value(backend, losses, adapter="cup", token="sks") == 0.75
+
+
 def test_threads_share_the_bound(backend: PrometheusBackend) -> None:
     served = MetricSpec("cat_served_total", "counter", "images", "Images.", ("adapter",))
     metrics = Metrics(backend, (served,), most_series=10)
