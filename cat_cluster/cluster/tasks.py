@@ -101,7 +101,8 @@ def _evaluate(ordered: OrderedAdapter, storage: str, seconds: float, messages: M
             messages.put("images", ordered.name, done, total)
 
     started = time.perf_counter()
-    store = open_fenced_store(storage, ordered.run_id, ordered.attempt)
+    # A task that is given up goes on until an interrupt reaches it; its run may be said to be stopped before that.
+    store = open_fenced_store(storage, ordered.run_id, ordered.attempt, until_ended=True)
     try:
         adapter = _cache.prepare(ordered.resolved, ordered.revision)
         result = finish_adapter(

@@ -302,6 +302,16 @@ class Attempt:
                 "writing any more; follow the run with `cat-cluster jobs status`"
             )
 
+    def check_not_ended(self) -> None:
+        """Raise SupersededError as check does, and once the attempt's own record says that it has ended."""
+        self.check()
+        with suppress(ObjectNotFoundError, ValidationError):
+            record = RunProgress.model_validate_json(self.run.store.get(self.run.progress_key(self.number)))
+            if record.ended:
+                raise SupersededError(
+                    f"attempt {self.number} of {self.run.run_id} is {record.state} and writes no more"
+                )
+
     def stop_requested(self) -> bool:
         """Say whether somebody asked this attempt to stop."""
         return self.run.asked_to_stop() >= self.number
@@ -314,8 +324,10 @@ class FencedStore:
     takes over still arrives, so what two attempts may write under one key has the same content.
     """
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Attempt, *, until_ended: bool = False) -> None:
+        """until_ended: writes are refused too once the attempt's own record says that it has ended."""
         self.attempt = attempt
+        self._check = attempt.check_not_ended if until_ended else attempt.check
         self._store = attempt.run.store
 
     @property
@@ -329,7 +341,7 @@ class FencedStore:
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> None:
         """Store an object as the wrapped store does; SupersededError if the attempt is not the last."""
-        self.attempt.check()
+        self._check()
         self._store.put(key, data, if_absent=if_absent)
 
     def exists(self, key: str) -> bool:
@@ -346,7 +358,7 @@ class FencedStore:
 
     def delete(self, key: str) -> None:
         """Remove an object; SupersededError if the attempt is not the last."""
-        self.attempt.check()
+        self._check()
         self._store.delete(key)
 
     def size(self, key: str) -> int:
@@ -355,15 +367,20 @@ class FencedStore:
 
     def check_access(self) -> None:
         """Write and remove a probe, so that a store that cannot be used is a StoreError before any work begins."""
-        self.attempt.check()
+        self._check()
         self._store.check_access()
 
 
 def open_fenced_store(
-    url: str, run_id: str, attempt: int, *, on_retry: Callable[[str], None] | None = None
+    url: str,
+    run_id: str,
+    attempt: int,
+    *,
+    until_ended: bool = False,
+    on_retry: Callable[[str], None] | None = None,
 ) -> FencedStore:
     """Return the store at the address, fenced for an attempt that the driver has claimed: what a Ray worker opens."""
-    return FencedStore(Attempt(Run(open_store(url, on_retry=on_retry), run_id), attempt))
+    return FencedStore(Attempt(Run(open_store(url, on_retry=on_retry), run_id), attempt), until_ended=until_ended)
 
 
 def _new_claim(*, job: str | None = None, service: str | None = None) -> Claim:

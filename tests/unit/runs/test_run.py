@@ -133,6 +133,25 @@ def test_a_superseded_driver_writes_nothing_more(run: Run, tmp_path: Path) -> No
     assert not run.store.exists("manifest")
 
 
+@pytest.mark.parametrize("state", ["stopped", "failed", "done"])
+def test_what_is_to_be_published_is_refused_once_the_run_is_said_to_have_ended(run: Run, state: Any) -> None:
+    attempt = run.claim()
+    store = pickle.loads(pickle.dumps(open_fenced_store(run.store.url, RUN_ID, 1, until_ended=True)))
+    run.write_progress(begun(attempt))
+    store.put("manifest", b"1")
+    run.write_progress(begun(attempt).changed(state=state))
+    for write in (partial(store.put, "manifest", b"2"), partial(store.delete, "manifest"), store.check_access):
+        with pytest.raises(SupersededError, match=f"attempt 1 of {RUN_ID} is {state}"):
+            write()
+    assert store.get("manifest") == b"1"
+    FencedStore(attempt).put("checkpoint", b"1")
+    run.store.put(run.progress_key(1), b"{")
+    store.put("manifest", b"2")
+    run.claim()
+    with pytest.raises(SupersededError, match="taken over"):
+        store.put("manifest", b"3")
+
+
 def test_the_fence_costs_one_look_at_one_key(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = run.claim()
     looked: list[str] = []
