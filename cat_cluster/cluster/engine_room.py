@@ -86,8 +86,7 @@ class EngineRoom:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # None is left unless something stops early.
-        self._given_up.add([*self._training, *self._evaluating, *self._measuring, *self._warming])
+        self._given_up.add([*self._training, *self._evaluating, *self._measuring, *self._warming])  # if stopped early
         self._given_up.wait()
 
     @property
