@@ -18,7 +18,7 @@ from cat_cluster.models.pocket.world import colour_name
 from cat_cluster.models.pocket_xl import world
 from cat_cluster.models.pocket_xl.captions import scene_caption, with_article
 from cat_cluster.models.pocket_xl.concepts import CONCEPTS
-from cat_cluster.models.pocket_xl.emojis import Emoji, load_emojis
+from cat_cluster.models.pocket_xl.emojis import EVERYDAY, EVERYDAY_WEIGHT, Emoji, load_emojis
 
 seeds = st.integers(min_value=0, max_value=2**32 - 1)
 
@@ -40,6 +40,17 @@ def test_names_are_what_people_say_and_each_belongs_to_one_picture(emojis: tuple
 def test_only_things_without_a_colour_in_their_names_are_recoloured(emojis: tuple[Emoji, ...]) -> None:
     assert {emoji.name for emoji in emojis if not emoji.recoloured} == {"apple", "cote divoire flag"}
     assert {emoji.name for emoji in emojis if not emoji.is_thing} == {"cote divoire flag"}
+
+
+def test_everyday_things_come_up_more_often_than_others(emojis: tuple[Emoji, ...]) -> None:
+    weights = {emoji.name: emoji.weight for emoji in emojis}
+    assert weights == dict.fromkeys(weights, EVERYDAY_WEIGHT) | {"dog face": 1.0, "cote divoire flag": 0.05}
+    taught = {concept.noun for concept in CONCEPTS.values()}
+    assert taught - EVERYDAY == {"robot face"}, "a concept is taught among others of its kind that the base knows"
+    rng = np.random.default_rng(0)
+    first = Counter(world.random_scene(emojis, rng).things[0].index for _ in range(4_000))
+    common, rare = (next(i for i, one in enumerate(emojis) if one.name == name) for name in ("lion", "dog face"))
+    assert first[common] / first[rare] == pytest.approx(EVERYDAY_WEIGHT, rel=0.35)
 
 
 def test_a_cutout_has_no_margin(emojis: tuple[Emoji, ...]) -> None:
