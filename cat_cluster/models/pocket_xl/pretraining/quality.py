@@ -345,7 +345,7 @@ def concept_frames(*, photos: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _things(pocket: PocketXl) -> list[int]:
-    return [index for index, emoji in enumerate(pocket.emojis) if emoji.is_thing and emoji.weight == 1.0]
+    return [index for index, emoji in enumerate(pocket.emojis) if emoji.is_thing and emoji.weight >= 1.0]
 
 
 def _prompt(pocket: PocketXl, index: int, place: str) -> str:
