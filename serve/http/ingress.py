@@ -144,10 +144,10 @@ async def _error_response(request: Request, error: Exception) -> Response:
 
 
 def _methods_of(request: Request) -> set[str]:
-    """Return the methods that the routes of a request's path have."""
-    routes = (route for part in _ROUTERS for route in part.routes if isinstance(route, Route))
-    fitting = (route for route in routes if route.matches(request.scope)[0] is not Match.NONE)
-    return {method for route in fitting for method in route.methods or ()}
+    """Return the methods of all routes of the path that a request's first fitting route has."""
+    routes = [route for part in _ROUTERS for route in part.routes if isinstance(route, Route)]
+    path = next((route.path for route in routes if route.matches(request.scope)[0] is not Match.NONE), None)
+    return {method for route in routes if route.path == path for method in route.methods or ()}
 
 
 _ROUTERS = (router, image_routes.router, adapter_routes.router, *training_routes.ROUTERS, pages.router)
