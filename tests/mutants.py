@@ -535,7 +535,7 @@ MUTANTS = (
         "now - before.looked",
         "runs/test_lease.py",
     ),
-    Mutant("runs", "cat_cluster/runs/lease.py", ">= MISSED_HEARTBEATS *", ">= 5 *", "runs/test_lease.py"),
+    Mutant("runs", "cat_cluster/runs/progress.py", "* MISSED_HEARTBEATS", "* 5", "runs/test_lease.py"),
     Mutant("runs", "cat_cluster/runs/lease.py", "record_of > seen.attempt", "record_of > 0", "runs/test_lease.py"),
     Mutant("runs", "cat_cluster/runs/lease.py", "self._own.get(run_id)", "None", "runs/test_lease.py"),
     Mutant("runs", "cat_cluster/runs/lease.py", " and claim.service == self.service", "", "runs/test_lease.py"),

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from cat_cluster.errors import ObjectNotFoundError
-from cat_cluster.runs.progress import HEARTBEAT_SECONDS, MISSED_HEARTBEATS, RunProgress
+from cat_cluster.runs.progress import HEARTBEAT_SECONDS, RunProgress, is_lost
 from cat_cluster.runs.run import Attempt, Run
 from cat_cluster.store import ObjectStore
 
@@ -70,8 +70,7 @@ class LeaseWatch:
             return "free"
         if self._own.get(run_id) == seen.attempt:
             return "held"
-        is_lost = seen.silent >= MISSED_HEARTBEATS * HEARTBEAT_SECONDS
-        return "free" if is_lost or seen.is_of_predecessor else "held"
+        return "free" if is_lost(seen.silent) or seen.is_of_predecessor else "held"
 
     def claim(self, run_id: str) -> Attempt | None:
         """Claim the run's next attempt if it is free; None when it is not, or somebody else was faster.

@@ -124,12 +124,22 @@ class RunProgress(_Record):
 
     def silent_seconds(self, now: datetime | None = None) -> float:
         """Return the seconds since the record was last written; the clocks of two machines may differ."""
-        return ((now or datetime.now(UTC)) - datetime.fromisoformat(self.updated)).total_seconds()
+        return silent_seconds(self.updated, now)
+
+
+def silent_seconds(updated: str, now: datetime | None = None) -> float:
+    """Return the seconds since a record's time of writing; the clocks of two machines may differ."""
+    return ((now or datetime.now(UTC)) - datetime.fromisoformat(updated)).total_seconds()
+
+
+def is_lost(silent: float) -> bool:
+    """Say whether who keeps a record has been silent for so many seconds that it counts as lost."""
+    return silent >= HEARTBEAT_SECONDS * MISSED_HEARTBEATS
 
 
 def is_alive(progress: RunProgress, now: datetime | None = None) -> bool:
     """Say whether a driver works on the run: its record says so and was written within the last minute."""
-    return progress.state == "running" and progress.silent_seconds(now) < HEARTBEAT_SECONDS * MISSED_HEARTBEATS
+    return progress.state == "running" and not is_lost(progress.silent_seconds(now))
 
 
 def timestamp() -> str:

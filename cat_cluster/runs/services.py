@@ -9,12 +9,12 @@ import re
 import threading
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import datetime
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cat_cluster.errors import ObjectNotFoundError, ObjectUnreadableError, SpecError, StoreError
-from cat_cluster.runs.progress import HEARTBEAT_SECONDS, MISSED_HEARTBEATS, timestamp
+from cat_cluster.runs.progress import HEARTBEAT_SECONDS, is_lost, silent_seconds, timestamp
 from cat_cluster.store import ObjectStore
 
 SERVICES = "services/"
@@ -65,11 +65,11 @@ class ServiceRecord(_Record):
 
     def silent_seconds(self, now: datetime | None = None) -> float:
         """Return the seconds since it was last heard of; the clocks of two machines may differ."""
-        return ((now or datetime.now(UTC)) - datetime.fromisoformat(self.updated)).total_seconds()
+        return silent_seconds(self.updated, now)
 
     def is_alive(self, now: datetime | None = None) -> bool:
         """Say whether it was heard of within the last minute."""
-        return self.silent_seconds(now) < HEARTBEAT_SECONDS * MISSED_HEARTBEATS
+        return not is_lost(self.silent_seconds(now))
 
 
 def check_service_name(name: str) -> str:
